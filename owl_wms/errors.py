@@ -1,0 +1,105 @@
+"""Every exception that owl_wms raises on purpose, each carrying the data that explains it.
+
+Why one file: a caller can catch `OwlError` and nothing else, and a reader finds every way in which the package refuses.
+Messages state the rule, the value received and, where there is one, the remedy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class OwlError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(OwlError, ValueError):
+    """A configuration file or value that cannot be used.
+
+    Attributes:
+        path: the file, or None when the value came from a call or the environment.
+        key: dotted key inside it, for example `model.ch_max`.
+    """
+
+    def __init__(self, message: str, *, path: Path | str | None = None, key: str | None = None) -> None:
+        super().__init__(message)
+        self.path = None if path is None else Path(path)
+        self.key = key
+
+
+class CheckpointError(OwlError, ValueError):
+    """Weights that cannot be read or do not belong to the requested architecture.
+
+    Attributes:
+        path: the checkpoint file.
+        mismatch: the first key or shape that disagrees, when that is the reason.
+    """
+
+    def __init__(self, message: str, *, path: Path | str, mismatch: str | None = None) -> None:
+        super().__init__(message)
+        self.path = Path(path)
+        self.mismatch = mismatch
+
+
+class LatentShapeError(OwlError, ValueError):
+    """Latents whose rank or channel count a decoder cannot take.
+
+    Attributes:
+        got: shape received.
+        expected: human-readable shape wanted, for example `[b, n, 128, h, w]`.
+    """
+
+    def __init__(self, message: str, *, got: tuple[int, ...], expected: str) -> None:
+        super().__init__(message)
+        self.got = got
+        self.expected = expected
+
+
+class DataError(OwlError, ValueError):
+    """A data set, latent file or clip that cannot be used.
+
+    Attributes:
+        path: the file or folder.
+        index: row, window or frame inside it, when that is known.
+    """
+
+    def __init__(self, message: str, *, path: Path | str | None = None, index: int | None = None) -> None:
+        super().__init__(message)
+        self.path = None if path is None else Path(path)
+        self.index = index
+
+
+class FastPathError(OwlError, RuntimeError):
+    """The compiled path failed at a stage; the caller normally gets PyTorch's answer instead of this.
+
+    Attributes:
+        stage: `import`, `export`, `build`, `parity`, `save`, `load` or `run`.
+        reason: what happened, one sentence.
+        remedy: what a user can do about it, one sentence.
+    """
+
+    def __init__(self, stage: str, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{stage}: {reason}" + (f" ({remedy})" if remedy else ""))
+        self.stage = stage
+        self.reason = reason
+        self.remedy = remedy
+
+
+class CacheError(OwlError):
+    """Base of what the on-disk cache refuses.
+
+    Attributes:
+        path: directory or file concerned.
+    """
+
+    def __init__(self, message: str, *, path: Path | str) -> None:
+        super().__init__(message)
+        self.path = Path(path)
+
+
+class CacheCorruptError(CacheError):
+    """An entry whose manifest, size or digest is wrong; it was not deserialized."""
+
+
+class CacheRefusedError(CacheError):
+    """A cache directory that cannot be trusted or used (ownership, mode, symlink, not a directory)."""
