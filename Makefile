@@ -1,0 +1,44 @@
+# `make demo` and `make test` work as the first command on a fresh machine: each makes its own .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-gpu faults lint bench play clean
+
+setup: $(STAMP)
+
+$(STAMP): setup.py requirements.txt requirements-rtx.txt requirements-common.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if $(BIN)/python -m pip install -q --dry-run --no-deps 'tensorrt-cu13-libs>=10.15.1,<10.16' >/dev/null 2>&1; \
+	then set=requirements.txt; \
+	else set=requirements-rtx.txt; \
+	  echo "NVIDIA's package index is out of reach, so TensorRT's own libraries are too: installing the TensorRT for RTX set."; fi; \
+	echo "Installing $$set into $(VENV) (a few GB with torch; minutes)."; \
+	$(BIN)/python -m pip install -q -r $$set && $(BIN)/python -m pip install -q --no-deps -e .
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/owl-wms demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest -q tests/faults --full-counts
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.decoder
+
+play: $(STAMP)
+	$(BIN)/owl-wms play
+
+lint: $(STAMP)
+	$(BIN)/python -m pip install -q 'ruff>=0.9,<1' 'mypy>=1.13,<3' types-PyYAML
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

@@ -1,0 +1,32 @@
+"""Shared test settings: seeds, the gpu marker, and the switch between tenth and full fault counts."""
+
+from __future__ import annotations
+
+import os
+
+# Two cores are shared by everything that CI runs; more threads than that only fight each other.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-counts", action="store_true", help="run the fault suite at its full counts")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    only_full = pytest.mark.skip(reason="only with --full-counts")
+    has_gpu = torch.cuda.is_available()
+    full = config.getoption("--full-counts")
+    for item in items:
+        if "gpu" in item.keywords and not has_gpu:
+            item.add_marker(no_gpu)
+        if "slow" in item.keywords and not full:
+            item.add_marker(only_full)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
