@@ -1,6 +1,6 @@
 """The `owl-wms` command: a thin layer over the package, and the only place that prints or configures logging.
 
-Each command lives in a module of its own under `owl_wms/cli/` and is imported when it is called, so that `owl-wms --help`
+Each command lives in a module of its own under `owl_wms/cli/` and is imported when it is called: `owl-wms --help`
 needs neither torch nor TensorRT. Errors that the package raises on purpose end as one line and exit code 2.
 """
 
@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": (
         "owl_wms.cli.demo",
         "demo",
-        "Render a game clip, encode it, decode it through the bridge, show the result.",
+        "Render a game clip, encode it, decode it through the bridge, show both.",
     ),
     "decode": ("owl_wms.cli.decode", "decode", "Latents to a video clip."),
     "encode": ("owl_wms.cli.encode", "encode", "A video clip or frames to latents."),

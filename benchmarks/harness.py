@@ -1,0 +1,142 @@
+"""Timing, ceilings, machine line and output of all benchmarks, so that every number is taken the same way.
+
+Method: CUDA events; all candidates interleaved in one process, so that clock and temperature drift hits them alike; inputs rotated, so
+that no candidate reads its input from the cache of its last call; medians with the 20th and 80th percentile.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from owl_wms.env import describe_machine
+
+console = Console(width=170, highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Milliseconds of one call: median, 20th and 80th percentile, and how many calls were timed."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    calls: int
+
+
+def timing_of(samples_ms: Sequence[float]) -> Timing:
+    """Order statistics of per-call times in milliseconds. Raises ValueError when there are none."""
+    if not samples_ms:
+        raise ValueError("no samples: nothing was timed")
+    ordered = sorted(samples_ms)
+    last = len(ordered) - 1
+    return Timing(
+        median_ms=statistics.median(ordered),
+        p20_ms=ordered[round(0.2 * last)],
+        p80_ms=ordered[round(0.8 * last)],
+        calls=len(ordered),
+    )
+
+
+def measure_interleaved(
+    candidates: dict[str, Callable[[torch.Tensor], Any]],
+    inputs: Sequence[torch.Tensor],
+    *,
+    rounds: int = 30,
+    warmup: int = 3,
+) -> dict[str, Timing]:
+    """Time every candidate on every round, one after the other, each round on the next input.
+
+    Args:
+        candidates: name -> function of one CUDA tensor.
+        inputs: CUDA tensors of one shape, rotated from round to round.
+        rounds: timed calls a candidate.
+        warmup: untimed calls a candidate before the first round.
+    """
+    for run in candidates.values():
+        for index in range(warmup):
+            run(inputs[index % len(inputs)])
+    torch.cuda.synchronize()
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in candidates}
+    for index in range(rounds):
+        for name, run in candidates.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run(inputs[index % len(inputs)])
+            end.record()
+            events[name].append((begin, end))
+        torch.cuda.synchronize()
+    return {name: timing_of([begin.elapsed_time(end) for begin, end in pairs]) for name, pairs in events.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ceilings:
+    """What this card does at best on random data, measured now: matrix TFLOP/s and copy TB/s (bytes read plus written)."""
+
+    matmul_tflops: float
+    copy_tbps: float
+
+
+def measure_ceilings(dtype: torch.dtype = torch.bfloat16) -> Ceilings:
+    """An 8192^3 matrix product in `dtype` and a 4 GiB device-to-device copy, medians of 10."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+    product = measure_interleaved({"matmul": lambda left: left @ b}, [a], rounds=10)["matmul"]
+    source = torch.randint(0, 255, (1 << 32,), device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy = measure_interleaved({"copy": target.copy_}, [source], rounds=10)["copy"]
+    return Ceilings(
+        matmul_tflops=2 * size**3 / product.median_ms / 1e9,
+        copy_tbps=2 * source.numel() / copy.median_ms / 1e9,
+    )
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, `+` appended when files differ from it, `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        name = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=root, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name.stdout.strip() + ("+" if dirty.returncode else "")
+
+
+def machine_line(machine: dict[str, Any], ceilings: Ceilings | None) -> str:
+    """One line that says what the numbers below it were measured on."""
+    parts = [f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int | float)]
+    if ceilings is not None:
+        parts.append(f"matmul {ceilings.matmul_tflops:.0f} TFLOP/s")
+        parts.append(f"copy {ceilings.copy_tbps:.2f} TB/s")
+    return " · ".join(parts + [f"commit {commit()}"])
+
+
+def document(theme: str, ceilings: Ceilings | None, rows: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
+    """The JSON document of one benchmark: theme, machine, commit, ceilings and rows."""
+    return {
+        "theme": theme,
+        "machine": describe_machine(),
+        "commit": commit(),
+        "ceilings": None if ceilings is None else asdict(ceilings),
+        "rows": rows,
+        **extra,
+    }
+
+
+def finish(result: dict[str, Any], out: Path | None) -> None:
+    """Write the document to `out` when given, and print it as the last line of standard output."""
+    text = json.dumps(result, sort_keys=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print(text, flush=True)

@@ -1,0 +1,51 @@
+"""What a reader may rely on in every file: a docstring, a readable length, no output from library code.
+
+Run: python -m pytest tests/test_house_rules.py
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "owl_wms"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+MAX_LINES = 400
+MAX_TRACKED_BYTES = 24 * 2**20
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_is_short_and_says_what_it_is(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MAX_LINES
+    assert ast.get_docstring(ast.parse(text)), "a module opens with what it is and why it exists"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PACKAGE.rglob("*.py") if "cli" not in path.parts], ids=lambda path: path.name
+)
+def test_library_code_does_not_print_or_configure_logging(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called != "print", f"line {node.lineno}: log, or return the text"
+            assert called != "logging.basicConfig", f"line {node.lineno}: only the command line configures logging"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_bare_except(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: name what is caught"
+
+
+def test_tracked_tree_stays_small() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name and (ROOT / name).exists()}
+    assert sum(sizes.values()) < MAX_TRACKED_BYTES, sorted(sizes.items(), key=lambda item: -item[1])[:5]
