@@ -133,10 +133,14 @@ def document(theme: str, ceilings: Ceilings | None, rows: list[dict[str, Any]], 
     }
 
 
+def write(result: dict[str, Any], out: Path) -> None:
+    """Write the document to `out`, making its folder."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def finish(result: dict[str, Any], out: Path | None) -> None:
     """Write the document to `out` when given, and print it as the last line of standard output."""
-    text = json.dumps(result, sort_keys=True)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    print(text, flush=True)
+        write(result, out)
+    print(json.dumps(result, sort_keys=True), flush=True)

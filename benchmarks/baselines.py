@@ -1,0 +1,81 @@
+"""What we are compared with: eager PyTorch as upstream runs it, the same with weight norm folded, and compiled PyTorch.
+
+Compiled candidates take the folded decoder in channels_last, the faster memory format for them on Hopper (docs/log.md).
+`max-autotune` can take minutes and print megabytes, so it gets a time limit and its own row says when it was not met.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.vae import fold_weight_norm
+
+COMPILE_SECONDS = 240
+Made = tuple[Callable[[Tensor], Tensor], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after `seconds`."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise TimeoutError(f"not ready after {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _bounded_first_call(run: Callable[[Tensor], Tensor], seconds: int) -> Callable[[Tensor], Tensor]:
+    """`run`, whose first call, the one that compiles, raises TimeoutError after `seconds`."""
+    compiled = False
+
+    def call(z_BCHW: Tensor) -> Tensor:
+        nonlocal compiled
+        if compiled:
+            return run(z_BCHW)
+        with time_limit(seconds):
+            x_BCHW = run(z_BCHW)
+        compiled = True
+        return x_BCHW
+
+    return call
+
+
+def candidates(live_fp32: nn.Module, max_autotune_seconds: int) -> dict[str, Callable[[], Made]]:
+    """Name -> maker of a bf16 decoder. `live_fp32` is on the GPU, parametrized as loaded; 0 seconds leaves max-autotune out."""
+
+    def folded() -> nn.Module:
+        return fold_weight_norm(live_fp32).bfloat16().eval()
+
+    def compiled(mode: str, seconds: int) -> Made:
+        module = torch.compile(folded().to(memory_format=torch.channels_last), mode=mode, dynamic=False)
+
+        def run(z_BCHW: Tensor) -> Tensor:
+            # max-autotune replays a CUDA graph into static memory; a clone would charge it for our convenience.
+            torch.compiler.cudagraph_mark_step_begin()
+            return module(z_BCHW)
+
+        return _bounded_first_call(run, seconds), {}
+
+    made: dict[str, Callable[[], Made]] = {
+        "eager bf16": lambda: (copy.deepcopy(live_fp32).bfloat16().eval(), {}),
+        "eager folded bf16": lambda: (folded(), {}),
+        "torch.compile bf16": lambda: compiled("default", COMPILE_SECONDS),
+    }
+    if max_autotune_seconds:
+        logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+        made["torch.compile max-autotune bf16"] = lambda: compiled("max-autotune", max_autotune_seconds)
+    return made

@@ -1,0 +1,205 @@
+"""The decoder benchmark: eager, compiled PyTorch and ours, interleaved in one process, with the error beside the speed.
+
+Usage:
+    python -m benchmarks.decoder                                # dist and base, batch 8
+    python -m benchmarks.decoder --decoder sana --batch 1 4 8 --out result.json --plot result.png
+    python -m benchmarks.decoder --precision bf16 fp16 fp8 --max-autotune-seconds 120
+
+A row whose parity test is red, or whose output is not finite, is refused: it gets its reason in place of its time.
+The last line of standard output is one JSON document with everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks import baselines, harness
+from benchmarks.accuracy import accuracy
+from benchmarks.decoders import SUBJECTS, gigaflop, subject
+from benchmarks.ours import build_ours
+from owl_wms.errors import FastPathError
+
+# "Error no worse than eager's at the same precision", with room for a different order of summation.
+MAX_ERROR_OVER_EAGER = 2.0
+INPUTS = 4
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Row:
+    """One candidate at one batch size; `refused` says why a time is missing."""
+
+    decoder: str
+    batch: int
+    candidate: str
+    refused: str = ""
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def fp32_reference(decoder: nn.Module, z_BCHW: Tensor) -> Tensor:
+    """Output of the fp32 decoder on the GPU with TF32 off, one latent at a time to bound memory; kept on the CPU."""
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        return torch.cat([decoder(z.unsqueeze(0)).cpu() for z in z_BCHW.float()])
+
+
+def measure(name: str, batch: int, args: argparse.Namespace, ceilings: harness.Ceilings) -> list[Row]:
+    """All candidates of one decoder at one batch size."""
+    # Earlier decoders would otherwise count against dynamo's recompile limit, past which it runs eagerly without a word.
+    torch._dynamo.reset()
+    chosen = subject(name)
+    live = chosen.make().cuda()
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (batch, *chosen.latent_shape)
+    inputs = [torch.randn(shape, device="cuda", generator=generator).bfloat16() for _ in range(INPUTS)]
+    reference = fp32_reference(live, inputs[0])
+    with torch.device("meta"):
+        work_gflop = gigaflop(chosen.make().to("meta"), torch.empty(shape, device="meta"))
+    floor_ms = work_gflop / ceilings.matmul_tflops
+
+    candidates: dict[str, Callable[[Tensor], Tensor]] = {}
+    rows: dict[str, Row] = {}
+
+    def add(candidate: str, make: Callable[[], tuple[Callable[[Tensor], Tensor], dict[str, Any]]]) -> None:
+        row = rows[candidate] = Row(decoder=name, batch=batch, candidate=candidate)
+        gc.collect()
+        torch.cuda.empty_cache()
+        begin = time.perf_counter()
+        try:
+            run, extra = make()
+            torch.cuda.reset_peak_memory_stats()
+            with torch.no_grad():
+                output = run(inputs[0])
+            torch.cuda.synchronize()
+        except (FastPathError, TimeoutError, torch.OutOfMemoryError) as error:
+            row.refused = f"{type(error).__name__}: {error}"
+            harness.console.print(f"  {candidate}: {row.refused}")
+            return
+        row.figures = {
+            "ready_seconds": time.perf_counter() - begin,
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+            **dataclasses.asdict(accuracy(output.cpu(), reference)),
+            **extra,
+        }
+        limit = MAX_ERROR_OVER_EAGER * rows["eager bf16"].figures["relative_l2"] if "eager bf16" in rows else None
+        psnr_gate = extra.get("psnr_gate_db")
+        if not row.figures["finite"]:
+            row.refused = "output is not finite"
+        elif psnr_gate is not None and row.figures["psnr_db"] < psnr_gate:
+            row.refused = f"PSNR {row.figures['psnr_db']:.1f} dB is under its gate of {psnr_gate} dB"
+        elif psnr_gate is None and limit is not None and row.figures["relative_l2"] > limit:
+            row.refused = f"relative error {row.figures['relative_l2']:.2e} exceeds {limit:.2e} (2x eager bf16)"
+        else:
+            candidates[candidate] = run
+        harness.console.print(f"  {candidate}: ready in {row.figures['ready_seconds']:.1f} s {row.refused}")
+
+    for candidate, make in baselines.candidates(live, args.max_autotune_seconds).items():
+        add(candidate, make)
+    for precision in args.precision:
+        add(f"ours {precision}", lambda precision=precision: build_ours(chosen.make(), shape, precision))
+
+    with torch.no_grad():
+        timings = harness.measure_interleaved(candidates, inputs, rounds=args.rounds)
+    finish_rows(rows, timings, batch, floor_ms, work_gflop)
+    return list(rows.values())
+
+
+def finish_rows(
+    rows: dict[str, Row], timings: dict[str, harness.Timing], batch: int, floor_ms: float, work_gflop: float
+) -> None:
+    """Put times and ratios into the rows: over eager with live weight norm, and over the best compiled PyTorch."""
+    eager = timings["eager bf16"].median_ms
+    compiled = [timing.median_ms for name, timing in timings.items() if name.startswith("torch.compile")]
+    for name, timing in timings.items():
+        rows[name].figures |= {
+            **dataclasses.asdict(timing),
+            "fps": batch * 1000 / timing.median_ms,
+            "over_eager": eager / timing.median_ms,
+            "over_compiled": min(compiled) / timing.median_ms if compiled else None,
+            "floor_ms": floor_ms,
+            "percent_of_floor": 100 * floor_ms / timing.median_ms,
+            "work_gflop": work_gflop,
+        }
+
+
+COLUMNS = (
+    ("ms", "median_ms", "{:.2f}"),
+    ("p20", "p20_ms", "{:.2f}"),
+    ("p80", "p80_ms", "{:.2f}"),
+    ("fps", "fps", "{:.0f}"),
+    ("× eager", "over_eager", "{:.2f}"),
+    ("× compiled", "over_compiled", "{:.2f}"),
+    ("% of floor", "percent_of_floor", "{:.0f}"),
+    ("rel. error", "relative_l2", "{:.2e}"),
+    ("max Δ8bit", "max_uint8", "{}"),
+    ("PSNR dB", "psnr_db", "{:.1f}"),
+    ("VRAM GiB", "peak_memory_gib", "{:.2f}"),
+    ("ready s", "ready_seconds", "{:.1f}"),
+    ("load s", "load_seconds", "{:.1f}"),
+)
+
+
+def cells(row: Row) -> list[str]:
+    """A row's table cells after its name; a refused row has its reason first and dashes after."""
+    if row.refused:
+        return [row.refused] + ["–"] * (len(COLUMNS) - 1)
+    return ["–" if row.figures.get(key) is None else form.format(row.figures[key]) for _, key, form in COLUMNS]
+
+
+def show(rows: list[Row]) -> None:
+    """Print the rows as one table a decoder and batch size."""
+    for name, batch in dict.fromkeys((row.decoder, row.batch) for row in rows):
+        own = [row for row in rows if (row.decoder, row.batch) == (name, batch)]
+        floor = next((row.figures["floor_ms"] for row in own if "floor_ms" in row.figures), float("nan"))
+        table = Table(title=f"{name}, batch {batch}, floor {floor:.2f} ms")
+        for title in ("candidate", *(title for title, _, _ in COLUMNS)):
+            table.add_column(title, justify="left" if title == "candidate" else "right")
+        for row in own:
+            table.add_row(row.candidate, *cells(row))
+        harness.console.print(table)
+
+
+def main() -> None:
+    """Parse arguments, measure, print tables and the JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decoder", nargs="+", default=["dist", "base"], choices=list(SUBJECTS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[8])
+    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp16", "auto", "fp8", "int8"])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--max-autotune-seconds", type=int, default=0, help="0 leaves max-autotune out")
+    parser.add_argument("--theme", default="decoder")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: this benchmark measures a GPU; nothing was measured")
+
+    ceilings = harness.measure_ceilings()
+    harness.console.print(harness.machine_line(harness.describe_machine(), ceilings))
+    rows: list[Row] = []
+    for name in args.decoder:
+        for batch in args.batch:
+            harness.console.print(f"{name}, batch {batch}")
+            rows += measure(name, batch, args, ceilings)
+            # Written after each decoder, so that a run cut short loses nothing it measured.
+            result = harness.document(args.theme, ceilings, [dataclasses.asdict(row) for row in rows])
+            if args.out is not None:
+                harness.write(result, args.out)
+    show(rows)
+    if args.plot is not None:
+        from benchmarks.plot import plot_rows
+
+        plot_rows(result["rows"], args.plot, harness.machine_line(harness.describe_machine(), ceilings))
+    harness.finish(result, args.out)
+
+
+if __name__ == "__main__":
+    main()

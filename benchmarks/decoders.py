@@ -1,0 +1,91 @@
+"""The decoders that are measured: name -> module with seeded random weights, and its floating-point work.
+
+Random weights are what can be shared: upstream's checkpoints are not public. Speed does not depend on them; error does a little, which
+is why the demo decoder, trained, stands beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from owl_wms.configs import load_vae_config
+from owl_wms.vae import build_decoder, load_decoder
+
+ROOT = Path(__file__).resolve().parents[1]
+VAE_CONFIGS = ROOT / "configs" / "vae"
+DEMO = ROOT / "examples" / "demo"
+
+# AutoencoderDC f64c128 (mit-han-lab/dc-ae-f64c128-mix-1.0), decoder side: 412.3 M parameters, 22.4 TFLOP a batch of 8.
+SANA_DECODER = {
+    "in_channels": 3,
+    "latent_channels": 128,
+    "attention_head_dim": 32,
+    "block_type": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 4,
+    "block_out_channels": (128, 256, 512, 512, 1024, 1024, 2048),
+    "layers_per_block": (0, 5, 10, 2, 2, 2, 2),
+    "qkv_multiscales": ((),) * 7,
+    "norm_type": ("batch_norm",) * 3 + ("rms_norm",) * 4,
+    "act_fn": ("relu",) * 3 + ("silu",) * 4,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """One decoder under measurement: how to make it (fp32, CPU, weight norm live where it has any) and its latent shape [c, h, w]."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    latent_shape: tuple[int, int, int] = (128, 8, 8)
+
+
+def _random(config: str, variant: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return build_decoder(load_vae_config(VAE_CONFIGS / config).model, variant=variant).eval()
+
+    return make
+
+
+def _sana() -> nn.Module:
+    from diffusers.models.autoencoders.autoencoder_dc import Decoder
+
+    torch.manual_seed(0)
+    return Decoder(**SANA_DECODER).eval()
+
+
+def _demo() -> nn.Module:
+    return load_decoder(None, DEMO / "config.yml", DEMO / "demo_vae.safetensors").eval()
+
+
+SUBJECTS = {
+    subject.name: subject
+    for subject in (
+        Subject(name="dist", make=_random("dec_dist.yml", "tiled")),
+        Subject(name="base", make=_random("base.yml", "tiled")),
+        Subject(name="dist_learned", make=_random("dec_dist.yml", "learned")),
+        Subject(name="base_learned", make=_random("base.yml", "learned")),
+        Subject(name="distill_vae", make=_random("distill_vae.yml", "tiled"), latent_shape=(64, 8, 8)),
+        Subject(name="sana", make=_sana),
+        Subject(name="demo", make=_demo),
+    )
+}
+
+
+def subject(name: str) -> Subject:
+    """The subject called `name`. Raises KeyError listing the known names."""
+    if name not in SUBJECTS:
+        raise KeyError(f"no decoder is called {name!r}; known: {', '.join(SUBJECTS)}")
+    return SUBJECTS[name]
+
+
+def gigaflop(decoder: nn.Module, z_BCHW: Tensor) -> float:
+    """Multiply-adds times two of one call of `decoder`, counted by torch's own counter, in 1e9."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        decoder(z_BCHW)
+    return counter.get_total_flops() / 1e9
