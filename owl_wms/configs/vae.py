@@ -1,0 +1,159 @@
+"""Typed configurations of the autoencoders, from upstream's YAML schema (sections `model`, `train`, `wandb`).
+
+Why one class per `model_id`: each autoencoder reads its own keys, and a key that nothing reads is most often a typo.
+
+Usage:
+    cfg = load_vae_config("configs/vae/dec_dist.yml")
+    cfg.model.latent_channels          # 128
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from owl_wms.configs.strict import IntTuple, Kwargs, PositiveInt, Size, StrictModel, parse, read_yaml, unknown
+from owl_wms.errors import ConfigError
+
+
+class WandbConfig(StrictModel):
+    """Where runs are logged: entity, project and run name."""
+
+    name: str | None = None
+    project: str | None = None
+    run_name: str | None = None
+
+
+class _ImageModel(StrictModel):
+    """Keys that both image autoencoders share. Sizes are pixels (height, width); an int is a square.
+
+    `latent_size`, `noise_decoder_inputs`, `attn_size` and `attn_d_model` are accepted because shipped files have them; no
+    decoder reads them.
+    """
+
+    sample_size: Size
+    channels: PositiveInt = 3
+    latent_channels: PositiveInt
+    ch_0: PositiveInt
+    ch_max: PositiveInt
+    encoder_blocks_per_stage: IntTuple
+    decoder_blocks_per_stage: IntTuple
+    use_middle_block: bool = False
+    skip_logvar: bool = False
+    latent_size: PositiveInt | None = None
+    noise_decoder_inputs: float = 0.0
+    attn_size: int | None = None
+    attn_d_model: int | None = None
+    checkpoint_grads: bool = False
+    discriminator: Kwargs | None = None
+
+
+class DCAEConfig(_ImageModel):
+    """`model_id: dcae`. The last three keys belong to the later revision (learned shortcuts) only."""
+
+    model_id: Literal["dcae"]
+    skip_residuals: bool = False
+    normalize_mu: bool = False
+    do_channel_mask: bool = False
+
+
+class DistillVAEConfig(_ImageModel):
+    """`model_id: distill_vae`: fixed topology, x64 in space, so `ch_max` must be `16 * ch_0`."""
+
+    model_id: Literal["distill_vae"]
+
+
+class AudioAEConfig(StrictModel):
+    """`model_id: audio_ae`: 1-D autoencoder; one latent is `prod(strides)` samples. `eq` and `sample_rate` are not read."""
+
+    model_id: Literal["audio_ae"]
+    channels: PositiveInt = 2
+    latent_channels: PositiveInt
+    ch_0: PositiveInt
+    ch_max: PositiveInt
+    strides: IntTuple
+    eq: bool = False
+    checkpoint_grads: bool = False
+    sample_size: Size | None = None
+    latent_size: PositiveInt | None = None
+    encoder_blocks_per_stage: IntTuple | None = None
+    decoder_blocks_per_stage: IntTuple | None = None
+    discriminator: Kwargs | None = None
+
+
+VAEModelConfig = DCAEConfig | DistillVAEConfig | AudioAEConfig
+MODEL_CONFIGS: dict[str, type[StrictModel]] = {
+    "dcae": DCAEConfig,
+    "distill_vae": DistillVAEConfig,
+    "audio_ae": AudioAEConfig,
+}
+
+
+class VAETrainConfig(StrictModel):
+    """Upstream's training section for autoencoders; kept whole so that its files load, and as a record of how weights arose."""
+
+    trainer_id: str
+    data_id: str | None = None
+    data_kwargs: Kwargs | None = None
+    target_batch_size: PositiveInt = 128
+    batch_size: PositiveInt = 2
+    epochs: PositiveInt = 200
+    opt: str = "AdamW"
+    opt_kwargs: Kwargs | None = None
+    d_opt_kwargs: Kwargs | None = None
+    loss_weights: Kwargs | None = None
+    scheduler: str | None = None
+    scheduler_kwargs: Kwargs | None = None
+    checkpoint_dir: str = "checkpoints/v0"
+    resume_ckpt: str | None = None
+    output_path: str | None = None
+    sample_interval: PositiveInt = 1000
+    save_interval: PositiveInt = 1000
+    teacher_cfg: str | None = None
+    teacher_ckpt: str | None = None
+    student_cfg: str | None = None
+    student_ckpt: str | None = None
+    latent_scale: float = 1.0
+    lpips_type: str | None = None
+    lpips_id: str | None = None
+    delay_adv: int = 20000
+    warmup_adv: int = 5000
+    warmup_crt: int = 1000
+    use_teacher_decoder: bool = False
+
+
+class VAEConfig(StrictModel):
+    """One autoencoder file. `train` and `wandb` may be absent: decoding reads `model` alone."""
+
+    model: DCAEConfig | DistillVAEConfig | AudioAEConfig
+    train: VAETrainConfig | None = None
+    wandb: WandbConfig | None = None
+
+
+def parse_vae_model(data: Mapping[str, Any], *, path: Path | str | None = None) -> VAEModelConfig:
+    """The `model` section as the class that its `model_id` names.
+
+    Raises:
+        ConfigError: unknown id, unknown key, wrong type, missing key.
+    """
+    where = f"{path}: " if path is not None else ""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}model: must be a mapping, received {data!r}", path=path, key="model")
+    model_id = data.get("model_id")
+    if model_id not in MODEL_CONFIGS:
+        text = unknown(str(model_id), MODEL_CONFIGS, "autoencoder") if "model_id" in data else "is missing; valid are " + ", ".join(MODEL_CONFIGS)
+        raise ConfigError(f"{where}model.model_id: {text}", path=path, key="model.model_id")
+    return parse(MODEL_CONFIGS[model_id], data, path=path, prefix="model")  # type: ignore[return-value]
+
+
+def load_vae_config(path: Path | str) -> VAEConfig:
+    """Read an autoencoder's YAML file.
+
+    Raises:
+        ConfigError: naming the file, the dotted key and, for a misspelling, the nearest valid key.
+    """
+    data = read_yaml(path)
+    if "model" in data:
+        data = {**data, "model": parse_vae_model(data["model"], path=path)}
+    return parse(VAEConfig, data, path=path)

@@ -1,0 +1,64 @@
+"""Weight norm folded into plain convolutions, once and in float32.
+
+Why it exists: with the parametrization in place, `g * v / ||v||` is recomputed for every convolution of every call, in
+whatever precision the module has; a compiler cannot fold it away either. Folding first and casting afterwards is both
+faster and nearer to the float32 decoder than upstream's order.
+
+Usage:
+    plain = fold_weight_norm(decoder)       # new module, conv.weight are ordinary parameters; decoder is untouched
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+def fold_weight_norm(module: nn.Module) -> nn.Module:
+    """A copy of `module` without weight-norm parametrizations.
+
+    The weights are computed in float32 (bit-identical to the live ones for a float32 module) and then take the dtype the
+    module has. Works for Conv1d and Conv2d, on any device including meta; a module without weight norm is copied.
+    """
+    memo: dict[int, nn.Module] = {}
+    for child in module.modules():
+        if isinstance(child, (nn.Conv1d, nn.Conv2d)) and parametrize.is_parametrized(child, "weight"):
+            memo[id(child)] = _plain(child)
+    # deepcopy takes the prepared convolutions from its memo, so the unfolded ones are never copied.
+    return copy.deepcopy(module, memo)
+
+
+@torch.no_grad()
+def _plain(conv: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
+    cls = nn.Conv1d if isinstance(conv, nn.Conv1d) else nn.Conv2d
+    with torch.device("meta"):
+        plain = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            dilation=conv.dilation,  # type: ignore[arg-type]
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+        )
+    weights = conv.parametrizations.weight
+    gain, direction = weights.original0, weights.original1
+    plain.weight = _parameter(weight_norm_product(gain, direction), direction.requires_grad)
+    if conv.bias is not None:
+        plain.bias = _parameter(conv.bias.detach().clone(), conv.bias.requires_grad)
+    return plain.train(conv.training)
+
+
+def weight_norm_product(gain: Tensor, direction: Tensor) -> Tensor:
+    """`g * v / ||v||`, norm over all dimensions but 0, computed in at least float32, in the dtype of `direction`."""
+    wide = torch.promote_types(direction.dtype, torch.float32)
+    return torch._weight_norm(direction.to(wide), gain.to(wide), 0).to(direction.dtype)
+
+
+def _parameter(value: Tensor, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=requires_grad)
