@@ -26,7 +26,7 @@ class Accuracy:
 
 
 def accuracy(x_BCHW: Tensor, reference_BCHW: Tensor) -> Accuracy:
-    """Compare an output [B, C, H, W] of any dtype with the fp32 reference of the same shape; first 3 channels are RGB."""
+    """Compare an output [B, C, H, W] of any dtype with its fp32 reference of that shape; 3 channels first are RGB."""
     x, reference = x_BCHW.float(), reference_BCHW.float()
     rgb, rgb_reference = x[:, :3].clamp(-1, 1), reference[:, :3].clamp(-1, 1)
     mse = (rgb - rgb_reference).square().mean().item()

@@ -55,7 +55,12 @@ def _bounded_first_call(run: Callable[[Tensor], Tensor], seconds: int) -> Callab
 
 
 def candidates(live_fp32: nn.Module, max_autotune_seconds: int) -> dict[str, Callable[[], Made]]:
-    """Name -> maker of a bf16 decoder. `live_fp32` is on the GPU, parametrized as loaded; 0 seconds leaves max-autotune out."""
+    """Name -> maker of a bf16 decoder.
+
+    Args:
+        live_fp32: decoder on the GPU, parametrized as loaded.
+        max_autotune_seconds: time limit of max-autotune; 0 leaves it out.
+    """
 
     def folded() -> nn.Module:
         return fold_weight_norm(live_fp32).bfloat16().eval()

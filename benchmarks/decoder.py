@@ -53,7 +53,7 @@ def fp32_reference(decoder: nn.Module, z_BCHW: Tensor) -> Tensor:
 
 def measure(name: str, batch: int, args: argparse.Namespace, ceilings: harness.Ceilings) -> list[Row]:
     """All candidates of one decoder at one batch size."""
-    # Earlier decoders would otherwise count against dynamo's recompile limit, past which it runs eagerly without a word.
+    # Earlier decoders would count against dynamo's recompile limit, past which it runs eagerly without a word.
     torch._dynamo.reset()
     chosen = subject(name)
     live = chosen.make().cuda()

@@ -1,7 +1,7 @@
 """The decoders that are measured: name -> module with seeded random weights, and its floating-point work.
 
-Random weights are what can be shared: upstream's checkpoints are not public. Speed does not depend on them; error does a little, which
-is why the demo decoder, trained, stands beside them.
+Random weights are what can be shared: upstream's checkpoints are not public. Speed does not depend on them; error does
+a little, which is why the demo decoder, trained, stands beside them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SANA_DECODER = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """One decoder under measurement: how to make it (fp32, CPU, weight norm live where it has any) and its latent shape [c, h, w]."""
+    """One decoder: how to make it (fp32, CPU, weight norm live where it has any) and its latent shape [c, h, w]."""
 
     name: str
     make: Callable[[], nn.Module]

@@ -1,7 +1,7 @@
 """Timing, ceilings, machine line and output of all benchmarks, so that every number is taken the same way.
 
-Method: CUDA events; all candidates interleaved in one process, so that clock and temperature drift hits them alike; inputs rotated, so
-that no candidate reads its input from the cache of its last call; medians with the 20th and 80th percentile.
+Method: CUDA events; all candidates interleaved in one process, so that clock and temperature drift hits them alike;
+inputs rotated, so that no candidate finds its input in the cache; medians with the 20th and 80th percentile.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def measure_interleaved(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ceilings:
-    """What this card does at best on random data, measured now: matrix TFLOP/s and copy TB/s (bytes read plus written)."""
+    """What this card does at best on random data, measured now; a copied byte counts as read and written."""
 
     matmul_tflops: float
     copy_tbps: float

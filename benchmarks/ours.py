@@ -1,4 +1,4 @@
-"""Our candidate, made exactly as the runtime makes it: built in a child process, parity-checked, saved, loaded from verified bytes."""
+"""Our candidate, made as the runtime makes it: built in a child process, parity-checked, saved, loaded from bytes."""
 
 from __future__ import annotations
 
