@@ -1,0 +1,1 @@
+"""Where clips, latents and controls come from: the rendered game world and the loaders of stored data."""
