@@ -2,6 +2,7 @@
 
 Usage:
     vae = load_vae_config("configs/vae/base.yml").model
+    train = load_world_config("configs/dit_v4.yml").train
 """
 
 from owl_wms.configs.vae import (
@@ -15,15 +16,31 @@ from owl_wms.configs.vae import (
     load_vae_config,
     parse_vae_model,
 )
+from owl_wms.configs.world import (
+    TRAINER_REQUIRED,
+    TrainingConfig,
+    WorldConfig,
+    WorldModelConfig,
+    load_world_config,
+    missing_trainer_keys,
+    require_trainer_keys,
+)
 
 __all__ = [
     "AudioAEConfig",
     "DCAEConfig",
     "DistillVAEConfig",
+    "TRAINER_REQUIRED",
+    "TrainingConfig",
     "VAEConfig",
     "VAEModelConfig",
     "VAETrainConfig",
     "WandbConfig",
+    "WorldConfig",
+    "WorldModelConfig",
     "load_vae_config",
+    "load_world_config",
+    "missing_trainer_keys",
     "parse_vae_model",
+    "require_trainer_keys",
 ]

@@ -1,7 +1,8 @@
 """Strict, frozen configuration sections, and one clear error for each way in which a file can be wrong.
 
-Why it exists: upstream's loader accepts a misspelt key and a string for an int, and fails later, deep inside construction.
-Here an unknown key, a wrong type and a missing key each name the file, the dotted key and the nearest valid key.
+Why it exists: upstream's loader accepts a misspelt key and a string for an int, and fails later, deep inside
+construction. Here an unknown key, a wrong type and a missing key each name the file, the dotted key and the nearest
+valid key.
 
 Usage:
     class Model(StrictModel):
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from owl_wms import env
@@ -27,8 +28,13 @@ from owl_wms.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
 
-# YAML 1.1, which PyYAML reads, takes `1e-4` for a string; YAML 1.2 and every author of these files take it for a number.
+# YAML 1.1, which PyYAML reads, takes `1e-4` for a string; YAML 1.2 and every author of these files take it for a
+# number.
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+MAX_BYTES = 1 << 20
+MAX_VALUES = 10_000
+MAX_DEPTH = 20
+MAX_SHOWN = 80
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -40,7 +46,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen and key != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} appears twice", key_node.start_mark
+                )
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep)
@@ -81,15 +89,14 @@ def _to_size(value: Any) -> Any:
 
 PositiveInt = Annotated[int, Field(gt=0)]
 IntTuple = Annotated[tuple[PositiveInt, ...], BeforeValidator(_to_tuple)]
-FloatTuple = Annotated[tuple[float, ...], BeforeValidator(_to_tuple)]
 Size = Annotated[int | tuple[int, int], BeforeValidator(_to_size)]
-Kwargs = Annotated[dict[str, Any], BeforeValidator(lambda v: v if not isinstance(v, Mapping) else _freeze(v))]
+Kwargs = Annotated[dict[str, Any], AfterValidator(_freeze)]
 
 
 class StrictModel(BaseModel):
     """Base of all sections: no coercion, no unknown keys, no changes after construction."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants")
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
@@ -97,8 +104,18 @@ class StrictModel(BaseModel):
         if isinstance(data, Mapping):
             for key in data:
                 if key not in cls.model_fields:
-                    raise PydanticCustomError("unknown_key", "{text}", {"key": str(key), "text": unknown(str(key), cls.model_fields)})
+                    raise PydanticCustomError(
+                        "unknown_key",
+                        "{text}",
+                        {"key": str(key)[:MAX_SHOWN], "text": unknown(str(key), cls.model_fields)},
+                    )
         return data
+
+
+def rule(holds: bool, key: str, text: str) -> None:
+    """Fail validation of a section's `key` (dotted below the section) with `text`, rule and value, unless `holds`."""
+    if not holds:
+        raise PydanticCustomError("rule", "{text}", {"text": text, "key": key})
 
 
 def nearest(name: str, names: Any) -> str | None:
@@ -110,45 +127,73 @@ def nearest(name: str, names: Any) -> str | None:
 def unknown(name: str, names: Any, what: str = "key") -> str:
     """One sentence for an unknown name: the nearest valid one, or all of them."""
     close = nearest(name, names)
+    name = name[:MAX_SHOWN]
     hint = f"did you mean {close!r}?" if close else f"valid are {', '.join(sorted(map(str, names)))}"
     return f"unknown {what} {name!r}; {hint}"
 
 
-def read_yaml(path: Path | str) -> dict[str, Any]:
+def read_yaml(path: Path | str, *, optional_env: tuple[str, ...] = ("wandb",)) -> dict[str, Any]:
     """Parse a YAML file into a dict, with `${env:NAME}` in strings replaced.
 
+    Args:
+        path: the file, at most 1 MiB.
+        optional_env: top-level sections in which a variable that is not set gives None instead of an error; logging is
+            optional, a data path is not.
+
     Raises:
-        ConfigError: no such file, not YAML, not a mapping, or a variable that is not set.
+        ConfigError: no such file, not YAML, not a mapping, too large, or a variable that is not set.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes, which no configuration is", path=path)
+        text = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"{path}: cannot read this configuration: {err}", path=path) from err
     try:
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader subclass)
-    except yaml.YAMLError as err:
+        data = yaml.load(text, Loader=_Loader)
+    except RecursionError as err:
+        raise ConfigError(f"{path}: nested too deeply", path=path) from err
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError, LookupError) as err:
+        # PyYAML lets a few plain exceptions through, for example for impossible dates.
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(err).split())}", path=path) from err
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold a mapping of sections, found {type(data).__name__}", path=path)
-    return _resolve(data, path, "")
+    return _Resolver(path, optional_env).resolve(data, "", 0)
 
 
-def _resolve(value: Any, path: Path, key: str) -> Any:
-    if isinstance(value, dict):
-        return {k: _resolve(v, path, f"{key}.{k}" if key else str(k)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_resolve(v, path, f"{key}.{i}") for i, v in enumerate(value)]
-    if not isinstance(value, str):
-        return value
+class _Resolver:
+    """Replaces `${env:NAME}`.
 
-    def lookup(match: re.Match[str]) -> str:
-        found = env.read(match[1])
-        if found is None:
-            raise ConfigError(f"{path}: {key} refers to the environment variable {match[1]}, which is not set", path=path, key=key)
-        return found
+    And bounds what YAML aliases may expand to (a few lines can otherwise stand for gigabytes).
+    """
 
-    return _ENV.sub(lookup, value)
+    def __init__(self, path: Path, optional_env: tuple[str, ...]) -> None:
+        self.path = path
+        self.optional_env = optional_env
+        self.left = MAX_VALUES
+
+    def resolve(self, value: Any, key: str, depth: int) -> Any:
+        self.left -= 1
+        if self.left < 0 or depth > MAX_DEPTH:
+            text = f"more than {MAX_VALUES} values or {MAX_DEPTH} levels, which no configuration has"
+            raise ConfigError(f"{self.path}: {text}", path=self.path)
+        if isinstance(value, dict):
+            return {k: self.resolve(v, f"{key}.{k}" if key else str(k), depth + 1) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.resolve(v, f"{key}.{i}", depth + 1) for i, v in enumerate(value)]
+        return self._text(value, key) if isinstance(value, str) else value
+
+    def _text(self, value: str, key: str) -> str | None:
+        unset = [name for name in _ENV.findall(value) if env.read(name) is None]
+        if unset and key.split(".")[0] in self.optional_env:
+            return None
+        if unset:
+            text = f"{key} refers to the environment variable {unset[0]}, which is not set"
+            raise ConfigError(f"{self.path}: {text}", path=self.path, key=key)
+        return _ENV.sub(lambda match: env.read(match[1]) or "", value)
 
 
 def parse(cls: type[T], data: Mapping[str, Any], *, path: Path | str | None = None, prefix: str = "") -> T:
@@ -172,11 +217,17 @@ def parse(cls: type[T], data: Mapping[str, Any], *, path: Path | str | None = No
 def _describe(error: Any, prefix: str) -> tuple[str, str]:
     """Dotted key and sentence of one pydantic error."""
     loc = [str(part) for part in error["loc"]]
-    if error["type"] == "unknown_key":
+    if error["type"] in ("unknown_key", "rule"):
         loc.append(error["ctx"]["key"])
     key = ".".join([prefix, *loc] if prefix else loc)
     if error["type"] == "missing":
         return key, f"{key} is missing, and it has no default"
-    received = "" if error["type"] == "unknown_key" else f", received {error['input']!r} ({type(error['input']).__name__})"
-    text = error["msg"] if error["type"] != "value_error" else str(error["ctx"]["error"])
-    return key, f"{key}: {text[0].lower() + text[1:]}{received}"
+    text = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] in ("unknown_key", "rule"):
+        return key, f"{key}: {text}"
+    received = repr(error["input"])
+    received = received if len(received) <= MAX_SHOWN else received[:MAX_SHOWN] + "..."
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        close = nearest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+        text += f" (did you mean {close!r}?)" if close else ""
+    return key, f"{key}: {text}, received {received} ({type(error['input']).__name__})"

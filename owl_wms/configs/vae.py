@@ -28,8 +28,8 @@ class WandbConfig(StrictModel):
 class _ImageModel(StrictModel):
     """Keys that both image autoencoders share. Sizes are pixels (height, width); an int is a square.
 
-    `latent_size`, `noise_decoder_inputs`, `attn_size` and `attn_d_model` are accepted because shipped files have them; no
-    decoder reads them.
+    `latent_size`, `noise_decoder_inputs`, `attn_size` and `attn_d_model` are accepted because shipped files have them;
+    no decoder reads them.
     """
 
     sample_size: Size
@@ -65,7 +65,10 @@ class DistillVAEConfig(_ImageModel):
 
 
 class AudioAEConfig(StrictModel):
-    """`model_id: audio_ae`: 1-D autoencoder; one latent is `prod(strides)` samples. `eq` and `sample_rate` are not read."""
+    """`model_id: audio_ae`: 1-D autoencoder.
+
+    One latent is `prod(strides)` samples. `eq` and `sample_rate` are not read.
+    """
 
     model_id: Literal["audio_ae"]
     channels: PositiveInt = 2
@@ -91,7 +94,10 @@ MODEL_CONFIGS: dict[str, type[StrictModel]] = {
 
 
 class VAETrainConfig(StrictModel):
-    """Upstream's training section for autoencoders; kept whole so that its files load, and as a record of how weights arose."""
+    """Upstream's training section for autoencoders.
+
+    Kept whole so that its files load, and as a record of how weights arose.
+    """
 
     trainer_id: str
     data_id: str | None = None
@@ -121,6 +127,8 @@ class VAETrainConfig(StrictModel):
     warmup_adv: int = 5000
     warmup_crt: int = 1000
     use_teacher_decoder: bool = False
+    sample_rate: PositiveInt | None = None
+    n_fft_list: IntTuple | None = None
 
 
 class VAEConfig(StrictModel):
@@ -142,7 +150,11 @@ def parse_vae_model(data: Mapping[str, Any], *, path: Path | str | None = None) 
         raise ConfigError(f"{where}model: must be a mapping, received {data!r}", path=path, key="model")
     model_id = data.get("model_id")
     if model_id not in MODEL_CONFIGS:
-        text = unknown(str(model_id), MODEL_CONFIGS, "autoencoder") if "model_id" in data else "is missing; valid are " + ", ".join(MODEL_CONFIGS)
+        text = (
+            unknown(str(model_id), MODEL_CONFIGS, "autoencoder")
+            if "model_id" in data
+            else "is missing; valid are " + ", ".join(MODEL_CONFIGS)
+        )
         raise ConfigError(f"{where}model.model_id: {text}", path=path, key="model.model_id")
     return parse(MODEL_CONFIGS[model_id], data, path=path, prefix="model")  # type: ignore[return-value]
 
@@ -153,7 +165,7 @@ def load_vae_config(path: Path | str) -> VAEConfig:
     Raises:
         ConfigError: naming the file, the dotted key and, for a misspelling, the nearest valid key.
     """
-    data = read_yaml(path)
+    data = read_yaml(path, optional_env=("train", "wandb"))
     if "model" in data:
         data = {**data, "model": parse_vae_model(data["model"], path=path)}
     return parse(VAEConfig, data, path=path)

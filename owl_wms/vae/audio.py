@@ -27,13 +27,14 @@ SNAKE_EPS = 1e-6
 
 def conv1d(c_in: int, c_out: int, kernel: int, *, bias: bool = True, groups: int = 1, dilation: int = 1) -> nn.Conv1d:
     """Weight-normed "same" convolution, `[B, c_in, n] -> [B, c_out, n]` for odd and even kernels."""
-    return weight_norm(
-        nn.Conv1d(c_in, c_out, kernel, padding="same", bias=bias, groups=groups, dilation=dilation)
-    )
+    return weight_norm(nn.Conv1d(c_in, c_out, kernel, padding="same", bias=bias, groups=groups, dilation=dilation))
 
 
 class SnakeBeta(nn.Module):
-    """Periodic activation `x + sin(x (1 + alpha))^2 / (1e-6 + exp(beta))` per channel, `[B, ch, n]` (Ziyin et al. 2020)."""
+    """Periodic activation `x + sin(x (1 + alpha))^2 / (1e-6 + exp(beta))` per channel, `[B, ch.
+
+    N]` (Ziyin et al. 2020).
+    """
 
     def __init__(self, ch: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Building blocks that every autoencoder of the DCAE family shares: weight-normed convolutions and residual stages.
 
-Why they exist: the shipped decoders are pure convolution (no norm layers, no attention, no buffers), so one residual block
-and one resize-and-project pair, at different widths, make up the tiled, learned and distilled variants alike.
+Why they exist: the shipped decoders are pure convolution (no norm layers, no attention, no buffers), so one residual
+block and one resize-and-project pair, at different widths, make up the tiled, learned and distilled variants alike.
 Attribute names are upstream's because they are the checkpoint's keys.
 
 Usage:
@@ -46,8 +46,9 @@ class ResBlock(nn.Module):
         self.act1 = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
         self.act2 = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
         self.gradient_checkpointing = False
-        nn.init.zeros_(self.conv1.bias)
-        nn.init.zeros_(self.conv2.bias)
+        for conv in (self.conv1, self.conv2):
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
 
     def branch(self, x: Tensor) -> Tensor:
         """The residual branch alone, `[B, ch, H, W] -> [B, ch, H, W]`."""
@@ -140,4 +141,4 @@ def set_gradient_checkpointing(module: nn.Module, enabled: bool = True) -> None:
     """
     for child in module.modules():
         if hasattr(child, "gradient_checkpointing"):
-            child.gradient_checkpointing = enabled
+            setattr(child, "gradient_checkpointing", enabled)  # noqa: B010  (nn.Module types attributes as tensors)

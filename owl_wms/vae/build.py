@@ -1,7 +1,7 @@
 """From a model section to a module: which class builds which `model_id`, and only the half that is asked for.
 
-Why it exists: upstream builds the whole autoencoder (484M parameters for `base`) and deletes the encoder; decoding needs
-the decoder alone.
+Why it exists: upstream builds the whole autoencoder (484M parameters for `base`) and deletes the encoder; decoding
+needs the decoder alone.
 
 Usage:
     decoder = build_decoder(cfg.model)                       # tiled variant
@@ -11,6 +11,8 @@ Usage:
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import nn
 
@@ -27,7 +29,9 @@ def default_variant(cfg: DCAEConfig) -> Variant:
     return "learned" if cfg.skip_residuals or cfg.normalize_mu or cfg.do_channel_mask else "tiled"
 
 
-def build_decoder(cfg: VAEModelConfig, variant: Variant | None = None, *, gradient_checkpointing: bool = False) -> nn.Module:
+def build_decoder(
+    cfg: VAEModelConfig, variant: Variant | None = None, *, gradient_checkpointing: bool = False
+) -> nn.Module:
     """Decoder with fresh weights, `z [B, c, h, w] -> x [B, C, H, W]` (audio: `[B, c, n] -> [B, C, samples]`).
 
     Args:
@@ -43,29 +47,43 @@ def build_decoder(cfg: VAEModelConfig, variant: Variant | None = None, *, gradie
     return decoder
 
 
-def build_encoder(cfg: VAEModelConfig, variant: Variant | None = None, *, gradient_checkpointing: bool = False) -> nn.Module:
+def build_encoder(
+    cfg: VAEModelConfig, variant: Variant | None = None, *, gradient_checkpointing: bool = False
+) -> nn.Module:
     """Encoder with fresh weights, `x [B, C, H, W] -> z [B, c, h, w]`; arguments and errors as for `build_decoder`."""
     encoder = _build(cfg, variant, DCAEEncoder, DistillEncoder, None)
     set_gradient_checkpointing(encoder, gradient_checkpointing)
     return encoder
 
 
-def build_autoencoder(cfg: VAEModelConfig, variant: Variant | None = None, *, gradient_checkpointing: bool = False) -> nn.Module:
+def build_autoencoder(
+    cfg: VAEModelConfig, variant: Variant | None = None, *, gradient_checkpointing: bool = False
+) -> nn.Module:
     """Both halves, as `.encoder` and `.decoder`; arguments and errors as for `build_decoder`."""
     model = _build(cfg, variant, DCAE, DistillVAE, None)
     set_gradient_checkpointing(model, gradient_checkpointing)
     return model
 
 
-def _build(cfg, variant, dcae, distill, audio) -> nn.Module:  # type: ignore[no-untyped-def]
+def _build(
+    cfg: VAEModelConfig,
+    variant: Variant | None,
+    dcae: Callable[[DCAEConfig, Variant], nn.Module],
+    distill: Callable[[DistillVAEConfig], nn.Module],
+    audio: Callable[[AudioAEConfig], nn.Module] | None,
+) -> nn.Module:
     if isinstance(cfg, DCAEConfig):
         return dcae(cfg, variant or default_variant(cfg))
     if variant not in (None, "tiled"):
-        raise ConfigError(f"model.model_id: {cfg.model_id} has no {variant!r} variant; only dcae has", key="model.model_id")
+        raise ConfigError(
+            f"model.model_id: {cfg.model_id} has no {variant!r} variant; only dcae has", key="model.model_id"
+        )
     if isinstance(cfg, DistillVAEConfig):
         return distill(cfg)
     if isinstance(cfg, AudioAEConfig):
         if audio is None:
-            raise ConfigError("model.model_id: only the decoder of audio_ae is built here, not its encoder", key="model.model_id")
+            raise ConfigError(
+                "model.model_id: only the decoder of audio_ae is built here, not its encoder", key="model.model_id"
+            )
         return audio(cfg)
     raise ConfigError(f"expected a model section of an autoencoder, received {type(cfg).__name__}", key="model")

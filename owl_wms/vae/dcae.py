@@ -1,8 +1,9 @@
 """The deep-compression autoencoder (`model_id: dcae`) in plain PyTorch, in both revisions upstream trained.
 
-Why one file for two: the "tiled" variant (owl-vaes 005e9fcf, every `cod_yt_v2` checkpoint) and the "learned" variant (its
-later revision) share width plan, stages and order of operations; they differ in shortcuts and in the first and last
-convolution. The shortcuts live in `owl_wms.vae.shortcuts`. This is the reference everything faster is compared with.
+Why one file for two: the "tiled" variant (owl-vaes 005e9fcf, every `cod_yt_v2` checkpoint) and the "learned" variant
+(its later revision) share width plan, stages and order of operations; they differ in shortcuts and in the first and
+last convolution. The shortcuts live in `owl_wms.vae.shortcuts`. This is the reference everything faster is compared
+with.
 
 Usage:
     decoder = DCAEDecoder(cfg)                    # cfg: owl_wms.configs.DCAEConfig
@@ -11,6 +12,7 @@ Usage:
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import torch
@@ -50,7 +52,8 @@ def _fixed_size(config: DCAEConfig, variant: Variant) -> tuple[int, int] | None:
 class DCAEDecoder(nn.Module):
     """Latents to frames: `z [B, latent_channels, s, s] -> x [B, channels, H, W]`, any float dtype.
 
-    `(H, W)` is `sample_size` for 16:9 (tiled), the nearest standard size for wide frames (learned), else `s * 2**stages`.
+    `(H, W)` is `sample_size` for 16:9 (tiled), the nearest standard size for wide frames (learned), else `s *
+    2**stages`.
 
     Attributes:
         config: what it was built from.
@@ -124,7 +127,7 @@ class DCAEEncoder(nn.Module):
         else:
             self.conv_in = conv2d(config.channels, config.ch_0, 3)
         self.middle_block = SameBlock(config.ch_max, depths[-1]) if config.use_middle_block else None
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.blocks = nn.ModuleList(DownBlock(a, b, depth) for (a, b), depth in zip(pairs, depths, strict=True))
         shortcut = LearnedSpaceToChannel if learned else SpaceToChannel
         self.residuals = nn.ModuleList() if learned and plain else nn.ModuleList(shortcut(a, b) for a, b in pairs)
@@ -135,7 +138,9 @@ class DCAEEncoder(nn.Module):
         else:
             self.conv_out = ChannelAverage(config.ch_max, config.latent_channels)
         if not self.skip_logvar:
-            self.conv_out_logvar = conv2d(config.ch_max, 1, 3) if learned else conv2d(config.ch_max, self.latent_channels, 1)
+            self.conv_out_logvar = (
+                conv2d(config.ch_max, 1, 3) if learned else conv2d(config.ch_max, self.latent_channels, 1)
+            )
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         features, residual = self._features(x)

@@ -1,7 +1,7 @@
 """The distilled autoencoder (`model_id: distill_vae`): a fixed x64 topology without shortcuts.
 
-Why it exists: upstream's 64-channel world models decode with it. One residual block per level, five levels, one of which
-resizes by four; there is no tiling, no SiLU before the last convolution and no logvar.
+Why it exists: upstream's 64-channel world models decode with it. One residual block per level, five levels, one of
+which resizes by four; there is no tiling, no SiLU before the last convolution and no logvar.
 
 Usage:
     DistillDecoder(cfg)(torch.randn(1, 64, 8, 8))      # [1, 3, 360, 640]
@@ -24,7 +24,10 @@ UP_STRIDES = (2, 4, 2, 2, 2)
 
 
 class DistillDecoder(nn.Module):
-    """Latents to frames: `z [B, latent_channels, s, s] -> x [B, channels, H, W]`; `(H, W)` is `sample_size` or `64 * s`."""
+    """Latents to frames: `z [B, latent_channels, s, s] -> x [B, channels, H, W]`.
+
+    `(H, W)` is `sample_size` or `64 * s`.
+    """
 
     def __init__(self, config: DistillVAEConfig) -> None:
         super().__init__()
@@ -49,7 +52,10 @@ class DistillDecoder(nn.Module):
 
 
 class DistillEncoder(nn.Module):
-    """Frames to latents: `x [B, >= channels, H, W] -> [B, latent_channels, s, s]` in [-10, 10]; extra channels are ignored."""
+    """Frames to latents: `x [B, >= channels, H, W] -> [B, latent_channels, s, s]` in [-10, 10].
+
+    Extra channels are ignored.
+    """
 
     def __init__(self, config: DistillVAEConfig) -> None:
         super().__init__()

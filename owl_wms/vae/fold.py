@@ -11,6 +11,7 @@ Usage:
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +21,27 @@ from torch.nn.utils import parametrize
 def fold_weight_norm(module: nn.Module) -> nn.Module:
     """A copy of `module` without weight-norm parametrizations.
 
-    The weights are computed in float32 (bit-identical to the live ones for a float32 module) and then take the dtype the
-    module has. Works for Conv1d and Conv2d, on any device including meta; a module without weight norm is copied.
+    The weights are computed in float32 (bit-identical to the live ones for a float32 module) and then take the dtype
+    the module has. Works for Conv1d and Conv2d, on any device including meta; a module without weight norm is copied.
     """
     memo: dict[int, nn.Module] = {}
     for child in module.modules():
-        if isinstance(child, (nn.Conv1d, nn.Conv2d)) and parametrize.is_parametrized(child, "weight"):
+        if isinstance(child, (nn.Conv1d, nn.Conv2d)) and _is_weight_normed(child):
             memo[id(child)] = _plain(child)
     # deepcopy takes the prepared convolutions from its memo, so the unfolded ones are never copied.
     return copy.deepcopy(module, memo)
+
+
+def _is_weight_normed(conv: nn.Module) -> bool:
+    return parametrize.is_parametrized(conv, "weight") and hasattr(_parametrization(conv), "original1")
+
+
+def _parametrization(conv: nn.Module) -> Any:
+    """The parametrization list of the weight.
+
+    Its tensors `original0` and `original1` are not known to type checkers.
+    """
+    return cast(Any, conv).parametrizations.weight
 
 
 @torch.no_grad()
@@ -46,7 +59,7 @@ def _plain(conv: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
         )
-    weights = conv.parametrizations.weight
+    weights = _parametrization(conv)
     gain, direction = weights.original0, weights.original1
     plain.weight = _parameter(weight_norm_product(gain, direction), direction.requires_grad)
     if conv.bias is not None:

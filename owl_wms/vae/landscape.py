@@ -24,7 +24,10 @@ ASPECT_TOLERANCE = 0.01
 
 
 def is_sixteen_nine(size: int | tuple[int, int]) -> bool:
-    """Whether `(height, width)` is 16:9 within 0.01, the rule of the tiled and distilled variants; an int is a square."""
+    """Whether `(height, width)` is 16:9 within 0.01, the rule of the tiled and distilled variants.
+
+    An int is a square.
+    """
     if isinstance(size, int):
         return False
     return abs(size[1] / size[0] - WIDE_ASPECT) < ASPECT_TOLERANCE

@@ -1,7 +1,7 @@
 """The shortcuts that run beside every stage: parameter-free ("tiled") and learned.
 
-Why two sets: owl-vaes at 005e9fcf moves channels to space by tiling and averaging, without parameters; its later revision
-learns a 3x3 projection instead. Everything else of the two decoders is the same code.
+Why two sets: owl-vaes at 005e9fcf moves channels to space by tiling and averaging, without parameters; its later
+revision learns a 3x3 projection instead. Everything else of the two decoders is the same code.
 
 Usage:
     ChannelToSpace(64, 32)(torch.randn(1, 64, 8, 8))           # [1, 32, 16, 16], no parameters

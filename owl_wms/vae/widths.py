@@ -1,7 +1,7 @@
 """The width plan of the autoencoders, and the rules a configuration must meet before anything is built.
 
-Why it exists: a width that does not divide fails deep inside a convolution, with an error that names no config key. These
-checks run first and name the key, the value and the rule.
+Why it exists: a width that does not divide fails deep inside a convolution, with an error that names no config key.
+These checks run first and name the key, the value and the rule.
 
 Usage:
     stage_widths(96, 1536, 6)     # [96, 192, 384, 768, 1536, 1536, 1536]
@@ -33,7 +33,7 @@ def check_groups(widths: list[int], key: str) -> None:
     for width in widths:
         require(
             2 * width % GROUP_CHANNELS == 0,
-            f"a residual block of width {width} has {2 * width} hidden channels, which is no multiple of {GROUP_CHANNELS}; "
+            f"a residual block of width {width} has {2 * width} hidden channels, no multiple of {GROUP_CHANNELS}; "
             f"use widths that are multiples of {GROUP_CHANNELS // 2}",
             key,
         )
@@ -45,7 +45,9 @@ def check_dcae(config: DCAEConfig, widths: list[int], depths: tuple[int, ...], d
     Raises:
         ConfigError: naming the first key that breaks a rule.
     """
-    require(variant in ("tiled", "learned"), f'the variant must be "tiled" or "learned", received {variant!r}', "model_id")
+    require(
+        variant in ("tiled", "learned"), f'the variant must be "tiled" or "learned", received {variant!r}', "model_id"
+    )
     require(len(depths) > 0, "needs at least one stage, received an empty list", depths_key)
     require(config.ch_0 <= config.ch_max, f"must be at most ch_max ({config.ch_max}), received {config.ch_0}", "ch_0")
     require(

@@ -1,0 +1,226 @@
+"""Typed configurations of the world model and its trainers, from upstream's YAML schema (`model`, `train`, `wandb`).
+
+Why one training section for six trainers: upstream's files have one, and most of its keys are shared. What a trainer
+needs beyond the defaults is a table here (`TRAINER_REQUIRED`) instead of a surprise inside the trainer.
+
+Usage:
+    cfg = load_world_config("configs/dit_v4.yml")
+    require_trainer_keys(cfg.train)        # ConfigError naming the first key its trainer lacks
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import model_validator
+
+from owl_wms.configs.strict import Kwargs, PositiveInt, StrictModel, nearest, parse, read_yaml, rule
+from owl_wms.configs.vae import WandbConfig
+from owl_wms.errors import ConfigError
+
+TrainerId = Literal["rft", "av", "mixed_av", "causvid_vid", "sforce_vid", "ode_distill_vid"]
+
+_ALWAYS = ("data_id", "data_kwargs", "sample_data_id", "sample_data_kwargs", "sampler_id", "sampler_kwargs")
+_AUDIO = (*_ALWAYS, "audio_vae_scale")
+_DISTILL = (*_ALWAYS, "teacher_cfg", "teacher_ckpt", "rollout_steps")
+_CRITIC = (*_DISTILL, "student_ckpt", "d_opt_kwargs", "update_ratio")
+TRAINER_REQUIRED: dict[str, tuple[str, ...]] = {
+    "rft": _ALWAYS,
+    "av": _AUDIO,
+    "mixed_av": _AUDIO,
+    "causvid_vid": (*_CRITIC, "regression_weight"),
+    "sforce_vid": (*_CRITIC, "min_rollout_frames"),
+    "ode_distill_vid": (*_DISTILL, "cfg_scale", "subsample", "gen_p"),
+}
+"""Keys of `train` without a usable default, by trainer. Decoder paths are not among them.
+
+A run without decoded samples needs none.
+"""
+
+# What each optimiser understands; another name of torch.optim is passed through unchecked.
+_ADAMW_KEYS = ("lr", "betas", "weight_decay", "eps", "amsgrad", "maximize", "foreach", "capturable", "fused")
+_OPT_KEYS = {
+    "AdamW": _ADAMW_KEYS,
+    "Muon": ("lr", "momentum", "weight_decay", "adamw_lr", "adamw_wd", "adamw_eps", "adamw_betas", "adamw_keys"),
+}
+
+
+class WorldModelConfig(StrictModel):
+    """The `model` section. Windows and `n_frames` are in frames; `sample_size` is the side of the square latent.
+
+    `n_mouse_axes`, `patch_size` and `audio_tokens` are accepted because shipped files have them; no model reads them.
+    """
+
+    model_id: Literal["game_rft", "game_rft_audio"]
+    sample_size: PositiveInt = 16
+    channels: PositiveInt = 128
+    audio_channels: PositiveInt = 64
+    n_layers: PositiveInt = 12
+    n_heads: PositiveInt = 12
+    d_model: PositiveInt = 384
+    tokens_per_frame: PositiveInt = 16
+    n_buttons: PositiveInt = 8
+    n_mouse_axes: PositiveInt = 2
+    n_frames: PositiveInt = 120
+    cfg_prob: float = 0.1
+    causal: bool = False
+    uncond: bool
+    backbone: Literal["dit", "mmdit", "uvit"]
+    has_audio: bool
+    rope_impl: Literal["ortho", "motion"] = "ortho"
+    rope_ats_delta: float = 2.0
+    rope_base: float = 10000.0
+    rope_dim_t: PositiveInt | None = None
+    rope_dim_x: PositiveInt | None = None
+    rope_dim_y: PositiveInt | None = None
+    local_window: PositiveInt | None
+    global_window: PositiveInt | None
+    local_idx: PositiveInt = 4
+    gradient_checkpointing: bool = False
+    patch_size: PositiveInt = 1
+    audio_tokens: int = 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> WorldModelConfig:
+        rule(
+            self.d_model % self.n_heads == 0,
+            "d_model",
+            f"must be a multiple of n_heads ({self.n_heads}), received {self.d_model}",
+        )
+        tokens = self.sample_size**2 + int(self.has_audio)
+        rule(
+            self.tokens_per_frame == tokens,
+            "tokens_per_frame",
+            f"must be sample_size**2 {'+ 1 for audio ' if self.has_audio else ''}= {tokens}, "
+            f"received {self.tokens_per_frame}",
+        )
+        rule(0.0 <= self.cfg_prob <= 1.0, "cfg_prob", f"must be within 0..1, received {self.cfg_prob}")
+        return self
+
+
+class TrainingConfig(StrictModel):
+    """The `train` section of all six trainers; None means "not said". Intervals are in optimiser steps.
+
+    `loss_weights`, `ts_shift`, `uncond` and `audio_vae_batch_size` are accepted because shipped files have them;
+    nothing reads them.
+    """
+
+    trainer_id: TrainerId | None = None
+    data_id: str | None = None
+    data_kwargs: Kwargs | None = None
+    sample_data_id: str | None = None
+    sample_data_kwargs: Kwargs | None = None
+    target_batch_size: PositiveInt = 128
+    batch_size: PositiveInt = 2
+    epochs: PositiveInt = 200
+    opt: str = "AdamW"
+    opt_kwargs: Kwargs | None = None
+    d_opt_kwargs: Kwargs | None = None
+    scheduler: str | None = None
+    scheduler_kwargs: Kwargs | None = None
+    checkpoint_dir: str = "checkpoints/v0"
+    output_path: str | None = None
+    resume_ckpt: str | None = None
+    sample_interval: PositiveInt = 1000
+    save_interval: PositiveInt = 1000
+    n_samples: PositiveInt = 8
+    sampler_id: str | None = None
+    sampler_kwargs: Kwargs | None = None
+    eval_sample_dir: str | None = None
+
+    vae_id: str | None = None
+    vae_cfg_path: str | None = None
+    vae_ckpt_path: str | None = None
+    vae_scale: float = 0.34
+    vae_batch_size: PositiveInt = 4
+    audio_vae_id: str | None = None
+    audio_vae_cfg_path: str | None = None
+    audio_vae_ckpt_path: str | None = None
+    audio_vae_scale: float | None = None
+    audio_vae_batch_size: PositiveInt | None = None
+
+    use_tensorrt: bool = True
+    tensorrt_precision: Literal["auto", "fp16", "bf16", "fp32", "fp8", "int8"] | None = None
+    tensorrt_cache_dir: str | None = None
+    tensorrt_fallback: bool = True
+
+    teacher_cfg: str | None = None
+    teacher_ckpt: str | None = None
+    student_ckpt: str | None = None
+    update_ratio: PositiveInt | None = None
+    rollout_steps: PositiveInt | None = None
+    min_rollout_frames: PositiveInt | None = None
+    log_predictions: bool = False
+    regression_weight: float | None = None
+    cfg_scale: float | None = None
+    subsample: float | None = None
+    gen_p: float | None = None
+    loss_weights: Kwargs | None = None
+    ts_shift: float | None = None
+    uncond: bool | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainingConfig:
+        for name in ("opt_kwargs", "d_opt_kwargs"):
+            # The critic of the distillation trainers is always AdamW.
+            optimiser = self.opt if name == "opt_kwargs" else "AdamW"
+            for key in getattr(self, name) or {}:
+                known = _OPT_KEYS.get(optimiser, (key,))
+                close = nearest(key, known)
+                hint = f"did you mean {close!r}?" if close else f"valid are {', '.join(known)}"
+                rule(key in known, f"{name}.{key}", f"unknown key for {optimiser}; {hint}")
+        for name in ("subsample", "gen_p"):
+            value = getattr(self, name)
+            rule(value is None or 0.0 <= value <= 1.0, name, f"must be within 0..1, received {value}")
+        return self
+
+
+class WorldConfig(StrictModel):
+    """One world-model file."""
+
+    model: WorldModelConfig
+    train: TrainingConfig
+    wandb: WandbConfig = WandbConfig()
+
+
+def load_world_config(path: Path | str) -> WorldConfig:
+    """Read a world model's YAML file.
+
+    Raises:
+        ConfigError: naming the file, the dotted key and, for a misspelling, the nearest valid key.
+    """
+    return parse(WorldConfig, read_yaml(path), path=path)
+
+
+def missing_trainer_keys(train: TrainingConfig, trainer_id: str | None = None) -> tuple[str, ...]:
+    """Keys of `train` that the trainer needs and the file does not say, in the order of `TRAINER_REQUIRED`.
+
+    Args:
+        trainer_id: the trainer asked about; None takes the file's own.
+
+    Raises:
+        ConfigError: no trainer is named, or an unknown one.
+    """
+    wanted = trainer_id or train.trainer_id
+    if wanted is None or wanted not in TRAINER_REQUIRED:
+        close = nearest(wanted, TRAINER_REQUIRED) if wanted else None
+        hint = f"did you mean {close!r}?" if close else f"valid are {', '.join(TRAINER_REQUIRED)}"
+        raise ConfigError(f"train.trainer_id: no trainer {wanted!r}; {hint}", key="train.trainer_id")
+    return tuple(key for key in TRAINER_REQUIRED[wanted] if getattr(train, key) is None)
+
+
+def require_trainer_keys(
+    train: TrainingConfig, trainer_id: str | None = None, *, path: Path | str | None = None
+) -> None:
+    """Check that everything the trainer needs is there.
+
+    Raises:
+        ConfigError: naming every missing key; `.key` is the first.
+    """
+    missing = missing_trainer_keys(train, trainer_id)
+    if missing:
+        where = f"{path}: " if path is not None else ""
+        names = ", ".join(f"train.{key}" for key in missing)
+        text = f"the trainer {trainer_id or train.trainer_id!r} needs {names}, which the file does not give"
+        raise ConfigError(where + text, path=path, key=f"train.{missing[0]}")

@@ -1,0 +1,71 @@
+"""A configured autoencoder half with its weights: config, keys, variant, shapes, in that order.
+
+Why it exists: the bridge, the trainers and the command line all want "the decoder of this config and this file",
+without building the other half and without knowing how the file came about.
+
+Usage:
+    decoder = load_decoder(None, "configs/vae/dec_dist.yml", "dec_distill_cod_v2.pt")
+    decoder = load_decoder("dcae", None, None)      # diffusers' AutoencoderDC, see owl_wms.vae.hub
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from owl_wms.configs.vae import DCAEConfig, load_vae_config
+from owl_wms.errors import CheckpointError, ConfigError
+from owl_wms.vae.build import build_decoder, build_encoder
+from owl_wms.vae.checkpoint import detect_variant, load_weights, read_state_dict, select_part
+from owl_wms.vae.hub import load_hub_decoder, load_hub_encoder
+
+HUB_VAE_ID = "dcae"
+
+
+def load_decoder(
+    vae_id: str | None, cfg_path: Path | str | None, ckpt_path: Path | str | None, *, prefer_ema: bool = True
+) -> nn.Module:
+    """The decoder of a configuration with a file's weights, float32 on the CPU in eval mode.
+
+    Args:
+        vae_id: "dcae" means diffusers' AutoencoderDC (`ckpt_path`: its folder or hub id, or None for the hub); anything
+            else, as in upstream's files, means the autoencoder that `cfg_path` describes.
+        cfg_path: YAML file with a `model` section.
+        ckpt_path: `.pt` or `.safetensors`: bare decoder, full model or training checkpoint.
+        prefer_ema: take averaged weights where the file has both.
+
+    Raises:
+        ConfigError: the configuration is missing, wrong or contradictory.
+        CheckpointError: the file cannot be read or belongs to another architecture.
+    """
+    if vae_id == HUB_VAE_ID:
+        return load_hub_decoder(ckpt_path)
+    return _load_part("decoder", cfg_path, ckpt_path, prefer_ema)
+
+
+def load_encoder(
+    vae_id: str | None, cfg_path: Path | str | None, ckpt_path: Path | str | None, *, prefer_ema: bool = True
+) -> nn.Module:
+    """The encoder of a configuration; arguments, state and errors as for `load_decoder`."""
+    if vae_id == HUB_VAE_ID:
+        return load_hub_encoder(ckpt_path)
+    return _load_part("encoder", cfg_path, ckpt_path, prefer_ema)
+
+
+def _load_part(part: str, cfg_path: Path | str | None, ckpt_path: Path | str | None, prefer_ema: bool) -> nn.Module:
+    if cfg_path is None or ckpt_path is None:
+        name = "vae_cfg_path" if cfg_path is None else "vae_ckpt_path"
+        raise ConfigError(f"{name} is needed to load a {part}, received None", key=f"train.{name}")
+    cfg = load_vae_config(cfg_path).model
+    state = select_part(read_state_dict(ckpt_path, prefer_ema=prefer_ema), part)
+    if not state:
+        other = "encoder" if part == "decoder" else "decoder"
+        raise CheckpointError(f"{ckpt_path}: has weights of the {other} only, not of the {part}", path=ckpt_path)
+    variant = detect_variant(state, skip_residuals=cfg.skip_residuals) if isinstance(cfg, DCAEConfig) else None
+    # On meta nothing is initialised only to be overwritten; the file's tensors then become the parameters.
+    with torch.device("meta"):
+        module = (build_decoder if part == "decoder" else build_encoder)(cfg, variant)
+    load_weights(module, state, ckpt_path, assign=True)
+    return module.float().eval()
