@@ -1,0 +1,201 @@
+"""Where entries are made, and how what a dead writer left is told from what a live one is using.
+
+Why: an entry appears by one rename, so it is made beside its place, on the same file system, under a name nobody else has. A writer that
+is killed leaves that directory behind. It may be swept only when its writer is certainly gone: the writer holds a lock on the directory for
+as long as it lives, and where locks do not work the process number, start time and boot in the directory's name tell the same. Ages are
+never looked at, because clocks are wrong. What another machine left is not judged from here, only by that machine.
+
+Layout: `<cache>/.tmp/<host>-<boot>-<pid namespace>-<pid>-<start>-<random>/entry/`; `entry` is what will be renamed.
+
+Usage:
+    stage = Stage.open(cache_fd, cache_path, mode=0o700)
+    (stage.path / "program.pt2").write_bytes(...)
+    stage.close()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+from owl_wms.cache import fs
+
+FOLDER = ".tmp"
+ENTRY = "entry"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Process:
+    """A process, told apart from every other one that ever had its number.
+
+    Attributes:
+        host, boot, namespace: 8 hex digits each: host name, boot of its kernel, namespace its number is valid in.
+        pid: process number.
+        start: kernel ticks from boot to its start; 0 when that cannot be read.
+    """
+
+    host: str
+    boot: str
+    namespace: str
+    pid: int
+    start: int
+
+    @classmethod
+    def current(cls) -> Process:
+        pid = os.getpid()
+        return cls(_short(os.uname().nodename), _short(_boot()), _short(_namespace()), pid, _start_ticks(pid) or 0)
+
+    @classmethod
+    def parse(cls, text: str) -> Process | None:
+        """The process in a stage's name, None when the name is not one of ours."""
+        parts = text.split("-")
+        if len(parts) != 6 or not (parts[3].isdecimal() and parts[4].isdecimal()) or len(text) > 120:
+            return None
+        return cls(parts[0], parts[1], parts[2], int(parts[3]), int(parts[4]))
+
+    def stage_name(self) -> str:
+        return f"{self.host}-{self.boot}-{self.namespace}-{self.pid}-{self.start}-{uuid.uuid4().hex}"
+
+    def is_dead(self) -> bool:
+        """Whether it has certainly ended; False when that cannot be known from here."""
+        here = Process.current()
+        if self.boot != here.boot:
+            return self.host == here.host  # this machine was restarted; of another machine nothing is known
+        if self.namespace != here.namespace:
+            return True  # same kernel, other container: the lock, which the caller holds by now, has said so
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass  # alive, and another user's
+        start = _start_ticks(self.pid)
+        return bool(start and self.start and start != self.start)
+
+
+class Stage:
+    """One writer's private directory, on the cache's file system.
+
+    Attributes:
+        path: the directory to write the entry's files into.
+        folder_fd: descriptor of the directory that holds `entry`, for the rename.
+    """
+
+    def __init__(self, path: Path, name: str, parent_fd: int, folder_fd: int) -> None:
+        self.path = path
+        self.folder_fd = folder_fd
+        self._name = name
+        self._parent_fd = parent_fd
+
+    @classmethod
+    def open(cls, cache_fd: int, cache_path: Path, mode: int) -> Stage:
+        """Make a stage; OSError when the file system will not."""
+        parent_fd = open_folder(FOLDER, cache_fd, mode)
+        name = Process.current().stage_name()
+        folder_fd = -1
+        try:
+            folder_fd = make_folder(name, parent_fd, mode)
+            fs.flock(folder_fd, fcntl.LOCK_EX)
+            fs.close(make_folder(ENTRY, folder_fd, mode))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                fs.remove_tree(name, parent_fd)
+            for descriptor in (folder_fd, parent_fd):
+                if descriptor >= 0:
+                    fs.close(descriptor)
+            raise
+        return cls(cache_path / FOLDER / name / ENTRY, name, parent_fd, folder_fd)
+
+    def close(self) -> None:
+        """Remove what is left of the stage; what cannot be removed now is swept later."""
+        with contextlib.suppress(OSError):
+            fs.remove_tree(self._name, self._parent_fd)
+        for descriptor in (self.folder_fd, self._parent_fd):
+            fs.close(descriptor)
+
+
+def make_folder(name: str, dir_fd: int, mode: int) -> int:
+    """Make a directory with exactly `mode` (whatever the umask) and open it; FileExistsError when it is there."""
+    fs.mkdir(name, mode, dir_fd)
+    descriptor = fs.open_directory(name, dir_fd)
+    try:
+        fs.chmod(descriptor, mode)
+    except BaseException:
+        fs.close(descriptor)
+        raise
+    return descriptor
+
+
+def open_folder(name: str, cache_fd: int, mode: int) -> int:
+    """Descriptor of one of the cache's own folders, made when missing."""
+    try:
+        return fs.open_directory(name, cache_fd)
+    except FileNotFoundError:
+        pass
+    try:
+        return make_folder(name, cache_fd, mode)
+    except FileExistsError:
+        return fs.open_directory(name, cache_fd)
+
+
+def sweep(cache_fd: int) -> int:
+    """Remove the stages of dead writers; the number removed. Whatever cannot be judged or removed stays."""
+    try:
+        parent_fd = fs.open_directory(FOLDER, cache_fd)
+    except OSError:
+        return 0
+    removed = 0
+    try:
+        for name in fs.listdir(parent_fd):
+            with contextlib.suppress(OSError):
+                if _is_abandoned(name, parent_fd):
+                    fs.remove_tree(name, parent_fd)
+                    removed += 1
+    except OSError:
+        pass
+    finally:
+        fs.close(parent_fd)
+    return removed
+
+
+def _is_abandoned(name: str, parent_fd: int) -> bool:
+    process = Process.parse(name)
+    if process is None:
+        return False
+    folder_fd = fs.open_directory(name, parent_fd)
+    try:
+        return fs.flock(folder_fd, fcntl.LOCK_EX) and process.is_dead()
+    finally:
+        fs.close(folder_fd)
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Field 22 of `/proc/<pid>/stat` (proc(5)); the command in field 2 may hold spaces and brackets, so count from its last bracket."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        return int(text.rsplit(")", 1)[1].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
