@@ -1,0 +1,32 @@
+"""World models, found by the `model_id` of their configuration.
+
+Usage:
+    model = get_model_cls(config.model_id)(config)
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from owl_wms.errors import ConfigError
+from owl_wms.models.gamerft import GameRFT, GameRFTCore
+from owl_wms.models.gamerft_audio import GameRFTAudio, GameRFTAudioCore
+
+MODELS: dict[str, type[GameRFT] | type[GameRFTAudio]] = {"game_rft": GameRFT, "game_rft_audio": GameRFTAudio}
+
+__all__ = ["MODELS", "GameRFT", "GameRFTAudio", "GameRFTAudioCore", "GameRFTCore", "get_model_cls"]
+
+
+def get_model_cls(model_id: str) -> type[GameRFT] | type[GameRFTAudio]:
+    """The class that a `model_id` names.
+
+    Raises:
+        ConfigError: no such id; the message lists the ids.
+    """
+    if model_id in MODELS:
+        return MODELS[model_id]
+    close = difflib.get_close_matches(str(model_id), MODELS, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ConfigError(
+        f"unknown model_id {model_id!r}; {hint}valid are {', '.join(sorted(MODELS))}", key="model.model_id"
+    )

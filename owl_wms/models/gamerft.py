@@ -1,0 +1,178 @@
+"""GameRFT: a video world model. Latent frames, noise levels and controls in; velocities out.
+
+State-dict keys are upstream's: everything sits under `core.`. Samplers and pipelines use `model.core`; training calls
+the wrapper.
+
+Usage:
+    model = GameRFT(load_world_config("configs/world/dit_v4.yml").model)
+    loss = model(latents, mouse, buttons)
+    v = model.core(noisy, t, mouse, buttons, kv_cache=KVCache(model.config))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from owl_wms.errors import ConfigError
+from owl_wms.models.flow import drop_controls, frame_times, noised, require_dit
+from owl_wms.nn.dit import DiT
+from owl_wms.nn.embeddings import ControlEmbedding, TimestepEmbedding
+from owl_wms.nn.kv_cache import KVCache
+from owl_wms.nn.modulation import FinalProjection
+from owl_wms.nn.setting import setting
+
+
+class ConditionedCore(nn.Module):
+    """The part that video and audio models share: transformer, condition, and the video's projections.
+
+    Args:
+        config: the `model` section, as any object with its attributes.
+
+    Raises:
+        ConfigError: a backbone other than dit, or tokens_per_frame at odds with sample_size.
+    """
+
+    extra_tokens = 0
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        require_dit(config)
+        wanted = config.sample_size**2 + self.extra_tokens
+        if config.tokens_per_frame != wanted:
+            raise ConfigError(
+                f"tokens_per_frame must be {wanted} (sample_size² + {self.extra_tokens}), got {config.tokens_per_frame}",
+                key="model.tokens_per_frame",
+            )
+        if bool(setting(config, "has_audio", self.extra_tokens > 0)) != (self.extra_tokens > 0):
+            raise ConfigError(
+                f"has_audio must be {self.extra_tokens > 0} for {type(self).__name__}, got {config.has_audio}",
+                key="model.has_audio",
+            )
+        self.config = config
+        self.uncond = bool(config.uncond)
+        self.transformer = DiT(config)
+        if not self.uncond:
+            self.control_embed = ControlEmbedding(config.n_buttons, config.d_model)
+        self.t_embed = TimestepEmbedding(config.d_model)
+        self.proj_in = nn.Linear(config.channels, config.d_model, bias=False)
+        self.proj_out = FinalProjection(config.d_model, config.channels)
+
+    def condition(self, t: Tensor, mouse: Tensor | None, btn: Tensor | None, has_controls: Tensor | None) -> Tensor:
+        """One vector a frame.
+
+        Args:
+            t: [b, n].
+            mouse: [b, n, 2], or None for no controls at all.
+            btn: [b, n, n_buttons], or None together with mouse.
+            has_controls: [b] bool; where False the control part is left out. None is all True.
+
+        Returns:
+            [b, n, d].
+        """
+        if (mouse is None) != (btn is None):
+            raise ValueError("mouse and btn must both be given or both be None")
+        cond = self.t_embed(t)
+        if self.uncond or mouse is None or btn is None:
+            return cond
+        controls = self.control_embed(mouse, btn)
+        if has_controls is not None:
+            controls = controls * has_controls[:, None, None].to(controls.dtype)
+        return cond + controls
+
+    def video_tokens(self, x: Tensor) -> Tensor:
+        """Args: x [b, n, c, h, w]. Returns: [b, n, h * w, d]."""
+        side = self.config.sample_size
+        if x.ndim != 5 or x.shape[2:] != (self.config.channels, side, side):
+            raise ValueError(f"x must be [b, n, {self.config.channels}, {side}, {side}], got {list(x.shape)}")
+        return self.proj_in(x.flatten(3).transpose(2, 3))
+
+
+class GameRFTCore(ConditionedCore):
+    """The network itself."""
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        mouse: Tensor | None = None,
+        btn: Tensor | None = None,
+        doc_id: Tensor | None = None,
+        has_controls: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> Tensor:
+        """Velocity of every frame.
+
+        Args:
+            x: [b, n, c, h, w] noisy latents.
+            t: [b, n] noise level of each frame, 0 (data) to 1 (noise).
+            mouse, btn, has_controls: see `condition`.
+            doc_id: [b, n] integers; frames see their own document only. Without a cache only.
+            kv_cache: frames before these.
+
+        Returns:
+            v [b, n, c, h, w].
+        """
+        cond = self.condition(t, mouse, btn, has_controls)
+        tokens = self.transformer(self.video_tokens(x), cond, doc_id, kv_cache)
+        return self.proj_out(tokens, cond).transpose(2, 3).unflatten(3, x.shape[3:])
+
+
+class GameRFT(nn.Module):
+    """The training wrapper: a loss around the core."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.core = GameRFTCore(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        mouse: Tensor | None = None,
+        btn: Tensor | None = None,
+        doc_id: Tensor | None = None,
+        return_dict: bool = False,
+        cfg_prob: float | None = None,
+        has_controls: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Mean squared error of the predicted velocity.
+
+        Args:
+            x: [b, n, c, h, w] clean latents, scaled for the model.
+            mouse, btn: [b, n, 2] and [b, n, n_buttons], or both None.
+            doc_id: [b, n] integers.
+            return_dict: return what the loss was made of.
+            cfg_prob: share of items that see no controls; None is the configuration's.
+            has_controls: [b] bool, items that have controls at all; None is all.
+
+        Returns:
+            The scalar loss; or a dict with `diffusion_loss` and `video_loss` (the same), `lerpd_video`, `pred_video`,
+            `z_video` [b, n, c, h, w], `ts` [b, n] fp32 and `cfg_mask` [b] bool.
+        """
+        mask = controls_mask(x, mouse, has_controls, self.config.cfg_prob if cfg_prob is None else cfg_prob)
+        ts = frame_times(x)
+        lerpd, z = noised(x, ts)
+        pred = self.core(lerpd, ts, mouse, btn, doc_id, mask)
+        loss = F.mse_loss(pred.float(), (z - x).float())
+        if not return_dict:
+            return loss
+        return {
+            "diffusion_loss": loss,
+            "video_loss": loss,
+            "lerpd_video": lerpd,
+            "pred_video": pred,
+            "z_video": z,
+            "ts": ts,
+            "cfg_mask": mask,
+        }
+
+
+def controls_mask(x: Tensor, mouse: Tensor | None, has_controls: Tensor | None, cfg_prob: float) -> Tensor:
+    """[b] bool: which items show their controls in this step of training."""
+    if has_controls is None:
+        has_controls = torch.full((x.shape[0],), mouse is not None, dtype=torch.bool, device=x.device)
+    return drop_controls(has_controls, cfg_prob)

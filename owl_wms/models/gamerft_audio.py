@@ -1,0 +1,130 @@
+"""GameRFTAudio: the world model that makes a picture and its sound together.
+
+Each frame carries one more token for its audio latent, last in the frame; everything else is GameRFT's. Upstream's own
+class cannot be imported, so there is no reference output; the names of the two audio projections follow the video's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from owl_wms.models.flow import frame_times, noised
+from owl_wms.models.gamerft import ConditionedCore, controls_mask
+from owl_wms.nn.kv_cache import KVCache
+from owl_wms.nn.modulation import FinalProjection
+
+
+class GameRFTAudioCore(ConditionedCore):
+    """The network itself; keys as GameRFTCore's, and `audio_proj_in`, `audio_proj_out`."""
+
+    extra_tokens = 1
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(_WithAudio(config))
+        self.config = config
+        self.audio_proj_in = nn.Linear(config.audio_channels, config.d_model, bias=False)
+        self.audio_proj_out = FinalProjection(config.d_model, config.audio_channels)
+
+    def forward(
+        self,
+        x: Tensor,
+        audio: Tensor,
+        t: Tensor,
+        mouse: Tensor | None = None,
+        btn: Tensor | None = None,
+        has_controls: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Velocities of every frame's picture and sound.
+
+        Args:
+            x: [b, n, c, h, w] noisy latents.
+            audio: [b, n, c_a] noisy audio latents, one a frame.
+            t: [b, n] noise level of both, 0 (data) to 1 (noise).
+            mouse, btn, has_controls: see `ConditionedCore.condition`.
+            kv_cache: frames before these.
+
+        Returns:
+            (v of the video [b, n, c, h, w], v of the audio [b, n, c_a]).
+        """
+        if tuple(audio.shape) != (*x.shape[:2], self.config.audio_channels):
+            raise ValueError(
+                f"audio must be [b, n, {self.config.audio_channels}] beside x {list(x.shape)}, got {list(audio.shape)}"
+            )
+        cond = self.condition(t, mouse, btn, has_controls)
+        tokens = torch.cat([self.video_tokens(x), self.audio_proj_in(audio).unsqueeze(2)], dim=2)
+        tokens = self.transformer(tokens, cond, None, kv_cache)
+        video = self.proj_out(tokens[:, :, :-1], cond).transpose(2, 3).unflatten(3, x.shape[3:])
+        return video, self.audio_proj_out(tokens[:, :, -1:], cond).squeeze(2)
+
+
+class _WithAudio:
+    """A configuration in which `has_audio`, absent from upstream's audio files, is true."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":
+            raise AttributeError(name)
+        value = getattr(self._config, name, None) if name == "has_audio" else getattr(self._config, name)
+        return True if name == "has_audio" and value is None else value
+
+
+class GameRFTAudio(nn.Module):
+    """The training wrapper: a loss around the core."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.core = GameRFTAudioCore(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        audio: Tensor,
+        mouse: Tensor | None = None,
+        btn: Tensor | None = None,
+        return_dict: bool = False,
+        cfg_prob: float | None = None,
+        has_controls: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor] | dict[str, Tensor]:
+        """Mean squared errors of the predicted velocities; picture and sound share their noise levels.
+
+        Args:
+            x: [b, n, c, h, w] clean latents.
+            audio: [b, n, c_a] clean audio latents.
+            mouse, btn, return_dict, cfg_prob, has_controls: as `GameRFT.forward`.
+
+        Returns:
+            (total, video, audio) losses, total being their sum; or a dict with `diffusion_loss` (total), `video_loss`,
+            `audio_loss`, `lerpd_video`, `lerpd_audio`, `pred_video`, `pred_audio`, `z_video`, `z_audio`, `ts`,
+            `cfg_mask`.
+        """
+        mask = controls_mask(x, mouse, has_controls, self.config.cfg_prob if cfg_prob is None else cfg_prob)
+        ts = frame_times(x)
+        lerpd_video, z_video = noised(x, ts)
+        lerpd_audio, z_audio = noised(audio, ts)
+        pred_video, pred_audio = self.core(lerpd_video, lerpd_audio, ts, mouse, btn, mask)
+        video_loss = F.mse_loss(pred_video.float(), (z_video - x).float())
+        audio_loss = F.mse_loss(pred_audio.float(), (z_audio - audio).float())
+        total = video_loss + audio_loss
+        if not return_dict:
+            return total, video_loss, audio_loss
+        return {
+            "diffusion_loss": total,
+            "video_loss": video_loss,
+            "audio_loss": audio_loss,
+            "lerpd_video": lerpd_video,
+            "lerpd_audio": lerpd_audio,
+            "pred_video": pred_video,
+            "pred_audio": pred_audio,
+            "z_video": z_video,
+            "z_audio": z_audio,
+            "ts": ts,
+            "cfg_mask": mask,
+        }

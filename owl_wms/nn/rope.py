@@ -1,0 +1,171 @@
+"""Rotary positions: one table of angles for the whole transformer, in fp32 whatever the weights are cast to.
+
+Two layouts, both linear in the frame index, so attention sees only differences between frames and a cache may move all
+its frames to other positions by one rotation (`shift`):
+
+- `motion`: time runs along x and y too, so that a frame's patch is displaced as time passes; inverse frequencies
+  base^(-2j/D); the spatial ones alternate x, y and come first, the temporal ones follow.
+- `ortho`: frame, row and column each own a quarter of the angles, at frequencies pi * linspace(1, 128); the last
+  quarter is zero.
+
+Usage:
+    table = RotaryTable(config)
+    q = table.rotate(q, first_frame=3)        # [b, heads, n * t, e]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.errors import ConfigError
+from owl_wms.nn.setting import setting
+
+
+def _ortho(config: Any, half: int) -> tuple[Tensor, Tensor]:
+    """Angles [n_frames, t, half] and the angle that one frame adds, [half], both fp64."""
+    if half % 4:
+        raise ConfigError(
+            f"rope_impl 'ortho' needs a head width divisible by 8, got d_model / n_heads = {2 * half}",
+            key="model.n_heads",
+        )
+    quarter, side, frames = half // 4, config.sample_size, config.n_frames
+    frequencies = torch.linspace(1, 128, quarter, dtype=torch.float64) * math.pi
+    # One point more than there are rows: the extra corner is where the audio token of a frame sits.
+    places = torch.linspace(-1, 1, side + 1, dtype=torch.float64)
+    rows, columns = places[:side].repeat_interleave(side), places[:side].repeat(side)
+    if setting(config, "has_audio", False):
+        rows, columns = torch.cat([rows, places[-1:]]), torch.cat([columns, places[-1:]])
+    times = torch.linspace(-1, 1, frames, dtype=torch.float64)
+    tokens = len(rows)
+    axes = [
+        times[:, None].expand(frames, tokens),
+        rows.expand(frames, tokens),
+        columns.expand(frames, tokens),
+    ]
+    angles = torch.cat([axis[..., None] * frequencies for axis in axes], dim=-1)
+    step = 2.0 / (frames - 1) if frames > 1 else 0.0
+    zeros = torch.zeros(half - 3 * quarter, dtype=torch.float64)
+    shift = torch.cat([frequencies * step, torch.zeros(2 * quarter, dtype=torch.float64), zeros])
+    return torch.cat([angles, zeros.expand(frames, tokens, -1)], dim=-1), shift
+
+
+def _motion(config: Any, half: int) -> tuple[Tensor, Tensor]:
+    """Angles [n_frames, t, half] and the angle that one frame adds, [half], both fp64."""
+    head = 2 * half
+    dim_t = setting(config, "rope_dim_t", head * 2 // 8)
+    dim_x = setting(config, "rope_dim_x", head * 3 // 8)
+    dim_y = setting(config, "rope_dim_y", head * 3 // 8)
+    if dim_x != dim_y or dim_t % 2 or dim_x % 2 or dim_t + dim_x + dim_y != head:
+        raise ConfigError(
+            f"rope_dim_x = rope_dim_y and rope_dim_t must be even and add up to the head width {head}, "
+            f"got x {dim_x}, y {dim_y}, t {dim_t}",
+            key="model.rope_dim_t",
+        )
+    delta, base = setting(config, "rope_ats_delta", 2.0), setting(config, "rope_base", 10000.0)
+    side = config.sample_size
+    frequencies = torch.tensor([base ** (-2 * j / head) for j in range(half)], dtype=torch.float64)
+    spatial = (dim_x + dim_y) // 2
+    centred = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
+    x_offset, y_offset = centred.repeat(side), centred.repeat_interleave(side)
+    if setting(config, "has_audio", False):
+        below = torch.tensor([(side - 1) / 2 + 1], dtype=torch.float64)
+        x_offset, y_offset = torch.cat([x_offset, torch.zeros_like(below)]), torch.cat([y_offset, below])
+    time = torch.arange(config.n_frames, dtype=torch.float64)[:, None] * delta
+    x, y = time + x_offset, time + y_offset
+    alternating = torch.stack([x, y], dim=-1).repeat(1, 1, (spatial + 1) // 2)[..., :spatial]
+    angles = torch.cat(
+        [
+            alternating * frequencies[:spatial],
+            time[..., None].expand(-1, x.shape[1], half - spatial) * frequencies[spatial:],
+        ],
+        dim=-1,
+    )
+    return angles, frequencies * delta
+
+
+LAYOUTS: dict[str, Callable[[Any, int], tuple[Tensor, Tensor]]] = {"ortho": _ortho, "motion": _motion}
+
+
+class RotaryTable(nn.Module):
+    """Cosines and sines for every frame and token, shared by all layers.
+
+    Args:
+        config: sample_size, n_frames, has_audio, n_heads, d_model; optional rope_impl and its settings.
+
+    Raises:
+        ConfigError: unknown rope_impl, or a head width that the layout cannot divide.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    step: Tensor
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        name = setting(config, "rope_impl", "ortho")
+        if name not in LAYOUTS:
+            raise ConfigError(
+                f"unknown rope_impl {name!r}; valid are {', '.join(sorted(LAYOUTS))}", key="model.rope_impl"
+            )
+        self._layout, self._config = name, config
+        self.n_frames: int = config.n_frames
+        self._fill(torch.get_default_device())
+
+    def _fill(self, device: torch.device) -> None:
+        with torch.device("cpu"):
+            angles, step = LAYOUTS[self._layout](self._config, self._config.d_model // self._config.n_heads // 2)
+        # fp64 until here: at frame 1500 an fp32 angle is already 2e-4 off.
+        self.register_buffer("cos", angles.cos().float().to(device), persistent=False)
+        self.register_buffer("sin", angles.sin().float().to(device), persistent=False)
+        self.register_buffer("step", step.to(device), persistent=False)
+        self.tokens_per_frame = angles.shape[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
+        """Follow moves between devices and ignore casts; coming from the meta device, compute the table anew."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        target = self.cos.device
+        for name, tensor in kept.items():
+            self._buffers[name] = tensor.to(target) if tensor is not None and not tensor.is_meta else tensor
+        if self.cos.is_meta and target.type != "meta":
+            self._fill(target)
+        return self
+
+    def rotate(self, x: Tensor, first_frame: int) -> Tensor:
+        """Rotate queries or keys by their positions, in fp32.
+
+        Neighbouring elements are a pair; all firsts come out before all seconds, which changes no product of a query
+        with a key.
+
+        Args:
+            x: [b, heads, n * t, e], whole frames.
+            first_frame: position of the first of the n frames, 0 to n_frames - n.
+
+        Returns:
+            [b, heads, n * t, e] in the dtype of x.
+        """
+        frames = x.shape[2] // self.tokens_per_frame
+        cos = self.cos[first_frame : first_frame + frames].flatten(0, 1)
+        sin = self.sin[first_frame : first_frame + frames].flatten(0, 1)
+        first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+    def shift(self, keys: Tensor, frames: int) -> Tensor:
+        """Move rotated keys by whole frames, earlier if negative.
+
+        Args:
+            keys: [..., e] as `rotate` returned them.
+            frames: how far.
+
+        Returns:
+            The keys as `rotate` would give them that many frames later, to one rounding of their dtype.
+        """
+        angle = self.step * frames
+        cos, sin = angle.cos().float(), angle.sin().float()
+        first, second = keys.float().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(keys.dtype)

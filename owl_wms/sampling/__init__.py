@@ -1,0 +1,64 @@
+"""Samplers: context latents and controls in, generated latents out, by the ids that configurations use.
+
+| id | sees | history | guidance | audio |
+|---|---|---|---|---|
+| `av_window` | a window, run whole at every step | noised anew for every frame | yes | optional |
+| `av_causal` | the same window, cached between the steps of a frame | noised anew for every frame | yes | optional |
+| `av_causal_no_cfg` | as av_causal | as av_causal | no | optional |
+| `av_caching` | everything, or `max_window` frames, cached for good | noised once | yes | no |
+
+Usage:
+    sampler = get_sampler_cls("av_caching")(n_steps=16, num_frames=60)
+    result = sampler(model.core, context, mouse, buttons)      # SampleResult
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from owl_wms.errors import ConfigError
+from owl_wms.sampling.caching import AVCachingSampler
+from owl_wms.sampling.causal import CausalAVWindowSampler, CausalAVWindowSamplerNoCFG
+from owl_wms.sampling.controls import batch_permute, batch_permute_to_length
+from owl_wms.sampling.guidance import Guidance
+from owl_wms.sampling.result import SampleResult
+from owl_wms.sampling.schedule import custom_deltas, get_sd3_euler, zlerp
+from owl_wms.sampling.window import AVWindowSampler
+
+SAMPLERS: dict[str, type[AVWindowSampler] | type[AVCachingSampler]] = {
+    "av_window": AVWindowSampler,
+    "av_causal": CausalAVWindowSampler,
+    "av_causal_no_cfg": CausalAVWindowSamplerNoCFG,
+    "av_caching": AVCachingSampler,
+}
+
+__all__ = [
+    "SAMPLERS",
+    "AVCachingSampler",
+    "AVWindowSampler",
+    "CausalAVWindowSampler",
+    "CausalAVWindowSamplerNoCFG",
+    "Guidance",
+    "SampleResult",
+    "batch_permute",
+    "batch_permute_to_length",
+    "custom_deltas",
+    "get_sampler_cls",
+    "get_sd3_euler",
+    "zlerp",
+]
+
+
+def get_sampler_cls(sampler_id: str) -> type[AVWindowSampler] | type[AVCachingSampler]:
+    """The class that a `sampler_id` names.
+
+    Raises:
+        ConfigError: no such id; the message lists the ids.
+    """
+    if sampler_id in SAMPLERS:
+        return SAMPLERS[sampler_id]
+    close = difflib.get_close_matches(str(sampler_id), SAMPLERS, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ConfigError(
+        f"unknown sampler_id {sampler_id!r}; {hint}valid are {', '.join(sorted(SAMPLERS))}", key="train.sampler_id"
+    )

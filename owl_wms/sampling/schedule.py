@@ -1,0 +1,55 @@
+"""The step sizes that take a frame from noise (t = 1) to data (t = 0)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from owl_wms.errors import ConfigError
+
+_SHIFT = 3.0
+
+
+def get_sd3_euler(n_steps: int) -> Tensor:
+    """Step sizes of the flow-matching Euler schedule with shift 3, as Stable Diffusion 3 uses it.
+
+    Noise levels are s(u) = 3u / (1 + 2u) at u = 1, (n-1)/n, ..., 1/n, then 0 (Esser et al. 2024, section 5.3.2).
+
+    Args:
+        n_steps: at least 1.
+
+    Returns:
+        [n_steps] fp32 on the CPU, positive, adding up to 1; for 4 steps 0.1, 0.15, 0.25, 0.5.
+    """
+    if n_steps < 1:
+        raise ConfigError(f"n_steps must be at least 1, got {n_steps}", key="n_steps")
+    u = torch.arange(n_steps, -1, -1, dtype=torch.float64) / n_steps
+    levels = _SHIFT * u / (1 + (_SHIFT - 1) * u)
+    return (levels[:-1] - levels[1:]).float()
+
+
+def custom_deltas(schedule: Sequence[float]) -> Tensor:
+    """Step sizes between given noise levels, ending at 0 whether or not the list says so.
+
+    Args:
+        schedule: falling from 1.0, for example [1.0, 0.5].
+
+    Returns:
+        [steps] fp32 on the CPU; for the example 0.5, 0.5. The list is left as it is.
+    """
+    levels = [float(level) for level in schedule]
+    if levels and levels[-1] != 0.0:
+        levels.append(0.0)
+    if len(levels) < 2 or levels[0] != 1.0 or any(a <= b for a, b in pairwise(levels)):
+        raise ConfigError(f"custom_schedule must fall strictly from 1.0, got {list(schedule)}", key="custom_schedule")
+    exact = torch.tensor(levels, dtype=torch.float64)
+    return (exact[:-1] - exact[1:]).float()
+
+
+def zlerp(x: Tensor, amount: float, generator: torch.Generator | None = None) -> Tensor:
+    """x (1 - amount) + amount * noise, noise standard normal; amount 0 to 1."""
+    noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+    return x * (1 - amount) + noise * amount
