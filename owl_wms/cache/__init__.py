@@ -1,7 +1,7 @@
-"""Compiled programs on disk: hashed, sealed, verified before use, shared by processes, never the reason that a decode fails.
+"""Compiled programs on disk: sealed, verified before use, shared by processes, never the reason that a decode fails.
 
-Why own code: of the caches that were looked at, none has all of a complete key, durable atomic writes, a checksum verified before use,
-quarantine, single flight and a trusted directory (docs/cache.md). Imports no torch.
+Why own code: of the caches that were looked at, none has all of a complete key, durable atomic writes, a checksum
+verified before use, quarantine, single flight and a trusted directory (docs/cache.md). Imports no torch.
 
 Usage:
     store = CacheStore("trt_cache")

@@ -1,7 +1,8 @@
 """One cached program in the hand: read once, checked, and the checked bytes are the ones handed out.
 
-Why: between checking a file and using it, somebody can swap it. So the payload is read a single time, its size and SHA-256 are compared with
-a manifest that proved itself first, and `read` returns those same bytes. Nothing is deserialized here.
+Why: between checking a file and using it, somebody can swap it. So the payload is read a single time, its size and
+SHA-256 are compared with a manifest that proved itself first, and `read` returns those same bytes. Nothing is
+deserialized here.
 
 Usage:
     entry = load("dcae_0123456789abcdef", cache_fd, expected)
@@ -27,7 +28,8 @@ from owl_wms.cache.key import canonical
 from owl_wms.cache.manifest import FILE_NAME, MAX_BYTES, PROGRAM, Manifest, parse, signature_problem
 from owl_wms.errors import CacheCorruptError, CacheError
 
-# What opening answers when a name holds the wrong kind of thing: a link, a file for a directory, a pipe. Damage, not a full disk.
+# What opening answers when a name holds the wrong kind of thing: a link, a file for a directory, a pipe. Damage, not a
+# full disk.
 _WRONG_KIND = (errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO, errno.EISDIR)
 
 
@@ -37,8 +39,8 @@ class Miss:
 
     Attributes:
         reason: one sentence.
-        kind: `absent`, `corrupt` (quarantined), `unreadable` (the file system said no), `gone` (evicted meanwhile) or `refused`
-            (the directory).
+        kind: `absent`, `corrupt` (quarantined), `unreadable` (the file system said no), `gone` (evicted meanwhile) or
+            `refused` (the directory).
     """
 
     reason: str
@@ -107,7 +109,10 @@ class Entry:
                 fs.close(held)
 
     def close(self) -> None:
-        """Let go of the bytes and of the lock that keeps the entry from eviction; harmless twice. Garbage collection does the same."""
+        """Let go of the bytes and of the lock that keeps the entry from eviction.
+
+        Harmless twice. Garbage collection does the same.
+        """
         self._data = None
         if self._finalizer is not None:
             self._finalizer()
@@ -153,7 +158,7 @@ def load(name: str, cache_path: Path, cache_fd: int, expected: Expected) -> Entr
 
 
 def inspect(name: str, cache_path: Path, cache_fd: int, hmac_key: bytes | None, *, payload: bool) -> Manifest:
-    """Check an entry without holding its payload: the manifest, the size, and with `payload` the hash and the directory's contents.
+    """Check an entry without holding its payload: manifest and size; with `payload` also the hash and stray files.
 
     Raises:
         As `load`.
@@ -232,7 +237,10 @@ def _open_member(file: str, name: str, cache_path: Path, cache_fd: int, entry_fd
 
 
 def _is_still_there(name: str, cache_fd: int, entry_fd: int) -> bool:
-    """Whether the name still leads to the directory that was opened: an evicted entry lost its files lawfully, a standing one did not."""
+    """Whether the name still leads to the directory that was opened.
+
+    An evicted entry lost its files lawfully, a standing one did not.
+    """
     try:
         found = fs.lstat(name, cache_fd)
     except FileNotFoundError:

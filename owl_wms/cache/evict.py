@@ -1,9 +1,9 @@
 """Keep the cache under its size: least recently used first, never an entry in use, whatever the clocks say.
 
-Why markers with an ordinal: "last used" is kept as the modification time of an empty file `.use/<entry>`, outside the entry, so that a hit
-changes nothing that is hashed. Each use sets it to one more than the largest marker there, or to now if that is later; so the order is right
-even when a clock was ten years ahead for a while. Users of an entry hold a shared lock on its manifest; only one whose lock can be had
-exclusively goes.
+Why markers with an ordinal: "last used" is kept as the modification time of an empty file `.use/<entry>`, outside the
+entry, so that a hit changes nothing that is hashed. Each use sets it to one more than the largest marker there, or to
+now if that is later; so the order is right even when a clock was ten years ahead for a while. Users of an entry hold a
+shared lock on its manifest; only one whose lock can be had exclusively goes.
 
 Usage:
     evict.mark_used("dcae_0123456789abcdef", cache_fd, mode=0o700)
@@ -64,7 +64,10 @@ def _set_mark(entry: str, folder_fd: int, ordinal: int) -> None:
 
 
 def last_used(cache_fd: int) -> dict[str, int]:
-    """Entry -> ordinal of its last use (nanoseconds when the clocks were right); entries without a marker are absent."""
+    """Entry -> ordinal of its last use (nanoseconds when the clocks were right).
+
+    Entries without a marker are absent.
+    """
     try:
         folder_fd = fs.open_directory(FOLDER, cache_fd)
     except OSError:
@@ -108,7 +111,10 @@ def shrink(cache_fd: int, max_bytes: int, mode: int, keep: Collection[str] = ())
 
 
 def _remove_unused(name: str, mark: int | None, cache_fd: int, mode: int) -> bool:
-    """Take one entry out by a single rename, then delete it; False when it is in use, was just used, or cannot be moved."""
+    """Take one entry out by a single rename, then delete it.
+
+    False when it is in use, was just used, or cannot be moved.
+    """
     entry_fd = manifest_fd = -1
     try:
         try:

@@ -1,8 +1,9 @@
 """Every system call that the cache makes, behind one gate.
 
-Why: a promise such as "whatever fails, the caller still gets its program" can only be checked if each call can be made to fail in turn.
-Every function below goes through `_call`; the fault suite replaces that one function to count, record or break the i-th call. The calls
-take directory descriptors and refuse to follow links, so that what was checked is what is used.
+Why: a promise such as "whatever fails, the caller still gets its program" can only be checked if each call can be made
+to fail in turn. Every function below goes through `_call`; the fault suite replaces that one function to count, record
+or break the i-th call. The calls take directory descriptors and refuse to follow links, so that what was checked is
+what is used.
 
 POSIX only (Linux is what is tested): `dir_fd`, `flock` and directory fsync have no Windows counterpart.
 
@@ -37,6 +38,7 @@ STORAGE_ERRNOS = frozenset(
 """What a disk, a quota or a mount says when it cannot take more; none of them is the caller's fault."""
 
 _CHUNK = 1 << 22
+_NEARLY_FULL_BYTES = 1 << 20
 
 
 def _call(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +52,10 @@ def open_directory(path: str, dir_fd: int | None = None) -> int:
 
 
 def open_file(path: str, dir_fd: int | None = None) -> int:
-    """Read-only descriptor of a regular file; OSError for links, and for pipes and devices (EINVAL), which could block for ever."""
+    """Read-only descriptor of a regular file.
+
+    OSError for links, and for pipes and devices (EINVAL), which could block for ever.
+    """
     descriptor = _call("open", os.open, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     try:
         if not stat.S_ISREG(fstat(descriptor).st_mode):
@@ -62,7 +67,10 @@ def open_file(path: str, dir_fd: int | None = None) -> int:
 
 
 def close(descriptor: int) -> None:
-    """Close; an error is swallowed, because data that matters was fsynced before and reading needs no close to succeed."""
+    """Close.
+
+    An error is swallowed, because data that matters was fsynced before and reading needs no close to succeed.
+    """
     with contextlib.suppress(OSError):
         _call("close", os.close, descriptor)
 
@@ -112,8 +120,8 @@ def flock(descriptor: int, operation: int) -> bool:
     """Try to take an advisory lock without waiting.
 
     Returns:
-        False only when somebody else holds it. True otherwise, also where the file system has no locks at all: nothing's correctness
-        may rest on a lock, so its absence is not an error.
+        False only when somebody else holds it. True otherwise, also where the file system has no locks at all:
+        nothing's correctness may rest on a lock, so its absence is not an error.
     """
     try:
         _call("flock", fcntl.flock, descriptor, operation | fcntl.LOCK_NB)
@@ -172,7 +180,10 @@ def read_file(dir_fd: int, name: str, limit: int) -> bytes:
 
 
 def remove_tree(name: str, dir_fd: int) -> None:
-    """Remove a file, link or directory tree below an open directory; links are removed, never followed. A missing name is fine."""
+    """Remove a file, link or directory tree below an open directory.
+
+    Links are removed, never followed. A missing name is fine.
+    """
     try:
         found = lstat(name, dir_fd)
     except FileNotFoundError:
@@ -210,3 +221,20 @@ def free_bytes(path: str) -> int:
     """Bytes an ordinary user may still write on the file system of `path`."""
     found = _call("statvfs", os.statvfs, path)
     return found.f_bavail * found.f_frsize
+
+
+def is_storage_trouble(error: BaseException, path: str) -> bool:
+    """Whether a failed build is to be put down to the file system of `path`.
+
+    The build may word "disk full" in its own way, or die in a child process; so besides the errors it was raised from,
+    the disk is asked.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    try:
+        return free_bytes(path) < _NEARLY_FULL_BYTES
+    except OSError:
+        return True

@@ -1,14 +1,16 @@
 """Which directory may be trusted with compiled programs.
 
-Why: whoever can write an entry can write its hash too, and a compiled program is code. So the boundary is the directory: it must be a real
-one, ours, and closed to others. A directory that fails this is refused with the reason, and the caller builds without a cache.
+Why: whoever can write an entry can write its hash too, and a compiled program is code. So the boundary is the
+directory: it must be a real one, ours, and closed to others. A directory that fails this is refused with the reason,
+and the caller builds without a cache.
 
 Rules, in the order checked (docs/cache.md has them with reasons):
     the path is not a link, and is a directory; it is made with mode 0700 when missing;
     its owner is this process's effective user, or root;
     nobody else may write it: no world write, and no group write unless the group is the owner's private one;
     no ancestor lets everybody replace it: world-writable only with the sticky bit (`/tmp`).
-With an HMAC key the directory may be shared: another owner and group write are accepted, because entries prove themselves.
+With an HMAC key the directory may be shared: another owner and group write are accepted, because entries prove
+themselves.
 
 Usage:
     descriptor = guard.open_trusted(Path("/home/me/.cache/owl_wms"))
@@ -104,9 +106,11 @@ def _distrust(path: Path, found: os.stat_result, shared: bool) -> str | None:
         return None
     if found.st_uid not in (os.geteuid(), 0):
         squash = " (an NFS mount that maps root to nobody looks like this)" if os.geteuid() == 0 else ""
-        return f"belongs to uid {found.st_uid}, not to uid {os.geteuid()} or root{squash}; choose another, or sign entries with TENSORRT_CACHE_KEY"
+        remedy = "choose another, or sign entries with TENSORRT_CACHE_KEY"
+        return f"belongs to uid {found.st_uid}, not to uid {os.geteuid()} or root{squash}; {remedy}"
     if mode & stat.S_IWGRP and not _is_private_group(found.st_uid, found.st_gid):
-        return f"can be written by group {found.st_gid} (mode {mode:04o}); chmod g-w it, or sign entries with TENSORRT_CACHE_KEY"
+        remedy = "chmod g-w it, or sign entries with TENSORRT_CACHE_KEY"
+        return f"can be written by group {found.st_gid} (mode {mode:04o}); {remedy}"
     return None
 
 

@@ -1,8 +1,9 @@
 """From everything a program depends on to one name: a pure function.
 
-Why: a cache that forgets one dependency returns the wrong program, silently. The caller puts all of them in a JSON mapping ("material");
-equal material gives an equal key whatever the dict order or PYTHONHASHSEED, and any difference gives another key. Values with no canonical
-text (sets, NaN, bytes, arbitrary objects) are rejected rather than guessed at.
+Why: a cache that forgets one dependency returns the wrong program, silently. The caller puts all of them in a JSON
+mapping ("material"); equal material gives an equal key whatever the dict order or PYTHONHASHSEED, and any difference
+gives another key. Values with no canonical text (sets, NaN, bytes, arbitrary objects) are rejected rather than guessed
+at.
 
 Usage:
     key = cache_key({"gpu": "NVIDIA H200", "weights_sha256": "ab..."})     # 64 hex digits
@@ -23,7 +24,10 @@ from owl_wms.errors import ConfigError
 JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
 
 SCHEMA = 1
-"""Version of the entry format. It is part of every key, so that two versions of this code never look for the same name."""
+"""Version of the entry format.
+
+It is part of every key, so that two versions of this code never look for the same name.
+"""
 
 MAX_DEPTH = 32
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
@@ -34,13 +38,17 @@ def cache_key(material: Mapping[str, Any]) -> str:
     """SHA-256 over the schema and the canonical JSON of `material`, as 64 hex digits.
 
     Raises:
-        ConfigError: a value that JSON cannot express exactly; the error names the place, for example `material.settings[2]`.
+        ConfigError: a value that JSON cannot express exactly; the error names the place, for example
+            `material.settings[2]`.
     """
     return hashlib.sha256(canonical({"material": normalise(material), "schema": SCHEMA})).hexdigest()
 
 
 def canonical(value: JSON) -> bytes:
-    """The one text of a JSON value: sorted keys, no spaces, ASCII. `value` must already be plain JSON (see `normalise`)."""
+    """The one text of a JSON value: sorted keys, no spaces, ASCII.
+
+    `value` must already be plain JSON (see `normalise`).
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
 
 
@@ -48,7 +56,8 @@ def normalise(material: Any, place: str = "material", depth: int = 0) -> Any:
     """`material` as plain dict, list, str, int, float, bool and None; tuples become lists.
 
     Raises:
-        ConfigError: sets, bytes, non-finite floats, keys that are not strings, other objects, or nesting deeper than 32.
+        ConfigError: sets, bytes, non-finite floats, keys that are not strings, other objects, or nesting deeper than
+            32.
     """
     if depth > MAX_DEPTH:
         raise ConfigError(f"{place}: key material may be nested {MAX_DEPTH} deep; flatten it", key=place)
@@ -80,7 +89,7 @@ def _text_key(key: Any, place: str) -> str:
 
 
 def label(name: str) -> str:
-    """A model name as it stands in a file name: other characters become `-`, at most 64 of them, never starting with a dot."""
+    """A model name as it stands in a file name: other characters become `-`, at most 64, never starting with a dot."""
     return _NAME.sub("-", name)[:64].lstrip(".") or "model"
 
 

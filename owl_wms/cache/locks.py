@@ -1,8 +1,8 @@
 """Single flight: of many processes that want one key, one builds and the others wait for it.
 
-Why it is only that: on several network file systems `flock` says yes to everybody, and a stopped process holds its lock for ever. So a
-lock here saves work and guards nothing. When it cannot be had in time, the waiter goes on without it and says who holds it; unique
-temporary names and one rename keep the entries right either way.
+Why it is only that: on several network file systems `flock` says yes to everybody, and a stopped process holds its lock
+for ever. So a lock here saves work and guards nothing. When it cannot be had in time, the waiter goes on without it and
+says who holds it; unique temporary names and one rename keep the entries right either way.
 
 Usage:
     with single_flight(Path("/cache/.locks"), "dcae_0123456789abcdef", timeout=300) as outcome:
@@ -50,7 +50,8 @@ def single_flight(directory: Path, name: str, timeout: float, mode: int = 0o600)
         mode: permission bits of the lock file.
     """
     lock_path, note_path = directory / f"{name}.lock", directory / f"{name}.holder"
-    # thread_local=False: the object lives in this frame only, and the file descriptor, not the thread, is what holds the lock.
+    # thread_local=False: the object lives in this frame only, and the file descriptor, not the thread, is what holds
+    # the lock.
     lock = filelock.FileLock(str(lock_path), timeout=timeout, mode=mode, thread_local=False)
     try:
         fs._call("lock", lock.acquire, timeout=timeout, poll_interval=POLL_SECONDS)

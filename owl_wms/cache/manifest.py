@@ -1,8 +1,9 @@
 """`manifest.json`: what an entry is, what its bytes must be, and a seal over all of it.
 
-Why a byte-exact format: the file must be exactly the canonical JSON of what it says, and carries the SHA-256 of that. So one flipped bit
-anywhere in it is noticed, there is nothing to be lenient about, and the parser can give up early on hostile input. The seal is integrity;
-authenticity is the optional HMAC, whose secret is not kept in the cache directory.
+Why a byte-exact format: the file must be exactly the canonical JSON of what it says, and carries the SHA-256 of that.
+So one flipped bit anywhere in it is noticed, there is nothing to be lenient about, and the parser can give up early on
+hostile input. The seal is integrity; authenticity is the optional HMAC, whose secret is not kept in the cache
+directory.
 
 Usage:
     manifest = Manifest(name="dcae", key=key, material=material, size=n, sha256=digest, report={}, created_unix=0)
@@ -32,6 +33,10 @@ _HEX64 = re.compile(r"[0-9a-f]{64}\Z")
 _LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}\Z")
 _MAX_INT = 1 << 63
 _FIELDS = {"schema", "name", "key", "material", "program", "report", "created_unix", "hmac_sha256", "seal"}
+
+
+class ForeignSchemaError(CacheCorruptError):
+    """The manifest says it was written by another version of this format; it may be sound, but not for us."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +97,8 @@ def _sign(body: dict[str, Any], hmac_key: bytes) -> str:
 def parse(data: bytes, path: Path | str) -> Manifest:
     """Read a manifest strictly.
 
-    Work is bounded before it is done: 1 MiB of text, 50,000 values, 32 levels; so any bytes take under 100 ms and 64 MiB.
+    Work is bounded before it is done: 1 MiB of text, 50,000 values, 32 levels; so any bytes take under 100 ms and 64
+        MiB.
 
     Raises:
         CacheCorruptError: for any bytes that `Manifest.to_bytes` would not have written, and nothing else.
@@ -116,7 +122,7 @@ def parse(data: bytes, path: Path | str) -> Manifest:
         raise refuse(f"is not readable JSON: {type(error).__name__}: {str(error)[:200]}") from None
     schema = found.get("schema")
     if schema != SCHEMA or isinstance(schema, (bool, float)):
-        raise refuse(f"has schema {str(schema)[:40]}, this version reads {SCHEMA}")
+        raise ForeignSchemaError(f"manifest has schema {str(schema)[:40]}, this version reads {SCHEMA}", path=path)
     if set(found) != _FIELDS:
         raise refuse(f"has fields {sorted(set(found) ^ _FIELDS)[:5]} too many or too few")
     if not exact:
@@ -153,7 +159,10 @@ def _checked(found: dict[str, Any], refuse: Any) -> Manifest:
 
 
 def signature_problem(data: bytes, hmac_key: bytes) -> str | None:
-    """Why a manifest (already parsed successfully) may not be used under `hmac_key`; None when its signature is right."""
+    """Why a manifest (already parsed successfully) may not be used under `hmac_key`.
+
+    None when its signature is right.
+    """
     body = json.loads(data)
     del body["seal"]
     signature = body.pop("hmac_sha256")

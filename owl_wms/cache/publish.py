@@ -1,7 +1,7 @@
 """From files in a stage to an entry that others can see: verify, make durable, rename once.
 
-Why the order: after a power cut a file system may keep a rename and lose what was renamed. So every file is fsynced, read back and hashed,
-then its directory is fsynced, then the one rename makes it visible, then the parent is fsynced.
+Why the order: after a power cut a file system may keep a rename and lose what was renamed. So every file is fsynced,
+read back and hashed, then its directory is fsynced, then one rename makes it visible, then the parent is fsynced.
 
 Usage:
     data = take_program(stage.path)
@@ -14,12 +14,17 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from owl_wms.cache import evict, fs
+from owl_wms.cache.entry import Expected
+from owl_wms.cache.key import normalise
 from owl_wms.cache.manifest import FILE_NAME, MAX_BYTES, PROGRAM, Manifest, parse
 from owl_wms.cache.staging import ENTRY, Stage
-from owl_wms.errors import CacheCorruptError, CacheError
+from owl_wms.errors import CacheCorruptError, CacheError, ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +57,23 @@ def take_program(folder: Path) -> bytes:
         return fs.read_descriptor(descriptor, fs.fstat(descriptor).st_size)
     finally:
         fs.close(descriptor)
+
+
+def describe(expected: Expected, data: bytes, report: Mapping[str, Any] | None) -> Manifest:
+    """The manifest of freshly built bytes. A report that is not JSON is replaced by the reason: it only informs."""
+    try:
+        told = normalise(dict(report or {}), "report")
+    except ConfigError as error:
+        told = {"report_error": str(error)}
+    return Manifest(
+        name=expected.label,
+        key=expected.key,
+        material=expected.material,
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        report=told,
+        created_unix=max(0, int(time.time())),
+    )
 
 
 def publish(stage: Stage, name: str, manifest: Manifest, cache_fd: int, *, hmac_key: bytes | None, modes: Modes) -> int:

@@ -1,7 +1,7 @@
 """Bad entries are moved aside, not deleted and not used.
 
-Why: a damaged entry is evidence (of a disk, a crash, an attacker), and must be out of the way at once; one rename does both. The place is
-bounded in count and bytes, so evidence cannot fill the disk.
+Why: a damaged entry is evidence (of a disk, a crash, an attacker), and must be out of the way at once; one rename does
+both. The place is bounded in count and bytes, so evidence cannot fill the disk.
 
 Layout: `<cache>/quarantine/<entry>.<random>/entry` and beside it `reason.txt`.
 """

@@ -1,9 +1,10 @@
 """Where entries are made, and how what a dead writer left is told from what a live one is using.
 
-Why: an entry appears by one rename, so it is made beside its place, on the same file system, under a name nobody else has. A writer that
-is killed leaves that directory behind. It may be swept only when its writer is certainly gone: the writer holds a lock on the directory for
-as long as it lives, and where locks do not work the process number, start time and boot in the directory's name tell the same. Ages are
-never looked at, because clocks are wrong. What another machine left is not judged from here, only by that machine.
+Why: an entry appears by one rename, so it is made beside its place, on the same file system, under a name nobody else
+has. A writer that is killed leaves that directory behind. It may be swept only when its writer is certainly gone: the
+writer holds a lock on the directory for as long as it lives, and where locks do not work the process number, start time
+and boot in the directory's name tell the same. Ages are never looked at, because clocks are wrong. What another machine
+left is not judged from here, only by that machine.
 
 Layout: `<cache>/.tmp/<host>-<boot>-<pid namespace>-<pid>-<start>-<random>/entry/`; `entry` is what will be renamed.
 
@@ -193,7 +194,10 @@ def _namespace() -> str:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Field 22 of `/proc/<pid>/stat` (proc(5)); the command in field 2 may hold spaces and brackets, so count from its last bracket."""
+    """Field 22 of `/proc/<pid>/stat` (proc(5)).
+
+    The command in field 2 may hold spaces and brackets, so count from its last bracket.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
         return int(text.rsplit(")", 1)[1].split()[19])

@@ -1,11 +1,13 @@
 """The cache as its callers see it: give a key and a way to build, get a program whose bytes are right.
 
-Why it never fails its caller: a cache is an economy. If the directory is refused, full, read-only or broken, the build still runs and its
-bytes are returned; the store says so once and counts it. What is raised is what the build itself raised.
+Why it never fails its caller: a cache is an economy. If the directory is refused, full, read-only or broken, the build
+still runs and its bytes are returned; the store says so once and counts it. What is raised is what the build itself
+raised.
 
 Usage:
     store = CacheStore(Path("trt_cache"), max_bytes=20 * 2**30)
-    entry = store.get_or_build("dcae", material, build)      # build(folder) writes folder/"program.pt2", returns a JSON report
+    # build(folder) writes folder/"program.pt2", returns a JSON report
+    entry = store.get_or_build("dcae", material, build)
     program = load_program(entry.read("program.pt2"), device)
 """
 
@@ -13,13 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import logging
 import shutil
 import tempfile
-import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,9 @@ from typing import Any
 from owl_wms.cache import evict, fs, guard, locks, quarantine, staging, survey
 from owl_wms.cache.entry import Entry, EntryGoneError, Expected, Miss, load
 from owl_wms.cache.key import cache_key, entry_name, is_entry_name, label, normalise
-from owl_wms.cache.manifest import PROGRAM, Manifest
-from owl_wms.cache.publish import PRIVATE, SHARED, publish, take_program
+from owl_wms.cache.manifest import Manifest
+from owl_wms.cache.publish import PRIVATE, SHARED, describe, publish, take_program
+from owl_wms.cache.tally import Tally
 from owl_wms.errors import CacheCorruptError, CacheError, CacheRefusedError
 
 DEFAULT_MAX_BYTES = 20 * 1024**3
@@ -37,7 +36,6 @@ Build = Callable[[Path], Mapping[str, Any]]
 
 _log = logging.getLogger(__name__)
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
-_NEARLY_FULL_BYTES = 1 << 20
 
 
 class CacheStore:
@@ -63,9 +61,7 @@ class CacheStore:
         self._hmac_key = hmac_key or None
         self._modes = PRIVATE if self._hmac_key is None else SHARED
         self._lock_timeout = lock_timeout
-        self._counts: Counter[str] = Counter()
-        self._warned: set[str] = set()
-        self._guard = threading.Lock()
+        self._tally = Tally(_log)
 
     # ---- the two questions a program asks
 
@@ -81,7 +77,7 @@ class CacheStore:
         except FileNotFoundError:
             return self._missed(Miss(reason=f"{self.directory} does not exist yet"))
         except CacheRefusedError as error:
-            self._warn("refused", "%s; programs are built without a cache", error)
+            self._tally.warn("refused", "%s; programs are built without a cache", error)
             return self._missed(Miss(reason=str(error), kind="refused"))
         try:
             return self._find(cache_fd, expected)
@@ -94,11 +90,12 @@ class CacheStore:
         Args:
             name: model label for the directory name.
             material: everything the program depends on.
-            build: called with an empty directory; writes `program.pt2` there and returns a JSON report. Called once, or a second time in
-                another place when the cache's file system could not hold the result.
+            build: called with an empty directory; writes `program.pt2` there and returns a JSON report. Called once, or
+                a second time in another place when the cache's file system could not hold the result.
 
         Returns:
-            An entry with verified bytes; `entry.cached` is False when it could not be kept, and `entry.reason` says why.
+            An entry with verified bytes; `entry.cached` is False when it could not be kept, and `entry.reason` says
+            why.
 
         Raises:
             ConfigError: `material` is not JSON.
@@ -106,13 +103,13 @@ class CacheStore:
             Exception: whatever `build` raises.
         """
         found = self.lookup(name, material)
-        if found:
+        if isinstance(found, Entry):
             return found
         expected = self._expected(name, material)
         try:
             cache_fd = self._open(create=True)
         except (CacheRefusedError, OSError) as error:
-            self._warn("refused", "%s; programs are built without a cache", error)
+            self._tally.warn("refused", "%s; programs are built without a cache", error)
             return self._build_aside(expected, build, str(error))
         try:
             return self._build_as_one(cache_fd, expected, build)
@@ -150,7 +147,10 @@ class CacheStore:
             return found
 
     def prune(self, max_bytes: int | None = None) -> evict.Shrunk:
-        """Sweep what dead writers left, then evict to `max_bytes` (the store's own limit when None; 0 removes all that is not in use).
+        """Sweep what dead writers left, then evict to `max_bytes`.
+
+        Args:
+            max_bytes: None means the store's own limit; 0 removes everything that is not in use.
 
         Raises:
             CacheRefusedError: the directory may not be trusted.
@@ -158,30 +158,18 @@ class CacheStore:
         with self._opened() as cache_fd:
             if cache_fd is None:
                 return evict.Shrunk(removed=(), freed_bytes=0, in_use=(), left_bytes=0)
-            self._count("swept", staging.sweep(cache_fd))
+            self._tally.count("swept", staging.sweep(cache_fd))
             shrunk = evict.shrink(cache_fd, self.max_bytes if max_bytes is None else max_bytes, self._modes.directory)
             evict.remove_orphan_markers(cache_fd)
-            self._count("evicted", len(shrunk.removed))
+            self._tally.count("evicted", len(shrunk.removed))
             return shrunk
 
     def stats(self) -> dict[str, Any]:
         """Counters of this object and the state of its directory; never raises.
 
         Returns:
-            `directory`, `max_bytes`, `entries`, `cache_bytes`, `refused` (reason or None) and the counters `hits`, `misses`, `builds`,
-            `published`, `unpublished`, `quarantined`, `evicted`, `swept`, `lock_timeouts`.
+            `directory`, `max_bytes`, `entries`, `cache_bytes`, `refused` (reason or None) and `tally.COUNTERS`.
         """
-        counters = (
-            "hits",
-            "misses",
-            "builds",
-            "published",
-            "unpublished",
-            "quarantined",
-            "evicted",
-            "swept",
-            "lock_timeouts",
-        )
         state: dict[str, Any] = {"directory": str(self.directory), "max_bytes": self.max_bytes, "refused": None}
         state["entries"] = state["cache_bytes"] = 0
         try:
@@ -192,8 +180,7 @@ class CacheStore:
                     state["cache_bytes"] = sum(fs.tree_size(name, cache_fd) for name in names)
         except (CacheRefusedError, OSError) as error:
             state["refused"] = str(error)
-        with self._guard:
-            return {**state, **{name: self._counts[name] for name in counters}}
+        return {**state, **self._tally.counts()}
 
     # ---- finding
 
@@ -212,16 +199,18 @@ class CacheStore:
             return self._missed(Miss(reason=f"{name} cannot be read: {error}", kind="unreadable"))
         with contextlib.suppress(OSError):  # a read-only cache is used without a record of its use
             evict.mark_used(name, cache_fd, self._modes.directory)
-        self._count("hits")
+        self._tally.count("hits")
         return entry
 
     def _put_aside(self, name: str, reason: str, cache_fd: int) -> None:
         try:
             quarantine.put_aside(name, reason, cache_fd, self._modes.directory)
         except OSError as error:
-            self._warn(f"stuck {name}", "%s: %s; it is not used, but cannot be moved away: %s", name, reason, error)
+            self._tally.warn(
+                f"stuck {name}", "%s: %s; it is not used, but cannot be moved away: %s", name, reason, error
+            )
             return
-        self._count("quarantined")
+        self._tally.count("quarantined")
         _log.warning(
             "%s: %s; it was moved to %s and will be built again", name, reason, self.directory / quarantine.FOLDER
         )
@@ -232,13 +221,13 @@ class CacheStore:
         name = entry_name(expected.label, expected.key)
         with contextlib.suppress(OSError):
             fs.close(staging.open_folder(evict.LOCKS, cache_fd, self._modes.directory))
-            self._count("swept", staging.sweep(cache_fd))
+            self._tally.count("swept", staging.sweep(cache_fd))
         with locks.single_flight(self.directory / evict.LOCKS, name, self._lock_timeout, self._modes.file) as flight:
             if not flight.held:
-                self._count("lock_timeouts", int(flight.timed_out))
-                self._warn("lock", "building %s without waiting any longer: %s", name, flight.reason)
+                self._tally.count("lock_timeouts", int(flight.timed_out))
+                self._tally.warn("lock", "building %s without waiting any longer: %s", name, flight.reason)
             found = self._find(cache_fd, expected)
-            if found:
+            if isinstance(found, Entry):
                 return found
             return self._build_staged(cache_fd, expected, build)
 
@@ -253,12 +242,12 @@ class CacheStore:
                 data = take_program(stage.path)
             except Exception as error:
                 # The build is the caller's and may word "disk full" in its own way; so the disk is asked as well.
-                if not self._is_storage_trouble(error):
+                if not fs.is_storage_trouble(error, str(self.directory)):
                     raise
                 reason = f"{self.directory} could not hold the build: {error}"
                 stage.close()
                 return self._build_aside(expected, build, reason)
-            self._count("builds")
+            self._tally.count("builds")
             return self._keep(stage, cache_fd, expected, data, report)
         finally:
             stage.close()
@@ -266,7 +255,7 @@ class CacheStore:
     def _keep(
         self, stage: staging.Stage, cache_fd: int, expected: Expected, data: bytes, report: Mapping[str, Any]
     ) -> Entry:
-        manifest = _describe(expected, data, report)
+        manifest = describe(expected, data, report)
         name = entry_name(expected.label, expected.key)
         if len(data) > self.max_bytes:
             return self._unpublished(
@@ -281,16 +270,16 @@ class CacheStore:
                 other = self._find(
                     cache_fd, expected
                 )  # a bad one is quarantined by this, which frees the name for the second attempt
-                if other:
+                if isinstance(other, Entry):
                     return other
             except CacheCorruptError as error:
                 return self._unpublished(name, manifest, data, str(error))
             else:
                 break
-        self._count("published")
+        self._tally.count("published")
         with contextlib.suppress(OSError):
             shrunk = evict.shrink(cache_fd, self.max_bytes, self._modes.directory, keep=(name,))
-            self._count("evicted", len(shrunk.removed))
+            self._tally.count("evicted", len(shrunk.removed))
         return Entry(name, manifest, data, path=self.directory / name, lock_fd=lock_fd, built=True)
 
     def _build_aside(self, expected: Expected, build: Build, reason: str) -> Entry:
@@ -306,26 +295,15 @@ class CacheStore:
             data = take_program(folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        self._count("builds")
+        self._tally.count("builds")
         return self._unpublished(
-            entry_name(expected.label, expected.key), _describe(expected, data, report), data, reason
+            entry_name(expected.label, expected.key), describe(expected, data, report), data, reason
         )
 
     def _unpublished(self, name: str, manifest: Manifest, data: bytes, reason: str) -> Entry:
-        self._count("unpublished")
-        self._warn("unpublished", "%s was built and is used, but not kept: %s", name, reason)
+        self._tally.count("unpublished")
+        self._tally.warn("unpublished", "%s was built and is used, but not kept: %s", name, reason)
         return Entry(name, manifest, data, path=None, lock_fd=None, built=True, reason=reason)
-
-    def _is_storage_trouble(self, error: BaseException) -> bool:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, OSError) and cause.errno in fs.STORAGE_ERRNOS:
-                return True
-            cause = cause.__cause__ or cause.__context__
-        try:
-            return fs.free_bytes(str(self.directory)) < _NEARLY_FULL_BYTES
-        except OSError:
-            return True
 
     # ---- small things
 
@@ -349,29 +327,5 @@ class CacheStore:
             fs.close(cache_fd)
 
     def _missed(self, miss: Miss) -> Miss:
-        self._count("misses")
+        self._tally.count("misses")
         return miss
-
-    def _count(self, name: str, by: int = 1) -> None:
-        with self._guard:
-            self._counts[name] += by
-
-    def _warn(self, topic: str, message: str, *args: Any) -> None:
-        """One warning per topic and store; the counters tell how often."""
-        with self._guard:
-            if topic in self._warned:
-                return
-            self._warned.add(topic)
-        _log.warning(message, *args)
-
-
-def _describe(expected: Expected, data: bytes, report: Mapping[str, Any]) -> Manifest:
-    return Manifest(
-        name=expected.label,
-        key=expected.key,
-        material=expected.material,
-        size=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        report=normalise(dict(report or {}), "report"),
-        created_unix=max(0, int(time.time())),
-    )

@@ -1,7 +1,8 @@
-"""What stands in the cache and why each entry would or would not be used here: the material of `owl-wms trt list` and `trt verify`.
+"""What stands in the cache and why each entry would or would not be used: what `owl-wms trt list` and `verify` show.
 
-Why it reads and never loads: a listing must be safe on a cache that another version, machine or attacker filled. Only manifests are parsed
-(and payloads hashed on request); a reason is text, found by comparing the key material with the present machine.
+Why it reads and never loads: a listing must be safe on a cache that another version, machine or attacker filled. Only
+manifests are parsed (and payloads hashed on request); a reason is text, found by comparing the key material with the
+present machine.
 
 Usage:
     for info in survey(path, cache_fd, None, env.describe_machine()):
@@ -10,7 +11,6 @@ Usage:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from owl_wms.cache import evict, fs
 from owl_wms.cache.entry import inspect
 from owl_wms.cache.key import is_entry_name
-from owl_wms.cache.manifest import Manifest
+from owl_wms.cache.manifest import ForeignSchemaError, Manifest
 from owl_wms.errors import CacheCorruptError
 
 _COMPARED = ("torch", "torch_tensorrt", "tensorrt", "triton", "cuda", "driver", "gpu", "compute_capability", "sm_count")
@@ -63,6 +63,8 @@ def survey(
             manifest = inspect(name, cache_path, cache_fd, hmac_key, payload=payload)
             reason = difference(manifest.material, current or {})
             status = "miss" if reason else "ok"
+        except ForeignSchemaError as error:
+            status, reason = "miss", str(error)
         except CacheCorruptError as error:
             status, reason = "corrupt", str(error)
         except OSError as error:
@@ -84,8 +86,8 @@ def survey(
 def difference(material: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Facts of the machine in which an entry's material differs from `current`, as text; empty when none does.
 
-    The facts are looked for at the top of the material and in its sub-objects (`machine`, `versions`, ...); only names that occur on both
-    sides are compared.
+    The facts are looked for at the top of the material and in its sub-objects (`machine`, `versions`, ...); only names
+    that occur on both sides are compared.
     """
     facts = dict(_facts(material))
     said = []
@@ -97,9 +99,8 @@ def difference(material: Mapping[str, Any], current: Mapping[str, Any]) -> str:
 
 def _facts(material: Mapping[str, Any]) -> list[tuple[str, Any]]:
     pairs: list[tuple[str, Any]] = []
-    for key, value in material.items():
+    for value in material.values():
         if isinstance(value, Mapping):
-            with contextlib.suppress(RecursionError):
-                pairs.extend(_facts(value))
+            pairs.extend(_facts(value))
     pairs.extend((key, value) for key, value in material.items() if not isinstance(value, Mapping))
     return [(key, value) for key, value in pairs if key in _COMPARED]
