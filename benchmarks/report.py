@@ -1,0 +1,118 @@
+"""Results as Markdown: the report beside each JSON document, and README's first table, so that no figure is typed by hand.
+
+Usage:
+    python -m benchmarks.report results/decoder_h200_202611.json      # writes the .md and README's table
+    python -m benchmarks.report --check results/decoder_h200_202611.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- decoder table: begin (python -m benchmarks.report) -->", "<!-- decoder table: end -->"
+COLUMNS = (
+    ("ms", "median_ms", "{:.2f}"),
+    ("p20–p80", None, ""),
+    ("fps", "fps", "{:.0f}"),
+    ("× eager", "over_eager", "{:.2f}"),
+    ("× best compiled", "over_compiled", "{:.2f}"),
+    ("% of floor", "percent_of_floor", "{:.0f}"),
+    ("rel. error", "relative_l2", "{:.1e}"),
+    ("max Δ 8-bit", "max_uint8", "{}"),
+    ("PSNR dB", "psnr_db", "{:.1f}"),
+    ("VRAM GiB", "peak_memory_gib", "{:.2f}"),
+    ("ready s", "ready_seconds", "{:.1f}"),
+    ("load s", "load_seconds", "{:.1f}"),
+)
+
+
+def _cell(figures: dict[str, Any], key: str | None, form: str) -> str:
+    if key is None:
+        return f"{figures['p20_ms']:.2f}–{figures['p80_ms']:.2f}"
+    return "–" if figures.get(key) is None else form.format(figures[key])
+
+
+def report(result: dict[str, Any]) -> str:
+    """The whole document as Markdown: machine, ceilings, a table a decoder and batch size, refused rows with their reasons."""
+    machine = " · ".join(f"{key} {value}" for key, value in sorted(result["machine"].items()))
+    ceilings = result["ceilings"]
+    lines = [
+        f"# {result['theme']}",
+        "",
+        f"Machine: {machine}",
+        "",
+        f"Commit {result['commit']}. Ceilings read in the same run: bf16 matrix product {ceilings['matmul_tflops']:.0f} TFLOP/s, "
+        f"copy {ceilings['copy_tbps']:.2f} TB/s. Method: benchmarks/README.md.",
+    ]
+    rows = result["rows"]
+    for decoder, batch in dict.fromkeys((row["decoder"], row["batch"]) for row in rows):
+        own = [row for row in rows if (row["decoder"], row["batch"]) == (decoder, batch)]
+        floor = next((row["figures"]["floor_ms"] for row in own if "floor_ms" in row["figures"]), None)
+        lines += ["", f"## {decoder}, batch {batch}" + ("" if floor is None else f" (matrix floor {floor:.2f} ms)"), ""]
+        lines.append("| candidate | " + " | ".join(title for title, _, _ in COLUMNS) + " |")
+        lines.append("|---|" + "---|" * len(COLUMNS))
+        for row in own:
+            if row["refused"]:
+                lines.append(f"| {row['candidate']} | refused: {row['refused']} |" + " |" * (len(COLUMNS) - 1))
+                continue
+            cells = [_cell(row["figures"], key, form) for _, key, form in COLUMNS]
+            lines.append(f"| {row['candidate']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def readme_table(result: dict[str, Any]) -> str:
+    """README's first table: batch 8, the best of ours a decoder beside eager and the best compiled PyTorch."""
+    lines = [
+        "| decoder, batch 8 | eager | best `torch.compile` | ours | over eager | over compiled | error: eager bf16 → ours |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in result["rows"] if row["batch"] == 8 and "median_ms" in row["figures"]]
+    for decoder in dict.fromkeys(row["decoder"] for row in rows):
+        own = [row for row in rows if row["decoder"] == decoder]
+        eager = next(row["figures"] for row in own if row["candidate"] == "eager bf16")
+        compiled = min(row["figures"]["median_ms"] for row in own if row["candidate"].startswith("torch.compile"))
+        for row in (row for row in own if row["candidate"].startswith("ours")):
+            figures = row["figures"]
+            lines.append(
+                f"| {decoder}, {row['candidate'].removeprefix('ours ')} | {eager['median_ms']:.1f} ms | {compiled:.1f} ms "
+                f"| **{figures['median_ms']:.2f} ms** | **{figures['over_eager']:.1f}×** | **{figures['over_compiled']:.1f}×** "
+                f"| {eager['relative_l2']:.1e} → {figures['relative_l2']:.1e} |"
+            )
+    return "\n".join(lines)
+
+
+def with_table(readme: str, table: str) -> str:
+    """`readme` with the part between the two markers replaced. Raises ValueError when a marker is missing."""
+    if BEGIN not in readme or END not in readme:
+        raise ValueError(f"README.md must hold the lines {BEGIN!r} and {END!r}")
+    head, tail = readme.split(BEGIN)[0], readme.split(END)[1]
+    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+def main() -> None:
+    """Write (or with --check compare) the report and README's table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    result = json.loads(args.result.read_text(encoding="utf-8"))
+    readme = ROOT / "README.md"
+    wanted = {
+        args.result.with_suffix(".md"): report(result),
+        readme: with_table(readme.read_text(encoding="utf-8"), readme_table(result)),
+    }
+    for path, text in wanted.items():
+        if args.check and path.read_text(encoding="utf-8") != text:
+            parser.error(
+                f"{path.name} does not match {args.result.name}: run python -m benchmarks.report {args.result}"
+            )
+        if not args.check:
+            path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
