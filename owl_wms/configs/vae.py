@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from owl_wms.configs.strict import IntTuple, Kwargs, PositiveInt, Size, StrictModel, parse, read_yaml, unknown
+from owl_wms.configs.strict import IntTuple, Kwargs, PositiveInt, Size, StrictModel, parse, read_yaml, shown, unknown
 from owl_wms.errors import ConfigError
 
 
@@ -147,14 +147,13 @@ def parse_vae_model(data: Mapping[str, Any], *, path: Path | str | None = None) 
     """
     where = f"{path}: " if path is not None else ""
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}model: must be a mapping, received {data!r}", path=path, key="model")
+        text = f"must be a mapping, received {shown(data)}"
+        raise ConfigError(f"{where}model: {text}", path=path, key="model")
     model_id = data.get("model_id")
-    if model_id not in MODEL_CONFIGS:
-        text = (
-            unknown(str(model_id), MODEL_CONFIGS, "autoencoder")
-            if "model_id" in data
-            else "is missing; valid are " + ", ".join(MODEL_CONFIGS)
-        )
+    if not isinstance(model_id, str) or model_id not in MODEL_CONFIGS:
+        text = f"is missing; valid are {', '.join(MODEL_CONFIGS)}"
+        if "model_id" in data:
+            text = unknown(str(model_id), MODEL_CONFIGS, "autoencoder")
         raise ConfigError(f"{where}model.model_id: {text}", path=path, key="model.model_id")
     return parse(MODEL_CONFIGS[model_id], data, path=path, prefix="model")  # type: ignore[return-value]
 

@@ -1,0 +1,110 @@
+"""The world-model configs: shipped files load, mistakes are named, and each trainer states what it needs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from owl_wms.configs import (
+    TRAINER_REQUIRED,
+    TrainingConfig,
+    WorldModelConfig,
+    load_world_config,
+    missing_trainer_keys,
+    require_trainer_keys,
+)
+from owl_wms.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DIT_V4 = yaml.safe_load((CONFIGS / "dit_v4.yml").read_text())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yml")), ids=lambda p: p.stem)
+def test_shipped_files_load_and_satisfy_their_trainer(path: Path) -> None:
+    cfg = load_world_config(path)
+    require_trainer_keys(cfg.train, path=path)
+    for name in (cfg.train.vae_cfg_path, cfg.train.audio_vae_cfg_path, cfg.train.teacher_cfg):
+        assert name is None or (CONFIGS.parent / name).is_file()
+
+
+def test_values_and_tensorrt_defaults() -> None:
+    cfg = load_world_config(CONFIGS / "dit_v4.yml")
+    assert (cfg.model.n_layers, cfg.model.n_heads, cfg.model.d_model, cfg.model.n_frames) == (16, 24, 1536, 1536)
+    assert cfg.model.global_window is None
+    assert cfg.train.vae_scale == 0.63
+    assert cfg.train.sampler_kwargs == {
+        "n_steps": 16, "cfg_scale": 1.0, "num_frames": 900, "noise_prev": 0.2, "only_return_generated": False,
+    }  # fmt: skip
+    train = TrainingConfig()
+    assert (train.use_tensorrt, train.tensorrt_fallback) == (True, True)
+    assert (train.tensorrt_precision, train.tensorrt_cache_dir) == (None, None)
+    assert cfg.wandb.project is None
+
+
+def test_the_golden_model_section_is_valid() -> None:
+    golden = torch.load(CONFIGS.parent / "tests" / "data" / "gamerft_core.pt", weights_only=True)
+    cfg = WorldModelConfig.model_validate(golden["motion"]["cfg"])
+    assert cfg.local_window == 2
+    assert cfg.gradient_checkpointing is False
+
+
+def _changed(section: str, key: str, value: Any) -> dict[str, Any]:
+    data = copy.deepcopy(DIT_V4)
+    if value is ...:
+        del data[section][key]
+    else:
+        data[section][key] = value
+    return data
+
+
+MISTAKES = [
+    (_changed("model", "n_layer", 2), "model.n_layer", "did you mean 'n_layers'?"),
+    (_changed("model", "uncond", ...), "model.uncond", "is missing"),
+    (_changed("model", "global_window", ...), "model.global_window", "is missing"),
+    (_changed("model", "tokens_per_frame", 65), "model.tokens_per_frame", "must be sample_size**2 = 64, received 65"),
+    (_changed("model", "n_heads", 7), "model.d_model", "multiple of n_heads (7), received 1536"),
+    (_changed("model", "cfg_prob", 2), "model.cfg_prob", "within 0..1"),
+    (_changed("model", "backbone", "dti"), "model.backbone", "did you mean 'dit'?"),
+    (_changed("model", "causal", "yes please"), "model.causal", "valid boolean"),
+    (_changed("train", "trainer_id", "sforce3"), "train.trainer_id", "did you mean 'sforce_vid'?"),
+    (_changed("train", "tensorrt_precision", "fp61"), "train.tensorrt_precision", "did you mean 'fp16'?"),
+    (_changed("train", "use_tensorrt", "true"), "train.use_tensorrt", "valid boolean, received 'true' (str)"),
+    (_changed("train", "opt_kwargs", {"momentun": 1}), "train.opt_kwargs.momentun", "did you mean 'momentum'?"),
+    (_changed("train", "opt_kwargs", 3), "train.opt_kwargs", "valid dictionary"),
+    (_changed("train", "gen_p", 1.5), "train.gen_p", "within 0..1"),
+    (_changed("train", "vae_scale", "0.63"), "train.vae_scale", "valid number"),
+]
+
+
+@pytest.mark.parametrize(("data", "key", "words"), MISTAKES, ids=[key for _, key, _ in MISTAKES])
+def test_mistakes_name_file_key_and_remedy(tmp_path: Path, data: dict, key: str, words: str) -> None:
+    path = tmp_path / "w.yml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError) as caught:
+        load_world_config(path)
+    assert caught.value.key == key
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("trainer_id", TRAINER_REQUIRED)
+def test_each_trainer_lists_what_is_missing(trainer_id: str) -> None:
+    empty = TrainingConfig(trainer_id=trainer_id)  # type: ignore[arg-type]
+    assert missing_trainer_keys(empty) == TRAINER_REQUIRED[trainer_id]
+    first = TRAINER_REQUIRED[trainer_id][0]
+    with pytest.raises(ConfigError, match=f"'{trainer_id}' needs train.{first}") as caught:
+        require_trainer_keys(empty)
+    assert caught.value.key == f"train.{first}"
+    assert all(name in TrainingConfig.model_fields for name in TRAINER_REQUIRED[trainer_id])
+
+
+def test_no_trainer_and_unknown_trainer() -> None:
+    with pytest.raises(ConfigError, match="no trainer None; valid are rft"):
+        missing_trainer_keys(TrainingConfig())
+    with pytest.raises(ConfigError, match="did you mean 'causvid_vid'"):
+        missing_trainer_keys(TrainingConfig(), "causvid")

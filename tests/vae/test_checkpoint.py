@@ -1,0 +1,192 @@
+"""Every form a checkpoint comes in, and every way in which one can be bad."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from owl_wms.errors import CheckpointError
+from owl_wms.vae import build_autoencoder, build_decoder, load_weights, read_state_dict, save_weights, select_part
+from owl_wms.vae.checkpoint import detect_variant, strip_prefix
+from tests.vae.helpers import randomize, small_dcae
+
+MODEL = randomize(build_autoencoder(small_dcae()))
+FULL = MODEL.state_dict()
+DECODER = MODEL.decoder.state_dict()
+
+
+def _same(got: dict, want: dict = DECODER) -> bool:
+    return got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+
+
+PREFIXES = [
+    ".".join(chosen)
+    for n in range(5)
+    for chosen in itertools.combinations(("ema_model", "_orig_mod", "module", "core"), n)
+]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("full", [True, False])
+def test_any_combination_of_prefixes(tmp_path: Path, prefix: str, full: bool, suffix: str) -> None:
+    state = {f"{prefix}.{k}" if prefix else k: v for k, v in (FULL if full else DECODER).items()}
+    path = tmp_path / f"x{suffix}"
+    torch.save(state, path) if suffix == ".pt" else save_file(state, path)
+    assert _same(select_part(read_state_dict(path), "decoder"))
+
+
+@given(
+    order=st.permutations(["ema_model", "_orig_mod", "module", "core"]),
+    size=st.integers(0, 4),
+    inner=st.booleans(),
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_prefixes_in_any_order_and_between_parts(tmp_path: Path, order: list[str], size: int, inner: bool) -> None:
+    prefix = "".join(f"{name}." for name in order[:size])
+    # An EMA wraps what it averages: only compile and DDP may stand outside it.
+    if "core." in prefix and "ema_model." in prefix.split("core.")[1]:
+        prefix = prefix.replace("ema_model.", "")
+    part = "decoder._orig_mod." if inner else "decoder."
+    torch.save({f"{prefix}{part}{k}": v for k, v in DECODER.items()}, tmp_path / "x.pt")
+    assert _same(select_part(read_state_dict(tmp_path / "x.pt"), "decoder"))
+
+
+def _training_checkpoint(prefix: str) -> dict[str, Any]:
+    ema = {f"ema_model.{prefix}{k}": v + 1 for k, v in FULL.items()}
+    online = {f"online_model.{prefix}{k}": v for k, v in FULL.items()}
+    side = {"initted": torch.tensor(True), "step": torch.tensor(7)}
+    return {
+        "model": {f"{prefix}{k}": v for k, v in FULL.items()},
+        "ema": {**side, **online, **ema},
+        "opt": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]},
+        "steps": 7,
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
+def test_training_checkpoints_prefer_the_average(tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / "step_7.pt"
+    torch.save(_training_checkpoint(prefix), path)
+    averaged = {k: v + 1 for k, v in DECODER.items()}
+    assert _same(select_part(read_state_dict(path), "decoder"), averaged)
+    assert _same(select_part(read_state_dict(path, prefer_ema=False), "decoder"))
+    torch.save({"ema": _training_checkpoint(prefix)["ema"]}, path)
+    assert _same(select_part(read_state_dict(path, prefer_ema=False), "decoder"))
+    torch.save({"model": _training_checkpoint(prefix)["model"], "ema": {}, "steps": 1}, path)
+    assert _same(select_part(read_state_dict(path), "decoder"))
+
+
+def test_world_model_weights_keep_their_names(tmp_path: Path) -> None:
+    torch.save({"ema": {"ema_model._orig_mod.module.core.proj_in.weight": torch.ones(2)}}, tmp_path / "x.pt")
+    state = read_state_dict(tmp_path / "x.pt")
+    assert list(state) == ["core.proj_in.weight"]
+    assert list(strip_prefix(state, "core")) == ["proj_in.weight"]
+    assert list(strip_prefix({**state, "other": torch.ones(1)}, "core")) == ["core.proj_in.weight", "other"]
+
+
+def test_variant_is_read_from_the_keys() -> None:
+    for variant, skip in itertools.product(("tiled", "learned"), (False, True)):
+        if variant == "tiled" and skip:
+            continue
+        model = build_autoencoder(small_dcae(skip_residuals=skip), variant)
+        for part in (model.decoder, model.encoder):
+            assert detect_variant(part.state_dict(), skip_residuals=skip) == variant
+    assert detect_variant(DECODER, skip_residuals=True) == "tiled"
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("echo this must never run > evil.txt",)
+
+
+def test_bad_files_give_one_clear_error_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(DECODER, "good.pt")
+    save_file(DECODER, "good.safetensors")
+    whole = Path("good.pt").read_bytes()
+    Path("short.pt").write_bytes(whole[: len(whole) // 2])
+    Path("short.safetensors").write_bytes(Path("good.safetensors").read_bytes()[:-100])
+    Path("header.safetensors").write_bytes(b"\xff" * 64)
+    Path("noise.pt").write_bytes(random.Random(0).randbytes(4096))
+    Path("text.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    Path("empty.pt").touch()
+    Path("folder.pt").mkdir()
+    torch.save({"model": _Evil()}, "evil.pt")
+    torch.save([1, 2], "list.pt")
+    torch.save({"steps": 3, "note": "no weights"}, "hollow.pt")
+    torch.save({"module.a": torch.ones(1), "a": torch.ones(1)}, "twice.pt")
+    cases = {
+        "absent.pt": "no such file",
+        "absent.safetensors": "no such file",
+        "short.pt": "truncated",
+        "short.safetensors": "truncated",
+        "header.safetensors": "truncated or not a safetensors file",
+        "noise.pt": "truncated or not a PyTorch checkpoint",
+        "text.pt": "truncated or not a PyTorch checkpoint",
+        "empty.pt": "is empty",
+        "folder.pt": "is not a file",
+        "evil.pt": "would run code",
+        "list.pt": "holds a list",
+        "hollow.pt": "holds no weights; its keys are: note, steps",
+        "twice.pt": "two keys become one",
+    }
+    for name, words in cases.items():
+        with pytest.raises(CheckpointError, match=words) as caught:
+            read_state_dict(name)
+        assert caught.value.path == Path(name)
+        assert str(caught.value).startswith(name)
+    assert not Path("evil.txt").exists()
+
+
+@given(where=st.floats(0, 1), bit=st.integers(0, 7), cut=st.booleans())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_bytes_never_escape_as_another_error(tmp_path: Path, where: float, bit: int, cut: bool) -> None:
+    for suffix in (".pt", ".safetensors"):
+        path = tmp_path / f"d{suffix}"
+        state = {"conv_in.bias": torch.arange(4.0)}
+        torch.save(state, path) if suffix == ".pt" else save_file(state, path)
+        data = bytearray(path.read_bytes())
+        index = min(int(where * len(data)), len(data) - 1)
+        data[index] ^= 1 << bit
+        path.write_bytes(data[:index] if cut else data)
+        try:
+            read_state_dict(path)
+        except CheckpointError:
+            continue
+
+
+def test_another_architecture_names_the_first_mismatch(tmp_path: Path) -> None:
+    wider = build_decoder(small_dcae(ch_0=32, ch_max=128))
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(wider, DECODER, "x.pt")
+    assert caught.value.mismatch == "conv_in.bias is [64] in the file and [128] in the configured model"
+    assert "the first of 40 mismatches" in str(caught.value)
+    deeper = build_decoder(small_dcae(decoder_blocks_per_stage=[2, 1, 2]))
+    with pytest.raises(CheckpointError, match=r"blocks\.2\.blocks\.1\.conv1\.bias \[32\] is missing"):
+        load_weights(deeper, DECODER, "x.pt")
+    shallower = build_decoder(small_dcae(decoder_blocks_per_stage=[1, 1, 1]))
+    with pytest.raises(CheckpointError, match="is in the file and not in the configured model"):
+        load_weights(shallower, DECODER, "x.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_read_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = save_weights(MODEL.decoder, tmp_path / "new" / "d.safetensors", dtype=dtype, metadata={"psnr": "28.4"})
+    assert {v.dtype for v in load_file(path).values()} == {dtype}
+    fresh = build_decoder(small_dcae())
+    load_weights(fresh, read_state_dict(path), path)
+    assert all(torch.equal(v, DECODER[k].to(dtype).float()) for k, v in fresh.state_dict().items())
+    with pytest.raises(CheckpointError, match="give the file that suffix"):
+        save_weights(MODEL.decoder, tmp_path / "d.pt")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save_weights(MODEL.decoder, path / "d.safetensors")
