@@ -1,0 +1,35 @@
+"""Decoder to compiled program: import, fold, rewrite, plan, export, compile, isolate, check, save and load.
+
+Why one stage: everything that knows TensorRT is here, and it knows nothing of cache files or callers. Importing this package touches neither
+CUDA nor TensorRT.
+
+Usage:
+    from owl_wms import trt
+
+    if trt.status().available:
+        spec = trt.BuildSpec(input_shape=(8, 128, 8, 8))
+        report = trt.build_program(decoder, spec, out_dir)          # in a child process; writes out_dir/program.pt2
+        program = trt.load_program((out_dir / "program.pt2").read_bytes(), "cuda")
+"""
+
+from __future__ import annotations
+
+from owl_wms.trt.build import build_program
+from owl_wms.trt.cuda_graph import GraphedProgram
+from owl_wms.trt.importer import TensorRTStatus, status
+from owl_wms.trt.jit import compile_for_training
+from owl_wms.trt.key import key_material
+from owl_wms.trt.load import Program, load_program
+from owl_wms.trt.spec import BuildSpec
+
+__all__ = [
+    "BuildSpec",
+    "GraphedProgram",
+    "Program",
+    "TensorRTStatus",
+    "build_program",
+    "compile_for_training",
+    "key_material",
+    "load_program",
+    "status",
+]

@@ -1,0 +1,223 @@
+"""Build a program in a child process and bring back the report, whatever becomes of the child.
+
+Why it exists: the caller must survive a segfault, a hang and a poisoned CUDA context. A child that dies in the middle of an attempt has that
+attempt recorded as failed, with the signal's name and the end of its stderr as the reason, and is started again with that knowledge, so that
+isolation goes on where it stopped.
+
+Usage:
+    report = build_program(decoder, BuildSpec(input_shape=(8, 128, 8, 8), precision="auto"), Path("entry"), progress=print_event)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from owl_wms import env
+from owl_wms.errors import FastPathError
+from owl_wms.trt import plans
+from owl_wms.trt.child import DECODER_NAME, JOB_NAME
+from owl_wms.trt.shapes import copy_with
+from owl_wms.trt.spec import BuildSpec
+from owl_wms.vae import fold_weight_norm
+
+Event = dict[str, Any]
+MAX_RESTARTS = 4
+STDERR_TAIL = 1500
+_LOG = logging.getLogger(__name__)
+
+# The child sees the parent's import path, so that it finds the same owl_wms and the decoder's own module.
+BOOTSTRAP = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from owl_wms.trt.child import main; sys.exit(main(sys.argv[2:]))"
+)
+
+
+def build_program(
+    decoder: nn.Module, spec: BuildSpec, out_dir: Path, progress: Callable[[Event], None] | None = None
+) -> dict[str, Any]:
+    """Build, check, time and save a program for `decoder`.
+
+    Args:
+        decoder: `[B, c, h, w] -> [B, C, H, W]`, any device and float dtype; not changed. Its class must be importable by name.
+        spec: what to build.
+        out_dir: existing directory; `program.pt2` is written into it.
+        progress: receives `{"stage", "elapsed", ...}` dicts while the build runs; must not raise.
+
+    Returns:
+        The report (JSON-ready): `plan`, `precision`, `latency_ms`, `eager_latency_ms`, `cuda_graph`, `parity`, `engines`, `kept_modules`,
+        `candidates`, `attempts`, `build_seconds`, `save_seconds`, `load_seconds`, `program_bytes`, `wall_seconds`, `restarts`, ...
+
+    Raises:
+        FastPathError: stage "export", "build", "parity", "save" or "load"; the caller decodes with PyTorch.
+    """
+    begin = time.monotonic()
+    for precision in spec.wanted_precisions():
+        plans.candidates(
+            decoder, spec, precision
+        )  # an impossible request fails here, before a process is started for it
+    with tempfile.TemporaryDirectory(prefix="owl_trt_job_") as name:  # mode 0700
+        directory = Path(name)
+        _write_decoder(folded_copy(decoder), directory / DECODER_NAME)
+        session = Session(
+            directory=directory, spec=spec, out_dir=out_dir, progress=progress, deadline=begin + spec.timeout_seconds
+        )
+        report = session.run()
+    report["wall_seconds"] = round(time.monotonic() - begin, 3)
+    report["restarts"] = session.restarts
+    return report
+
+
+def folded_copy(decoder: nn.Module) -> nn.Module:
+    """A CPU copy in float32 with weight norm folded in float32: the decoder everything is measured against."""
+    wide = copy_with(decoder, lambda t: t.to("cpu", torch.float32 if t.dtype.is_floating_point else t.dtype, copy=True))
+    return fold_weight_norm(wide).eval().requires_grad_(False)
+
+
+def _write_decoder(folded: nn.Module, path: Path) -> None:
+    try:
+        torch.save(folded, path)
+    except Exception as error:  # local classes, lambdas, handles: pickle names them in a dozen exception types
+        raise FastPathError(
+            "export",
+            f"{type(folded).__name__} cannot be handed to the building process: {type(error).__name__}: {error}",
+            "define the decoder's class in an importable module and keep open handles and lambdas out of it",
+        ) from error
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One build over as many child processes as it takes (at most `MAX_RESTARTS` more than one)."""
+
+    directory: Path
+    spec: BuildSpec
+    out_dir: Path
+    deadline: float
+    progress: Callable[[Event], None] | None = None
+    bootstrap: str = BOOTSTRAP
+    known: dict[str, str] = field(default_factory=dict)
+    restarts: int = 0
+
+    def run(self) -> dict[str, Any]:
+        """The report of the child that finished. Raises FastPathError."""
+        while True:
+            outcome = self._one_child()
+            if outcome["event"] == "done":
+                return outcome["report"]
+            if outcome["event"] == "failed":
+                raise FastPathError(outcome["stage"], outcome["reason"], outcome["remedy"])
+            _LOG.info("the building process died: %s", outcome["reason"])
+            if self.restarts >= MAX_RESTARTS or not outcome["open"]:
+                raise FastPathError(
+                    "build", outcome["reason"], "decoding continues with PyTorch; try another precision or plan"
+                )
+            self.known[outcome["open"]] = outcome["reason"]
+            self.restarts += 1
+
+    def _one_child(self) -> Event:
+        job = {"spec": self.spec.to_json(), "out_dir": str(self.out_dir.absolute()), "known": self.known}
+        (self.directory / JOB_NAME).write_text(json.dumps(job), encoding="utf-8")
+        read_fd, write_fd = os.pipe()
+        log = self.directory / "stderr.txt"
+        command = [
+            env.python_executable(),
+            "-c",
+            self.bootstrap,
+            json.dumps(sys.path),
+            str(self.directory),
+            str(write_fd),
+        ]
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                pass_fds=(write_fd,),
+                start_new_session=True,
+            )
+        os.close(write_fd)
+        try:
+            last, open_key = self._listen(read_fd)
+        finally:
+            os.close(read_fd)
+            finished = self._reap(process)
+        if last is not None and last["event"] in ("done", "failed"):
+            return last
+        reason = explain_exit(finished, self.spec.timeout_seconds, last)
+        tail = log.read_text(encoding="utf-8", errors="replace")[-STDERR_TAIL:].strip()
+        reason += f"; last output: {' | '.join(tail.splitlines()[-4:])}" if tail else ""
+        return {"event": "died", "reason": reason, "open": open_key if finished is not None else ""}
+
+    def _listen(self, fd: int) -> tuple[Event | None, str]:
+        """Messages until the pipe closes or time is up; `(last final message, key of the attempt still open)`."""
+        pending, open_key = b"", ""
+        last: Event | None = None
+        with selectors.DefaultSelector() as selector:
+            selector.register(fd, selectors.EVENT_READ)
+            while (left := self.deadline - time.monotonic()) > 0:
+                if not selector.select(min(left, 1.0)):
+                    continue
+                chunk = os.read(fd, 65536)
+                if not chunk:
+                    break
+                *lines, pending = (pending + chunk).split(b"\n")
+                for line in lines:
+                    message = json.loads(line)
+                    event = message["event"]
+                    if event == "attempt":
+                        open_key = message["key"]
+                    elif event == "outcome":
+                        open_key = ""
+                        if message["reason"]:
+                            self.known[message["key"]] = message["reason"]
+                    elif event in ("done", "failed", "broken"):
+                        last = message
+                    elif self.progress is not None:
+                        self.progress({key: value for key, value in message.items() if key != "event"})
+                if last is not None and last["event"] != "broken":
+                    break
+        return last, open_key
+
+    def _reap(self, process: subprocess.Popen[bytes]) -> int | None:
+        """The exit status, or None when the process had to be killed because time was up."""
+        try:
+            return process.wait(timeout=max(0.0, min(20.0, self.deadline - time.monotonic())) + 0.5)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own session, started above: nothing else is in it
+            process.wait()
+            return None
+
+
+def explain_exit(status: int | None, timeout_seconds: float, last: Event | None = None) -> str:
+    """How a building process ended, in words: timeout, a CUDA context beyond repair, a signal by name, or an exit status."""
+    if status is None:
+        return f"the build did not finish within {timeout_seconds:g} s and was stopped"
+    if last is not None and last.get("event") == "broken":
+        return f"the CUDA context became unusable: {last['reason']}"
+    if status < 0:
+        try:
+            name = signal.Signals(-status).name
+        except ValueError:
+            name = f"signal {-status}"
+        meaning = {
+            "SIGSEGV": "a segmentation fault",
+            "SIGKILL": "killed, usually for memory",
+            "SIGABRT": "aborted by a failed check",
+        }
+        return f"the building process ended with {name}" + (f" ({meaning[name]})" if name in meaning else "")
+    return f"the building process ended with exit status {status} and no answer"

@@ -1,0 +1,86 @@
+"""A program replayed as one CUDA graph: the launches of a decoder with PyTorch subgraphs, once instead of every call.
+
+Why it exists: a program of one engine gains nothing (19.49 ms against 19.50), one of many small kernels and engine boundaries does. Capture
+cannot be stored with the program, so it happens after every load; it costs a few decodes and the memory of the graph's buffers.
+
+Usage:
+    fast = GraphedProgram(program, z)        # captures; falls back to `program` when capture fails
+    x = fast(z)                              # a fresh tensor, safe to keep
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_LOG = logging.getLogger(__name__)
+WARMUP_CALLS = 3
+
+
+class GraphedProgram:
+    """`program` behind a CUDA graph for inputs like `example`; anything else, and everything after a failure, goes to `program` itself.
+
+    Thread-safe: replay works on static buffers, so calls are serialised by a lock, and each returns a copy of the output.
+
+    Attributes:
+        graphed: whether a graph was captured.
+        reason: why not, when not.
+    """
+
+    def __init__(self, program: Callable[[Tensor], Tensor], example: Tensor) -> None:
+        self.program = program
+        self.reason = ""
+        self._lock = threading.Lock()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if example.device.type != "cuda":
+            self.reason = f"CUDA graphs need CUDA latents; got {example.device}"
+            return
+        try:
+            self._capture(example)
+        except Exception as error:  # capture refuses in many ways; the plain program answers all the same
+            self._graph = None
+            self.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            _LOG.info("no CUDA graph: %s", self.reason)
+
+    @property
+    def graphed(self) -> bool:
+        return self._graph is not None
+
+    @torch.no_grad()
+    def _capture(self, example: Tensor) -> None:
+        with torch.cuda.device(example.device):
+            self._input = example.detach().clone()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARMUP_CALLS):
+                    self.program(self._input)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: another thread's allocation (a data loader pinning memory) must not break the capture.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._output = self.program(self._input)
+            graph.replay()
+            torch.cuda.synchronize()
+            # A graph with breaks has been seen to return zeros; the captured answer must be the plain one.
+            if not torch.equal(self._output, self.program(self._input)):
+                raise RuntimeError("the captured graph does not repeat the program's answer")
+            self._graph = graph
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if (
+            self._graph is None
+            or z.shape != self._input.shape
+            or z.dtype != self._input.dtype
+            or z.device != self._input.device
+        ):
+            return self.program(z)
+        with self._lock, torch.cuda.device(z.device):
+            self._input.copy_(z)
+            self._graph.replay()
+            return self._output.clone()

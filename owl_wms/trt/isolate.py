@@ -1,0 +1,156 @@
+"""The smallest set of modules that must stay in PyTorch for the rest to build and run.
+
+Why it exists: that a converter claims an operator does not make it runnable. The sana decoder in bf16 builds one engine, and then no execution
+context can be created, because of its depthwise convolutions; neither Torch-TensorRT nor TensorRT says which node is to blame. So the search
+is by experiment: build with some modules kept in PyTorch, see whether it works, and narrow down.
+
+Method. `works(kept)` is assumed monotone (keeping more never breaks what worked). QuickXplain (U. Junker, "QuickXplain: preferred explanations
+and relaxations for over-constrained problems", AAAI 2004) then finds an irreducible set in O(k log(n/k)) tries for k culprits among n. It first
+runs over *groups* of like modules (culprits are usually all of a kind), then inside the groups found. Modules that already failed when built
+alone are suspects: they are kept first, which mostly ends the search at the first try. Tries and time are bounded; when they run out the
+smallest set seen to work is the answer, marked as not minimal.
+
+Usage:
+    found = smallest_kept([["a.depth", "b.depth"], ["a.point"]], works, max_tries=16, deadline=time.monotonic() + 60)
+    found.kept, found.minimal, found.attempts
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+Unit = str
+Works = Callable[[frozenset[Unit]], str]
+"""Build and run with these units kept in PyTorch; "" when that works, else the reason."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One try: the units kept, why it failed ("" when it worked), how long it took."""
+
+    kept: tuple[Unit, ...]
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Isolation:
+    """What a search found.
+
+    Attributes:
+        kept: units that stay in PyTorch, sorted; None when no set short of all of them was seen to work.
+        minimal: whether the search ended by itself; no unit can leave `kept` then (for a monotone `works`).
+        attempts: every try in order.
+    """
+
+    kept: tuple[Unit, ...] | None
+    minimal: bool
+    attempts: tuple[Attempt, ...]
+
+
+class _OutOfBudget(Exception):
+    pass
+
+
+@dataclass(kw_only=True)
+class _Search:
+    works: Works
+    everything: frozenset[Unit]
+    max_tries: int
+    deadline: float
+    attempts: list[Attempt] = field(default_factory=list)
+    known: dict[frozenset[Unit], str] = field(default_factory=dict)
+
+    def ok(self, kept: frozenset[Unit]) -> bool:
+        """Whether `kept` works; answers what follows from earlier tries by monotonicity without trying."""
+        if kept == self.everything or any(not reason and good <= kept for good, reason in self.known.items()):
+            return True
+        if any(reason and kept <= bad for bad, reason in self.known.items()):
+            return False
+        if len(self.attempts) >= self.max_tries or time.monotonic() >= self.deadline:
+            raise _OutOfBudget
+        begin = time.monotonic()
+        reason = self.works(kept)
+        self.attempts.append(Attempt(kept=tuple(sorted(kept)), reason=reason, seconds=time.monotonic() - begin))
+        self.known[kept] = reason
+        return not reason
+
+    def explain(self, parts: list[frozenset[Unit]], base: frozenset[Unit]) -> list[frozenset[Unit]]:
+        """Irreducible subset of `parts` that works together with `base`; `base` alone does not, with all `parts` it does."""
+        if len(parts) == 1:
+            return parts
+        left, right = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+        if self.ok(base | _union(left)):
+            return self.explain(left, base)
+        if self.ok(base | _union(right)):
+            return self.explain(right, base)
+        first = self.explain(left, base | _union(right))
+        return first + self.explain(right, base | _union(first))
+
+    def best(self) -> frozenset[Unit] | None:
+        good = [kept for kept, reason in self.known.items() if not reason]
+        return min(good, key=len, default=None)
+
+
+def smallest_kept(
+    groups: Sequence[Sequence[Unit]],
+    works: Works,
+    *,
+    max_tries: int,
+    deadline: float,
+    suspects: Iterable[Unit] = (),
+    reason: str = "failed",
+) -> Isolation:
+    """Find which units must stay in PyTorch, given that nothing kept fails.
+
+    Args:
+        groups: all units, like ones together; keeping all of them is PyTorch itself and is taken to work, but is no answer.
+        works: one try; must not raise.
+        max_tries: most calls of `works`.
+        deadline: `time.monotonic()` after which no further try begins.
+        suspects: units that failed when built alone; tried first, and taken as necessary if they suffice.
+        reason: of the failure with nothing kept.
+    """
+    units = [frozenset(group) for group in groups if group]
+    everything = _union(units)
+    search = _Search(works=works, everything=everything, max_tries=max_tries, deadline=deadline)
+    search.known[frozenset()] = reason
+    if not units:
+        return Isolation(kept=None, minimal=True, attempts=())
+    suspected = frozenset(suspects) & everything
+    kept: frozenset[Unit] | None = None
+    minimal = True
+    try:
+        if suspected and suspected != everything and search.ok(suspected):
+            return _found(suspected, True, search)
+        ordered = sorted(units, key=lambda group: not group & suspected)
+        kept = _union(search.explain(ordered, frozenset()))
+        singles = [frozenset([unit]) for group in ordered for unit in sorted(group) if group <= kept]
+        if len(singles) > 1:
+            kept = _union(search.explain(singles, frozenset()))
+    except _OutOfBudget:
+        minimal = False
+        best = search.best()
+        kept = best if kept is None or (best is not None and len(best) < len(kept)) else kept
+    if kept is not None and kept != everything and kept not in search.known:
+        # An answer that follows from monotonicity alone has never been built: build it before saying that it works.
+        begin = time.monotonic()
+        failure = works(kept)
+        search.attempts.append(Attempt(kept=tuple(sorted(kept)), reason=failure, seconds=time.monotonic() - begin))
+        kept = search.best() if failure else kept
+    return _found(kept, minimal, search)
+
+
+def _found(kept: frozenset[Unit] | None, minimal: bool, search: _Search) -> Isolation:
+    usable = kept is not None and kept != search.everything
+    return Isolation(
+        kept=tuple(sorted(kept)) if usable and kept is not None else None,
+        minimal=minimal,
+        attempts=tuple(search.attempts),
+    )
+
+
+def _union(parts: Iterable[frozenset[Unit]]) -> frozenset[Unit]:
+    return frozenset().union(*parts)

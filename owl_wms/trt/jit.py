@@ -1,0 +1,131 @@
+"""The JIT form for trainers: `torch.compile(backend="tensorrt")` with the same rewrites, precision and guards.
+
+Why it exists: a trainer that samples a few images an hour wants no cache directory, and its decoder may change. The price is a compilation in
+every process and no isolation: the build happens inside the trainer. A failure to compile or to run, or a program that misses parity, ends in
+the eager decoder, with one warning.
+
+Usage:
+    decode = compile_for_training(decoder, precision="bf16")
+    x = decode(z)          # first call of a shape compiles and checks; no gradients flow
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.errors import ConfigError, FastPathError
+from owl_wms.trt import importer, plans
+from owl_wms.trt.parity import Reference
+from owl_wms.trt.shapes import copy_with, module_dtype
+from owl_wms.trt.spec import DTYPES, BuildSpec
+from owl_wms.vae import fold_weight_norm
+
+_LOG = logging.getLogger(__name__)
+JIT_SCALES = (1.0,)
+
+
+class TrainingDecoder(nn.Module):
+    """A decoder that runs compiled where it can: `[B, c, h, w] -> [B, C, H, W]` in the original's dtype, without gradients.
+
+    Attributes:
+        decoder: the original, untouched; its answer is given after any failure.
+        reason: why it is eager; empty while the compiled form is used or untried.
+    """
+
+    def __init__(self, decoder: nn.Module, precision: str, plan: str, workspace_size: int, strict: bool) -> None:
+        super().__init__()
+        # Kept out of the submodules: an optimizer or a checkpoint over this wrapper sees the decoder once.
+        self.decoder = decoder
+        self.precision = precision
+        self.plan = plan
+        self.workspace_size = workspace_size
+        self.strict = strict
+        self.reason = ""
+        self._compiled: dict[tuple[int, ...], Any] = {}
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def forward(self, z: Tensor) -> Tensor:
+        if self.reason:
+            return self.decoder(z)
+        try:
+            shape = tuple(z.shape)
+            with self._lock:
+                if shape not in self._compiled:
+                    self._compiled[shape] = self._compile(z)
+            return self._compiled[shape](z.to(DTYPES[self.precision])).to(module_dtype(self.decoder))
+        except Exception as error:
+            self._give_up(error)
+            return self.decoder(z)
+
+    def _compile(self, z: Tensor) -> Any:
+        if z.device.type != "cuda":
+            raise FastPathError(
+                "build", f"TensorRT needs CUDA latents; got {z.device}", "move decoder and latents to a GPU"
+            )
+        importer.require()
+        spec = BuildSpec(
+            input_shape=tuple(z.shape),  # type: ignore[arg-type]
+            precision=self.precision,
+            plans=(self.plan,),
+            device_index=z.device.index or 0,
+            workspace_size=self.workspace_size,
+        )
+        wide = copy_with(
+            self.decoder, lambda t: t.to(torch.float32 if t.dtype.is_floating_point else t.dtype, copy=True)
+        )
+        folded = fold_weight_norm(wide).eval().requires_grad_(False)
+        (plan,) = plans.candidates(folded, spec, self.precision)
+        module, _ = plan.lower(folded, spec, self.precision)
+        settings = {**spec.compile_settings(self.precision), **plan.settings}
+        # Dynamo's default is to swallow a failed build; here it must surface, so that the reason is told.
+        compiled = torch.compile(module, backend="tensorrt", dynamic=False, options=settings)
+        eager = plans.cast_copy(folded, self.precision)
+        reference = Reference.measure(
+            folded, eager, tuple(z.shape), DTYPES[self.precision], z.device, spec.seed, scales=JIT_SCALES
+        )
+        checked = reference.check(compiled)
+        if not checked["passed"]:
+            raise FastPathError("parity", checked["reason"], "use another precision")
+        return compiled
+
+    def _give_up(self, error: Exception) -> None:
+        if self.strict:
+            raise error
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        self.reason = str(error) if isinstance(error, FastPathError) else f"{type(error).__name__}: {first}"
+        self._compiled.clear()
+        _LOG.warning("decoding with PyTorch from now on: %s", self.reason)
+
+
+def compile_for_training(
+    decoder: nn.Module,
+    *,
+    precision: str = "bf16",
+    plan: str = "tensorrt",
+    workspace_size: int = 0,
+    strict: bool = False,
+) -> TrainingDecoder:
+    """Wrap `decoder` for use inside a training loop.
+
+    Args:
+        decoder: any float dtype and device; kept as the fallback. Weights are read when a shape is first compiled; after changing them,
+            wrap again.
+        precision: fp16, bf16 or fp32; `auto` is not offered, since two builds inside a trainer cost more than they save.
+        plan: name of a registered plan.
+        workspace_size: bytes of TensorRT scratch memory, 0 for its own choice.
+        strict: raise instead of falling back.
+
+    Raises:
+        ConfigError: a precision that is not one of the three.
+    """
+    if precision not in DTYPES:
+        raise ConfigError(
+            f"precision must be one of {', '.join(DTYPES)} for training; got {precision!r}", key="precision"
+        )
+    return TrainingDecoder(decoder, precision, plan, workspace_size, strict)

@@ -1,0 +1,106 @@
+"""From verified bytes to a callable program.
+
+Why bytes: `torch.export.load` runs code from a crafted file and does not notice half of all flipped bits, so whoever reads the file hashes it
+first and hands over those same bytes. Never `torch_tensorrt.load`, which tries other unpicklers when the first one fails.
+
+Usage:
+    program = load_program(entry.read("program.pt2"), "cuda:0")
+    x = program(z)        # z of program.input_shape; cast to program.input_dtype
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from owl_wms.errors import FastPathError
+from owl_wms.trt import importer
+
+
+class Program:
+    """A loaded program: `[B, c, h, w] -> [B, C, H, W]`, one static shape, no gradients.
+
+    Attributes:
+        input_shape, input_dtype: of the latents it takes; another dtype is cast, another shape refused.
+        device: where it runs.
+    """
+
+    def __init__(
+        self, module: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._module = module
+        self.input_shape = shape
+        self.input_dtype = dtype
+        self.device = device
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if tuple(z.shape) != self.input_shape:
+            raise FastPathError(
+                "run", f"this program takes latents {list(self.input_shape)}; got {list(z.shape)}", "pad to that shape"
+            )
+        z = z.to(device=self.device, dtype=self.input_dtype).contiguous()
+        if self.device.type != "cuda":
+            with torch.no_grad():
+                return self._module(z)
+        # Engines run on the current device and stream, whichever device their weights are on.
+        with torch.no_grad(), torch.cuda.device(self.device):
+            return self._module(z)
+
+
+def load_program(data: bytes, device: torch.device | str) -> Program:
+    """Deserialize a program whose bytes the caller has verified.
+
+    Args:
+        data: the whole `program.pt2`.
+        device: where it is to run.
+
+    Raises:
+        FastPathError: stage "import" when Torch-TensorRT is missing, else "load".
+    """
+    importer.require()  # registers the engine class and operator that the file refers to
+    register_operators()
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    return _load(data, device)
+            return _load(data, device)
+    except FastPathError:
+        raise
+    except Exception as error:  # a damaged archive raises anything from KeyError to RuntimeError
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise FastPathError("load", f"{type(error).__name__}: {first}", "the entry is rebuilt") from error
+
+
+def _load(data: bytes, device: torch.device) -> Program:
+    exported = torch.export.load(io.BytesIO(data))
+    inputs = exported.graph_signature.user_inputs
+    example = next(
+        node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs
+    )
+    elsewhere = {
+        t.device for t in [*exported.state_dict.values(), *exported.constants.values()] if isinstance(t, Tensor)
+    }
+    if elsewhere - {device}:
+        from torch.export.passes import move_to_device_pass
+
+        exported = move_to_device_pass(exported, str(device))
+    return Program(exported.module(), tuple(example.shape), example.dtype, device)
+
+
+def register_operators() -> None:
+    """Import our own operators, so that programs made with them can be read; without Triton such programs fail to load, others do not."""
+    for name in ("owl_wms.ops", "owl_wms.trt.fused"):
+        try:
+            importlib.import_module(name)
+        except Exception:  # a program that needs them says so itself when it is read
+            continue

@@ -1,0 +1,162 @@
+"""The parity gate: a program is used only if it is about as near to the fp32 decoder as eager PyTorch is at the same precision.
+
+Why it exists: a compiler that picks another algorithm may be right to, but a tolerance such as 1e-1 hides broken programs. Eager PyTorch at the
+same precision is the honest yardstick: whoever chose fp16 or bf16 has accepted its error.
+
+The rule, for seeded latents of several scales (the same rounded latents for all three):
+    r = fp32 decoder without TF32, e = eager at the precision, y = the program
+    finite      every element of y is finite wherever r is
+    relative    |y - r| / |r| (L2) <= 2 * max(|e - r| / |r|, FLOOR[precision])
+    absolute    max |y - r| over elements with |r| <= 1 is <= max(1e-2, 2 * the same of e)
+The absolute bound thus is 1e-2 wherever the dtype can express it, which is read off eager: where eager itself strays further, twice eager.
+FLOOR matters for fp32 alone, whose eager error is zero by definition: 5e-5 lets a different order of summation pass (about 1e-6 per layer) and
+stops TF32 (about 1e-3).
+
+Usage:
+    reference = Reference.measure(folded_fp32, eager, spec.input_shape, dtype)
+    result = reference.check(program)        # result["passed"], result["reason"], numbers per scale
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCALES = (0.1, 1.0, 3.0)
+RELATIVE_FACTOR = 2.0
+ABSOLUTE_LIMIT = 1e-2
+FLOOR = {torch.float32: 5e-5}
+
+Decode = Callable[[Tensor], Tensor]
+
+
+@contextlib.contextmanager
+def true_fp32() -> Iterator[None]:
+    """Matrix products and convolutions in full float32 (TF32 off) inside the block."""
+    matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
+
+
+def latents(
+    shape: tuple[int, ...], scale: float, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> Tensor:
+    """Seeded normal latents `shape` times `scale`, drawn on the CPU in float32 so that every machine gets the same ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Errors:
+    """Distance of an output from the fp32 one: relative L2, largest absolute difference where |fp32| <= 1, all finite."""
+
+    relative: float
+    absolute: float
+    finite: bool
+
+
+def errors(output: Tensor, reference: Tensor) -> Errors:
+    """`output` against `reference` of the same shape; both any float dtype, compared in float32."""
+    y, r = output.float(), reference.float()
+    known = torch.isfinite(r)
+    finite = bool(torch.isfinite(y[known]).all())
+    difference = torch.where(known, y - r, torch.zeros_like(r))
+    norm = torch.linalg.vector_norm(torch.where(known, r, torch.zeros_like(r))).item()
+    relative = torch.linalg.vector_norm(difference).item() / max(norm, torch.finfo(torch.float32).tiny)
+    inside = difference[known & (r.abs() <= 1)]
+    absolute = inside.abs().max().item() if inside.numel() else 0.0
+    return Errors(relative=relative, absolute=absolute, finite=finite)
+
+
+@dataclass(kw_only=True, slots=True)
+class Reference:
+    """fp32 answers and eager's errors at one precision, measured once and compared with every program.
+
+    Attributes:
+        inputs: one latent batch a scale, in the precision's dtype.
+        wanted: the fp32 decoder's outputs (float32, same device).
+        eager: eager's errors against them.
+        scales: of the latents, in the order of the lists.
+    """
+
+    inputs: list[Tensor]
+    wanted: list[Tensor]
+    eager: list[Errors]
+    scales: tuple[float, ...] = SCALES
+    dtype: torch.dtype = field(default=torch.float32)
+
+    @classmethod
+    @torch.no_grad()
+    def measure(
+        cls,
+        fp32: Decode,
+        eager: Decode,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        seed: int = 0,
+        scales: tuple[float, ...] = SCALES,
+    ) -> Reference:
+        """Run both decoders on seeded latents of every scale."""
+        inputs = [latents(shape, scale, dtype, device, seed + i) for i, scale in enumerate(scales)]
+        with true_fp32():
+            wanted = [fp32(z.float()) for z in inputs]
+        return cls(
+            inputs=inputs,
+            wanted=wanted,
+            eager=[errors(eager(z), r) for z, r in zip(inputs, wanted, strict=True)],
+            scales=scales,
+            dtype=dtype,
+        )
+
+    def eager_is_finite(self) -> bool:
+        """Whether eager at this precision stays finite; where it does not, the precision is not usable at all."""
+        return all(e.finite for e in self.eager)
+
+    @torch.no_grad()
+    def check(self, program: Decode) -> dict[str, Any]:
+        """Hold `program` against the rule above.
+
+        Returns:
+            `passed`, `reason` (empty when passed), `relative_error` and `absolute_error` (worst scale), and `scales`, one dict each.
+        """
+        rows = []
+        for scale, z, r, eager in zip(self.scales, self.inputs, self.wanted, self.eager, strict=True):
+            rows.append(self._row(scale, errors(program(z), r), eager))
+        bad = [row["reason"] for row in rows if row["reason"]]
+        return {
+            "passed": not bad,
+            "reason": bad[0] if bad else "",
+            "relative_error": max(row["relative_error"] for row in rows),
+            "absolute_error": max(row["absolute_error"] for row in rows),
+            "scales": rows,
+        }
+
+    def _row(self, scale: float, got: Errors, eager: Errors) -> dict[str, Any]:
+        relative_limit = RELATIVE_FACTOR * max(eager.relative, FLOOR.get(self.dtype, 0.0))
+        absolute_limit = max(ABSOLUTE_LIMIT, RELATIVE_FACTOR * eager.absolute)
+        reason = ""
+        if not got.finite:
+            reason = f"non-finite output for latents of scale {scale:g}"
+        elif not got.relative <= relative_limit:
+            reason = f"relative error {got.relative:.2e} exceeds {relative_limit:.2e} at scale {scale:g} (eager {eager.relative:.2e})"
+        elif not got.absolute <= absolute_limit:
+            reason = f"absolute error {got.absolute:.2e} exceeds {absolute_limit:.2e} at scale {scale:g} (eager {eager.absolute:.2e})"
+        return {
+            "scale": scale,
+            "relative_error": got.relative,
+            "relative_limit": relative_limit,
+            "absolute_error": got.absolute,
+            "absolute_limit": absolute_limit,
+            "eager_relative_error": eager.relative,
+            "eager_absolute_error": eager.absolute,
+            "reason": reason,
+        }

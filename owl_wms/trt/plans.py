@@ -1,0 +1,197 @@
+"""The named ways to lower a decoder.
+
+Why names: which way is fastest depends on decoder, precision and GPU, so every plan that applies is built and timed, and the name of the one
+that won stands in the manifest. A plan says beforehand whether it applies and which precisions it offers; none is ever silently replaced.
+
+Usage:
+    for plan in candidates(decoder, spec, "bf16"):
+        module, rewrites = plan.lower(folded_fp32, spec, "bf16")
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from owl_wms.errors import FastPathError
+from owl_wms.trt.rewrites import apply_rewrites
+from owl_wms.trt.sana import is_sana_decoder
+from owl_wms.trt.shapes import copy_with
+from owl_wms.trt.spec import BuildSpec, dtype_of
+
+Applies = Callable[[nn.Module, BuildSpec], tuple[bool, str]]
+Lower = Callable[[nn.Module, BuildSpec, str], tuple[nn.Module, dict[str, int]]]
+FLOATS = ("fp16", "bf16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One way to lower a decoder.
+
+    Attributes:
+        name: stable; part of the cache key and the manifest.
+        summary: one sentence for `owl-wms trt`.
+        applies: `(decoder, spec) -> (yes, why not)`; cheap, no CUDA.
+        lower: `(folded fp32 decoder, spec, precision) -> (module, {rewrite: places})`; the input is not changed, the result has the
+            precision's dtype and the decoder's device.
+        precisions: those the plan offers.
+        settings: compile settings that differ from the spec's.
+        isolates: whether a failing build may be searched for modules to keep in PyTorch.
+    """
+
+    name: str
+    summary: str
+    applies: Applies
+    lower: Lower
+    precisions: tuple[str, ...] = FLOATS
+    settings: dict[str, Any] = field(default_factory=dict)
+    isolates: bool = True
+
+
+def lower_with(*names: str) -> Lower:
+    """A `lower` that casts, then applies the rewrites called `names`."""
+
+    def lower(folded: nn.Module, spec: BuildSpec, precision: str) -> tuple[nn.Module, dict[str, int]]:
+        module = cast_copy(folded, precision).eval()
+        return module, apply_rewrites(module, spec.input_shape, names)
+
+    return lower
+
+
+def cast_copy(folded: nn.Module, precision: str) -> nn.Module:
+    """A copy whose floating-point tensors have the precision's dtype; shares nothing with `folded`."""
+    dtype = dtype_of(precision)
+    return copy_with(folded, lambda t: t.to(dtype, copy=True) if t.dtype.is_floating_point else t.clone())
+
+
+def _always(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
+    return True, ""
+
+
+def _only_sana(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
+    return is_sana_decoder(decoder), "only for diffusers' AutoencoderDC decoder"
+
+
+def _grouped(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
+    narrow = any(
+        isinstance(m, nn.Conv2d) and m.groups > 1 and m.in_channels // m.groups == 16 and m.kernel_size != (1, 1)
+        for m in decoder.modules()
+    )
+    return narrow, "needs 3x3 convolutions in groups of 16 channels"
+
+
+def fused_ops() -> ModuleType | None:
+    """`owl_wms.trt.fused`, or None where it cannot be imported (no Triton); imported on demand because it loads kernels."""
+    try:
+        return importlib.import_module("owl_wms.trt.fused")
+    except Exception:  # Triton without a driver, or absent: the plan then does not apply
+        return None
+
+
+def _fusible(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
+    module = fused_ops()
+    if module is None:
+        return False, "our fused operators cannot be imported (they need Triton)"
+    yes, why = module.supports(decoder)
+    return bool(yes), str(why)
+
+
+def _lower_fused(folded: nn.Module, spec: BuildSpec, precision: str) -> tuple[nn.Module, dict[str, int]]:
+    module = fused_ops()
+    if module is None:
+        raise FastPathError("export", "our fused operators cannot be imported", "install triton")
+    cast = cast_copy(folded, precision).eval()
+    return module.fuse(cast, dtype_of(precision)).eval(), {"fuse": 1}
+
+
+_DCAE = ("replace_bicubic", "replace_landscape_operations")
+_SANA = ("replace_attention_operations", "replace_sana_operations")
+PLANS: dict[str, Plan] = {}
+
+
+def register(plan: Plan) -> Plan:
+    """Add a plan. Raises FastPathError when its name is taken."""
+    if plan.name in PLANS:
+        raise FastPathError("build", f"a plan is called {plan.name!r} already", "choose another name")
+    PLANS[plan.name] = plan
+    return plan
+
+
+register(
+    Plan(
+        name="tensorrt",
+        summary="TensorRT after every rewrite: bicubic and landscape resizes as matrix products, attention and norms without transposes",
+        applies=_always,
+        lower=lower_with(*_DCAE, *_SANA),
+    )
+)
+register(
+    Plan(
+        name="tensorrt-plain",
+        summary="TensorRT on diffusers' own graph, no rewrites: what the rewrites are compared with",
+        applies=_only_sana,
+        lower=lower_with(),
+    )
+)
+register(
+    Plan(
+        name="tensorrt+merged",
+        summary="as tensorrt, with groups of 16 channels merged in pairs",
+        applies=_grouped,
+        lower=lower_with(*_DCAE, "merge_groups"),
+    )
+)
+register(
+    Plan(
+        name="tensorrt+ops",
+        summary="our fused kernels where they apply, TensorRT for the rest",
+        applies=_fusible,
+        lower=_lower_fused,
+        precisions=("fp16", "bf16"),
+        settings={"min_block_size": 1},
+        isolates=False,
+    )
+)
+
+
+def candidates(decoder: nn.Module, spec: BuildSpec, precision: str) -> list[Plan]:
+    """The plans to build at `precision`, in registry order.
+
+    Raises:
+        FastPathError: stage "build" for a plan name that does not exist, or when no plan that applies offers the precision; the message
+            says why each one was left out.
+    """
+    for name in spec.plans:
+        if name not in PLANS:
+            raise FastPathError("build", f"no plan is called {name!r}", f"known: {', '.join(PLANS)}")
+    chosen, refused = [], []
+    for plan in PLANS.values():
+        if spec.plans and plan.name not in spec.plans:
+            continue
+        if precision not in precisions_of(plan):
+            refused.append(f"{plan.name} offers {', '.join(precisions_of(plan))}")
+            continue
+        yes, why = plan.applies(decoder, spec)
+        if yes:
+            chosen.append(plan)
+        else:
+            refused.append(f"{plan.name}: {why}")
+    if not chosen:
+        raise FastPathError(
+            "build",
+            f"no plan offers precision {precision!r} for this decoder ({'; '.join(refused)})",
+            "choose another precision",
+        )
+    return chosen
+
+
+def precisions_of(plan: Plan) -> tuple[str, ...]:
+    """What a plan offers; the fused operators themselves may state theirs as `PRECISIONS`."""
+    if plan.name != "tensorrt+ops":
+        return plan.precisions
+    return tuple(getattr(fused_ops(), "PRECISIONS", plan.precisions))
