@@ -127,6 +127,7 @@ class VAETrainConfig(StrictModel):
     warmup_adv: int = 5000
     warmup_crt: int = 1000
     use_teacher_decoder: bool = False
+    filepath: str | None = None
     sample_rate: PositiveInt | None = None
     n_fft_list: IntTuple | None = None
 

@@ -32,6 +32,7 @@ def test_decodes_in_range_and_folds() -> None:
     assert samples.shape == (2, 2, 30)
     assert samples.abs().max() <= 1
     assert relative_error(fold_weight_norm(decoder)(z), samples) < 1e-6
+    assert relative_error(torch.export.export(decoder, (z,)).module()(z), samples) < 1e-6
 
 
 def test_snake_beta_formula() -> None:

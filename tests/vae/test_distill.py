@@ -50,6 +50,7 @@ def test_decoder_matches_second_derivation() -> None:
             x = F.conv2d(x, w[f"blocks.{2 * i}.proj.weight"])
         x = _res(F.interpolate(x, scale_factor=stride, mode="bicubic"), w, f"blocks.{2 * i + 1}")
     assert relative_error(decoder(z), F.conv2d(x, w["conv_out.weight"], padding=1)) < 1e-5
+    assert relative_error(torch.export.export(decoder, (z,)).module()(z), decoder(z)) < 1e-6
 
 
 @torch.no_grad()
