@@ -1,7 +1,7 @@
 """Plausible play without a player: smooth mouse and buttons for clips and training data.
 
-Why closed loop: blind random keys end with a face to the wall. The scripted player looks along three rays and turns to the open
-side; everything else is a few slow random waves, so keys stay down for human lengths of time.
+Why closed loop: blind random keys end with a face to the wall. The scripted player looks along three rays and turns
+to the open side; everything else is a few slow random waves, so keys stay down for human lengths of time.
 
 Usage:
     mouse, buttons = scripted_controls(seed=7, n=120)   # [120, 2] float32, [120, 11] bool

@@ -1,7 +1,7 @@
 """The player's own hand, its blaster, the muzzle flash and the crosshair: what is fixed to the screen.
 
-Why: it is what shows fire, reload, aim and stride, so the controls can be seen in a single frame. Shapes are distances to
-segments, shaded like round rods. Only the part of the frame that they can reach is computed.
+Why: it is what shows fire, reload, aim and stride, so the controls can be seen in a single frame. Shapes are
+distances to segments, shaded like round rods. Only the part of the frame that they can reach is computed.
 
 Usage: `draw_hand(state, view, colour)` changes `colour` [B, 3, H, W] (in [0, 1]) in place.
 """
@@ -58,7 +58,12 @@ def draw_hand(state: GameState, view: View, colour: Tensor) -> None:
 
 
 def _rod(
-    patch: Tensor, x: Tensor, y: Tensor, shape: tuple[tuple[float, float], tuple[float, float], float], tint: Tensor, height: int
+    patch: Tensor,
+    x: Tensor,
+    y: Tensor,
+    shape: tuple[tuple[float, float], tuple[float, float], float],
+    tint: Tensor,
+    height: int,
 ) -> None:
     """A round rod between two points, lit from the upper left; `tint` [B, 3]."""
     (ax, ay), (bx, by), radius = shape

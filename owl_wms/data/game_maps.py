@@ -1,7 +1,7 @@
 """Seeded maps of the game world: counter-based random numbers, walls, baked floor light.
 
-Why counter-based: every value is a pure function of (seed, index, salt) in integer arithmetic, so a world is the same on
-CPU and GPU, alone or in a batch, and a thousand maps are made by a few tensor operations.
+Why counter-based: every value is a pure function of (seed, index, salt) in integer arithmetic, so a world is the same
+on CPU and GPU, alone or in a batch, and a thousand maps are made by a few tensor operations.
 
 Usage:
     grid = make_grid(torch.tensor([7, 8]))   # [2, 17, 17] int64, 0 = free, 1..5 = kind of wall

@@ -1,12 +1,12 @@
 """Pictures of the game world: walls, floor, sky, creatures and the player's hand as RGB and depth.
 
-Why it is made this way: each pixel's colour is a closed form of its row and column, evaluated by whole-frame tensor operations,
-so a batch renders on a GPU as one sequence of kernels. Textures are cosines, which a pixel footprint can be averaged over exactly
-(a Gaussian filter scales a cosine by exp(-2 pi^2 sigma^2 f^2)); horizontal edges have area coverage. Hence no shimmer and
-few bits: what an autoencoder with 64 latent positions can hold.
+Why it is made this way: each pixel's colour is a closed form of its row and column, evaluated by whole-frame tensor
+operations, so a batch renders on a GPU as one sequence of kernels. Textures are cosines, which a pixel footprint can
+be averaged over exactly (a Gaussian filter scales a cosine by exp(-2 pi^2 sigma^2 f^2)); horizontal edges have area
+coverage. Hence no shimmer and few bits: what an autoencoder with 64 latent positions can hold.
 
-Depth channel: distance d in cells along the view axis becomes (d - 4) / (d + 4): -1 at the eye, 0 at four cells, 1 for the sky.
-`depth_to_channel` and `channel_to_depth` convert.
+Depth channel: distance d in cells along the view axis becomes (d - 4) / (d + 4): -1 at the eye, 0 at four cells, 1
+for the sky. `depth_to_channel` and `channel_to_depth` convert.
 
 Usage: `frames = render(world, world.state)` -> [B, 4, 360, 640] float32 in [-1, 1].
 """
@@ -115,7 +115,9 @@ def render(world: GameWorld, state: GameState, height: int = 360, width: int = 6
         float32 [B, 4, height, width] in [-1, 1]: red, green, blue, depth (see the module's docstring).
     """
     view = make_view(world, state, height, width)
-    rays = view.forward[:, None] + view.right[:, None] * ((view.columns - width / 2)[:, None] / view.focal[:, None, None])
+    rays = view.forward[:, None] + view.right[:, None] * (
+        (view.columns - width / 2)[:, None] / view.focal[:, None, None]
+    )
     distance, along_y, kind = world.cast(state.position, rays)
     colour, depth = _ground_and_sky(world, state, view, rays)
     _walls(world, state, view, rays, distance, along_y, kind, colour, depth)
@@ -147,7 +149,8 @@ def _ground_and_sky(world: GameWorld, state: GameState, view: View, rays: Tensor
     size = world.grid.shape[-1]
     x = view.position[:, 0, None, None] + floor_depth[:, :, None] * rays[:, None, :, 0]
     y = view.position[:, 1, None, None] + floor_depth[:, :, None] * rays[:, None, :, 1]
-    # Paving: one slab a cell, light and dark in turn; tanh flattens the cosine into slabs. A slab's footprint grows with the square of the distance, so it fades early.
+    # Paving: one slab a cell, light and dark in turn; tanh flattens the cosine into slabs. A slab's footprint grows
+    # with the square of the distance, so it fades early.
     footprint = floor_depth * floor_depth / (view.focal * view.eye)[:, None]
     fade = torch.exp(-2 * (math.pi * 0.5 * footprint) ** 2)
     paving = (torch.cos(math.pi * x) * torch.cos(math.pi * y)).mul_(2.2).tanh_().mul_(fade[:, :, None])
@@ -179,7 +182,9 @@ def _sun_and_clouds(world: GameWorld, view: View, rays: Tensor, rise: Tensor, ab
     over = rise - (0.42 - 0.24 * world.daytime)[:, None]
     light = torch.zeros(len(rays), rise.shape[1], rays.shape[1], device=world.device)
     for spread, strength in ((0.055, 0.7), (0.3, 0.25)):
-        light += (strength * above * torch.exp(-((over / spread) ** 2)))[..., None] * torch.exp(-((aside / spread) ** 2))[:, None]
+        light += (strength * above * torch.exp(-((over / spread) ** 2)))[..., None] * torch.exp(
+            -((aside / spread) ** 2)
+        )[:, None]
     phase = 2 * math.pi * world.daytime[:, None]
     for turns, middle, thick in ((3, 0.22, 0.07), (5, 0.38, 0.08)):
         band = above * torch.exp(-(((rise - middle) / thick) ** 2))
@@ -223,7 +228,9 @@ def _walls(
 
     base = torch.tensor(_WALL, device=device)[kind - 1].movedim(-1, 1)  # [B, 3, W]
     line = torch.tensor(_JOINT, device=device)[kind - 1].movedim(-1, 1)
-    facing = torch.where(along_y, -rays[..., 0].sign() * world.sun[:, 0, None], -rays[..., 1].sign() * world.sun[:, 1, None])
+    facing = torch.where(
+        along_y, -rays[..., 0].sign() * world.sun[:, 0, None], -rays[..., 1].sign() * world.sun[:, 1, None]
+    )
     sun = view.sunlight[:, :, None] * (0.25 + 1.0 * facing.clamp(min=0))[:, None]
     light = sun + view.ambient[:, :, None] + _lights(state, distance)[:, None]
     fog = _fog(distance)[:, None]

@@ -1,7 +1,8 @@
 """Creatures as lit balls with eyes, painted over a frame behind which the walls are already known.
 
-Why closed forms instead of images: a ball is one square root per pixel at any size, and its edge has exact soft coverage.
-On the CPU only the window that the balls touch is computed; on a GPU the whole frame, since asking for the window would stall it.
+Why closed forms instead of images: a ball is one square root per pixel at any size, and its edge has exact soft
+coverage. On the CPU only the window that the balls touch is computed; on a GPU the whole frame, since asking for the
+window would stall it.
 
 Usage: `draw_creatures(world, state, view, wall_distance, colour, depth)` changes `colour` and `depth` in place.
 """

@@ -1,10 +1,10 @@
 """The game's rules: who stands where, and what mouse and buttons do to it, sixty times a second.
 
-Why it exists: real input for the decoder and training data for the world model, from the repository alone. One object holds
-a batch of independent players, each in a world of its own; everything is tensors, so a batch runs on a GPU.
+Why it exists: real input for the decoder and training data for the world model, from the repository alone. One object
+holds a batch of independent players, each in a world of its own; everything is tensors, so a batch runs on a GPU.
 
-Axes: map x to the right, y downwards (grid[y, x]); heading (cos yaw, sin yaw); yaw grows when turning right. Lengths are
-cells, times are frames of 1/60 s, heights are cells above the floor.
+Axes: map x to the right, y downwards (grid[y, x]); heading (cos yaw, sin yaw); yaw grows when turning right. Lengths
+are cells, times are frames of 1/60 s, heights are cells above the floor.
 
 Usage:
     world = GameWorld(seed=7, batch=2, device="cpu")
@@ -180,16 +180,16 @@ class GameWorld:
     def cast(self, origin: Tensor, rays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """First wall along each ray.
 
-        All grid lines are crossed at once and the nearest crossing into a wall kept: the dense form of Amanatides and Woo's
-        traversal (1987), which has no loop and suits a small map.
+        All grid lines are crossed at once and the nearest crossing into a wall kept: the dense form of Amanatides and
+        Woo's traversal (1987), which has no loop and suits a small map.
 
         Args:
             origin: [B, 2] cells, in a free cell.
             rays: [B, R, 2] directions, any length.
 
         Returns:
-            distance [B, R] in units of the ray's length; `along_y` bool [B, R], whether the wall faces x (its texture runs
-            along y); kind int64 [B, R] of the wall.
+            distance [B, R] in units of the ray's length; `along_y` bool [B, R], whether the wall faces x (its texture
+            runs along y); kind int64 [B, R] of the wall.
         """
         size = self.grid.shape[-1]
         lines = torch.arange(size + 1, device=self.device)

@@ -25,7 +25,8 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity per frame: [B, C, H, W] twice -> float32 [B], 1 for equal frames.
 
-    Wang, Bovik, Sheikh, Simoncelli 2004: Gaussian window of 11 pixels, sigma 1.5, K1 0.01, K2 0.03, valid positions only.
+    Wang, Bovik, Sheikh, Simoncelli 2004: Gaussian window of 11 pixels, sigma 1.5, K1 0.01, K2 0.03; only positions
+    whose window lies inside the frame count.
     """
     a, b = a.float(), b.float()
     channels = a.shape[1]
