@@ -31,9 +31,9 @@ T = TypeVar("T", bound=BaseModel)
 # YAML 1.1, which PyYAML reads, takes `1e-4` for a string; YAML 1.2 and every author of these files take it for a
 # number.
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
-# Upstream's longest file has 4 KiB; PyYAML needs about 3 ms a KiB, and a config read should not be a way to stall a
-# server.
-MAX_BYTES = 1 << 16
+# Upstream's longest file has 4 KiB; PyYAML needs up to 5 ms a KiB, and reading a config must stay under 100 ms. (libyaml is
+# faster, but recurses in C: deep nesting would end the process instead of raising RecursionError.)
+MAX_BYTES = 1 << 14
 # PyYAML's scanner takes time quadratic in unclosed brackets.
 MAX_BRACKETS = 1000
 MAX_VALUES = 10_000
@@ -146,7 +146,7 @@ def read_yaml(path: Path | str, *, optional_env: tuple[str, ...] = ("wandb",)) -
     """Parse a YAML file into a dict, with `${env:NAME}` in strings replaced.
 
     Args:
-        path: the file, at most 64 KiB.
+        path: the file, at most 16 KiB.
         optional_env: top-level sections in which a variable that is not set gives None instead of an error; logging is
             optional, a data path is not.
 

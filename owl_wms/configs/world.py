@@ -62,6 +62,7 @@ class WorldModelConfig(StrictModel):
     tokens_per_frame: PositiveInt = 16
     n_buttons: PositiveInt = 8
     n_mouse_axes: PositiveInt = 2
+    control_hidden: PositiveInt = 2048
     n_frames: PositiveInt = 120
     cfg_prob: float = 0.1
     causal: bool = False
@@ -128,6 +129,9 @@ class TrainingConfig(StrictModel):
     sampler_id: str | None = None
     sampler_kwargs: Kwargs | None = None
     eval_sample_dir: str | None = None
+    seed: int = 0
+    max_steps: PositiveInt | None = None
+    fps: PositiveInt = 60
 
     vae_id: str | None = None
     vae_cfg_path: str | None = None
