@@ -1,0 +1,54 @@
+"""`owl_wms::conv_out`: the decoder's last convolution, SiLU on load, 3x3 to at most 8 channels, fp32 NHWC out.
+
+Why it exists: a library convolution to 3 channels wastes most of its tile and wants a separate SiLU pass over the largest
+tensor of the decoder. The kernel reads that tensor once and writes four floats a pixel.
+
+Usage:
+    y = conv_out(x, pack(weight), bias, silu=True)      # x [B, H, W, C] -> [B, H, W, 4 or 8] fp32; bias [4 or 8] fp32
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from owl_wms.ops.conv_out.reference import BLOCK, MAX_OUT, pack, padded, reference, unpack
+from owl_wms.ops.nvrtc import Kernel
+from owl_wms.ops.register import define, has_kernel
+
+__all__ = ["MAX_OUT", "conv_out", "kernel_of", "pack", "padded", "reference", "unpack"]
+
+TILE_H, TILE_W = 16, 32
+PIXELS = (TILE_H + 2) * (TILE_W + 2)
+
+
+def kernel_of(dtype: torch.dtype, *, pad: int, blocks: int, silu: bool) -> Kernel:
+    """The variant for an element type, 4 or 8 outputs, `blocks` of 32 input channels, with or without SiLU."""
+    defines = (f"PAD={pad}",) + (("SILU",) if silu else ()) + (("FP16",) if dtype == torch.float16 else ())
+    shared = PIXELS * 9 * pad * 4 + blocks * -(-9 * pad // 8) * 512
+    return Kernel("conv_out", "conv_out", defines, shared)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
+    if not has_kernel(x):
+        return reference(x, weight, bias, silu)
+    x = x.contiguous()
+    batch, height, width, channels = x.shape
+    out = x.new_empty(batch, height, width, bias.shape[0], dtype=torch.float32)
+    kernel_of(x.dtype, pad=bias.shape[0], blocks=weight.shape[0], silu=silu).launch(
+        x.device,
+        grid=batch * -(-height // TILE_H) * -(-width // TILE_W),
+        block=256,
+        arguments=(out, x, weight, bias, height, width, channels),
+    )
+    return out
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
+    batch, height, width, channels = x.shape
+    torch._check(channels % 8 == 0, lambda: f"conv_out wants a multiple of 8 channels, got {channels}")
+    torch._check(-(-channels // BLOCK) == weight.shape[0], lambda: f"{channels} channels, weights for {weight.shape}")
+    return x.new_empty(batch, height, width, bias.shape[0], dtype=torch.float32)
+
+
+conv_out = define("conv_out(Tensor x, Tensor weight, Tensor bias, bool silu) -> Tensor", run=_run, fake=_fake)

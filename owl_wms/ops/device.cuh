@@ -1,0 +1,102 @@
+// What every kernel of owl_wms.ops shares: element type, packed arithmetic, asynchronous copies, tensor-core products.
+//
+// No header is included, so NVRTC needs nothing but its own library. FP16 selects float16, its absence bfloat16; 16-bit
+// values travel as raw bits (u16, or two of them in a u32, the lower one first).
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define DEVICE __device__ __forceinline__
+#define SLOPE 0.01f
+
+#ifdef FP16
+#define TYPE2 "f16x2"
+#define MMA_TYPES "f32.f16.f16.f32"
+#define SLOPE2 0x211f211fu  // 0.01 twice, nearest float16
+#define MINUS_ZERO2 0x80008000u
+DEVICE float low_float(u32 pair) {
+    float value;
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(value) : "r"(pair));
+    return value;
+}
+DEVICE float high_float(u32 pair) {
+    float value;
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(value) : "r"(pair));
+    return value;
+}
+#else
+#define TYPE2 "bf16x2"
+#define MMA_TYPES "f32.bf16.bf16.f32"
+#define SLOPE2 0x3c243c24u  // 0.01 twice, nearest bfloat16
+#define MINUS_ZERO2 0x80008000u
+DEVICE float low_float(u32 pair) { return __uint_as_float(pair << 16); }
+DEVICE float high_float(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+#endif
+
+DEVICE u32 pack(float low, float high) {
+    u32 pair;
+    asm("cvt.rn." TYPE2 ".f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// LeakyReLU of two packed values: max(x, 0.01 x).
+DEVICE u32 leaky2(u32 pair) {
+    u32 scaled, result;
+    asm("fma.rn." TYPE2 " %0, %1, %2, %3;" : "=r"(scaled) : "r"(pair), "r"(SLOPE2), "r"(MINUS_ZERO2));
+    asm("max." TYPE2 " %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(scaled));
+    return result;
+}
+DEVICE float leaky(float x) { return fmaxf(x, SLOPE * x); }
+
+DEVICE u32 shared_address(const void* pointer) {
+    u32 address;
+    asm("{.reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a;}" : "=r"(address) : "l"(pointer));
+    return address;
+}
+
+// Sixteen bytes from global to shared memory, past the registers; zeros where `valid` is false.
+DEVICE void copy16(u32 target, const void* source, bool valid) {
+    int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+}
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+DEVICE void load_matrix(u32 (&a)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// d[16 x 8] += a[16 x 16] b[16 x 8], fp32 accumulation.
+DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+DEVICE void store_shared8(u32 address, u32 x, u32 y) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
+}
+DEVICE void load_shared8(u32 address, u32& x, u32& y) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(address) : "memory");
+}
+// Read-only global loads; `volatile` keeps the compiler from holding weights in registers across phases.
+DEVICE uint4 load_weights(const uint4* source) {
+    uint4 v;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(source));
+    return v;
+}
+DEVICE void store_global8(void* target, u32 x, u32 y) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(target), "r"(x), "r"(y) : "memory");
+}
+
+DEVICE int clamp(int value, int low, int high) { return min(max(value, low), high); }
+
+// Bicubic enlargement by two (a = -0.75). Output 2i+1 and 2i+2 lie 0.25 and 0.75 past input i and read inputs i-1..i+2.
+DEVICE float quarter(float a, float b, float c, float d) {
+    return fmaf(-27.f / 256, a, fmaf(225.f / 256, b, fmaf(67.f / 256, c, -9.f / 256 * d)));
+}
+DEVICE float three_quarters(float a, float b, float c, float d) { return quarter(d, c, b, a); }

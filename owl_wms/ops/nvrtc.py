@@ -1,0 +1,167 @@
+"""CUDA C++ kernels compiled at run time, with nothing but what `pip install torch` brings.
+
+Why it exists: the kernels under `owl_wms.ops` are one .cu file each; a wheel per CUDA version, or a toolkit on the user's
+machine, would be the alternative. NVRTC (shipped with torch's CUDA wheels) turns a file into machine code in about half a
+second, once a process and variant; libcuda launches it on torch's current stream, so streams, graphs and devices behave
+as for torch's own kernels. Compile before capturing a graph: run the program once.
+
+Usage:
+    kernel = Kernel("grouped_conv", entry="grouped_conv", defines=("UP2",), shared_bytes=110_592)
+    kernel.launch(tensor.device, grid=1024, block=288, arguments=(out, x, weight, bias, 64, 64, 192, 64))
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES of cuda.h
+DEFAULT_SHARED_BYTES = 48 * 1024
+
+_lock = threading.Lock()
+_functions: dict[tuple[Kernel, int], ctypes.c_void_p] = {}
+
+
+class KernelError(RuntimeError):
+    """A kernel that did not compile, load or launch; the message carries the compiler's or driver's own words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One variant of one .cu file.
+
+    Args:
+        op: folder under `owl_wms/ops` that holds `kernel.cu`.
+        entry: name of the `extern "C"` function.
+        defines: preprocessor symbols, `NAME` or `NAME=VALUE`, that select the variant.
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    op: str
+    entry: str
+    defines: tuple[str, ...] = ()
+    shared_bytes: int = 0
+
+    def source(self) -> str:
+        """The full text that is compiled: shared device code, then the kernel."""
+        return (ROOT / "device.cuh").read_text("utf-8") + (ROOT / self.op / "kernel.cu").read_text("utf-8")
+
+    def launch(self, device: torch.device, *, grid: int, block: int, arguments: Sequence[Tensor | int | None]) -> None:
+        """Enqueue on torch's current stream of `device`; tensors are passed as pointers, ints as 32-bit integers.
+
+        Raises:
+            KernelError: compilation, loading or launching failed.
+        """
+        values: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, int):
+                values.append(ctypes.c_int(argument))
+            else:
+                values.append(ctypes.c_void_p(None if argument is None else argument.data_ptr()))
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        with torch.cuda.device(device):
+            function = _function(self, torch.cuda.current_device())
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            status = _driver().cuLaunchKernel(
+                function, grid, 1, 1, block, 1, 1, self.shared_bytes, stream, pointers, ctypes.c_void_p(None)
+            )
+            _check_driver(status, f"launching {self}")
+
+
+def _function(kernel: Kernel, index: int) -> ctypes.c_void_p:
+    key = (kernel, index)
+    found = _functions.get(key)
+    if found is not None:
+        return found
+    with _lock:
+        if key not in _functions:
+            major, minor = torch.cuda.get_device_capability(index)
+            torch.cuda.current_stream().synchronize()  # also makes the device's primary context current in this thread
+            image = compile_kernel(kernel, f"sm_{major}{minor}")
+            driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+            _check_driver(driver.cuModuleLoadData(ctypes.byref(module), image), f"loading {kernel}")
+            _check_driver(
+                driver.cuModuleGetFunction(ctypes.byref(function), module, kernel.entry.encode()), f"finding {kernel}"
+            )
+            if kernel.shared_bytes > DEFAULT_SHARED_BYTES:
+                status = driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, kernel.shared_bytes)
+                _check_driver(status, f"reserving {kernel.shared_bytes} bytes of shared memory for {kernel}")
+            _functions[key] = function
+    return _functions[key]
+
+
+@functools.lru_cache(maxsize=None)
+def compile_kernel(kernel: Kernel, architecture: str) -> bytes:
+    """Machine code for `architecture` (`sm_90`); needs libnvrtc but no GPU. Raises KernelError with the compiler's log."""
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    name = f"{kernel.op}.cu".encode()
+    _check_nvrtc(nvrtc.nvrtcCreateProgram(ctypes.byref(program), kernel.source().encode(), name, 0, None, None), "create")
+    try:
+        options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{define}" for define in kernel.defines)]
+        array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), array):
+            raise KernelError(f"{kernel} does not compile for {architecture}:\n{_compiler_log(program)}")
+        size = ctypes.c_size_t()
+        _check_nvrtc(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "size")
+        image = ctypes.create_string_buffer(size.value)
+        _check_nvrtc(nvrtc.nvrtcGetCUBIN(program, image), "read")
+        return image.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _compiler_log(program: ctypes.c_void_p) -> str:
+    size = ctypes.c_size_t()
+    _nvrtc().nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    _nvrtc().nvrtcGetProgramLog(program, text)
+    return text.value.decode(errors="replace")
+
+
+def nvrtc_library_names() -> list[str]:
+    """Where libnvrtc may be: the wheels torch depends on, in both of their layouts, then the loader's own search path."""
+    major = (torch.version.cuda or "13").split(".")[0]
+    spec = importlib.util.find_spec("nvidia")
+    roots = [] if spec is None else [Path(root) for root in spec.submodule_search_locations or []]
+    files = [root / folder / "lib" / f"libnvrtc.so.{major}" for root in roots for folder in (f"cu{major}", "cuda_nvrtc")]
+    return [*(str(file) for file in files if file.exists()), f"libnvrtc.so.{major}", "libnvrtc.so"]
+
+
+@functools.lru_cache(maxsize=1)
+def _nvrtc() -> ctypes.CDLL:
+    for name in nvrtc_library_names():
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise KernelError("libnvrtc was not found (it comes with torch's CUDA wheels): pip install nvidia-cuda-nvrtc")
+
+
+@functools.lru_cache(maxsize=1)
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise KernelError(f"no NVIDIA driver: {error}") from error
+
+
+def _check_nvrtc(status: int, step: str) -> None:
+    if status:
+        raise KernelError(f"NVRTC failed to {step} a program: error {status}")
+
+
+def _check_driver(status: int, doing: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise KernelError(f"{doing}: CUDA error {status}, {(text.value or b'unknown').decode()}")

@@ -1,0 +1,40 @@
+"""How an op of this package becomes `torch.ops.owl_wms.<name>`: schema, fake, and one function for CPU and CUDA.
+
+Why not `torch.library.custom_op`: its Python wrapper costs twice as much a call, and every op here runs dozens of times a
+decode. All ops are functional (no argument is written, no result aliases an argument), so an exported program keeps them
+as they are and a compiler that does not know them leaves them to PyTorch.
+
+Usage:
+    define("grouped_conv(Tensor x, Tensor weight, Tensor bias, bool up2) -> Tensor", run=_run, fake=_fake)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+NAMESPACE = "owl_wms"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+# What the kernels compute in; anything else (fp32 above all) takes the reference, on a GPU too.
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def define(schema: str, *, run: Callable, fake: Callable) -> Callable:
+    """Register `schema` with `run` for CPU and CUDA and `fake` for shapes; returns the callable op."""
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, run, "CPU")
+    _library.impl(name, run, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def has_kernel(x: torch.Tensor) -> bool:
+    """Whether the CUDA kernels can take `x`: a GPU tensor of 16-bit floats."""
+    return x.is_cuda and x.dtype in KERNEL_DTYPES
+
+
+def dtype_defines(x: torch.Tensor) -> tuple[str, ...]:
+    """Preprocessor symbols that select the element type of `x`."""
+    return ("FP16",) if x.dtype == torch.float16 else ()

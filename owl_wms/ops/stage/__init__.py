@@ -1,0 +1,112 @@
+"""`owl_wms::stage`: one decoder stage, from its low-resolution input to its output, NHWC.
+
+Why one op: inside it, the residual is accumulated in place by the matrix products and buffers are reused, which a
+functional graph cannot say; seen from outside it is a pure function. Three exact rewrites:
+
+- the first 1x1 convolution runs before the enlargement (bicubic weights sum to one, clamped borders included), on a
+  quarter of the pixels, and the enlargement happens inside `grouped_conv`, so the widest tensor is never written;
+- with one block, the shortcut joins the residual before the branch does; with more, right after the last block has read
+  the residual, so no block sees it;
+- the back-projection accumulates into the residual in the matrix product itself (fp32 inside, rounded once).
+
+Usage:
+    y = stage(x, shortcut, proj, [w1], [b1], [w2], [b2], [w3], scale=2)
+    # x [B, h, w, Cin]; shortcut [B, h, w, Cs] or None; proj [C, Cin] or None; for each block w1 [2C, C], b1 [2C],
+    # w2 packed as grouped_conv wants it, b2 [2C] fp32, w3 [C, 2C]; scale 1, 2 or 4
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from owl_wms.ops.grouped_conv import grouped_conv
+from owl_wms.ops.register import define
+from owl_wms.ops.stage.reference import reference
+from owl_wms.ops.up_residual import add_shortcut_, up_residual
+
+__all__ = ["enlarge_matrix", "reference", "stage"]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution as one matrix product over all pixels."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+@functools.lru_cache(maxsize=32)
+def enlarge_matrix(size: int, scale: int, device: torch.device) -> Tensor:
+    """Bicubic enlargement of one axis as a constant fp32 matrix `[scale * size, size]`, read off `F.interpolate`."""
+    unit = torch.eye(size).view(1, size, size, 1).expand(1, size, size, 4).contiguous()
+    rows = F.interpolate(unit, size=(scale * size, 4), mode="bicubic")
+    return rows[0, :, :, 0].t().contiguous().to(device)
+
+
+def _enlarge(low: Tensor, scale: int) -> Tensor:
+    """Enlargement by a factor other than 2, by two matrix products: only the x4 step of `distill_vae`, at 16x16, has one."""
+    batch, height, width, channels = low.shape
+    across = enlarge_matrix(width, scale, low.device) @ low.float()
+    down = enlarge_matrix(height, scale, low.device) @ across.view(batch, height, -1)
+    return down.view(batch, scale * height, scale * width, channels).to(low.dtype)
+
+
+def _run(
+    x: Tensor,
+    shortcut: Tensor | None,
+    proj: Tensor | None,
+    w1: list[Tensor],
+    b1: list[Tensor],
+    w2: list[Tensor],
+    b2: list[Tensor],
+    w3: list[Tensor],
+    scale: int,
+) -> Tensor:
+    x = x.contiguous()
+    low = x if proj is None else _linear(x, proj)
+    one_block = len(w1) == 1
+    hidden = _linear(low, w1[0], b1[0])
+    if scale == 2:
+        branch = grouped_conv(hidden, w2[0], b2[0], True)
+        u = up_residual(low, shortcut if one_block else None)
+    elif scale == 1:
+        branch, u = grouped_conv(hidden, w2[0], b2[0], False), x.clone() if proj is None else low
+    else:
+        branch, u = grouped_conv(_enlarge(hidden, scale), w2[0], b2[0], False), _enlarge(low, scale)
+    if shortcut is not None and one_block and scale != 2:
+        add_shortcut_(u, shortcut)
+    flat = u.view(-1, u.shape[-1])
+    flat.addmm_(branch.view(-1, branch.shape[-1]), w3[0].t())
+    for j in range(1, len(w1)):
+        hidden = _linear(u, w1[j], b1[j])
+        if shortcut is not None and j == len(w1) - 1:
+            add_shortcut_(u, shortcut)
+        branch = grouped_conv(hidden, w2[j], b2[j], False)
+        flat.addmm_(branch.view(-1, branch.shape[-1]), w3[j].t())
+    return u
+
+
+def _fake(
+    x: Tensor,
+    shortcut: Tensor | None,
+    proj: Tensor | None,
+    w1: list[Tensor],
+    b1: list[Tensor],
+    w2: list[Tensor],
+    b2: list[Tensor],
+    w3: list[Tensor],
+    scale: int,
+) -> Tensor:
+    batch, height, width, _ = x.shape
+    return x.new_empty(batch, scale * height, scale * width, w3[0].shape[0])
+
+
+stage = define(
+    "stage(Tensor x, Tensor? shortcut, Tensor? proj, Tensor[] w1, Tensor[] b1, Tensor[] w2, Tensor[] b2, Tensor[] w3, "
+    "int scale) -> Tensor",
+    run=_run,
+    fake=_fake,
+)

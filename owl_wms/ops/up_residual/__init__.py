@@ -1,0 +1,70 @@
+"""`owl_wms::up_residual`: what a stage adds its branches to, bicubic x2 plus the pixel-shuffled shortcut, NHWC.
+
+Why it exists: torch's bicubic kernel runs at a few percent of memory speed, and enlargement, pixel shuffle, tiling and
+addition are four passes over the largest tensor of a stage. The kernel is one, bound by writing its result.
+
+Usage:
+    u = up_residual(low, shortcut)     # low [B, h, w, C], shortcut [B, h, w, Cs] with 4 C a multiple of Cs, or None
+    add_shortcut_(u, shortcut)         # the same shortcut added later, in place
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from owl_wms.ops.nvrtc import Kernel
+from owl_wms.ops.register import define, has_kernel
+from owl_wms.ops.up_residual.reference import reference, shuffle
+
+__all__ = ["add_shortcut_", "kernel_of", "reference", "shuffle", "up_residual"]
+
+BAND = 8
+UP, UP_AND_SHORTCUT, SHORTCUT = 0, 1, 2
+
+
+def kernel_of(dtype: torch.dtype, mode: int) -> Kernel:
+    """The variant for an element type: UP, UP_AND_SHORTCUT or SHORTCUT (in place)."""
+    return Kernel("up_residual", "up_residual", (f"MODE={mode}",) + (("FP16",) if dtype == torch.float16 else ()))
+
+
+def _run(low: Tensor, shortcut: Tensor | None) -> Tensor:
+    if not has_kernel(low):
+        return reference(low, shortcut)
+    low = low.contiguous()
+    batch, height, width, channels = low.shape
+    out = low.new_empty(batch, 2 * height, 2 * width, channels)
+    threads = batch * -(-height // BAND) * width * (channels // 4)
+    mode = UP if shortcut is None else UP_AND_SHORTCUT
+    tail = (batch, height, width, channels, 0 if shortcut is None else shortcut.shape[-1])
+    kernel_of(low.dtype, mode).launch(
+        low.device,
+        grid=-(-threads // 128),
+        block=128,
+        arguments=(out, low, None if shortcut is None else shortcut.contiguous(), *tail),
+    )
+    return out
+
+
+def add_shortcut_(base: Tensor, shortcut: Tensor) -> Tensor:
+    """Adds the shuffled `shortcut [B, h, w, Cs]` to `base [B, 2h, 2w, C]` in place; base must be contiguous."""
+    if not has_kernel(base):
+        return base.add_(shuffle(shortcut, base.shape[-1]))
+    batch, height, width, shortcut_channels = shortcut.shape
+    threads = batch * height * width * (base.shape[-1] // 4)
+    kernel_of(base.dtype, SHORTCUT).launch(
+        base.device,
+        grid=-(-threads // 256),
+        block=256,
+        arguments=(base, base, shortcut.contiguous(), batch, height, width, base.shape[-1], shortcut_channels),
+    )
+    return base
+
+
+def _fake(low: Tensor, shortcut: Tensor | None) -> Tensor:
+    batch, height, width, channels = low.shape
+    torch._check(channels % 4 == 0, lambda: f"up_residual wants a multiple of 4 channels, got {channels}")
+    return low.new_empty(batch, 2 * height, 2 * width, channels)
+
+
+up_residual = define("up_residual(Tensor low, Tensor? shortcut) -> Tensor", run=_run, fake=_fake)

@@ -1,0 +1,183 @@
+"""A decoder rewritten onto the ops of `owl_wms.ops`: same function, same call, a fraction of the memory traffic.
+
+Why it exists: TensorRT, and PyTorch's own compiler, leave this architecture memory-bound (bicubic enlargement, grouped
+convolution, layout changes). Here every stage is one `owl_wms::stage`, everything between is NHWC, and the last steps are
+`owl_wms::conv_out` and `owl_wms::resize`. On the CPU, and in fp32, the ops run their references, so the rewrite itself is
+tested without a GPU.
+
+Usage:
+    fused = fuse(fold_weight_norm(decoder), torch.bfloat16).cuda()
+    x = fused(z)                                  # z [B, c, h, w] -> [B, C, H, W], as decoder(z)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import owl_wms.ops  # noqa: F401  registers torch.ops.owl_wms
+from owl_wms.ops.conv_out import MAX_OUT, padded
+from owl_wms.ops.conv_out import pack as pack_conv_out
+from owl_wms.ops.grouped_conv import pack as pack_grouped
+from owl_wms.vae.dcae import DCAEDecoder
+from owl_wms.vae.distill import DistillDecoder
+from owl_wms.vae.landscape import SquareToLandscape, nearest_landscape
+
+
+def supports(decoder: nn.Module) -> tuple[bool, str]:
+    """Whether `fuse` can rewrite `decoder` (weight norm folded or not), and if not, why: `(False, reason)`."""
+    if not isinstance(decoder, (DCAEDecoder, DistillDecoder)):
+        return False, f"no fused form of {type(decoder).__name__}; only DCAEDecoder and DistillDecoder have one"
+    if decoder.out_channels > MAX_OUT:
+        return False, f"the last convolution makes {decoder.out_channels} channels, the fused one at most {MAX_OUT}"
+    if decoder.config.ch_0 % 8:
+        return False, f"ch_0 must be a multiple of 8, got {decoder.config.ch_0}"
+    return True, ""
+
+
+def fuse(decoder: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The fused form of a folded decoder, with weights cast to `dtype` once, on the decoder's device.
+
+    Raises:
+        ValueError: `supports` says no, or weight norm has not been folded.
+    """
+    supported, reason = supports(decoder)
+    if not supported:
+        raise ValueError(reason)
+    if any(hasattr(module, "parametrizations") for module in decoder.modules()):
+        raise ValueError("fuse wants plain weights: call owl_wms.vae.fold_weight_norm first")
+    with torch.no_grad():
+        return FusedDecoder(decoder, dtype).eval()
+
+
+def _matrix(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
+    """Weights of a 1x1 convolution as `[out, in]`."""
+    return conv.weight.detach().flatten(1).to(dtype).contiguous()
+
+
+class FusedStage(nn.Module):
+    """One stage on `[B, h, w, Cin] -> [B, s h, s w, C]`: enlargement by `scale`, residual blocks, shortcut.
+
+    Args:
+        blocks: the stage's ResBlocks (folded).
+        proj: its 1x1 projection, or None where widths are equal.
+        scale: 1, 2 or 4.
+        shortcut: "tiled" (the input itself, shuffled), "none", or the learned 3x3 convolution.
+    """
+
+    def __init__(
+        self, blocks: nn.ModuleList | list, proj: nn.Module | None, scale: int, shortcut: str | nn.Conv2d, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.scale, self.depth = scale, len(blocks)
+        self.tiled = shortcut == "tiled"
+        self.register_buffer("proj", _matrix(proj, dtype) if isinstance(proj, nn.Conv2d) else None)
+        learned = isinstance(shortcut, nn.Conv2d)
+        self.register_buffer("shortcut_weight", shortcut.weight.detach().to(dtype) if learned else None)
+        self.register_buffer("shortcut_bias", shortcut.bias.detach().to(dtype) if learned else None)
+        for j, block in enumerate(blocks):
+            self.register_buffer(f"w1_{j}", _matrix(block.conv1, dtype))
+            self.register_buffer(f"b1_{j}", block.conv1.bias.detach().to(dtype))
+            self.register_buffer(f"w2_{j}", pack_grouped(block.conv2.weight.detach()).to(dtype))
+            # An fp32 tensor in a 16-bit program: the kernel adds it to fp32 sums.
+            self.register_buffer(f"b2_{j}", block.conv2.bias.detach().float())
+            self.register_buffer(f"w3_{j}", _matrix(block.conv3, dtype))
+
+    def _all(self, name: str) -> list[Tensor]:
+        return [getattr(self, f"{name}_{j}") for j in range(self.depth)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.tiled else None
+        if self.shortcut_weight is not None:
+            image = F.conv2d(x.permute(0, 3, 1, 2), self.shortcut_weight, self.shortcut_bias, padding=1)
+            shortcut = image.permute(0, 2, 3, 1).contiguous()
+        names = ("w1", "b1", "w2", "b2", "w3")
+        return torch.ops.owl_wms.stage(x, shortcut, self.proj, *(self._all(name) for name in names), self.scale)
+
+
+class FusedInput(nn.Module):
+    """`[B, c, h, w]` latents to `[B, h, w, C]`: the first convolution and its parameter-free shortcut."""
+
+    def __init__(self, conv: nn.Conv2d, shortcut: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.pointwise = conv.kernel_size == (1, 1)
+        self.shortcut, self.repeats = shortcut, conv.out_channels // conv.in_channels
+        self.register_buffer("weight", _matrix(conv, dtype) if self.pointwise else conv.weight.detach().to(dtype))
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().to(dtype))
+
+    def forward(self, z: Tensor) -> Tensor:
+        rows = z.permute(0, 2, 3, 1).contiguous()
+        if self.pointwise:
+            x = F.linear(rows, self.weight, self.bias)
+        else:
+            x = F.conv2d(z, self.weight, self.bias, padding=1).permute(0, 2, 3, 1).contiguous()
+        if self.shortcut == "tiled":
+            return x + rows.repeat(1, 1, 1, self.repeats)
+        if self.shortcut == "interleaved":
+            return x + rows.repeat_interleave(self.repeats, dim=-1) * self.repeats**-0.5
+        return x
+
+
+class FusedDecoder(nn.Module):
+    """`z [B, c, h, w] -> x [B, C, H, W]`, the same function as the decoder it was made from. Built by `fuse`."""
+
+    def __init__(self, decoder: DCAEDecoder | DistillDecoder, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.latent_channels, self.out_channels = decoder.latent_channels, decoder.out_channels
+        stages: list[nn.Module] = []
+        # The learned variant's middle block keeps its input beside the result: m(x) + x.
+        self.keep_middle_input = False
+        if isinstance(decoder, DCAEDecoder):
+            self.silu = True
+            learned = decoder.variant == "learned"
+            conv_in = getattr(decoder.conv_in, "proj", decoder.conv_in)
+            kind = "none" if conv_in is decoder.conv_in and learned else "interleaved" if learned else "tiled"
+            self.middle = None
+            if decoder.middle_block is not None:
+                self.middle = FusedStage(decoder.middle_block.blocks, None, 1, "none", dtype)
+                self.keep_middle_input = learned
+            for i, block in enumerate(decoder.blocks):
+                if not learned:
+                    shortcut: str | nn.Conv2d = "tiled"
+                else:
+                    shortcut = decoder.residuals[i].proj if len(decoder.residuals) else "none"
+                stages.append(FusedStage(block.blocks, block.up.proj, 2, shortcut, dtype))
+        else:
+            self.silu, self.middle, conv_in, kind = False, None, decoder.conv_in, "none"
+            for up, block in zip(decoder.blocks[::2], decoder.blocks[1::2], strict=True):
+                stages.append(FusedStage([block], up.proj, up.stride, "none", dtype))
+        self.input = FusedInput(conv_in, kind, dtype)
+        self.stages = nn.ModuleList(stages)
+
+        wide = isinstance(decoder.conv_out, SquareToLandscape)
+        last = decoder.conv_out.proj if wide else decoder.conv_out
+        self.wide, self.size = wide, decoder.conv_out.size if wide else None
+        bias = torch.zeros(padded(self.out_channels), device=last.weight.device)
+        if last.bias is not None:
+            bias[: self.out_channels] = last.bias.detach().float()
+        self.register_buffer("out_weight", pack_conv_out(last.weight.detach()).to(dtype))
+        self.register_buffer("out_bias", bias)
+
+    def features(self, z: Tensor) -> Tensor:
+        """Everything before the final resize: fp32 `[B, S, S, 4 or 8]`."""
+        x = self.input(z.to(self.dtype))
+        if self.middle is not None:
+            x = self.middle(x) + x if self.keep_middle_input else self.middle(x)
+        for stage in self.stages:
+            x = stage(x)
+        return torch.ops.owl_wms.conv_out(x, self.out_weight, self.out_bias, self.silu)
+
+    def _frame_size(self, square: Tensor) -> tuple[int, int]:
+        height, width = square.shape[1:3]
+        return (self.size or nearest_landscape(height, width)) if self.wide else (height, width)
+
+    def forward(self, z: Tensor) -> Tensor:
+        square = self.features(z)
+        return torch.ops.owl_wms.resize(square, self.out_channels, *self._frame_size(square), self.dtype)
+
+    def frames(self, z: Tensor) -> Tensor:
+        """The same as uint8 frames `[B, H, W, C]`, [-1, 1] mapped to [0, 255] and clamped."""
+        square = self.features(z)
+        return torch.ops.owl_wms.frames(square, self.out_channels, *self._frame_size(square))
