@@ -53,23 +53,30 @@ def single_flight(directory: Path, name: str, timeout: float, mode: int = 0o600)
     # thread_local=False: the object lives in this frame only, and the file descriptor, not the thread, is what holds
     # the lock.
     lock = filelock.FileLock(str(lock_path), timeout=timeout, mode=mode, thread_local=False)
+    flight = _take(lock, note_path, timeout)
+    try:
+        yield flight
+    finally:
+        if flight.held:
+            with contextlib.suppress(OSError):
+                note_path.unlink(missing_ok=True)
+            with contextlib.suppress(Exception):  # see _take
+                lock.release()
+
+
+def _take(lock: filelock.BaseFileLock, note_path: Path, timeout: float) -> Flight:
     try:
         fs._call("lock", lock.acquire, timeout=timeout, poll_interval=POLL_SECONDS)
     except filelock.Timeout:
-        yield Flight(held=False, timed_out=True, reason=f"{_holder(note_path)} has held {lock_path} for {timeout:g} s")
-        return
-    except (OSError, NotImplementedError) as error:
-        yield Flight(held=False, reason=f"{lock_path} cannot be locked: {error}")
-        return
-    try:
-        with contextlib.suppress(OSError):
-            note_path.write_text(f"{os.getpid()}\n", encoding="ascii")
-        yield Flight(held=True)
-    finally:
-        with contextlib.suppress(OSError):
-            note_path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            lock.release()
+        return Flight(
+            held=False, timed_out=True, reason=f"{_holder(note_path)} has held {lock.lock_file} for {timeout:g} s"
+        )
+    except Exception as error:  # whatever a lock library meets on a strange file system, it must not stop a build
+        return Flight(held=False, reason=f"{lock.lock_file} cannot be locked: {error}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.suppress(OSError), open(os.open(note_path, flags, 0o600), "w", encoding="ascii") as note:
+        note.write(f"{os.getpid()}\n")
+    return Flight(held=True)
 
 
 def _holder(note_path: Path) -> str:

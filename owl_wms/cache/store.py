@@ -75,14 +75,17 @@ class CacheStore:
         try:
             cache_fd = self._open(create=False)
         except FileNotFoundError:
-            return self._missed(Miss(reason=f"{self.directory} does not exist yet"))
+            found: Entry | Miss = Miss(reason=f"{self.directory} does not exist yet")
         except CacheRefusedError as error:
             self._tally.warn("refused", "%s; programs are built without a cache", error)
-            return self._missed(Miss(reason=str(error), kind="refused"))
-        try:
-            return self._find(cache_fd, expected)
-        finally:
-            fs.close(cache_fd)
+            found = Miss(reason=str(error), kind="refused")
+        else:
+            try:
+                found = self._find(cache_fd, expected)
+            finally:
+                fs.close(cache_fd)
+        self._tally.count("misses", int(isinstance(found, Miss)))
+        return found
 
     def get_or_build(self, name: str, material: Mapping[str, Any], build: Build) -> Entry:
         """The entry of `material`, built if there is none.
@@ -189,14 +192,14 @@ class CacheStore:
         try:
             entry = load(name, self.directory, cache_fd, expected)
         except FileNotFoundError:
-            return self._missed(Miss(reason=f"no entry {name}"))
+            return Miss(reason=f"no entry {name}")
         except EntryGoneError as error:
-            return self._missed(Miss(reason=str(error), kind="gone"))
+            return Miss(reason=str(error), kind="gone")
         except CacheCorruptError as error:
             self._put_aside(name, str(error), cache_fd)
-            return self._missed(Miss(reason=f"{name}: {error}", kind="corrupt"))
+            return Miss(reason=f"{name}: {error}", kind="corrupt")
         except OSError as error:
-            return self._missed(Miss(reason=f"{name} cannot be read: {error}", kind="unreadable"))
+            return Miss(reason=f"{name} cannot be read: {error}", kind="unreadable")
         with contextlib.suppress(OSError):  # a read-only cache is used without a record of its use
             evict.mark_used(name, cache_fd, self._modes.directory)
         self._tally.count("hits")
@@ -325,7 +328,3 @@ class CacheStore:
             yield cache_fd
         finally:
             fs.close(cache_fd)
-
-    def _missed(self, miss: Miss) -> Miss:
-        self._tally.count("misses")
-        return miss
