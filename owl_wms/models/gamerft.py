@@ -44,7 +44,8 @@ class ConditionedCore(nn.Module):
         wanted = config.sample_size**2 + self.extra_tokens
         if config.tokens_per_frame != wanted:
             raise ConfigError(
-                f"tokens_per_frame must be {wanted} (sample_size² + {self.extra_tokens}), got {config.tokens_per_frame}",
+                f"tokens_per_frame must be sample_size² + {self.extra_tokens} = {wanted}, "
+                f"got {config.tokens_per_frame}",
                 key="model.tokens_per_frame",
             )
         if bool(setting(config, "has_audio", self.extra_tokens > 0)) != (self.extra_tokens > 0):
@@ -56,7 +57,8 @@ class ConditionedCore(nn.Module):
         self.uncond = bool(config.uncond)
         self.transformer = DiT(config)
         if not self.uncond:
-            self.control_embed = ControlEmbedding(config.n_buttons, config.d_model)
+            hidden = setting(config, "control_hidden", 2048)
+            self.control_embed = ControlEmbedding(config.n_buttons, config.d_model, hidden)
         self.t_embed = TimestepEmbedding(config.d_model)
         self.proj_in = nn.Linear(config.channels, config.d_model, bias=False)
         self.proj_out = FinalProjection(config.d_model, config.channels)

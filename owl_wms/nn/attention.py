@@ -56,11 +56,12 @@ class Masks:
         if mask.hides_nothing:
             return F.scaled_dot_product_attention(q, k, v)
         flex = self.uses_flex(mask)
-        key = (flex, mask.queries, mask.keys, mask.tokens, mask.window, mask.causal, id(mask.doc_id))
+        documents = None if mask.doc_id is None else id(mask.doc_id)
+        key = (flex, mask.queries, mask.keys, mask.tokens, mask.window, mask.causal, documents)
         if key not in self._built:
             self._built[key] = mask.block_mask(self._device) if flex else mask.dense(self._device)
         if flex:
-            run = _compiled_flex() if self._device.type == "cuda" else flex_attention
+            run: Any = _compiled_flex() if self._device.type == "cuda" else flex_attention
             return run(q, k, v, block_mask=self._built[key])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self._built[key])
 

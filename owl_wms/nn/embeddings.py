@@ -51,12 +51,11 @@ class MouseEmbedding(nn.Module):
     """A mouse movement, by direction and by compressed length; keys `angle_proj`, `mlp.fc1`, `mlp.fc2`."""
 
     SINES = 256
-    HIDDEN = 2048
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, hidden: int) -> None:
         super().__init__()
         self.angle_proj = nn.Linear(2, self.SINES, bias=False)
-        self.mlp = MLP(2 * self.SINES, self.HIDDEN, d_model)
+        self.mlp = MLP(2 * self.SINES, hidden, d_model)
 
     def forward(self, mouse: Tensor) -> Tensor:
         """Args: mouse [b, n, 2], any scale. Returns: [b, n, d] in the weights' dtype."""
@@ -72,11 +71,9 @@ class MouseEmbedding(nn.Module):
 class ButtonEmbedding(nn.Module):
     """Held buttons, 0 or 1 each, to a vector; keys `proj.fc1`, `proj.fc2`."""
 
-    HIDDEN = 2048
-
-    def __init__(self, n_buttons: int, d_model: int) -> None:
+    def __init__(self, n_buttons: int, d_model: int, hidden: int) -> None:
         super().__init__()
-        self.proj = MLP(n_buttons, self.HIDDEN, d_model)
+        self.proj = MLP(n_buttons, hidden, d_model)
 
     def forward(self, buttons: Tensor) -> Tensor:
         """Args: buttons [b, n, n_buttons], bool or number. Returns: [b, n, d] in the weights' dtype."""
@@ -84,12 +81,12 @@ class ButtonEmbedding(nn.Module):
 
 
 class ControlEmbedding(nn.Module):
-    """Mouse and buttons, added."""
+    """Mouse and buttons, added; `hidden` is the inner width of both, 2048 in every upstream model."""
 
-    def __init__(self, n_buttons: int, d_model: int) -> None:
+    def __init__(self, n_buttons: int, d_model: int, hidden: int = 2048) -> None:
         super().__init__()
-        self.mouse = MouseEmbedding(d_model)
-        self.button = ButtonEmbedding(n_buttons, d_model)
+        self.mouse = MouseEmbedding(d_model, hidden)
+        self.button = ButtonEmbedding(n_buttons, d_model, hidden)
 
     def forward(self, mouse: Tensor, buttons: Tensor) -> Tensor:
         """Args: mouse [b, n, 2], buttons [b, n, n_buttons]. Returns: [b, n, d]."""

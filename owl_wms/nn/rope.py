@@ -127,13 +127,11 @@ class RotaryTable(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
         """Follow moves between devices and ignore casts; coming from the meta device, compute the table anew."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        target = self.cos.device
-        for name, tensor in kept.items():
-            self._buffers[name] = tensor.to(target) if tensor is not None and not tensor.is_meta else tensor
+        target = fn(torch.empty(0)).device
         if self.cos.is_meta and target.type != "meta":
             self._fill(target)
+        else:
+            self._buffers.update({name: None if t is None else t.to(target) for name, t in self._buffers.items()})
         return self
 
     def rotate(self, x: Tensor, first_frame: int) -> Tensor:

@@ -1,0 +1,37 @@
+"""A world model from its configuration and a checkpoint of any of the shapes that training leaves behind.
+
+Usage:
+    model = load_model("configs/dit_v4.yml", "step_100000.pt")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from owl_wms.configs import load_world_config
+from owl_wms.models import GameRFT, GameRFTAudio, get_model_cls
+from owl_wms.vae import load_weights, read_state_dict, strip_prefix
+
+
+def load_model(cfg_path: Path | str, ckpt_path: Path | str, *, prefer_ema: bool = True) -> GameRFT | GameRFTAudio:
+    """The wrapper model with a file's weights, on the CPU, in fp32 and train mode.
+
+    Args:
+        cfg_path: YAML file with a `model` section.
+        ckpt_path: `.pt` or `.safetensors`: weights of the wrapper or of the core alone, or a training checkpoint, with
+            any prefixes of EMA, DDP and torch.compile.
+        prefer_ema: take averaged weights where the file has both.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+        CheckpointError: the file cannot be read or belongs to another architecture.
+    """
+    config = load_world_config(cfg_path).model
+    # On meta nothing is initialised only to be overwritten; the file's tensors become the parameters.
+    with torch.device("meta"):
+        model = get_model_cls(config.model_id)(config)
+    weights = strip_prefix(read_state_dict(ckpt_path, prefer_ema=prefer_ema), "core")
+    load_weights(model.core, weights, ckpt_path, assign=True)
+    return model.to("cpu")

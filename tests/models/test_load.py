@@ -1,0 +1,45 @@
+"""Checkpoints of every shape load into the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from owl_wms.errors import CheckpointError
+from owl_wms.models.load import load_model
+from tests.world import golden
+
+
+@pytest.fixture
+def cfg_path(tmp_path: Path) -> Path:
+    path = tmp_path / "world.yml"
+    path.write_text(yaml.safe_dump({"model": golden()["cfg"], "train": {"trainer_id": "rft"}, "wandb": {}}))
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["core.", "", "_orig_mod.module.core.", "core.transformer._orig_mod."])
+def test_prefixes_of_training_are_understood(tmp_path: Path, cfg_path: Path, prefix: str) -> None:
+    data = golden()
+    weights = {key.removeprefix("core."): value for key, value in data["state_dict"].items()}
+    if prefix.startswith("core.transformer"):
+        saved = {"core." + k.replace("transformer.", "transformer._orig_mod."): v for k, v in weights.items()}
+    else:
+        saved = {prefix + key: value for key, value in weights.items()}
+    torch.save({"model": saved, "steps": 3}, tmp_path / "model.pt")
+    model = load_model(cfg_path, tmp_path / "model.pt")
+    assert model.training
+    assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
+    with torch.no_grad():
+        y = model.core.eval()(data["x"], data["t"], data["mouse"], data["btn"])
+    assert (y - data["y"]).abs().max() / data["y"].abs().max() < 1e-4
+
+
+def test_weights_of_another_model_are_named(tmp_path: Path, cfg_path: Path) -> None:
+    weights = dict(golden()["state_dict"])
+    weights["core.proj_in.weight"] = torch.zeros(64, 5)
+    torch.save(weights, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"proj_in.weight is \[64, 5\]"):
+        load_model(cfg_path, tmp_path / "model.pt")
