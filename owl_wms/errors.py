@@ -85,6 +85,20 @@ class FastPathError(OwlError, RuntimeError):
         self.remedy = remedy
 
 
+class DecodeMemoryError(OwlError, MemoryError):
+    """Not even one frame could be decoded, or the output could not be allocated, in the memory there is.
+
+    Attributes:
+        frames: how many frames were asked for at once when memory ran out.
+        latent_shape: `(c, h, w)` of one latent frame.
+    """
+
+    def __init__(self, message: str, *, frames: int, latent_shape: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.frames = frames
+        self.latent_shape = latent_shape
+
+
 class CacheError(OwlError):
     """Base of what the on-disk cache refuses.
 

@@ -1,0 +1,168 @@
+"""The process environment and the machine: the only module that reads `os.environ`.
+
+Why it exists: three readers want the same description of the machine (the cache key, the benchmark header and `owl-wms doctor`), and a
+setting read in two places is a setting read in two ways. Nothing here touches CUDA at import; `describe_machine` asks the GPU when it is
+called, never imports TensorRT, and answers `"unknown: reason"` where a probe fails, so that a missing fact is visible in a key or a report
+instead of absent from it.
+
+Usage:
+    env.read("TENSORRT_PRECISION")        # stripped text, or None when unset or empty
+    env.describe_machine(device_index=0)  # {"gpu": "NVIDIA H200", "driver": "580.82.07", ...}
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+TENSORRT_VARIABLES = {
+    "enabled": "TENSORRT_ENABLED",
+    "precision": "TENSORRT_PRECISION",
+    "cache_dir": "TENSORRT_CACHE_DIR",
+    "fallback_on_error": "TENSORRT_FALLBACK",
+}
+"""Setting name -> environment variable that overrides it."""
+
+# Both flavours install the same import names, so the distribution's name is what tells them apart.
+_PACKAGES = {
+    "torch": ("torch",),
+    "triton": ("triton",),
+    "torch_tensorrt": ("torch-tensorrt", "torch-tensorrt-rtx"),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx"),
+}
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def read(name: str) -> str | None:
+    """The stripped value of an environment variable; None when it is unset or empty (an empty variable means "no opinion")."""
+    value = os.environ.get(name, "").strip()
+    return value or None
+
+
+def tensorrt_overrides() -> dict[str, str]:
+    """Raw text of the `TENSORRT_*` variables that are set, by setting name; `settings` parses and checks them."""
+    found = {setting: read(variable) for setting, variable in TENSORRT_VARIABLES.items()}
+    return {setting: text for setting, text in found.items() if text is not None}
+
+
+def cache_hmac_key() -> bytes | None:
+    """The shared secret of a signed cache directory (`TENSORRT_CACHE_KEY`), or None when entries are not signed."""
+    text = read("TENSORRT_CACHE_KEY")
+    return None if text is None else text.encode()
+
+
+def local_rank() -> int | None:
+    """This process's GPU number as a launcher such as torchrun states it (`LOCAL_RANK`); None when absent or not a number."""
+    text = read("LOCAL_RANK")
+    return int(text) if text is not None and text.isdigit() else None
+
+
+def describe_machine(device_index: int | None = None) -> dict[str, str | int]:
+    """Versions and hardware that a compiled program or a timing depends on.
+
+    Args:
+        device_index: CUDA device to describe; None means the current one.
+
+    Returns:
+        `python`, `os`, `torch`, `triton`, `cuda`, `cudnn`, `torch_tensorrt`, `tensorrt`, `driver`, `gpu`, `compute_capability`,
+        `sm_count`, `gpu_memory_bytes`. Always every key; a value that could not be found out reads `"unknown: <reason>"`.
+    """
+    described: dict[str, str | int] = {
+        "python": platform.python_version(),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+    described.update({name: _package_version(candidates) for name, candidates in _PACKAGES.items()})
+    described["cuda"] = _probe(_cuda_version)
+    described["cudnn"] = _probe(_cudnn_version)
+    described["driver"] = driver_version()
+    described.update(_describe_gpu(device_index))
+    return described
+
+
+def driver_version() -> str:
+    """NVIDIA kernel driver version such as `580.82.07`, from the driver's own file or `nvidia-smi`; else `"unknown: reason"`."""
+    try:
+        return _driver_version()
+    except (OSError, ValueError, LookupError, subprocess.SubprocessError) as error:
+        return f"unknown: {error}"
+
+
+@functools.cache
+def _driver_version() -> str:
+    if _DRIVER_FILE.exists():
+        # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  ..." (open modules say "Open Kernel Module for x86_64")
+        for word in _DRIVER_FILE.read_text(encoding="utf-8", errors="replace").split():
+            if word.count(".") >= 1 and word.replace(".", "").isdigit():
+                return word
+    if shutil.which("nvidia-smi") is None:
+        raise LookupError(f"neither {_DRIVER_FILE} nor nvidia-smi gives a version")
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    lines = answer.stdout.split()
+    if not lines:
+        raise LookupError("nvidia-smi printed no driver version")
+    return lines[0]
+
+
+def _package_version(candidates: tuple[str, ...]) -> str:
+    """`name version` of every installed candidate, read from package metadata so that nothing is imported."""
+    found = []
+    for name in candidates:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+        except Exception as error:  # a damaged metadata folder raises whatever its parser raises
+            found.append(f"{name} unknown: {type(error).__name__}: {error}")
+    return ", ".join(found) if found else f"unknown: not installed ({', '.join(candidates)})"
+
+
+def _probe(question: Callable[[], str | int]) -> str | int:
+    try:
+        return question()
+    except Exception as error:  # a broken driver answers with RuntimeError, AssertionError or OSError alike
+        return f"unknown: {type(error).__name__}: {error}"
+
+
+def _cuda_version() -> str:
+    import torch
+
+    return torch.version.cuda or "unknown: this torch was built without CUDA"
+
+
+def _cudnn_version() -> str | int:
+    import torch
+
+    version = torch.backends.cudnn.version()
+    return "unknown: this torch has no cuDNN" if version is None else version
+
+
+def _describe_gpu(device_index: int | None) -> dict[str, str | int]:
+    keys = ("gpu", "compute_capability", "sm_count", "gpu_memory_bytes")
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            return dict.fromkeys(keys, "unknown: no CUDA device")
+        index = torch.cuda.current_device() if device_index is None else device_index
+        properties = torch.cuda.get_device_properties(index)
+        return {
+            "gpu": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "sm_count": properties.multi_processor_count,
+            "gpu_memory_bytes": properties.total_memory,
+        }
+    except Exception as error:  # same reason as in _probe: the answer is the failure itself
+        return dict.fromkeys(keys, f"unknown: {type(error).__name__}: {error}")
+
+
+def python_executable() -> str:
+    """The interpreter that runs this process, for child processes."""
+    return sys.executable

@@ -1,0 +1,26 @@
+"""One `decode()` whatever stands behind it: a cached program, one built now, or plain PyTorch; and it says which and why.
+
+Why it exists: callers want frames, not a decision tree. Whatever fails in the compiled path ends in PyTorch's own answer, one warning and
+a counter; `strict` turns each failure into an error instead. Importing this package touches neither CUDA nor TensorRT.
+
+Usage:
+    decode = VideoDecode(decoder, batch_size=8, settings=TensorRTConfig.resolve())
+    frames = decode(latents)            # [b, n, c, h, w] -> [b, n, C, H, W] bf16
+    decode.stats().reason               # "cached program dcae_0123456789abcdef"
+"""
+
+from owl_wms.runtime.audio import AudioDecode
+from owl_wms.runtime.decode import VideoDecode
+from owl_wms.runtime.stats import DecodeStats
+from owl_wms.runtime.timing import measure_inference_time
+from owl_wms.runtime.toolchain import ProgramRequest, TensorRTToolchain, Toolchain
+
+__all__ = [
+    "AudioDecode",
+    "DecodeStats",
+    "ProgramRequest",
+    "TensorRTToolchain",
+    "Toolchain",
+    "VideoDecode",
+    "measure_inference_time",
+]

@@ -1,0 +1,62 @@
+"""Audio latents to samples: upstream's batching, without its gradients and shape surprises.
+
+Why it is plain PyTorch: the audio decoder is a hundredth of the video decoder's work.
+
+Usage:
+    decode = AudioDecode(decoder, batch_size=8)
+    samples = decode(latents)       # [b, n, c] -> [b, samples, C] bf16
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.errors import ConfigError
+from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, weights_stamp
+from owl_wms.runtime.latents import check_audio
+
+
+class AudioDecode:
+    """Decode audio latents in batches of `batch_size` clips (not frames: upstream splits along the first axis).
+
+    Args:
+        decoder: `[B, c, n] -> [B, C, samples]`; not changed.
+        batch_size: clips at a time, >= 1.
+
+    Raises:
+        ConfigError: batch_size below 1.
+    """
+
+    def __init__(self, decoder: nn.Module, *, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be >= 1; got {batch_size}", key="batch_size")
+        self.decoder = decoder
+        self.batch_size = batch_size
+        self._eager: EagerDecoder | None = None
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """`[b, n, c]`, any real dtype, strides or device, to `[b, samples, C]` bf16 on the latents' device.
+
+        Raises:
+            LatentShapeError: wrong rank or channel count.
+            DecodeMemoryError: one clip does not fit into memory.
+        """
+        if self._eager is None or self._eager.stamp != weights_stamp(self.decoder):
+            self._eager = EagerDecoder(self.decoder)
+        check_audio(latents, self._eager.channels)
+        clips = latents.transpose(1, 2)
+        if len(clips) == 0:
+            probe = self._eager(latents.new_zeros((1, *clips.shape[1:])))
+            return torch.empty((0, probe.shape[2], probe.shape[1]), dtype=torch.bfloat16, device=latents.device)
+        out: list[Tensor] = []
+
+        def write(start: int, decoded: Tensor) -> None:
+            if not out:
+                size = (len(clips), *decoded.shape[1:])
+                out.append(torch.empty(size, dtype=torch.bfloat16, device=latents.device))
+            out[0][start : start + len(decoded)].copy_(decoded)
+
+        decode_in_memory(self._eager, clips, write, self.batch_size)
+        return out[0].transpose(1, 2)

@@ -1,0 +1,377 @@
+"""`VideoDecode`: latents in, frames out, by a compiled program where that works and by PyTorch where it does not.
+
+Why a class: programs are per latent shape and live as long as the decode function; threads, forks and weight updates happen meanwhile.
+
+Usage:
+    decode = VideoDecode(decoder, batch_size=8)
+    frames = decode(latents)        # [b, n, c, h, w] -> [b, n, C, H, W] bf16, on the latents' device
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError
+from owl_wms.runtime.eager import (
+    EagerDecoder,
+    decode_in_memory,
+    is_out_of_memory,
+    release_memory,
+    weights_stamp,
+)
+from owl_wms.runtime.latents import check_video
+from owl_wms.runtime.programs import ProgramSource
+from owl_wms.runtime.slot import Slot
+from owl_wms.runtime.stats import DecodeStats, Ledger
+from owl_wms.runtime.timing import Stopwatch
+from owl_wms.runtime.toolchain import ProgramRequest, Progress, TensorRTToolchain, Toolchain
+from owl_wms.settings import TensorRTConfig
+
+CHECKS = ("auto", "always", "sampled", "off")
+
+
+class VideoDecode:
+    """Decode video latents in static batches.
+
+    Thread-safe. A chunk shorter than the batch is padded for the program and sliced. Each latent shape has its own program. Weights that
+    change in place drop the programs made from the old ones. A run that fails is answered by PyTorch and counted; after three the program
+    is put aside.
+
+    Args:
+        decoder: `[B, c, h, w] -> [B, C, H, W]`; never changed; computes on its own device.
+        batch_size: frames at a time, >= 1; `settings.max_batch_size` caps it.
+        settings: None reads the environment over the defaults.
+        strict: True raises FastPathError instead of falling back; None follows `settings.fallback_on_error`.
+        timing: record the milliseconds of every batch (CUDA events).
+        check: look for non-finite output: `always`, `sampled` (first 8 calls, then every 64th), `off`, or `auto`: always for fp16
+            programs (they can overflow), sampled for others. A hit is compared with PyTorch's answer, which replaces it.
+        toolchain: what builds programs; None means TensorRT.
+        progress: receives build events.
+
+    Raises:
+        ConfigError: batch_size below 1 or an unknown check.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        *,
+        batch_size: int,
+        settings: TensorRTConfig | None = None,
+        strict: bool | None = None,
+        timing: bool = False,
+        check: str = "auto",
+        toolchain: Toolchain | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be >= 1; got {batch_size}", key="batch_size")
+        if check not in CHECKS:
+            raise ConfigError(f"check must be one of {', '.join(CHECKS)}; got {check!r}", key="check")
+        self.decoder = decoder
+        self.settings = TensorRTConfig.resolve() if settings is None else settings
+        self.batch_size = min(batch_size, self.settings.max_batch_size)
+        self.strict = not self.settings.fallback_on_error if strict is None else strict
+        self.check = check
+        self._source = ProgramSource(toolchain or TensorRTToolchain(), self.settings, progress)
+        self._stopwatch = Stopwatch() if timing else None
+        self._ledger = Ledger()
+        self._guard = threading.Lock()
+        self._eager: EagerDecoder | None = None
+        self._slots: dict[tuple[int, ...], Slot] = {}
+        self._out_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._forked = False
+        _LIVE.add(self)
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Decode `[b, n, c, h, w]`, any real dtype, strides or device; zero frames allowed.
+
+        Returns:
+            `[b, n, C, H, W]` bf16 on the latents' device (computed on the decoder's).
+
+        Raises:
+            LatentShapeError: wrong rank or channel count.
+            DecodeMemoryError: the output or a single frame does not fit into memory.
+            FastPathError: in strict mode, or in a process forked from one that used the GPU.
+        """
+        eager = self._prepared()
+        check_video(latents, eager.channels)
+        device = latents.device if eager.device is None else eager.device
+        leading, one = latents.shape[:2], tuple(latents.shape[2:])
+        frames = latents.reshape(-1, *one)
+        slot = self._slot(eager, one, device)
+        out = _Output(len(frames), latents.device, one)
+        if len(frames) == 0:
+            shape = self._out_shapes.get(one) or tuple(eager(latents.new_zeros((1, *one))).shape[1:])
+            self._out_shapes[one] = shape
+            out.allocate(shape)
+        else:
+            self._decode(eager, slot, frames, out, device)
+            self._out_shapes[one] = tuple(out.tensor.shape[1:])
+        self._ledger.add("decodes")
+        self._ledger.add("frames", len(frames))
+        return out.tensor.reshape(*leading, *out.tensor.shape[1:])
+
+    def prepare(self, latent_shape: tuple[int, int, int]) -> DecodeStats:
+        """Find or build the program for latents `(c, h, w)` now, for example at start-up; returns the state after it."""
+        eager = self._prepared()
+        device = torch.device("cpu") if eager.device is None else eager.device
+        self._ready(eager, self._slot(eager, latent_shape, device))
+        return self.stats()
+
+    def stats(self) -> DecodeStats:
+        """What happened so far. Waits for timed batches that still run; otherwise free."""
+        count = self._ledger.count
+        with self._guard:
+            slots = list(self._slots.values())
+        ready = [slot for slot in slots if slot.state == "ready"]
+        backend = self._source.toolchain.name if ready else "pytorch"
+        reasons = [slot.reason for slot in ready or slots if slot.reason]
+        if not self.settings.enabled:
+            backend, reasons = "pytorch", ["switched off by the settings (enabled=False)"]
+        elif not reasons:
+            backend, reasons = "none", ["nothing was decoded yet"]
+        return DecodeStats(
+            backend=backend,
+            reason=reasons[-1],
+            decodes=count("decodes"),
+            frames=count("frames"),
+            chunks_program=count("chunks_program"),
+            chunks_pytorch=count("chunks_pytorch"),
+            hits=count("hits"),
+            builds=count("builds"),
+            fallbacks=count("fallbacks"),
+            failures=self._ledger.failures(),
+            latency_ms=None if self._stopwatch is None else self._stopwatch.percentiles(),
+            cache_bytes=sum(loaded.file_bytes for slot in ready if (loaded := slot.loaded) is not None),
+            build_seconds=self._ledger.seconds("build"),
+            load_seconds=self._ledger.seconds("load"),
+            programs=tuple(_describe(slot) for slot in slots),
+        )
+
+    # ---- the decode loop
+
+    def _decode(self, eager: EagerDecoder, slot: Slot, frames: Tensor, out: _Output, device: torch.device) -> None:
+        step = self.batch_size
+        ready = self._ready(eager, slot)
+        check = ready and slot.wants_check(self.check)
+        flags: list[tuple[int, Tensor]] = []
+        for start in range(0, len(frames), step):
+            chunk = frames[start : start + step].to(device)
+            with _measured(self._stopwatch, device):
+                done = False
+                if ready and slot.state == "ready":
+                    done = self._by_program(slot, chunk, start, out, check, flags)
+                    self._ledger.add("fallbacks", int(not done))
+                if not done:
+                    self._by_pytorch(eager, slot, chunk, start, out)
+        if flags:
+            # One wait for the device per decode, not per batch: the loop above only launches.
+            finite = torch.stack([flag for _, flag in flags]).tolist()
+            for (start, _), good in zip(flags, finite, strict=True):
+                if not good:
+                    self._compare(eager, slot, frames[start : start + step].to(device), start, out)
+
+    def _by_program(
+        self, slot: Slot, chunk: Tensor, start: int, out: _Output, check: bool, flags: list[tuple[int, Tensor]]
+    ) -> bool:
+        try:
+            floating = chunk if chunk.is_floating_point() else chunk.float()
+            flag = slot.run(floating, lambda frames: out.write(start, frames), check)
+        except DecodeMemoryError:
+            raise
+        except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this batch
+            memory = is_out_of_memory(error)
+            text = " ".join(str(error).split())[:300]
+            failure = FastPathError(
+                "run",
+                f"{type(error).__name__}: {text}",
+                "free GPU memory or lower the batch size" if memory else "rebuild with owl-wms trt build",
+            )
+            failure.__cause__ = None if memory else error
+        else:
+            if flag is not None:
+                flags.append((start, flag))
+            self._ledger.add("chunks_program")
+            return True
+        if memory:
+            release_memory(chunk.device)
+            slot.eager_step = max(1, min(slot.eager_step, len(chunk)) // 2)
+        self._failed_run(slot, failure, "out of memory" if memory else "run")
+        return False
+
+    def _by_pytorch(self, eager: EagerDecoder, slot: Slot, chunk: Tensor, start: int, out: _Output) -> None:
+        slot.eager_step = decode_in_memory(
+            eager, chunk, lambda offset, frames: out.write(start + offset, frames), slot.eager_step
+        )
+        self._ledger.add("chunks_pytorch")
+
+    def _compare(self, eager: EagerDecoder, slot: Slot, chunk: Tensor, start: int, out: _Output) -> None:
+        """A program answered NaN or infinity: if PyTorch does not do so in the same places, its answer stands."""
+        answered = out.tensor[start : start + len(chunk)].isfinite()
+        truth = _Output(len(chunk), out.tensor.device, tuple(chunk.shape[1:]))
+        slot.eager_step = decode_in_memory(eager, chunk, truth.write, slot.eager_step)
+        worse = int((truth.tensor.isfinite() & ~answered).sum())
+        if not worse:
+            return
+        out.tensor[start : start + len(chunk)].copy_(truth.tensor)
+        self._ledger.add("fallbacks")
+        reason = f"the program gave {worse} non-finite values where PyTorch gives finite ones"
+        self._failed_run(slot, FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
+
+    def _failed_run(self, slot: Slot, failure: FastPathError, kind: str) -> None:
+        slot.strike(failure.reason)
+        self._ledger.failure(failure, kind)
+        if self.strict:
+            raise failure
+
+    # ---- state
+
+    def _prepared(self) -> EagerDecoder:
+        """The PyTorch decoder, made again when the caller's weights changed; programs of the old ones go with it."""
+        if self._forked:
+            self._after_fork()
+        stamp = weights_stamp(self.decoder)
+        with self._guard:
+            if self._eager is None or self._eager.stamp != stamp:
+                if self._eager is not None:
+                    self._ledger.note(
+                        f"weights {len(self._slots)}", "the decoder's weights changed; programs are dropped"
+                    )
+                self._slots, self._out_shapes = {}, {}
+                self._eager = EagerDecoder(self.decoder)
+            return self._eager
+
+    def _slot(self, eager: EagerDecoder, one: tuple[int, ...], device: torch.device) -> Slot:
+        with self._guard:
+            slot = self._slots.get(one)
+            if slot is None:
+                request = ProgramRequest(
+                    shape=(self.batch_size, *one),  # type: ignore[arg-type]
+                    device=device,
+                    precision=self.settings.precision,
+                    plans=self.settings.plans,
+                    workspace_size=self.settings.workspace_size,
+                )
+                slot = self._slots[one] = Slot(request)
+                if not self.settings.enabled:
+                    slot.put_off("switched off by the settings (enabled=False)")
+                elif self._forked:
+                    slot.put_off("this process was forked after the decode function was made")
+            return slot
+
+    def _ready(self, eager: EagerDecoder, slot: Slot) -> bool:
+        """Whether the slot has a program; obtains it on the first call. Other threads wait here meanwhile."""
+        if slot.state == "new":
+            with slot.lock:
+                if slot.state == "new":
+                    self._obtain(eager, slot)
+        if slot.state == "off" and self.strict and self.settings.enabled:
+            raise FastPathError("load", slot.reason, "unset strict or TENSORRT_FALLBACK to decode with PyTorch")
+        return slot.state == "ready"
+
+    def _obtain(self, eager: EagerDecoder, slot: Slot) -> None:
+        device = slot.request.device
+        try:
+            loaded = self._source.obtain(eager.module, slot.request)
+        except FastPathError as failure:
+            slot.put_off(f"{failure.stage}: {failure.reason}")
+            if failure.stage == "import" and device.type != "cuda":
+                # Not a fault: there is nothing on this machine that the compiled path could run on.
+                self._ledger.note("cpu", f"PyTorch decodes: {failure.reason}")
+            else:
+                self._ledger.failure(failure)
+            if self.strict:
+                raise
+            return
+        slot.accept(loaded)
+        self._ledger.add("builds" if loaded.built else "hits")
+        self._ledger.spend("build", loaded.build_seconds)
+        self._ledger.spend("load", loaded.load_seconds)
+        self._ledger.note(f"ready {slot.request.shape}", f"{slot.reason} decodes {list(slot.request.shape)}")
+
+    def _after_fork(self) -> None:
+        """In a forked child: CUDA cannot be used, and the thread pool of the parent does not exist here."""
+        eager = self._eager
+        if eager is not None and eager.device is not None and eager.device.type == "cuda":
+            raise FastPathError(
+                "run",
+                "this process was forked from one that used the GPU, where CUDA does not work",
+                "start workers with the spawn method, or make the decode function inside the worker",
+            )
+        torch.set_num_threads(1)  # OpenMP's worker threads were not forked; waiting for them would never end
+
+    def _reset_in_child(self) -> None:
+        self._guard = threading.Lock()
+        self._ledger = Ledger()
+        self._stopwatch = None if self._stopwatch is None else Stopwatch()
+        self._slots = {}
+        self._forked = True
+
+
+class _Output:
+    """The one output tensor, allocated when the frame size is known and filled chunk by chunk."""
+
+    def __init__(self, frames: int, device: torch.device, latent_shape: tuple[int, ...]) -> None:
+        self._frames, self._device, self._latent_shape = frames, device, latent_shape
+        self._tensor: Tensor | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        if self._tensor is None:
+            raise RuntimeError("nothing was decoded")
+        return self._tensor
+
+    def allocate(self, shape: tuple[int, ...]) -> Tensor:
+        try:
+            self._tensor = torch.empty((self._frames, *shape), dtype=torch.bfloat16, device=self._device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DecodeMemoryError(
+                f"{self._frames} frames {list(shape)} in bf16 do not fit on {self._device}; decode fewer frames at a time, "
+                "or pass latents on the CPU to receive the frames there",
+                frames=self._frames,
+                latent_shape=self._latent_shape,
+            ) from None
+        return self._tensor
+
+    def write(self, start: int, frames: Tensor) -> None:
+        tensor = self.allocate(tuple(frames.shape[1:])) if self._tensor is None else self._tensor
+        tensor[start : start + len(frames)].copy_(frames)
+
+
+def _measured(stopwatch: Stopwatch | None, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if stopwatch is None else stopwatch.measure(device)
+
+
+def _describe(slot: Slot) -> dict[str, Any]:
+    loaded = slot.loaded
+    return {
+        "shape": list(slot.request.shape),
+        "state": slot.state,
+        "reason": slot.reason,
+        "entry": None if loaded is None else loaded.name,
+        "plan": None if loaded is None else loaded.report.get("plan"),
+        "precision": None if loaded is None else loaded.report.get("precision"),
+    }
+
+
+_LIVE: weakref.WeakSet[VideoDecode] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for decode in list(_LIVE):
+        decode._reset_in_child()
+
+
+# Locks that another thread held at the fork stay locked in the child for ever, so the child gets new ones before anything runs.
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,138 @@
+"""The PyTorch path: the caller's decoder with weight norm folded, run eagerly; the answer that every other path must match.
+
+Why it exists: the caller's module must never change (it may be in train mode, frozen, wrapped or still needed with its parametrizations),
+and memory that runs out in the middle of a decode should cost time, not the run.
+
+Usage:
+    eager = EagerDecoder(decoder)
+    x = eager(z)                                   # [B, c, h, w] -> [B, C, H, W]
+    decode_in_memory(eager, z, write=..., step=8)   # halves the chunk when memory runs out
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from owl_wms.errors import DecodeMemoryError
+from owl_wms.runtime.latents import latent_channels
+from owl_wms.vae import fold_weight_norm
+
+
+class EagerDecoder:
+    """A decoder ready to run, sharing the caller's weights where nothing had to be folded.
+
+    Attributes:
+        module: eval-mode module without weight norm.
+        device, dtype: of its parameters; input is converted to both.
+        channels: latent channels, None when the decoder does not say.
+        stamp: identity of the caller's weights at the time; see `weights_stamp`.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.stamp = weights_stamp(decoder)
+        inner = unwrap(decoder)
+        folds = any(parametrize.is_parametrized(module) for module in inner.modules())
+        if folds:
+            self.module = fold_weight_norm(inner).eval()
+        elif inner.training:
+            shared = {id(tensor): tensor for tensor in (*inner.parameters(), *inner.buffers())}
+            self.module = copy.deepcopy(inner, shared).eval()  # the structure is copied, the tensors are not
+        else:
+            self.module = inner
+        tensor = next((t for t in (*inner.parameters(), *inner.buffers()) if t.is_floating_point()), None)
+        self.device: torch.device | None = None if tensor is None else tensor.device
+        self.dtype: torch.dtype | None = None if tensor is None else tensor.dtype
+        self.channels = latent_channels(inner)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """`[B, c, h, w]`, any real dtype and device, to `[B, C, H, W]` in the decoder's; no gradients, autocast off."""
+        z = z.to(device=self.device, dtype=self.dtype or z.dtype)
+        # A surrounding autocast would make the answer depend on the caller's context.
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            return self.module(z)
+
+
+def unwrap(decoder: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and DistributedDataParallel wrappers."""
+    while True:
+        inner = getattr(decoder, "_orig_mod", None)
+        if inner is None and isinstance(decoder, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = decoder.module
+        if not isinstance(inner, nn.Module):
+            return decoder
+        decoder = inner
+
+
+def weights_stamp(decoder: nn.Module) -> tuple[Any, ...]:
+    """Changes when a weight is updated in place, replaced or moved, or the mode switches; costs microseconds, reads no data.
+
+    Writes through `tensor.data` or a raw pointer do not show; after such, make a new decode function.
+    """
+    tensors = (*decoder.parameters(), *decoder.buffers())
+    return (decoder.training, *((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors))
+
+
+def decode_in_memory(eager: EagerDecoder, z: Tensor, write: Callable[[int, Tensor], None], step: int) -> int:
+    """Decode `z` in chunks of at most `step`, halving the chunk each time memory runs out.
+
+    Args:
+        eager: the decoder.
+        z: `[k, c, h, w]`.
+        write: receives the offset of a decoded chunk and the chunk, in order.
+        step: first chunk size tried, >= 1.
+
+    Returns:
+        The chunk size that worked, so that the next call can begin with it.
+
+    Raises:
+        DecodeMemoryError: not even one frame fits.
+    """
+    start = 0
+    while start < len(z):
+        part = z[start : start + step]
+        decoded, trouble = _attempt(eager, part)
+        if decoded is None:
+            release_memory(z.device if eager.device is None else eager.device)
+            if len(part) == 1:
+                raise DecodeMemoryError(
+                    f"decoding one frame of latents {list(z.shape[1:])} needs more memory than is free: {trouble}. "
+                    "Free memory on the device, use a smaller latent, or decode in a narrower dtype",
+                    frames=1,
+                    latent_shape=tuple(z.shape[1:]),
+                )
+            step = len(part) // 2
+            continue
+        write(start, decoded)
+        start += len(part)
+    return step
+
+
+def _attempt(eager: EagerDecoder, part: Tensor) -> tuple[Tensor | None, str]:
+    # The traceback of a failed attempt keeps its activations alive; leaving the except block before trying again frees them.
+    try:
+        return eager(part), ""
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, str(error).splitlines()[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out, on either kind of device and from TensorRT too."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give cached blocks of a CUDA device back, so that a retry does not fail on fragmentation."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()

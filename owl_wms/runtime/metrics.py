@@ -1,0 +1,50 @@
+"""The same counters for Prometheus, when `prometheus-client` is installed; otherwise nothing.
+
+Why a module: collectors live in one process-wide registry that refuses a second registration, so they are made once, on first use, and
+found again if this module is imported twice.
+
+Usage:
+    metrics.count("chunks_program", 1)      # owl_decode_chunks_program_total
+    metrics.failure("build")                # owl_decode_failures_total{stage="build"}
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+_HELP = {
+    "decodes": "decode calls answered",
+    "frames": "frames decoded",
+    "chunks_program": "batches computed by a compiled program",
+    "chunks_pytorch": "batches computed by PyTorch",
+    "hits": "programs loaded from the cache",
+    "builds": "programs built",
+    "fallbacks": "batches PyTorch answered because the compiled path failed",
+}
+
+
+@functools.cache
+def _counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Any:
+    try:
+        import prometheus_client
+    except ImportError:
+        return None
+    try:
+        return prometheus_client.Counter(name, text, labels)
+    except ValueError:  # registered by an earlier import of this module
+        return prometheus_client.REGISTRY._names_to_collectors.get(name)
+
+
+def count(name: str, by: int) -> None:
+    """Add to `owl_decode_<name>_total`; names without a help text are not exported."""
+    counter = _counter(f"owl_decode_{name}", _HELP[name]) if name in _HELP else None
+    if counter is not None:
+        counter.inc(by)
+
+
+def failure(stage: str) -> None:
+    """Add one to `owl_decode_failures_total{stage=...}`."""
+    counter = _counter("owl_decode_failures", "failures of the compiled path by stage", ("stage",))
+    if counter is not None:
+        counter.labels(stage=stage).inc()

@@ -1,0 +1,168 @@
+"""Cached, else built: from a request to a loaded program, with every failure turned into one FastPathError.
+
+Why apart from the decode loop: the order of these steps and what is remembered about them is the whole of "a build happens at most once per
+process and key, and a failed one is not tried again at every call".
+
+Usage:
+    source = ProgramSource(toolchain, settings)
+    loaded = source.obtain(decoder, request)        # FastPathError, or Loaded(program=..., built=False, ...)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from owl_wms import env
+from owl_wms.cache import CacheStore, Entry, cache_key
+from owl_wms.errors import FastPathError
+from owl_wms.runtime.toolchain import Program, ProgramRequest, Progress, Toolchain
+from owl_wms.settings import TensorRTConfig
+
+PROGRAM_FILE = "program.pt2"
+_T = TypeVar("_T")
+
+# Toolchain name and key of every build that failed in this process: another decode function for the same decoder need not find out again.
+_failed_builds: dict[tuple[str, str], FastPathError] = {}
+_failed_guard = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A program ready to run.
+
+    Attributes:
+        program: `[B, c, h, w] -> [B, C, H, W]`.
+        built: built by this call rather than found in the cache.
+        name: entry name `<model>_<16 hex>`, or `uncached`.
+        report: what the build said (plan, precision, parity, timings).
+        file_bytes: size of the program as a file.
+        build_seconds, load_seconds: spent by this call.
+    """
+
+    program: Program
+    built: bool
+    name: str
+    report: dict[str, Any]
+    file_bytes: int
+    build_seconds: float
+    load_seconds: float
+
+
+@functools.cache
+def open_store(directory: Path, max_bytes: int, hmac_key: bytes | None) -> CacheStore:
+    """One store object per directory and process, so that its warnings are said once and its counters add up."""
+    return CacheStore(directory, max_bytes=max_bytes, hmac_key=hmac_key)
+
+
+def store_of(settings: TensorRTConfig) -> CacheStore:
+    """The cache that `settings` and `TENSORRT_CACHE_KEY` name."""
+    return open_store(settings.cache_directory(), settings.cache_max_bytes, env.cache_hmac_key())
+
+
+def forget_failed_builds() -> None:
+    """Try failed builds again, for example after an installation."""
+    with _failed_guard:
+        _failed_builds.clear()
+
+
+def model_label(decoder: nn.Module) -> str:
+    """Model name used in entry names: the decoder's class, lower case, without `Decoder` (`dcae`, `distill`)."""
+    name = type(decoder).__name__.lower().removesuffix("decoder")
+    return name or "decoder"
+
+
+class ProgramSource:
+    """Programs for one set of settings.
+
+    Args:
+        toolchain: builds and loads.
+        settings: cache directory, size, use_cache.
+        progress: receives build events (`{"stage", "elapsed", ...}`).
+    """
+
+    def __init__(self, toolchain: Toolchain, settings: TensorRTConfig, progress: Progress | None = None) -> None:
+        self.toolchain = toolchain
+        self.settings = settings
+        self._progress = progress
+
+    def obtain(self, decoder: nn.Module, request: ProgramRequest) -> Loaded:
+        """The program for `decoder`, from the cache or built now. Raises FastPathError only."""
+        unready = _staged("import", self.toolchain.ready, request.device)
+        if unready is not None:
+            raise unready
+        material = dict(_staged("export", self.toolchain.key_material, decoder, request))
+        failed_key = (self.toolchain.name, _staged("export", cache_key, material))
+        with _failed_guard:
+            remembered = _failed_builds.get(failed_key)
+        if remembered is not None:
+            raise FastPathError(remembered.stage, remembered.reason, remembered.remedy)
+        spent = [0.0]
+
+        def build(folder: Path) -> Mapping[str, Any]:
+            begin = time.perf_counter()
+            try:
+                return _staged("build", self.toolchain.build, decoder, request, folder, self._progress)
+            finally:
+                spent[0] += time.perf_counter() - begin
+
+        try:
+            data, name, report, built = self._bytes(model_label(decoder), material, build)
+        except FastPathError as error:
+            with _failed_guard:
+                _failed_builds[failed_key] = error
+            raise
+        begin = time.perf_counter()
+        program = _staged("load", self._load, data, request, report)
+        return Loaded(
+            program=program,
+            built=built,
+            name=name,
+            report=report,
+            file_bytes=len(data),
+            build_seconds=spent[0],
+            load_seconds=time.perf_counter() - begin,
+        )
+
+    def _bytes(
+        self, label: str, material: dict[str, Any], build: Callable[[Path], Mapping[str, Any]]
+    ) -> tuple[bytes, str, dict[str, Any], bool]:
+        if not self.settings.use_cache:
+            with tempfile.TemporaryDirectory(prefix="owl_wms_build_") as folder:
+                report = build(Path(folder))
+                data = _staged("save", Path(folder, PROGRAM_FILE).read_bytes)
+            return data, "uncached", dict(report), True
+        entry: Entry = _staged("save", store_of(self.settings).get_or_build, label, material, build)
+        try:
+            return entry.read(PROGRAM_FILE), entry.name, dict(entry.manifest.report), entry.built
+        finally:
+            entry.close()  # the bytes are ours now; a loaded program does not need its files any more
+
+    def _load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Program:
+        program = self.toolchain.load(data, request, report)
+        # The first run is part of loading: an execution context that cannot be made shows here, not in a caller's decode.
+        with torch.no_grad():
+            program(torch.zeros(request.shape, device=request.device))
+            if request.device.type == "cuda":
+                torch.cuda.synchronize(request.device)
+        return program
+
+
+def _staged(stage: str, function: Callable[..., _T], *args: Any) -> _T:
+    """Call, and turn whatever is raised into a FastPathError of `stage`; one that already is keeps its own."""
+    try:
+        return function(*args)
+    except FastPathError:
+        raise
+    except Exception as error:  # TensorRT and CUDA raise bare Exception, RuntimeError, AssertionError, OSError, ...
+        text = " ".join(str(error).split())[:500] or "no message"
+        raise FastPathError(stage, f"{type(error).__name__}: {text}", "run owl-wms doctor") from error

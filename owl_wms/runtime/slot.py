@@ -1,0 +1,119 @@
+"""One latent shape's program and its history: not tried, ready, or off with a reason.
+
+Why: state per shape keeps one shape's failure from slowing the others, and one lock per program keeps threads and streams apart; a TensorRT
+execution context has scratch memory that two runs at once would share.
+
+Usage:
+    slot = Slot(request)
+    with slot.lock:
+        slot.run(z, accept)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from owl_wms.runtime.programs import Loaded
+from owl_wms.runtime.toolchain import ProgramRequest
+
+STRIKES = 3
+"""Run failures after which a program is put aside."""
+CHECKED_CALLS, CHECK_EVERY = 8, 64
+"""Sampled output check: the first calls, then every so many."""
+
+
+class Slot:
+    """Program state for one `ProgramRequest`.
+
+    Attributes:
+        state: `new`, `ready` or `off`.
+        reason: why it is off, or where the program came from.
+        failures: run failures so far.
+        eager_step: chunk size of the PyTorch path, smaller after memory ran out.
+    """
+
+    def __init__(self, request: ProgramRequest) -> None:
+        self.request = request
+        self.lock = threading.RLock()
+        self.state = "new"
+        self.reason = ""
+        self.loaded: Loaded | None = None
+        self.failures = 0
+        self.eager_step = request.shape[0]
+        self._calls = 0
+        self._last: tuple[Any, Any] | None = None
+
+    def accept(self, loaded: Loaded) -> None:
+        """Put a program in place."""
+        self.loaded, self.state = loaded, "ready"
+        self.reason = f"{'built' if loaded.built else 'cached'} program {loaded.name}"
+
+    def put_off(self, reason: str) -> None:
+        """Drop the program for good."""
+        self.loaded, self.state, self.reason = None, "off", reason
+
+    def strike(self, reason: str) -> None:
+        """Count a failed run; the third puts the program aside."""
+        with self.lock:
+            self.failures += 1
+            if self.failures >= STRIKES:
+                self.put_off(f"put aside after {STRIKES} failed runs, last: {reason}")
+
+    def wants_check(self, mode: str) -> bool:
+        """Whether this call's output is to be looked at; counts the call."""
+        with self.lock:
+            self._calls += 1
+            calls = self._calls
+        if mode == "auto":
+            # fp16 overflows depending on the latents, so only looking at every output can rule it out.
+            fp16 = self.loaded is not None and self.loaded.report.get("precision") == "fp16"
+            mode = "always" if fp16 else "sampled"
+        if mode == "sampled":
+            return calls <= CHECKED_CALLS or calls % CHECK_EVERY == 0
+        return mode == "always"
+
+    def run(self, z: Tensor, write: Callable[[Tensor], None], check: bool) -> Tensor | None:
+        """Run the program on `[k <= B, c, h, w]` and hand `[k, C, H, W]` to `write` before anyone else may run it.
+
+        Returns:
+            A scalar bool tensor on the device (are all values finite), or None when not asked to check.
+        """
+        with self.lock, self._ordered(z.device):
+            if self.loaded is None:
+                raise RuntimeError("the program was put aside by another thread")
+            missing = self.request.shape[0] - len(z)
+            frames = self.loaded.program(F.pad(z, (0,) * 7 + (missing,)) if missing else z)[: len(z)]
+            if len(frames) != len(z):
+                raise RuntimeError(f"the program answered {len(frames)} frames to {len(z)} latents")
+            write(frames)
+            return all_finite(frames) if check else None
+
+    @contextlib.contextmanager
+    def _ordered(self, device: torch.device) -> Iterator[None]:
+        """Make runs on different CUDA streams wait for each other on the device; the lock only orders their launches."""
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            if self._last is not None and self._last[0] != stream:
+                stream.wait_event(self._last[1])
+            try:
+                yield
+            finally:
+                event = self._last[1] if self._last is not None else torch.cuda.Event()
+                event.record(stream)
+                self._last = (stream, event)
+
+
+def all_finite(frames: Tensor) -> Tensor:
+    """Scalar bool tensor; one reduction without a mask of the frames' size (min and max propagate NaN)."""
+    low, high = torch.aminmax(frames)
+    return torch.isfinite(low) & torch.isfinite(high)

@@ -1,0 +1,120 @@
+"""What a decode function has done, counted; and each kind of failure said once.
+
+Why: a fast path that quietly is not used looks like a slow machine. The counters say what ran, how often and why not the other thing.
+
+Usage:
+    ledger = Ledger()
+    ledger.add("chunks_program")
+    ledger.failure(FastPathError("build", "...", "..."))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections import Counter
+from typing import Any
+
+import torch
+
+from owl_wms.errors import FastPathError
+from owl_wms.runtime import metrics
+
+_LOG = logging.getLogger("owl_wms.runtime")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeStats:
+    """State of one decode function.
+
+    Attributes:
+        backend: what decodes now: the toolchain's name (`tensorrt`), or `pytorch`; `none` before the first decode.
+        reason: why that one, one sentence.
+        decodes, frames: calls and frames answered.
+        chunks_program, chunks_pytorch: batches by what computed them.
+        hits: programs found in the cache.
+        builds: programs built by this object.
+        fallbacks: batches that PyTorch answered because the compiled path failed.
+        failures: count by stage (`import`, `export`, `build`, `parity`, `save`, `load`, `run`).
+        latency_ms: `p50`, `p90`, `p99`, `samples` of one batch; None unless timing was asked for.
+        cache_bytes: size of the programs in use, as files.
+        build_seconds, load_seconds: spent in this process.
+        programs: one dict per latent shape: `shape`, `state`, `reason`, `entry`, `plan`, `precision`.
+    """
+
+    backend: str
+    reason: str
+    decodes: int
+    frames: int
+    chunks_program: int
+    chunks_pytorch: int
+    hits: int
+    builds: int
+    fallbacks: int
+    failures: dict[str, int]
+    latency_ms: dict[str, float] | None
+    cache_bytes: int
+    build_seconds: float
+    load_seconds: float
+    programs: tuple[dict[str, Any], ...]
+
+
+class Ledger:
+    """Thread-safe counters, failures by stage, and one warning per kind of failure."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._seconds: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
+        self._said: set[str] = set()
+
+    def add(self, name: str, by: int = 1) -> None:
+        with self._guard:
+            self._counts[name] += by
+        metrics.count(name, by)
+
+    def spend(self, name: str, seconds: float) -> None:
+        with self._guard:
+            self._seconds[name] += seconds
+
+    def count(self, name: str) -> int:
+        with self._guard:
+            return self._counts[name]
+
+    def seconds(self, name: str) -> float:
+        with self._guard:
+            return round(float(self._seconds[name]), 3)
+
+    def failures(self) -> dict[str, int]:
+        with self._guard:
+            return dict(self._failures)
+
+    def failure(self, error: FastPathError, kind: str = "") -> None:
+        """Count a failure and warn unless this kind (the stage, if not said) already was warned of."""
+        with self._guard:
+            self._failures[error.stage] += 1
+            first = (kind or error.stage) not in self._said
+            self._said.add(kind or error.stage)
+        metrics.failure(error.stage)
+        if first:
+            remedy = error.remedy or "see owl-wms doctor"
+            _LOG.warning(
+                "%sPyTorch decodes instead: %s failed: %s; %s", rank_prefix(), error.stage, error.reason, remedy
+            )
+
+    def note(self, kind: str, text: str) -> None:
+        """Say something at info level, once."""
+        with self._guard:
+            if kind in self._said:
+                return
+            self._said.add(kind)
+        _LOG.info("%s%s", rank_prefix(), text)
+
+
+def rank_prefix() -> str:
+    """`rank 3: ` inside an initialised process group, so that interleaved logs can be told apart; no communication."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return f"rank {torch.distributed.get_rank()}: "
+    return ""

@@ -1,0 +1,108 @@
+"""What turns a decoder into a program: the seam between the runtime and TensorRT.
+
+Why a protocol: the runtime's promises (cached, then built, then PyTorch; never wrong; never down) do not depend on TensorRT, and are tested
+on a machine without a GPU with a toolchain that stores ordinary ExportedPrograms. `TensorRTToolchain` is the adapter to `owl_wms.trt`.
+
+Usage:
+    toolchain = TensorRTToolchain()
+    toolchain.ready(torch.device("cuda", 0))        # None, or a FastPathError that says why not
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.errors import FastPathError
+
+Program = Callable[[Tensor], Tensor]
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ProgramRequest:
+    """One program that the runtime wants.
+
+    Attributes:
+        shape: static `(B, c, h, w)` of its input.
+        device: where it will run.
+        precision, plans, workspace_size: as in TensorRTConfig.
+    """
+
+    shape: tuple[int, int, int, int]
+    device: torch.device
+    precision: str
+    plans: tuple[str, ...]
+    workspace_size: int
+
+
+class Toolchain(Protocol):
+    """Builds and loads programs. Every method may raise anything; the runtime turns it into a FastPathError of that stage."""
+
+    name: str
+
+    def ready(self, device: torch.device) -> FastPathError | None:
+        """Why nothing can be built or loaded for `device`; None when it can."""
+
+    def key_material(self, decoder: nn.Module, request: ProgramRequest) -> Mapping[str, Any]:
+        """Everything the program depends on, JSON-ready."""
+
+    def build(
+        self, decoder: nn.Module, request: ProgramRequest, folder: Path, progress: Progress | None
+    ) -> Mapping[str, Any]:
+        """Write `folder/program.pt2`, checked for parity; return a report."""
+
+    def load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Program:
+        """The callable behind verified bytes: takes `request.shape` in any real dtype on `request.device`."""
+
+
+class TensorRTToolchain:
+    """Torch-TensorRT, either flavour, imported when a CUDA decoder first needs it."""
+
+    name = "tensorrt"
+
+    def ready(self, device: torch.device) -> FastPathError | None:
+        if device.type != "cuda":
+            return FastPathError("import", "no CUDA device: the decoder is on the CPU", "move the decoder to a GPU")
+        from owl_wms import trt
+
+        status = trt.status()
+        return None if status.available else FastPathError("import", status.reason, status.remedy)
+
+    def key_material(self, decoder: nn.Module, request: ProgramRequest) -> Mapping[str, Any]:
+        from owl_wms import trt
+
+        return trt.key_material(decoder, self._spec(request))
+
+    def build(
+        self, decoder: nn.Module, request: ProgramRequest, folder: Path, progress: Progress | None
+    ) -> Mapping[str, Any]:
+        from owl_wms import trt
+
+        return trt.build_program(decoder, self._spec(request), folder, progress=progress)
+
+    def load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Program:
+        from owl_wms import trt
+
+        program = trt.load_program(data, request.device)
+        if not report.get("cuda_graph"):
+            return program
+        example = torch.zeros(request.shape, dtype=program.input_dtype, device=program.device)
+        return trt.GraphedProgram(program, example)
+
+    @staticmethod
+    def _spec(request: ProgramRequest) -> Any:
+        from owl_wms import trt
+
+        return trt.BuildSpec(
+            input_shape=request.shape,
+            precision=request.precision,
+            plans=request.plans,
+            device_index=request.device.index or 0,
+            workspace_size=request.workspace_size,
+        )

@@ -1,0 +1,1 @@
+"""Holds the bridge; nothing else belongs here."""

@@ -1,0 +1,176 @@
+"""The public seam: upstream's path, names, positional arguments and results, with a compiled decoder behind them.
+
+Why it stays here: twenty-one call sites of the original project import exactly these names. What is new is keyword-only and has a default.
+Importing this module touches neither CUDA nor TensorRT; `TENSORRT_AVAILABLE` and `TENSORRT_CACHE_DIR` are found out when they are read.
+
+Usage:
+    decoder = get_decoder_only(None, "configs/vae/dec_dist.yml", "decoder.pt")
+    decode = make_batched_decode_fn(decoder, 8)
+    frames = decode(latents)                # [b, n, c, h, w] -> [b, n, C, H, W] bf16
+    decode.stats().reason                   # what ran it and why
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from owl_wms import env
+from owl_wms.errors import CacheError, ConfigError
+from owl_wms.runtime import AudioDecode, Toolchain, VideoDecode, measure_inference_time
+from owl_wms.runtime.programs import PROGRAM_FILE, store_of
+from owl_wms.settings import PRECISIONS, TensorRTConfig
+from owl_wms.vae import fold_weight_norm, load_decoder
+
+__all__ = [
+    "TENSORRT_AVAILABLE",
+    "TENSORRT_CACHE_DIR",
+    "TensorRTConfig",
+    "get_decoder_only",
+    "get_engine_cache_path",
+    "make_batched_audio_decode_fn",
+    "make_batched_decode_fn",
+    "measure_inference_time",
+]
+
+TENSORRT_AVAILABLE: bool
+TENSORRT_CACHE_DIR: Path
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TENSORRT_AVAILABLE":
+        # Without a CUDA device the answer is no, and importing TensorRT to hear it would cost seconds.
+        if not torch.cuda.is_available():
+            return False
+        from owl_wms import trt
+
+        return trt.status().available
+    if name == "TENSORRT_CACHE_DIR":
+        return TensorRTConfig.resolve().cache_directory()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def get_decoder_only(
+    vae_id: str | None,
+    cfg_path: str | Path | None,
+    ckpt_path: str | Path | None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> nn.Module:
+    """A frozen decoder in eval mode, weight norm folded in float32 before the cast.
+
+    Args:
+        vae_id: "dcae" means diffusers' AutoencoderDC (`ckpt_path`: folder or hub id, None for the hub); anything else, None included,
+            the autoencoder that `cfg_path` describes.
+        cfg_path: YAML file with a `model` section.
+        ckpt_path: `.pt` or `.safetensors`.
+        device: None means this process's GPU (the current device; under a launcher that set none, the one of LOCAL_RANK), or the CPU
+            when there is no GPU.
+        dtype: of the weights.
+
+    Returns:
+        nn.Module `[B, c, h, w] -> [B, C, H, W]`.
+
+    Raises:
+        ConfigError: the configuration is missing or wrong.
+        CheckpointError: the file cannot be read or belongs to another architecture.
+    """
+    decoder = fold_weight_norm(load_decoder(vae_id, cfg_path, ckpt_path))
+    return decoder.requires_grad_(False).eval().to(device=_own_device() if device is None else device, dtype=dtype)
+
+
+def make_batched_decode_fn(
+    decoder: nn.Module,
+    batch_size: int = 8,
+    use_tensorrt: bool = True,
+    *,
+    config: Any = None,
+    strict: bool | None = None,
+    timing: bool = False,
+    check: str = "auto",
+    toolchain: Toolchain | None = None,
+) -> VideoDecode:
+    """A function from video latents `[b, n, c, h, w]` to frames `[b, n, C, H, W]` in bf16 on the latents' device.
+
+    The first decode of a latent shape finds its program in the cache or builds it (`decode.prepare((c, h, w))` does so ahead of time);
+    whatever fails on the way, PyTorch decodes and one warning says why.
+
+    Args:
+        decoder: `[B, c, h, w] -> [B, C, H, W]`; not changed.
+        batch_size: frames at a time, >= 1.
+        use_tensorrt: False decodes with plain PyTorch.
+        config: a TensorRTConfig, a mapping, or a training configuration; the environment overrides it.
+        strict: True raises FastPathError instead of falling back; None follows the configuration and `TENSORRT_FALLBACK`.
+        timing: record milliseconds, shown by `decode.stats().latency_ms`.
+        check: search of the output for non-finite values, see `VideoDecode`.
+        toolchain: what compiles; None means TensorRT.
+
+    Raises:
+        ConfigError: a setting out of range.
+    """
+    settings = TensorRTConfig.resolve(config, enabled=None if use_tensorrt else False)
+    return VideoDecode(
+        decoder,
+        batch_size=batch_size,
+        settings=settings,
+        strict=strict,
+        timing=timing,
+        check=check,
+        toolchain=toolchain,
+    )
+
+
+def make_batched_audio_decode_fn(decoder: nn.Module, batch_size: int = 8) -> AudioDecode:
+    """A function from audio latents `[b, n, c]` to samples `[b, samples, C]` in bf16, `batch_size` clips at a time."""
+    return AudioDecode(decoder, batch_size=batch_size)
+
+
+def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision: str = "fp16") -> Path:
+    """Where the program of a model, shape and precision stands in the cache.
+
+    A program's real key also covers weights, graph, versions and GPU, which these three do not tell. So the newest entry that was built
+    with them is returned, and where there is none yet, a path that is stable for the three and stands for no file.
+
+    Args:
+        model_key: model name as in `owl-wms trt list`, for example "dcae".
+        input_shape: static `(B, c, h, w)`.
+        precision: one of `settings.PRECISIONS`.
+
+    Raises:
+        ConfigError: an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}", key="precision")
+    settings = TensorRTConfig.resolve()
+    shape = [int(size) for size in input_shape]
+    try:
+        entries = store_of(settings).entries(env.describe_machine())
+    except CacheError:
+        entries = []  # a refused directory holds nothing that would be used
+    for info in entries:
+        material = {} if info.manifest is None else info.manifest.material
+        asked = info.manifest is not None and precision in (
+            material.get("precision"),
+            info.manifest.report.get("precision"),
+        )
+        if info.status == "ok" and asked and info.manifest.name == model_key and material.get("input_shape") == shape:
+            return info.path / PROGRAM_FILE
+    digest = hashlib.sha256(json.dumps([model_key, shape, precision]).encode()).hexdigest()[:16]
+    return settings.cache_directory() / f"{model_key}_{digest}" / PROGRAM_FILE
+
+
+def _own_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    current, rank = torch.cuda.current_device(), env.local_rank()
+    # Upstream loads decoders before `set_device`, which would put every rank's decoder on GPU 0.
+    if current == 0 and rank is not None and rank < torch.cuda.device_count():
+        return torch.device("cuda", rank)
+    return torch.device("cuda", current)
