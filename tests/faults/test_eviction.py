@@ -1,0 +1,213 @@
+"""Eviction under load, with wrong clocks, and over long use."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from owl_wms.cache import CacheStore, Entry, Miss, evict, staging
+from tests.faults.conftest import Fault
+from tests.faults.tools import FORK, MATERIAL, NAME, Builder, assert_nothing_partial, entry_path, read, wait_ok
+
+TEN_YEARS_NS = 10 * 365 * 86_400 * 10**9
+SIZE = 100_000
+
+
+def content(number: int) -> bytes:
+    return random.Random(number).randbytes(SIZE)
+
+
+def _shift_clock(years_ns: int) -> None:
+    original = time.time_ns
+    time.time_ns = lambda: original() + years_ns
+
+
+@pytest.mark.timeout(300)
+def test_readers_and_writers_over_a_small_cap(fault: Fault, folder: Path) -> None:
+    directory, seconds, keys = folder / "cache", 60 if fault.full else 5, 8
+    cap = 3 * (SIZE + 1000)
+    reads, misses, builds = FORK.Value("q", 0), FORK.Value("q", 0), FORK.Value("q", 0)
+    largest = FORK.Value("q", 0)
+    end = time.monotonic() + seconds
+
+    def store() -> CacheStore:
+        return CacheStore(directory, max_bytes=cap)
+
+    def material(number: int) -> dict[str, Any]:
+        return {**MATERIAL, "number": number}
+
+    def writer(seed: int) -> None:
+        _shift_clock((-1, 1, 0, 1)[seed % 4] * TEN_YEARS_NS)
+        chance = random.Random(seed)
+        while time.monotonic() < end:
+            number = chance.randrange(keys)
+            assert read(store(), Builder(content(number)), material(number)) == content(number)
+            with builds.get_lock():
+                builds.value += 1
+            size = _size(directory)
+            with largest.get_lock():
+                largest.value = max(largest.value, size)
+
+    def reader(seed: int) -> None:
+        _shift_clock((0, -1, 1)[seed % 3] * TEN_YEARS_NS)
+        chance, expected = random.Random(100 + seed), [content(number) for number in range(keys)]
+        while time.monotonic() < end:
+            number = chance.randrange(keys)
+            found = store().lookup(NAME, material(number))
+            if isinstance(found, Entry):
+                with found.in_use():
+                    assert found.read() == expected[number]
+                found.close()
+                with reads.get_lock():
+                    reads.value += 1
+            else:
+                assert isinstance(found, Miss)
+                assert found.kind in ("absent", "gone"), found.reason
+                with misses.get_lock():
+                    misses.value += 1
+
+    processes = [FORK.Process(target=writer, args=(seed,)) for seed in range(4)]
+    processes += [FORK.Process(target=reader, args=(seed,)) for seed in range(8)]
+    for process in processes:
+        process.start()
+    wait_ok(processes, seconds + 60)
+    assert reads.value > 100
+    assert misses.value > 0, "nothing was evicted, so nothing was tried"
+    assert not (directory / "quarantine").exists()
+    assert_nothing_partial(directory)
+    overshoot = largest.value / (SIZE + 1000)
+    assert overshoot <= 3 + 4 + 8  # the cap, what each writer is adding, what each reader holds
+    CacheStore(directory, max_bytes=cap).prune()
+    assert CacheStore(directory).stats()["cache_bytes"] <= cap
+    fault.record(
+        "evict",
+        f"{seconds} s: {reads.value} reads right, 0 failed, {misses.value} misses, {builds.value} writes, at most {overshoot:.1f} entries at once",
+    )
+
+
+def _size(directory: Path) -> int:
+    """Bytes of the visible entries; what vanishes while it is counted is not there."""
+    total = 0
+    for entry in directory.glob(f"{NAME}_*"):
+        for name in ("program.pt2", "manifest.json"):
+            with contextlib.suppress(FileNotFoundError):
+                total += (entry / name).stat().st_size
+    return total
+
+
+def test_order_of_use_survives_clocks(fault: Fault, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, chance, now = fault.count(300), random.Random(3), time.time_ns()
+    for turn in range(turns):
+        directory = folder / f"cache{turn}"
+        store = CacheStore(directory)
+        names = {}
+        for number in range(4):
+            material = {**MATERIAL, "number": number}
+            read(store, Builder(b"x" * 1000), material)
+            names[number] = entry_path(directory, material).name
+        order = []
+        for _ in range(6):  # each use under another clock: 1970, ten years ago, now, in ten years
+            number = chance.randrange(4)
+            offset = chance.choice((-now + 1, -TEN_YEARS_NS, 0, TEN_YEARS_NS))
+            monkeypatch.setattr(time, "time_ns", lambda offset=offset: now + offset)
+            assert isinstance(store.lookup(NAME, {**MATERIAL, "number": number}), Entry)
+            order = [name for name in order if name != names[number]] + [names[number]]
+        monkeypatch.undo()
+        survivor = order[-1]
+        size = store.stats()["cache_bytes"] // 4
+        assert survivor not in store.prune(size + 10).removed
+        assert [info.name for info in store.entries()] == [survivor]
+    fault.record("clock", f"{turns} rounds of 6 uses under 4 clocks: the last used entry was the one kept, {turns}/{turns}")
+
+
+def test_live_stages_outlast_sweeps(fault: Fault, folder: Path) -> None:
+    directory = folder / "cache"
+    read(CacheStore(directory), Builder(b"x"))
+    turns = fault.count(200)
+    go, stop = FORK.Semaphore(0), FORK.Event()
+
+    def writer() -> None:
+        fd = os.open(directory, os.O_RDONLY)
+        stage = staging.Stage.open(fd, directory, 0o700)
+        (stage.path / "program.pt2").write_bytes(b"half")
+        go.release()
+        assert stop.wait(120)
+        assert (stage.path / "program.pt2").read_bytes() == b"half"
+        stage.close()
+
+    writers = [FORK.Process(target=writer) for _ in range(4)]
+    for process in writers:
+        process.start()
+    for _ in writers:
+        assert go.acquire(timeout=30)
+    dead = FORK.Process(target=lambda: (staging.Stage.open(os.open(directory, os.O_RDONLY), directory, 0o700), os._exit(0)))
+    dead.start()
+    dead.join()
+    swept = 0
+    for turn in range(turns):
+        for path in (directory / ".tmp").iterdir():
+            stamp = time.time() + (-1, 0, 1)[turn % 3] * TEN_YEARS_NS / 1e9
+            os.utime(path, (stamp, stamp))
+        fd = os.open(directory, os.O_RDONLY)
+        swept += staging.sweep(fd)
+        os.close(fd)
+    stop.set()
+    wait_ok(writers)
+    assert swept == 1, "the dead writer's stage, and only that"
+    fault.record("live-stage", f"{turns} sweeps under 3 clocks: 4 live stages kept, 1 dead one removed")
+
+
+def test_no_flock_does_not_sweep_the_living(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where locks say yes to everybody, the process in the stage's name decides."""
+    import fcntl
+
+    directory = folder / "cache"
+    directory.mkdir(mode=0o700)
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, operation: None)
+    fd = os.open(directory, os.O_RDONLY)
+    stage = staging.Stage.open(fd, directory, 0o700)
+    assert staging.sweep(fd) == 0
+    assert stage.path.is_dir()
+    stage.close()
+    os.close(fd)
+
+
+@pytest.mark.timeout(600)
+def test_descriptors_and_memory_stay_flat(fault: Fault, folder: Path) -> None:
+    directory, rounds, me = folder / "cache", fault.count(100_000, 2_000), psutil.Process()
+    data = content(1)[:20_000]
+    store = CacheStore(directory)
+    read(store, Builder(data))
+    for _ in range(500):
+        read(store, Builder(data))
+    descriptors, memory = me.num_fds(), me.memory_info().rss
+    for _ in range(rounds):
+        entry = store.lookup(NAME, MATERIAL)
+        assert isinstance(entry, Entry)
+        assert entry.read() == data
+        entry.close()
+    grown = (me.memory_info().rss - memory) / 2**20
+    assert me.num_fds() == descriptors
+    assert grown < 8
+    fault.record("flat", f"{rounds} rounds: 0 descriptors and {max(0, grown):.1f} MiB more")
+
+
+def test_unclosed_entries_let_go(folder: Path) -> None:
+    """An entry that is dropped without `close` releases its lock and descriptor."""
+    store = CacheStore(folder / "cache")
+    read(store, Builder(b"x" * 100))
+    before = psutil.Process().num_fds()
+    held = store.lookup(NAME, MATERIAL)
+    assert isinstance(held, Entry)
+    assert store.prune(0).in_use == (held.name,)
+    del held
+    assert psutil.Process().num_fds() == before
+    assert len(store.prune(0).removed) == 1
+    assert evict.last_used(os.open(folder / "cache", os.O_RDONLY)) == {}
