@@ -1,7 +1,8 @@
 """Settings of the compiled path: one frozen object, resolved in one order, every bad value named with its alternatives.
 
-Why: a precision that is silently ignored or a misspelt variable costs a day. The order is environment > call > config, so that an operator
-can switch a deployed program without editing it; `TensorRTConfig.resolve` is the only place where the three meet.
+Why: a precision that is silently ignored or a misspelt variable costs a day. The order is environment > call > config,
+so that an operator can switch a deployed program without editing it; `TensorRTConfig.resolve` is the only place where
+the three meet.
 
 Usage:
     settings = TensorRTConfig.resolve(train_config, precision="bf16")
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import platformdirs
 
@@ -42,8 +45,10 @@ class TensorRTConfig:
 
     Attributes:
         enabled: False decodes with plain PyTorch and touches neither TensorRT nor the cache.
-        precision: `auto` takes fp16 when every output is finite and parity holds, else bf16; the others are taken as said.
-        max_batch_size: largest static batch a program is built for, >= 1; a larger requested batch is decoded in chunks of this size.
+        precision: `auto` takes fp16 when every output is finite and parity holds, else bf16; the others are taken as
+            said.
+        max_batch_size: largest static batch a program is built for, >= 1; a larger requested batch is decoded in chunks
+            of this size.
         use_cache: False builds in a temporary directory and keeps nothing.
         fallback_on_error: False turns every failure of the compiled path into FastPathError.
         workspace_size: bytes of scratch memory TensorRT may plan with; 0 leaves it to TensorRT.
@@ -79,8 +84,9 @@ class TensorRTConfig:
         """Merge the three sources, environment > call > config.
 
         Args:
-            config: None, a TensorRTConfig, a mapping of its fields, or an object with training-config fields (`use_tensorrt`,
-                `tensorrt_precision`, `tensorrt_cache_dir`, `tensorrt_fallback`). None values in it mean "not said".
+            config: None, a TensorRTConfig, a mapping of its fields, or an object with training-config fields
+                (`use_tensorrt`, `tensorrt_precision`, `tensorrt_cache_dir`, `tensorrt_fallback`). None values in it
+                mean "not said".
             call: fields given at the call; None means "not said".
 
         Raises:
@@ -90,7 +96,7 @@ class TensorRTConfig:
         merged.update({key: value for key, value in call.items() if value is not None})
         for key, text in env.tensorrt_overrides().items():
             try:
-                cls(**{key: text})
+                cls(**cast(Any, {key: text}))
             except ConfigError as error:
                 raise ConfigError(f"{env.TENSORRT_VARIABLES[key]}: {error}", key=env.TENSORRT_VARIABLES[key]) from None
             merged[key] = text
@@ -98,8 +104,8 @@ class TensorRTConfig:
         for key in merged:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"unknown TensorRT setting {key!r}{hint} Valid settings: {', '.join(known)}", key=key)
+                hint = f"; did you mean {near[0]!r}?" if near else ";"
+                raise ConfigError(f"unknown TensorRT setting {key!r}{hint} valid settings: {', '.join(known)}", key=key)
         return cls(**merged)
 
     def cache_directory(self) -> Path:
@@ -108,11 +114,16 @@ class TensorRTConfig:
 
 
 def default_cache_dir() -> Path:
-    """`trt_cache/` at the top of a source checkout, the user's cache folder (platformdirs) when the package is installed elsewhere."""
+    """`trt_cache/` at the top of a source checkout, the user's cache folder (platformdirs) when the package is
+    installed elsewhere.
+    """
     top = Path(__file__).resolve().parent.parent
     if (top / "setup.py").is_file() and (top / "trt_cache").is_dir():
         return top / "trt_cache"
-    return Path(platformdirs.user_cache_dir("owl_wms", appauthor=False)) / "trt_cache"
+    try:
+        return Path(platformdirs.user_cache_dir("owl_wms", appauthor=False)) / "trt_cache"
+    except RuntimeError:  # no HOME and a uid without an account, as in some containers
+        return Path(tempfile.gettempdir()) / f"owl_wms_trt_cache_{os.getuid()}"
 
 
 def _fields_of(config: Any) -> dict[str, Any]:
@@ -121,7 +132,7 @@ def _fields_of(config: Any) -> dict[str, Any]:
     if isinstance(config, TensorRTConfig):
         return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if isinstance(config, Mapping):
-        return {_TRAINING_FIELDS.get(key, key): value for key, value in config.items() if value is not None}
+        return {_TRAINING_FIELDS.get(str(key), str(key)): value for key, value in config.items() if value is not None}
     found = {ours: getattr(config, theirs, None) for theirs, ours in _TRAINING_FIELDS.items()}
     if all(not hasattr(config, theirs) for theirs in _TRAINING_FIELDS):
         names = ", ".join(_TRAINING_FIELDS)
