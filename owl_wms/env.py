@@ -1,9 +1,9 @@
 """The process environment and the machine: the only module that reads `os.environ`.
 
-Why it exists: three readers want the same description of the machine (the cache key, the benchmark header and `owl-wms doctor`), and a
-setting read in two places is a setting read in two ways. Nothing here touches CUDA at import; `describe_machine` asks the GPU when it is
-called, never imports TensorRT, and answers `"unknown: reason"` where a probe fails, so that a missing fact is visible in a key or a report
-instead of absent from it.
+Why it exists: three readers want the same description of the machine (the cache key, the benchmark header and `owl-wms
+doctor`), and a setting read in two places is a setting read in two ways. Nothing here touches CUDA at import;
+`describe_machine` asks the GPU when it is called, never imports TensorRT, and answers `"unknown: reason"` where a probe
+fails, so that a missing fact is visible in a key or a report instead of absent from it.
 
 Usage:
     env.read("TENSORRT_PRECISION")        # stripped text, or None when unset or empty
@@ -41,7 +41,9 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def read(name: str) -> str | None:
-    """The stripped value of an environment variable; None when it is unset or empty (an empty variable means "no opinion")."""
+    """The stripped value of an environment variable; None when it is unset or empty (an empty variable means "no
+    opinion").
+    """
     value = os.environ.get(name, "").strip()
     return value or None
 
@@ -59,7 +61,9 @@ def cache_hmac_key() -> bytes | None:
 
 
 def local_rank() -> int | None:
-    """This process's GPU number as a launcher such as torchrun states it (`LOCAL_RANK`); None when absent or not a number."""
+    """This process's GPU number as a launcher such as torchrun states it (`LOCAL_RANK`); None when absent or not a
+    number.
+    """
     text = read("LOCAL_RANK")
     return int(text) if text is not None and text.isdigit() else None
 
@@ -71,8 +75,9 @@ def describe_machine(device_index: int | None = None) -> dict[str, str | int]:
         device_index: CUDA device to describe; None means the current one.
 
     Returns:
-        `python`, `os`, `torch`, `triton`, `cuda`, `cudnn`, `torch_tensorrt`, `tensorrt`, `driver`, `gpu`, `compute_capability`,
-        `sm_count`, `gpu_memory_bytes`. Always every key; a value that could not be found out reads `"unknown: <reason>"`.
+        `python`, `os`, `torch`, `triton`, `cuda`, `cudnn`, `torch_tensorrt`, `tensorrt`, `driver`, `gpu`,
+        `compute_capability`, `sm_count`, `gpu_memory_bytes`. Always every key; a value that could not be found out
+        reads `"unknown: <reason>"`.
     """
     described: dict[str, str | int] = {
         "python": platform.python_version(),
@@ -87,7 +92,9 @@ def describe_machine(device_index: int | None = None) -> dict[str, str | int]:
 
 
 def driver_version() -> str:
-    """NVIDIA kernel driver version such as `580.82.07`, from the driver's own file or `nvidia-smi`; else `"unknown: reason"`."""
+    """NVIDIA kernel driver version such as `580.82.07`, from the driver's own file or `nvidia-smi`; else `"unknown:
+    reason"`.
+    """
     try:
         return _driver_version()
     except (OSError, ValueError, LookupError, subprocess.SubprocessError) as error:
@@ -97,7 +104,8 @@ def driver_version() -> str:
 @functools.cache
 def _driver_version() -> str:
     if _DRIVER_FILE.exists():
-        # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  ..." (open modules say "Open Kernel Module for x86_64")
+        # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  ..." (open modules say "Open Kernel Module for
+        # x86_64")
         for word in _DRIVER_FILE.read_text(encoding="utf-8", errors="replace").split():
             if word.count(".") >= 1 and word.replace(".", "").isdigit():
                 return word

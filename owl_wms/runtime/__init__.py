@@ -1,7 +1,9 @@
-"""One `decode()` whatever stands behind it: a cached program, one built now, or plain PyTorch; and it says which and why.
+"""One `decode()` whatever stands behind it: a cached program, one built now, or plain PyTorch; and it says which and
+why.
 
-Why it exists: callers want frames, not a decision tree. Whatever fails in the compiled path ends in PyTorch's own answer, one warning and
-a counter; `strict` turns each failure into an error instead. Importing this package touches neither CUDA nor TensorRT.
+Why it exists: callers want frames, not a decision tree. Whatever fails in the compiled path ends in PyTorch's own
+answer, one warning and a counter; `strict` turns each failure into an error instead. Importing this package touches
+neither CUDA nor TensorRT.
 
 Usage:
     decode = VideoDecode(decoder, batch_size=8, settings=TensorRTConfig.resolve())
@@ -13,11 +15,12 @@ from owl_wms.runtime.audio import AudioDecode
 from owl_wms.runtime.decode import VideoDecode
 from owl_wms.runtime.stats import DecodeStats
 from owl_wms.runtime.timing import measure_inference_time
-from owl_wms.runtime.toolchain import ProgramRequest, TensorRTToolchain, Toolchain
+from owl_wms.runtime.toolchain import JitToolchain, ProgramRequest, TensorRTToolchain, Toolchain
 
 __all__ = [
     "AudioDecode",
     "DecodeStats",
+    "JitToolchain",
     "ProgramRequest",
     "TensorRTToolchain",
     "Toolchain",

@@ -1,6 +1,7 @@
 """`VideoDecode`: latents in, frames out, by a compiled program where that works and by PyTorch where it does not.
 
-Why a class: programs are per latent shape and live as long as the decode function; threads, forks and weight updates happen meanwhile.
+Why a class: programs are per latent shape and live as long as the decode function; threads, forks and weight updates
+happen meanwhile.
 
 Usage:
     decode = VideoDecode(decoder, batch_size=8)
@@ -40,9 +41,9 @@ CHECKS = ("auto", "always", "sampled", "off")
 class VideoDecode:
     """Decode video latents in static batches.
 
-    Thread-safe. A chunk shorter than the batch is padded for the program and sliced. Each latent shape has its own program. Weights that
-    change in place drop the programs made from the old ones. A run that fails is answered by PyTorch and counted; after three the program
-    is put aside.
+    Thread-safe. A chunk shorter than the batch is padded for the program and sliced. Each latent shape has its own
+    program. Weights that change in place drop the programs made from the old ones. A run that fails is answered by
+    PyTorch and counted; after three the program is put aside.
 
     Args:
         decoder: `[B, c, h, w] -> [B, C, H, W]`; never changed; computes on its own device.
@@ -50,8 +51,9 @@ class VideoDecode:
         settings: None reads the environment over the defaults.
         strict: True raises FastPathError instead of falling back; None follows `settings.fallback_on_error`.
         timing: record the milliseconds of every batch (CUDA events).
-        check: look for non-finite output: `always`, `sampled` (first 8 calls, then every 64th), `off`, or `auto`: always for fp16
-            programs (they can overflow), sampled for others. A hit is compared with PyTorch's answer, which replaces it.
+        check: look for non-finite output: `always`, `sampled` (first 8 calls, then every 64th), `off`, or `auto`:
+            always for fp16 programs (they can overflow), sampled for others. A hit is compared with PyTorch's answer,
+            which replaces it.
         toolchain: what builds programs; None means TensorRT.
         progress: receives build events.
 
@@ -121,7 +123,7 @@ class VideoDecode:
         return out.tensor.reshape(*leading, *out.tensor.shape[1:])
 
     def prepare(self, latent_shape: tuple[int, int, int]) -> DecodeStats:
-        """Find or build the program for latents `(c, h, w)` now, for example at start-up; returns the state after it."""
+        """Find or build the program for latents `(c, h, w)` now (at start-up, say); returns the state after it."""
         eager = self._prepared()
         device = torch.device("cpu") if eager.device is None else eager.device
         self._ready(eager, self._slot(eager, latent_shape, device))
@@ -337,8 +339,8 @@ class _Output:
             if not is_out_of_memory(error):
                 raise
             raise DecodeMemoryError(
-                f"{self._frames} frames {list(shape)} in bf16 do not fit on {self._device}; decode fewer frames at a time, "
-                "or pass latents on the CPU to receive the frames there",
+                f"{self._frames} frames {list(shape)} in bf16 do not fit on {self._device}; decode fewer frames "
+                "at a time, or pass latents on the CPU to receive the frames there",
                 frames=self._frames,
                 latent_shape=self._latent_shape,
             ) from None
@@ -373,5 +375,6 @@ def _forget_in_child() -> None:
         decode._reset_in_child()
 
 
-# Locks that another thread held at the fork stay locked in the child for ever, so the child gets new ones before anything runs.
+# Locks that another thread held at the fork stay locked in the child for ever, so the child gets new ones before
+# anything runs.
 os.register_at_fork(after_in_child=_forget_in_child)

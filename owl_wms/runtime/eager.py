@@ -1,7 +1,8 @@
-"""The PyTorch path: the caller's decoder with weight norm folded, run eagerly; the answer that every other path must match.
+"""The PyTorch path: the caller's decoder with weight norm folded, run eagerly; the answer that every other path must
+match.
 
-Why it exists: the caller's module must never change (it may be in train mode, frozen, wrapped or still needed with its parametrizations),
-and memory that runs out in the middle of a decode should cost time, not the run.
+Why it exists: the caller's module must never change (it may be in train mode, frozen, wrapped or still needed with its
+parametrizations), and memory that runs out in the middle of a decode should cost time, not the run.
 
 Usage:
     eager = EagerDecoder(decoder)
@@ -70,7 +71,8 @@ def unwrap(decoder: nn.Module) -> nn.Module:
 
 
 def weights_stamp(decoder: nn.Module) -> tuple[Any, ...]:
-    """Changes when a weight is updated in place, replaced or moved, or the mode switches; costs microseconds, reads no data.
+    """Changes when a weight is updated in place, replaced or moved, or the mode switches; costs microseconds, reads no
+    data.
 
     Writes through `tensor.data` or a raw pointer do not show; after such, make a new decode function.
     """
@@ -114,7 +116,8 @@ def decode_in_memory(eager: EagerDecoder, z: Tensor, write: Callable[[int, Tenso
 
 
 def _attempt(eager: EagerDecoder, part: Tensor) -> tuple[Tensor | None, str]:
-    # The traceback of a failed attempt keeps its activations alive; leaving the except block before trying again frees them.
+    # The traceback of a failed attempt keeps its activations alive; leaving the except block before trying again frees
+    # them.
     try:
         return eager(part), ""
     except (RuntimeError, MemoryError) as error:

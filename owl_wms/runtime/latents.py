@@ -1,6 +1,7 @@
 """What may be decoded: the checks on latents, in one place and with one wording.
 
-Why: a wrong rank or channel count otherwise appears as a convolution error five modules down, or, worse, as frames of another clip.
+Why: a wrong rank or channel count otherwise appears as a convolution error five modules down, or, worse, as frames of
+another clip.
 
 Usage:
     check_video(latents, channels=128)      # LatentShapeError unless [b, n, 128, h, w]
@@ -24,7 +25,9 @@ def latent_channels(decoder: nn.Module) -> int | None:
 
 
 def check_video(latents: Tensor, channels: int | None) -> None:
-    """Raise LatentShapeError unless `latents` is `[b, n, channels, h, w]` with h, w >= 1; DataError unless real numbers."""
+    """Raise LatentShapeError unless `latents` is `[b, n, channels, h, w]` with h, w >= 1; DataError unless real
+    numbers.
+    """
     expected = f"[b, n, {'c' if channels is None else channels}, h, w]"
     _check_tensor(latents, expected)
     shape = tuple(latents.shape)

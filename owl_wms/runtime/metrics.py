@@ -1,7 +1,7 @@
 """The same counters for Prometheus, when `prometheus-client` is installed; otherwise nothing.
 
-Why a module: collectors live in one process-wide registry that refuses a second registration, so they are made once, on first use, and
-found again if this module is imported twice.
+Why a module: collectors live in one process-wide registry that refuses a second registration, so they are made once, on
+first use, and found again if this module is imported twice.
 
 Usage:
     metrics.count("chunks_program", 1)      # owl_decode_chunks_program_total

@@ -1,7 +1,7 @@
 """Cached, else built: from a request to a loaded program, with every failure turned into one FastPathError.
 
-Why apart from the decode loop: the order of these steps and what is remembered about them is the whole of "a build happens at most once per
-process and key, and a failed one is not tried again at every call".
+Why apart from the decode loop: the order of these steps and what is remembered about them is the whole of "a build
+happens at most once per process and key, and a failed one is not tried again at every call".
 
 Usage:
     source = ProgramSource(toolchain, settings)
@@ -25,13 +25,14 @@ from torch import nn
 from owl_wms import env
 from owl_wms.cache import CacheStore, Entry, cache_key
 from owl_wms.errors import FastPathError
-from owl_wms.runtime.toolchain import Program, ProgramRequest, Progress, Toolchain
+from owl_wms.runtime.toolchain import JitToolchain, Program, ProgramRequest, Progress, Toolchain
 from owl_wms.settings import TensorRTConfig
 
 PROGRAM_FILE = "program.pt2"
 _T = TypeVar("_T")
 
-# Toolchain name and key of every build that failed in this process: another decode function for the same decoder need not find out again.
+# Toolchain name and key of every build that failed in this process: another decode function for the same decoder need
+# not find out again.
 _failed_builds: dict[tuple[str, str], FastPathError] = {}
 _failed_guard = threading.Lock()
 
@@ -100,6 +101,8 @@ class ProgramSource:
         unready = _staged("import", self.toolchain.ready, request.device)
         if unready is not None:
             raise unready
+        if isinstance(self.toolchain, JitToolchain):
+            return self._compiled(self.toolchain, decoder, request)
         material = dict(_staged("export", self.toolchain.key_material, decoder, request))
         failed_key = (self.toolchain.name, _staged("export", cache_key, material))
         with _failed_guard:
@@ -122,7 +125,8 @@ class ProgramSource:
                 _failed_builds[failed_key] = error
             raise
         begin = time.perf_counter()
-        program = _staged("load", self._load, data, request, report)
+        program = _staged("load", self.toolchain.load, data, request, report)
+        _staged("load", _first_run, program, request)
         return Loaded(
             program=program,
             built=built,
@@ -147,14 +151,30 @@ class ProgramSource:
         finally:
             entry.close()  # the bytes are ours now; a loaded program does not need its files any more
 
-    def _load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Program:
-        program = self.toolchain.load(data, request, report)
-        # The first run is part of loading: an execution context that cannot be made shows here, not in a caller's decode.
-        with torch.no_grad():
-            program(torch.zeros(request.shape, device=request.device))
-            if request.device.type == "cuda":
-                torch.cuda.synchronize(request.device)
-        return program
+    def _compiled(self, toolchain: JitToolchain, decoder: nn.Module, request: ProgramRequest) -> Loaded:
+        begin = time.perf_counter()
+        program = _staged("build", toolchain.compile, decoder, request)
+        _staged("build", _first_run, program, request)
+        return Loaded(
+            program=program,
+            built=True,
+            name="in memory",
+            report={
+                "precision": getattr(program, "precision", request.precision),
+                "plan": getattr(program, "plan", ""),
+            },
+            file_bytes=0,
+            build_seconds=time.perf_counter() - begin,
+            load_seconds=0.0,
+        )
+
+
+def _first_run(program: Program, request: ProgramRequest) -> None:
+    """Run once on zeros: an execution context that cannot be made must show here, not in a caller's decode."""
+    with torch.no_grad():
+        program(torch.zeros(request.shape, device=request.device))
+        if request.device.type == "cuda":
+            torch.cuda.synchronize(request.device)
 
 
 def _staged(stage: str, function: Callable[..., _T], *args: Any) -> _T:

@@ -1,7 +1,7 @@
 """One latent shape's program and its history: not tried, ready, or off with a reason.
 
-Why: state per shape keeps one shape's failure from slowing the others, and one lock per program keeps threads and streams apart; a TensorRT
-execution context has scratch memory that two runs at once would share.
+Why: state per shape keeps one shape's failure from slowing the others, and one lock per program keeps threads and
+streams apart; a TensorRT execution context has scratch memory that two runs at once would share.
 
 Usage:
     slot = Slot(request)
@@ -97,7 +97,7 @@ class Slot:
 
     @contextlib.contextmanager
     def _ordered(self, device: torch.device) -> Iterator[None]:
-        """Make runs on different CUDA streams wait for each other on the device; the lock only orders their launches."""
+        """Make runs on different CUDA streams wait for each other on the device; the lock orders only launches."""
         if device.type != "cuda":
             yield
             return

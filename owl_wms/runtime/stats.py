@@ -1,6 +1,7 @@
 """What a decode function has done, counted; and each kind of failure said once.
 
-Why: a fast path that quietly is not used looks like a slow machine. The counters say what ran, how often and why not the other thing.
+Why: a fast path that quietly is not used looks like a slow machine. The counters say what ran, how often and why not
+the other thing.
 
 Usage:
     ledger = Ledger()
@@ -66,7 +67,7 @@ class Ledger:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = {}
         self._failures: Counter[str] = Counter()
         self._said: set[str] = set()
 
@@ -77,7 +78,7 @@ class Ledger:
 
     def spend(self, name: str, seconds: float) -> None:
         with self._guard:
-            self._seconds[name] += seconds
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def count(self, name: str) -> int:
         with self._guard:
@@ -85,7 +86,7 @@ class Ledger:
 
     def seconds(self, name: str) -> float:
         with self._guard:
-            return round(float(self._seconds[name]), 3)
+            return round(self._seconds.get(name, 0.0), 3)
 
     def failures(self) -> dict[str, int]:
         with self._guard:

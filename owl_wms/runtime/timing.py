@@ -1,7 +1,7 @@
 """Milliseconds, measured where the work happens: CUDA events on a GPU, the monotonic clock on a CPU.
 
-Why: a wall clock around an asynchronous launch measures the launch. Events are recorded during the decode and read later, so that timing
-never makes a decode wait.
+Why: a wall clock around an asynchronous launch measures the launch. Events are recorded during the decode and read
+later, so that timing never makes a decode wait.
 
 Usage:
     stopwatch = Stopwatch()
@@ -54,7 +54,9 @@ class Stopwatch:
             self._pending.append((first, last))
 
     def percentiles(self) -> dict[str, float] | None:
-        """`p50`, `p90`, `p99` in milliseconds and `samples`; None when nothing was timed. Waits for what is still running."""
+        """`p50`, `p90`, `p99` in milliseconds and `samples`; None when nothing was timed. Waits for what is still
+        running.
+        """
         with self._guard:
             waiting, self._pending = list(self._pending), deque(maxlen=KEPT_SAMPLES)
         for first, last in waiting:

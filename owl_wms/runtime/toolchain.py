@@ -1,7 +1,8 @@
 """What turns a decoder into a program: the seam between the runtime and TensorRT.
 
-Why a protocol: the runtime's promises (cached, then built, then PyTorch; never wrong; never down) do not depend on TensorRT, and are tested
-on a machine without a GPU with a toolchain that stores ordinary ExportedPrograms. `TensorRTToolchain` is the adapter to `owl_wms.trt`.
+Why a protocol: the runtime's promises (cached, then built, then PyTorch; never wrong; never down) do not depend on
+TensorRT, and are tested on a machine without a GPU with a toolchain that stores ordinary ExportedPrograms.
+`TensorRTToolchain` is the adapter to `owl_wms.trt`.
 
 Usage:
     toolchain = TensorRTToolchain()
@@ -42,7 +43,9 @@ class ProgramRequest:
 
 
 class Toolchain(Protocol):
-    """Builds and loads programs. Every method may raise anything; the runtime turns it into a FastPathError of that stage."""
+    """Builds and loads programs. Every method may raise anything; the runtime turns it into a FastPathError of that
+    stage.
+    """
 
     name: str
 
@@ -92,8 +95,9 @@ class TensorRTToolchain:
         program = trt.load_program(data, request.device)
         if not report.get("cuda_graph"):
             return program
-        example = torch.zeros(request.shape, dtype=program.input_dtype, device=program.device)
-        return trt.GraphedProgram(program, example)
+        dtype = program.input_dtype
+        graphed = trt.GraphedProgram(program, torch.zeros(request.shape, dtype=dtype, device=program.device))
+        return lambda z: graphed(z.to(dtype))  # the graph's input has one dtype; another would run without the graph
 
     @staticmethod
     def _spec(request: ProgramRequest) -> Any:
@@ -105,4 +109,21 @@ class TensorRTToolchain:
             plans=request.plans,
             device_index=request.device.index or 0,
             workspace_size=request.workspace_size,
+        )
+
+
+class JitToolchain(TensorRTToolchain):
+    """Torch-TensorRT through `torch.compile`: built in this process at the first decode, nothing kept, no isolation."""
+
+    name = "tensorrt-jit"
+
+    def compile(self, decoder: nn.Module, request: ProgramRequest) -> Program:
+        """The compiled decoder; builds at its first call and raises there."""
+        from owl_wms import trt
+
+        # `auto` would build twice inside the caller's process; bf16 has the range that fp16 lacks.
+        precision = "bf16" if request.precision == "auto" else request.precision
+        plan = request.plans[0] if request.plans else "tensorrt"
+        return trt.compile_for_training(
+            decoder, precision=precision, plan=plan, workspace_size=request.workspace_size, strict=True
         )

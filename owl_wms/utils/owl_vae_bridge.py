@@ -1,7 +1,8 @@
 """The public seam: upstream's path, names, positional arguments and results, with a compiled decoder behind them.
 
-Why it stays here: twenty-one call sites of the original project import exactly these names. What is new is keyword-only and has a default.
-Importing this module touches neither CUDA nor TensorRT; `TENSORRT_AVAILABLE` and `TENSORRT_CACHE_DIR` are found out when they are read.
+Why it stays here: twenty-one call sites of the original project import exactly these names. What is new is keyword-only
+and has a default. Importing this module touches neither CUDA nor TensorRT; `TENSORRT_AVAILABLE` and
+`TENSORRT_CACHE_DIR` are found out when they are read.
 
 Usage:
     decoder = get_decoder_only(None, "configs/vae/dec_dist.yml", "decoder.pt")
@@ -23,7 +24,7 @@ from torch import nn
 
 from owl_wms import env
 from owl_wms.errors import CacheError, ConfigError
-from owl_wms.runtime import AudioDecode, Toolchain, VideoDecode, measure_inference_time
+from owl_wms.runtime import AudioDecode, JitToolchain, Toolchain, VideoDecode, measure_inference_time
 from owl_wms.runtime.programs import PROGRAM_FILE, store_of
 from owl_wms.settings import PRECISIONS, TensorRTConfig
 from owl_wms.vae import fold_weight_norm, load_decoder
@@ -67,12 +68,12 @@ def get_decoder_only(
     """A frozen decoder in eval mode, weight norm folded in float32 before the cast.
 
     Args:
-        vae_id: "dcae" means diffusers' AutoencoderDC (`ckpt_path`: folder or hub id, None for the hub); anything else, None included,
-            the autoencoder that `cfg_path` describes.
+        vae_id: "dcae" means diffusers' AutoencoderDC (`ckpt_path`: folder or hub id, None for the hub); anything else,
+            None included, the autoencoder that `cfg_path` describes.
         cfg_path: YAML file with a `model` section.
         ckpt_path: `.pt` or `.safetensors`.
-        device: None means this process's GPU (the current device; under a launcher that set none, the one of LOCAL_RANK), or the CPU
-            when there is no GPU.
+        device: None means this process's GPU (the current device; under a launcher that set none, the one of
+            LOCAL_RANK), or the CPU when there is no GPU.
         dtype: of the weights.
 
     Returns:
@@ -95,21 +96,24 @@ def make_batched_decode_fn(
     strict: bool | None = None,
     timing: bool = False,
     check: str = "auto",
+    jit: bool = False,
     toolchain: Toolchain | None = None,
 ) -> VideoDecode:
     """A function from video latents `[b, n, c, h, w]` to frames `[b, n, C, H, W]` in bf16 on the latents' device.
 
-    The first decode of a latent shape finds its program in the cache or builds it (`decode.prepare((c, h, w))` does so ahead of time);
-    whatever fails on the way, PyTorch decodes and one warning says why.
+    The first decode of a latent shape finds its program in the cache or builds it (`decode.prepare((c, h, w))` does so
+    ahead of time); whatever fails on the way, PyTorch decodes and one warning says why.
 
     Args:
         decoder: `[B, c, h, w] -> [B, C, H, W]`; not changed.
         batch_size: frames at a time, >= 1.
         use_tensorrt: False decodes with plain PyTorch.
         config: a TensorRTConfig, a mapping, or a training configuration; the environment overrides it.
-        strict: True raises FastPathError instead of falling back; None follows the configuration and `TENSORRT_FALLBACK`.
+        strict: True raises FastPathError instead of falling back; None follows the configuration and
+            `TENSORRT_FALLBACK`.
         timing: record milliseconds, shown by `decode.stats().latency_ms`.
         check: search of the output for non-finite values, see `VideoDecode`.
+        jit: compile in this process with `torch.compile(backend="tensorrt")` and keep nothing on disk, for trainers.
         toolchain: what compiles; None means TensorRT.
 
     Raises:
@@ -123,7 +127,7 @@ def make_batched_decode_fn(
         strict=strict,
         timing=timing,
         check=check,
-        toolchain=toolchain,
+        toolchain=JitToolchain() if jit and toolchain is None else toolchain,
     )
 
 
@@ -135,8 +139,9 @@ def make_batched_audio_decode_fn(decoder: nn.Module, batch_size: int = 8) -> Aud
 def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision: str = "fp16") -> Path:
     """Where the program of a model, shape and precision stands in the cache.
 
-    A program's real key also covers weights, graph, versions and GPU, which these three do not tell. So the newest entry that was built
-    with them is returned, and where there is none yet, a path that is stable for the three and stands for no file.
+    A program's real key also covers weights, graph, versions and GPU, which these three do not tell. So the newest
+    entry that was built with them is returned, and where there is none yet, a path that is stable for the three and
+    stands for no file.
 
     Args:
         model_key: model name as in `owl-wms trt list`, for example "dcae".
@@ -155,12 +160,11 @@ def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision:
     except CacheError:
         entries = []  # a refused directory holds nothing that would be used
     for info in entries:
-        material = {} if info.manifest is None else info.manifest.material
-        asked = info.manifest is not None and precision in (
-            material.get("precision"),
-            info.manifest.report.get("precision"),
-        )
-        if info.status == "ok" and asked and info.manifest.name == model_key and material.get("input_shape") == shape:
+        manifest = info.manifest
+        if info.status != "ok" or manifest is None or manifest.name != model_key:
+            continue
+        precisions = (manifest.material.get("precision"), manifest.report.get("precision"))
+        if precision in precisions and manifest.material.get("input_shape") == shape:
             return info.path / PROGRAM_FILE
     digest = hashlib.sha256(json.dumps([model_key, shape, precision]).encode()).hexdigest()[:16]
     return settings.cache_directory() / f"{model_key}_{digest}" / PROGRAM_FILE
