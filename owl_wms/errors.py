@@ -85,6 +85,13 @@ class FastPathError(OwlError, RuntimeError):
         self.remedy = remedy
 
 
+class NoDeviceError(FastPathError):
+    """There is nothing the compiled path could run on, which is no fault: said at info level, not as a warning."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__("import", reason, remedy)
+
+
 class DecodeMemoryError(OwlError, MemoryError):
     """Not even one frame could be decoded, or the output could not be allocated, in the memory there is.
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError
+from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NoDeviceError
 from owl_wms.runtime.eager import (
     EagerDecoder,
     decode_in_memory,
@@ -28,7 +28,7 @@ from owl_wms.runtime.eager import (
     weights_stamp,
 )
 from owl_wms.runtime.latents import check_video
-from owl_wms.runtime.programs import ProgramSource
+from owl_wms.runtime.programs import ProgramSource, renew_locks
 from owl_wms.runtime.slot import Slot
 from owl_wms.runtime.stats import DecodeStats, Ledger
 from owl_wms.runtime.timing import Stopwatch
@@ -281,13 +281,11 @@ class VideoDecode:
         return slot.state == "ready"
 
     def _obtain(self, eager: EagerDecoder, slot: Slot) -> None:
-        device = slot.request.device
         try:
             loaded = self._source.obtain(eager.module, slot.request)
         except FastPathError as failure:
             slot.put_off(f"{failure.stage}: {failure.reason}")
-            if failure.stage == "import" and device.type != "cuda":
-                # Not a fault: there is nothing on this machine that the compiled path could run on.
+            if isinstance(failure, NoDeviceError):
                 self._ledger.note("cpu", f"PyTorch decodes: {failure.reason}")
             else:
                 self._ledger.failure(failure)
@@ -371,6 +369,7 @@ _LIVE: weakref.WeakSet[VideoDecode] = weakref.WeakSet()
 
 
 def _forget_in_child() -> None:
+    renew_locks()
     for decode in list(_LIVE):
         decode._reset_in_child()
 

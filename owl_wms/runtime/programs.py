@@ -36,6 +36,9 @@ _T = TypeVar("_T")
 _failed_builds: dict[tuple[str, str], FastPathError] = {}
 _failed_guard = threading.Lock()
 
+# torch.export keeps process-wide state: two loads at once fail with "_CURRENT_DESERIALIZER is already set" (2.11).
+_tracing = threading.RLock()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
@@ -76,6 +79,13 @@ def forget_failed_builds() -> None:
         _failed_builds.clear()
 
 
+def renew_locks() -> None:
+    """For a forked child: locks that another thread of the parent held would stay locked for ever."""
+    global _failed_guard, _tracing
+    _failed_guard, _tracing = threading.Lock(), threading.RLock()
+    open_store.cache_clear()
+
+
 def model_label(decoder: nn.Module) -> str:
     """Model name used in entry names: the decoder's class, lower case, without `Decoder` (`dcae`, `distill`)."""
     name = type(decoder).__name__.lower().removesuffix("decoder")
@@ -103,7 +113,8 @@ class ProgramSource:
             raise unready
         if isinstance(self.toolchain, JitToolchain):
             return self._compiled(self.toolchain, decoder, request)
-        material = dict(_staged("export", self.toolchain.key_material, decoder, request))
+        with _tracing:
+            material = dict(_staged("export", self.toolchain.key_material, decoder, request))
         failed_key = (self.toolchain.name, _staged("export", cache_key, material))
         with _failed_guard:
             remembered = _failed_builds.get(failed_key)
@@ -125,8 +136,9 @@ class ProgramSource:
                 _failed_builds[failed_key] = error
             raise
         begin = time.perf_counter()
-        program = _staged("load", self.toolchain.load, data, request, report)
-        _staged("load", _first_run, program, request)
+        with _tracing:
+            program = _staged("load", self.toolchain.load, data, request, report)
+            _staged("load", _first_run, program, request)
         return Loaded(
             program=program,
             built=built,
@@ -153,8 +165,9 @@ class ProgramSource:
 
     def _compiled(self, toolchain: JitToolchain, decoder: nn.Module, request: ProgramRequest) -> Loaded:
         begin = time.perf_counter()
-        program = _staged("build", toolchain.compile, decoder, request)
-        _staged("build", _first_run, program, request)
+        with _tracing:
+            program = _staged("build", toolchain.compile, decoder, request)
+            _staged("build", _first_run, program, request)
         return Loaded(
             program=program,
             built=True,

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from owl_wms.errors import FastPathError
+from owl_wms.errors import FastPathError, NoDeviceError
 
 Program = Callable[[Tensor], Tensor]
 Progress = Callable[[dict[str, Any]], None]
@@ -71,7 +71,7 @@ class TensorRTToolchain:
 
     def ready(self, device: torch.device) -> FastPathError | None:
         if device.type != "cuda":
-            return FastPathError("import", "no CUDA device: the decoder is on the CPU", "move the decoder to a GPU")
+            return NoDeviceError("no CUDA device: the decoder is on the CPU", "move the decoder to a GPU")
         from owl_wms import trt
 
         status = trt.status()
