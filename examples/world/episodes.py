@@ -1,0 +1,175 @@
+"""Episodes of the rendered game as latents on the device, with the controls and poses that belong to them.
+
+A latent frame is the picture after `SKIP` game frames under one and the same control, so that motion between frames
+is large enough to learn from: the controls of frame k are those that led to it.
+
+Usage:
+    data = record(players=256, frames=48, first_seed=10_000_000, encode=encode, device="cuda")
+    data.latents, data.mouse, data.buttons, data.pose     # [256, 48, 128, 8, 8], [256, 48, 2], [256, 48, 11], [256,
+    48, 3]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from owl_wms.data.game_controls import ScriptedPlayer
+from owl_wms.data.game_world import BUTTONS, GameWorld
+
+SKIP = 3  # 60 game frames a second -> 20 latent frames
+_WARM_UP = 20  # game frames before the first recorded one
+_CHUNK = 64  # frames rendered and encoded at once
+_HOLD = (4, 16)  # latent frames for which a random command stays
+_MOVES = ("W", "A", "S", "D", "LSHIFT")
+_MOVE_CHANCE = (0.55, 0.12, 0.12, 0.12, 0.15)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Episodes:
+    """Recorded play.
+
+    Attributes:
+        latents: float16 [e, n, c, h, w], as the encoder gives them.
+        mouse: float32 [e, n, 2].
+        buttons: float32 [e, n, 11], 0 or 1.
+        pose: float32 [e, n, 3], x and y in cells and yaw in radians, after the frame's step.
+    """
+
+    latents: Tensor
+    mouse: Tensor
+    buttons: Tensor
+    pose: Tensor
+
+    @staticmethod
+    def join(parts: list[Episodes]) -> Episodes:
+        """Episodes of equal length, one after the other."""
+        return Episodes(
+            latents=torch.cat([p.latents for p in parts]),
+            mouse=torch.cat([p.mouse for p in parts]),
+            buttons=torch.cat([p.buttons for p in parts]),
+            pose=torch.cat([p.pose for p in parts]),
+        )
+
+    def motion(self) -> tuple[Tensor, Tensor]:
+        """Turn in radians and step along the heading in cells that led to frames 1 to n - 1: [e, n - 1] each."""
+        yaw = self.pose[..., 2]
+        heading = torch.stack([yaw[:, 1:].cos(), yaw[:, 1:].sin()], dim=-1)
+        moved = self.pose[:, 1:, :2] - self.pose[:, :-1, :2]
+        return yaw[:, 1:] - yaw[:, :-1], (moved * heading).sum(dim=-1)
+
+
+class RestlessPlayer:
+    """The scripted player with random commands over it: a third of the players as scripted, a third with random
+    turns, a third with random turns and keys. Without them, what a control does could not be told from why the script pressed it."""
+
+    def __init__(self, world: GameWorld, generator: torch.Generator) -> None:
+        self._scripted = ScriptedPlayer(world)
+        self._world, self._generator = world, generator
+        style = torch.arange(world.batch, device=world.device) % 3
+        self._turns, self._keys = style > 0, style > 1
+        self._mouse = torch.zeros(world.batch, 2, device=world.device)
+        self._moves = torch.zeros(world.batch, len(_MOVES), dtype=torch.bool, device=world.device)
+        self._left = torch.zeros(world.batch, device=world.device)
+        self._where = [BUTTONS.index(name) for name in _MOVES]
+
+    def controls(self) -> tuple[Tensor, Tensor]:
+        """Mouse [B, 2] in [-1, 1] and buttons bool [B, 11] for the next latent frame."""
+        mouse, buttons = self._scripted.controls()
+        self._renew()
+        mouse = torch.where(self._turns[:, None], self._mouse, mouse)
+        buttons[:, self._where] = torch.where(self._keys[:, None], self._moves, buttons[:, self._where])
+        return mouse, buttons
+
+    def _renew(self) -> None:
+        device, batch = self._world.device, self._world.batch
+        over = self._left <= 0
+        draw = torch.rand(batch, 4 + len(_MOVES), generator=self._generator, device=device)
+        yaw = (2 * draw[:, 0] - 1) * 0.9 * (draw[:, 1] > 0.25)  # a quarter of the time the view is still
+        pitch = (2 * draw[:, 2] - 1) * 0.25 + 0.9 * self._world.state.pitch
+        self._mouse = torch.where(over[:, None], torch.stack([yaw, pitch.clamp(-1, 1)], dim=1), self._mouse)
+        moves = draw[:, 4:] < torch.tensor(_MOVE_CHANCE, device=device)
+        self._moves = torch.where(over[:, None], moves, self._moves)
+        hold = (_HOLD[0] + (_HOLD[1] - _HOLD[0]) * draw[:, 3]).floor()
+        self._left = torch.where(over, hold, self._left) - 1
+
+
+def enter(players: int, first_seed: int, device: torch.device | str) -> GameWorld:
+    """Players in worlds of their own, some scripted steps after the start."""
+    world = GameWorld(first_seed, players, device)
+    script = ScriptedPlayer(world)
+    for _ in range(_WARM_UP):
+        world.step(*script.controls())
+    return world
+
+
+def play(
+    world: GameWorld,
+    controls: Callable[[int], tuple[Tensor, Tensor]],
+    frames: int,
+    encode: Callable[[Tensor], Tensor],
+    size: tuple[int, int],
+    chunk: int = _CHUNK,
+) -> Episodes:
+    """Step, render and encode `frames` latent frames; `controls(k)` gives mouse [B, 2] and buttons [B, 11] of frame k."""
+    latents, mice, held, poses = [], [], [], []
+    for frame in range(frames):
+        mouse, buttons = controls(frame)
+        for _ in range(SKIP):
+            world.step(mouse, buttons)
+        parts = [world.part(i, min(i + chunk, world.batch)) for i in range(0, world.batch, chunk)]
+        latents.append(torch.cat([encode(part.render(height=size[0], width=size[1])).half() for part in parts]))
+        mice.append(mouse.float())
+        held.append(buttons.float())
+        poses.append(torch.cat([world.state.position, world.state.yaw[:, None]], dim=1))
+    stacked = (torch.stack(part, dim=1) for part in (latents, mice, held, poses))
+    return Episodes(**dict(zip(("latents", "mouse", "buttons", "pose"), stacked, strict=True)))
+
+
+@torch.no_grad()
+def record(
+    *,
+    players: int,
+    frames: int,
+    first_seed: int,
+    encode: Callable[[Tensor], Tensor],
+    device: torch.device | str,
+    size: tuple[int, int] = (360, 640),
+) -> Episodes:
+    """Episodes of restless players in fresh worlds; `encode` maps [B, 4, H, W] in [-1, 1] to latents [B, c, h, w]."""
+    world = enter(players, first_seed, device)
+    player = RestlessPlayer(world, torch.Generator(device=device).manual_seed(first_seed))
+    return play(world, lambda frame: player.controls(), frames, encode, size)
+
+
+class MemoryLoader:
+    """Random windows of episodes in memory, in the form that trainers read; endless, so an epoch never ends."""
+
+    epoch = 0
+
+    def __init__(self, data: Episodes, window: int, batch_size: int, seed: int = 0) -> None:
+        self._data, self._window, self._batch_size = data, window, batch_size
+        self._seed, self._seen = seed, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        data, device = self._data, self._data.mouse.device
+        episodes, frames = data.mouse.shape[:2]
+        steps = torch.arange(self._window, device=device)
+        while True:
+            generator = torch.Generator(device=device).manual_seed(self._seed * 1_000_003 + self._seen)
+            episode = torch.randint(episodes, (self._batch_size, 1), generator=generator, device=device)
+            start = torch.randint(frames - self._window + 1, (self._batch_size, 1), generator=generator, device=device)
+            at = episode, start + steps
+            self._seen += 1
+            yield data.latents[at], data.mouse[at], data.buttons[at]
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches given so far."""
+        return {"seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after those."""
+        self._seen = state["seen"]

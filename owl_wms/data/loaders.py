@@ -1,0 +1,247 @@
+"""`get_loader`: from `data_id` and keyword arguments, as the YAML files give them, to batches.
+
+| data_id | source | batch |
+|---|---|---|
+| `cod` | `NpyTable`, windows side by side | the columns, [b, W, ...] each |
+| `sequence_packing` | `NpyTable`, clips end to end, reordered each epoch | the columns, then doc_id int64 [1, W] |
+| `cod_s3` | tars in a bucket | latents float32 [b, W, c, h, w], mouse [b, W, 2], buttons [b, W, 11] |
+| `cod_s3_mixed` | labelled and unlabelled tars | latents, audio [b, W, d], mouse, buttons, has_controls bool [b] |
+
+Usage:
+    loader = get_loader("cod", 4, dataset_path="data/game", window_length=32, batch_columns=["depth_latent", "mouse",
+    "buttons"])
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from owl_wms.data.loading import WORKERS, Batch, ResumableLoader, collate
+from owl_wms.data.packing import PackedDataset
+from owl_wms.data.s3 import TarBucket
+from owl_wms.data.s3_windows import FILE_SHARE_MAX, MixedS3Windows, S3Windows
+from owl_wms.data.windows import DEFAULT_COLUMNS, WindowDataset
+from owl_wms.errors import ConfigError
+
+_S3_BUCKET = "cod-data-latent-360x640to5x8"
+
+
+class Loader(Protocol):
+    """What trainers use of a loader: epochs of batches, and a position that can be stored."""
+
+    @property
+    def epoch(self) -> int: ...
+    def __iter__(self) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, int]: ...
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+class StreamLoader:
+    """Batches of an endless random stream; its position is a count, from which a resumed run derives a fresh seed.
+
+    A stream over a network cannot be rewound cheaply, so a resumed run sees other samples than the killed one would
+    have.
+    """
+
+    def __init__(self, make_dataset: Callable[[int], IterableDataset[Any]], batch_size: int, num_workers: int) -> None:
+        """Wrap a stream: `make_dataset(salt)` builds it, and a resumed run passes another salt."""
+        self._make, self._batch_size, self._workers = make_dataset, batch_size, num_workers
+        self._seen = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            self._make(self._seen),
+            batch_size=self._batch_size,
+            num_workers=self._workers,
+            prefetch_factor=2 if self._workers > 0 else None,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_stack,
+        )
+        for batch in loader:
+            self._seen += 1
+            yield batch
+
+    @property
+    def epoch(self) -> int:
+        """Always 0: a stream has no end to count."""
+        return 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches delivered so far."""
+        return {"seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue the count there."""
+        self._seen = int(state["seen"])
+
+
+def get_loader(
+    data_id: str,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = WORKERS,
+    **kwargs: Any,
+) -> Loader:
+    """Build the loader named `data_id`.
+
+    Args:
+        data_id: one of the table above.
+        batch_size: samples in a batch on this rank; 1 for `sequence_packing`, whose masks serve one packed sequence.
+        seed: of every random choice.
+        rank: this process among `world_size`.
+        world_size: processes that share the data.
+        num_workers: reading processes, 0 for none.
+        **kwargs: `data_kwargs` of the configuration: dataset_path, window_length, batch_columns, stride,
+            include_truncated for tables; bucket_name, prefix, window_length, file_share_max (and unlabelled_frac,
+            labelled_prefix, unlabelled_prefix) for buckets.
+
+    Raises:
+        ConfigError: an unknown id or keyword, or a batch size that the id cannot take.
+        DataError: data that cannot be read.
+    """
+    if data_id not in _BUILDERS:
+        raise ConfigError(f"unknown data_id {data_id!r}; valid are {', '.join(sorted(_BUILDERS))}", key="train.data_id")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}", key="train.batch_size")
+    build = _BUILDERS[data_id]
+    own = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size, "num_workers": num_workers}
+    try:
+        inspect.signature(build).bind(**own, **kwargs)
+    except TypeError as error:
+        allowed = [name for name in inspect.signature(build).parameters if name not in own]
+        raise ConfigError(
+            f"data_id {data_id!r}: {error}; it takes {', '.join(allowed)}", key="train.data_kwargs"
+        ) from error
+    return build(**own, **kwargs)
+
+
+def _windows(
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    dataset_path: Path | str,
+    window_length: int,
+    batch_columns: Sequence[str] = DEFAULT_COLUMNS,
+    stride: int | None = None,
+    include_truncated: bool = True,
+) -> Loader:
+    dataset = WindowDataset(
+        dataset_path, window_length, batch_columns, stride=stride, include_truncated=include_truncated
+    )
+    return ResumableLoader(
+        dataset,
+        batch_size,
+        collate_fn=partial(collate, columns=tuple(batch_columns)),
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+    )
+
+
+def _packed(
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    dataset_path: Path | str,
+    window_length: int,
+    batch_columns: Sequence[str] = DEFAULT_COLUMNS,
+    include_truncated: bool = True,
+) -> Loader:
+    if batch_size != 1:
+        raise ConfigError(
+            f"sequence_packing needs batch_size 1, got {batch_size}; raise target_batch_size to accumulate",
+            key="train.batch_size",
+        )
+    dataset = PackedDataset(dataset_path, window_length, batch_columns, seed=seed, include_truncated=include_truncated)
+    return ResumableLoader(
+        dataset,
+        1,
+        collate_fn=partial(collate, columns=(*batch_columns, "doc_id")),
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        tag_epoch=True,
+    )
+
+
+def _s3(
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    window_length: int,
+    bucket_name: str = _S3_BUCKET,
+    prefix: str = "",
+    file_share_max: int = FILE_SHARE_MAX,
+) -> Loader:
+    def make(salt: int) -> S3Windows:
+        return S3Windows(
+            TarBucket(bucket_name, prefix),
+            window_length,
+            ("latent", "mouse", "buttons"),
+            seed=seed + salt * world_size,
+            rank=rank,
+            file_share_max=file_share_max,
+        )
+
+    return StreamLoader(make, batch_size, num_workers)
+
+
+def _s3_mixed(
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    window_length: int,
+    bucket_name: str = _S3_BUCKET,
+    labelled_prefix: str = "labelled",
+    unlabelled_prefix: str = "unlabelled",
+    unlabelled_frac: float = 0.5,
+    file_share_max: int = FILE_SHARE_MAX,
+) -> Loader:
+    def make(salt: int) -> MixedS3Windows:
+        def stream(prefix: str, members: tuple[str, ...]) -> S3Windows:
+            bucket = TarBucket(bucket_name, prefix)
+            return S3Windows(
+                bucket, window_length, members, seed=seed + salt * world_size, rank=rank, file_share_max=file_share_max
+            )
+
+        labelled = stream(labelled_prefix, ("latent", "audiolatent", "mouse", "buttons"))
+        return MixedS3Windows(labelled, stream(unlabelled_prefix, ("latent", "audiolatent")), unlabelled_frac)
+
+    return StreamLoader(make, batch_size, num_workers)
+
+
+def _stack(samples: Sequence[Sequence[Tensor]]) -> Batch:
+    return tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+
+
+_BUILDERS: dict[str, Callable[..., Loader]] = {
+    "cod": _windows,
+    "sequence_packing": _packed,
+    "cod_s3": _s3,
+    "cod_s3_mixed": _s3_mixed,
+}

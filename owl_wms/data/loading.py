@@ -1,0 +1,142 @@
+"""From a data set to batches whose position can be written down and found again.
+
+Why: a run that was killed must see the batches it would have seen. The order of samples is a function of (seed,
+    epoch), ranks take
+every world-th sample of it, and the loader counts the batches its reader has received, not those that workers fetched
+ahead.
+
+Usage:
+    loader = ResumableLoader(dataset, batch_size=4, seed=0, rank=0, world_size=1)
+    for batch in loader: ...                 # one epoch; the next `for` is the next epoch
+    loader.load_state_dict(state)            # continue after the batch that `state_dict()` saw last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from owl_wms.errors import DataError
+
+WORKERS = 2  # upstream's number: reading memory-mapped arrays is light
+Batch = tuple[Tensor, ...]
+
+
+def collate(samples: Sequence[Sequence[Tensor]], columns: Sequence[str]) -> Batch:
+    """Stack samples: float32 becomes bfloat16, `buttons` becomes bfloat16 whatever it was, other dtypes stay.
+
+    Args:
+        samples: one tuple of tensors per sample, in the order of `columns`.
+        columns: names; a trailing `doc_id` is stacked as it is.
+
+    Returns:
+        One tensor [b, ...] per column.
+    """
+    batch = []
+    for name, parts in zip(columns, zip(*samples, strict=True), strict=True):
+        stacked = torch.stack(parts)
+        batch.append(stacked.bfloat16() if stacked.dtype == torch.float32 or name == "buttons" else stacked)
+    return tuple(batch)
+
+
+class _EpochOrder(Sampler[list[Any]]):
+    """Batches of indices for one rank in one epoch, from a chosen batch onwards."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int, world_size: int, tag_epoch: bool) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world_size, self.tag_epoch = rank, world_size, tag_epoch
+        self.epoch = 0
+        self.first = 0
+
+    def batches(self) -> int:
+        return self.count // self.world_size // self.batch_size
+
+    def __len__(self) -> int:
+        return self.batches() - self.first
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        mine = torch.randperm(self.count, generator=generator)[self.rank :: self.world_size].tolist()
+        epoch = self.epoch
+        for batch in range(self.first, self.batches()):
+            picked = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(epoch, index) for index in picked] if self.tag_epoch else picked
+
+
+class ResumableLoader:
+    """Epochs of batches over a map-style data set; the last incomplete batch of an epoch is dropped."""
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        *,
+        collate_fn: Callable[[list[Any]], Batch],
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = WORKERS,
+        tag_epoch: bool = False,
+    ) -> None:
+        """Wrap `dataset`.
+
+        Args:
+            dataset: map-style, indexed by int, or by (epoch, int) with `tag_epoch`.
+            batch_size: samples in a batch, at least 1.
+            collate_fn: list of samples -> tuple of tensors.
+            seed: of the order.
+            rank: this process among `world_size`.
+            world_size: processes that share an epoch.
+            num_workers: reading processes; 0 reads in this one.
+            tag_epoch: whether the data set wants the epoch in its index.
+
+        Raises:
+            DataError: fewer samples than one batch on each rank.
+        """
+        self.dataset = dataset
+        count = len(dataset)  # type: ignore[arg-type]
+        self._order = _EpochOrder(count, batch_size, seed, rank, world_size, tag_epoch)
+        if self._order.batches() < 1:
+            raise DataError(
+                f"{count} samples do not fill one batch of {batch_size} on each of {world_size} ranks; shrink the
+                batch or add data"
+            )
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._order,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=2 if num_workers > 0 else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self._epoch = 0
+        self._seen = 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self._order.batches()
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._order.epoch, self._order.first = self._epoch, self._seen
+        for batch in self._loader:
+            self._seen += 1
+            yield batch
+        self._epoch, self._seen = self._epoch + 1, 0
+
+    @property
+    def epoch(self) -> int:
+        """Epochs read to the end."""
+        return self._epoch + (self._seen >= len(self))
+
+    def state_dict(self) -> dict[str, int]:
+        """Position: the epoch and the batches of it that the reader has received."""
+        return {"epoch": self._epoch, "seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue there at the next `for`; raises KeyError when `state` is not such a position."""
+        self._epoch, self._seen = int(state["epoch"]), int(state["seen"])

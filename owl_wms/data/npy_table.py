@@ -1,0 +1,218 @@
+"""A table of clips in a folder: one row per clip, every array of it in a `.npy` file of its own.
+
+Why this format: it is upstream's, arrays are memory-mapped, so a window of a long clip costs only the pages it
+touches, and a half-written row is never in the manifest. Layout of the folder:
+
+    schema.json    {"columns": [...], "array_columns": [...]}
+    manifest.json  [{"depth_latent": "depth_latent_0.npy", "seq_len": 900, "missing": false, ...}, ...]
+    depth_latent_0.npy, mouse_0.npy, ...
+
+Usage:
+    writer = NpyTableWriter(folder, array_columns=("depth_latent", "mouse", "buttons"), columns=("seed",))
+    writer.append({"depth_latent": latents, "mouse": mouse, "buttons": buttons}, seed=7)
+    table = NpyTable(folder)
+    table.rows[0].length, table.slice(0, "mouse", 10, 26)     # frames, float32 [16, 2]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from owl_wms.errors import DataError
+
+_OWN_COLUMNS = ("missing", "truncated", "seq_len")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Row:
+    """One clip.
+
+    Attributes:
+        index: its place in the manifest; file names and error messages use it.
+        length: frames, the same in every array of the row.
+        fields: the manifest's entry.
+    """
+
+    index: int
+    length: int
+    fields: Mapping[str, Any]
+
+
+class NpyTable:
+    """Read access to such a folder; rows marked `missing` are left out, truncated ones are kept unless asked otherwise."""
+
+    def __init__(self, path: Path | str, columns: Sequence[str] | None = None, *, keep_truncated: bool = True) -> None:
+        """Read schema and manifest and check that the arrays of every row exist and agree on their length.
+
+        Args:
+            path: the folder.
+            columns: array columns that will be read; all of the schema's when None.
+            keep_truncated: whether rows marked `truncated` count.
+
+        Raises:
+            DataError: no such folder, broken JSON, an unknown column, a missing or unreadable array, lengths that
+                differ.
+        """
+        self.path = Path(path)
+        schema = _read_json(self.path / "schema.json", dict)
+        manifest = _read_json(self.path / "manifest.json", list)
+        known = schema.get("array_columns")
+        if not isinstance(known, list):
+            raise DataError(
+                f"{self.path / 'schema.json'}: `array_columns` must be a list, got {known!r}", path=self.path
+            )
+        self.columns = tuple(known) if columns is None else tuple(columns)
+        for column in self.columns:
+            if column not in known:
+                raise DataError(f"{self.path}: no array column {column!r}; it has {', '.join(known)}", path=self.path)
+        self.rows: list[Row] = []
+        for index, fields in enumerate(manifest):
+            if not isinstance(fields, dict):
+                raise DataError(
+                    f"{self.path}: row {index} of the manifest must be an object", path=self.path, index=index
+                )
+            if fields.get("missing") or (fields.get("truncated") and not keep_truncated):
+                continue
+            self.rows.append(Row(index=index, length=self._length(index, fields), fields=fields))
+
+    def slice(self, row: int, column: str, start: int, stop: int) -> np.ndarray:
+        """Frames `start` to `stop` of a column of `rows[row]`, copied out of the map: [stop - start, ...].
+
+        Raises:
+            DataError: the range leaves the clip, or the file cannot be read.
+        """
+        entry = self.rows[row]
+        if not 0 <= start < stop <= entry.length:
+            raise DataError(
+                f"{self.path}: frames {start} to {stop} of row {entry.index} lie outside its {entry.length} frames",
+                path=self.path,
+                index=entry.index,
+            )
+        return np.array(self._map(entry.index, entry.fields, column)[start:stop])
+
+    def _length(self, index: int, fields: Mapping[str, Any]) -> int:
+        lengths = {column: len(self._map(index, fields, column)) for column in self.columns}
+        if len(set(lengths.values())) > 1:
+            raise DataError(
+                f"{self.path}: arrays of row {index} differ in length: {lengths}", path=self.path, index=index
+            )
+        return next(iter(lengths.values()), 0)
+
+    def _map(self, index: int, fields: Mapping[str, Any], column: str) -> np.ndarray:
+        name = fields.get(column)
+        # A manifest may come from elsewhere: it names files of this folder, never a way out of it.
+        if not isinstance(name, str) or Path(name).name != name:
+            raise DataError(
+                f"{self.path}: row {index} names no file of this folder for {column!r}: {name!r}",
+                path=self.path,
+                index=index,
+            )
+        file = self.path / name
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(
+                f"{file}: cannot read array {column!r} of row {index}: {error}", path=file, index=index
+            ) from error
+        if array.ndim == 0:
+            raise DataError(f"{file}: array {column!r} of row {index} has no frame axis", path=file, index=index)
+        return array
+
+
+class NpyTableWriter:
+    """Appends rows to a folder; the manifest is replaced in one step after each row, so a crash loses at most that row."""
+
+    def __init__(self, path: Path | str, array_columns: Sequence[str], columns: Sequence[str] = ()) -> None:
+        """Open the folder for appending; it is created when absent.
+
+        Args:
+            path: the folder.
+            array_columns: columns that every row brings as arrays [n, ...].
+            columns: further columns of plain values.
+
+        Raises:
+            DataError: the folder already holds a table of other columns.
+        """
+        self.path = Path(path)
+        self.array_columns = tuple(array_columns)
+        self.path.mkdir(parents=True, exist_ok=True)
+        schema = {"columns": [*array_columns, *columns, *_OWN_COLUMNS], "array_columns": list(array_columns)}
+        self._rows: list[dict[str, Any]] = []
+        if (self.path / "schema.json").exists():
+            present = _read_json(self.path / "schema.json", dict)
+            if present != schema:
+                raise DataError(
+                    f"{self.path}: holds a table of other columns: {present}; choose another folder", path=self.path
+                )
+            self._rows = _read_json(self.path / "manifest.json", list)
+        self._plain = tuple(columns)
+        _replace_json(self.path / "schema.json", schema)
+        _replace_json(self.path / "manifest.json", self._rows)
+
+    def append(self, arrays: Mapping[str, np.ndarray], *, truncated: bool = False, **fields: Any) -> int:
+        """Store one clip.
+
+        Args:
+            arrays: every array column, [n, ...], of one length n of at least 1.
+            truncated: whether the clip was cut short.
+            fields: values of the plain columns.
+
+        Returns:
+            The row's index.
+
+        Raises:
+            DataError: columns or lengths that do not fit.
+        """
+        index = len(self._rows)
+        if set(arrays) != set(self.array_columns) or set(fields) != set(self._plain):
+            raise DataError(
+                f"{self.path}: row {index} must bring arrays {self.array_columns} and fields {self._plain}, "
+                f"got {tuple(arrays)} and {tuple(fields)}",
+                path=self.path,
+                index=index,
+            )
+        lengths = {column: len(array) for column, array in arrays.items()}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise DataError(
+                f"{self.path}: arrays of row {index} must share one length above 0: {lengths}",
+                path=self.path,
+                index=index,
+            )
+        row: dict[str, Any] = {
+            **fields,
+            "missing": False,
+            "truncated": truncated,
+            "seq_len": next(iter(lengths.values())),
+        }
+        for column, array in arrays.items():
+            row[column] = f"{column}_{index}.npy"
+            np.save(self.path / row[column], array, allow_pickle=False)
+        self._rows.append(row)
+        _replace_json(self.path / "manifest.json", self._rows)
+        return index
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: cannot read this part of a table: {error}", path=path) from error
+    if not isinstance(value, kind):
+        raise DataError(f"{path}: must hold a JSON {kind.__name__}, found {type(value).__name__}", path=path)
+    return value
+
+
+def _replace_json(path: Path, value: Any) -> None:
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,38 @@
+"""`av`: the world model of picture and sound.
+
+Usage:
+    AVRFTTrainer(cfg.train, cfg.wandb, cfg.model).train()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from owl_wms.data.loading import Batch
+from owl_wms.models import get_model_cls
+from owl_wms.sampling import SampleResult
+from owl_wms.trainers.base import BaseTrainer
+
+
+class AVRFTTrainer(BaseTrainer):
+    """Batches (latents, audio, mouse, buttons); reports `diffusion_loss`, `video_loss`, `audio_loss`."""
+
+    trainer_id = "av"
+
+    def build_model(self) -> nn.Module:
+        return get_model_cls(self.model_cfg.model_id)(self.model_cfg)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        video, audio, mouse, btn = batch
+        total, video_loss, audio_loss = self.model(self.to_latents(video), self.to_audio(audio), mouse, btn)
+        return total, {"diffusion_loss": total, "video_loss": video_loss, "audio_loss": audio_loss}
+
+    def to_audio(self, audio: Tensor) -> Tensor:
+        """Stored audio latents to what the model sees: divided by `audio_vae_scale`."""
+        return audio / self.train_cfg.audio_vae_scale
+
+    def sample(self, sampler: Any, core: nn.Module, batch: Batch) -> SampleResult:
+        video, audio, mouse, btn = batch[:4]
+        return sampler(core, self.to_latents(video), self.to_audio(audio), mouse, btn)

@@ -1,0 +1,283 @@
+"""What all trainers share: setup, the loop, average, checkpoints, resume, evaluation, reports. A trainer adds its loss.
+
+A step's random numbers are a function of (seed, step, rank), and the loader's position is stored, so a run that was
+killed and resumed repeats the losses of one that was not. SIGTERM ends the loop after the current step with a
+checkpoint; all ranks agree on it.
+
+Usage:
+    trainer = get_trainer_cls("rft")(cfg.train, cfg.wandb, cfg.model, rank, local_rank, world_size)
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.configs.vae import WandbConfig
+from owl_wms.configs.world import TrainingConfig, WorldModelConfig, require_trainer_keys
+from owl_wms.data.loaders import Loader, get_loader
+from owl_wms.data.loading import Batch
+from owl_wms.errors import CheckpointError
+from owl_wms.sampling import SampleResult, batch_permute_to_length
+from owl_wms.trainers.checkpoints import (
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    strip_wrappers,
+    weights_of,
+)
+from owl_wms.trainers.distributed import barrier, choose_device
+from owl_wms.trainers.ema import EMA
+from owl_wms.trainers.evaluation import Evaluator
+from owl_wms.trainers.journal import Journal
+from owl_wms.trainers.metrics import Metrics
+from owl_wms.trainers.optimisers import build_optimiser, build_schedule
+from owl_wms.trainers.phases import Loss, Phase
+
+_log = logging.getLogger(__name__)
+LATEST = "latest"
+
+
+class BaseTrainer(ABC):
+    """A training run on one rank.
+
+    Attributes:
+        model: what is trained and averaged.
+        step: optimiser steps done.
+        losses: means of every step of this process, oldest first.
+    """
+
+    trainer_id: str
+    ema_beta = 0.999
+    clip: float | None = 10.0
+    stops_by_epochs = True
+
+    def __init__(
+        self,
+        train_cfg: TrainingConfig,
+        wandb_cfg: WandbConfig | None,
+        model_cfg: WorldModelConfig,
+        global_rank: int = 0,
+        local_rank: int = 0,
+        world_size: int = 1,
+        *,
+        loader: Loader | None = None,
+        sample_loader: Loader | None = None,
+        max_seconds: float | None = None,
+    ) -> None:
+        """Build models, optimisers and loaders.
+
+        Args:
+            train_cfg, wandb_cfg, model_cfg: sections of the configuration.
+            global_rank, local_rank, world_size: what `setup()` returned.
+            loader: training batches, instead of those of `train.data_id`.
+            sample_loader: evaluation batches, instead of those of `train.sample_data_id`.
+            max_seconds: end the loop, with a checkpoint, after this long.
+
+        Raises:
+            ConfigError, DataError, CheckpointError: a configuration, data or weights that cannot be used.
+        """
+        # Before anything is put on a GPU: otherwise every rank first fills GPU 0.
+        self.device = choose_device(local_rank)
+        require_trainer_keys(train_cfg, self.trainer_id)
+        self.train_cfg, self.wandb_cfg, self.model_cfg = train_cfg, wandb_cfg, model_cfg
+        self.rank, self.local_rank, self.world_size = global_rank, local_rank, world_size
+        self.folder = Path(train_cfg.checkpoint_dir)
+        self.step = 0
+        self.losses: list[dict[str, float]] = []
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._stop = False
+        torch.manual_seed(train_cfg.seed)
+        self.model = self.build_model().to(self.device).train()
+        self.ema = EMA(self.model, self.ema_beta)
+        self.phases = self.build_phases()
+        self.loader = loader or self.make_loader(train_cfg.data_id, train_cfg.data_kwargs, train_cfg.batch_size)
+        self._batches = self.endless(self.loader)
+        self.evaluator = Evaluator(self, sample_loader)
+        self.metrics = Metrics(self.device)
+
+    # What a trainer says.
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """The model that is trained, on the CPU; also the place to load teachers."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """A batch on the device to the loss and what is reported; runs under bf16 autocast."""
+
+    def build_phases(self) -> list[Phase]:
+        """The updates of a step, in order."""
+        return [self.phase("model", self.model, self.loss, self.train_cfg.opt, self.train_cfg.opt_kwargs)]
+
+    def sample(self, sampler: Any, core: nn.Module, batch: Batch) -> SampleResult:
+        """Continue a batch with the averaged core; here for video, with controls of other items once its own end."""
+        video, mouse, btn = batch[:3]
+        mouse, btn = batch_permute_to_length(mouse, btn, video.shape[1] + sampler.num_frames)
+        return sampler(core, self.to_latents(video), mouse, btn)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Further entries of the checkpoint."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take those entries."""
+
+    # What all trainers do.
+
+    def phase(
+        self, name: str, model: nn.Module, loss: Loss, opt: str, opt_kwargs: dict[str, Any] | None, *, repeats: int = 1
+    ) -> Phase:
+        """A phase with this run's accumulation, schedule and clipping; Muon bounds its own updates and is not clipped."""
+        cfg = self.train_cfg
+        optimiser = build_optimiser(opt, model, opt_kwargs)
+        return Phase(
+            name,
+            model,
+            loss,
+            optimiser,
+            accumulation=max(1, cfg.target_batch_size // cfg.batch_size // self.world_size),
+            repeats=repeats,
+            clip=None if opt == "Muon" else self.clip,
+            schedule=build_schedule(cfg.scheduler, cfg.scheduler_kwargs, optimiser),
+        )
+
+    def train(self) -> None:
+        """Run until epochs, `max_steps`, `max_seconds` or a signal end it; the last state is saved and reports are closed."""
+        self.resume()
+        config = {"train": self.train_cfg.model_dump(mode="json"), "model": self.model_cfg.model_dump(mode="json")}
+        journal = Journal(self.folder, self.wandb_cfg, config) if self.rank == 0 else None
+        saved = self.step
+        try:
+            with self._listening():
+                while not self._finished():
+                    self.evaluate(journal)
+                    values = self.train_step()
+                    if journal is not None:
+                        journal.log(self.step, values)
+                    if self.step % self.train_cfg.save_interval == 0:
+                        self.save()
+                        saved = self.step
+            if self.step != saved:
+                self.save()
+            if not self._stop:
+                self.evaluate(journal)
+        finally:
+            if journal is not None:
+                journal.close()
+
+    def train_step(self) -> dict[str, float]:
+        """One step of all phases; returns the means over micro-batches and ranks, and the seconds it took."""
+        started = time.perf_counter()
+        # Fixed by the step, so that a resumed run draws what the killed one would have drawn.
+        torch.manual_seed((self.train_cfg.seed * 1_000_003 + self.step) * self.world_size + self.rank)
+        self.model.train()
+        for phase in self.phases:
+            phase.update(self._batches, self.metrics, self.step)
+        self.ema.update(self.model)
+        self.step += 1
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        values, self._stop = self.metrics.pop(stop=self._stop or late)
+        self.losses.append(values)
+        return {**values, "time": time.perf_counter() - started}
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The run's state: `model`, `ema`, `opt`, `steps`, the data position and what the trainer adds."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "opt": self.phases[-1].optimiser.state_dict(),
+            "steps": self.step,
+            "data": self.loader.state_dict(),
+            **self.extra_state(),
+        }
+
+    def save(self) -> None:
+        """Write `step_{n}.pt`, and the averaged weights alone to `output_path`; by rank 0, the others wait."""
+        if self.rank == 0:
+            save_checkpoint(checkpoint_path(self.folder, self.step), self.checkpoint())
+            if self.train_cfg.output_path is not None:
+                save_checkpoint(Path(self.train_cfg.output_path), weights_of({"ema": self.ema.state_dict()}))
+        barrier()
+
+    def resume(self) -> None:
+        """Continue from `resume_ckpt`; `latest` means the newest in the checkpoint folder, if there is one.
+
+        Raises:
+            CheckpointError: a file that cannot be read or holds another architecture.
+        """
+        wanted = self.train_cfg.resume_ckpt
+        path = latest_checkpoint(self.folder) if wanted == LATEST else wanted
+        if path is None:
+            return
+        state = load_checkpoint(path)
+        try:
+            self.model.load_state_dict(strip_wrappers(state["model"]))
+            self.ema.load_state_dict(strip_wrappers(state["ema"]))
+            self.phases[-1].optimiser.load_state_dict(state["opt"])
+            self.load_extra_state(state)
+            self.step = int(state["steps"])
+            if "data" in state:  # upstream's checkpoints have no data position
+                self.loader.load_state_dict(state["data"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path}: does not continue this run: {error}", path=path) from error
+        _log.info("resumed from %s at step %d", path, self.step)
+
+    def to_latents(self, video: Tensor) -> Tensor:
+        """Stored latents to what the world model sees: divided by `vae_scale`."""
+        return video / self.train_cfg.vae_scale
+
+    def _finished(self) -> bool:
+        cfg = self.train_cfg
+        if self._stop or (cfg.max_steps is not None and self.step >= cfg.max_steps):
+            return True
+        return self.stops_by_epochs and self.loader.epoch >= cfg.epochs
+
+    def evaluate(self, journal: Journal | None) -> None:
+        if self.step % self.train_cfg.sample_interval != 0:
+            return
+        paths = self.evaluator.run()
+        if journal is not None and paths:
+            journal.clips(self.step, paths)
+        barrier()
+
+    def make_loader(self, data_id: str | None, kwargs: dict[str, Any] | None, batch_size: int) -> Loader:
+        """A loader for this rank."""
+        cfg = self.train_cfg
+        settings = {"seed": cfg.seed, "rank": self.rank, "world_size": self.world_size, **(kwargs or {})}
+        return get_loader(data_id or "", batch_size, **settings)
+
+    def endless(self, loader: Loader) -> Iterator[Batch]:
+        """Batches on the device, floats as float32: autocast decides what is computed in bf16, the noise and the loss are not."""
+        while True:
+            for batch in loader:
+                moved = (part.to(self.device, non_blocking=True) for part in batch)
+                yield tuple(part.float() if part.is_floating_point() else part for part in moved)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """SIGTERM sets the stop flag while the body runs; handlers exist in the main thread only."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: object) -> None:
+            self._stop = True
+
+        previous = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)

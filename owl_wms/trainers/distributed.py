@@ -1,0 +1,97 @@
+"""Processes, ranks and devices of a training run.
+
+Why it exists: upstream's setup swallows every NCCL error and goes on as world size 1, and puts decoders on GPU 0 of
+every rank because the device is chosen too late. Here a launcher's variables mean a process group or an error, and
+the device is set first.
+
+Usage:
+    rank, local_rank, world_size = setup()
+    try: ...
+    finally: cleanup()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from owl_wms import env
+from owl_wms.errors import ConfigError
+
+_TIMEOUT_SECONDS = 1800.0  # the first step of a rank may wait for another to compile a decoder
+
+
+def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
+    """Join the process group that torchrun announces; without one, stay alone.
+
+    Args:
+        timeout_seconds: of collectives.
+
+    Returns:
+        (global rank, local rank, world size); (0, 0, 1) when no launcher is at work.
+
+    Raises:
+        ConfigError: incomplete launcher variables, or a local rank without a GPU.
+        RuntimeError: whatever the process group raises; nothing is swallowed.
+    """
+    found = {name: env.read(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if found["WORLD_SIZE"] is None:
+        return 0, 0, 1
+    numbers = [int(value) for value in found.values() if value is not None and value.isdigit()]
+    if len(numbers) != len(found):
+        raise ConfigError(
+            f"a launcher must set RANK, LOCAL_RANK and WORLD_SIZE to whole numbers, got {found}; use torchrun"
+        )
+    rank, local_rank, world_size = numbers
+    device = choose_device(local_rank)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds))
+    return rank, local_rank, world_size
+
+
+def cleanup() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """This rank's device, made the current one: `cuda:{local_rank}` when there is CUDA, else the CPU.
+
+    Raises:
+        ConfigError: fewer GPUs than local ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; start fewer processes"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks to talk to."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing to wait for when alone."""
+    if is_distributed():
+        dist.barrier()
+
+
+@contextmanager
+def rank_zero_first(local_rank: int) -> Iterator[None]:
+    """Run the body on the node's first rank before the others, so that what it builds is in the cache for them."""
+    if local_rank > 0:
+        barrier()
+    yield
+    if local_rank == 0:
+        barrier()

@@ -1,0 +1,145 @@
+"""Distribution matching distillation: what the two trainers with a teacher and a critic share.
+
+A student makes clips in few steps. A critic, trained on the student's clips, knows where they lie; the teacher knows
+where real ones lie; the difference of their estimates of the clean clip is the student's gradient. Sources: Yin et
+al., "One-step diffusion with distribution matching distillation" (2024), eq. 7-8; Yin et al., "From slow
+bidirectional to fast autoregressive video diffusion models" (CausVid, 2024); Huang et al., "Self forcing" (2025).
+
+Usage:
+    class MyTrainer(DMDTrainer):
+        def rollout(self, batch): return Rollout(...)
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.configs.world import load_world_config
+from owl_wms.data.loading import Batch
+from owl_wms.models import get_model_cls
+from owl_wms.models.flow import frame_times, noised
+from owl_wms.sampling import Guidance
+from owl_wms.trainers.base import BaseTrainer
+from owl_wms.trainers.checkpoints import load_core_weights, strip_wrappers
+from owl_wms.trainers.phases import Phase
+
+CFG_SCALE = 1.5  # upstream's fixed value, used when the configuration says nothing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """A clip that the student made.
+
+    Attributes:
+        x: [b, n, c, h, w]; carries the student's gradient where `generated`.
+        generated: bool [b, n], which frames the student made.
+        mouse: [b, n, 2].
+        btn: [b, n, n_buttons].
+        original: [b, n, c, h, w] real clip under the same controls, or None.
+    """
+
+    x: Tensor
+    generated: Tensor
+    mouse: Tensor
+    btn: Tensor
+    original: Tensor | None = None
+
+
+def expand(t: Tensor) -> Tensor:
+    """[b, n] -> [b, n, 1, 1, 1]."""
+    return t[..., None, None, None]
+
+
+def masked_mse(a: Tensor, b: Tensor, frames: Tensor) -> Tensor:
+    """Mean squared difference of [b, n, c, h, w] over the frames where `frames` [b, n] is true; at least one must be."""
+    squared = (a - b).square().mean(dim=(2, 3, 4))
+    return (squared * frames).sum() / frames.sum()
+
+
+def dmd_loss(x: Tensor, clean_teacher: Tensor, clean_critic: Tensor, frames: Tensor) -> Tensor:
+    """Half the squared distance to x minus the (normalised, detached) difference of the two estimates.
+
+    Args:
+        x: [b, n, c, h, w] with gradient.
+        clean_teacher, clean_critic: estimates of the clean clip, the shape of x.
+        frames: bool [b, n] that count.
+
+    Returns:
+        Scalar float64; its gradient in x is the difference of the estimates over the teacher's mean distance per item.
+    """
+    exact = x.double()
+    with torch.no_grad():
+        distance = (exact - clean_teacher.double()).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+        gradient = torch.nan_to_num((clean_critic.double() - clean_teacher.double()) / distance, posinf=0.0, neginf=0.0)
+        target = exact - gradient
+    return 0.5 * masked_mse(exact, target, frames)
+
+
+class DMDTrainer(BaseTrainer):
+    """Student, frozen teacher and critic, all cores; a step is `update_ratio` critic updates and one of the student."""
+
+    ema_beta = 0.99
+    stops_by_epochs = False
+
+    def build_model(self) -> nn.Module:
+        cfg = self.train_cfg
+        teacher_cfg = load_world_config(str(cfg.teacher_cfg)).model
+        self.teacher = get_model_cls(teacher_cfg.model_id)(teacher_cfg).core
+        load_core_weights(self.teacher, str(cfg.teacher_ckpt))
+        self.teacher.to(self.device).eval().requires_grad_(False)
+        student = get_model_cls(self.model_cfg.model_id)(self.model_cfg).core
+        load_core_weights(student, str(cfg.student_ckpt))
+        # The critic starts as the student, whose clips it has to know.
+        self.critic = copy.deepcopy(student).to(self.device).train()
+        return student
+
+    def build_phases(self) -> list[Phase]:
+        cfg = self.train_cfg
+        assert cfg.update_ratio is not None  # required by the configuration
+        critic = self.phase(
+            "critic", self.critic, self.critic_loss, "AdamW", cfg.d_opt_kwargs, repeats=cfg.update_ratio
+        )
+        return [critic, self.phase("model", self.model, self.loss, cfg.opt, cfg.opt_kwargs)]
+
+    @abstractmethod
+    def rollout(self, batch: Batch) -> Rollout:
+        """A clip by the student from a batch (latents, mouse, buttons); with gradient when gradients are enabled."""
+
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rectified-flow loss of the critic on the student's clip, over the generated frames."""
+        with torch.no_grad():
+            made = self.rollout(batch)
+        t = frame_times(made.x)
+        noisy, z = noised(made.x, t)
+        v = self.critic(noisy, t, made.mouse, made.btn)
+        loss = masked_mse(v.float(), z - made.x, made.generated)
+        return loss, {"critic_loss": loss}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        made = self.rollout(batch)
+        loss = self.matching(made)
+        return loss.float(), {"dmd_loss": loss}
+
+    def matching(self, made: Rollout) -> Tensor:
+        """The student's gradient from teacher and critic."""
+        scale = CFG_SCALE if self.train_cfg.cfg_scale is None else self.train_cfg.cfg_scale
+        with torch.no_grad():
+            t = frame_times(made.x)
+            noisy, _ = noised(made.x.detach(), t)
+            (v_teacher,) = Guidance(model=self.teacher, scale=scale).velocity((noisy,), t, made.mouse, made.btn)
+            v_critic = self.critic(noisy, t, made.mouse, made.btn)
+            clean_teacher, clean_critic = noisy - expand(t) * v_teacher, noisy - expand(t) * v_critic
+        return dmd_loss(made.x, clean_teacher, clean_critic, made.generated)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"critic": self.critic.state_dict(), "critic_opt": self.phases[0].optimiser.state_dict()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.critic.load_state_dict(strip_wrappers(state["critic"]))
+        self.phases[0].optimiser.load_state_dict(state["critic_opt"])

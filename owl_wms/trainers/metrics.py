@@ -1,0 +1,47 @@
+"""Means of what a step measured, over its micro-batches and over all ranks, with one synchronisation a step.
+
+Usage:
+    metrics = Metrics(device)
+    metrics.add("diffusion_loss", loss)       # once per micro-batch, no host synchronisation
+    values, stop = metrics.pop(stop=False)    # {"diffusion_loss": 0.93}
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from owl_wms.trainers.distributed import is_distributed
+
+
+class Metrics:
+    """Sums and counts by name, on the device until they are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """Take one value into the mean of `name`; a tensor must hold one element."""
+        scalar = torch.as_tensor(value, device=self._device).detach().float().reshape(())
+        self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop(self, *, stop: bool = False) -> tuple[dict[str, float], bool]:
+        """Means of all names, and whether any rank said stop; everything is forgotten afterwards.
+
+        All ranks must have added the same names.
+        """
+        names = sorted(self._sums)
+        parts = [self._sums[name] / self._counts[name] for name in names]
+        flag = torch.tensor(float(stop), device=self._device)
+        packed = torch.stack([*parts, flag])
+        world = 1
+        if is_distributed():
+            dist.all_reduce(packed)
+            world = dist.get_world_size()
+        *means, stops = packed.tolist()
+        self._sums, self._counts = {}, {}
+        return {name: mean / world for name, mean in zip(names, means, strict=True)}, stops > 0

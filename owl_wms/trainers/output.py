@@ -1,0 +1,50 @@
+"""Decoded clips to files, beside the run that made them.
+
+Usage:
+    path = write_clip(Path("samples/step_10_0"), video, None, fps=60)     # step_10_0.mp4, or .pt without an encoder
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+
+def write_clip(stem: Path, video: Tensor, audio: Tensor | None, *, fps: int) -> Path:
+    """One clip as H.264, or as a tensor file when PyAV is not installed.
+
+    Args:
+        stem: path without suffix; its folder is created.
+        video: [n, C, H, W] with red, green, blue first, nominally in [-1, 1]; further channels are left out.
+        audio: [samples, 2] in [-1, 1], or None; kept in a `.pt` beside the video.
+        fps: frames a second.
+
+    Returns:
+        The video file: `.mp4`, or `.pt` (uint8 [n, H, W, 3]).
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    frames = ((video[:, :3].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    frames = frames.permute(0, 2, 3, 1).contiguous().cpu()
+    if audio is not None:
+        torch.save(audio.float().cpu(), stem.with_name(f"{stem.name}_audio.pt"))
+    try:
+        import av
+    except ImportError:
+        _log.warning("PyAV is not installed (pip install 'owl_wms[media]'): writing %s.pt instead of a video", stem)
+        path = stem.with_name(stem.name + ".pt")
+        torch.save(frames, path)
+        return path
+    path = stem.with_name(stem.name + ".mp4")
+    height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2  # H.264's 4:2:0 wants even sides
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames[:, :height, :width].contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path

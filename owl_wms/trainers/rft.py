@@ -1,0 +1,27 @@
+"""`rft`: the video world model on latents and controls, with a noise level of its own for every frame.
+
+Usage:
+    RFTTrainer(cfg.train, cfg.wandb, cfg.model).train()
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from owl_wms.data.loading import Batch
+from owl_wms.models import get_model_cls
+from owl_wms.trainers.base import BaseTrainer
+
+
+class RFTTrainer(BaseTrainer):
+    """Batches (latents, mouse, buttons[, doc_id]); reports `diffusion_loss`."""
+
+    trainer_id = "rft"
+
+    def build_model(self) -> nn.Module:
+        return get_model_cls(self.model_cfg.model_id)(self.model_cfg)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        video, mouse, btn, *doc_id = batch
+        loss = self.model(self.to_latents(video), mouse, btn, doc_id=doc_id[0] if doc_id else None)
+        return loss, {"diffusion_loss": loss}
