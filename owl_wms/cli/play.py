@@ -1,0 +1,151 @@
+"""`owl-wms play`: a world model, or the game itself, in the browser.
+
+Usage:
+    owl-wms play                                  # the shipped model, or the game if there is none
+    owl-wms play configs/dit_v4.yml step_100000.pt --context context.pt
+    owl-wms play --game                           # no model: the rendered game, to try page and network
+"""
+
+from __future__ import annotations
+
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SHIPPED = EXAMPLES / "world" / "game_rft.yml", EXAMPLES / "world" / "game_rft.safetensors"
+DEMO_VAE = EXAMPLES / "demo" / "demo_vae.yml", EXAMPLES / "demo" / "demo_vae.safetensors"
+
+
+def play(
+    config: Annotated[
+        Optional[Path], typer.Argument(help="YAML of the world model; the shipped one if left out.")
+    ] = None,  # noqa: UP045
+    checkpoint: Annotated[Optional[Path], typer.Argument(help="Its weights.")] = None,  # noqa: UP045
+    game: Annotated[bool, typer.Option("--game", help="Play the rendered game itself, without a model.")] = False,
+    vae: Annotated[
+        bool, typer.Option(help="With --game: through the demo autoencoder, so that decoding is seen.")
+    ] = False,
+    context: Annotated[Optional[Path], typer.Option(help="File of latents, mouse and buttons to begin from.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(min=1, max=20, help="Sampling steps a frame.")] = None,  # noqa: UP045
+    cfg_scale: Annotated[Optional[float], typer.Option(help="Guidance; other than 1 doubles the work.")] = None,  # noqa: UP045
+    max_window: Annotated[Optional[int], typer.Option(min=1, help="Frames of history that are seen.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Of noise and worlds.")] = 0,
+    fps: Annotated[
+        Optional[float], typer.Option(help="Most frames a second; the model's own rate if left out.")
+    ] = None,  # noqa: UP045
+    quality: Annotated[int, typer.Option(min=1, max=95, help="Of the pictures sent.")] = 85,
+    webp: Annotated[bool, typer.Option("--webp", help="Send WebP instead of JPEG: smaller, slower.")] = False,
+    host: Annotated[
+        str, typer.Option(help="Interface to listen on; anything but loopback is seen by others.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    token: Annotated[Optional[str], typer.Option(help="Part of the address; random if left out.")] = None,  # noqa: UP045
+    max_clients: Annotated[int, typer.Option(min=1, help="Players at once, each with a history of its own.")] = 1,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,  # noqa: UP045
+    tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
+) -> None:
+    """Play a world model in the browser."""
+    from owl_wms.cli import _shared as shared
+    from owl_wms.errors import ConfigError
+    from owl_wms.inference.build import build_game, build_pipeline
+
+    try:
+        from owl_wms.inference.server import ServerSettings, new_token
+        from owl_wms.inference.session import Pace
+    except ImportError as error:
+        raise ConfigError("owl-wms play needs aiohttp; pip install 'owl-wms[play]'") from error
+
+    console = Console(stderr=True)
+    if (config is None) != (checkpoint is None):
+        raise ConfigError("give both a config and a checkpoint, or neither", key="checkpoint")
+    if vae and not game:
+        raise ConfigError("--vae goes with --game: a model always decodes", key="vae")
+    if config is None and not game:
+        if all(path.is_file() for path in SHIPPED):
+            config, checkpoint = SHIPPED
+        else:
+            console.print("there is no shipped model here: playing the game itself", highlight=False)
+            game = True
+    where = shared.choose_device(device)
+    precision = shared.choose_dtype(dtype, where)
+    rate = fps if fps is not None else _own_rate(config)
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        token=new_token() if token is None else token,
+        max_clients=max_clients,
+        pace=Pace(fps=rate, kind="webp" if webp else "jpeg", quality=quality),
+    )
+    common: dict[str, Any] = {"device": where, "dtype": precision, "tensorrt": tensorrt, "seed": seed}
+    if game:
+        vae_config, vae_checkpoint = DEMO_VAE if vae else (None, None)
+        new_source: Callable[[], Any] = lambda: build_game(  # noqa: E731
+            vae_config=vae_config, vae_checkpoint=vae_checkpoint, fps=rate, **common
+        )
+    else:
+        assert config is not None
+        assert checkpoint is not None
+        chosen = config, checkpoint
+        options = {"context": context, "steps": steps, "cfg_scale": cfg_scale, "max_window": max_window}
+        new_source = lambda: build_pipeline(*chosen, **options, **common)  # noqa: E731
+    serve(new_source, settings, console, open_page=open_page)
+
+
+def _own_rate(config: Path | None) -> float:
+    from owl_wms.configs import load_world_config
+
+    return 60.0 if config is None else float(load_world_config(config).train.fps)
+
+
+def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, open_page: bool) -> None:
+    """Load the first source, then listen until interrupted."""
+    import asyncio
+
+    from aiohttp import web
+
+    from owl_wms.errors import ConfigError
+    from owl_wms.inference.server import make_app, page_address
+
+    # Loaded before the address is shown: what is wrong with files is said here, not in the browser.
+    with console.status("loading"):
+        ready = [new_source()]
+
+    async def run() -> None:
+        app = make_app(lambda: ready.pop() if ready else new_source(), settings)
+        runner = web.AppRunner(
+            app, access_log=None, handle_signals=True, shutdown_timeout=3
+        )  # a log would hold the token
+        await runner.setup()
+        site = web.TCPSite(runner, settings.host, settings.port)
+        try:
+            await site.start()
+        except OSError as error:
+            await runner.cleanup()
+            raise ConfigError(
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", key="port"
+            ) from error
+        address = page_address(settings, runner.addresses[0][1])
+        console.print(f"play at {address}", highlight=False, soft_wrap=True)
+        console.print("Ctrl-C stops.", highlight=False)
+        if settings.host not in ("127.0.0.1", "::1", "localhost"):
+            console.print("Others can reach this server: the address is the only key, and nothing is encrypted.")
+        if open_page:
+            webbrowser.open(address)
+        try:
+            await asyncio.Event().wait()
+        except web.GracefulExit:
+            pass
+        finally:
+            await runner.cleanup()
+
+    try:
+        asyncio.run(run())
+    except (KeyboardInterrupt, web.GracefulExit):
+        console.print("stopped", highlight=False)

@@ -1,0 +1,101 @@
+"""`owl-wms sample`: a clip from a world model, without a page.
+
+Usage:
+    owl-wms sample examples/world/game_rft.yml examples/world/game_rft.safetensors --frames 100 --out clip.mp4
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+
+def sample(
+    config: Annotated[Path, typer.Argument(help="YAML of the world model.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Its weights.")],
+    out: Annotated[Path, typer.Option(help="The clip to write, .mp4.")] = Path("sample.mp4"),
+    frames: Annotated[int, typer.Option(min=1, help="Frames to generate.")] = 60,
+    context: Annotated[Optional[Path], typer.Option(help="File of latents, mouse and buttons to begin from.")] = None,  # noqa: UP045
+    sampler: Annotated[Optional[str], typer.Option(help="Sampler id; the configuration's if left out.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Sampling steps a frame.")] = None,  # noqa: UP045
+    cfg_scale: Annotated[Optional[float], typer.Option(help="Guidance; other than 1 doubles the work.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Of noise, beginning and controls.")] = 0,
+    latents: Annotated[
+        Optional[Path], typer.Option(help="Also write latents, mouse and buttons, .safetensors.")
+    ] = None,  # noqa: UP045
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,  # noqa: UP045
+    tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
+) -> None:
+    """Sample a clip from a world model, its context included, under the scripted player's controls."""
+    import torch
+    from safetensors.torch import save_file
+
+    from owl_wms.cli import _shared as shared
+    from owl_wms.configs import load_world_config
+    from owl_wms.data.game_controls import scripted_controls
+    from owl_wms.errors import ConfigError
+    from owl_wms.inference.build import load_core, make_contexts, make_decode
+    from owl_wms.media.pictures import to_bytes
+    from owl_wms.media.video import VideoWriter
+
+    console = Console(stderr=True)
+    shared.check_destination(out, ".mp4")
+    if latents is not None:
+        shared.check_destination(latents, ".safetensors")
+    where = shared.choose_device(device)
+    precision = shared.choose_dtype(dtype, where)
+    world = load_world_config(config)
+    if world.model.model_id != "game_rft":
+        raise ConfigError(f"owl-wms sample makes video only, {config} is {world.model.model_id}", path=config)
+    run = _make_sampler(world.train, sampler, frames, steps, cfg_scale)
+    core = load_core(config, checkpoint, where, precision)
+    decode = make_decode(world, config, where, precision, tensorrt=tensorrt)
+    begin = make_contexts(world, config, where, precision, path=context, count=1, seed=seed)[0].to(where, precision)
+
+    mouse, buttons = scripted_controls(seed=seed, n=frames)
+    controls = (
+        torch.cat([begin.mouse, mouse[None].to(begin.mouse)], 1),
+        torch.cat([begin.buttons, buttons[None, :, : world.model.n_buttons].to(begin.buttons)], 1),
+    )
+    generator = torch.Generator(where).manual_seed(seed)
+    with shared.progress(console) as bar:
+        task = bar.add_task("sampling", total=frames)
+        result = run(
+            core,
+            begin.latents,
+            *controls,
+            generator=generator,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+        task = bar.add_task("decoding", total=result.latents.shape[1])
+        with VideoWriter(out, world.train.fps) as clip:
+            for pictures, _ in shared.decode_pieces(decode, result.latents * world.train.vae_scale, 8):
+                clip.write(to_bytes(pictures[:, :3]))
+                bar.advance(task, len(pictures))
+    if latents is not None:
+        tensors = {"latents": result.latents * world.train.vae_scale, "mouse": result.mouse, "buttons": result.buttons}
+        save_file({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, latents)
+    console.print(f"{out}: {begin.latents.shape[1]} frames of context and {frames} sampled", highlight=False)
+
+
+def _make_sampler(train: Any, sampler: str | None, frames: int, steps: int | None, cfg_scale: float | None) -> Any:
+    """The sampler with its call brought to one form: (core, latents, mouse, buttons, **options)."""
+    from owl_wms.sampling import AVCachingSampler, get_sampler_cls
+
+    chosen = sampler or train.sampler_id or "av_caching"
+    kind = get_sampler_cls(chosen)
+    # Another sampler than the configuration's does not understand its arguments.
+    options = dict(train.sampler_kwargs or {}) if chosen == train.sampler_id else {}
+    options |= {"num_frames": frames, "only_return_generated": False}
+    if steps is not None:
+        options |= {"n_steps": steps, **({"custom_schedule": None} if "custom_schedule" in options else {})}
+    if cfg_scale is not None:
+        options["cfg_scale"] = cfg_scale
+    made = kind(**options)
+    if isinstance(made, AVCachingSampler):
+        return made
+    return lambda core, x, mouse, btn, **rest: made(core, x, None, mouse, btn, **rest)

@@ -1,0 +1,170 @@
+"""The interactive pipeline: controls in, one decoded frame out, with the model's history in a cache.
+
+A frame is denoised against the cache, decoded alone (batch 1), copied to the CPU, and then remembered: the pass that
+adds it to the cache is queued behind the copy, so on a GPU it runs while the caller compresses and sends the picture.
+
+Usage:
+    pipeline = InteractivePipeline(model.core, decode, [context], image_scale=0.63, steps=4)
+    frame = pipeline(mouse, buttons)         # Frame: uint8 [H, W, 3] and timings
+    pipeline.restart()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from owl_wms.errors import ConfigError
+from owl_wms.inference.context import Context
+from owl_wms.inference.pixels import to_uint8
+from owl_wms.inference.source import Frame, describe_decode
+from owl_wms.inference.timing import StageClock
+from owl_wms.nn.kv_cache import KVCache
+from owl_wms.sampling import Guidance, custom_deltas, get_sd3_euler
+from owl_wms.sampling.caching import denoise, remember
+
+MAX_STEPS = 20
+# A minute of play at 60 frames/s would otherwise attend to 3600 frames; latency would grow until the positions ran out.
+DEFAULT_WINDOW = 64
+
+
+class InteractivePipeline:
+    """A causal world model and its decoder, played frame by frame.
+
+    Args:
+        core: a GameRFTCore in eval mode, already on its device and in its dtype.
+        decode: [1, 1, c, h, w] to [1, 1, C, H, W]; `make_batched_decode_fn(decoder, batch_size=1)` of the bridge.
+        contexts: beginnings to choose from, in the model's scale; see `owl_wms.inference.context`.
+        image_scale: what latents were divided by for the model.
+        steps: Euler steps a frame, 1 to 20; without effect while `schedule` is given.
+        schedule: noise levels of a distilled model, for example [1.0, 0.5].
+        cfg_scale: guidance; anything but 1 doubles the model's work.
+        noise_prev: noise level at which history is remembered, 0 to 1.
+        max_window: frames that attention spans; by default 64, or the model's n_frames when that is less.
+        seed: of the noise and of the choice of beginnings.
+        bgr: pictures with blue first.
+
+    Raises:
+        ConfigError: not causal, no beginnings, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        core: Any,
+        decode: Callable[[Tensor], Tensor],
+        contexts: Sequence[Context],
+        *,
+        image_scale: float = 1.0,
+        steps: int = 4,
+        schedule: Sequence[float] | None = None,
+        cfg_scale: float = 1.0,
+        noise_prev: float = 0.2,
+        max_window: int | None = None,
+        seed: int = 0,
+        bgr: bool = False,
+    ) -> None:
+        if not core.config.causal:
+            raise ConfigError("playing needs a causal model", key="model.causal")
+        if not contexts:
+            raise ConfigError("at least one context to begin from is needed, got none", key="context")
+        if not 1 <= steps <= MAX_STEPS or not 0 <= noise_prev <= 1:
+            raise ConfigError(f"steps must be 1 to {MAX_STEPS} and noise_prev 0 to 1, got {steps} and {noise_prev}")
+        parameter = next(core.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.image_scale, self.noise_prev, self.bgr = image_scale, noise_prev, bgr
+        self._core, self._decode, self._contexts = core, decode, list(contexts)
+        self._guidance = Guidance(model=core, scale=cfg_scale)
+        window = min(core.config.n_frames, DEFAULT_WINDOW) if max_window is None else max_window
+        self._cache = KVCache(core.config, max_window=window)
+        self._schedule = None if schedule is None else custom_deltas(schedule)
+        self._steps = steps
+        self._random = torch.Generator(self.device).manual_seed(seed)
+        self._choice = torch.Generator().manual_seed(seed)
+        self._host: Tensor | None = None
+        self._index = 0
+        self.restart(0)
+
+    @property
+    def steps(self) -> int:
+        """Euler steps a frame."""
+        return self._steps if self._schedule is None else len(self._schedule)
+
+    @property
+    def cached_frames(self) -> int:
+        """Frames of history that the next one may see."""
+        return len(self._cache)
+
+    @torch.no_grad()
+    def restart(self, which: int | None = None) -> None:
+        """Begin again.
+
+        Args:
+            which: index of the beginning; None draws one.
+        """
+        if which is None:
+            which = int(torch.randint(len(self._contexts), (), generator=self._choice))
+        context = self._contexts[which].to(self.device, self.dtype)
+        self._like = torch.empty_like(context.latents[:, :1])
+        self._cache.reset()
+        remember(
+            self._guidance, self._cache, context.latents, context.mouse, context.buttons, self.noise_prev, self._random
+        )
+        self._index = 0
+
+    @torch.no_grad()
+    def __call__(self, mouse: Tensor, buttons: Tensor) -> Frame:
+        """The next frame.
+
+        Args:
+            mouse: [2] movement during the frame.
+            buttons: [n_buttons] bool or 0/1.
+
+        Returns:
+            The frame; its times are of the device's own work, so on a GPU they add up to less than the wall time.
+        """
+        moved, held = (a.to(self.device, self.dtype).view(1, 1, -1) for a in (mouse, buttons))
+        deltas = get_sd3_euler(self._steps) if self._schedule is None else self._schedule
+        clock = StageClock(self.device)
+        clock.mark()
+        latent = denoise(self._guidance, self._cache, self._like, moved, held, deltas, self._random)
+        clock.mark()
+        decoded = self._decode(latent * self.image_scale)
+        image = self._to_host(to_uint8(decoded[0, 0], bgr=self.bgr))
+        clock.mark()
+        remember(self._guidance, self._cache, latent, moved, held, self.noise_prev, self._random)
+        clock.wait()
+        index, self._index = self._index, self._index + 1
+        return Frame(image=np.array(image), index=index, model_ms=clock.between(0, 1), decode_ms=clock.between(1, 2))
+
+    def _to_host(self, image: Tensor) -> Tensor:
+        """A queued copy into pinned memory; ready after the clock's last mark, overwritten by the next frame."""
+        if image.device.type != "cuda":
+            return image
+        if self._host is None or self._host.shape != image.shape:
+            self._host = torch.empty(image.shape, dtype=image.dtype, pin_memory=True)
+        return self._host.copy_(image, non_blocking=True)
+
+    def change_steps(self, by: int) -> int:
+        """More or fewer Euler steps, kept in 1 to 20; a custom schedule stays as it is."""
+        if self._schedule is None:
+            self._steps = max(1, min(MAX_STEPS, self._steps + by))
+        return self.steps
+
+    def up_sampling_steps(self) -> int:
+        """One more step a frame."""
+        return self.change_steps(1)
+
+    def down_sampling_steps(self) -> int:
+        """One step fewer."""
+        return self.change_steps(-1)
+
+    def describe(self) -> dict[str, Any]:
+        """See `owl_wms.inference.source.Source`."""
+        config = self._core.config
+        parameters = sum(p.numel() for p in self._core.parameters())
+        name = f"{config.model_id}, {parameters / 1e6:.1f} M parameters"
+        return {"source": name, "steps": self.steps, "device": str(self.device), **describe_decode(self._decode)}

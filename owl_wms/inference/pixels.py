@@ -1,0 +1,52 @@
+"""From a decoder's output to bytes that a browser shows."""
+
+from __future__ import annotations
+
+import io
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+ImageFormat = Literal["jpeg", "webp"]
+
+
+def to_uint8(frame: Tensor, *, bgr: bool = False) -> Tensor:
+    """Colour of a decoded frame as bytes, on the frame's device.
+
+    Args:
+        frame: [C, H, W] nominally in [-1, 1], C at least 3: red, green, blue, then depth and flow, which are left out.
+        bgr: blue first, as OpenCV and X11 want it.
+
+    Returns:
+        uint8 [H, W, 3], values rounded; what is out of range is clamped, not-a-number is black.
+
+    Raises:
+        ValueError: another rank, or fewer than three channels.
+    """
+    if frame.ndim != 3 or frame.shape[0] < 3:
+        raise ValueError(f"a frame must be [C, H, W] with C >= 3, got {list(frame.shape)}")
+    colour = frame[:3].flip(0) if bgr else frame[:3]
+    scaled = (colour.float().nan_to_num(-1.0, 1.0, -1.0).clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def to_image(frame: Tensor, *, bgr: bool = False) -> np.ndarray:
+    """`to_uint8` as an array on the CPU."""
+    return to_uint8(frame, bgr=bgr).cpu().numpy()
+
+
+def encode_image(image: np.ndarray, kind: ImageFormat = "jpeg", quality: int = 85) -> bytes:
+    """A compressed picture.
+
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        kind: jpeg (a few ms at 640x360) or webp (smaller, slower).
+        quality: 1 to 95.
+    """
+    out = io.BytesIO()
+    options = {"subsampling": 0} if kind == "jpeg" and quality >= 90 else {"method": 0} if kind == "webp" else {}
+    Image.fromarray(image, "RGB").save(out, kind.upper(), quality=quality, **options)
+    return out.getvalue()

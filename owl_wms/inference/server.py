@@ -1,0 +1,183 @@
+"""The server behind `owl-wms play`: one page, one WebSocket, one player.
+
+Safe by default: loopback only, a random token as the first part of every path (compared in constant time), the
+browser's Origin must be the server's own, one player at a time, small messages. The token is all that protects a
+server that listens on other interfaces,
+and nothing is encrypted: put it behind a tunnel.
+
+Usage:
+    settings = ServerSettings(port=8080)
+    app = make_app(lambda: GameSource(), settings)
+    web.run_app(app, host=settings.host, port=settings.port, access_log=None)       # the log would hold the token
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import resources
+from urllib.parse import urlsplit
+
+from aiohttp import WSCloseCode, web
+
+from owl_wms.errors import ConfigError
+from owl_wms.inference.messages import MAX_MESSAGE_BYTES
+from owl_wms.inference.session import Pace, Session
+from owl_wms.inference.source import Source
+
+_LOG = logging.getLogger("owl_wms.inference")
+PAGE = {"": ("play.html", "text/html"), "play.js": ("play.js", "text/javascript"), "play.css": ("play.css", "text/css")}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+
+
+def new_token() -> str:
+    """192 random bits, safe in a path."""
+    return secrets.token_urlsafe(24)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSettings:
+    """Where and for whom.
+
+    Attributes:
+        host: interface to listen on.
+        port: 0 takes a free one.
+        token: needed in every path; at least 16 characters.
+        max_clients: players at once, each with a source of its own.
+        pace: frame rate and compression.
+        origins: further browser origins to accept, for a page behind a proxy, for example `https://play.example.org`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    token: str = field(default_factory=new_token)
+    max_clients: int = 1
+    pace: Pace = field(default_factory=Pace)
+    origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.token) < 16 or not all(c.isalnum() or c in "-_" for c in self.token):
+            raise ConfigError("token must be at least 16 letters, digits, - or _", key="token")
+        if self.max_clients < 1:
+            raise ConfigError(f"max_clients must be at least 1, got {self.max_clients}", key="max_clients")
+        if not 1 <= self.pace.fps <= 240 or not 1 <= self.pace.quality <= 95:
+            raise ConfigError(f"fps must be 1 to 240 and quality 1 to 95, got {self.pace.fps} and {self.pace.quality}")
+
+
+class PlayServer:
+    """State shared by the handlers: who plays, and the one thread that runs sources."""
+
+    def __init__(self, new_source: Callable[[], Source], settings: ServerSettings) -> None:
+        self._new_source, self._settings = new_source, settings
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="owl-play")
+        self._sockets: set[web.WebSocketResponse] = set()
+        self._sources: list[Source] = []
+
+    def app(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application(middlewares=[self._guard])
+        app.router.add_get("/{token}/ws", self._play)
+        app.router.add_get("/{token}/{name:[a-z.]*}", self._page)
+        app.on_shutdown.append(self._close)
+        app.on_cleanup.append(self._stop)
+        return app
+
+    @web.middleware
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        token = request.path.split("/")[1]
+        # compare_digest takes as long for a wrong first letter as for a wrong last one.
+        if not hmac.compare_digest(token.encode(), self._settings.token.encode()):
+            return web.Response(status=403, text="wrong or missing token: open the address that the server printed\n")
+        response = await handler(request)
+        if not response.prepared:
+            response.headers.update(HEADERS)
+        return response
+
+    async def _page(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        if name not in PAGE:
+            raise web.HTTPNotFound
+        file, kind = PAGE[name]
+        text = resources.files("owl_wms.inference").joinpath("page").joinpath(file).read_text(encoding="utf-8")
+        return web.Response(text=text, content_type=kind)
+
+    def _same_origin(self, request: web.Request) -> bool:
+        """A browser always says where a page came from; a page from elsewhere must not drive this one."""
+        origin = request.headers.get("Origin")
+        if origin is None:
+            return False
+        own = urlsplit(origin).netloc == request.host and urlsplit(origin).scheme == request.scheme
+        return own or origin in self._settings.origins
+
+    async def _play(self, request: web.Request) -> web.StreamResponse:
+        if not self._same_origin(request):
+            return web.Response(status=403, text="this Origin may not connect\n")
+        socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, heartbeat=15, compress=False)
+        await socket.prepare(request)
+        if len(self._sockets) >= self._settings.max_clients:
+            reason = f"somebody is playing: this server takes {self._settings.max_clients} at a time"
+            await socket.send_json({"type": "refused", "reason": reason})
+            await socket.close(code=WSCloseCode.TRY_AGAIN_LATER, message=reason.encode())
+            return socket
+        self._sockets.add(socket)
+        try:
+            await self._run(socket)
+        finally:
+            self._sockets.discard(socket)
+        return socket
+
+    async def _run(self, socket: web.WebSocketResponse) -> None:
+        loop = asyncio.get_running_loop()
+        # A source may hold a model's cache and a compiled decoder: it is kept for the next player.
+        try:
+            if self._sources:
+                source = self._sources.pop()
+                await loop.run_in_executor(self._worker, source.restart)
+            else:
+                source = await loop.run_in_executor(self._worker, self._new_source)
+        except Exception as error:  # whatever a model or a driver raises must reach the player as words
+            _LOG.error("the source could not start: %s", error, exc_info=error)
+            await socket.send_json({"type": "error", "reason": f"the source could not start: {type(error).__name__}"})
+            await socket.close(code=WSCloseCode.INTERNAL_ERROR)
+            return
+        try:
+            await Session(socket, source, self._worker, self._settings.pace).run()
+        finally:
+            self._sources.append(source)
+
+    async def _close(self, app: web.Application) -> None:
+        for socket in set(self._sockets):
+            await socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server is stopping")
+
+    async def _stop(self, app: web.Application) -> None:
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+
+def make_app(new_source: Callable[[], Source], settings: ServerSettings) -> web.Application:
+    """The application that serves the page and plays sources.
+
+    Args:
+        new_source: makes what a player drives; called on the worker thread, once for each player at the same time.
+        settings: where and for whom.
+    """
+    return PlayServer(new_source, settings).app()
+
+
+def page_address(settings: ServerSettings, port: int | None = None) -> str:
+    """What to open in a browser."""
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{settings.port if port is None else port}/{settings.token}/"

@@ -1,0 +1,134 @@
+"""What a player drives: anything that turns one set of controls into one picture.
+
+`InteractivePipeline` is a source backed by a model; `GameSource` is the rendered game itself, so that the page, the
+network and the codec can be tried before there is a model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from owl_wms.data.game_world import BUTTONS, GameWorld
+from owl_wms.inference.pixels import to_image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """One picture and what it cost.
+
+    Attributes:
+        image: uint8 [H, W, 3] on the CPU, RGB (or BGR where that was asked for).
+        index: frames since the last restart, from 0.
+        model_ms: time that made the latent, or rendered the game; milliseconds.
+        decode_ms: time that made pixels of it, copy to the CPU included; 0 where nothing is decoded.
+    """
+
+    image: np.ndarray
+    index: int
+    model_ms: float
+    decode_ms: float
+
+
+class Source(Protocol):
+    """A thing that can be played; used by one thread at a time."""
+
+    def __call__(self, mouse: Tensor, buttons: Tensor) -> Frame:
+        """The next frame. mouse [2] nominally -1 to 1; buttons bool [n_buttons] in the order of `BUTTONS`."""
+
+    def restart(self) -> None:
+        """Begin again; sources with several beginnings take another one."""
+
+    def change_steps(self, by: int) -> int:
+        """More or fewer sampling steps; returns how many there are now (0 where there are none)."""
+
+    def describe(self) -> dict[str, Any]:
+        """What runs, as JSON: `source`, `backend`, `reason`, `steps`, `width`, `height`."""
+
+
+class GameSource:
+    """The rendered game as a source, as it is or through an autoencoder.
+
+    Args:
+        seed: world to start in; a restart takes the next one.
+        repeat: game frames (of 1/60 s) a step; they share one control.
+        height, width: of the rendered picture; an autoencoder with a fixed output ignores them.
+        encode: [1, 4, H, W] in [-1, 1] to latents [1, c, h, w]; None shows the rendering.
+        decode: [1, 1, c, h, w] to [1, 1, C, H, W], as the bridge makes it. With `encode` only.
+        device: where to render.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        repeat: int = 1,
+        height: int = 360,
+        width: int = 640,
+        encode: Callable[[Tensor], Tensor] | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if (encode is None) != (decode is None):
+            raise ValueError("encode and decode must be given together or not at all")
+        self._seed, self._size, self._device = seed, (height, width), torch.device(device)
+        self._repeat = repeat
+        self._encode, self._decode = encode, decode
+        self._index = 0
+        self._world = GameWorld(seed, 1, self._device)
+
+    @torch.no_grad()
+    def __call__(self, mouse: Tensor, buttons: Tensor) -> Frame:
+        """See `Source`."""
+        began = time.perf_counter()
+        for _ in range(self._repeat):
+            self._world.step(mouse.view(1, 2).to(self._device), buttons.view(1, -1).to(self._device))
+        picture = self._world.render(height=self._size[0], width=self._size[1])
+        self._wait()
+        rendered = time.perf_counter()
+        if self._encode is not None and self._decode is not None:
+            picture = self._decode(self._encode(picture).unsqueeze(0))[0]
+        image = to_image(picture[0])
+        done = time.perf_counter()
+        index, self._index = self._index, self._index + 1
+        decode_ms = (done - rendered) * 1e3 if self._decode is not None else 0.0
+        return Frame(image=image, index=index, model_ms=(rendered - began) * 1e3, decode_ms=decode_ms)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def restart(self) -> None:
+        """The next world."""
+        self._seed += 1
+        self._index = 0
+        self._world = GameWorld(self._seed, 1, self._device)
+
+    def change_steps(self, by: int) -> int:
+        """The game has none."""
+        return 0
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source`."""
+        stats = describe_decode(self._decode) if self._decode is not None else {"backend": "none", "reason": "rendered"}
+        name = "rendered game" if self._decode is None else "rendered game through the autoencoder"
+        return {"source": name, "steps": 0, "height": self._size[0], "width": self._size[1], **stats}
+
+
+def describe_decode(decode: Any) -> dict[str, Any]:
+    """Which backend a decode function uses and why, from its `stats()`; a plain function is PyTorch."""
+    stats = getattr(decode, "stats", None)
+    if stats is None:
+        return {"backend": "pytorch", "reason": "a plain function decodes"}
+    found = stats()
+    read = found.get if isinstance(found, dict) else lambda key, default=None: getattr(found, key, default)
+    return {"backend": str(read("backend", "unknown")), "reason": str(read("reason", "") or "")}
+
+
+__all__ = ["BUTTONS", "Frame", "GameSource", "Source", "describe_decode"]
