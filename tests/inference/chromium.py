@@ -1,0 +1,115 @@
+"""Headless Chromium through its own debugging protocol: as much of a browser as these tests need."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from aiohttp import ClientSession
+
+BINARY = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-port=0",
+    "--window-size=1120,760",
+)
+
+
+class Page:
+    """One page; requests are numbered and answered in any order."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket, self._number = socket, 0
+
+    async def ask(self, method: str, **params: Any) -> dict[str, Any]:
+        """A command of the protocol and its result."""
+        self._number += 1
+        number = self._number
+        await self._socket.send_json({"id": number, "method": method, "params": params})
+        while True:
+            answer = await self._socket.receive_json(timeout=15)
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    async def value(self, expression: str) -> Any:
+        """What a JavaScript expression gives."""
+        result = await self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    async def until(self, expression: str, seconds: float = 15) -> Any:
+        """Wait until an expression is true."""
+        end = asyncio.get_running_loop().time() + seconds
+        while not (found := await self.value(expression)):
+            assert asyncio.get_running_loop().time() < end, f"still false after {seconds} s: {expression}"
+            await asyncio.sleep(0.05)
+        return found
+
+    async def key(self, code: str, key: str, down: bool) -> None:
+        """Press or release."""
+        await self.ask("Input.dispatchKeyEvent", type="keyDown" if down else "keyUp", code=code, key=key)
+
+    async def screenshot(self, path: Path) -> None:
+        """The page as a PNG."""
+        path.write_bytes(base64.b64decode((await self.ask("Page.captureScreenshot"))["data"]))
+
+
+@asynccontextmanager
+async def open_page(address: str) -> AsyncIterator[Page]:
+    """A fresh browser on that address; it ends with the block."""
+    assert BINARY is not None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        process = await asyncio.create_subprocess_exec(
+            BINARY,
+            *FLAGS,
+            f"--user-data-dir={profile}",
+            address,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        try:
+            port_file = Path(profile) / "DevToolsActivePort"
+            for _ in range(300):
+                if port_file.exists() and port_file.read_text().strip():
+                    break
+                await asyncio.sleep(0.1)
+            port = int(port_file.read_text().split()[0])
+            async with ClientSession() as client:
+                target = await _target(client, port)
+                async with client.ws_connect(target, max_msg_size=2**25) as socket:
+                    page = Page(socket)
+                    # Before the page is there, its scripts' globals and its body are not.
+                    await page.until(f"location.href.startsWith({address!r}) && document.readyState === 'complete'")
+                    yield page
+        finally:
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), 10)
+            except asyncio.TimeoutError:
+                process.kill()
+                await process.wait()
+
+
+async def _target(client: ClientSession, port: int) -> str:
+    for _ in range(100):
+        async with client.get(f"http://127.0.0.1:{port}/json/list") as response:
+            pages = [entry for entry in await response.json() if entry["type"] == "page"]
+        if pages:
+            return pages[0]["webSocketDebuggerUrl"]
+        await asyncio.sleep(0.1)
+    raise AssertionError("the browser opened no page")

@@ -1,0 +1,81 @@
+"""A server around a quick source, on a free port, for tests that speak to it as a browser does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+from aiohttp import ClientSession, WSMsgType
+from aiohttp.test_utils import TestServer
+
+from owl_wms.data.game_world import BUTTONS
+from owl_wms.inference.server import ServerSettings, make_app
+from owl_wms.inference.session import Pace
+from owl_wms.inference.source import Frame
+
+TOKEN = "test-token-of-twenty-four"
+
+
+class BarSource:
+    """Every held button is a white column of the picture, the mouse a grey level below it: what was heard is seen."""
+
+    def __init__(self) -> None:
+        self.index, self.steps, self.restarts, self.fail_at = 0, 4, 0, -1
+        self.heard: list[tuple[list[str], float]] = []
+
+    def __call__(self, mouse: Any, buttons: Any) -> Frame:
+        if self.index == self.fail_at:
+            raise RuntimeError("the source broke")
+        held = [name for name, down in zip(BUTTONS, buttons.tolist(), strict=True) if down]
+        self.heard.append((held, float(mouse[0])))
+        image = np.zeros((36, 88, 3), dtype=np.uint8)
+        for i, name in enumerate(BUTTONS):
+            image[:18, 8 * i : 8 * i + 8] = 255 if name in held else 0
+        image[18:] = round((float(mouse[0]) + 1) * 127)
+        self.index += 1
+        return Frame(image=image, index=self.index - 1, model_ms=1.5, decode_ms=2.5)
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+    def change_steps(self, by: int) -> int:
+        self.steps += by
+        return self.steps
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": "bars", "backend": "none", "reason": "a test", "steps": self.steps}
+
+
+@asynccontextmanager
+async def serve(source: Any = None, **changes: Any) -> AsyncIterator[tuple[ClientSession, str, list[Any]]]:
+    """A client session, the server's address and the sources made so far."""
+    made: list[Any] = []
+
+    def new_source() -> Any:
+        made.append(BarSource() if source is None else source)
+        return made[-1]
+
+    settings = ServerSettings(token=TOKEN, **{"pace": Pace(fps=100), **changes})
+    server = TestServer(make_app(new_source, settings), host="127.0.0.1")
+    await server.start_server()
+    try:
+        async with ClientSession() as client:
+            yield client, f"http://127.0.0.1:{server.port}", made
+    finally:
+        await server.close()
+
+
+async def connect(client: ClientSession, address: str, **options: Any) -> Any:
+    """A WebSocket as the page opens it."""
+    return await client.ws_connect(f"{address}/{TOKEN}/ws", **{"origin": address, **options})
+
+
+async def next_frame(socket: Any) -> bytes:
+    """The next binary message; fails if the connection ends first."""
+    while True:
+        message = await socket.receive(timeout=5)
+        if message.type == WSMsgType.BINARY:
+            return message.data
+        assert message.type == WSMsgType.TEXT, message

@@ -1,0 +1,89 @@
+"""The page itself in headless Chromium: frames are drawn, keys change them, and a second player is told why not."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from aiohttp import WSMsgType
+
+from owl_wms.inference.source import GameSource
+from tests.inference.chromium import BINARY, open_page
+from tests.inference.serving import TOKEN, connect, next_frame, serve
+
+pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here; install Debian's package chromium")
+
+PIXEL = "(x, y) => [...document.getElementById('view').getContext('2d').getImageData(x, y, 1, 1).data].slice(0, 3)"
+
+
+def test_frames_arrive_and_keys_change_them() -> None:
+    async def test() -> None:
+        async with serve() as (client, address, made), open_page(f"{address}/{TOKEN}/") as page:
+            await page.until("Number(document.body.dataset.frames) > 10")
+            assert await page.value("document.body.dataset.state") == "ready"
+            assert max(await page.value(f"({PIXEL})(4, 4)")) < 40
+            await page.key("KeyW", "w", True)
+            await page.until(f"({PIXEL})(4, 4)[0] > 200")
+            assert await page.value("document.querySelector('[data-button=W]').classList.contains('held')")
+            await page.key("KeyW", "w", False)
+            await page.until(f"({PIXEL})(4, 4)[0] < 40")
+            # The read-out: rate, time of flight, the source's own times, the backend, the steps.
+            await page.until("Number(document.getElementById('fps').value) > 5")
+            await page.until("Number(document.getElementById('latency').value) >= 0")
+            assert await page.value("document.getElementById('model').value") == "1.5"
+            assert await page.value("document.getElementById('decode').value") == "2.5"
+            assert await page.value("document.getElementById('backend').textContent") == "none"
+            await page.value("document.querySelector('[data-command=more_steps]').click()")
+            await page.until("document.getElementById('steps').value === '5'")
+            await page.key("Backspace", "Backspace", True)
+            for _ in range(100):
+                if made[0].restarts:
+                    break
+                await asyncio.sleep(0.05)
+            assert made[0].restarts == 1
+            # A second player over the same address.
+            second = await connect(client, address)
+            assert (await second.receive(timeout=5)).json()["type"] == "refused"
+            await second.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_refused_player_reads_the_reason(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serve() as (client, address, _):
+            first = await connect(client, address)
+            await next_frame(first)
+            async with open_page(f"{address}/{TOKEN}/") as page:
+                await page.until("document.body.dataset.state === 'refused'")
+                assert "somebody is playing" in await page.value("document.getElementById('hint').textContent")
+                assert await page.value("document.body.dataset.frames") == "0"
+            assert not first.closed
+            async with open_page(f"{address}/{TOKEN[:-1]}x/") as page:
+                await page.until("document.body && document.body.innerText.includes('wrong or missing token')")
+            while (message := await first.receive(timeout=5)).type == WSMsgType.TEXT:
+                assert "refused" not in message.data
+            await first.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_the_rendered_game_is_seen(tmp_path: Path) -> None:
+    """The game itself through page, codec and network; the picture is real and turns when told to."""
+
+    async def test() -> None:
+        source = GameSource(3, height=180, width=320)
+        async with serve(source) as (_, address, _made), open_page(f"{address}/{TOKEN}/") as page:
+            await page.until("Number(document.body.dataset.frames) > 3")
+            assert await page.value("document.getElementById('view').width") == 320
+            before = float(source._world.state.position.sum())
+            await page.key("KeyW", "w", True)
+            await page.key("KeyD", "d", True)
+            shown = int(await page.value("document.body.dataset.frames"))
+            await page.until(f"Number(document.body.dataset.frames) > {shown + 10}")
+            await page.screenshot(tmp_path / "page.png")
+            assert (tmp_path / "page.png").stat().st_size > 20_000
+            assert abs(float(source._world.state.position.sum()) - before) > 0.01
+
+    asyncio.run(asyncio.wait_for(test(), 60))
