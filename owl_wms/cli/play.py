@@ -11,7 +11,7 @@ from __future__ import annotations
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,32 +22,28 @@ DEMO_VAE = EXAMPLES / "demo" / "demo_vae.yml", EXAMPLES / "demo" / "demo_vae.saf
 
 
 def play(
-    config: Annotated[
-        Optional[Path], typer.Argument(help="YAML of the world model; the shipped one if left out.")
-    ] = None,  # noqa: UP045
-    checkpoint: Annotated[Optional[Path], typer.Argument(help="Its weights.")] = None,  # noqa: UP045
+    config: Annotated[Path | None, typer.Argument(help="YAML of the world model; the shipped one if left out.")] = None,
+    checkpoint: Annotated[Path | None, typer.Argument(help="Its weights.")] = None,
     game: Annotated[bool, typer.Option("--game", help="Play the rendered game itself, without a model.")] = False,
     vae: Annotated[
         bool, typer.Option(help="With --game: through the demo autoencoder, so that decoding is seen.")
     ] = False,
-    context: Annotated[Optional[Path], typer.Option(help="File of latents, mouse and buttons to begin from.")] = None,  # noqa: UP045
-    steps: Annotated[Optional[int], typer.Option(min=1, max=20, help="Sampling steps a frame.")] = None,  # noqa: UP045
-    cfg_scale: Annotated[Optional[float], typer.Option(help="Guidance; other than 1 doubles the work.")] = None,  # noqa: UP045
-    max_window: Annotated[Optional[int], typer.Option(min=1, help="Frames of history that are seen.")] = None,  # noqa: UP045
+    context: Annotated[Path | None, typer.Option(help="File of latents, mouse and buttons to begin from.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=20, help="Sampling steps a frame.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="Guidance; other than 1 doubles the work.")] = None,
+    max_window: Annotated[int | None, typer.Option(min=1, help="Frames of history that are seen.")] = None,
     seed: Annotated[int, typer.Option(help="Of noise and worlds.")] = 0,
-    fps: Annotated[
-        Optional[float], typer.Option(help="Most frames a second; the model's own rate if left out.")
-    ] = None,  # noqa: UP045
+    fps: Annotated[float | None, typer.Option(help="Most frames a second; the model's own rate if left out.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=95, help="Of the pictures sent.")] = 85,
     webp: Annotated[bool, typer.Option("--webp", help="Send WebP instead of JPEG: smaller, slower.")] = False,
     host: Annotated[
         str, typer.Option(help="Interface to listen on; anything but loopback is seen by others.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
-    token: Annotated[Optional[str], typer.Option(help="Part of the address; random if left out.")] = None,  # noqa: UP045
+    token: Annotated[str | None, typer.Option(help="Part of the address; random if left out.")] = None,
     max_clients: Annotated[int, typer.Option(min=1, help="Players at once, each with a history of its own.")] = 1,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,  # noqa: UP045
-    dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,  # noqa: UP045
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
     tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
 ) -> None:
@@ -93,7 +89,7 @@ def play(
         assert config is not None
         assert checkpoint is not None
         chosen = config, checkpoint
-        options = {"context": context, "steps": steps, "cfg_scale": cfg_scale, "max_window": max_window}
+        options: dict[str, Any] = {"context": context, "steps": steps, "cfg_scale": cfg_scale, "max_window": max_window}
         new_source = lambda: build_pipeline(*chosen, **options, **common)  # noqa: E731
     serve(new_source, settings, console, open_page=open_page)
 

@@ -7,7 +7,7 @@ Usage:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,16 +18,14 @@ def sample(
     checkpoint: Annotated[Path, typer.Argument(help="Its weights.")],
     out: Annotated[Path, typer.Option(help="The clip to write, .mp4.")] = Path("sample.mp4"),
     frames: Annotated[int, typer.Option(min=1, help="Frames to generate.")] = 60,
-    context: Annotated[Optional[Path], typer.Option(help="File of latents, mouse and buttons to begin from.")] = None,  # noqa: UP045
-    sampler: Annotated[Optional[str], typer.Option(help="Sampler id; the configuration's if left out.")] = None,  # noqa: UP045
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Sampling steps a frame.")] = None,  # noqa: UP045
-    cfg_scale: Annotated[Optional[float], typer.Option(help="Guidance; other than 1 doubles the work.")] = None,  # noqa: UP045
+    context: Annotated[Path | None, typer.Option(help="File of latents, mouse and buttons to begin from.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler id; the configuration's if left out.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps a frame.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="Guidance; other than 1 doubles the work.")] = None,
     seed: Annotated[int, typer.Option(help="Of noise, beginning and controls.")] = 0,
-    latents: Annotated[
-        Optional[Path], typer.Option(help="Also write latents, mouse and buttons, .safetensors.")
-    ] = None,  # noqa: UP045
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,  # noqa: UP045
-    dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,  # noqa: UP045
+    latents: Annotated[Path | None, typer.Option(help="Also write latents, mouse and buttons, .safetensors.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
     tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
 ) -> None:
     """Sample a clip from a world model, its context included, under the scripted player's controls."""
