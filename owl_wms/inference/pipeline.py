@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,7 +137,9 @@ class InteractivePipeline:
         remember(self._guidance, self._cache, latent, moved, held, self.noise_prev, self._random)
         clock.wait()
         index, self._index = self._index, self._index + 1
-        return Frame(image=np.array(image), index=index, model_ms=clock.between(0, 1), decode_ms=clock.between(1, 2))
+        return Frame(
+            image=image.numpy().copy(), index=index, model_ms=clock.between(0, 1), decode_ms=clock.between(1, 2)
+        )
 
     def _to_host(self, image: Tensor) -> Tensor:
         """A queued copy into pinned memory; ready after the clock's last mark, overwritten by the next frame."""

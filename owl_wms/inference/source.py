@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from owl_wms.data.game_controls import ScriptedPlayer
 from owl_wms.data.game_world import BUTTONS, GameWorld
 from owl_wms.inference.pixels import to_image
+
+_WARM_UP = 30  # game frames
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +84,7 @@ class GameSource:
         self._repeat = repeat
         self._encode, self._decode = encode, decode
         self._index = 0
-        self._world = GameWorld(seed, 1, self._device)
+        self._world = self._enter()
 
     @torch.no_grad()
     def __call__(self, mouse: Tensor, buttons: Tensor) -> Frame:
@@ -100,6 +103,14 @@ class GameSource:
         decode_ms = (done - rendered) * 1e3 if self._decode is not None else 0.0
         return Frame(image=image, index=index, model_ms=(rendered - began) * 1e3, decode_ms=decode_ms)
 
+    def _enter(self) -> GameWorld:
+        """A fresh world in which the scripted player has already turned away from the nearest wall."""
+        world = GameWorld(self._seed, 1, self._device)
+        script = ScriptedPlayer(world)
+        for _ in range(_WARM_UP):
+            world.step(*script.controls())
+        return world
+
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -108,7 +119,7 @@ class GameSource:
         """The next world."""
         self._seed += 1
         self._index = 0
-        self._world = GameWorld(self._seed, 1, self._device)
+        self._world = self._enter()
 
     def change_steps(self, by: int) -> int:
         """The game has none."""

@@ -33,7 +33,7 @@ def test_frames_arrive_and_keys_change_them() -> None:
             await page.until("Number(document.getElementById('latency').value) >= 0")
             assert await page.value("document.getElementById('model').value") == "1.5"
             assert await page.value("document.getElementById('decode').value") == "2.5"
-            assert await page.value("document.getElementById('backend').textContent") == "none"
+            assert await page.value("document.getElementById('backend').textContent") == "nothing decoded"
             await page.value("document.querySelector('[data-command=more_steps]').click()")
             await page.until("document.getElementById('steps').value === '5'")
             await page.key("Backspace", "Backspace", True)

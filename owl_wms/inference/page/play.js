@@ -93,9 +93,9 @@ function refresh() {
 }
 
 function status(message) {
-  at("backend").textContent = message.backend;
+  at("backend").textContent = message.backend === "none" ? "nothing decoded" : message.backend;
   at("backend").title = message.reason || "";
-  at("backend").classList.toggle("slow", message.backend !== "tensorrt");
+  at("backend").classList.toggle("slow", message.backend === "pytorch");
   at("source").textContent = message.source;
   at("steps").textContent = message.steps || "–";
 }

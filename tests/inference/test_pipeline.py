@@ -1,0 +1,201 @@
+"""The interactive pipeline against the sampler, its beginnings, and its pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import owl_wms
+from owl_wms.errors import ConfigError, DataError
+from owl_wms.inference.build import build_pipeline, find_beside
+from owl_wms.inference.context import Context, load_contexts, render_context
+from owl_wms.inference.pipeline import InteractivePipeline
+from owl_wms.inference.pixels import encode_image, to_uint8
+from owl_wms.inference.source import GameSource
+from owl_wms.sampling import AVCachingSampler
+from tests.world import inputs, tiny_config, tiny_core
+
+SCALE = 0.5
+
+
+def decode(latents: torch.Tensor) -> torch.Tensor:
+    """A decoder that can be undone: four channels, nearest pixels."""
+    return (latents / 8).repeat_interleave(3, -1).repeat_interleave(3, -2)
+
+
+def context(frames: int = 4, seed: int = 1) -> Context:
+    x, _, mouse, btn = inputs(1, frames, seed=seed)
+    return Context(latents=x, mouse=mouse, buttons=btn)
+
+
+def test_play_is_the_caching_sampler_one_frame_at_a_time() -> None:
+    """Same noise, same controls, same pictures; for far more frames than there are positions."""
+    core, begin, frames, window = tiny_core(n_frames=12), context(), 30, 6
+    _, _, mouse, btn = inputs(1, 4 + frames)
+    pipeline = InteractivePipeline(
+        core, decode, [begin], image_scale=SCALE, steps=2, cfg_scale=1.5, max_window=window, seed=7
+    )
+    shown = [pipeline(mouse[0, 4 + i], btn[0, 4 + i]) for i in range(frames)]
+    controls = torch.cat([begin.mouse, mouse[:, 4:]], 1), torch.cat([begin.buttons, btn[:, 4:]], 1)
+    wanted = AVCachingSampler(2, 1.5, frames, 0.2, window)(
+        core, begin.latents, *controls, generator=torch.Generator().manual_seed(7)
+    ).latents[0, 4:]
+    for frame, latent in zip(shown, wanted, strict=True):
+        expected = to_uint8(decode(latent[None, None] * SCALE)[0, 0]).numpy()
+        assert np.abs(frame.image.astype(int) - expected.astype(int)).max() <= 1
+    assert [frame.index for frame in shown] == list(range(frames))
+    assert shown[-1].image.shape == (6, 6, 3)
+    assert pipeline.cached_frames <= window
+    assert all(frame.model_ms > 0 and frame.decode_ms > 0 for frame in shown)
+
+
+def test_controls_change_the_picture_and_restart_forgets() -> None:
+    core = tiny_core()
+
+    def first(mouse: list[float], key: int, spoil: bool = False) -> np.ndarray:
+        pipeline = InteractivePipeline(core, decode, [context()], steps=1, seed=3)
+        if spoil:
+            pipeline(torch.ones(2), torch.ones(11))
+            pipeline._random.manual_seed(3)
+            pipeline.restart(0)
+        return pipeline(torch.tensor(mouse), torch.eye(11)[key]).image
+
+    assert not np.array_equal(first([0.5, 0.0], 0), first([-0.5, 0.0], 0))
+    assert not np.array_equal(first([0.5, 0.0], 0), first([0.5, 0.0], 1))
+    assert np.array_equal(first([0.5, 0.0], 0), first([0.5, 0.0], 0, spoil=True))
+
+
+def test_steps_stay_in_their_range_and_a_schedule_stays() -> None:
+    pipeline = InteractivePipeline(tiny_core(), decode, [context()], steps=19)
+    assert [pipeline.up_sampling_steps() for _ in range(3)] == [20, 20, 20]
+    assert pipeline.change_steps(-30) == 1
+    fixed = InteractivePipeline(tiny_core(), decode, [context()], schedule=[1.0, 0.5])
+    assert (fixed.steps, fixed.up_sampling_steps()) == (2, 2)
+    assert fixed.describe()["backend"] == "pytorch"
+
+
+def test_bgr_is_rgb_backwards() -> None:
+    images = [
+        InteractivePipeline(tiny_core(), decode, [context()], bgr=bgr)(torch.zeros(2), torch.zeros(11)).image
+        for bgr in (False, True)
+    ]
+    assert np.array_equal(images[0][..., ::-1], images[1])
+    assert images[0].dtype == np.uint8
+
+
+def test_pixels_are_rounded_clamped_and_finite() -> None:
+    frame = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0, float("nan")]).view(1, 1, 6).expand(4, 1, 6)
+    assert to_uint8(frame)[0, :, 0].tolist() == [0, 0, 128, 255, 255, 0]
+    with pytest.raises(ValueError, match="C >= 3"):
+        to_uint8(frame[:2])
+    picture = np.zeros((8, 8, 3), dtype=np.uint8)
+    assert encode_image(picture)[:2] == b"\xff\xd8"
+    assert encode_image(picture, "webp")[8:12] == b"WEBP"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"contexts": []}, "context"), ({"steps": 0}, "1 to 20"), ({"max_window": 99}, "max_window")],
+)
+def test_what_cannot_be_played_is_refused(changes: dict, message: str) -> None:
+    values = {"contexts": [context()], **changes}
+    with pytest.raises(ConfigError, match=message):
+        InteractivePipeline(tiny_core(), decode, **values)
+    with pytest.raises(ConfigError, match="causal"):
+        InteractivePipeline(tiny_core(causal=False), decode, [context()])
+
+
+def test_beginnings_from_files(tmp_path: Path) -> None:
+    x, _, mouse, btn = inputs(3, 5)
+    options = {"channels": 4, "side": 2, "n_buttons": 11, "scale": SCALE}
+    tensors = {"latents": x, "mouse": mouse, "buttons": btn}
+    save_file(tensors, tmp_path / "a.safetensors")
+    torch.save({name: tensor[0] for name, tensor in tensors.items()}, tmp_path / "b.pt")
+    many, one = load_contexts(tmp_path / "a.safetensors", **options), load_contexts(tmp_path / "b.pt", **options)
+    assert (len(many), len(one)) == (3, 1)
+    assert torch.equal(many[2].latents, x[2:] / SCALE)
+    assert torch.equal(one[0].mouse, mouse[:1])
+    bad = {"missing.pt": None, "text.pt": b"text", "list.pt": [x], "part.pt": {"latents": x}}
+    bad |= {"wide.pt": tensors | {"latents": x[:, :, :3]}, "nan.pt": tensors | {"mouse": mouse / 0}}
+    for name, value in bad.items():
+        if isinstance(value, bytes):
+            (tmp_path / name).write_bytes(value)
+        elif value is not None:
+            torch.save(value, tmp_path / name)
+        with pytest.raises(DataError, match=name):
+            load_contexts(tmp_path / name, **options)
+
+
+def test_rendered_beginnings_pair_frames_with_their_controls() -> None:
+    seen = []
+
+    def encode(frames: torch.Tensor) -> torch.Tensor:
+        seen.append(frames.shape)
+        return frames[:, :, ::180, ::320]
+
+    made = render_context(encode, frames=3, scale=2.0, repeat=3, seed=4)
+    assert made.latents.shape == (1, 3, 4, 2, 2)
+    assert (made.mouse.shape, made.buttons.shape) == ((1, 3, 2), (1, 3, 11))
+    assert seen == [(1, 4, 360, 640)] * 3
+    assert made.latents.abs().max() <= 0.5
+
+
+def test_the_game_is_a_source() -> None:
+    source = GameSource(5, height=36, width=64)
+    images = [source(torch.tensor([0.8, 0.0]), torch.zeros(11)).image for _ in range(4)]
+    assert images[0].shape == (36, 64, 3)
+    assert not np.array_equal(images[0], images[3])
+    source.restart()
+    again = source(torch.zeros(2), torch.zeros(11))
+    assert again.index == 0
+    coded = GameSource(5, height=36, width=64, encode=lambda x: x, decode=lambda z: z.clamp(-1, 1))
+    assert coded(torch.zeros(2), torch.zeros(11)).decode_ms > 0
+    assert json.dumps(coded.describe())
+    with pytest.raises(ValueError, match="together"):
+        GameSource(encode=lambda x: x)
+
+
+def test_paths_of_a_configuration_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "weights.pt").write_bytes(b"")
+    monkeypatch.chdir("/")
+    assert find_beside("weights.pt", tmp_path / "a" / "b" / "cfg.yml") == tmp_path / "weights.pt"
+    assert find_beside("absent.pt", tmp_path / "cfg.yml") == Path("absent.pt")
+    assert find_beside(None, tmp_path / "cfg.yml") is None
+
+
+def test_from_pretrained_and_pipeline_from_files(tmp_path: Path) -> None:
+    """A tiny model over the shipped demo autoencoder, from files to a frame, and the same through owl_wms itself."""
+    changes = {"sample_size": 8, "tokens_per_frame": 64, "channels": 128, "n_layers": 1, "n_frames": 16}
+    core = tiny_core(**changes)
+    root = Path(__file__).parents[2] / "examples" / "demo"
+    model = {key: value for key, value in vars(tiny_config(**changes)).items()}
+    train = {
+        "vae_cfg_path": str(root / "demo_vae.yml"),
+        "vae_ckpt_path": str(root / "demo_vae.safetensors"),
+        "vae_scale": 0.8,
+        "fps": 20,
+        "sampler_kwargs": {"n_steps": 1, "max_window": 6, "noise_prev": 0.1},
+    }
+    (tmp_path / "world.yml").write_text(yaml.safe_dump({"model": model, "train": train, "wandb": {}}))
+    torch.save({f"core.{key}": value for key, value in core.state_dict().items()}, tmp_path / "world.pt")
+    x, _, mouse, btn = inputs(1, 3, channels=128, side=8)
+    save_file({"latents": x, "mouse": mouse, "buttons": btn}, tmp_path / "context.safetensors")
+    pipeline = build_pipeline(tmp_path / "world.yml", tmp_path / "world.pt", context=tmp_path / "context.safetensors")
+    frame = pipeline(torch.zeros(2), torch.zeros(11))
+    assert frame.image.shape == (360, 640, 3)
+    assert frame.image.std() > 1
+    assert (pipeline.steps, pipeline.image_scale, pipeline.noise_prev) == (1, 0.8, 0.1)
+    assert pipeline.describe()["backend"] == "pytorch"
+    loaded, decoder = owl_wms.from_pretrained(tmp_path / "world.yml", tmp_path / "world.pt", return_decoder=True)
+    assert loaded.training
+    assert next(loaded.parameters()).dtype == torch.float32
+    assert not decoder.training
+    with pytest.raises(AttributeError, match="nothing_here"):
+        _ = owl_wms.nothing_here
