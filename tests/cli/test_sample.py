@@ -1,0 +1,65 @@
+"""`owl-wms sample`: a tiny model over the shipped autoencoder, from files to a clip and back into a context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from owl_wms.cli import main
+from owl_wms.inference.context import load_contexts
+from owl_wms.media.video import read_video
+from tests.world import inputs, tiny_config, tiny_core
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    changes = {"sample_size": 8, "tokens_per_frame": 64, "channels": 128, "n_layers": 1, "n_frames": 16}
+    train = {
+        "vae_cfg_path": str(DEMO / "demo_vae.yml"),
+        "vae_ckpt_path": str(DEMO / "demo_vae.safetensors"),
+        "vae_scale": 0.8,
+        "fps": 20,
+        "sampler_id": "av_caching",
+        "sampler_kwargs": {"n_steps": 1, "cfg_scale": 1.0, "num_frames": 900, "max_window": 6},
+    }
+    document = {"model": vars(tiny_config(**changes)), "train": train, "wandb": {}}
+    (folder / "world.yml").write_text(yaml.safe_dump(document))
+    torch.save(tiny_core(**changes).state_dict(), folder / "world.pt")
+    x, _, mouse, btn = inputs(1, 2, channels=128, side=8)
+    save_file({"latents": x, "mouse": mouse, "buttons": btn}, folder / "context.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("sampler", [None, "av_causal_no_cfg"])
+def test_a_clip_is_written(files: Path, tmp_path: Path, sampler: str | None) -> None:
+    pytest.importorskip("av")
+    call = ["sample", str(files / "world.yml"), str(files / "world.pt"), "--out", str(tmp_path / "clip.mp4")]
+    call += ["--context", str(files / "context.safetensors"), "--frames", "3", "--device", "cpu"]
+    call += ["--latents", str(tmp_path / "clip.safetensors")]
+    call += [] if sampler is None else ["--sampler", sampler, "--steps", "1"]
+    with pytest.raises(SystemExit) as ended:
+        main(call)
+    assert ended.value.code == 0
+    frames = list(read_video(tmp_path / "clip.mp4"))
+    assert len(frames) == 5
+    assert frames[0].shape == (360, 640, 3)
+    written, given = load_file(tmp_path / "clip.safetensors"), load_file(files / "context.safetensors")
+    assert torch.allclose(written["latents"][:, :2], given["latents"], atol=1e-5), "the context comes back unscaled"
+    again = load_contexts(tmp_path / "clip.safetensors", channels=128, side=8, n_buttons=11, scale=0.8)
+    assert again[0].latents.shape == (1, 5, 128, 8, 8)
+
+
+def test_bad_calls_end_in_one_line(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["sample", str(files / "world.yml"), str(files / "world.pt")]
+    for extra, message in ((["--out", "clip.gif"], "must end in .mp4"), (["--sampler", "av_cache"], "av_caching")):
+        with pytest.raises(SystemExit) as ended:
+            main([*call, *extra])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
