@@ -22,7 +22,19 @@ from owl_wms.cache.key import is_entry_name
 from owl_wms.cache.manifest import ForeignSchemaError, Manifest
 from owl_wms.errors import CacheCorruptError
 
-_COMPARED = ("torch", "torch_tensorrt", "tensorrt", "triton", "cuda", "driver", "gpu", "compute_capability", "sm_count")
+_COMPARED = (
+    "torch",
+    "torch_tensorrt",
+    "tensorrt",
+    "triton",
+    "cuda",
+    "cudnn",
+    "driver",
+    "gpu",
+    "compute_capability",
+    "sm_count",
+    "python",
+)
 """Facts of the machine that a program depends on, in the order in which a user wants to hear of them."""
 
 

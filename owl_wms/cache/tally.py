@@ -11,7 +11,9 @@ Usage:
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -36,6 +38,7 @@ class Tally:
         self._counts: Counter[str] = Counter()
         self._warned: set[str] = set()
         self._guard = threading.Lock()
+        _LIVE.add(self)
 
     def count(self, name: str, by: int = 1) -> None:
         with self._guard:
@@ -53,3 +56,18 @@ class Tally:
                 return
             self._warned.add(topic)
         self._log.warning(message, *args)
+
+    def _unlock_in_child(self) -> None:
+        self._guard = threading.Lock()
+
+
+_LIVE: weakref.WeakSet[Tally] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for tally in list(_LIVE):
+        tally._unlock_in_child()
+
+
+# A lock that another thread held at the moment of a fork would stay locked in the child for ever.
+os.register_at_fork(after_in_child=_after_fork)

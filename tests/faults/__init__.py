@@ -1,1 +1,1 @@
-"""Attacks on the cache and the runtime, kept as tests; `make faults` runs them at full counts and writes docs/faults.md."""
+"""Attacks on the cache and the runtime, kept as tests; `make faults` runs all and writes docs/faults.md."""

@@ -1,8 +1,9 @@
 """docs/faults.md: the rows, how a run fills them, and how a later run notices that the committed table is out of date.
 
-Why: a hand-written table of "what we survived" drifts. Here each row has an identifier, an attack and a promise; a test records what
-happened under that identifier; a full-count run in which everything passed writes the file, and every ordinary run compares
-the committed file's rows with those below. Rows of tests that could not run (no GPU) keep what the file said before.
+Why: a hand-written table of "what we survived" drifts. Here each row has an identifier, an attack and a promise; a test
+records what happened under that identifier; a full-count run in which everything passed writes the file, and every
+ordinary run compares the committed file's rows with those below. Rows of tests that could not run (no GPU) keep what
+the file said before.
 """
 
 from __future__ import annotations
@@ -37,19 +38,25 @@ ROWS: dict[str, Row] = {
         "no visible bad entry, next call succeeds, lock free in under 1 s, leftovers swept",
     ),
     "kill-each": Row("SIGKILL of the writer at each of its system calls in turn", "as above"),
-    "stopped": Row("the builder is stopped (SIGSTOP) while it holds the lock", "waiters go on after the timeout and name it"),
+    "stopped": Row(
+        "the builder is stopped (SIGSTOP) while it holds the lock", "waiters go on after the timeout and name it"
+    ),
     "stale-lock": Row("a lock file left by a dead process, its number in use again", "no wait"),
     "errno-write": Row(
         "i-th system call of the write path fails with EIO, ENOSPC, EACCES, EROFS, EMFILE, EDQUOT, every i",
         "the program is returned, nothing partial is visible, the next call heals",
     ),
     "errno-read": Row("the same on the read path of a good entry", "the program is returned, the entry survives"),
-    "errno-rest": Row("from the i-th on, every writing system call fails, every i", "the program is returned, nothing partial"),
+    "errno-rest": Row(
+        "from the i-th on, every writing system call fails, every i", "the program is returned, nothing partial"
+    ),
     "order": Row(
         "order of fsync and rename in the write path, as recorded and as strace sees it",
         "every file and its directory are fsynced before the rename, the parent after it",
     ),
-    "flips": Row("single-bit flips over every file of an entry", "refused before any deserializer, quarantined, rebuilt once"),
+    "flips": Row(
+        "single-bit flips over every file of an entry", "refused before any deserializer, quarantined, rebuilt once"
+    ),
     "cuts": Row("truncation to every length up to 4096 and at random", "as above"),
     "tails": Row("1 to 4096 bytes appended, a 4 KiB page zeroed", "as above"),
     "swaps": Row("payloads or manifests swapped between two keys, an older manifest put back", "as above"),
@@ -57,20 +64,35 @@ ROWS: dict[str, Row] = {
     "codes-open": Row("the same with a matching digest, in a directory that others can write", "refused, nothing runs"),
     "codes-checkpoint": Row("checkpoints that run code when unpickled", "CheckpointError, nothing runs"),
     "dir-missing": Row("cache directory does not exist, nor its parent", "made with mode 0700, the entry is kept"),
-    "dir-read-only": Row("read-only file system (bind mount, else mode 0500 for a plain user)", "uncached, one warning"),
+    "dir-read-only": Row(
+        "read-only file system (bind mount, else mode 0500 for a plain user)", "uncached, one warning"
+    ),
     "dir-read-only-hit": Row("the same with a good entry in it", "the entry is used"),
     "dir-file": Row("the path is a file, or lies below one", "refused, uncached"),
     "dir-foreign": Row("the directory belongs to another user", "refused, uncached; accepted when signed"),
     "dir-world": Row("the directory can be written by everybody", "refused, uncached, also when signed"),
-    "dir-group": Row("the directory can be written by a group with others in it", "refused, uncached; accepted when signed"),
+    "dir-group": Row(
+        "the directory can be written by a group with others in it", "refused, uncached; accepted when signed"
+    ),
     "dir-parent": Row("a parent can be written by everybody without the sticky bit", "refused, uncached"),
-    "dir-link": Row("the path is a symbolic link: dangling, to a good directory, to another user's", "refused, uncached, target untouched"),
-    "dir-inner-links": Row("the cache's own folders are links to elsewhere", "uncached or kept, nothing written elsewhere"),
+    "dir-link": Row(
+        "the path is a symbolic link: dangling, to a good directory, to another user's",
+        "refused, uncached, target untouched",
+    ),
+    "dir-inner-links": Row(
+        "the cache's own folders are links to elsewhere", "uncached or kept, nothing written elsewhere"
+    ),
     "dir-noexec": Row("file system mounted noexec", "the entry is kept and used"),
-    "dir-name": Row("model names of 255 bytes, with slashes, dots, control characters, none at all", "kept under a safe name"),
+    "dir-name": Row(
+        "model names of 255 bytes, with slashes, dots, control characters, none at all", "kept under a safe name"
+    ),
     "dir-no-home": Row("no HOME, no user entry for the uid", "a default directory or none, never an exception"),
-    "dir-no-temp": Row("cache refused and no temporary directory to build in", "one clear error, which the runtime turns into PyTorch"),
-    "full": Row("a file system of 64 sizes from nothing to more than the entry", "the program is returned, nothing partial"),
+    "dir-no-temp": Row(
+        "cache refused and no temporary directory to build in", "one clear error, which the runtime turns into PyTorch"
+    ),
+    "full": Row(
+        "a file system of 64 sizes from nothing to more than the entry", "the program is returned, nothing partial"
+    ),
     "hmac": Row("signed cache: unsigned, foreign and altered entries", "refused in that mode"),
     "upgrade": Row(
         "entries of another schema, torch, TensorRT, GPU or driver, and forged ones",
@@ -78,9 +100,13 @@ ROWS: dict[str, Row] = {
     ),
     "evict": Row("8 readers, 4 writers, a cap of 3 entries, clocks ten years off either way", "no failed read"),
     "clock": Row("use markers and entries dated 1970, ten years ago, ten years ahead", "the order of use is kept"),
-    "live-stage": Row("sweeping while writers write, clocks ten years off either way", "no live writer's stage is removed"),
+    "live-stage": Row(
+        "sweeping while writers write, clocks ten years off either way", "no live writer's stage is removed"
+    ),
     "flat": Row("open, verify, close, over and over", "descriptors and memory flat"),
-    "fuzz-manifest": Row("manifest parser fed random, mutated and hostile bytes", "CacheCorruptError only, under 100 ms and 64 MiB"),
+    "fuzz-manifest": Row(
+        "manifest parser fed random, mutated and hostile bytes", "CacheCorruptError only, under 100 ms and 64 MiB"
+    ),
     "fuzz-config": Row("configuration parser fed random and mutated YAML", "ConfigError only, under 100 ms and 64 MiB"),
     "fuzz-latents": Row("latent-file readers fed random and mutated files", "DataError only, under 100 ms and 64 MiB"),
     "fuzz-messages": Row("player's WebSocket messages, random and mutated", "refused or clamped, never an exception"),
@@ -90,8 +116,13 @@ ROWS: dict[str, Row] = {
     ),
     "runtime-threads": Row("16 threads decode at once", "no cross-talk"),
     "runtime-fork": Row("fork after a program is loaded", "the child decodes or says why not"),
-    "run-failures": Row("the program raises, returns NaN where PyTorch does not, runs out of memory", "PyTorch's answer, put aside after three"),
-    "soak": Row("100,000 decodes over 10 shapes with builds and evictions between", "memory flat, no wrong frame", gpu=True),
+    "run-failures": Row(
+        "the program raises, returns NaN where PyTorch does not, runs out of memory",
+        "PyTorch's answer, put aside after three",
+    ),
+    "soak": Row(
+        "100,000 decodes over 10 shapes with builds and evictions between", "memory flat, no wrong frame", gpu=True
+    ),
 }
 
 

@@ -81,7 +81,10 @@ def test_single_bit_flips(fault: Fault, victim: Victim, deserializers: Spy) -> N
     flips, chance = fault.count(10_000, 500), random.Random(5)
     bits = {name: 8 * len(data) for name, data in victim.good.items()}
     # Every bit of the manifest that the count allows, the rest over the program.
-    places = [("manifest.json", bit) for bit in chance.sample(range(bits["manifest.json"]), min(flips // 3, bits["manifest.json"]))]
+    places = [
+        ("manifest.json", bit)
+        for bit in chance.sample(range(bits["manifest.json"]), min(flips // 3, bits["manifest.json"]))
+    ]
     places += [("program.pt2", bit) for bit in chance.sample(range(bits["program.pt2"]), flips - len(places))]
     for name, bit in places:
         data = bytearray(victim.good[name])
@@ -227,14 +230,30 @@ def test_signed_cache(fault: Fault, folder: Path, program: bytes, deserializers:
     fault.record("hmac", f"{cases}/{cases} refused, the signed entry is used")
 
 
-MACHINE = {"torch": "2.11.0", "tensorrt": "1.4", "gpu": "NVIDIA H200", "driver": "580.1", "compute_capability": "9.0", "sm_count": 132}
+MACHINE = {
+    "torch": "2.11.0",
+    "tensorrt": "1.4",
+    "gpu": "NVIDIA H200",
+    "driver": "580.1",
+    "compute_capability": "9.0",
+    "sm_count": 132,
+}
 
 
 @pytest.mark.parametrize(
     ("fact", "was"),
-    [("torch", "2.10.0"), ("tensorrt", "1.3"), ("gpu", "NVIDIA L4"), ("driver", "570.1"), ("sm_count", 58), ("compute_capability", "8.9")],
+    [
+        ("torch", "2.10.0"),
+        ("tensorrt", "1.3"),
+        ("gpu", "NVIDIA L4"),
+        ("driver", "570.1"),
+        ("sm_count", 58),
+        ("compute_capability", "8.9"),
+    ],
 )
-def test_entries_of_other_machines(fact: str, was: Any, fault: Fault, folder: Path, program: bytes, deserializers: Spy) -> None:
+def test_entries_of_other_machines(
+    fact: str, was: Any, fault: Fault, folder: Path, program: bytes, deserializers: Spy
+) -> None:
     directory = folder / "cache"
     here, there = {"machine": MACHINE}, {"machine": {**MACHINE, fact: was}}
     store = CacheStore(directory)
@@ -258,7 +277,10 @@ def test_entries_of_other_machines(fact: str, was: Any, fault: Fault, folder: Pa
     assert isinstance(store.lookup(NAME, here), Miss)
     assert deserializers.calls == 0
     if fact == "torch":
-        fault.record("upgrade", "6 facts x 3 ways (honest, moved, forged key), 2 schemas: all missed with a reason, 0 deserializer calls")
+        fault.record(
+            "upgrade",
+            "6 facts x 3 ways (honest, moved, forged key), 2 schemas: all missed with a reason, 0 deserializer calls",
+        )
 
 
 @pytest.mark.parametrize("schema", [0, 2])

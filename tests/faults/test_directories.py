@@ -16,10 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from owl_wms.cache import CacheStore, Entry, entry_name, cache_key
+from owl_wms.cache import CacheStore
 from owl_wms.errors import CacheError
 from tests.faults.conftest import Fault
-from tests.faults.tools import FORK, MATERIAL, NAME, Builder, assert_nothing_partial, entry_path, gate, looked_up, read, wait_ok
+from tests.faults.tools import (
+    MATERIAL,
+    NAME,
+    Builder,
+    assert_nothing_partial,
+    entry_path,
+    looked_up,
+    read,
+)
 
 DATA = bytes(range(256)) * 40
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make this situation")
@@ -125,7 +133,9 @@ def test_world_writable(fault: Fault, folder: Path, caplog: pytest.LogCaptureFix
     fault.record("dir-world", "0777, 0702 and 01777 refused, uncached, also when signed")
 
 
-def test_group_writable(fault: Fault, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_writable(
+    fault: Fault, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = folder / "cache"
     read(CacheStore(directory), Builder(DATA))
     directory.chmod(0o770)
@@ -198,7 +208,18 @@ def test_noexec(fault: Fault, folder: Path) -> None:
 
 
 def test_names(fault: Fault, folder: Path) -> None:
-    names = ["x" * 255, "../../etc/passwd", "a/b\\c", "...", "", "\0\n\x1b[31m", "ü" * 300, "-rf", ".locks", "quarantine"]
+    names = [
+        "x" * 255,
+        "../../etc/passwd",
+        "a/b\\c",
+        "...",
+        "",
+        "\0\n\x1b[31m",
+        "ü" * 300,
+        "-rf",
+        ".locks",
+        "quarantine",
+    ]
     for name in names:
         store, build = CacheStore(folder / "cache"), Builder(DATA)
         store.get_or_build(name, MATERIAL, build).close()
@@ -267,4 +288,7 @@ def test_full_file_system(fault: Fault, folder: Path) -> None:
         directory.rmdir()
     count = len(sizes if fault.full else sizes[::10])
     assert 0 < kept < count
-    fault.record("full", f"{count} sizes from {sizes[0]} to {sizes[-1]} bytes: all answered, {kept} kept, 0 partial, 0 stages left")
+    fault.record(
+        "full",
+        f"{count} sizes from {sizes[0]} to {sizes[-1]} bytes: all answered, {kept} kept, 0 partial, 0 stages left",
+    )

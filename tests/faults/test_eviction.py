@@ -88,7 +88,8 @@ def test_readers_and_writers_over_a_small_cap(fault: Fault, folder: Path) -> Non
     assert CacheStore(directory).stats()["cache_bytes"] <= cap
     fault.record(
         "evict",
-        f"{seconds} s: {reads.value} reads right, 0 failed, {misses.value} misses, {builds.value} writes, at most {overshoot:.1f} entries at once",
+        f"{seconds} s: {reads.value} reads right, 0 failed, {misses.value} misses, "
+        f"{builds.value} writes, at most {overshoot:.1f} entries at once",
     )
 
 
@@ -124,7 +125,9 @@ def test_order_of_use_survives_clocks(fault: Fault, folder: Path, monkeypatch: p
         size = store.stats()["cache_bytes"] // 4
         assert survivor not in store.prune(size + 10).removed
         assert [info.name for info in store.entries()] == [survivor]
-    fault.record("clock", f"{turns} rounds of 6 uses under 4 clocks: the last used entry was the one kept, {turns}/{turns}")
+    fault.record(
+        "clock", f"{turns} rounds of 6 uses under 4 clocks: the last used entry was the one kept, {turns}/{turns}"
+    )
 
 
 def test_live_stages_outlast_sweeps(fault: Fault, folder: Path) -> None:
@@ -147,7 +150,9 @@ def test_live_stages_outlast_sweeps(fault: Fault, folder: Path) -> None:
         process.start()
     for _ in writers:
         assert go.acquire(timeout=30)
-    dead = FORK.Process(target=lambda: (staging.Stage.open(os.open(directory, os.O_RDONLY), directory, 0o700), os._exit(0)))
+    dead = FORK.Process(
+        target=lambda: (staging.Stage.open(os.open(directory, os.O_RDONLY), directory, 0o700), os._exit(0))
+    )
     dead.start()
     dead.join()
     swept = 0

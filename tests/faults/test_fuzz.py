@@ -7,7 +7,6 @@ import random
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +23,23 @@ SECONDS, MEMORY = 0.1, 64 * 2**20
 
 def mutations(seeds: list[bytes], count: int, chance: random.Random) -> Iterable[bytes]:
     """Flip, cut, insert, repeat and splice: what a byte-level fuzzer does."""
-    interesting = [b"", b"\0", b"\xff\xfe", b"{}", b"[" * 50, b'"', b"NaN", b"1e999", b"-0", b"9" * 30, b"\\ud800", b"null", b": ", b"- ", b"&a *a"]
+    interesting = [
+        b"",
+        b"\0",
+        b"\xff\xfe",
+        b"{}",
+        b"[" * 50,
+        b'"',
+        b"NaN",
+        b"1e999",
+        b"-0",
+        b"9" * 30,
+        b"\\ud800",
+        b"null",
+        b": ",
+        b"- ",
+        b"&a *a",
+    ]
     for _ in range(count):
         data = bytearray(chance.choice(seeds))
         for _ in range(chance.randint(1, 4)):
@@ -45,7 +60,9 @@ def mutations(seeds: list[bytes], count: int, chance: random.Random) -> Iterable
         yield bytes(data)
 
 
-def slowest_of(parse_one: Callable[[bytes], object], inputs: Iterable[bytes], allowed: type[Exception]) -> tuple[int, int, float]:
+def slowest_of(
+    parse_one: Callable[[bytes], object], inputs: Iterable[bytes], allowed: type[Exception]
+) -> tuple[int, int, float]:
     """Inputs tried, inputs accepted, seconds of the slowest; anything but `allowed` propagates."""
     tried = accepted = 0
     slowest = 0.0
@@ -83,7 +100,13 @@ def _manifest(data: bytes) -> Manifest:
 
 def good_manifest(report: dict[str, object] | None = None) -> bytes:
     made = Manifest(
-        name="dcae", key=cache_key(MATERIAL), material=dict(MATERIAL), size=10, sha256="a" * 64, report=report or {}, created_unix=1
+        name="dcae",
+        key=cache_key(MATERIAL),
+        material=dict(MATERIAL),
+        size=10,
+        sha256="a" * 64,
+        report=report or {},
+        created_unix=1,
     )
     return made.to_bytes(None)
 
@@ -179,5 +202,6 @@ def test_manifest_mutations(fault: Fault) -> None:
     assert peak < MEMORY
     fault.record(
         "fuzz-manifest",
-        f"{tried} mutated inputs and {len(BOMBS)} bombs: CacheCorruptError only, slowest {slowest * 1e3:.0f} ms, at most {peak / 2**20:.0f} MiB",
+        f"{tried} mutated inputs and {len(BOMBS)} bombs: CacheCorruptError only, "
+        f"slowest {slowest * 1e3:.0f} ms, at most {peak / 2**20:.0f} MiB",
     )

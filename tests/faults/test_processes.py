@@ -58,7 +58,9 @@ def test_one_build_for_32_processes(fault: Fault, folder: Path) -> None:
     assert builds == [1] * rounds
     assert right == PROCESSES * rounds
     assert_nothing_partial(folder / "cache")
-    fault.record("one-key", f"{rounds} rounds: 1 build in each, {right}/{PROCESSES * rounds} reads verified, 0 exceptions")
+    fault.record(
+        "one-key", f"{rounds} rounds: 1 build in each, {right}/{PROCESSES * rounds} reads verified, 0 exceptions"
+    )
 
 
 @pytest.mark.timeout(600)
@@ -69,7 +71,10 @@ def test_no_corrupt_read_without_flock(fault: Fault, folder: Path) -> None:
     assert right == PROCESSES * rounds
     assert_nothing_partial(folder / "cache")
     mean = sum(builds) / rounds
-    fault.record("no-flock", f"{rounds} rounds: {mean:.1f} builds a round, {right}/{PROCESSES * rounds} reads verified, 0 exceptions")
+    fault.record(
+        "no-flock",
+        f"{rounds} rounds: {mean:.1f} builds a round, {right}/{PROCESSES * rounds} reads verified, 0 exceptions",
+    )
 
 
 def test_threads_share_a_store(fault: Fault, folder: Path) -> None:
@@ -78,7 +83,9 @@ def test_threads_share_a_store(fault: Fault, folder: Path) -> None:
         store, build, seen = CacheStore(folder / "cache"), Builder(DATA), []
         material = {**MATERIAL, "turn": turn}
 
-        def one(store: CacheStore = store, build: Builder = build, seen: list[bool] = seen, material: Any = material) -> None:
+        def one(
+            store: CacheStore = store, build: Builder = build, seen: list[bool] = seen, material: Any = material
+        ) -> None:
             seen.append(read(store, build, material) == DATA)
 
         threads = [threading.Thread(target=one) for _ in range(16)]
@@ -160,7 +167,9 @@ def test_kill_at_random_moments(fault: Fault, folder: Path) -> None:
         assert process.exitcode == -signal.SIGKILL
         slowest = max(slowest, _after_a_kill(folder / "cache"))
     assert slowest < 1.0
-    fault.record("kill", f"{kills} kills: 0 bad entries, 0 exceptions, slowest next call {slowest * 1e3:.0f} ms, 0 stages left")
+    fault.record(
+        "kill", f"{kills} kills: 0 bad entries, 0 exceptions, slowest next call {slowest * 1e3:.0f} ms, 0 stages left"
+    )
 
 
 @pytest.mark.timeout(900)
@@ -214,7 +223,10 @@ def test_waiter_passes_a_stopped_builder(fault: Fault, folder: Path, caplog: pyt
         holder.kill()
         holder.join()
     assert entry_path(folder / "cache").is_dir()
-    fault.record("stopped", f"answered after {waited:.1f} s (timeout 0.5 s), the message named the process, its stage was left alone")
+    fault.record(
+        "stopped",
+        f"answered after {waited:.1f} s (timeout 0.5 s), the message named the process, its stage was left alone",
+    )
 
 
 def test_dead_holder_does_not_block(fault: Fault, folder: Path) -> None:

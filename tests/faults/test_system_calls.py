@@ -14,7 +14,7 @@ import pytest
 from owl_wms.cache import CacheStore
 from owl_wms.cache.fs import STORAGE_ERRNOS
 from tests.faults.conftest import Fault
-from tests.faults.tools import NAME, MATERIAL, Builder, assert_nothing_partial, entry_path, gate, read
+from tests.faults.tools import MATERIAL, NAME, Builder, assert_nothing_partial, entry_path, gate, read
 
 CODES = (errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EMFILE, errno.EDQUOT)
 WRITING = ("mkdir", "write", "fsync", "rename", "fchmod", "utime", "unlink", "rmdir", "lock")
@@ -54,7 +54,10 @@ def test_each_call_of_the_write_path_fails(fault: Fault, folder: Path, monkeypat
         assert again.runs <= 1
         assert entry_path(directory).exists()
         shutil.rmtree(directory)
-    fault.record("errno-write", f"{len(cases)} of {count * len(CODES)} (call, error) pairs: all answered, 0 partial, {kept} kept anyway")
+    fault.record(
+        "errno-write",
+        f"{len(cases)} of {count * len(CODES)} (call, error) pairs: all answered, 0 partial, {kept} kept anyway",
+    )
 
 
 @pytest.mark.timeout(900)
@@ -74,7 +77,9 @@ def test_each_call_of_the_read_path_fails(fault: Fault, folder: Path, monkeypatc
         assert_nothing_partial(directory)
         assert entry_path(directory).exists()
     assert not (directory / "quarantine").exists()
-    fault.record("errno-read", f"{len(cases)} of {count * len(CODES)} pairs: all answered, {rebuilt} rebuilt, 0 quarantined")
+    fault.record(
+        "errno-read", f"{len(cases)} of {count * len(CODES)} pairs: all answered, {rebuilt} rebuilt, 0 quarantined"
+    )
 
 
 @pytest.mark.timeout(900)
@@ -104,9 +109,11 @@ def test_durable_order(fault: Fault, folder: Path, monkeypatch: pytest.MonkeyPat
     seen = _strace(folder)
     if seen is not None:
         assert seen == ["file", "file", "directory", "rename", "directory"]
-    fault.record("order", "fsync program, fsync manifest, fsync entry, rename, fsync parent" + (
-        "; strace agrees" if seen else "; strace not available"
-    ))
+    fault.record(
+        "order",
+        "fsync program, fsync manifest, fsync entry, rename, fsync parent"
+        + ("; strace agrees" if seen else "; strace not available"),
+    )
 
 
 def _order(names: list[str]) -> list[str]:
@@ -115,7 +122,7 @@ def _order(names: list[str]) -> list[str]:
 
 
 def _strace(folder: Path) -> list[str] | None:
-    """fsync and rename calls of one build as the kernel saw them, fsync named by what was synced; None without strace."""
+    """fsync and rename calls of one build as the kernel saw them, fsync named by its target; None without strace."""
     if shutil.which("strace") is None:
         return None
     log, script = folder / "trace", folder / "one_build.py"

@@ -40,7 +40,9 @@ def assert_nothing_partial(directory: Path) -> None:
         assert bad == []
 
 
-def read(store: CacheStore, build: Callable[[Path], Mapping[str, Any]], material: Mapping[str, Any] = MATERIAL) -> bytes:
+def read(
+    store: CacheStore, build: Callable[[Path], Mapping[str, Any]], material: Mapping[str, Any] = MATERIAL
+) -> bytes:
     entry = store.get_or_build(NAME, material, build)
     try:
         return entry.read("program.pt2")
@@ -59,7 +61,7 @@ def looked_up(store: CacheStore, material: Mapping[str, Any] = MATERIAL) -> byte
 
 
 class BrokenCalls:
-    """Stands in for `fs._call`: numbers the calls and lets `decide(index, name)` give an errno, or None to let it pass."""
+    """Stands in for `fs._call`: numbers the calls; `decide(index, name)` gives an errno, or None to let it pass."""
 
     def __init__(self, decide: Callable[[int, str], int | None]) -> None:
         self.names: list[str] = []

@@ -1,0 +1,168 @@
+"""The store as its callers see it; attacks on it are in tests/faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from owl_wms.cache import CacheStore, Entry, Miss
+from owl_wms.cache.manifest import FILE_NAME, PROGRAM, parse
+from owl_wms.errors import CacheCorruptError, CacheError, CacheRefusedError, FastPathError
+from tests.faults.tools import MATERIAL, NAME, Builder, entry_path, looked_up, read
+
+
+def test_built_once_then_found(tmp_path: Path) -> None:
+    store, build = CacheStore(tmp_path / "cache"), Builder(b"program")
+    first = store.get_or_build(NAME, MATERIAL, build)
+    second = store.get_or_build(NAME, MATERIAL, build)
+    assert (first.built, second.built, build.runs) == (True, False, 1)
+    assert first.read(PROGRAM) == second.read(PROGRAM) == b"program"
+    assert second.cached
+    assert second.manifest.report == {"latency_ms": 1.25}
+    assert second.manifest.material == MATERIAL
+    assert sorted(path.name for path in entry_path(tmp_path / "cache").iterdir()) == [FILE_NAME, PROGRAM]
+    counts = store.stats()
+    assert {name: counts[name] for name in ("hits", "misses", "builds", "published", "entries")} == {
+        "hits": 1, "misses": 1, "builds": 1, "published": 1, "entries": 1,
+    }  # fmt: skip
+
+
+def test_other_material_is_another_entry(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path / "cache")
+    read(store, Builder(b"one"))
+    assert read(store, Builder(b"two"), {**MATERIAL, "weights": "other"}) == b"two"
+    assert looked_up(store) == b"one"
+
+
+def test_a_failing_build_leaves_nothing_and_raises_its_own_error(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path / "cache")
+
+    def build(folder: Path) -> dict[str, object]:
+        (folder / PROGRAM).write_bytes(b"half")
+        raise FastPathError("build", "no engine")
+
+    with pytest.raises(FastPathError, match="no engine"):
+        store.get_or_build(NAME, MATERIAL, build)
+    assert isinstance(store.lookup(NAME, MATERIAL), Miss)
+    assert list((tmp_path / "cache" / ".tmp").iterdir()) == []
+    assert read(store, Builder(b"whole")) == b"whole"
+
+
+def test_a_build_without_a_program_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"without writing program\.pt2"):
+        CacheStore(tmp_path / "cache").get_or_build(NAME, MATERIAL, lambda folder: {})
+
+
+def test_a_report_that_is_not_json_does_not_fail_the_build(tmp_path: Path) -> None:
+    def build(folder: Path) -> dict[str, object]:
+        (folder / PROGRAM).write_bytes(b"program")
+        (folder / "timing.cache").write_bytes(b"stray")
+        return {"ms": float("nan")}
+
+    entry = CacheStore(tmp_path / "cache").get_or_build(NAME, MATERIAL, build)
+    assert entry.cached
+    assert "report.ms" in entry.manifest.report["report_error"]
+    assert not (entry_path(tmp_path / "cache") / "timing.cache").exists()
+
+
+def test_a_program_above_the_limit_is_used_but_not_kept(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path / "cache", max_bytes=100)
+    entry = store.get_or_build(NAME, MATERIAL, Builder(b"x" * 101))
+    assert entry.read() == b"x" * 101
+    assert not entry.cached
+    assert "limit" in entry.reason
+
+
+def test_entries_in_use_outlast_pruning(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path / "cache")
+    entry = store.get_or_build(NAME, MATERIAL, Builder(b"program"))
+    with entry.in_use():
+        entry.close()
+        assert store.prune(0).in_use == (entry.name,)
+    assert store.prune(0).removed == (entry.name,)
+    assert list((tmp_path / "cache" / ".use").iterdir()) == []
+
+
+def test_a_closed_entry_says_so(tmp_path: Path) -> None:
+    entry = CacheStore(tmp_path / "cache").get_or_build(NAME, MATERIAL, Builder(b"program"))
+    with pytest.raises(CacheError, match=r"holds program\.pt2"):
+        entry.read("manifest.json")
+    entry.close()
+    entry.close()
+    with pytest.raises(CacheError, match="closed"):
+        entry.read()
+
+
+def test_lookup_and_listing_make_no_directory(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path / "cache")
+    assert isinstance(store.lookup(NAME, MATERIAL), Miss)
+    assert store.entries() == store.verify() == []
+    assert store.prune(0).removed == ()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_operators_are_told_of_a_refused_directory(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path / "cache")
+    read(store, Builder(b"program"))
+    (tmp_path / "cache").chmod(0o777)
+    for ask in (store.entries, store.verify, store.prune):
+        with pytest.raises(CacheRefusedError, match="everybody"):
+            ask()
+    assert "everybody" in store.stats()["refused"]
+
+
+def test_verify_finds_and_repairs(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path / "cache")
+    read(store, Builder(b"one"))
+    read(store, Builder(b"two"), {**MATERIAL, "weights": "other"})
+    (entry_path(tmp_path / "cache") / PROGRAM).write_bytes(b"bad")
+    assert sorted(info.status for info in store.verify()) == ["corrupt", "ok"]
+    bad = [info for info in store.verify(repair=True) if info.status == "corrupt"]
+    assert [info.reason for info in bad] == ["program.pt2 does not match its SHA-256"]
+    assert [info.status for info in store.verify()] == ["ok"]
+    (entry_path(tmp_path / "cache", {**MATERIAL, "weights": "other"}) / "stray").write_bytes(b"")
+    assert "should not" in store.verify()[0].reason
+
+
+def test_quarantine_is_bounded(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path / "cache")
+    for turn in range(20):
+        read(store, Builder(b"one"))
+        (entry_path(tmp_path / "cache") / PROGRAM).write_bytes(b"bad%d" % turn)
+    read(store, Builder(b"one"))
+    assert len(list((tmp_path / "cache" / "quarantine").iterdir())) == 16
+    assert store.stats()["quarantined"] == 20
+
+
+def test_a_manifest_too_large_to_read_is_not_written(tmp_path: Path) -> None:
+    entry = CacheStore(tmp_path / "cache").get_or_build(NAME, {"graph": "x" * (2 << 20)}, Builder(b"program"))
+    assert not entry.cached
+    assert "larger than" in entry.reason
+
+
+def test_manifest_round_trip_and_refusals(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path / "cache")
+    entry = store.get_or_build(NAME, MATERIAL, Builder(b"program"))
+    assert isinstance(entry, Entry)
+    data = (entry_path(tmp_path / "cache") / FILE_NAME).read_bytes()
+    assert parse(data, FILE_NAME) == entry.manifest
+    for bad in (
+        data + b"\n",
+        b" " + data,
+        data.replace(b'"schema":1', b'"schema":1.0'),
+        data.replace(b'"schema":1', b'"schema":true'),
+    ):
+        with pytest.raises(CacheCorruptError):
+            parse(bad, FILE_NAME)
+    with pytest.raises(CacheCorruptError, match="key"):
+        dataclasses.replace(entry.manifest, key="0" * 64).to_bytes(None)
+
+
+def test_the_cache_imports_no_torch() -> None:
+    code = "import sys, owl_wms.cache; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
