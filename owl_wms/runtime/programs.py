@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import tempfile
 import threading
 import time
@@ -35,6 +36,16 @@ _T = TypeVar("_T")
 # not find out again.
 _failed_builds: dict[tuple[str, str], FastPathError] = {}
 _failed_guard = threading.Lock()
+_one_at_a_time = threading.Lock()
+
+
+def _unlock_in_child() -> None:
+    global _failed_guard, _one_at_a_time
+    _failed_guard, _one_at_a_time = threading.Lock(), threading.Lock()
+
+
+# A lock that another thread held at the moment of a fork would stay locked in the child for ever.
+os.register_at_fork(after_in_child=_unlock_in_child)
 
 # torch.export keeps process-wide state: two loads at once fail with "_CURRENT_DESERIALIZER is already set" (2.11).
 _tracing = threading.RLock()
@@ -108,6 +119,11 @@ class ProgramSource:
 
     def obtain(self, decoder: nn.Module, request: ProgramRequest) -> Loaded:
         """The program for `decoder`, from the cache or built now. Raises FastPathError only."""
+        # torch.export keeps global state: two exports at once in one process fail, and a failed build is remembered.
+        with _one_at_a_time:
+            return self._obtain(decoder, request)
+
+    def _obtain(self, decoder: nn.Module, request: ProgramRequest) -> Loaded:
         unready = _staged("import", self.toolchain.ready, request.device)
         if unready is not None:
             raise unready
