@@ -199,3 +199,32 @@ def test_from_pretrained_and_pipeline_from_files(tmp_path: Path) -> None:
     assert not decoder.training
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = owl_wms.nothing_here
+
+
+@pytest.mark.gpu
+def test_a_gpu_plays_what_the_cpu_plays() -> None:
+    """fp32 on both, the same noise: a GPU's pictures differ by its rounding only; bf16 plays on without a hitch."""
+    frames = {}
+    for device in ("cpu", "cuda"):
+        core = tiny_core(n_frames=12).to(device)
+        pipeline = InteractivePipeline(core, decode, [context()], steps=1, max_window=6)
+        # Noise of its own on every device would hide the comparison.
+        pipeline._random = torch.Generator(device)
+        noise = torch.Generator().manual_seed(1)
+        original = torch.randn
+
+        def shared(*size, noise=noise, original=original, device=device, **options):
+            options.pop("generator", None)
+            options.pop("device", None)
+            return original(*size, generator=noise, **options).to(device)
+
+        torch.randn = shared
+        try:
+            frames[device] = [pipeline(torch.tensor([0.3, 0.0]), torch.eye(11)[0]).image for _ in range(20)]
+        finally:
+            torch.randn = original
+    for a, b in zip(frames["cpu"], frames["cuda"], strict=True):
+        assert np.abs(a.astype(int) - b.astype(int)).max() <= 8
+    half = InteractivePipeline(tiny_core(n_frames=12).cuda().bfloat16(), decode, [context()], steps=2, max_window=6)
+    played = [half(torch.zeros(2), torch.zeros(11)) for _ in range(30)]
+    assert all(frame.model_ms > 0 and frame.image.std() > 0 for frame in played)

@@ -119,3 +119,16 @@ def test_what_cannot_run_is_refused() -> None:
         AVCachingSampler(1, 1.0, 2)(tiny_core(causal=False), x[:, :4], mouse, btn)
     with pytest.raises(ConfigError, match="noise_prev"):
         AVCachingSampler(1, 1.0, 2, 1.5)
+
+
+@pytest.mark.gpu
+def test_compiled_decoding_is_the_same_clip_on_a_gpu() -> None:
+    core = tiny_core().cuda()
+    x, _, mouse, btn = (a.cuda() for a in inputs(2, 16))
+    clips = [
+        AVCachingSampler(2, 1.3, 12, max_window=8)(
+            core, x[:, :4], mouse, btn, compiled, generator=torch.Generator("cuda").manual_seed(1)
+        ).latents
+        for compiled in (False, True)
+    ]
+    assert relative(clips[1], clips[0]) < 2e-2
