@@ -99,7 +99,8 @@ def _bytes(tensor: Tensor) -> memoryview:
 def sources_digest() -> str:
     """SHA-256 over the sources that shape a program: `owl_wms/trt`, `owl_wms/ops` and the weight-norm folding."""
     package = Path(inspect.getfile(importlib.import_module("owl_wms"))).parent
-    files = [*(package / "trt").rglob("*.py"), *(package / "ops").rglob("*.py"), package / "vae" / "fold.py"]
+    kernels = [path for path in (package / "ops").rglob("*") if path.suffix in (".py", ".cu", ".cuh")]
+    files = [*(package / "trt").rglob("*.py"), *kernels, package / "vae" / "fold.py"]
     return _sha256(
         part for path in sorted(files) for part in (str(path.relative_to(package)).encode(), path.read_bytes())
     )
