@@ -55,10 +55,13 @@ DEVICE u32 shared_address(const void* pointer) {
     return address;
 }
 
-// Sixteen bytes from global to shared memory, past the registers; zeros where `valid` is false.
-DEVICE void copy16(u32 target, const void* source, bool valid) {
-    int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+// Sixteen bytes from global to shared memory, past the registers; an ordinary store of zeros where there is nothing to
+// copy, which costs fewer instructions than the zero-filling form.
+DEVICE void copy16_or_zero(u32 target, const void* source, bool valid) {
+    if (valid)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+    else
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(target), "r"(0) : "memory");
 }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
@@ -70,6 +73,14 @@ DEVICE void load_matrix(u32 (&a)[4], u32 address) {
                  : "memory");
 }
 
+// The same with each 8 x 8 block transposed: B fragments out of row-major [k][n].
+DEVICE void load_matrix_transposed(u32 (&b)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 // d[16 x 8] += a[16 x 16] b[16 x 8], fp32 accumulation.
 DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -77,12 +88,6 @@ DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-DEVICE void store_shared8(u32 address, u32 x, u32 y) {
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
-}
-DEVICE void load_shared8(u32 address, u32& x, u32& y) {
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(address) : "memory");
-}
 // Read-only global loads; `volatile` keeps the compiler from holding weights in registers across phases.
 DEVICE uint4 load_weights(const uint4* source) {
     uint4 v;

@@ -100,12 +100,14 @@ def _function(kernel: Kernel, index: int) -> ctypes.c_void_p:
     return _functions[key]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compile_kernel(kernel: Kernel, architecture: str) -> bytes:
     """Machine code for `architecture` (`sm_90`); needs libnvrtc but no GPU. Raises KernelError with the compiler's log."""
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
     name = f"{kernel.op}.cu".encode()
-    _check_nvrtc(nvrtc.nvrtcCreateProgram(ctypes.byref(program), kernel.source().encode(), name, 0, None, None), "create")
+    _check_nvrtc(
+        nvrtc.nvrtcCreateProgram(ctypes.byref(program), kernel.source().encode(), name, 0, None, None), "create"
+    )
     try:
         options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{define}" for define in kernel.defines)]
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -133,7 +135,9 @@ def nvrtc_library_names() -> list[str]:
     major = (torch.version.cuda or "13").split(".")[0]
     spec = importlib.util.find_spec("nvidia")
     roots = [] if spec is None else [Path(root) for root in spec.submodule_search_locations or []]
-    files = [root / folder / "lib" / f"libnvrtc.so.{major}" for root in roots for folder in (f"cu{major}", "cuda_nvrtc")]
+    files = [
+        root / folder / "lib" / f"libnvrtc.so.{major}" for root in roots for folder in (f"cu{major}", "cuda_nvrtc")
+    ]
     return [*(str(file) for file in files if file.exists()), f"libnvrtc.so.{major}", "libnvrtc.so"]
 
 

@@ -67,7 +67,12 @@ class FusedStage(nn.Module):
     """
 
     def __init__(
-        self, blocks: nn.ModuleList | list, proj: nn.Module | None, scale: int, shortcut: str | nn.Conv2d, dtype: torch.dtype
+        self,
+        blocks: nn.ModuleList | list,
+        proj: nn.Module | None,
+        scale: int,
+        shortcut: str | nn.Conv2d,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.scale, self.depth = scale, len(blocks)

@@ -18,7 +18,7 @@ from owl_wms.ops.register import define, has_kernel
 
 __all__ = ["MAX_OUT", "conv_out", "kernel_of", "pack", "padded", "reference", "unpack"]
 
-TILE_H, TILE_W = 16, 32
+TILE_H, TILE_W = 13, 32
 PIXELS = (TILE_H + 2) * (TILE_W + 2)
 
 

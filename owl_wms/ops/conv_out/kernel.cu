@@ -4,7 +4,7 @@
 // products of a tile of pixels with its halo, keeps them in shared memory in fp32, and adds them up. Inputs go from global
 // memory straight into tensor-core fragments: a thread's 16 bytes are channels 8t..8t+7, and the packed weights are
 // permuted to match; SiLU is applied in registers, in fp32. PAD is 4 or 8, TILES = 9 * PAD / 8 rounded up.
-#define TILE_H 16
+#define TILE_H 13  // 15 x 34 pixels with the halo: sixteen sets of 32, two for each warp
 #define TILE_W 32
 #define SPAN (TILE_W + 2)
 #define PIXELS ((TILE_H + 2) * SPAN)
@@ -12,10 +12,16 @@
 #define TILES ((COLUMNS + 7) / 8)
 #define THREADS 256
 
+// x / (1 + exp(-x)) as h + h tanh(h), h = x / 2: one special-function call instead of two, error below 16-bit rounding.
+DEVICE float silu(float x) {
+    float h = 0.5f * x, t;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(h));
+    return fmaf(h, t, h);
+}
+
 DEVICE u32 activate2(u32 pair) {
 #ifdef SILU
-    float a = low_float(pair), b = high_float(pair);
-    return pack(__fdividef(a, 1.f + __expf(-a)), __fdividef(b, 1.f + __expf(-b)));
+    return pack(silu(low_float(pair)), silu(high_float(pair)));
 #else
     return pair;
 #endif

@@ -22,7 +22,7 @@ STRIP = 32
 CHANNELS_PER_BLOCK = 64
 ROW_BYTES = (STRIP + 2) * 128
 DIRECT_SHARED = 3 * 4 * ROW_BYTES
-UP2_SHARED = 2 * 8 * ROW_BYTES + 16 * (STRIP // 2 + 4) * 128
+UP2_SHARED = 16 * 24 * 128
 # Rows a block walks: long enough to pay for the two halo rows, short enough for several waves of blocks.
 ROW_CHOICES = (128, 64, 32, 16)
 ENOUGH_BLOCKS = 8 * 132
@@ -47,7 +47,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:
     kernel_of(x.dtype, up2).launch(
         x.device,
         grid=columns * -(-height // rows),
-        block=288 if up2 else 256,
+        block=256,
         arguments=(out, x, weight, bias, height, width, channels, rows),
     )
     return out
@@ -59,6 +59,4 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:
     return x.new_empty(batch, height * (2 if up2 else 1), width * (2 if up2 else 1), channels)
 
 
-grouped_conv = define(
-    "grouped_conv(Tensor x, Tensor weight, Tensor bias, bool up2) -> Tensor", run=_run, fake=_fake
-)
+grouped_conv = define("grouped_conv(Tensor x, Tensor weight, Tensor bias, bool up2) -> Tensor", run=_run, fake=_fake)

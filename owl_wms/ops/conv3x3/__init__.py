@@ -1,0 +1,94 @@
+"""`owl_wms::conv3x3` and `owl_wms::latent_conv`: dense 3x3 convolutions on NHWC with everything that follows them.
+
+Why it exists: nine tenths of the sana decoder are these, and what a library leaves behind them (bias, ReLU, residual) is
+passes over the largest tensors. `how` says who computes: -1 the library (cuDNN, on a channels_last view, no copy) with
+what it cannot fuse as one pass, -2 the library's own fused convolution + bias + ReLU, n >= 0 our kernel with TILES[n].
+`ways(...)` lists what applies to a shape; which is fastest is measured when a program is built, not guessed here.
+
+Usage:
+    y = conv3x3(x, pack(weight), bias, residual, relu=False, how=-1)     # [B, H, W, C] -> [B, H, W, O]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from owl_wms.ops.conv3x3.reference import latent_reference, pack, reference
+from owl_wms.ops.register import define, has_kernel
+
+__all__ = ["LIBRARY", "LIBRARY_FUSED", "conv3x3", "latent_conv", "latent_reference", "pack", "reference", "ways"]
+
+LIBRARY, LIBRARY_FUSED = -1, -2
+CAPABILITY_WITH_TENSOR_COPIES = 9
+
+
+def ways(x: Tensor, weight: Tensor, residual: bool, relu: bool) -> list[int]:
+    """Every value of `how` that can compute this shape on `x`'s device; `[LIBRARY]` where there is no kernel."""
+    found = [LIBRARY]
+    if not has_kernel(x):
+        return found
+    if relu and not residual:
+        found.append(LIBRARY_FUSED)
+    if torch.cuda.get_device_capability(x.device)[0] == CAPABILITY_WITH_TENSOR_COPIES:
+        from owl_wms.ops.conv3x3.kernel import TILES, fits
+
+        found += [n for n, tile in enumerate(TILES) if fits(x, weight, tile)]
+    return found
+
+
+@contextmanager
+def _measured_library() -> Iterator[None]:
+    # cuDNN's own heuristic misses by up to a factor on these shapes; its timing run happens once a shape and process.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
+        yield
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, how: int) -> Tensor:
+    if not has_kernel(x):
+        return reference(x, weight, bias, residual, relu)
+    from owl_wms.ops.conv3x3 import kernel
+
+    x, weight = x.contiguous(), weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    if how >= 0:
+        return kernel.launch(x, weight, bias, residual, relu, kernel.TILES[how])
+    image, taps = x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2)
+    with _measured_library():
+        if how == LIBRARY_FUSED and relu and residual is None:
+            narrow = None if bias is None else bias.to(x.dtype)
+            fused = torch.ops.aten.cudnn_convolution_relu(image, taps, narrow, [1, 1], [1, 1], [1, 1], 1)
+            return fused.permute(0, 2, 3, 1).contiguous()
+        y = F.conv2d(image, taps, padding=1).permute(0, 2, 3, 1).contiguous()
+    if bias is None and residual is None and not relu:
+        return y
+    return kernel.finish_(y, bias, residual, relu)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, how: int) -> Tensor:
+    torch._check(x.shape[-1] == weight.shape[-1], lambda: f"{x.shape[-1]} channels, weights for {weight.shape[-1]}")
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _run_latent(z: Tensor, weight: Tensor, bias: Tensor, repeats: int) -> Tensor:
+    with _measured_library():
+        return latent_reference(z, weight, bias, repeats)
+
+
+def _fake_latent(z: Tensor, weight: Tensor, bias: Tensor, repeats: int) -> Tensor:
+    batch, _, height, width = z.shape
+    return weight.new_empty(batch, height, width, weight.shape[0])
+
+
+conv3x3 = define(
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu, int how) -> Tensor",
+    run=_run,
+    fake=_fake,
+)
+latent_conv = define(
+    "latent_conv(Tensor z, Tensor weight, Tensor bias, int repeats) -> Tensor", run=_run_latent, fake=_fake_latent
+)
