@@ -40,15 +40,18 @@ class Flight:
 
 
 @contextlib.contextmanager
-def single_flight(directory: Path, name: str, timeout: float, mode: int = 0o600) -> Iterator[Flight]:
+def single_flight(directory: Path | None, name: str, timeout: float, mode: int = 0o600) -> Iterator[Flight]:
     """Hold the lock of `name` for the block, or run the block without it.
 
     Args:
-        directory: where lock files stand; it must exist for locking to work.
+        directory: where lock files stand; None when there is no such place.
         name: entry name.
         timeout: seconds to wait before going on alone.
         mode: permission bits of the lock file.
     """
+    if directory is None:
+        yield Flight(held=False, reason="the directory for lock files cannot be used")
+        return
     lock_path, note_path = directory / f"{name}.lock", directory / f"{name}.holder"
     # thread_local=False: the object lives in this frame only, and the file descriptor, not the thread, is what holds
     # the lock.

@@ -222,10 +222,13 @@ class CacheStore:
 
     def _build_as_one(self, cache_fd: int, expected: Expected, build: Build) -> Entry:
         name = entry_name(expected.label, expected.key)
-        with contextlib.suppress(OSError):
+        self._tally.count("swept", staging.sweep(cache_fd))
+        folder: Path | None = self.directory / evict.LOCKS
+        try:
             fs.close(staging.open_folder(evict.LOCKS, cache_fd, self._modes.directory))
-            self._tally.count("swept", staging.sweep(cache_fd))
-        with locks.single_flight(self.directory / evict.LOCKS, name, self._lock_timeout, self._modes.file) as flight:
+        except OSError:
+            folder = None  # a link, a file, or a disk that takes nothing more: build without a lock
+        with locks.single_flight(folder, name, self._lock_timeout, self._modes.file) as flight:
             if not flight.held:
                 self._tally.count("lock_timeouts", int(flight.timed_out))
                 self._tally.warn("lock", "building %s without waiting any longer: %s", name, flight.reason)

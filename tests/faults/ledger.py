@@ -64,9 +64,7 @@ ROWS: dict[str, Row] = {
     "codes-open": Row("the same with a matching digest, in a directory that others can write", "refused, nothing runs"),
     "codes-checkpoint": Row("checkpoints that run code when unpickled", "CheckpointError, nothing runs"),
     "dir-missing": Row("cache directory does not exist, nor its parent", "made with mode 0700, the entry is kept"),
-    "dir-read-only": Row(
-        "read-only file system (bind mount, else mode 0500 for a plain user)", "uncached, one warning"
-    ),
+    "dir-read-only": Row("read-only file system", "uncached, one warning"),
     "dir-read-only-hit": Row("the same with a good entry in it", "the entry is used"),
     "dir-file": Row("the path is a file, or lies below one", "refused, uncached"),
     "dir-foreign": Row("the directory belongs to another user", "refused, uncached; accepted when signed"),
@@ -76,7 +74,7 @@ ROWS: dict[str, Row] = {
     ),
     "dir-parent": Row("a parent can be written by everybody without the sticky bit", "refused, uncached"),
     "dir-link": Row(
-        "the path is a symbolic link: dangling, to a good directory, to another user's",
+        "the path is a symbolic link: dangling, to a good cache, to a system directory",
         "refused, uncached, target untouched",
     ),
     "dir-inner-links": Row(
@@ -91,7 +89,8 @@ ROWS: dict[str, Row] = {
         "cache refused and no temporary directory to build in", "one clear error, which the runtime turns into PyTorch"
     ),
     "full": Row(
-        "a file system of 64 sizes from nothing to more than the entry", "the program is returned, nothing partial"
+        "a file system of 64 sizes, from one page to more than twice the entry",
+        "the program is returned, nothing partial",
     ),
     "hmac": Row("signed cache: unsigned, foreign and altered entries", "refused in that mode"),
     "upgrade": Row(
