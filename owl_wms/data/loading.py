@@ -102,8 +102,8 @@ class ResumableLoader:
         self._order = _EpochOrder(count, batch_size, seed, rank, world_size, tag_epoch)
         if self._order.batches() < 1:
             raise DataError(
-                f"{count} samples do not fill one batch of {batch_size} on each of {world_size} ranks; shrink the
-                batch or add data"
+                f"{count} samples do not fill one batch of {batch_size} on each of {world_size} ranks; "
+                "shrink the batch or add data"
             )
         self._loader = DataLoader(
             dataset,

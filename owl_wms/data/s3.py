@@ -99,8 +99,9 @@ class TarBucket:
             except Exception as error:  # botocore makes its exception classes at run time: there is no base to name
                 if attempt == self.attempts:
                     raise DataError(
-                        f"s3://{self.bucket_name}/{full}: not read after {attempt} tries: {error}; check bucket,
-                        credentials and network", path=full,
+                        f"s3://{self.bucket_name}/{full}: not read after {attempt} tries: {error}; "
+                        "check bucket, credentials and network",
+                        path=full,
                     ) from error
                 _log.warning(
                     "s3://%s/%s: try %d of %d failed: %s", self.bucket_name, full, attempt, self.attempts, error

@@ -101,8 +101,9 @@ class S3Windows(IterableDataset[tuple[Tensor, ...]]):
             if windows:
                 return windows
             last = DataError(
-                f"s3://{self.bucket.bucket_name}/{key}: no clip has all of {self.members} and {self.window_length}
-                frames", path=key,
+                f"s3://{self.bucket.bucket_name}/{key}: no clip has all of {self.members} and "
+                f"{self.window_length} frames",
+                path=key,
             )
         raise DataError(
             f"{_FAILED_TARS_IN_A_ROW} tars in a row gave no window; the last: {last}", path=self.bucket.bucket_name

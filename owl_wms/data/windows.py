@@ -57,8 +57,8 @@ class WindowDataset(Dataset[tuple[Tensor, ...]]):
         if not self.windows:
             longest = max((entry.length for entry in self.table.rows), default=0)
             raise DataError(
-                f"{dataset_path}: none of {len(self.table.rows)} clips has {window_length} frames (the longest has
-                {longest}); " "shorten window_length or add longer clips",
+                f"{dataset_path}: none of {len(self.table.rows)} clips has {window_length} frames "
+                f"(the longest has {longest}); shorten window_length or add longer clips",
                 path=dataset_path,
             )
 

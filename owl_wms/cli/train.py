@@ -1,0 +1,69 @@
+"""`owl-wms train`: a training run from a YAML file, alone or under torchrun.
+
+Usage:
+    owl-wms train examples/world/game_rft.yml --set train.max_steps=1000
+    torchrun --nproc-per-node 8 -m owl_wms train configs/world/dit_v4.yml --resume
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def train(
+    config: Path = typer.Argument(..., help="YAML file with the sections model, train and wandb."),
+    changes: list[str] = typer.Option(
+        [], "--set", metavar="KEY=VALUE", help="Replace a value, for example train.batch_size=4; repeatable."
+    ),
+    resume: bool = typer.Option(False, "--resume", help="Continue from the newest checkpoint, if there is one."),
+    nccl_timeout: float = typer.Option(1800.0, min=1, help="Seconds that ranks wait for each other."),
+) -> None:
+    """Train a world model; a killed run continues with --resume and repeats the losses it would have had."""
+    cfg = load_changed(config, changes)
+    from owl_wms.errors import ConfigError
+    from owl_wms.trainers import cleanup, get_trainer_cls, setup
+
+    if cfg.train.trainer_id is None:
+        raise ConfigError(f"{config}: train.trainer_id is missing", path=config, key="train.trainer_id")
+    section = cfg.train.model_copy(update={"resume_ckpt": "latest"}) if resume else cfg.train
+    rank, local_rank, world_size = setup(nccl_timeout)
+    try:
+        trainer = get_trainer_cls(cfg.train.trainer_id)(section, cfg.wandb, cfg.model, rank, local_rank, world_size)
+        trainer.train()
+    finally:
+        cleanup()
+    if rank == 0:
+        last = trainer.losses[-1] if trainer.losses else {}
+        values = ", ".join(f"{name} {value:.4f}" for name, value in last.items())
+        typer.echo(f"{section.checkpoint_dir}: step {trainer.step}{', ' + values if values else ''}")
+
+
+def load_changed(path: Path, changes: list[str]) -> Any:
+    """The file's configuration with `section.key=value` replaced; values are YAML, and everything is validated again.
+
+    Raises:
+        ConfigError: a change without `=`, or whatever the changed configuration is refused for.
+    """
+    import yaml
+
+    from owl_wms.configs.strict import parse, read_yaml
+    from owl_wms.configs.world import WorldConfig
+    from owl_wms.errors import ConfigError
+
+    data = read_yaml(path)
+    for change in changes:
+        key, equals, text = change.partition("=")
+        *parents, last = key.split(".")
+        if not equals or not all([*parents, last]):
+            raise ConfigError(f"--set wants KEY=VALUE with a dotted key, got {change!r}", key=key)
+        place = data
+        for name in parents:
+            inner = place.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"--set {key}: {name} is a value, not a section", path=path, key=key)
+            place = inner
+        place[last] = yaml.safe_load(text)
+    return parse(WorldConfig, data, path=path)
