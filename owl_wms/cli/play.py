@@ -90,7 +90,7 @@ def play(
         assert checkpoint is not None
         chosen = config, checkpoint
         options: dict[str, Any] = {"context": context, "steps": steps, "cfg_scale": cfg_scale, "max_window": max_window}
-        new_source = lambda: build_pipeline(*chosen, **options, **common)  # noqa: E731
+        new_source = lambda: build_pipeline(chosen[0], chosen[1], **options, **common)  # noqa: E731
     serve(new_source, settings, console, open_page=open_page)
 
 

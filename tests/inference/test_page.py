@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from aiohttp import WSMsgType
 
 from owl_wms.inference.source import GameSource
 from tests.inference.chromium import BINARY, open_page
-from tests.inference.serving import TOKEN, connect, next_frame, serve
+from tests.inference.serving import TOKEN, BarSource, connect, next_frame, serve
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here; install Debian's package chromium")
 
@@ -85,5 +86,41 @@ def test_the_rendered_game_is_seen(tmp_path: Path) -> None:
             await page.screenshot(tmp_path / "page.png")
             assert (tmp_path / "page.png").stat().st_size > 20_000
             assert abs(float(source._world.state.position.sum()) - before) > 0.01
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+async def heard(source: BarSource, wanted: Callable[[list[str], float], bool]) -> None:
+    """Wait until the source was given controls like that."""
+    for _ in range(200):
+        if any(wanted(held, move) for held, move in source.heard):
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"never heard; the last were {source.heard[-5:]}")
+
+
+def test_the_captured_mouse_looks_and_shoots() -> None:
+    async def test() -> None:
+        async with serve() as (_, address, made), open_page(f"{address}/{TOKEN}/") as page:
+            await page.until("Number(document.body.dataset.frames) > 3")
+            box = "document.getElementById('start').getBoundingClientRect()"
+            middle = f"(r => [r.x + r.width / 2, r.y + r.height / 2])({box})"
+            x, y = await page.value(middle)
+            click = {"x": x, "y": y, "button": "left", "clickCount": 1}
+            await page.ask("Input.dispatchMouseEvent", type="mousePressed", **click)
+            await page.ask("Input.dispatchMouseEvent", type="mouseReleased", **click)
+            await page.until("document.body.dataset.state === 'playing'")
+            assert not any(held for held, _ in made[0].heard), "the click that captures is not a shot"
+            # The browser swallows movements while it captures the pointer, for as long as it takes.
+            for step in range(1, 200):
+                await page.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x + 2 * step, y=y)
+                await asyncio.sleep(0.02)
+                if any(move > 0 for _, move in made[0].heard):
+                    break
+            await heard(made[0], lambda held, move: move > 0)
+            await page.ask("Input.dispatchMouseEvent", type="mousePressed", **click)
+            await page.until("document.querySelector('[data-button=LMB]').classList.contains('held')")
+            await page.ask("Input.dispatchMouseEvent", type="mouseReleased", **click)
+            await heard(made[0], lambda held, move: held == ["LMB"])
 
     asyncio.run(asyncio.wait_for(test(), 60))
