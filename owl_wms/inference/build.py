@@ -150,11 +150,12 @@ def build_pipeline(
     """
     config = load_world_config(cfg_path)
     given = dict(config.train.sampler_kwargs or {})
-    # Nothing said about a window means that training saw all of a clip; playing must end somewhere.
+    # A CPU takes half a second to encode a frame, and playing should begin soon.
+    count = CONTEXTS if torch.device(device).type == "cuda" else 1
     return InteractivePipeline(
         load_core(cfg_path, ckpt_path, device, dtype),
         make_decode(config, cfg_path, device, dtype, tensorrt=tensorrt),
-        make_contexts(config, cfg_path, device, dtype, path=context, seed=seed),
+        make_contexts(config, cfg_path, device, dtype, path=context, seed=seed, count=count),
         image_scale=config.train.vae_scale,
         steps=given.get("n_steps", 4) if steps is None else steps,
         schedule=given.get("custom_schedule") if steps is None else None,
