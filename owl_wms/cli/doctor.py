@@ -1,0 +1,108 @@
+"""`owl-wms doctor`: what would decode on this machine, why, and what to do about it.
+
+Why: "is TensorRT used, and if not, why not" must be answerable in one command, before anything is built or trained.
+Exit code 0 when the compiled path is usable, 1 when PyTorch would decode.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from owl_wms import env
+from owl_wms.errors import ConfigError
+from owl_wms.settings import TensorRTConfig
+
+
+def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table.")) -> None:
+    """Say what would decode on this machine, and why."""
+    facts = diagnose()
+    console = Console()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        table = Table(title="owl-wms doctor", show_header=False)
+        for section in ("tensorrt", "machine", "cache", "settings"):
+            for key, value in facts[section].items():
+                table.add_row(Text(f"{section}.{key}", style="bold"), Text(str(value)))
+            table.add_section()
+        console.print(table)
+        console.print(Text(facts["verdict"], style="bold green" if facts["usable"] else "bold yellow"), soft_wrap=True)
+    if not facts["usable"]:
+        raise typer.Exit(1)
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything the command prints, JSON-ready: `tensorrt`, `machine`, `cache`, `settings`, `usable`, `verdict`."""
+    import torch
+
+    from owl_wms import trt
+    from owl_wms.cache import CacheStore
+
+    status = trt.status()
+    machine = env.describe_machine()
+    try:
+        settings = TensorRTConfig.resolve()
+        refused = ""
+    except ConfigError as error:
+        settings, refused = TensorRTConfig(), str(error)
+    directory = settings.cache_directory()
+    cache = CacheStore(directory, settings.cache_max_bytes, env.cache_hmac_key()).stats()
+    cuda = torch.cuda.is_available()
+    usable = cuda and status.available and settings.enabled and not refused
+    if refused:
+        verdict = f"Nothing decodes: {refused}"
+    elif not settings.enabled:
+        verdict = "PyTorch would decode: TENSORRT_ENABLED switches the compiled path off."
+    elif not cuda:
+        verdict = "PyTorch would decode: no CUDA device. Remedy: run on a machine with an NVIDIA GPU and driver."
+    elif not status.available:
+        verdict = f"PyTorch would decode: {status.reason}. Remedy: {status.remedy}."
+    elif cache["refused"]:
+        verdict = f"TensorRT would decode, built anew in every process: {cache['refused']}."
+    else:
+        verdict = "TensorRT would decode: cached program, else built once and kept, else PyTorch."
+    return {
+        "tensorrt": {
+            "available": status.available,
+            "flavour": status.flavour,
+            "version": status.version or "not installed",
+            "reason": status.reason or "-",
+            "remedy": status.remedy or "-",
+        },
+        "machine": machine,
+        "cache": {
+            "directory": str(directory),
+            "entries": cache["entries"],
+            "cache_bytes": cache["cache_bytes"],
+            "max_bytes": settings.cache_max_bytes,
+            "free_bytes": _free_bytes(directory),
+            "refused": cache["refused"] or "-",
+            "signed": env.cache_hmac_key() is not None,
+        },
+        "settings": {
+            "enabled": settings.enabled,
+            "precision": settings.precision,
+            "fallback": "pytorch" if settings.fallback_on_error else "error",
+            "from_environment": ", ".join(env.tensorrt_overrides()) or "-",
+        },
+        "usable": usable,
+        "verdict": verdict,
+    }
+
+
+def _free_bytes(directory: Path) -> int | str:
+    """Free space where the cache stands or would stand."""
+    for place in (directory, *directory.parents):
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            continue
+    return f"unknown: no parent of {directory} can be read"
