@@ -98,6 +98,12 @@ DEVICE void store_global8(void* target, u32 x, u32 y) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(target), "r"(x), "r"(y) : "memory");
 }
 
+// The same, predicated: no branch splits the instruction stream.
+DEVICE void store_global8_if(bool condition, void* target, u32 x, u32 y) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3};}"
+                 :: "r"((int)condition), "l"(target), "r"(x), "r"(y) : "memory");
+}
+
 DEVICE int clamp(int value, int low, int high) { return min(max(value, low), high); }
 
 // Bicubic enlargement by two (a = -0.75). Output 2i+1 and 2i+2 lie 0.25 and 0.75 past input i and read inputs i-1..i+2.

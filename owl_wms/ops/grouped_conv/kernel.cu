@@ -91,13 +91,10 @@ DEVICE void multiply(Warp& w, const u32 (&a)[4], int s) {
 
 // Stores the row that is complete, when there is one, and moves on.
 DEVICE void end_row(Warp& w, bool store, i64 pixel8, i64 line) {
-    if (store) {
-        float(&d)[2][4] = w.sums[0];
-        if (w.store0) store_global8(w.target, pack(leaky(d[0][0]), leaky(d[0][1])), pack(leaky(d[1][0]), leaky(d[1][1])));
-        if (w.store1)
-            store_global8(w.target + pixel8, pack(leaky(d[0][2]), leaky(d[0][3])), pack(leaky(d[1][2]), leaky(d[1][3])));
-        w.target += line;
-    }
+    float(&d)[2][4] = w.sums[0];
+    store_global8_if(store && w.store0, w.target, leaky2(pack(d[0][0], d[0][1])), leaky2(pack(d[1][0], d[1][1])));
+    store_global8_if(store && w.store1, w.target + pixel8, leaky2(pack(d[0][2], d[0][3])), leaky2(pack(d[1][2], d[1][3])));
+    w.target += store ? line : 0;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -196,7 +193,7 @@ grouped_conv(u16* out, const u16* x, const uint4* packed, const float* bias, int
 }
 
 #else
-#define PAIRS 4  // pairs of output rows a phase; each needs one more low row
+#define PAIRS 4  // pairs of output rows a phase; each needs one more low row; four phases fill the ring
 #define LOW_COLUMNS 24
 #define LOW_ROW_BYTES (LOW_COLUMNS * 128)
 #define LOW_RING 16
@@ -243,8 +240,8 @@ grouped_conv(u16* out, const u16* x, const uint4* packed, const float* bias, int
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     Tile t = tile_of_block(height, width, channels, rows_per_block);
     int pairs = (t.y1 - t.y0) / 2 + 1, phases = (pairs + PAIRS - 1) / PAIRS, lows = pairs + 3;
-    auto fetch_phase = [&](int p) {  // the low rows that phase p needs and phase p - 1 did not
-        fetch_low(ring, x, t, p ? p * PAIRS + 3 : 0, min((p + 1) * PAIRS + 3, lows), height / 2, width / 2, channels);
+    auto fetch_phase = [&](int p) {  // the low rows that phase p needs (one output row ahead) and phase p - 1 did not
+        fetch_low(ring, x, t, p ? p * PAIRS + 4 : 0, min((p + 1) * PAIRS + 4, lows), height / 2, width / 2, channels);
         copy_commit();
     };
     fetch_phase(0);
@@ -256,51 +253,50 @@ grouped_conv(u16* out, const u16* x, const uint4* packed, const float* bias, int
     prepare(matrix, t.x0 + (warp >> 2) * 16 - 1, width, lane);
     i64 pixel8 = 8 * (i64)channels, line = (i64)width * channels;
     u32 source = ring + place((warp >> 2) * 8 + (lane & 15), (warp & 3) * 2 + (lane >> 4));
-    u32 low[4][4];  // four low rows as B fragments: registers 0, 1 are channels 0-7, registers 2, 3 channels 8-15
+    // The A fragments of output row i (counted from y0 - 1): LeakyReLU of the enlarged image at the three shifts.
+    auto produce = [&](u32(&a)[3][4], int i) {
+        u32 low[4][4], b[4];  // B fragments: registers 0, 1 are channels 0-7, registers 2, 3 channels 8-15
+#pragma unroll
+        for (int j = 0; j < 4; ++j) load_matrix_transposed(low[j], source + (((i >> 1) + j) & (LOW_RING - 1)) * LOW_ROW_BYTES);
+        int y = t.y0 - 1 + i;
+        float unit = y >= 0 && y < height ? 1.f / 256 : 0.f;  // rows of the zero padding are zero
+        float w0 = unit * (i & 1 ? -9.f : -27.f), w1 = unit * (i & 1 ? 67.f : 225.f);
+        float w2 = unit * (i & 1 ? 225.f : 67.f), w3 = unit * (i & 1 ? -27.f : -9.f);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            b[k] = pack(fmaf(w0, low_float(low[0][k]), fmaf(w1, low_float(low[1][k]), fmaf(w2, low_float(low[2][k]), w3 * low_float(low[3][k])))),
+                        fmaf(w0, high_float(low[0][k]), fmaf(w1, high_float(low[1][k]), fmaf(w2, high_float(low[2][k]), w3 * high_float(low[3][k])))));
+#pragma unroll
+        for (int s = 0; s < 3; ++s) {
+            float d[2][4] = {};
+            mma(d[0], matrix[s], b[0], b[1]);
+            mma(d[1], matrix[s], b[2], b[3]);
+            a[s][0] = leaky2(pack(d[0][0], d[0][1])), a[s][1] = leaky2(pack(d[0][2], d[0][3]));
+            a[s][2] = leaky2(pack(d[1][0], d[1][1])), a[s][3] = leaky2(pack(d[1][2], d[1][3]));
+        }
+    };
+    u32 a[3][4];
     for (int p = 0; p < phases; ++p) {
         copy_wait<1>();
         __syncthreads();
         fetch_phase(p + 2);
         if (!w.active) continue;
-        if (p == 0) {
-#pragma unroll
-            for (int j = 0; j < 3; ++j) load_matrix_transposed(low[j], source + j * LOW_ROW_BYTES);
-        }
-        int last = min((p + 1) * PAIRS, pairs);
+        if (p == 0) produce(a, 0);
+        int last = min((p + 1) * PAIRS, pairs) * 2;
 #pragma unroll 1
-        for (int m = p * PAIRS; m < last; ++m) {
-            load_matrix_transposed(low[3], source + ((m + 3) & (LOW_RING - 1)) * LOW_ROW_BYTES);
-#pragma unroll ROW_UNROLL
-            for (int r = 0; r < 2; ++r) {
-                int y = t.y0 - 1 + 2 * m + r;
-                u32 b[4];
-                if (y < 0 || y >= height) {
+        for (int i = p * PAIRS * 2; i < last; ++i) {
+            // The next row's enlargement is independent of this row's products: one hides the other's latency. Past the
+            // last row it reads whatever the ring holds, and is not used.
+            u32 next[3][4];
+            produce(next, i + 1);
+            begin_row(w);
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) b[i] = 0u;
-                } else {
-                    float w0 = r ? -9.f / 256 : -27.f / 256, w1 = r ? 67.f / 256 : 225.f / 256;
-                    float w2 = r ? 225.f / 256 : 67.f / 256, w3 = r ? -27.f / 256 : -9.f / 256;
+            for (int s = 0; s < 3; ++s) multiply(w, a[s], s);
+            end_row(w, i >= 2, pixel8, line);
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        b[i] = pack(fmaf(w0, low_float(low[0][i]), fmaf(w1, low_float(low[1][i]), fmaf(w2, low_float(low[2][i]), w3 * low_float(low[3][i])))),
-                                    fmaf(w0, high_float(low[0][i]), fmaf(w1, high_float(low[1][i]), fmaf(w2, high_float(low[2][i]), w3 * high_float(low[3][i])))));
-                }
-                begin_row(w);
+            for (int s = 0; s < 3; ++s)
 #pragma unroll
-                for (int s = 0; s < 3; ++s) {
-                    float d[2][4] = {};
-                    mma(d[0], matrix[s], b[0], b[1]);
-                    mma(d[1], matrix[s], b[2], b[3]);
-                    u32 a[4] = {leaky2(pack(d[0][0], d[0][1])), leaky2(pack(d[0][2], d[0][3])),
-                                leaky2(pack(d[1][0], d[1][1])), leaky2(pack(d[1][2], d[1][3]))};
-                    multiply(w, a, s);
-                }
-                end_row(w, 2 * m + r >= 2, pixel8, line);
-            }
-#pragma unroll
-            for (int j = 0; j < 3; ++j)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) low[j][i] = low[j + 1][i];
+                for (int k = 0; k < 4; ++k) a[s][k] = next[s][k];
         }
     }
     copy_wait<0>();
