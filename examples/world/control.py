@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Clips:
 
 
 def commands(players: int, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random pieces of 10 frames: mouse x in [-0.6, 0.6], W held or not: [players, frames, 2] and [players, frames, 11]."""
+    """Random pieces of 10 frames, mouse x in [-0.6, 0.6], W or not: [players, frames, 2] and [players, frames, 11]."""
     generator = torch.Generator().manual_seed(7)
     pieces = -(-frames // 10)
     turn = (torch.rand(players, pieces, generator=generator) * 2 - 1) * 0.6
@@ -79,7 +80,7 @@ class MotionReader(nn.Module):
         super().__init__()
         widths = (6, 32, 64, 96, 96)
         layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in pairwise(widths):
             layers += [nn.Conv2d(a, b, 5, stride=2, padding=2), nn.GroupNorm(8, b), nn.SiLU()]
         self.net = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(128), nn.SiLU(), nn.Linear(128, 2))
 

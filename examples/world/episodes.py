@@ -64,7 +64,8 @@ class Episodes:
 
 class RestlessPlayer:
     """The scripted player with random commands over it: a third of the players as scripted, a third with random
-    turns, a third with random turns and keys. Without them, what a control does could not be told from why the script pressed it."""
+    turns, a third with random turns and keys. Without them, what a control does could not be told
+    from why the script pressed it."""
 
     def __init__(self, world: GameWorld, generator: torch.Generator) -> None:
         self._scripted = ScriptedPlayer(world)
@@ -114,7 +115,7 @@ def play(
     size: tuple[int, int],
     chunk: int = _CHUNK,
 ) -> Episodes:
-    """Step, render and encode `frames` latent frames; `controls(k)` gives mouse [B, 2] and buttons [B, 11] of frame k."""
+    """Step, render and encode `frames` latent frames; `controls(k)`: frame k's mouse [B, 2] and buttons [B, 11]."""
     latents, mice, held, poses = [], [], [], []
     for frame in range(frames):
         mouse, buttons = controls(frame)

@@ -42,7 +42,7 @@ LOG_EVERY = 20
 
 
 class TimedTrainer(RFTTrainer):
-    """The `rft` trainer with a learning rate that follows the clock; the clock starts after the first steps, which compile."""
+    """The `rft` trainer with a learning rate by the clock, which starts after the first steps: those compile."""
 
     seconds = 0.0
     _since: float | None = None

@@ -8,11 +8,13 @@ Usage:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
+_DEMO_VAE = Path("examples/demo")
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
@@ -23,14 +25,14 @@ def _group() -> None:
 
 @app.command()
 def make(
-    path: Path = typer.Argument(..., help="Folder of the table; appended to when it exists."),
+    path: Annotated[Path, typer.Argument(help="Folder of the table; appended to when it exists.")],
     episodes: int = typer.Option(16, min=1, help="Episodes to play, each in a world of its own."),
     frames: int = typer.Option(240, min=1, help="Stored frames in each episode."),
     fps: int = typer.Option(20, min=1, help="Stored frames a second; must divide 60."),
     seed: int = typer.Option(10_000_000, help="Seed of the first world."),
     batch: int = typer.Option(8, min=1, help="Players at once."),
-    vae_config: Path = typer.Option(Path("examples/demo/demo_vae.yml"), help="The autoencoder's configuration."),
-    vae_checkpoint: Path = typer.Option(Path("examples/demo/demo_vae.safetensors"), help="Its weights."),
+    vae_config: Annotated[Path, typer.Option(help="The autoencoder's configuration.")] = _DEMO_VAE / "demo_vae.yml",
+    vae_checkpoint: Annotated[Path, typer.Option(help="Its weights.")] = _DEMO_VAE / "demo_vae.safetensors",
     device: str = typer.Option("auto", help="cuda, cpu, or auto."),
 ) -> None:
     """Render the game, encode it, and store latents, mouse and buttons as an .npy table."""
@@ -58,7 +60,7 @@ def make(
 
 
 @app.command()
-def show(path: Path = typer.Argument(..., help="Folder of a table.")) -> None:
+def show(path: Annotated[Path, typer.Argument(help="Folder of a table.")]) -> None:
     """Say what a table holds, after checking that every array of it can be opened."""
     from owl_wms.data.npy_table import NpyTable
 

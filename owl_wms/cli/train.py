@@ -8,21 +8,22 @@ Usage:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 
 def train(
-    config: Path = typer.Argument(..., help="YAML file with the sections model, train and wandb."),
-    changes: list[str] = typer.Option(
-        [], "--set", metavar="KEY=VALUE", help="Replace a value, for example train.batch_size=4; repeatable."
-    ),
+    config: Annotated[Path, typer.Argument(help="YAML file with the sections model, train and wandb.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, such as train.batch_size=4; repeatable."),
+    ] = None,
     resume: bool = typer.Option(False, "--resume", help="Continue from the newest checkpoint, if there is one."),
     nccl_timeout: float = typer.Option(1800.0, min=1, help="Seconds that ranks wait for each other."),
 ) -> None:
     """Train a world model; a killed run continues with --resume and repeats the losses it would have had."""
-    cfg = load_changed(config, changes)
+    cfg = load_changed(config, changes or [])
     from owl_wms.errors import ConfigError
     from owl_wms.trainers import cleanup, get_trainer_cls, setup
 

@@ -1,7 +1,7 @@
 """The rendered game as a data set of latents: play, render, encode, store, one row of an `NpyTable` per episode.
 
-Several players act at once as a batch, each in a world of its own. A stored frame is the picture after `60 / fps` game frames under one
-control, so its controls are those that led to it.
+Several players act at once as a batch, each in a world of its own. A stored frame is the picture after `60 / fps` game
+frames under one control, so its controls are those that led to it.
 
 Usage:
     encoder = load_encoder(None, "examples/demo/demo_vae.yml", "examples/demo/demo_vae.safetensors").to(device)
@@ -89,7 +89,7 @@ def _play(
     size: tuple[int, int],
     report: Callable[[int], None],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 latents [players, frames, c, h, w], mouse [players, frames, 2] and uint8 buttons [players, frames, 11]."""
+    """float32 latents [players, frames, c, h, w], mouse [players, frames, 2], uint8 buttons [players, frames, 11]."""
     weight = next(encoder.parameters())
     world = GameWorld(seed, players, weight.device)
     script = ScriptedPlayer(world)

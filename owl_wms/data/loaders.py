@@ -63,6 +63,7 @@ class StreamLoader:
             num_workers=self._workers,
             prefetch_factor=2 if self._workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self._seen),
             collate_fn=_stack,
         )
         for batch in loader:

@@ -113,6 +113,9 @@ class ResumableLoader:
             persistent_workers=num_workers > 0,
             prefetch_factor=2 if num_workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
+            # Of its own: starting an epoch would otherwise draw from the generator that training noise comes from,
+            # and a resumed run starts an epoch where the whole run did not.
+            generator=torch.Generator().manual_seed(seed),
         )
         self._epoch = 0
         self._seen = 0

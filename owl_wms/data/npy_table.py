@@ -46,7 +46,7 @@ class Row:
 
 
 class NpyTable:
-    """Read access to such a folder; rows marked `missing` are left out, truncated ones are kept unless asked otherwise."""
+    """Read access to such a folder; rows marked `missing` are left out, truncated ones kept unless asked otherwise."""
 
     def __init__(self, path: Path | str, columns: Sequence[str] | None = None, *, keep_truncated: bool = True) -> None:
         """Read schema and manifest and check that the arrays of every row exist and agree on their length.
@@ -127,7 +127,7 @@ class NpyTable:
 
 
 class NpyTableWriter:
-    """Appends rows to a folder; the manifest is replaced in one step after each row, so a crash loses at most that row."""
+    """Appends rows to a folder; the manifest is replaced whole after each row, so a crash loses at most that row."""
 
     def __init__(self, path: Path | str, array_columns: Sequence[str], columns: Sequence[str] = ()) -> None:
         """Open the folder for appending; it is created when absent.

@@ -27,7 +27,7 @@ from owl_wms.errors import ConfigError, DataError
 
 
 class PackedDataset(Dataset[tuple[Tensor, ...]]):
-    """Windows over a stream of all clips; the stream's tail shorter than a window is dropped, another one each epoch."""
+    """Windows over a stream of all clips; the stream's tail, another one each epoch, is dropped."""
 
     def __init__(
         self,

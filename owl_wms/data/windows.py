@@ -21,7 +21,7 @@ DEFAULT_COLUMNS = ("video", "mouse", "buttons")
 
 
 class WindowDataset(Dataset[tuple[Tensor, ...]]):
-    """Windows of every clip of at least `window_length` frames, `stride` apart (side by side by default, as upstream's are)."""
+    """Windows of every clip of at least `window_length` frames, `stride` apart (side by side by default)."""
 
     def __init__(
         self,

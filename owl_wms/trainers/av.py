@@ -31,6 +31,7 @@ class AVRFTTrainer(BaseTrainer):
 
     def to_audio(self, audio: Tensor) -> Tensor:
         """Stored audio latents to what the model sees: divided by `audio_vae_scale`."""
+        assert self.train_cfg.audio_vae_scale is not None  # required by the configuration
         return audio / self.train_cfg.audio_vae_scale
 
     def sample(self, sampler: Any, core: nn.Module, batch: Batch) -> SampleResult:

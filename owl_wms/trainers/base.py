@@ -132,7 +132,7 @@ class BaseTrainer(ABC):
         """Further entries of the checkpoint."""
         return {}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
+    def load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027  (most trainers add nothing)
         """Take those entries."""
 
     # What all trainers do.
@@ -140,7 +140,7 @@ class BaseTrainer(ABC):
     def phase(
         self, name: str, model: nn.Module, loss: Loss, opt: str, opt_kwargs: dict[str, Any] | None, *, repeats: int = 1
     ) -> Phase:
-        """A phase with this run's accumulation, schedule and clipping; Muon bounds its own updates and is not clipped."""
+        """A phase with this run's accumulation, schedule and clipping; Muon bounds its updates and is not clipped."""
         cfg = self.train_cfg
         optimiser = build_optimiser(opt, model, opt_kwargs)
         return Phase(
@@ -155,7 +155,7 @@ class BaseTrainer(ABC):
         )
 
     def train(self) -> None:
-        """Run until epochs, `max_steps`, `max_seconds` or a signal end it; the last state is saved and reports are closed."""
+        """Run until epochs, `max_steps`, `max_seconds` or a signal end it; the last state is saved."""
         self.resume()
         config = {"train": self.train_cfg.model_dump(mode="json"), "model": self.model_cfg.model_dump(mode="json")}
         journal = Journal(self.folder, self.wandb_cfg, config) if self.rank == 0 else None
@@ -260,7 +260,7 @@ class BaseTrainer(ABC):
         return get_loader(data_id or "", batch_size, **settings)
 
     def endless(self, loader: Loader) -> Iterator[Batch]:
-        """Batches on the device, floats as float32: autocast decides what is computed in bf16, the noise and the loss are not."""
+        """Batches on the device, floats as float32: autocast decides what is bf16; noise and loss are not."""
         while True:
             for batch in loader:
                 moved = (part.to(self.device, non_blocking=True) for part in batch)

@@ -7,7 +7,7 @@ Usage:
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from owl_wms.data.loading import Batch
 from owl_wms.errors import ConfigError
@@ -23,7 +23,7 @@ class CausVidTrainer(DMDTrainer):
 
     trainer_id = "causvid_vid"
 
-    def build_model(self):  # type: ignore[no-untyped-def]
+    def build_model(self) -> nn.Module:
         if not self.model_cfg.causal:
             raise ConfigError("causvid_vid trains a causal student; set model.causal to true", key="model.causal")
         return super().build_model()
@@ -44,7 +44,8 @@ class CausVidTrainer(DMDTrainer):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         made = self.rollout(batch)
         matching = self.matching(made).float()
-        assert made.original is not None and self.train_cfg.regression_weight is not None
+        assert made.original is not None
+        assert self.train_cfg.regression_weight is not None
         regression = masked_mse(made.x, made.original, made.generated)
         total = matching + self.train_cfg.regression_weight * regression
         return total, {"dmd_loss": matching, "regression_loss": regression}

@@ -34,7 +34,7 @@ def latest_checkpoint(folder: Path | str) -> Path | None:
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` beside `path`, flush it to the disk and rename it: a kill at any moment leaves the old file or the new one."""
+    """Write `state` beside `path`, flush it and rename it: a kill at any moment leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -68,7 +68,7 @@ def strip_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights to use out of a training checkpoint or a bare dictionary: the average if there is one, else the model."""
+    """The weights to use out of a training checkpoint or a bare dictionary: the average if any, else the model."""
     if isinstance(ema := state.get("ema"), Mapping):
         return {k.removeprefix("ema_model."): v for k, v in strip_wrappers(ema).items() if k.startswith("ema_model.")}
     model = state.get("model")

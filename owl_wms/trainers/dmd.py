@@ -57,7 +57,7 @@ def expand(t: Tensor) -> Tensor:
 
 
 def masked_mse(a: Tensor, b: Tensor, frames: Tensor) -> Tensor:
-    """Mean squared difference of [b, n, c, h, w] over the frames where `frames` [b, n] is true; at least one must be."""
+    """Mean squared difference of [b, n, c, h, w] over the frames where `frames` [b, n] is true, at least one."""
     squared = (a - b).square().mean(dim=(2, 3, 4))
     return (squared * frames).sum() / frames.sum()
 

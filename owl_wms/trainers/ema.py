@@ -46,7 +46,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards `model`; buffers are copied."""
-        mine, theirs = list(self.model.parameters()), list(model.parameters())
+        mine: list[Tensor] = list(self.model.parameters())
+        theirs = list(model.parameters())
         torch._foreach_lerp_(
             mine, [p.detach().to(q.dtype) for p, q in zip(theirs, mine, strict=True)], 1 - self.decay()
         )

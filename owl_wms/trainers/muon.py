@@ -31,7 +31,7 @@ _ITERATIONS = 5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Push all singular values towards 1: [k, r, c] any float -> [k, r, c] bfloat16, singular values about 0.7 to 1.2."""
+    """Push all singular values towards 1: [k, r, c] any float -> [k, r, c] bfloat16, values about 0.7 to 1.2."""
     a, b, c = _COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
@@ -81,15 +81,16 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             momenta.append(state["momentum_buffer"])
-        grads = [p.grad for p in parameters]
+        grads = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])).flatten(2)
         rows, columns = nesterov.shape[-2:]
         updates = self._share(nesterov)
         scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        weights: list[Tensor] = list(parameters)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(
-            parameters, [u.view_as(p).to(p.dtype) for u, p in zip(updates, parameters, strict=True)], alpha=-scale
+            weights, [u.view_as(p).to(p.dtype) for u, p in zip(updates, parameters, strict=True)], alpha=-scale
         )
 
     def _share(self, matrices: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class DistillODETrainer(BaseTrainer):
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(x_t, t, v) at every Euler step of the teacher; context frames stay at their noise level, and say so in t."""
         cfg = self.train_cfg
-        assert cfg.rollout_steps is not None and cfg.cfg_scale is not None
+        assert cfg.rollout_steps is not None
+        assert cfg.cfg_scale is not None
         guidance = Guidance(model=self.teacher, scale=cfg.cfg_scale)
         delta = 1 / cfg.rollout_steps
         t = torch.where(generated, 1.0, CONTEXT_NOISE)

@@ -8,7 +8,7 @@ Usage:
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from owl_wms.data.loading import Batch
 from owl_wms.errors import ConfigError
@@ -22,7 +22,7 @@ class SelfForceTrainer(DMDTrainer):
 
     trainer_id = "sforce_vid"
 
-    def build_model(self):  # type: ignore[no-untyped-def]
+    def build_model(self) -> nn.Module:
         if not self.model_cfg.causal:
             raise ConfigError("sforce_vid rolls out with a cache; set model.causal to true", key="model.causal")
         return super().build_model()
@@ -33,7 +33,8 @@ class SelfForceTrainer(DMDTrainer):
         All ranks draw the same numbers of frames and steps, or the fastest would wait for the slowest at every update.
         """
         cfg = self.train_cfg
-        assert cfg.min_rollout_frames is not None and cfg.rollout_steps is not None
+        assert cfg.min_rollout_frames is not None
+        assert cfg.rollout_steps is not None
         video, mouse, btn = batch[:3]
         x = self.to_latents(video)
         window = x.shape[1]

@@ -1,0 +1,75 @@
+"""`owl-wms train` and `owl-wms data`: a run from a file with changes, resumed; a table of the game; refusals.
+
+Run: python -m pytest tests/cli/test_train.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from owl_wms.cli import main
+from owl_wms.cli.train import load_changed
+from owl_wms.data.latent_dataset import make_game_latents
+from owl_wms.data.npy_table import NpyTable
+from owl_wms.errors import ConfigError
+from tests.trainers.helpers import config, write_table
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return int(end.value.code or 0)
+
+
+def test_train_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_table(tmp_path)
+    config(tmp_path, "rft")
+    file = str(tmp_path / "rft.yml")
+    assert run("train", file, "--set", "train.max_steps=2", "--set", "train.opt_kwargs.lr=0.001") == 0
+    assert run("train", file, "--set", "train.max_steps=3", "--resume") == 0
+    assert "step 3, diffusion_loss" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"step_2.pt", "step_3.pt", "log.jsonl"}
+
+
+def test_changes_are_validated(tmp_path: Path) -> None:
+    config(tmp_path, "rft")
+    file = tmp_path / "rft.yml"
+    assert load_changed(file, ["train.opt_kwargs.lr=1e-4", "wandb.project=x"]).train.batch_size == 2
+    with pytest.raises(ConfigError, match="batch_size"):
+        load_changed(file, ["train.batch_sise=4"])
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        load_changed(file, ["train.batch_size"])
+    assert run("train", str(file), "--set", "train.opt=AdamX", "--set", "train.max_steps=1") == 2
+
+
+class Mean(nn.Module):
+    """An encoder to 4 channels of 2x2, for speed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(x, 2) * self.scale
+
+
+def test_the_game_becomes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done: list[tuple[int, int]] = []
+    settings = {"episodes": 3, "frames": 4, "fps": 20, "batch": 2, "size": (36, 64)}
+    rows = make_game_latents(tmp_path, Mean(), progress=lambda a, b: done.append((a, b)), **settings)
+    table = NpyTable(tmp_path)
+    assert rows == len(table.rows) == 3
+    assert done[-1] == (12, 12)
+    assert [row.fields["seed"] for row in table.rows] == [10_000_000, 10_000_001, 10_000_002]
+    latents = table.slice(0, "depth_latent", 0, 4)
+    assert latents.shape == (4, 4, 2, 2)
+    assert latents.std() > 0
+    assert (latents[0] != table.slice(1, "depth_latent", 0, 1)[0]).any()
+    assert run("data", "show", str(tmp_path)) == 0
+    assert "3 clips, 12 frames" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="divide 60"):
+        make_game_latents(tmp_path / "no", Mean(), **{**settings, "fps": 25})

@@ -1,0 +1,124 @@
+"""Tars from a bucket: bounded retries, whole clips, exact lengths, seeds per rank, no code from pickles.
+
+Run: python -m pytest tests/data/test_s3.py
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from owl_wms.data.s3 import TarBucket, read_clips
+from owl_wms.data.s3_windows import MixedS3Windows, S3Windows
+from owl_wms.errors import DataError
+
+MEMBERS = ("latent", "mouse", "buttons")
+
+
+def make_tar(clips: dict[str, dict[str, Any]]) -> bytes:
+    """A tar with `{base}.{member}.pt` files."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for base, members in clips.items():
+            for member, value in members.items():
+                data = io.BytesIO()
+                torch.save(value, data)
+                info = tarfile.TarInfo(f"{base}.{member}.pt")
+                info.size = data.tell()
+                data.seek(0)
+                tar.addfile(info, data)
+    return out.getvalue()
+
+
+def clip(n: int, value: float = 0.0) -> dict[str, torch.Tensor]:
+    return {
+        "latent": torch.full((n, 4, 2, 2), value) + torch.arange(n)[:, None, None, None],
+        "audiolatent": torch.zeros(n, 3),
+        "mouse": torch.zeros(n, 2),
+        "buttons": torch.zeros(n, 11),
+    }
+
+
+class FakeClient:
+    """An S3 client that fails some times, then serves one tar for every key."""
+
+    def __init__(self, data: bytes, failures: int = 0) -> None:
+        self.data, self.failures, self.keys = data, failures, []
+
+    def get_object(self, Bucket: str, Key: str) -> dict[str, Any]:
+        self.keys.append(Key)
+        if self.failures > 0:
+            self.failures -= 1
+            raise TimeoutError("the network is down")
+        return {"Body": io.BytesIO(self.data)}
+
+
+def bucket(client: FakeClient, waits: list[float] | None = None) -> TarBucket:
+    waits = [] if waits is None else waits
+    return TarBucket("b", "p", attempts=3, client_factory=lambda: client, sleep=waits.append)
+
+
+def test_a_fetch_is_retried_with_growing_waits_and_then_refused() -> None:
+    waits: list[float] = []
+    assert bucket(FakeClient(b"tar", failures=2), waits).fetch("k") == b"tar"
+    assert waits == [0.5, 1.0]
+    client = FakeClient(b"tar", failures=99)
+    with pytest.raises(DataError, match=r"s3://b/p/k: not read after 3 tries: the network is down"):
+        bucket(client).fetch("k")
+    assert len(client.keys) == 3
+
+
+def test_windows_accept_a_clip_of_exactly_their_length() -> None:
+    data = make_tar({"exact": clip(4), "short": clip(3)})
+    latent, mouse, buttons = next(iter(S3Windows(bucket(FakeClient(data)), 4, MEMBERS, pool_windows=2)))
+    assert (latent.shape, mouse.shape, buttons.shape) == ((4, 4, 2, 2), (4, 2), (4, 11))
+
+
+def test_streams_repeat_for_a_rank_and_differ_between_ranks() -> None:
+    data = make_tar({"a": clip(60)})
+
+    def starts(rank: int) -> list[float]:
+        stream = S3Windows(bucket(FakeClient(data)), 4, MEMBERS, seed=3, rank=rank, pool_windows=8)
+        return [float(latent[0, 0, 0, 0]) for latent, *_ in itertools.islice(stream, 12)]
+
+    assert starts(0) == starts(0)
+    assert starts(0) != starts(1)
+
+
+def test_a_bucket_without_usable_clips_ends_in_an_error() -> None:
+    with pytest.raises(DataError, match="tars in a row"):
+        next(iter(S3Windows(bucket(FakeClient(make_tar({"short": clip(2)}))), 4, MEMBERS)))
+    with pytest.raises(DataError, match="tars in a row"):
+        next(iter(S3Windows(bucket(FakeClient(b"not a tar")), 4, MEMBERS)))
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    with pytest.raises(DataError, match="not a readable tensor"):
+        read_clips(make_tar({"x": {"latent": Evil()}}), source="x.tar", members=("latent",))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_mixed_samples_are_tamed_and_say_whether_they_have_controls() -> None:
+    wild = clip(4)
+    wild["latent"][0] = float("nan")
+    wild["latent"][1] = 99.0
+    client = FakeClient(make_tar({"a": wild}))
+    labelled = S3Windows(bucket(client), 4, ("latent", "audiolatent", "mouse", "buttons"), pool_windows=2)
+    unlabelled = S3Windows(bucket(client), 4, ("latent", "audiolatent"), pool_windows=2)
+    samples = list(itertools.islice(MixedS3Windows(labelled, unlabelled, 0.5), 40))
+    shares = torch.stack([has for *_, has in samples]).float().mean()
+    assert 0.2 < shares < 0.8
+    for latent, _, _, buttons, _ in samples:
+        assert latent.isfinite().all()
+        assert latent.abs().max() <= 8
+        assert buttons.dtype == torch.float32
