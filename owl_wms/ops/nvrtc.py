@@ -1,9 +1,9 @@
 """CUDA C++ kernels compiled at run time, with nothing but what `pip install torch` brings.
 
-Why it exists: the kernels under `owl_wms.ops` are one .cu file each; a wheel per CUDA version, or a toolkit on the user's
-machine, would be the alternative. NVRTC (shipped with torch's CUDA wheels) turns a file into machine code in about half a
-second, once a process and variant; libcuda launches it on torch's current stream, so streams, graphs and devices behave
-as for torch's own kernels. Compile before capturing a graph: run the program once.
+Why it exists: the kernels under `owl_wms.ops` are one .cu file each; a wheel per CUDA version, or a toolkit on the
+user's machine, would be the alternative. NVRTC (shipped with torch's CUDA wheels) turns a file into machine code in
+about half a second, once a process and variant; libcuda launches it on torch's current stream, so streams, graphs
+and devices behave as for torch's own kernels. Compile before capturing a graph: run the program once.
 
 Usage:
     kernel = Kernel("grouped_conv", entry="grouped_conv", defines=("UP2",), shared_bytes=110_592)
@@ -102,7 +102,7 @@ def _function(kernel: Kernel, index: int) -> ctypes.c_void_p:
 
 @functools.cache
 def compile_kernel(kernel: Kernel, architecture: str) -> bytes:
-    """Machine code for `architecture` (`sm_90`); needs libnvrtc but no GPU. Raises KernelError with the compiler's log."""
+    """Machine code for `architecture` (`sm_90`); needs no GPU. Raises KernelError with the compiler's log."""
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
     name = f"{kernel.op}.cu".encode()
     _check_nvrtc(
@@ -131,7 +131,7 @@ def _compiler_log(program: ctypes.c_void_p) -> str:
 
 
 def nvrtc_library_names() -> list[str]:
-    """Where libnvrtc may be: the wheels torch depends on, in both of their layouts, then the loader's own search path."""
+    """Where libnvrtc may be: torch's CUDA wheels in both of their layouts, then the loader's own search path."""
     major = (torch.version.cuda or "13").split(".")[0]
     spec = importlib.util.find_spec("nvidia")
     roots = [] if spec is None else [Path(root) for root in spec.submodule_search_locations or []]

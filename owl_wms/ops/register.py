@@ -1,8 +1,8 @@
 """How an op of this package becomes `torch.ops.owl_wms.<name>`: schema, fake, and one function for CPU and CUDA.
 
-Why not `torch.library.custom_op`: its Python wrapper costs twice as much a call, and every op here runs dozens of times a
-decode. All ops are functional (no argument is written, no result aliases an argument), so an exported program keeps them
-as they are and a compiler that does not know them leaves them to PyTorch.
+Why not `torch.library.custom_op`: its Python wrapper costs twice as much a call, and every op here runs dozens of
+times a decode. All ops are functional (no argument is written, no result aliases an argument), so an exported
+program keeps them as they are and a compiler that does not know them leaves them to PyTorch.
 
 Usage:
     define("grouped_conv(Tensor x, Tensor weight, Tensor bias, bool up2) -> Tensor", run=_run, fake=_fake)

@@ -1,9 +1,9 @@
 """A decoder rewritten onto the ops of `owl_wms.ops`: same function, same call, a fraction of the memory traffic.
 
-Why it exists: TensorRT, and PyTorch's own compiler, leave this architecture memory-bound (bicubic enlargement, grouped
-convolution, layout changes). Here every stage is one `owl_wms::stage`, everything between is NHWC, and the last steps are
-`owl_wms::conv_out` and `owl_wms::resize`. On the CPU, and in fp32, the ops run their references, so the rewrite itself is
-tested without a GPU.
+Why it exists: TensorRT, and PyTorch's own compiler, leave this architecture memory-bound (bicubic enlargement,
+grouped convolution, layout changes). Here every stage is one `owl_wms::stage`, everything between is NHWC, and the
+last steps are `owl_wms::conv_out` and `owl_wms::resize`. On the CPU, and in fp32, the ops run their references, so
+the rewrite itself is tested without a GPU.
 
 Usage:
     fused = fuse(fold_weight_norm(decoder), torch.bfloat16).cuda()
@@ -11,6 +11,8 @@ Usage:
 """
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +50,7 @@ def fuse(decoder: nn.Module, dtype: torch.dtype) -> nn.Module:
     if any(hasattr(module, "parametrizations") for module in decoder.modules()):
         raise ValueError("fuse wants plain weights: call owl_wms.vae.fold_weight_norm first")
     with torch.no_grad():
-        return FusedDecoder(decoder, dtype).eval()
+        return FusedDecoder(cast("DCAEDecoder | DistillDecoder", decoder), dtype).eval()
 
 
 def _matrix(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
@@ -66,6 +68,10 @@ class FusedStage(nn.Module):
         shortcut: "tiled" (the input itself, shuffled), "none", or the learned 3x3 convolution.
     """
 
+    proj: Tensor | None
+    shortcut_weight: Tensor | None
+    shortcut_bias: Tensor | None
+
     def __init__(
         self,
         blocks: nn.ModuleList | list,
@@ -78,9 +84,10 @@ class FusedStage(nn.Module):
         self.scale, self.depth = scale, len(blocks)
         self.tiled = shortcut == "tiled"
         self.register_buffer("proj", _matrix(proj, dtype) if isinstance(proj, nn.Conv2d) else None)
-        learned = isinstance(shortcut, nn.Conv2d)
-        self.register_buffer("shortcut_weight", shortcut.weight.detach().to(dtype) if learned else None)
-        self.register_buffer("shortcut_bias", shortcut.bias.detach().to(dtype) if learned else None)
+        learned = shortcut if isinstance(shortcut, nn.Conv2d) else None
+        bias = None if learned is None else learned.bias
+        self.register_buffer("shortcut_weight", None if learned is None else learned.weight.detach().to(dtype))
+        self.register_buffer("shortcut_bias", None if bias is None else bias.detach().to(dtype))
         for j, block in enumerate(blocks):
             self.register_buffer(f"w1_{j}", _matrix(block.conv1, dtype))
             self.register_buffer(f"b1_{j}", block.conv1.bias.detach().to(dtype))
@@ -103,6 +110,9 @@ class FusedStage(nn.Module):
 
 class FusedInput(nn.Module):
     """`[B, c, h, w]` latents to `[B, h, w, C]`: the first convolution and its parameter-free shortcut."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, conv: nn.Conv2d, shortcut: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -134,8 +144,10 @@ class FusedDecoder(nn.Module):
         stages: list[nn.Module] = []
         # The learned variant's middle block keeps its input beside the result: m(x) + x.
         self.keep_middle_input = False
+        blocks: Any = decoder.blocks
         if isinstance(decoder, DCAEDecoder):
             self.silu = True
+            residuals: Any = decoder.residuals
             learned = decoder.variant == "learned"
             conv_in = getattr(decoder.conv_in, "proj", decoder.conv_in)
             kind = "none" if conv_in is decoder.conv_in and learned else "interleaved" if learned else "tiled"
@@ -143,15 +155,15 @@ class FusedDecoder(nn.Module):
             if decoder.middle_block is not None:
                 self.middle = FusedStage(decoder.middle_block.blocks, None, 1, "none", dtype)
                 self.keep_middle_input = learned
-            for i, block in enumerate(decoder.blocks):
+            for i, block in enumerate(blocks):
                 if not learned:
                     shortcut: str | nn.Conv2d = "tiled"
                 else:
-                    shortcut = decoder.residuals[i].proj if len(decoder.residuals) else "none"
+                    shortcut = residuals[i].proj if len(residuals) else "none"
                 stages.append(FusedStage(block.blocks, block.up.proj, 2, shortcut, dtype))
         else:
             self.silu, self.middle, conv_in, kind = False, None, decoder.conv_in, "none"
-            for up, block in zip(decoder.blocks[::2], decoder.blocks[1::2], strict=True):
+            for up, block in zip(blocks[::2], blocks[1::2], strict=True):
                 stages.append(FusedStage([block], up.proj, up.stride, "none", dtype))
         self.input = FusedInput(conv_in, kind, dtype)
         self.stages = nn.ModuleList(stages)

@@ -1,4 +1,4 @@
-"""The kernels on a GPU: odd shapes, poisoned outputs, fresh inputs, both element types, graph capture, whole decoders."""
+"""The kernels on a GPU: odd shapes, poisoned outputs, fresh inputs, both types, graph capture, whole decoders."""
 
 from __future__ import annotations
 

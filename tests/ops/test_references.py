@@ -98,6 +98,20 @@ def test_stage_rewrites_are_exact(depth: int, scale: int, shortcut: bool) -> Non
     assert torch.equal(values[0], kept[0]), "the op must not write its input"
 
 
+def test_arguments_that_do_not_fit_are_refused_by_the_fakes() -> None:
+    packed = grouped_conv.pack(torch.randn(32, 16, 3, 3)).to("meta")
+    x, bias = torch.randn(1, 4, 4, 48, device="meta"), torch.randn(48, device="meta")
+    with pytest.raises(RuntimeError, match="48 channels"):
+        torch.ops.owl_wms.grouped_conv(x, packed, bias, False)
+    with pytest.raises(RuntimeError, match=r"weights torch\.float32"):
+        torch.ops.owl_wms.grouped_conv(x[..., :32].half(), packed, bias[:32], False)
+    with pytest.raises(RuntimeError, match="shortcut"):
+        torch.ops.owl_wms.up_residual(x, torch.randn(1, 4, 5, 48, device="meta"))
+    last = conv_out.pack(torch.randn(3, 32, 3, 3)).to("meta")
+    with pytest.raises(RuntimeError, match="48 channels to 4"):
+        torch.ops.owl_wms.conv_out(x, last, bias[:4], True)
+
+
 def test_ops_pass_opcheck() -> None:
     x, bias = torch.randn(1, 4, 4, 32), torch.randn(32)
     packed = grouped_conv.pack(torch.randn(32, 16, 3, 3))

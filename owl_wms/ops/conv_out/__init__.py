@@ -1,7 +1,7 @@
 """`owl_wms::conv_out`: the decoder's last convolution, SiLU on load, 3x3 to at most 8 channels, fp32 NHWC out.
 
-Why it exists: a library convolution to 3 channels wastes most of its tile and wants a separate SiLU pass over the largest
-tensor of the decoder. The kernel reads that tensor once and writes four floats a pixel.
+Why it exists: a library convolution to 3 channels wastes most of its tile and wants a separate SiLU pass over the
+largest tensor of the decoder. The kernel reads that tensor once and writes four floats a pixel.
 
 Usage:
     y = conv_out(x, pack(weight), bias, silu=True)      # x [B, H, W, C] -> [B, H, W, 4 or 8] fp32; bias [4 or 8] fp32
@@ -32,7 +32,9 @@ def kernel_of(dtype: torch.dtype, *, pad: int, blocks: int, silu: bool) -> Kerne
 def _run(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
     if not has_kernel(x):
         return reference(x, weight, bias, silu)
-    x = x.contiguous()
+    _check(x, weight, bias)
+    # A module cast as a whole hands over a 16-bit bias; the kernel reads fp32.
+    x, bias = x.contiguous(), bias.float()
     batch, height, width, channels = x.shape
     out = x.new_empty(batch, height, width, bias.shape[0], dtype=torch.float32)
     kernel_of(x.dtype, pad=bias.shape[0], blocks=weight.shape[0], silu=silu).launch(
@@ -44,10 +46,17 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
     return out
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
-    batch, height, width, channels = x.shape
+def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    channels, pad = x.shape[-1], bias.shape[0]
     torch._check(channels % 8 == 0, lambda: f"conv_out wants a multiple of 8 channels, got {channels}")
-    torch._check(-(-channels // BLOCK) == weight.shape[0], lambda: f"{channels} channels, weights for {weight.shape}")
+    fits = pad in (4, 8) and weight.shape == (-(-channels // BLOCK), -(-9 * pad // 8), 32, 8)
+    torch._check(fits, lambda: f"conv_out: {channels} channels to {pad} do not fit weights {list(weight.shape)}")
+    torch._check(weight.dtype == x.dtype, lambda: f"conv_out: input {x.dtype}, weights {weight.dtype}")
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
+    _check(x, weight, bias)
+    batch, height, width, _ = x.shape
     return x.new_empty(batch, height, width, bias.shape[0], dtype=torch.float32)
 
 

@@ -37,7 +37,9 @@ def kernel_of(dtype: torch.dtype, up2: bool) -> Kernel:
 def _run(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:
     if not has_kernel(x):
         return reference(x, weight, bias, up2)
-    x = x.contiguous()
+    _check(x, weight, bias)
+    # A module cast as a whole hands over a 16-bit bias; the kernel reads fp32.
+    x, bias = x.contiguous(), bias.float()
     batch, height, width, channels = x.shape
     if up2:
         height, width = 2 * height, 2 * width
@@ -53,9 +55,16 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:
     return out
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    channels = x.shape[-1]
+    fits = weight.shape == (channels // GROUP, 9, 32, 8) and bias.shape == (channels,) and channels % GROUP == 0
+    torch._check(fits, lambda: f"grouped_conv: {channels} channels do not fit weights {list(weight.shape)}")
+    torch._check(weight.dtype == x.dtype, lambda: f"grouped_conv: input {x.dtype}, weights {weight.dtype}")
+
+
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:
+    _check(x, weight, bias)
     batch, height, width, channels = x.shape
-    torch._check(channels == GROUP * weight.shape[0], lambda: f"{channels} channels, weights for {weight.shape}")
     return x.new_empty(batch, height * (2 if up2 else 1), width * (2 if up2 else 1), channels)
 
 

@@ -7,8 +7,6 @@ Usage:
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,13 +15,12 @@ GROUP = 16
 SLOPE = 0.01
 
 
-@functools.lru_cache(maxsize=1)
 def fragment_order() -> tuple[Tensor, Tensor]:
     """Output and input channel inside a group, `[32, 8]` each, of the eight values a lane holds for one tap.
 
     Lane 4g + t of mma.m16n8k16 wants B[k = 2t + 8r + e, n = g] for registers r and halves e; eight values are tile n,
-    register r, half e. Column j of tile n stands for output channel 4 (j // 2) + 2 n + j % 2, so that a thread's results
-    in both tiles are four neighbouring channels.
+    register r, half e. Column j of tile n stands for output channel 4 (j // 2) + 2 n + j % 2, so that a thread's
+    results in both tiles are four neighbouring channels.
     """
     lane, n, r, e = torch.meshgrid(*(torch.arange(size) for size in (32, 2, 2, 2)), indexing="ij")
     g, t = lane // 4, lane % 4

@@ -1,7 +1,7 @@
 """`owl_wms::resize` and `owl_wms::frames`: the decoder's last step, fp32 NHWC to the frame size, in one pass.
 
-Why it exists: torch's bicubic kernel is slow, and layout, precision and (for frames) the mapping to uint8 would be passes
-of their own.
+Why it exists: torch's bicubic kernel is slow, and layout, precision and (for frames) the mapping to uint8 would be
+passes of their own.
 
 Usage:
     x = resize(y, 3, 360, 640, torch.bfloat16)      # y [B, 512, 512, 4] fp32 -> [B, 3, 360, 640]

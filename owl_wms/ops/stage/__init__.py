@@ -47,7 +47,7 @@ def enlarge_matrix(size: int, scale: int, device: torch.device) -> Tensor:
 
 
 def _enlarge(low: Tensor, scale: int) -> Tensor:
-    """Enlargement by a factor other than 2, by two matrix products: only the x4 step of `distill_vae`, at 16x16, has one."""
+    """Enlargement by a factor other than 2, by two matrix products; only the small x4 step of `distill_vae` has one."""
     batch, height, width, channels = low.shape
     across = enlarge_matrix(width, scale, low.device) @ low.float()
     down = enlarge_matrix(height, scale, low.device) @ across.view(batch, height, -1)

@@ -31,6 +31,7 @@ def kernel_of(dtype: torch.dtype, mode: int) -> Kernel:
 def _run(low: Tensor, shortcut: Tensor | None) -> Tensor:
     if not has_kernel(low):
         return reference(low, shortcut)
+    _check(low, shortcut)
     low = low.contiguous()
     batch, height, width, channels = low.shape
     out = low.new_empty(batch, 2 * height, 2 * width, channels)
@@ -61,9 +62,18 @@ def add_shortcut_(base: Tensor, shortcut: Tensor) -> Tensor:
     return base
 
 
-def _fake(low: Tensor, shortcut: Tensor | None) -> Tensor:
-    batch, height, width, channels = low.shape
+def _check(low: Tensor, shortcut: Tensor | None) -> None:
+    channels = low.shape[-1]
     torch._check(channels % 4 == 0, lambda: f"up_residual wants a multiple of 4 channels, got {channels}")
+    if shortcut is not None:
+        fits = shortcut.shape[:3] == low.shape[:3] and 4 * channels % shortcut.shape[-1] == 0
+        torch._check(fits, lambda: f"up_residual: shortcut {list(shortcut.shape)} beside {list(low.shape)}")
+        torch._check(shortcut.dtype == low.dtype, lambda: f"up_residual: {low.dtype} and {shortcut.dtype}")
+
+
+def _fake(low: Tensor, shortcut: Tensor | None) -> Tensor:
+    _check(low, shortcut)
+    batch, height, width, channels = low.shape
     return low.new_empty(batch, 2 * height, 2 * width, channels)
 
 

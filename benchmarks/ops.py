@@ -1,0 +1,169 @@
+"""The decoder's ops one by one: GPU time against the bytes they must move and against plain PyTorch.
+
+Run: python -m benchmarks.ops [--out results.json] [--batch 8]
+
+Each op is captured into a CUDA graph of several calls on rotated inputs, so that launch gaps and caches stay out of the
+number. The floor is bytes (every input once, every output once) over this card's measured copy rate. A row is reported
+only after its parity check: relative L2 error against the same function in fp32, on a smaller batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.harness import console, document, finish, machine_line, measure_ceilings, measure_interleaved
+from owl_wms.env import describe_machine
+from owl_wms.ops import conv_out, grouped_conv, resize, up_residual
+
+ERROR_LIMIT = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+# (decoder, output side of the stage, its width C, width of its input)
+STAGES = (
+    ("distilled", 512, 96, 192),
+    ("distilled", 256, 192, 384),
+    ("distilled", 64, 768, 1536),
+    ("base", 512, 256, 512),
+    ("base", 128, 1024, 2048),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One op at one shape: how to make its arguments, what to run, and the least it must move."""
+
+    name: str
+    make: Callable[[int], tuple]
+    run: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    bytes_moved: int
+    flops: int = 0
+
+
+def cases(batch: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Every op at the shapes that dominate the two decoders."""
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+    for decoder, side, width, wide in STAGES:
+        pixels, hidden = batch * side * side, 2 * width
+        weight, bias = grouped_conv.pack(random(hidden, 16, 3, 3, scale=0.1)), torch.randn(hidden, device="cuda")
+        for up2 in (False, True):
+            low = side // 2 if up2 else side
+            yield Case(
+                name=f"grouped_conv{' up2' if up2 else ''} {decoder} {side}x{side}x{hidden}",
+                make=lambda b, n=low, c=hidden, w=weight, v=bias, up2=up2: (random(b, n, n, c), w, v, up2),
+                run=torch.ops.owl_wms.grouped_conv,
+                reference=grouped_conv.reference,
+                bytes_moved=pixels * hidden * 2 + batch * low * low * hidden * 2,
+                flops=pixels * hidden * 2 * 9 * 16,
+            )
+        half = side // 2
+        yield Case(
+            name=f"up_residual {decoder} {side}x{side}x{width}",
+            make=lambda b, n=half, c=width, s=wide: (random(b, n, n, c), random(b, n, n, s)),
+            run=torch.ops.owl_wms.up_residual,
+            reference=up_residual.reference,
+            bytes_moved=pixels * width * 2 + pixels // 4 * (width + wide) * 2,
+        )
+    for decoder, width, outputs in (("distilled", 96, 3), ("base", 256, 4)):
+        last, zero = conv_out.pack(random(outputs, width, 3, 3, scale=0.1)), torch.zeros(4, device="cuda")
+        yield Case(
+            name=f"conv_out {decoder} 512x512x{width}",
+            make=lambda b, width=width, w=last, v=zero: (random(b, 512, 512, width), w, v, True),
+            run=torch.ops.owl_wms.conv_out,
+            reference=conv_out.reference,
+            bytes_moved=batch * 512 * 512 * (width * 2 + 16),
+        )
+    yield Case(
+        name="resize 512x512 to 360x640",
+        make=lambda b: (torch.randn(b, 512, 512, 4, device="cuda"), 3, 360, 640, dtype),
+        run=torch.ops.owl_wms.resize,
+        reference=lambda x, c, h, w, _: resize.reference(x, c, h, w, x.dtype),
+        bytes_moved=batch * (512 * 512 * 16 + 360 * 640 * 3 * 2),
+    )
+
+
+def graph_ms(run: Callable[..., Tensor], arguments: Sequence[tuple], calls: int = 6, replays: int = 9) -> float:
+    """Median milliseconds of one call inside a captured graph of `calls` calls."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for values in arguments:
+            run(*values)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(calls):
+            run(*arguments[index % len(arguments)])
+    graph.replay()
+    samples = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        samples.append(begin.elapsed_time(end) / calls)
+    return statistics.median(samples)
+
+
+def error_of(case: Case) -> float:
+    """Relative L2 error against the reference in fp32 (no TF32), batch 1, fresh inputs."""
+    values = case.make(1)
+    wide = tuple(value.float() if isinstance(value, Tensor) else value for value in values)
+    want = case.reference(*wide).double()
+    return float((case.run(*values).double() - want).norm() / want.norm())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device")
+    dtype = torch.bfloat16
+    torch.backends.cudnn.allow_tf32 = False
+    ceilings = measure_ceilings(dtype)
+    console.print(machine_line(describe_machine(), ceilings))
+    table = Table("op", "ms", "floor ms", "% of floor", "TB/s", "TFLOP/s", "PyTorch ms", "error", title="ops, bf16")
+    rows = []
+    for case in cases(options.batch, dtype):
+        error = error_of(case)
+        if not error < ERROR_LIMIT[dtype]:
+            console.print(f"{case.name}: error {error:.1e} is over {ERROR_LIMIT[dtype]:.0e}; not timed")
+            continue
+        arguments = [case.make(options.batch) for _ in range(2)]
+        mine = graph_ms(case.run, arguments)
+        # Long calls with host-made constants: timed one by one, not in a graph.
+        plain_run = {"plain": lambda _, case=case, values=arguments[0]: case.reference(*values)}
+        plain = measure_interleaved(plain_run, [arguments[0][0]], rounds=3, warmup=1)["plain"].median_ms
+        floor = case.bytes_moved / ceilings.copy_tbps / 1e9
+        row = {
+            "op": case.name,
+            "latency_ms": mine,
+            "floor_ms": floor,
+            "pytorch_ms": plain,
+            "tbps": case.bytes_moved / mine / 1e9,
+            "tflops": case.flops / mine / 1e9,
+            "error": error,
+        }
+        rows.append(row)
+        table.add_row(
+            case.name, f"{mine:.3f}", f"{floor:.3f}", f"{100 * floor / mine:.0f}", f"{row['tbps']:.2f}",
+            f"{row['tflops']:.0f}" if case.flops else "", f"{plain:.2f}", f"{error:.1e}",
+        )  # fmt: skip
+    console.print(table)
+    finish(document("ops", ceilings, rows, batch=options.batch), options.out)
+
+
+if __name__ == "__main__":
+    main()
