@@ -149,7 +149,7 @@ class FusedDecoder(nn.Module):
             self.silu = True
             residuals: Any = decoder.residuals
             learned = decoder.variant == "learned"
-            conv_in = getattr(decoder.conv_in, "proj", decoder.conv_in)
+            conv_in: Any = getattr(decoder.conv_in, "proj", decoder.conv_in)
             kind = "none" if conv_in is decoder.conv_in and learned else "interleaved" if learned else "tiled"
             self.middle = None
             if decoder.middle_block is not None:
@@ -169,8 +169,10 @@ class FusedDecoder(nn.Module):
         self.stages = nn.ModuleList(stages)
 
         wide = isinstance(decoder.conv_out, SquareToLandscape)
-        last = decoder.conv_out.proj if wide else decoder.conv_out
-        self.wide, self.size = wide, decoder.conv_out.size if wide else None
+        end: Any = decoder.conv_out
+        last: Any = end.proj if wide else end
+        self.wide: bool = wide
+        self.size: tuple[int, int] | None = end.size if wide else None
         bias = torch.zeros(padded(self.out_channels), device=last.weight.device)
         if last.bias is not None:
             bias[: self.out_channels] = last.bias.detach().float()
