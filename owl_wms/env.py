@@ -35,7 +35,8 @@ _PACKAGES = {
     "torch": ("torch",),
     "triton": ("triton",),
     "torch_tensorrt": ("torch-tensorrt", "torch-tensorrt-rtx"),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx"),
+    # The bindings' wheels count too: an installation without the thin front package must not look like none.
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13-bindings"),
 }
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 

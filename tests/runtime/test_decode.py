@@ -96,7 +96,7 @@ def test_wrong_shapes_show_both(tmp_path: Path, shape: tuple[int, ...], word: st
 
 def test_what_is_no_latent_is_refused(tmp_path: Path) -> None:
     decode = VideoDecode(TinyDecoder(), batch_size=4, settings=settings(tmp_path, enabled=False))
-    with pytest.raises(DataError, match="torch.Tensor"):
+    with pytest.raises(DataError, match=r"torch\.Tensor"):
         decode([[1.0]])  # type: ignore[arg-type]
     with pytest.raises(DataError, match="complex64"):
         decode(torch.zeros(1, 1, 4, 3, 3, dtype=torch.complex64))
