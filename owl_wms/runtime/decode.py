@@ -28,6 +28,7 @@ from owl_wms.runtime.eager import (
     weights_stamp,
 )
 from owl_wms.runtime.latents import check_video
+from owl_wms.runtime.output import Output
 from owl_wms.runtime.programs import ProgramSource, renew_locks
 from owl_wms.runtime.slot import Slot
 from owl_wms.runtime.stats import DecodeStats, Ledger
@@ -110,7 +111,7 @@ class VideoDecode:
         leading, one = latents.shape[:2], tuple(latents.shape[2:])
         frames = latents.reshape(-1, *one)
         slot = self._slot(eager, one, device)
-        out = _Output(len(frames), latents.device, one)
+        out = Output(len(frames), latents.device, one)
         if len(frames) == 0:
             shape = self._out_shapes.get(one) or tuple(eager(latents.new_zeros((1, *one))).shape[1:])
             self._out_shapes[one] = shape
@@ -161,7 +162,7 @@ class VideoDecode:
 
     # ---- the decode loop
 
-    def _decode(self, eager: EagerDecoder, slot: Slot, frames: Tensor, out: _Output, device: torch.device) -> None:
+    def _decode(self, eager: EagerDecoder, slot: Slot, frames: Tensor, out: Output, device: torch.device) -> None:
         step = self.batch_size
         ready = self._ready(eager, slot)
         check = ready and slot.wants_check(self.check)
@@ -183,7 +184,7 @@ class VideoDecode:
                     self._compare(eager, slot, frames[start : start + step].to(device), start, out)
 
     def _by_program(
-        self, slot: Slot, chunk: Tensor, start: int, out: _Output, check: bool, flags: list[tuple[int, Tensor]]
+        self, slot: Slot, chunk: Tensor, start: int, out: Output, check: bool, flags: list[tuple[int, Tensor]]
     ) -> bool:
         try:
             floating = chunk if chunk.is_floating_point() else chunk.float()
@@ -210,16 +211,16 @@ class VideoDecode:
         self._failed_run(slot, failure, "out of memory" if memory else "run")
         return False
 
-    def _by_pytorch(self, eager: EagerDecoder, slot: Slot, chunk: Tensor, start: int, out: _Output) -> None:
+    def _by_pytorch(self, eager: EagerDecoder, slot: Slot, chunk: Tensor, start: int, out: Output) -> None:
         slot.eager_step = decode_in_memory(
             eager, chunk, lambda offset, frames: out.write(start + offset, frames), slot.eager_step
         )
         self._ledger.add("chunks_pytorch")
 
-    def _compare(self, eager: EagerDecoder, slot: Slot, chunk: Tensor, start: int, out: _Output) -> None:
+    def _compare(self, eager: EagerDecoder, slot: Slot, chunk: Tensor, start: int, out: Output) -> None:
         """A program answered NaN or infinity: if PyTorch does not do so in the same places, its answer stands."""
         answered = out.tensor[start : start + len(chunk)].isfinite()
-        truth = _Output(len(chunk), out.tensor.device, tuple(chunk.shape[1:]))
+        truth = Output(len(chunk), out.tensor.device, tuple(chunk.shape[1:]))
         slot.eager_step = decode_in_memory(eager, chunk, truth.write, slot.eager_step)
         worse = int((truth.tensor.isfinite() & ~answered).sum())
         if not worse:
@@ -315,38 +316,6 @@ class VideoDecode:
         self._stopwatch = None if self._stopwatch is None else Stopwatch()
         self._slots = {}
         self._forked = True
-
-
-class _Output:
-    """The one output tensor, allocated when the frame size is known and filled chunk by chunk."""
-
-    def __init__(self, frames: int, device: torch.device, latent_shape: tuple[int, ...]) -> None:
-        self._frames, self._device, self._latent_shape = frames, device, latent_shape
-        self._tensor: Tensor | None = None
-
-    @property
-    def tensor(self) -> Tensor:
-        if self._tensor is None:
-            raise RuntimeError("nothing was decoded")
-        return self._tensor
-
-    def allocate(self, shape: tuple[int, ...]) -> Tensor:
-        try:
-            self._tensor = torch.empty((self._frames, *shape), dtype=torch.bfloat16, device=self._device)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise DecodeMemoryError(
-                f"{self._frames} frames {list(shape)} in bf16 do not fit on {self._device}; decode fewer frames "
-                "at a time, or pass latents on the CPU to receive the frames there",
-                frames=self._frames,
-                latent_shape=self._latent_shape,
-            ) from None
-        return self._tensor
-
-    def write(self, start: int, frames: Tensor) -> None:
-        tensor = self.allocate(tuple(frames.shape[1:])) if self._tensor is None else self._tensor
-        tensor[start : start + len(frames)].copy_(frames)
 
 
 def _measured(stopwatch: Stopwatch | None, device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Fork after load: the child answers with PyTorch on the CPU, or says why it cannot; it never hangs on a parent's lock."""
+"""Fork after load: the child answers with PyTorch on the CPU, or says why it cannot; no parent's lock hangs it."""
 
 from __future__ import annotations
 
