@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
@@ -74,11 +75,13 @@ def slowest_of(
         except allowed:
             pass
         took = time.perf_counter() - began
-        if took > SECONDS:  # a busy machine is not the parser's fault: only what is slow twice counts
+        for _ in range(
+            2 if took > SECONDS else 0
+        ):  # a busy machine is not the parser's fault: the best of three counts
             began = time.perf_counter()
-            with pytest.raises(allowed):
+            with contextlib.suppress(allowed):
                 parse_one(data)
-            took = time.perf_counter() - began
+            took = min(took, time.perf_counter() - began)
         slowest = max(slowest, took)
         tried += 1
     return tried, accepted, slowest
