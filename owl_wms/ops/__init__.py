@@ -8,10 +8,43 @@ All tensors are NHWC, `[B, H, W, C]` contiguous: the layout is logical, so no bo
     conv_out       (SiLU,) 3x3 to at most 8 channels, fp32
     resize         bicubic to any size, NHWC fp32 to NCHW; `frames` does the same to uint8 HWC
     stage          a whole decoder stage out of the above and library matrix products
+
+and, for diffusers' AutoencoderDC (Triton where not said otherwise):
+
+    conv3x3           dense 3x3 with bias, ReLU and residual, by the library or by ours; `latent_conv` the first
+    pointwise         a 1x1 convolution as one library product
+    depthwise_gate    SiLU, depthwise 3x3, SiLU gate (CUDA)
+    channel_norm      RMS norm, ReLU, residual
+    linear_attention  ReLU linear attention
+    shuffle_add       pixel shuffle with its shortcut; `shuffle_frames` to an image
 """
 
 from __future__ import annotations
 
-from owl_wms.ops import conv_out, grouped_conv, resize, stage, up_residual
+from owl_wms.ops import (
+    channel_norm,
+    conv3x3,
+    conv_out,
+    depthwise_gate,
+    grouped_conv,
+    linear_attention,
+    pointwise,
+    resize,
+    shuffle_add,
+    stage,
+    up_residual,
+)
 
-__all__ = ["conv_out", "grouped_conv", "resize", "stage", "up_residual"]
+__all__ = [
+    "channel_norm",
+    "conv3x3",
+    "conv_out",
+    "depthwise_gate",
+    "grouped_conv",
+    "linear_attention",
+    "pointwise",
+    "resize",
+    "shuffle_add",
+    "stage",
+    "up_residual",
+]

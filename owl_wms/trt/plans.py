@@ -93,7 +93,37 @@ def fused_ops() -> ModuleType | None:
         return None
 
 
+def fused_sana_ops() -> ModuleType | None:
+    """`owl_wms.trt.fused_sana`, likewise."""
+    try:
+        return importlib.import_module("owl_wms.trt.fused_sana")
+    except Exception:  # as above
+        return None
+
+
+def _fusible_sana(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
+    module = fused_sana_ops()
+    if module is None:
+        return False, "our fused operators cannot be imported (they need Triton)"
+    return module.supports(decoder)
+
+
+def _lower_sana(hybrid: bool) -> Lower:
+    def lower(folded: nn.Module, spec: BuildSpec, precision: str) -> tuple[nn.Module, dict[str, int]]:
+        module = fused_sana_ops()
+        if module is None:
+            raise FastPathError("export", "our fused operators cannot be imported", "install triton")
+        if precision not in ("fp16", "bf16"):
+            raise FastPathError("export", f"the fused sana decoder has no {precision} form", "choose fp16 or bf16")
+        # From the fp32 decoder: batch norm is folded before anything is rounded.
+        return module.fuse(folded, dtype_of(precision), spec.input_shape, hybrid=hybrid), {"fuse": 1}
+
+    return lower
+
+
 def _fusible(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
+    if is_sana_decoder(decoder):
+        return _fusible_sana(decoder, spec)
     module = fused_ops()
     if module is None:
         return False, "our fused operators cannot be imported (they need Triton)"
@@ -102,6 +132,8 @@ def _fusible(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
 
 
 def _lower_fused(folded: nn.Module, spec: BuildSpec, precision: str) -> tuple[nn.Module, dict[str, int]]:
+    if is_sana_decoder(folded):
+        return _lower_sana(False)(folded, spec, precision)
     module = fused_ops()
     if module is None:
         raise FastPathError("export", "our fused operators cannot be imported", "install triton")
@@ -154,6 +186,18 @@ register(
         lower=_lower_fused,
         precisions=("fp16", "bf16"),
         settings={"min_block_size": 1},
+        isolates=False,
+    )
+)
+
+
+register(
+    Plan(
+        name="tensorrt+vit",
+        summary="sana: our fused kernels for the EfficientViT blocks, TensorRT for the convolutions after them",
+        applies=_fusible_sana,
+        lower=_lower_sana(True),
+        precisions=("fp16", "bf16"),
         isolates=False,
     )
 )

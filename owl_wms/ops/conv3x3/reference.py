@@ -30,7 +30,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
 
 
 def latent_reference(z: Tensor, weight: Tensor, bias: Tensor, repeats: int) -> Tensor:
-    """`z [B, c, h, w]` to `[B, h, w, O]`: 3x3 convolution plus, for repeats > 0, every latent channel `repeats` times."""
+    """`z [B, c, h, w]` to `[B, h, w, O]`: 3x3 convolution plus every latent channel `repeats` times."""
     rows = z.to(weight.dtype).permute(0, 2, 3, 1).contiguous()
     shortcut = rows.repeat_interleave(repeats, dim=-1) if repeats else None
     return reference(rows, weight, bias, shortcut, False)

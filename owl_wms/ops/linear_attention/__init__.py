@@ -1,7 +1,7 @@
-"""`owl_wms::linear_attention`: ReLU linear attention over the pixels of an image, NHWC, from one fused q/k/v projection.
+"""`owl_wms::linear_attention`: ReLU linear attention over the pixels of an image, NHWC, from one q/k/v projection.
 
-Why it exists: written out, q, k and v are widened to fp32, transposed and copied before two tiny products each; here they
-are read as they lie, twice, and everything between stays on the chip.
+Why it exists: written out, q, k and v are widened to fp32, transposed and copied before two tiny products each; here
+they are read as they lie, twice, and everything between stays on the chip.
 
 Usage:
     y = linear_attention(qkv, head=32, eps=1e-15)     # [B, H, W, 3 * heads * 32] -> [B, H, W, heads * 32]

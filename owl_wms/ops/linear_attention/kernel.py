@@ -1,4 +1,4 @@
-"""Triton kernels of `linear_attention`: one sums `k v^T` and `k` over the pixels of a head, one applies them to the queries.
+"""Triton kernels of `linear_attention`: one sums `k v^T` and `k` over a head's pixels, one applies them to queries.
 
 16-bit products are exact in fp32, so only the small d x d sums are ever split (three TF32 products); their scale is
 1 / pixels, which cancels.

@@ -1,0 +1,56 @@
+"""`owl_wms::depthwise_gate`: SiLU, depthwise 3x3, bias and the SiLU gate of a gated convolution in one pass, NHWC.
+
+Why it exists: written out these are four passes over the widest tensor of an EfficientViT block, and TensorRT for RTX has
+no bf16 kernel for the depthwise convolution at all. The kernel reads its input about one and a half times.
+
+Usage:
+    y = depthwise_gate(x, pack(weight), bias)     # x [B, H, W, 2K] before its SiLU; bias fp32 -> [B, H, W, K]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from owl_wms.ops.depthwise_gate.reference import pack, reference
+from owl_wms.ops.nvrtc import Kernel
+from owl_wms.ops.register import define, has_kernel
+
+__all__ = ["depthwise_gate", "kernel_of", "pack", "reference"]
+
+ROWS = 4
+SPAN = 32
+BLOCK = 128
+
+
+def kernel_of(dtype: torch.dtype) -> Kernel:
+    """The variant for an element type."""
+    return Kernel(
+        "depthwise_gate",
+        "depthwise_gate",
+        (f"ROWS={ROWS}", f"SPAN={SPAN}", *(("FP16",) if dtype == torch.float16 else ())),
+    )
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if not has_kernel(x):
+        return reference(x, weight, bias)
+    x = x.contiguous()
+    batch, height, width, channels = x.shape
+    out = x.new_empty(batch, height, width, channels // 2)
+    threads = batch * -(-height // ROWS) * -(-width // SPAN) * (channels // 4)
+    kernel_of(x.dtype).launch(
+        x.device,
+        grid=-(-threads // BLOCK),
+        block=BLOCK,
+        arguments=(out, x, weight, bias, batch, height, width, channels // 2),
+    )
+    return out
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    torch._check(x.shape[-1] == weight.shape[1], lambda: f"{x.shape[-1]} channels, weights for {weight.shape[1]}")
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+depthwise_gate = define("depthwise_gate(Tensor x, Tensor weight, Tensor bias) -> Tensor", run=_run, fake=_fake)
