@@ -108,6 +108,7 @@ class Session:
     out_dir: Path
     deadline: float
     progress: Callable[[Event], None] | None = None
+    device: str = ""
     bootstrap: str = BOOTSTRAP
     known: dict[str, str] = field(default_factory=dict)
     restarts: int = 0
@@ -129,7 +130,12 @@ class Session:
             self.restarts += 1
 
     def _one_child(self) -> Event:
-        job = {"spec": self.spec.to_json(), "out_dir": str(self.out_dir.absolute()), "known": self.known}
+        job = {
+            "spec": self.spec.to_json(),
+            "device": self.device or f"cuda:{self.spec.device_index}",
+            "out_dir": str(self.out_dir.absolute()),
+            "known": self.known,
+        }
         (self.directory / JOB_NAME).write_text(json.dumps(job), encoding="utf-8")
         read_fd, write_fd = os.pipe()
         log = self.directory / "stderr.txt"
@@ -185,13 +191,19 @@ class Session:
                         open_key = ""
                         if message["reason"]:
                             self.known[message["key"]] = message["reason"]
+                            self._tell({"stage": "attempt failed", "key": message["key"], "reason": message["reason"]})
                     elif event in ("done", "failed", "broken"):
                         last = message
-                    elif self.progress is not None:
-                        self.progress({key: value for key, value in message.items() if key != "event"})
+                    else:
+                        self._tell({key: value for key, value in message.items() if key != "event"})
                 if last is not None and last["event"] != "broken":
                     break
         return last, open_key
+
+    def _tell(self, event: Event) -> None:
+        _LOG.debug("build: %s", event)
+        if self.progress is not None:
+            self.progress(event)
 
     def _reap(self, process: subprocess.Popen[bytes]) -> int | None:
         """The exit status, or None when the process had to be killed because time was up."""

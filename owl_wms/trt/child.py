@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,14 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
     try:
         spec = BuildSpec.from_json(job["spec"])
         journal.stage("import")
-        torch.cuda.set_device(spec.device_index)
+        device = torch.device(job["device"])
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         importer.require()
         register_operators()
         journal.stage("decoder")
         decoder = torch.load(directory / DECODER_NAME, map_location="cpu", weights_only=False)
-        report = Worker(decoder, spec, journal).build(Path(job["out_dir"]))
+        report = Worker(decoder, spec, journal, device).build(Path(job["out_dir"]))
         journal.send(event="done", report=report)
     except FastPathError as error:
         journal.send(event="failed", stage=error.stage, reason=error.reason, remedy=error.remedy)
@@ -88,6 +91,8 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
 
 def main(arguments: list[str]) -> int:
     """`JOB_DIRECTORY FD`; returns 0 once a final message was sent."""
+    # Compilers warn by the page; what the parent quotes of the output should be the last words, not those.
+    warnings.simplefilter("ignore")
     directory, fd = Path(arguments[0]), int(arguments[1])
     job = json.loads((directory / JOB_NAME).read_text(encoding="utf-8"))
     run(directory, PipeJournal(fd, job["known"]), job)

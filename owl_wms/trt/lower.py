@@ -44,20 +44,28 @@ class Partition:
     pytorch_operators: tuple[tuple[str, str], ...]
 
 
+OUTSIDE = "(decoder)"
+"""Unit of the nodes that belong to no submodule: the decoder's own forward, and constants without a history."""
+
+
 def module_path(node: torch.fx.Node) -> str:
-    """Dotted path of the innermost module a node came from; "" for the decoder itself or when unknown."""
+    """Dotted path of the innermost module a node came from; `OUTSIDE` for the decoder itself or when unknown."""
     stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else ""
+    return (str(list(stack.values())[-1][0]) if stack else "") or OUTSIDE
 
 
-def belongs(path: str, kept: Collection[str]) -> bool:
-    """Whether a module path is one of `kept` or lies below one."""
-    return any(path == unit or path.startswith(f"{unit}.") for unit in kept)
+def operators_by_module(exported: ExportedProgram) -> dict[str, list[str]]:
+    """Module path -> operators called directly in it, in graph order: the units that isolation can keep in PyTorch."""
+    found: dict[str, list[str]] = {}
+    for node in exported.graph.nodes:
+        if node.op == "call_function":
+            found.setdefault(module_path(node), []).append(str(node.target))
+    return found
 
 
 @contextlib.contextmanager
 def keep_in_pytorch(kept: Collection[str]) -> Iterator[None]:
-    """Inside the block every converter refuses nodes of the modules `kept` (dotted paths); restored afterwards."""
+    """Inside the block every converter refuses nodes whose innermost module is in `kept`; restored afterwards."""
     if not kept:
         yield
         return
@@ -69,7 +77,7 @@ def keep_in_pytorch(kept: Collection[str]) -> Iterator[None]:
         return dataclasses.replace(
             support,
             capability_validator=lambda node, settings: (
-                not belongs(module_path(node), kept) and allowed(node, settings)
+                module_path(node) not in kept and allowed(node, settings)
             ),
         )
 
@@ -93,7 +101,7 @@ def compile_exported(
 
     Args:
         settings: keyword arguments of `torch_tensorrt.compile`, from `BuildSpec.compile_settings` (plus `dryrun` in tests).
-        kept: module paths whose nodes stay in PyTorch.
+        kept: module paths (as `module_path` gives them) whose own nodes stay in PyTorch.
         progress: called with TensorRT's own build phases, where this TensorRT reports them.
 
     Raises:

@@ -59,6 +59,10 @@ def apply_rewrites(module: nn.Module, input_shape: tuple[int, ...], names: tuple
         if name not in REWRITES:
             raise FastPathError("export", f"no rewrite is called {name!r}", f"known: {', '.join(REWRITES)}")
         done[name] = REWRITES[name].apply(module, record_shapes(module, input_shape), module_dtype(module))
+    # Constants are computed on the CPU in float64; they belong where the weights are.
+    device = next((parameter.device for parameter in module.parameters()), None)
+    if device is not None:
+        module.to(device)
     return done
 
 

@@ -1,4 +1,4 @@
-"""Which of several decoders is fastest on this GPU: interleaved CUDA-event medians.
+"""Which of several decoders is fastest on this device: interleaved medians, by CUDA events or, on the CPU, by the clock.
 
 Why interleaved: clocks and temperature drift; candidates timed one after the other are compared across that drift, candidates timed in turns
 are not.
@@ -10,6 +10,7 @@ Usage:
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -28,7 +29,7 @@ def interleaved(
     """Median milliseconds a call of every candidate on `z`.
 
     Args:
-        z: CUDA latents; every candidate gets the same batch (weights, not latents, dominate memory traffic).
+        z: latents on the device; every candidate gets the same batch (weights, not latents, dominate memory traffic).
         rounds: timed calls each, cut down (never below 3) so that all of them stay within `budget_seconds`.
         warmup: untimed calls each.
     """
@@ -49,6 +50,10 @@ def interleaved(
 
 
 def _one(decode: Callable[[Tensor], Tensor], z: Tensor) -> float:
+    if z.device.type != "cuda":
+        start = time.perf_counter()
+        decode(z)
+        return (time.perf_counter() - start) * 1e3
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(z.device)
     begin.record()

@@ -4,12 +4,13 @@ Why one file of its own: `child.py` deals with processes and messages, this with
 `Journal` before it is tried, so that the parent knows what was going on when the process died.
 
 Usage (inside the child, on the GPU):
-    report = Worker(folded_fp32, spec, journal).build(Path("out"))
+    report = Worker(folded_fp32, spec, journal, "cuda:0").build(Path("out"))
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from owl_wms.errors import FastPathError
 from owl_wms.trt import importer, lower, plans
@@ -101,10 +103,11 @@ class Candidate:
 class Worker:
     """Builds every plan of a spec for one folded fp32 decoder and keeps the fastest that passes parity."""
 
-    def __init__(self, folded: nn.Module, spec: BuildSpec, journal: Journal) -> None:
+    def __init__(self, folded: nn.Module, spec: BuildSpec, journal: Journal, device: torch.device | str) -> None:
         self.spec = spec
         self.journal = journal
-        self.device = torch.device("cuda", spec.device_index)
+        self.device = torch.device(device)
+        self.probed: dict[str, str] = {}
         self.folded = folded.to(self.device).eval().requires_grad_(False)
 
     def build(self, out_dir: Path) -> dict[str, Any]:
@@ -233,10 +236,11 @@ class Worker:
         kept = frozenset[str]()
         if failure and plan.isolates and self.spec.isolation_tries:
             candidate.kept_reason = failure
-            candidate.probes = self.probe(plan, module, precision, settings)
+            groups = like_units(module, exported)
+            candidate.probes = self.probe(plan, module, groups, precision, settings)
             self.journal.stage("isolation", plan=plan.name, precision=precision, suspects=len(candidate.probes))
             candidate.isolation = smallest_kept(
-                like_modules(module),
+                groups,
                 works,
                 max_tries=self.spec.isolation_tries,
                 deadline=time.monotonic() + self.spec.isolation_seconds,
@@ -253,20 +257,30 @@ class Worker:
         candidate.build_seconds = time.monotonic() - begin
         return candidate
 
-    def probe(self, plan: plans.Plan, module: nn.Module, precision: str, settings: dict[str, Any]) -> dict[str, str]:
-        """Build each kind of leaf module alone; `{module path: reason}` for all modules of the kinds that fail."""
+    def probe(
+        self, plan: plans.Plan, module: nn.Module, groups: list[list[str]], precision: str, settings: dict[str, Any]
+    ) -> dict[str, str]:
+        """Build one leaf module of each group alone; `{module path: reason}` for all modules of the groups that fail."""
         shapes = record_shapes(module, self.spec.input_shape)
+        children = dict(module.named_modules())
         failing: dict[str, str] = {}
         deadline = time.monotonic() + PROBE_SECONDS
-        for group in like_modules(module):
-            known = [name for name in group if name in shapes]
-            if not known or time.monotonic() > deadline:
+        for group in groups:
+            leaves = [path for path in group if path in shapes and next(children[path].children(), None) is None]
+            if not leaves:
                 continue
-            key = f"probe|{plan.name}|{precision}|{known[0]}"
-            reason = self.journal.attempt(key)
+            leaf, shape = children[leaves[0]], shapes[leaves[0]]
+            # Keyed by what is probed: another plan's module of the same kind and shape has the same answer.
+            key = f"probe|{precision}|{shape}|{_kind(leaf, [])}"
+            if key not in self.probed and time.monotonic() > deadline:
+                continue
+            reason = self.probed.get(key)
             if reason is None:
-                reason = self._probe_one(module.get_submodule(known[0]), shapes[known[0]], precision, settings)
+                reason = self.journal.attempt(key)
+            if reason is None:
+                reason = self._probe_one(leaf, shape, precision, settings)
                 self.journal.outcome(key, reason)
+            self.probed[key] = reason
             if reason:
                 failing.update(dict.fromkeys(group, reason))
         return failing
@@ -308,6 +322,7 @@ class Worker:
             "load_seconds": round(load_seconds, 3),
             "program_bytes": path.stat().st_size,
             "reload_bit_equal": equal,
+            "output_sha256": output_digest(wanted),
             "output_shape": list(wanted.shape),
             "output_dtype": str(wanted.dtype).removeprefix("torch."),
         }
@@ -315,11 +330,14 @@ class Worker:
     def _run(self, program: Any, z: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             x = program(z)
-        torch.cuda.synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return x
 
     def check_context(self) -> None:
         """After a failure: a CUDA context with a sticky error fails everything from now on, so the process must end."""
+        if self.device.type != "cuda":
+            return
         try:
             torch.cuda.synchronize(self.device)
             torch.zeros(1, device=self.device).add_(1).item()
@@ -327,6 +345,7 @@ class Worker:
             raise BrokenContext(_reason(error)) from error
 
     def release(self) -> None:
+        """Give freed engines and activations back to the GPU, so that the next build finds the memory."""
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -346,16 +365,25 @@ class BrokenContext(BaseException):
     """The CUDA context is unusable; not an Exception, so that no attempt mistakes it for its own failure."""
 
 
-def like_modules(module: nn.Module) -> list[list[str]]:
-    """Leaf modules that own parameters or buffers, grouped by what they are: type, configuration and parameter shapes."""
+def like_units(module: nn.Module, exported: ExportedProgram) -> list[list[str]]:
+    """Module paths that call operators, grouped by what they are: a leaf's type, configuration and tensor shapes, else the operators."""
     groups: dict[str, list[str]] = {}
-    for name, child in module.named_modules():
-        tensors = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
-        if not name or not tensors:
-            continue
-        shapes = [(key, tuple(t.shape)) for key, t in tensors]
-        groups.setdefault(f"{type(child).__name__} {child.extra_repr()} {shapes}", []).append(name)
+    children = dict(module.named_modules())
+    for path, operators in lower.operators_by_module(exported).items():
+        groups.setdefault(_kind(children.get(path), operators), []).append(path)
     return list(groups.values())
+
+
+def _kind(child: nn.Module | None, operators: list[str]) -> str:
+    if child is None or next(child.children(), None) is not None:
+        return f"{type(child).__name__} {sorted(set(operators))}"
+    tensors = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
+    return f"{type(child).__name__} {child.extra_repr()} {[(key, tuple(t.shape)) for key, t in tensors]}"
+
+
+def output_digest(x: torch.Tensor) -> str:
+    """SHA-256 of an output's bytes, by which another process can tell that it computes the same."""
+    return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 def _reason(error: BaseException) -> str:

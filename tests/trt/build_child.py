@@ -1,0 +1,49 @@
+"""Bootstrap of a building process without a GPU: the real worker, converters and partitioner, engines executed by PyTorch.
+
+Usage: python -c "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from tests.trt.build_child import main; main(sys.argv[2:])" DIR FD
+The faults a test wants are named in the spec's `seed`: see FAULTS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.trt import cuda_stand_in
+
+DEPTHWISE, SEGFAULT, HANG = 1, 2, 3
+FAULTS = {DEPTHWISE: "refuse depthwise", SEGFAULT: "segfault on depthwise", HANG: "sleep"}
+
+
+def depthwise(subgraph: torch.fx.GraphModule) -> bool:
+    """Whether a 3x3 convolution with one channel a group is in the subgraph."""
+    for node in subgraph.graph.nodes:
+        if node.op == "call_function" and "convolution" in str(node.target) and node.args[-1] > 1:
+            weight = node.args[1].meta["val"] if "val" in node.args[1].meta else getattr(subgraph, str(node.args[1].target))
+            if weight.shape[1] == 1:
+                return True
+    return False
+
+
+def main(arguments: list[str]) -> None:
+    seed = json.loads((Path(arguments[0]) / "job.json").read_text())["spec"]["seed"]
+
+    def refuse(subgraph: torch.fx.GraphModule) -> str:
+        if seed == HANG:
+            signal.pause()
+        if seed in (DEPTHWISE, SEGFAULT) and depthwise(subgraph):
+            if seed == SEGFAULT:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            return "Unable to create TensorRT execution context"
+        return ""
+
+    cuda_stand_in.install()
+    cuda_stand_in.run_engines_in_pytorch(refuse)
+    from owl_wms.trt.child import main as child
+
+    sys.exit(child(arguments))

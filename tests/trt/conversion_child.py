@@ -1,0 +1,71 @@
+"""Child process of test_conversion.py: prints one JSON line per question about real conversion without a GPU.
+
+Usage: python -m tests.trt.conversion_child
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from tests.trt import cuda_stand_in
+
+cuda_stand_in.install()
+
+import torch  # noqa: E402
+
+from owl_wms.trt import importer, lower, plans  # noqa: E402
+from owl_wms.trt.build import folded_copy  # noqa: E402
+from owl_wms.trt.export import export_decoder  # noqa: E402
+from owl_wms.trt.spec import BuildSpec, dtype_of  # noqa: E402
+from tests.trt import decoders  # noqa: E402
+
+
+def say(**answer: object) -> None:
+    sys.__stdout__.write(json.dumps(answer) + "\n")
+    sys.__stdout__.flush()
+
+
+def partition(name: str, plan_name: str, precision: str, kept: tuple[str, ...] = (), min_block: int = 5) -> None:
+    decoder, shape = decoders.make(name)
+    spec = BuildSpec(input_shape=shape, precision=precision, min_block_size=min_block)
+    plan = plans.PLANS[plan_name]
+    module, rewrites = plan.lower(folded_copy(decoder), spec, precision)
+    z = torch.randn(shape, dtype=dtype_of(precision))
+    settings = {**spec.compile_settings(precision), **plan.settings, "dryrun": True}
+    _, found = lower.compile_exported(export_decoder(module, z), z, settings, kept=kept)
+    say(
+        name=name,
+        plan=plan_name,
+        precision=precision,
+        kept=list(kept),
+        engines=found.engines,
+        engine_operators=found.engine_operators,
+        left=[list(pair) for pair in found.pytorch_operators],
+        rewrites=rewrites,
+    )
+
+
+def serialized() -> None:
+    decoder, shape = decoders.make("tiled")
+    spec = BuildSpec(input_shape=shape, precision="fp16")
+    module, _ = plans.PLANS["tensorrt"].lower(folded_copy(decoder), spec, "fp16")
+    z = torch.randn(shape, dtype=torch.float16)
+    phases: list[str] = []
+    begin = time.monotonic()
+    with cuda_stand_in.engines_as_bytes(), lower._builder_progress(lambda phase, step, steps: phases.append(phase)):
+        engine = importer.submodule("dynamo").convert_exported_program_to_serialized_trt_engine(
+            export_decoder(module, z), arg_inputs=[z], use_explicit_typing=True, immutable_weights=True
+        )
+    say(name="serialized", engine_bytes=len(bytes(engine)), seconds=time.monotonic() - begin, phases=sorted(set(phases)))
+
+
+if __name__ == "__main__":
+    say(name="status", **{f: getattr(importer.status(), f) for f in ("available", "flavour", "version", "reason")})
+    for family in decoders.FAMILIES:
+        partition(family, "tensorrt", "fp16")
+    partition("tiled", "tensorrt+merged", "bf16")
+    partition("sana", "tensorrt-plain", "bf16")
+    partition("sana", "tensorrt", "bf16", kept=("up_blocks.1.0.conv_out.conv_depth",), min_block=1)
+    serialized()

@@ -1,0 +1,65 @@
+"""The real path on a GPU: build in a child process, reload bit-equal, isolation, the JIT form, CUDA graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from owl_wms import trt
+from owl_wms.trt.parity import latents
+from owl_wms.trt.worker import output_digest
+from tests.trt import decoders
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _needs_tensorrt() -> None:
+    if not trt.status().available:
+        pytest.skip(trt.status().reason)
+
+
+@pytest.mark.parametrize(("family", "precision"), [("tiled", "auto"), ("sana", "bf16"), ("square", "fp32")])
+def test_build_reload_and_run(family: str, precision: str, tmp_path: Path) -> None:
+    decoder, shape = decoders.make(family)
+    spec = trt.BuildSpec(input_shape=shape, precision=precision, timeout_seconds=100)
+    events: list[dict] = []
+    report = trt.build_program(decoder, spec, tmp_path, events.append)
+    assert report["parity"]["passed"]
+    assert report["reload_bit_equal"]
+    assert report["latency_ms"] > 0
+    program = trt.load_program((tmp_path / "program.pt2").read_bytes(), "cuda:0")
+    z = latents(shape, 1.0, program.input_dtype, "cuda:0", spec.seed)
+    assert output_digest(program(z)) == report["output_sha256"]
+    with torch.no_grad():
+        wanted = decoder(z.float().cpu())
+    assert torch.allclose(program(z).float().cpu(), wanted, atol=0.15 if precision == "bf16" else 0.05)
+    assert {event["stage"] for event in events} >= {"import", "lower", "compile", "parity", "timing", "save", "reload"}
+
+
+def test_cuda_graph_repeats_the_program() -> None:
+    decoder, shape = decoders.make("square")
+    decoder = decoder.cuda().half()
+    graphed = trt.GraphedProgram(decoder, latents(shape, 1.0, torch.float16, "cuda"))
+    assert graphed.graphed, graphed.reason
+    z = latents(shape, 0.5, torch.float16, "cuda", seed=5)
+    with torch.no_grad():
+        first, wanted = graphed(z), decoder(z)
+    assert torch.equal(first, wanted)
+    graphed(z * 0)
+    assert torch.equal(first, wanted), "an answer that was handed out must not change with the next call"
+
+
+def test_jit_form_compiles_and_agrees() -> None:
+    decoder, shape = decoders.make("tiled")
+    decoder = decoder.cuda()
+    compiled = trt.compile_for_training(decoder, precision="fp16", strict=True)
+    z = latents(shape, 1.0, torch.float32, "cuda")
+    with torch.no_grad():
+        wanted = decoder(z)
+    got = compiled(z)
+    assert compiled.reason == ""
+    assert got.dtype == wanted.dtype
+    assert torch.allclose(got, wanted, atol=0.05)
