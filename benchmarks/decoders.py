@@ -44,7 +44,7 @@ class Subject:
     latent_shape: tuple[int, int, int] = (128, 8, 8)
 
 
-def _random(config: str, variant: str) -> Callable[[], nn.Module]:
+def _random(config: str, variant: str | None) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         torch.manual_seed(0)
         return build_decoder(load_vae_config(VAE_CONFIGS / config).model, variant=variant).eval()
@@ -60,7 +60,7 @@ def _sana() -> nn.Module:
 
 
 def _demo() -> nn.Module:
-    return load_decoder(None, DEMO / "config.yml", DEMO / "demo_vae.safetensors").eval()
+    return load_decoder(None, DEMO / "demo_vae.yml", DEMO / "demo_vae.safetensors").eval()
 
 
 SUBJECTS = {
@@ -70,7 +70,7 @@ SUBJECTS = {
         Subject(name="base", make=_random("base.yml", "tiled")),
         Subject(name="dist_learned", make=_random("dec_dist.yml", "learned")),
         Subject(name="base_learned", make=_random("base.yml", "learned")),
-        Subject(name="distill_vae", make=_random("distill_vae.yml", "tiled"), latent_shape=(64, 8, 8)),
+        Subject(name="distill_vae", make=_random("cod_64x_c64_depth_distill_dec.yml", None), latent_shape=(64, 8, 8)),
         Subject(name="sana", make=_sana),
         Subject(name="demo", make=_demo),
     )

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "owl_wms"
 STAGES = (
     "errors env configs settings vae ops trt cache runtime utils nn models sampling data media trainers inference cli"
 ).split()
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
+# `__init__` and `__main__` stand for the whole package, not for a stage of it.
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name not in ("__init__.py", "__main__.py"))
 # What makes latents must not know how they are decoded; it reaches decoding through the bridge alone.
 FORBIDDEN = {
     "ops": {"vae"},
