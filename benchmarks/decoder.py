@@ -104,7 +104,10 @@ def measure(name: str, batch: int, args: argparse.Namespace, ceilings: harness.C
     for candidate, make in baselines.candidates(live, args.max_autotune_seconds).items():
         add(candidate, make)
     for precision in args.precision:
-        add(f"ours {precision}", lambda precision=precision: build_ours(chosen.make(), shape, precision))
+        add(
+            f"ours {precision}",
+            lambda precision=precision: build_ours(chosen.make(), shape, precision, tuple(args.plans)),
+        )
 
     with torch.no_grad():
         timings = harness.measure_interleaved(candidates, inputs, rounds=args.rounds)
@@ -173,6 +176,7 @@ def main() -> None:
     parser.add_argument("--decoder", nargs="+", default=["dist", "base"], choices=list(SUBJECTS))
     parser.add_argument("--batch", nargs="+", type=int, default=[8])
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp16", "auto", "fp8", "int8"])
+    parser.add_argument("--plans", nargs="*", default=[], help="plans to build; every one that applies when left out")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--max-autotune-seconds", type=int, default=0, help="0 leaves max-autotune out")
     parser.add_argument("--theme", default="decoder")

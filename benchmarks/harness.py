@@ -7,6 +7,7 @@ inputs rotated, so that no candidate finds its input in the cache; medians with 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
@@ -100,7 +101,10 @@ def measure_ceilings(dtype: torch.dtype = torch.bfloat16) -> Ceilings:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, `+` appended when files differ from it, `unknown` outside a checkout."""
+    """Short hash of the checked-out commit, `+` appended when files differ from it.
+
+    Outside a checkout the variable OWL_COMMIT says it, for hosts that get a copy of the tree; else `unknown`.
+    """
     root = Path(__file__).resolve().parents[1]
     try:
         name = subprocess.run(
@@ -108,7 +112,7 @@ def commit() -> str:
         )
         dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=root, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("OWL_COMMIT", "unknown")
     return name.stdout.strip() + ("+" if dirty.returncode else "")
 
 
