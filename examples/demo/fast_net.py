@@ -119,7 +119,7 @@ def _group_mean(x: Tensor, groups: int) -> Tensor:
 
 
 def initialise(stock: nn.Module) -> None:
-    """He initialisation of the folded stock autoencoder; residual branches start near zero, projections keep the scale."""
+    """He initialisation of the folded stock autoencoder; residual branches start near zero, projections keep scale."""
     for name, module in stock.named_modules():
         if not isinstance(module, nn.Conv2d):
             continue

@@ -1,0 +1,115 @@
+"""What decode, encode and demo share: choosing a device, decoding in bounded pieces, and saying what ran.
+
+Why: three commands that answer "what decoded this, and why" must answer alike.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from owl_wms.errors import ConfigError
+from owl_wms.runtime.stats import DecodeStats
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_MIB = 1024**2
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, by default the first GPU, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {name!r}", key="device") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices", key="device")
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """bf16, fp16 or fp32 by name; by default bf16 on a GPU and fp32 on a CPU, which computes bf16 slowly.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in _DTYPES:
+        raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, got {name!r}", key="dtype")
+    return _DTYPES[name]
+
+
+def check_destination(path: Path, *suffixes: str) -> None:
+    """Refuse an output file before the work is done rather than after it.
+
+    Raises:
+        ConfigError: an ending that cannot be written, or a folder of that name.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{path}: must end in {' or '.join(suffixes)}, got {path.suffix!r}", path=path)
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder", path=path)
+
+
+def progress(console: Any) -> Progress:
+    """A bar with counts, on the given console."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+
+
+def decode_pieces(decode: Callable[[Tensor], Tensor], latents: Tensor, piece: int) -> Iterator[tuple[Tensor, float]]:
+    """Decode [b, n, c, h, w] clip by clip in pieces, so that memory does not grow with the length.
+
+    Yields:
+        frames [<= piece, C, H, W] as the decoder gave them, and the seconds that they took, device included.
+    """
+    for clip in latents:
+        for part in clip.split(piece):
+            begun = time.perf_counter()
+            frames = decode(part[None])[0]
+            if frames.is_cuda:
+                torch.cuda.synchronize(frames.device)
+            yield frames, time.perf_counter() - begun
+
+
+def peak_memory(device: torch.device) -> str:
+    """Peak memory so far: allocated on the GPU, or of this process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / _MIB:.0f} MiB on {torch.cuda.get_device_name(device)}"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB of process memory"
+
+
+def quick_on(device: torch.device, module: nn.Module) -> nn.Module:
+    """The same module laid out for the device: these convolutions run about 1.5 times faster channels last on a CPU."""
+    if device.type != "cpu":
+        return module
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def stats_rows(stats: DecodeStats) -> list[tuple[str, str]]:
+    """What decoded, why, and what it cost, as labelled text."""
+    rows = [("decoded by", stats.backend), ("because", stats.reason)]
+    for program in stats.programs:
+        if program.get("plan"):
+            shape = "x".join(map(str, program["shape"]))
+            rows.append(("program", f"{shape}, plan {program['plan']}, {program['precision']}, {program['state']}"))
+    if stats.builds or stats.hits:
+        rows.append(("cache", f"{stats.hits} found, {stats.builds} built in {stats.build_seconds:.1f} s"))
+    if stats.fallbacks:
+        failures = ", ".join(f"{count} at {stage}" for stage, count in stats.failures.items())
+        rows.append(("fell back to PyTorch", f"{stats.fallbacks} batches ({failures})"))
+    return rows

@@ -1,0 +1,68 @@
+"""`owl-wms encode`: a clip, a folder of pictures or an array of frames becomes latents.
+
+Usage:
+    owl-wms encode clip.mp4 --vae-config C --checkpoint K --out latents.pt [--depth clip_depth.mp4]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def encode(
+    frames: Annotated[Path, typer.Argument(help="Video, folder of pictures, or an array file of frames [n,C,H,W].")],
+    vae_config: Annotated[Path, typer.Option(help="YAML of the autoencoder.")],
+    checkpoint: Annotated[Path, typer.Option(help="Its weights, with the encoder's among them.")],
+    out: Annotated[Path, typer.Option(help="Latents to write: .pt, .npy or .safetensors.")] = Path("latents.pt"),
+    depth: Annotated[Path | None, typer.Option(help="Grey clip or folder with the depth channel.")] = None,
+    resize: Annotated[bool, typer.Option(help="Scale frames of another size instead of refusing them.")] = False,
+    scale: Annotated[float, typer.Option(help="Divide latents by this (upstream's vae_scale).")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Frames encoded at once.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
+) -> None:
+    """Encode a clip or frames to latents [n, c, h, w], float32."""
+    import torch
+
+    from owl_wms.cli import _shared as shared
+    from owl_wms.configs import load_vae_config
+    from owl_wms.errors import ConfigError
+    from owl_wms.media.arrays import ARRAY_SUFFIXES, save_array
+    from owl_wms.media.frames import frame_batches
+    from owl_wms.vae import fold_weight_norm, load_encoder
+
+    console = Console(stderr=True)
+    where = shared.choose_device(device)
+    precision = shared.choose_dtype(dtype, where)
+    shared.check_destination(out, *ARRAY_SUFFIXES)
+    if scale == 0:
+        raise ConfigError("--scale divides the latents and must not be 0", key="scale")
+    model = load_vae_config(vae_config).model
+    size = getattr(model, "sample_size", None)
+    if size is None or model.model_id == "audio_ae":
+        raise ConfigError(
+            f"{vae_config}: {model.model_id} does not take pictures", path=vae_config, key="model.model_id"
+        )
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    encoder = fold_weight_norm(load_encoder(None, vae_config, checkpoint))
+    encoder = shared.quick_on(where, encoder.to(where, precision))
+    pieces = []
+    with torch.inference_mode(), shared.progress(console) as bar:
+        task = bar.add_task("encoding", total=None)
+        batches = frame_batches(
+            frames, channels=model.channels, size=size, batch_size=batch_size, depth=depth, resize=resize
+        )
+        for batch in batches:
+            pieces.append(encoder(batch.to(where, precision)).float().cpu())
+            bar.advance(task, len(batch))
+    latents = torch.cat(pieces) / scale
+    save_array(out, latents)
+    console.print(
+        f"{out}: {list(latents.shape)}, mean {latents.mean():.3f}, standard deviation {latents.std():.3f}",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,134 @@
+"""Latents and frames as array files: `.pt`, `.npy` and `.safetensors`, read without running code from them.
+
+Why one reader: whatever is wrong with a file (missing, truncated, pickled code, an odd rank, not-a-number) is found
+here, once, before a decoder is built.
+
+Usage:
+    latents = load_latents("clip.pt")          # [b, n, c, h, w]
+    save_array("clip.safetensors", tensor)
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from owl_wms.errors import DataError
+
+ARRAY_SUFFIXES = (".pt", ".npy", ".safetensors")
+KEY = "latents"  # of a file that holds several tensors, the one that is meant
+
+
+def load_array(path: Path | str) -> Tensor:
+    """The tensor in a file, on the CPU, as stored.
+
+    A `.pt` or `.safetensors` file may hold several tensors if one of them is called `latents`.
+
+    Raises:
+        DataError: missing, unreadable or truncated file, unknown ending, pickled objects, no single tensor.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in ARRAY_SUFFIXES:
+        raise DataError(f"{path}: the ending must be one of {', '.join(ARRAY_SUFFIXES)}, got {suffix!r}", path=path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file", path=path)
+    try:
+        if suffix == ".pt":
+            with (
+                warnings.catch_warnings()
+            ):  # a damaged file is one error below, not also a remark on its pickle protocol
+                warnings.simplefilter("ignore", UserWarning)
+                value: Any = torch.load(path, map_location="cpu", weights_only=True)
+        elif suffix == ".npy":
+            # Mapped first: a header that claims more than the file holds fails here instead of allocating it.
+            value = torch.from_numpy(np.array(np.load(path, allow_pickle=False, mmap_mode="r")))
+        else:
+            value = load_file(path)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path}: holds more than tensors (or is damaged), and pickled code is not run; save the tensor alone",
+            path=path,
+        ) from error
+    except (
+        Exception
+    ) as error:  # damaged bytes lead numpy and torch to raise almost anything (TokenError, SyntaxError, ...)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: cannot be read as {suffix}: {reason}", path=path) from error
+    return _single(value, path)
+
+
+def _single(value: Any, path: Path) -> Tensor:
+    if isinstance(value, Mapping):
+        tensors = {key: item for key, item in value.items() if isinstance(item, Tensor)}
+        if KEY in tensors:
+            return tensors[KEY]
+        if len(tensors) == 1:
+            return next(iter(tensors.values()))
+        names = ", ".join(map(str, list(value)[:6])) or "nothing"
+        raise DataError(f"{path}: needs one tensor, or one called {KEY!r}; it holds {names}", path=path)
+    if not isinstance(value, Tensor):
+        raise DataError(f"{path}: needs a tensor, it holds a {type(value).__name__}", path=path)
+    return value
+
+
+def load_latents(path: Path | str, channels: int | None = None) -> Tensor:
+    """Latents of a file as float [b, n, c, h, w]; ranks 3 and 4 count as one frame and one clip.
+
+    Args:
+        path: see `load_array`.
+        channels: what the decoder takes, when that is known.
+
+    Raises:
+        DataError: as `load_array`, or another rank, no frames, integers, other channels, or values that are not finite.
+    """
+    latents = load_array(path)
+    shape = list(latents.shape)
+    if not latents.is_floating_point():
+        raise DataError(f"{path}: latents must be floating point, got {latents.dtype}", path=path)
+    if latents.dim() not in (3, 4, 5):
+        raise DataError(f"{path}: latents must be [b, n, c, h, w], [n, c, h, w] or [c, h, w], got {shape}", path=path)
+    while latents.dim() < 5:
+        latents = latents[None]
+    if latents.numel() == 0:
+        raise DataError(f"{path}: has no frames, its shape is {shape}", path=path)
+    if channels is not None and latents.shape[2] != channels:
+        raise DataError(
+            f"{path}: the decoder takes {channels} latent channels, got {latents.shape[2]} in {shape}", path=path
+        )
+    finite = latents.isfinite().flatten(2).all(dim=2).flatten()
+    if not finite.all():
+        index = int((~finite).int().argmax())
+        raise DataError(f"{path}: frame {index} has values that are not finite", path=path, index=index)
+    return latents
+
+
+def save_array(path: Path | str, tensor: Tensor) -> None:
+    """Write one tensor in the form that the name's ending says; folders are made.
+
+    Raises:
+        DataError: unknown ending, or the path cannot be written.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in ARRAY_SUFFIXES:
+        raise DataError(f"{path}: the ending must be one of {', '.join(ARRAY_SUFFIXES)}, got {suffix!r}", path=path)
+    tensor = tensor.detach().contiguous().cpu()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == ".pt":
+            torch.save(tensor, path)
+        elif suffix == ".npy":
+            np.save(path, tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy())
+        else:
+            save_file({KEY: tensor}, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error}", path=path) from error

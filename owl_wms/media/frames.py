@@ -1,0 +1,138 @@
+"""Frames from wherever they are kept, as the batches an encoder takes: clips, folders of pictures, array files.
+
+Usage:
+    for batch in frame_batches(Path("clip.mp4"), channels=4, size=(360, 640), batch_size=8,
+    depth=Path("clip_depth.mp4")):
+        ...                                       # float32 [<= 8, 4, 360, 640] in [-1, 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from owl_wms.errors import DataError
+from owl_wms.media.arrays import ARRAY_SUFFIXES, load_array
+from owl_wms.media.video import VIDEO_SUFFIXES, read_video
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def frame_batches(
+    source: Path,
+    *,
+    channels: int,
+    size: tuple[int, int],
+    batch_size: int,
+    depth: Path | None = None,
+    resize: bool = False,
+) -> Iterator[Tensor]:
+    """Batches of frames, float32 [<= batch_size, channels, H, W] in [-1, 1].
+
+    Args:
+        source: a clip, a folder of pictures in the order of their names, or an array file of frames [n, C, H, W]
+            (float in [-1, 1], or uint8).
+        channels: what the encoder takes; 4 is colour and depth.
+        size: (H, W) the encoder takes.
+        batch_size: frames a batch, the last may have fewer.
+        depth: clip or folder with the depth channel in grey, for a source that has colour alone.
+        resize: bicubic to `size` where it differs, instead of refusing.
+
+    Raises:
+        DataError: nothing readable, other channels or sizes, colour and depth of different length, no frames.
+    """
+    frames = _frames(source)
+    if depth is not None:
+        frames = _with_depth(frames, _frames(depth), source, depth)
+    index = 0
+    while batch := [
+        _fitted(frame, source, index + i, channels, size, resize) for i, frame in _take(frames, batch_size)
+    ]:
+        index += len(batch)
+        yield torch.stack(batch)
+    if index == 0:
+        raise DataError(f"{source}: has no frames", path=source)
+
+
+def _take(frames: Iterator[Tensor], count: int) -> Iterator[tuple[int, Tensor]]:
+    return enumerate(islice(frames, count))
+
+
+def _frames(source: Path) -> Iterator[Tensor]:
+    """Single frames [C, H, W], float32 in [-1, 1]."""
+    if source.is_dir():
+        files = sorted(p for p in source.iterdir() if p.suffix.lower() in _PICTURES)
+        if not files:
+            raise DataError(f"{source}: no pictures ({', '.join(_PICTURES)}) in this folder", path=source)
+        for path in files:
+            yield _unit(_read_picture(path))
+    elif source.suffix.lower() in ARRAY_SUFFIXES:
+        array = load_array(source)
+        if array.dim() != 4:
+            raise DataError(f"{source}: frames must be [n, C, H, W], got {list(array.shape)}", path=source)
+        if array.dtype == torch.uint8:
+            yield from (frame.float() / 127.5 - 1 for frame in array)
+        elif array.is_floating_point():
+            yield from (frame.float() for frame in array)
+        else:
+            raise DataError(f"{source}: frames must be float in [-1, 1] or uint8, got {array.dtype}", path=source)
+    elif source.suffix.lower() in VIDEO_SUFFIXES:
+        yield from map(_unit, read_video(source))
+    else:
+        known = ", ".join(VIDEO_SUFFIXES + ARRAY_SUFFIXES)
+        raise DataError(f"{source}: must be a folder of pictures or a file ending in {known}", path=source)
+
+
+def _read_picture(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB")))
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{path}: cannot be read as a picture: {error}", path=path) from error
+
+
+def _unit(frame: Tensor) -> Tensor:
+    return frame.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _with_depth(colour: Iterator[Tensor], depth: Iterator[Tensor], source: Path, other: Path) -> Iterator[Tensor]:
+    index = 0
+    while True:
+        first, second = next(colour, None), next(depth, None)
+        if first is None and second is None:
+            return
+        if first is None or second is None:
+            short = source if first is None else other
+            raise DataError(f"{short}: ends at frame {index}, before its partner", path=short, index=index)
+        if first.shape[1:] != second.shape[1:]:
+            sizes = f"{list(second.shape[1:])} beside {list(first.shape[1:])}"
+            raise DataError(f"{other}: depth and colour must have one size, got {sizes}", path=other, index=index)
+        yield torch.cat([first[:3], second.mean(dim=0, keepdim=True)])
+        index += 1
+
+
+def _fitted(frame: Tensor, source: Path, index: int, channels: int, size: tuple[int, int], resize: bool) -> Tensor:
+    if frame.shape[0] != channels:
+        hint = "; give the depth clip with --depth" if (frame.shape[0], channels) == (3, 4) else ""
+        raise DataError(
+            f"{source}: the encoder takes {channels} channels, frame {index} has {frame.shape[0]}{hint}",
+            path=source,
+            index=index,
+        )
+    if tuple(frame.shape[1:]) != size:
+        if not resize:
+            got = f"{frame.shape[1]}x{frame.shape[2]}"
+            raise DataError(
+                f"{source}: the encoder takes {size[0]}x{size[1]}, frame {index} is {got}; --resize scales it",
+                path=source,
+                index=index,
+            )
+        frame = F.interpolate(frame[None], size=size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    return frame

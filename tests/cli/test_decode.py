@@ -1,0 +1,114 @@
+"""`owl-wms decode` and `encode`: a clip there and back, and one line with exit code 2 for every bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from owl_wms.cli import main
+from owl_wms.configs import load_vae_config
+from owl_wms.media.arrays import load_array
+from owl_wms.media.video import VideoWriter, read_video
+from owl_wms.vae import build_autoencoder
+from tests.media.test_video import gradient
+
+CONFIG = """
+model:
+  model_id: dcae
+  sample_size: [36, 64]
+  channels: 4
+  latent_channels: 16
+  ch_0: 16
+  ch_max: 32
+  encoder_blocks_per_stage: [1, 1, 1]
+  decoder_blocks_per_stage: [1, 1, 1]
+  use_middle_block: false
+  skip_logvar: true
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a small autoencoder, latents, and a clip with its depth."""
+    (tmp_path / "vae.yml").write_text(CONFIG)
+    autoencoder = build_autoencoder(load_vae_config(tmp_path / "vae.yml").model, "tiled")
+    save_file(autoencoder.state_dict(), tmp_path / "vae.safetensors")
+    torch.save(torch.randn(2, 5, 16, 8, 8), tmp_path / "latents.pt")
+    for name in ("clip", "depth"):
+        with VideoWriter(tmp_path / f"{name}.mp4") as clip:
+            clip.write(gradient(3))
+    return tmp_path
+
+
+def call(
+    place: Path, command: str, source: str, *more: str, config: str = "vae.yml", weights: str = "vae.safetensors"
+) -> int:
+    arguments = [
+        command,
+        str(place / source),
+        "--vae-config",
+        str(place / config),
+        "--checkpoint",
+        str(place / weights),
+    ]
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--device", "cpu", *more])
+    return int(caught.value.code or 0)
+
+
+def test_decode_writes_clip_sheet_and_depth(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = place / "new" / "out.mp4"
+    assert call(place, "decode", "latents.pt", "--out", str(out), "--png", str(place / "new" / "s.png"), "--depth") == 0
+    frames = list(read_video(out))
+    assert len(frames) == 10
+    assert frames[0].shape == (36, 64, 3)
+    assert len(list(read_video(place / "new" / "out_depth.mp4"))) == 10
+    assert (place / "new" / "s.png").stat().st_size > 1000
+    said = capsys.readouterr().err
+    assert "10 frames" in said
+    assert "decoded by: pytorch" in said
+
+
+def test_encode_inverts_shapes_and_scales(place: Path) -> None:
+    arguments = ("encode", "clip.mp4", "--depth", str(place / "depth.mp4"), "--batch-size", "2")
+    assert call(place, *arguments, "--out", str(place / "z.npy")) == 0
+    assert call(place, *arguments, "--out", str(place / "half.safetensors"), "--scale", "2") == 0
+    z = load_array(place / "z.npy")
+    assert z.shape == (3, 16, 8, 8)
+    assert torch.allclose(load_array(place / "half.safetensors") * 2, z, atol=1e-5)
+    assert call(place, "decode", "z.npy", "--out", str(place / "back.mp4")) == 0
+
+
+def test_bad_input_is_one_line_and_exit_code_2(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torch.randn(2, 8, 8, 8), place / "narrow.pt")
+    torch.save(torch.full((2, 16, 8, 8), torch.inf), place / "inf.pt")
+    (place / "junk.pt").write_bytes(b"\x80junk")
+    (place / "odd.yml").write_text(CONFIG.replace("ch_0", "ch_zero"))
+    save_file({"x": torch.zeros(1)}, place / "other.safetensors")
+    cases = [
+        (("decode", "none.pt"), {}, "no such file"),
+        (("decode", "junk.pt"), {}, "junk.pt"),
+        (("decode", "narrow.pt"), {}, "takes 16 latent channels, got 8"),
+        (("decode", "inf.pt"), {}, "not finite"),
+        (("decode", "latents.pt", "--out", "x.gif"), {}, "must end in .mp4"),
+        (("decode", "latents.pt", "--dtype", "fp4"), {}, "--dtype"),
+        (("decode", "latents.pt", "--fps", "0"), {}, "--fps"),
+        (("decode", "latents.pt"), {"config": "odd.yml"}, "ch_zero"),
+        (("decode", "latents.pt"), {"config": "none.yml"}, "none.yml"),
+        (("decode", "latents.pt"), {"weights": "none.safetensors"}, "none.safetensors"),
+        (("decode", "latents.pt"), {"weights": "other.safetensors"}, "other.safetensors"),
+        (("encode", "clip.mp4"), {}, "takes 4 channels"),
+        (("encode", "junk.pt"), {}, "junk.pt"),
+        (("encode", "clip.mp4", "--scale", "0"), {}, "--scale"),
+        (("encode", "clip.mp4", "--out", "z.bin"), {}, "must end in"),
+    ]
+    for arguments, files, message in cases:
+        capsys.readouterr()
+        assert call(place, *arguments, **files) == 2, arguments
+        error = capsys.readouterr().err
+        assert message in error, (arguments, error)
+        assert "Traceback" not in error
+        assert error.count("error:") == 1

@@ -1,0 +1,1 @@
+"""Tests of clips, pictures and array files."""
