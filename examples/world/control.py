@@ -5,7 +5,7 @@ trained on real episodes and tested on real held-out ones, whose correlation is 
 generated ones. And block matching gives the horizontal shift between frames, with nothing learnt.
 
 Usage:
-    bench = Bench(decode, encode, data, settings, reader_steps=600)
+    bench = Bench(decode, encode, device, settings, reader_players=160, reader_steps=600)
     seen, clips = bench.roll(core, {"n_steps": 8, "cfg_scale": 1.0})
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from episodes import SKIP, Episodes, enter, play
+from episodes import SKIP, enter, play, record
 from torch import Tensor, nn
 
 from owl_wms.data.game_controls import ScriptedPlayer
@@ -30,6 +30,9 @@ _READ_SIZE = (48, 80)
 _SKY_ROWS = 0.45  # above crosshair and hand
 _REACH = 24  # pixels of 160 that the picture may move between frames
 _HELD_OUT_SEED = 5_000  # training seeds are far above
+_READER_SEED = 20_000_000
+_SHOW = (96, 160)  # size at which frames for the reader are rendered
+_PIECE = 8  # frames for which a command stays
 _PSNR_AT = (1, 5, 10, 20, 40)
 
 
@@ -38,7 +41,7 @@ class Settings:
     """What is measured.
 
     Attributes:
-        players: held-out worlds.
+        players: held-out worlds; half turn, half walk.
         context: real latent frames before generation.
         frames: latent frames generated.
         vae_scale: what latents are divided by for the model.
@@ -61,15 +64,18 @@ class Clips:
 
 
 def commands(players: int, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random pieces of 10 frames, mouse x in [-0.6, 0.6], W or not: [players, frames, 2] and [players, frames, 11]."""
+    """Pieces of 8 frames. The first half of the players turns on the spot, mouse x in [-0.6, 0.6]; the second walks
+    straight, W and S in turns, which keeps it from ending at a wall: [players, frames, 2] and [players, frames, 11]."""
     generator = torch.Generator().manual_seed(7)
-    pieces = -(-frames // 10)
-    turn = (torch.rand(players, pieces, generator=generator) * 2 - 1) * 0.6
-    walk = (torch.rand(players, pieces, generator=generator) < 0.5).float()
+    pieces = -(-frames // _PIECE)
+    turning = (torch.arange(players) < players // 2)[:, None]
+    turn = (torch.rand(players, pieces, generator=generator) * 2 - 1) * 0.6 * turning
+    back = (torch.arange(pieces)[None] + torch.randint(2, (players, 1), generator=generator)) % 2 == 1
     mouse = torch.zeros(players, frames, 2)
-    mouse[..., 0] = turn.repeat_interleave(10, dim=1)[:, :frames]
+    mouse[..., 0] = turn.repeat_interleave(_PIECE, dim=1)[:, :frames]
     buttons = torch.zeros(players, frames, len(BUTTONS))
-    buttons[..., BUTTONS.index("W")] = walk.repeat_interleave(10, dim=1)[:, :frames]
+    for name, held in (("W", ~turning & ~back), ("S", ~turning & back)):
+        buttons[..., BUTTONS.index(name)] = held.float().repeat_interleave(_PIECE, dim=1)[:, :frames]
     return mouse.to(device), buttons.to(device)
 
 
@@ -102,9 +108,10 @@ def train_reader(frames: Tensor, motion: Tensor, steps: int) -> MotionReader:
     reader(before[:2], after[:2])
     optimiser = torch.optim.AdamW(reader.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    batch = 256 if frames.is_cuda else 64  # a step of 256 takes two seconds on two cores
     spread = target.std(dim=0).clamp(min=1e-3)
     for _ in range(steps):
-        pick = torch.randint(len(before), (256,), device=frames.device)
+        pick = torch.randint(len(before), (batch,), device=frames.device)
         loss = ((reader(before[pick], after[pick]) - target[pick]) / spread).square().mean()
         optimiser.zero_grad()
         loss.backward()
@@ -145,45 +152,27 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def obedience(reader: MotionReader, frames: Tensor, mouse: Tensor, buttons: Tensor) -> dict[str, float]:
-    """How motion seen in frames [e, n + 1, ...] follows the commands of the last n."""
+    """How motion seen in frames [e, n + 1, ...] follows the last n commands: turns in the first half, steps in the other."""
+    half = len(frames) // 2
     turn, step = read(reader, small(frames))
-    commanded = mouse[..., 0] * YAW_PER_MOUSE * SKIP
-    walk = buttons[..., BUTTONS.index("W")] > 0.5
-    slope = ((turn * commanded).mean() / commanded.square().mean()).item()
+    turn, step = turn[:half], step[half:]
+    commanded = mouse[:half, :, 0] * YAW_PER_MOUSE * SKIP
+    forward = buttons[half:, :, BUTTONS.index("W")] > 0.5
     moving = commanded.abs() > 0.02
     return {
         "yaw_correlation": round(correlation(commanded, turn), 4),
-        "yaw_gain": round(slope, 4),
+        "yaw_gain": round(((turn * commanded).mean() / commanded.square().mean()).item(), 4),
         "yaw_same_sign": round((turn.sign() == commanded.sign())[moving].float().mean().item(), 4),
-        "yaw_correlation_matching": round(correlation(commanded, shifts(frames)), 4),
-        "forward_cells_with_w": round(step[walk].mean().item(), 4),
-        "forward_cells_without_w": round(step[~walk].mean().item(), 4),
-        "forward_correlation": round(correlation(walk.float(), step), 4),
+        "yaw_correlation_matching": round(correlation(commanded, shifts(frames[:half])), 4),
+        "step_correlation": round(correlation(2.0 * forward - 1, step), 4),
+        "step_cells_with_w": round(step[forward].mean().item(), 4),
+        "step_cells_with_s": round(step[~forward].mean().item(), 4),
     }
 
 
-@torch.no_grad()
-def reference(encode: Callable[[Tensor], Tensor], settings: Settings, device: torch.device) -> Episodes:
-    """Real play of held-out worlds: scripted context, then the commands."""
-    world = enter(settings.players, _HELD_OUT_SEED, device)
-    script = ScriptedPlayer(world)
-    mouse, buttons = commands(settings.players, settings.frames, device)
-
-    def controls(frame: int) -> tuple[Tensor, Tensor]:
-        if frame < settings.context:
-            return script.controls()
-        return mouse[:, frame - settings.context], buttons[:, frame - settings.context]
-
-    return play(world, controls, settings.context + settings.frames, encode, settings.size)
-
-
-def decode_many(decode: Callable[[Tensor], Tensor], latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """[e, n, c, h, w] -> bfloat16 [e, n, 3, *size], clip by clip so that full-size frames are never all in memory."""
-    clips = []
-    for clip in latents:
-        frames = torch.cat([decode(part)[:, :3].float().clamp(-1, 1) for part in clip.split(32)])
-        clips.append(F.interpolate(frames, size=size, mode="area").bfloat16())
-    return torch.stack(clips)
+def picture(frames: Tensor) -> Tensor:
+    """[b, C, H, W] -> [b, 3, 180, 320] in [-1, 1], so that full-size frames are never all in memory."""
+    return F.interpolate(frames[:, :3].float().clamp(-1, 1), size=(180, 320), mode="area")
 
 
 class Bench:
@@ -193,29 +182,30 @@ class Bench:
         self,
         decode: Callable[[Tensor], Tensor],
         encode: Callable[[Tensor], Tensor],
-        data: Episodes,
+        device: torch.device,
         settings: Settings,
         *,
+        reader_players: int,
         reader_steps: int,
     ) -> None:
-        """Train the reader on `data` and play the reference.
+        """Train the reader on rendered play and play the reference.
 
         Args:
             decode: latents [b, c, h, w] to frames [b, C, H, W].
             encode: as in `episodes.record`.
-            data: training episodes, for the motion reader.
+            device: where to work.
             settings: what is measured.
-            reader_steps: training steps of the reader.
+            reader_players: episodes of 24 frames that the reader learns from.
+            reader_steps: its training steps.
         """
         self._decode, self._settings = decode, settings
-        device = data.mouse.device
-        some = slice(0, min(len(data.latents), 160))
+        shown = record(
+            players=reader_players, frames=24, first_seed=_READER_SEED, encode=small, device=device, size=_SHOW
+        )
+        motion = torch.stack(shown.motion(), dim=-1)
+        self.reader = train_reader(shown.latents.float(), motion, reader_steps)
         with torch.no_grad():
-            frames = decode_many(decode, data.latents[some], _READ_SIZE).float()
-            self._real = reference(encode, settings, device)
-        self.reader = train_reader(frames, torch.stack([part[some] for part in data.motion()], dim=-1), reader_steps)
-        self.true_frames = self._pictures(self._real.latents[:, settings.context - 1 :])
-        self._asked = self._real.mouse[:, settings.context :], self._real.buttons[:, settings.context :]
+            self._play_reference(encode, device)
         self._ahead = [k for k in _PSNR_AT if k <= settings.frames]
         still = self.true_frames[:, 0]
         self.report = {
@@ -225,6 +215,19 @@ class Bench:
             "real": self._obedience(self.true_frames),
             "psnr_db_of_last_context_frame": {k: self._psnr(still, k) for k in self._ahead},
         }
+
+    def _play_reference(self, encode: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """Scripted context, then the commands, in held-out worlds."""
+        settings = self._settings
+        world = enter(settings.players, _HELD_OUT_SEED, device)
+        script = ScriptedPlayer(world)
+        before = play(world, lambda frame: script.controls(), settings.context, encode, settings.size)
+        last = picture(world.render(height=settings.size[0], width=settings.size[1]))[:, None]
+        mouse, buttons = self._asked = commands(settings.players, settings.frames, device)
+        after = play(world, lambda k: (mouse[:, k], buttons[:, k]), settings.frames, picture, settings.size)
+        self._context = before.latents.float() / settings.vae_scale
+        self._mouse, self._buttons = torch.cat([before.mouse, mouse], 1), torch.cat([before.buttons, buttons], 1)
+        self.true_frames = torch.cat([last.half(), after.latents], dim=1)
 
     @torch.no_grad()
     def roll(self, core: nn.Module, sampler: dict[str, Any]) -> tuple[dict[str, Any], Clips]:
@@ -237,13 +240,11 @@ class Bench:
         Returns:
             What was seen, to be read beside `report["real"]`, and the clips.
         """
-        settings, real = self._settings, self._real
-        device = real.mouse.device
+        settings, device = self._settings, self._mouse.device
         run = get_sampler_cls("av_caching")(num_frames=settings.frames, **sampler)
-        context = real.latents[:, : settings.context].float() / settings.vae_scale
         generator = torch.Generator(device=device).manual_seed(11)
         with torch.autocast(device.type, torch.bfloat16):
-            latents = run(core, context, real.mouse, real.buttons, generator=generator).latents
+            latents = run(core, self._context, self._mouse, self._buttons, generator=generator).latents
         latents = latents[:, settings.context - 1 :].float()
         made = self._pictures(latents * settings.vae_scale)
         seen = {
@@ -262,4 +263,4 @@ class Bench:
 
     @torch.no_grad()
     def _pictures(self, latents: Tensor) -> Tensor:
-        return decode_many(self._decode, latents, (180, 320))
+        return torch.stack([torch.cat([picture(self._decode(p)) for p in clip.split(32)]) for clip in latents]).half()

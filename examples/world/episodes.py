@@ -140,7 +140,7 @@ def record(
     device: torch.device | str,
     size: tuple[int, int] = (360, 640),
 ) -> Episodes:
-    """Episodes of restless players in fresh worlds; `encode` maps [B, 4, H, W] in [-1, 1] to latents [B, c, h, w]."""
+    """Episodes of restless players in fresh worlds; `encode`: [B, 4, H, W] in [-1, 1] to what is kept."""
     world = enter(players, first_seed, device)
     player = RestlessPlayer(world, torch.Generator(device=device).manual_seed(first_seed))
     return play(world, lambda frame: player.controls(), frames, encode, size)

@@ -6,8 +6,8 @@ follows the share of the time that has passed.
 
 Usage:
     python examples/world/train.py --seconds 150 --out build/world
-    python examples/world/train.py --small --seconds 40 --out build/world-small       # a check for a CPU, with a toy
-    model
+    python examples/world/train.py --small --seconds 40 --out build/world-small     # a check for a CPU, with a toy model
+    python examples/world/train.py --measure examples/world/game_rft.safetensors --out build/world     # no training
 
 Writes to --out: game_rft.safetensors (averaged weights, bfloat16), log.jsonl, metrics.json, sheet.png.
 """
@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from control import Bench, Clips, Settings
 from episodes import Episodes, MemoryLoader, record
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from owl_wms.configs.world import WorldConfig, load_world_config
 from owl_wms.media.pictures import contact_sheet, to_bytes
+from owl_wms.models import GameRFT
 from owl_wms.trainers.rft import RFTTrainer
 from owl_wms.vae import fold_weight_norm, load_decoder, load_encoder
 
@@ -99,12 +100,13 @@ def collect(
 
 
 def write_sheet(clips: Clips, path: Path) -> None:
-    """Real and generated frames of three held-out worlds under the same commands."""
+    """Real and generated frames of three held-out worlds, two turning and one walking, under the same commands."""
     shown = torch.linspace(0, clips.real.shape[1] - 1, 7).long().tolist()
     rows = {}
-    for player in range(min(3, len(clips.real))):
+    last = len(clips.real) - 1
+    for player in (0, 1, last):  # two turn, one walks
         rows[f"{player}: the game"] = to_bytes(clips.real[player, shown])
-        rows[f"{player}: the model, same commands"] = to_bytes(clips.generated[player, shown])
+        rows[f"{player}: the model"] = to_bytes(clips.generated[player, shown])
     contact_sheet(rows, times=[f"+{k / 20:.2f} s" for k in shown], width=208).save(path)
 
 
@@ -130,7 +132,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "game_rft.yml")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a toy run for a CPU")
+    parser.add_argument("--measure", type=Path, help="measure these weights instead of training")
+    parser.add_argument("--players", type=int, default=48, help="held-out worlds to measure in; even")
+    parser.add_argument("--frames", type=int, default=60, help="frames to generate in each")
+    parser.add_argument("--variants", type=int, default=3, help="how many sampler settings to measure")
     args = parser.parse_args()
+    if args.small:
+        args.players, args.frames = 4, 16
     args.out.mkdir(parents=True, exist_ok=True)
     cfg = load_world_config(args.config)
     cfg = smaller(cfg) if args.small else cfg
@@ -139,6 +147,9 @@ def main() -> None:
     players, frames, window = (6, 10, 6) if args.small else (256, 48, 24)
     size = (45, 80) if args.small else (360, 640)
     encode, decode = make_codec(cfg, device)
+    if args.measure is not None:
+        measure_shipped(args.measure, cfg, encode, decode, device, args)
+        return
     with torch.no_grad():
         data = collect(DATA_SHARE * args.seconds, players, frames, encode, device, size)
     std = (data.latents[:64].float() / cfg.train.vae_scale).std().item()
@@ -176,27 +187,55 @@ def main() -> None:
     save_report(report, args.out)
     say(f"trained {trainer.step} steps, loss {report['loss_first']} -> {report['loss_last']}")
 
+    judge(trainer.ema.model.core, cfg, encode, decode, device, args, report)
+
+
+def judge(
+    core: nn.Module,
+    cfg: WorldConfig,
+    encode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    device: torch.device,
+    args: argparse.Namespace,
+    report: dict[str, Any],
+) -> None:
+    """Measure obedience under three settings of the sampler; writes metrics.json after each, and sheet.png."""
     base = {key: value for key, value in (cfg.train.sampler_kwargs or {}).items() if key != "num_frames"}
-    base["max_window"] = min(base["max_window"], window)
-    core = trainer.ema.model.core
-    small = args.small
+    base["max_window"] = min(base["max_window"], cfg.model.n_frames // 4)
     settings = Settings(
-        players=3 if small else 48,
-        context=4 if small else 12,
-        frames=5 if small else 60,
+        players=args.players,
+        context=4 if args.small else 12,
+        frames=args.frames,
         vae_scale=cfg.train.vae_scale,
-        size=size,
+        size=(45, 80) if args.small else (360, 640),
     )
-    bench = Bench(decode, encode, data, settings, reader_steps=20 if small else 600)
+    readers, steps = (12, 20) if args.small else (256, 800) if device.type == "cuda" else (96, 400)
+    bench = Bench(decode, encode, device, settings, reader_players=readers, reader_steps=steps)
     report["control"] = bench.report
     say(f"the game itself: {json.dumps(bench.report['real'])}")
-    variants = {"plain": {}, "cleaner_history": {"noise_prev": 0.05}, "guided": {"cfg_scale": 1.5}}
-    for name, change in variants.items():
+    variants = {"plain": {}, "guided": {"cfg_scale": 1.5}, "cleaner_history": {"noise_prev": 0.05}}
+    for name, change in list(variants.items())[: args.variants]:
         bench.report[name], clips = bench.roll(core, {**base, **change})
         save_report(report, args.out)
         say(f"{name}: {json.dumps(bench.report[name])}")
         if name == "plain":
             write_sheet(clips, args.out / "sheet.png")
+
+
+def measure_shipped(
+    weights: Path,
+    cfg: WorldConfig,
+    encode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    device: torch.device,
+    args: argparse.Namespace,
+) -> None:
+    """Measure stored weights; what metrics.json in --out says about training is kept."""
+    model = GameRFT(cfg.model)
+    model.load_state_dict(load_file(weights))
+    known = args.out / "metrics.json"
+    report = json.loads(known.read_text()) if known.exists() else {}
+    judge(model.float().to(device).eval().core, cfg, encode, decode, device, args, report)
 
 
 def save_report(report: dict[str, Any], out: Path) -> None:

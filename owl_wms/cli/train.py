@@ -26,6 +26,7 @@ def train(
     cfg = load_changed(config, changes or [])
     from owl_wms.errors import ConfigError
     from owl_wms.trainers import cleanup, get_trainer_cls, setup
+    from owl_wms.trainers.distributed import barrier
 
     if cfg.train.trainer_id is None:
         raise ConfigError(f"{config}: train.trainer_id is missing", path=config, key="train.trainer_id")
@@ -34,12 +35,14 @@ def train(
     try:
         trainer = get_trainer_cls(cfg.train.trainer_id)(section, cfg.wandb, cfg.model, rank, local_rank, world_size)
         trainer.train()
+        last = trainer.losses[-1] if trainer.losses else {}
+        values = "".join(f", {name} {value:.4f}" for name, value in last.items())
+        if rank == 0:
+            typer.echo(f"{section.checkpoint_dir}: step {trainer.step}{values}")
+        del trainer  # data parallelism's reducers must go before the process group does
+        barrier()
     finally:
         cleanup()
-    if rank == 0:
-        last = trainer.losses[-1] if trainer.losses else {}
-        values = ", ".join(f"{name} {value:.4f}" for name, value in last.items())
-        typer.echo(f"{section.checkpoint_dir}: step {trainer.step}{', ' + values if values else ''}")
 
 
 def load_changed(path: Path, changes: list[str]) -> Any:

@@ -55,7 +55,7 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
 
 
 def cleanup() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one; a second call does nothing."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
