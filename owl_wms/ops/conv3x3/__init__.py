@@ -1,9 +1,10 @@
 """`owl_wms::conv3x3` and `owl_wms::latent_conv`: dense 3x3 convolutions on NHWC with everything that follows them.
 
 Why it exists: nine tenths of the sana decoder are these, and what a library leaves behind them (bias, ReLU, residual)
-is passes over the largest tensors. `how` says who computes: -1 the library (cuDNN, on a channels_last view, no copy) with
-what it cannot fuse as one pass, -2 the library's own fused convolution + bias + ReLU, n >= 0 our kernel with TILES[n].
-`ways(...)` lists what applies to a shape; which is fastest is measured when a program is built, not guessed here.
+is passes over the largest tensors. `how` says who computes: -1 the library (cuDNN, on a channels_last view, no copy)
+with what it cannot fuse as one pass, -2 the library's own fused convolution + bias + ReLU, n >= 0 our kernel with
+TILES[n]. `ways(...)` lists what applies to a shape; which is fastest is measured when a program is built, not guessed
+here.
 
 Usage:
     y = conv3x3(x, pack(weight), bias, residual, relu=False, how=-1)     # [B, H, W, C] -> [B, H, W, O]

@@ -1,8 +1,9 @@
 """Triton kernels behind `conv3x3`: an implicit matrix product with the epilogue inside, and that epilogue alone.
 
 Why it exists: the tensor copy engine fetches a shifted rectangle of an NHWC image, zeros past the border included, as
-one tile of a matrix product. So a 3x3 convolution is a product over 9 C with nothing unrolled in memory, and bias, ReLU and
-residual are applied to the fp32 sums where the library would need another pass over the largest tensors of the decoder.
+one tile of a matrix product. So a 3x3 convolution is a product over 9 C with nothing unrolled in memory, and bias,
+ReLU and residual are applied to the fp32 sums where the library would need another pass over the largest tensors of
+the decoder.
 
 Usage:
     y = launch(x, weight, bias, residual, True, TILES[0])     # CUDA, 16-bit, `fits(x, weight, TILES[0])`
@@ -49,8 +50,8 @@ def fits(x: Tensor, weight: Tensor, tile: Tile) -> bool:
 
 @triton.jit
 def conv_kernel(
-    x_desc, w_desc, out_desc, residual_desc, bias_ptr, height, width, channels, column_tiles, pixel_tiles,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    x_desc, w_desc, out_desc, residual_desc, bias_ptr, height, width, column_tiles, pixel_tiles,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr,
     RELU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     # GROUP pixel tiles run over all channel tiles together, so that the weights and the rows they share stay in the L2.
@@ -66,13 +67,12 @@ def conv_kernel(
     y = row % height
     x = pixel_tile % across * BM
 
-    chunks = channels // BK
     acc = tl.zeros((BM, BN), tl.float32)
-    for step in range(9 * chunks):
-        tap = step // chunks
-        k = step % chunks * BK
+    for step in range(9 * CHUNKS):
+        tap = step // CHUNKS
+        k = step % CHUNKS * BK
         a = x_desc.load([batch, y + tap // 3 - 1, x + tap % 3 - 1, k]).reshape(BM, BK)
-        w = w_desc.load([n, tap * channels + k])
+        w = w_desc.load([n, tap * CHUNKS * BK + k])
         acc = tl.dot(a, w.T, acc)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n + tl.arange(0, BN)).to(tl.float32)[None, :]
@@ -98,8 +98,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         out_desc,
         out_desc if residual is None else TensorDescriptor.from_tensor(residual, out_block),
         out if bias is None else bias,
-        height, width, channels, column_tiles, pixel_tiles,
-        BM=tile.pixels, BN=tile.channels, BK=tile.depth, GROUP=GROUP,
+        height, width, column_tiles, pixel_tiles,
+        BM=tile.pixels, BN=tile.channels, BK=tile.depth, CHUNKS=channels // tile.depth, GROUP=GROUP,
         RELU=relu, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -18,14 +18,14 @@ PIXELS = 64
 
 
 @triton.jit
-def sums_kernel(kv_ptr, k_ptr, qkv_ptr, pixels, heads, D: tl.constexpr, PIXELS: tl.constexpr):
+def sums_kernel(kv_ptr, k_ptr, qkv_ptr, pixels, heads, D: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr):
     batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, D)
     base = qkv_ptr + batch * pixels * heads * 3 * D + head * 3 * D
     kv = tl.zeros((D, D), tl.float32)
     total = tl.zeros((D,), tl.float32)
-    for first in range(0, pixels, PIXELS):
-        pixel = first + tl.arange(0, PIXELS)
+    for step in range(STEPS):
+        pixel = step * PIXELS + tl.arange(0, PIXELS)
         place = pixel[:, None] * (heads * 3 * D) + channel[None, :]
         inside = (pixel < pixels)[:, None]
         k = tl.load(base + place + D, inside, other=0.0)
@@ -63,8 +63,9 @@ def launch(qkv: Tensor, head: int, eps: float) -> Tensor:
     kv = torch.empty(batch, heads, head, head, device=qkv.device, dtype=torch.float32)
     total = torch.empty(batch, heads, head, device=qkv.device, dtype=torch.float32)
     out = qkv.new_empty(batch, height, width, channels // 3)
-    sums_kernel[(batch, heads)](kv, total, qkv, pixels, heads, D=head, PIXELS=PIXELS, num_warps=4, num_stages=4)
-    apply_kernel[(batch, heads, triton.cdiv(pixels, PIXELS))](
-        out, qkv, kv, total, pixels, heads, eps, D=head, PIXELS=PIXELS, num_warps=4
+    steps = triton.cdiv(pixels, PIXELS)
+    sums_kernel[(batch, heads)](
+        kv, total, qkv, pixels, heads, D=head, PIXELS=PIXELS, STEPS=steps, num_warps=4, num_stages=4
     )
+    apply_kernel[(batch, heads, steps)](out, qkv, kv, total, pixels, heads, eps, D=head, PIXELS=PIXELS, num_warps=4)
     return out

@@ -1,7 +1,7 @@
 """`owl_wms::shuffle_add` and `owl_wms::shuffle_frames`: pixel shuffle by 2 on NHWC, with the shortcut or to an image.
 
-Why it exists: pixel shuffle, channel repetition, its pixel shuffle and the sum are four passes over the largest tensor of
-a stage; here each result is written once.
+Why it exists: pixel shuffle, channel repetition, its pixel shuffle and the sum are four passes over the largest
+tensor of a stage; here each result is written once.
 
 Usage:
     u = shuffle_add(y, x)             # y [B, H, W, 4 O], phases first; x [B, H, W, C] or None -> [B, 2H, 2W, O]

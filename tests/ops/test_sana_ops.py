@@ -1,0 +1,207 @@
+"""The ops of the fused sana decoder: Triton in its interpreter, everything on the GPU, `opcheck`.
+
+Run: python -m pytest tests/ops/test_sana_ops.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from owl_wms.ops import channel_norm, conv3x3, depthwise_gate, linear_attention, pointwise, shuffle_add
+from owl_wms.ops.nvrtc import compile_kernel, nvrtc_library_names
+
+pytest.importorskip("triton")
+OPS = torch.ops.owl_wms
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+# Triton chooses its interpreter when it is imported, so these run in a process of their own: the test below starts it.
+interpreted = pytest.mark.skipif(not INSIDE, reason="runs in the process that test_kernels_in_the_interpreter starts")
+
+
+def kernel_of(op: str) -> ModuleType:
+    return importlib.import_module(f"owl_wms.ops.{op}.kernel")
+
+
+@pytest.mark.skipif(INSIDE, reason="this is that process")
+def test_kernels_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not gpu",
+            "-k",
+            "interpreted",
+            __file__,
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "11 passed" in done.stdout, done.stdout[-300:]
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert got.shape == wanted.shape
+    assert got.dtype == wanted.dtype
+    error = torch.linalg.vector_norm(got.float() - wanted.float()) / torch.linalg.vector_norm(wanted.float())
+    assert error <= TOLERANCE[got.dtype], f"relative error {error:.2e}"
+
+
+def conv_arguments(
+    width: int, channels: int, out: int, *, residual: bool = False, **to: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    x = torch.randn(2, 3, width, channels).to(**to)
+    weight = conv3x3.pack(torch.randn(out, channels, 3, 3) * channels**-0.5 / 3).to(**to)
+    bias = torch.randn(out).to(device=x.device)
+    return x, weight, bias, torch.randn(2, 3, width, out).to(**to) if residual else None
+
+
+@interpreted
+@pytest.mark.parametrize(("relu", "residual"), [(True, False), (False, True), (False, False)])
+def test_interpreted_convolution_tile(relu: bool, residual: bool) -> None:
+    kernel = kernel_of("conv3x3")
+    tile = kernel.Tile(16, 16, 16, 4, 2)
+    x, weight, bias, extra = conv_arguments(32, 32, 48, residual=residual, dtype=torch.float16)
+    assert kernel.fits(x, weight, kernel.Tile(16, 48, 16, 4, 2))
+    assert not kernel.fits(x[:, :, :31], weight, tile)
+    got = kernel.launch(x, weight, bias, extra, relu, tile)
+    close(
+        got, conv3x3.reference(x.float(), weight.float(), bias, None if extra is None else extra.float(), relu).half()
+    )
+
+
+@interpreted
+def test_interpreted_finish() -> None:
+    y, residual, bias = torch.randn(3, 5, 7), torch.randn(3, 5, 7), torch.randn(7)
+    got = kernel_of("conv3x3").finish_(y.clone(), bias, residual, True)
+    close(got, torch.relu(y + bias) + residual)
+
+
+@interpreted
+@pytest.mark.parametrize("relu", [False, True])
+def test_interpreted_norm(relu: bool) -> None:
+    x, residual = torch.randn(3, 5, 24), torch.randn(3, 5, 24)
+    arguments = (x, torch.randn(24), torch.randn(24), None if relu else residual, 1e-5, relu)
+    close(kernel_of("channel_norm").launch(*arguments), channel_norm.reference(*arguments))
+
+
+@interpreted
+def test_interpreted_attention() -> None:
+    qkv = torch.randn(2, 7, 11, 3 * 2 * 16).half()
+    close(kernel_of("linear_attention").launch(qkv, 16, 1e-15), linear_attention.reference(qkv, 16, 1e-15))
+
+
+@interpreted
+@pytest.mark.parametrize("channels", [4, 2, 1, 0])
+def test_interpreted_shuffle(channels: int) -> None:
+    kernel = kernel_of("shuffle_add")
+    y = torch.randn(2, 3, 5, 12)
+    x = torch.randn(2, 3, 5, 3 * channels) if channels else None
+    close(kernel.launch(y, x), shuffle_add.reference(y, x))
+    close(kernel.launch_frames(y, 3), shuffle_add.frames_reference(y, 3))
+
+
+def test_phases_first_is_a_pixel_shuffle() -> None:
+    x, weight = torch.randn(1, 6, 4, 5), torch.randn(8, 6, 1, 1)
+    wanted = torch.nn.functional.pixel_shuffle(torch.nn.functional.conv2d(x, weight), 2).permute(0, 2, 3, 1)
+    rows = torch.nn.functional.linear(x.permute(0, 2, 3, 1), shuffle_add.phases_first(weight).flatten(1))
+    close(shuffle_add.reference(rows, None), wanted.contiguous())
+
+
+def test_packed_weights_refuse_other_shapes() -> None:
+    with pytest.raises(ValueError, match="3, 3"):
+        conv3x3.pack(torch.zeros(4, 4, 1, 1))
+    with pytest.raises(ValueError, match="depthwise_gate"):
+        depthwise_gate.pack(torch.zeros(8, 2, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gate_kernel_compiles_for_hopper(dtype: torch.dtype) -> None:
+    if not any(Path(name).exists() for name in nvrtc_library_names()):
+        pytest.skip("no NVRTC here")
+    assert len(compile_kernel(depthwise_gate.kernel_of(dtype), "sm_90")) > 1000
+
+
+def cases(device: str, dtype: torch.dtype) -> list[tuple]:
+    """`(op, arguments)` of every op at small odd shapes."""
+
+    def t(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    def wide(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device)
+
+    gate_taps = depthwise_gate.pack(wide(24, 1, 3, 3))
+    weight = conv3x3.pack(t(16, 8, 3, 3) / 8)
+    return [
+        (OPS.conv3x3.default, (t(2, 3, 5, 8), weight, wide(16), t(2, 3, 5, 16), False, -1)),
+        (OPS.conv3x3.default, (t(2, 3, 5, 8), weight, wide(16), None, True, -1)),
+        (OPS.conv3x3.default, (t(2, 3, 5, 8), weight, wide(16), None, True, -2)),
+        (OPS.latent_conv.default, (t(2, 8, 3, 5), weight, t(16), 2)),
+        (OPS.pointwise.default, (t(2, 3, 5, 8), t(16, 8), t(16))),
+        (OPS.depthwise_gate.default, (t(2, 5, 37, 24), gate_taps, wide(24))),
+        (OPS.channel_norm.default, (t(2, 3, 5, 24), wide(24), wide(24), t(2, 3, 5, 24), 1e-5, False)),
+        (OPS.linear_attention.default, (t(2, 7, 11, 96), 16, 1e-15)),
+        (OPS.linear_attention.default, (t(2, 3, 4, 96), 16, 1e-15)),
+        (OPS.shuffle_add.default, (t(2, 3, 5, 24), t(2, 3, 5, 12))),
+        (OPS.shuffle_frames.default, (t(2, 3, 5, 16), 3)),
+    ]
+
+
+@pytest.mark.parametrize("index", range(11))
+def test_opcheck(index: int) -> None:
+    op, arguments = cases("cpu", torch.float32)[index]
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def reference_of(op: object, arguments: tuple) -> torch.Tensor:
+    """What the op computes, in fp32 on the same values; the op itself takes its reference for fp32."""
+    wide = [a.float() if isinstance(a, torch.Tensor) else a for a in arguments]
+    return op(*wide)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("index", range(11))
+def test_on_the_gpu(index: int, dtype: torch.dtype) -> None:
+    op, arguments = cases("cuda", dtype)[index]
+    # What was freed before the call is full of NaN: an output element that is not written shows.
+    torch.full((1 << 22,), float("nan"), device="cuda", dtype=dtype)
+    close(op(*arguments), reference_of(op, arguments).to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out", [512, 16])
+@pytest.mark.parametrize("residual", [False, True])
+def test_convolution_tiles_on_the_gpu(dtype: torch.dtype, out: int, residual: bool) -> None:
+    x, weight, bias, extra = conv_arguments(256, 128, out, residual=residual, device="cuda", dtype=dtype)
+    arguments = (x, weight, bias, extra, not residual)
+    wanted = reference_of(OPS.conv3x3.default, (*arguments, -1)).to(dtype)
+    ways = conv3x3.ways(x, weight, residual, not residual)
+    assert conv3x3.LIBRARY in ways
+    for how in ways:
+        torch.full((1 << 24,), float("nan"), device="cuda", dtype=dtype)
+        close(OPS.conv3x3(*arguments, how), wanted)
+
+
+def test_pointwise_is_a_linear_layer() -> None:
+    x, weight, bias = torch.randn(2, 3, 5), torch.randn(7, 5), torch.randn(7)
+    close(OPS.pointwise(x, weight, bias), pointwise.reference(x, weight, bias))
