@@ -1,11 +1,13 @@
-"""Every decoder through the real path: key, cache, child-process build, parity, save, reload in a new process, second start.
+"""Every decoder through the real path: key, cache, child-process build, parity, save, reload in a new process, second
+start.
 
-One row a decoder: plan chosen, engines, operators left in PyTorch and why, build, save and load seconds, file size, latency, error. Results
-are written after every row, so that a time limit costs the rows not reached and nothing else.
+One row a decoder: plan chosen, engines, operators left in PyTorch and why, build, save and load seconds, file size,
+latency, error. Results are written after every row, so that a time limit costs the rows not reached and nothing else.
 
 Usage (on a GPU):
-    python -m benchmarks.trt_matrix --out benchmarks/results/trt_matrix.json [--only dist sana] [--precision auto] [--seconds 90]
-    python -m benchmarks.trt_matrix --render benchmarks/results/trt_matrix.json        # the Markdown table, anywhere
+    python -m benchmarks.trt_matrix --out benchmarks/results/trt_matrix.json [--only dist sana] [--precision auto]
+    [--seconds 90] python -m benchmarks.trt_matrix --render benchmarks/results/trt_matrix.json        # the Markdown
+    table, anywhere
 Rows are `name` or `name:precision` (`sana:bf16` is the live case of isolation).
 """
 
@@ -35,12 +37,17 @@ LONG_RUN_CALLS = 1000
 PROGRAM = "program.pt2"
 
 
-def spec_of(row: str, batch: int, precision: str, seconds: float) -> tuple[decoders.Subject, trt.BuildSpec]:
+def spec_of(row: str, args: argparse.Namespace) -> tuple[decoders.Subject, trt.BuildSpec]:
     """The subject of `name[:precision]` and what is asked for it."""
     name, _, own = row.partition(":")
     subject = decoders.subject(name)
-    shape = (batch, *subject.latent_shape)
-    return subject, trt.BuildSpec(input_shape=shape, precision=own or precision, timeout_seconds=seconds)
+    shape = (args.batch, *subject.latent_shape)
+    return subject, trt.BuildSpec(
+        input_shape=shape,
+        precision=own or args.precision,
+        plans=tuple(args.plans),
+        timeout_seconds=args.seconds,
+    )
 
 
 def first_answer(program: trt.Program, spec: trt.BuildSpec, seed: int = 0) -> torch.Tensor:
@@ -54,7 +61,7 @@ def measure(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, 
     """First start in this process, second start in a new one; the row's numbers, or its `error`."""
     begin = time.monotonic()
     try:
-        subject, spec = spec_of(row, args.batch, args.precision, args.seconds)
+        subject, spec = spec_of(row, args)
         decoder = subject.make()
     except Exception as error:
         return {"row": row, "error": f"not available: {type(error).__name__}: {error}"}
@@ -85,7 +92,7 @@ def measure(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, 
     }
     if row == LONG_RUN_ROW:
         result["long_run"] = long_run(program, spec)
-    del program, x, decoder
+    del program, x
     gc.collect()
     torch.cuda.empty_cache()
     return result
@@ -99,7 +106,9 @@ def long_run(program: trt.Program, spec: trt.BuildSpec) -> dict[str, Any]:
         if call in (10, LONG_RUN_CALLS // 2, LONG_RUN_CALLS):
             torch.cuda.synchronize()
             free, total = torch.cuda.mem_get_info()
-            marks.append({"calls": call, "allocated_bytes": torch.cuda.memory_allocated(), "device_bytes": total - free})
+            marks.append(
+                {"calls": call, "allocated_bytes": torch.cuda.memory_allocated(), "device_bytes": total - free}
+            )
         program(z)
     return {"calls": LONG_RUN_CALLS, "marks": marks, "flat": len({mark["device_bytes"] for mark in marks}) == 1}
 
@@ -108,14 +117,21 @@ def second_start(row: str, store: CacheStore, args: argparse.Namespace) -> dict[
     """What a new process needs until its first frame, and whether it computes the same bits."""
     command = [sys.executable, "-m", "benchmarks.trt_matrix", "--second", row, "--cache", args.cache]
     command += ["--batch", str(args.batch), "--precision", args.precision, "--seconds", str(args.seconds)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=args.seconds)
+    if args.plans:
+        command += ["--plans", *args.plans]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=args.seconds)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {args.seconds:g} s"}
     lines = [line for line in answer.stdout.splitlines() if line.startswith("{")]
     return json.loads(lines[-1]) if lines else {"error": (answer.stderr or answer.stdout)[-400:]}
 
 
 def second(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, Any]:
-    """The child's side of `second_start`: everything after the decoder exists is counted, the import of TensorRT included."""
-    subject, spec = spec_of(row, args.batch, args.precision, args.seconds)
+    """The child's side of `second_start`: everything after the decoder exists is counted, the import of TensorRT
+    included.
+    """
+    subject, spec = spec_of(row, args)
     decoder = subject.make()
     begin = time.monotonic()
     material = trt.key_material(decoder, spec)
@@ -147,11 +163,13 @@ def second(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, A
 def render(result: dict[str, Any]) -> str:
     """The Markdown table of a result document."""
     machine = result["machine"]
-    columns = "plan, prec, engines, in PyTorch, build s, save s, load s, MiB, ms, graph ms, eager ms, rel. error (eager), bit-equal"
+    columns = "plan, prec, engines, in PyTorch, build s, save s, load s, MiB, ms, graph ms, eager ms, "
+    columns += "rel. error (eager), bit-equal"
     lines = [
         "# Every decoder through the real path",
         "",
-        f"{machine['gpu']}, driver {machine['driver']}, {machine['torch']}, {machine['torch_tensorrt']}, {machine['tensorrt']}; "
+        f"{machine['gpu']}, driver {machine['driver']}, {machine['torch']}, {machine['torch_tensorrt']}, "
+        f"{machine['tensorrt']}; "
         f"commit {result['commit']}; batch {result['batch']}. Random seeded weights unless the row is `demo`.",
         "",
         "| decoder | " + columns.replace(", ", " | ") + " | first start s | second start s |",
@@ -184,14 +202,17 @@ def render(result: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
         others = [
-            f"{c['plan']} at {c['precision']} {c['latency_ms']:.2f} ms" if c["usable"] else f"{c['plan']} at {c['precision']}: {c['reason'][:160]}"
+            f"{c['plan']} at {c['precision']} {c['latency_ms']:.2f} ms"
+            if c["usable"]
+            else f"{c['plan']} at {c['precision']}: {c['reason'][:160]}"
             for c in report["candidates"]
         ]
         notes.append(f"- `{row['row']}`: {'; '.join(others)}.")
         if report["kept_modules"]:
             tries = len(report["attempts"])
             notes.append(
-                f"  Kept in PyTorch ({len(report['kept_modules'])} modules, {tries} tries, minimal: {report['kept_minimal']}): "
+                f"  Kept in PyTorch ({len(report['kept_modules'])} modules, {tries} tries, "
+                f"minimal: {report['kept_minimal']}): "
                 f"{', '.join(report['kept_modules'][:6])}... because: {report['kept_reason'][:200]}"
             )
         if "long_run" in row:
@@ -205,6 +226,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", default=list(ROWS), help="rows, name or name:precision")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--plans", nargs="*", default=[], help="plans to compare; all that apply unless given")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=120.0, help="limit of one row's build")
     parser.add_argument("--cache", default="", help="cache directory; a temporary one unless given")

@@ -1,7 +1,7 @@
 """Decoder to compiled program: import, fold, rewrite, plan, export, compile, isolate, check, save and load.
 
-Why one stage: everything that knows TensorRT is here, and it knows nothing of cache files or callers. Importing this package touches neither
-CUDA nor TensorRT.
+Why one stage: everything that knows TensorRT is here, and it knows nothing of cache files or callers. Importing this
+package touches neither CUDA nor TensorRT.
 
 Usage:
     from owl_wms import trt

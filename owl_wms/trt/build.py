@@ -1,11 +1,12 @@
 """Build a program in a child process and bring back the report, whatever becomes of the child.
 
-Why it exists: the caller must survive a segfault, a hang and a poisoned CUDA context. A child that dies in the middle of an attempt has that
-attempt recorded as failed, with the signal's name and the end of its stderr as the reason, and is started again with that knowledge, so that
-isolation goes on where it stopped.
+Why it exists: the caller must survive a segfault, a hang and a poisoned CUDA context. A child that dies in the middle
+of an attempt has that attempt recorded as failed, with the signal's name and the end of its stderr as the reason, and
+is started again with that knowledge, so that isolation goes on where it stopped.
 
 Usage:
-    report = build_program(decoder, BuildSpec(input_shape=(8, 128, 8, 8), precision="auto"), Path("entry"), progress=print_event)
+    report = build_program(decoder, BuildSpec(input_shape=(8, 128, 8, 8), precision="auto"), Path("entry"),
+    progress=print_event)
 """
 
 from __future__ import annotations
@@ -53,14 +54,16 @@ def build_program(
     """Build, check, time and save a program for `decoder`.
 
     Args:
-        decoder: `[B, c, h, w] -> [B, C, H, W]`, any device and float dtype; not changed. Its class must be importable by name.
+        decoder: `[B, c, h, w] -> [B, C, H, W]`, any device and float dtype; not changed. Its class must be importable
+            by name.
         spec: what to build.
         out_dir: existing directory; `program.pt2` is written into it.
         progress: receives `{"stage", "elapsed", ...}` dicts while the build runs; must not raise.
 
     Returns:
-        The report (JSON-ready): `plan`, `precision`, `latency_ms`, `eager_latency_ms`, `cuda_graph`, `parity`, `engines`, `kept_modules`,
-        `candidates`, `attempts`, `build_seconds`, `save_seconds`, `load_seconds`, `program_bytes`, `wall_seconds`, `restarts`, ...
+        The report (JSON-ready): `plan`, `precision`, `latency_ms`, `eager_latency_ms`, `cuda_graph`, `parity`,
+        `engines`, `kept_modules`, `candidates`, `attempts`, `build_seconds`, `save_seconds`, `load_seconds`,
+        `program_bytes`, `wall_seconds`, `restarts`, ...
 
     Raises:
         FastPathError: stage "export", "build", "parity", "save" or "load"; the caller decodes with PyTorch.
@@ -216,7 +219,9 @@ class Session:
 
 
 def explain_exit(status: int | None, timeout_seconds: float, last: Event | None = None) -> str:
-    """How a building process ended, in words: timeout, a CUDA context beyond repair, a signal by name, or an exit status."""
+    """How a building process ended, in words: timeout, a CUDA context beyond repair, a signal by name, or an exit
+    status.
+    """
     if status is None:
         return f"the build did not finish within {timeout_seconds:g} s and was stopped"
     if last is not None and last.get("event") == "broken":

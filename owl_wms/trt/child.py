@@ -1,9 +1,10 @@
 """The process that builds: reads a job, works, and tells its parent line by line.
 
-Why a process: a new engine may segfault on its first run, hang, or leave the CUDA context unusable, and none of that may reach the caller.
+Why a process: a new engine may segfault on its first run, hang, or leave the CUDA context unusable, and none of that
+may reach the caller.
 
-Trust: the decoder arrives as a `torch.save` file, which is a pickle. That is safe here and only here: the parent wrote it a moment ago into a
-directory of mode 0700 that it had just created, and the child is its own.
+Trust: the decoder arrives as a `torch.save` file, which is a pickle. That is safe here and only here: the parent wrote
+it a moment ago into a directory of mode 0700 that it had just created, and the child is its own.
 
 Messages, one JSON object a line on the file descriptor given as the second argument:
     {"event": "stage", "stage": "compile", "elapsed": 3.2, ...}

@@ -1,7 +1,8 @@
 """A program replayed as one CUDA graph: the launches of a decoder with PyTorch subgraphs, once instead of every call.
 
-Why it exists: a program of one engine gains nothing (19.49 ms against 19.50), one of many small kernels and engine boundaries does. Capture
-cannot be stored with the program, so it happens after every load; it costs a few decodes and the memory of the graph's buffers.
+Why it exists: a program of one engine gains nothing (19.49 ms against 19.50), one of many small kernels and engine
+boundaries does. Capture cannot be stored with the program, so it happens after every load; it costs a few decodes and
+the memory of the graph's buffers.
 
 Usage:
     fast = GraphedProgram(program, z)        # captures; falls back to `program` when capture fails
@@ -22,9 +23,11 @@ WARMUP_CALLS = 3
 
 
 class GraphedProgram:
-    """`program` behind a CUDA graph for inputs like `example`; anything else, and everything after a failure, goes to `program` itself.
+    """`program` behind a CUDA graph for inputs like `example`; anything else, and everything after a failure, goes to
+    `program` itself.
 
-    Thread-safe: replay works on static buffers, so calls are serialised by a lock, and each returns a copy of the output.
+    Thread-safe: replay works on static buffers, so calls are serialised by a lock, and each returns a copy of the
+    output.
 
     Attributes:
         graphed: whether a graph was captured.

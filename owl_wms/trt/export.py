@@ -35,7 +35,7 @@ def export_decoder(module: nn.Module, z_BCHW: Tensor) -> ExportedProgram:
 
 
 def graph_text(exported: ExportedProgram) -> str:
-    """The graph as text: one line a node with operator, arguments, keyword arguments, and shape and dtype of its value."""
+    """The graph as text, one line a node: operator, arguments, keyword arguments, shape and dtype of its value."""
     lines = []
     for node in exported.graph.nodes:
         value = node.meta.get("val")

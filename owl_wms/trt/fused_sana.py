@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ TIMED_CALLS = 5
 MOST_STRAY = 2e-2
 
 
-def supports(decoder: nn.Module) -> tuple[bool, str]:
+def supports(decoder: Any) -> tuple[bool, str]:
     """Whether `fuse` can rewrite `decoder`; `(False, reason)` where not."""
     if not is_sana_decoder(decoder):
         return False, f"no fused form of {type(decoder).__name__}; only diffusers' AutoencoderDC decoder has one"
@@ -60,7 +61,7 @@ def supports(decoder: nn.Module) -> tuple[bool, str]:
 
 
 def fuse(
-    decoder: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | None = None, *, hybrid: bool = False
+    decoder: Any, dtype: torch.dtype, input_shape: tuple[int, ...] | None = None, *, hybrid: bool = False
 ) -> nn.Module:
     """The fused form of `decoder` (fp32, eval), weights cast to `dtype` once, on the decoder's device.
 
@@ -84,7 +85,7 @@ def fuse(
     return fused
 
 
-def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias, fp32, of one convolution that does what `norm(conv(x))` does in eval mode."""
     scale = norm.weight.detach().float() * torch.rsqrt(norm.running_var.float() + norm.eps)
     bias = 0.0 if conv.bias is None else conv.bias.detach().float()
@@ -94,6 +95,9 @@ def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tens
 
 class Conv3x3(nn.Module):
     """`relu(conv(x) + bias) + residual` on `[B, H, W, C]`; `how` as in `owl_wms.ops.conv3x3`."""
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, relu: bool = False) -> None:
         super().__init__()
@@ -142,7 +146,7 @@ def _milliseconds(call: Callable[[], object]) -> float:
 class Norm(nn.Module):
     """RMS norm over the last axis with scale, shift and, optionally, ReLU and a residual."""
 
-    def __init__(self, norm: nn.Module, *, relu: bool = False) -> None:
+    def __init__(self, norm: Any, *, relu: bool = False) -> None:
         super().__init__()
         self.eps, self.relu = float(norm.eps), relu
         self.register_buffer("weight", norm.weight.detach().float())
@@ -156,7 +160,7 @@ class Norm(nn.Module):
 class Up(nn.Module):
     """3x3 convolution, pixel shuffle and repeated shortcut: `[B, H, W, C] -> [B, 2H, 2W, O]`."""
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, block: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.conv = Conv3x3(phases_first(block.conv.weight), phases_first(block.conv.bias), dtype)
 
@@ -167,7 +171,7 @@ class Up(nn.Module):
 class Residual(nn.Module):
     """Two 3x3 convolutions with ReLU between and the batch norm folded into the second; `[B, H, W, C]` in and out."""
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, block: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.first = Conv3x3(block.conv1.weight, block.conv1.bias, dtype, relu=True)
         self.second = Conv3x3(*fold_batch_norm(block.conv2, block.norm), dtype)
@@ -179,7 +183,7 @@ class Residual(nn.Module):
 class EfficientViT(nn.Module):
     """Linear attention, then the gated convolution, each with RMS norm and residual; `[B, H, W, C]` in and out."""
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, block: Any, dtype: torch.dtype) -> None:
         super().__init__()
         attention, gated = block.attn, block.conv_out
         self.head, self.eps = attention.attention_head_dim, float(attention.eps)
@@ -204,7 +208,7 @@ class EfficientViT(nn.Module):
 class Output(nn.Module):
     """Norm, ReLU, 3x3 convolution and pixel shuffle to the image: `[B, H, W, C] -> [B, 3, 2H, 2W]`."""
 
-    def __init__(self, decoder: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, decoder: Any, dtype: torch.dtype) -> None:
         super().__init__()
         conv = decoder.conv_out.conv
         self.channels = conv.out_channels // 4
@@ -220,7 +224,7 @@ class Output(nn.Module):
 class PlainResidual(nn.Module):
     """`Residual` in NCHW and ATen operators, for TensorRT."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.conv1, self.conv2 = copy.deepcopy(block.conv1), copy.deepcopy(block.conv2)
         weight, bias = fold_batch_norm(block.conv2, block.norm)
@@ -234,7 +238,7 @@ class PlainResidual(nn.Module):
 class FusedSana(nn.Module):
     """`z [B, c, h, w] -> x [B, C, H, W]`, the same function as the decoder it was made from. Built by `fuse`."""
 
-    def __init__(self, decoder: nn.Module, dtype: torch.dtype, hybrid: bool) -> None:
+    def __init__(self, decoder: Any, dtype: torch.dtype, hybrid: bool) -> None:
         super().__init__()
         conv = decoder.conv_in
         self.repeats = decoder.in_shortcut_repeats if decoder.in_shortcut else 0

@@ -1,9 +1,10 @@
 """The one place that imports `torch_tensorrt`, whichever flavour is installed, and says in words why it cannot.
 
-Why it exists: the import fails in more ways than ImportError. Without an NVIDIA driver it raises RuntimeError, with mismatched libraries a
-bare Exception; the RTX packages as the registry ships them carry a `tensorrt_rtx/plugin` folder whose import fails; and both flavours share
-the import name, so the installed distribution is what tells them apart. Nothing here runs when `owl_wms` is imported, and a failure is
-remembered, so that the second decode does not pay for the first one's search.
+Why it exists: the import fails in more ways than ImportError. Without an NVIDIA driver it raises RuntimeError, with
+mismatched libraries a bare Exception; the RTX packages as the registry ships them carry a `tensorrt_rtx/plugin` folder
+whose import fails; and both flavours share the import name, so the installed distribution is what tells them apart.
+Nothing here runs when `owl_wms` is imported, and a failure is remembered, so that the second decode does not pay for
+the first one's search.
 
 Usage:
     status = importer.status()            # TensorRTStatus(available=False, reason="...", remedy="...")
@@ -75,13 +76,15 @@ def installed_flavour() -> tuple[str, str]:
 
 
 def status() -> TensorRTStatus:
-    """The answer to "can this process compile with TensorRT"; imports on the first call, remembered after it. Never raises."""
+    """The answer to "can this process compile with TensorRT"; imports on the first call, remembered after it. Never
+    raises.
+    """
     with _LOCK:
         return _attempt()[0]
 
 
 def require() -> ModuleType:
-    """`torch_tensorrt` itself. Raises FastPathError(stage="import") with reason and remedy when it cannot be imported."""
+    """`torch_tensorrt` itself. Raises FastPathError (stage "import") with reason and remedy when that fails."""
     with _LOCK:
         state, module = _attempt()
     if module is None:
@@ -139,8 +142,8 @@ def _import(flavour: str) -> ModuleType:
     before = set(sys.modules)
     blocked = flavour == "rtx" and "tensorrt.plugin" not in sys.modules
     if blocked:
-        # None makes `import tensorrt.plugin` an ImportError, which Torch-TensorRT handles as "no plugins"; the folder that the registry
-        # ships imports a module that does not exist, which it does not handle.
+        # None makes `import tensorrt.plugin` an ImportError, which Torch-TensorRT handles as "no plugins"; the folder
+        # that the registry ships imports a module that does not exist, which it does not handle.
         sys.modules["tensorrt.plugin"] = None  # type: ignore[assignment]
     try:
         return importlib.import_module("torch_tensorrt")
@@ -172,7 +175,7 @@ def explain(error: BaseException) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _quiet(sink: io.StringIO):  # type: ignore[no-untyped-def]
+def _quiet(sink: io.StringIO):
     """Keep what the import prints and warns about (missing modelopt, no TensorRT-LLM) out of the user's terminal."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     root_level = logging.root.manager.disable

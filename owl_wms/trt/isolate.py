@@ -1,14 +1,16 @@
 """The smallest set of modules that must stay in PyTorch for the rest to build and run.
 
-Why it exists: that a converter claims an operator does not make it runnable. The sana decoder in bf16 builds one engine, and then no execution
-context can be created, because of its depthwise convolutions; neither Torch-TensorRT nor TensorRT says which node is to blame. So the search
-is by experiment: build with some modules kept in PyTorch, see whether it works, and narrow down.
+Why it exists: that a converter claims an operator does not make it runnable. The sana decoder in bf16 builds one
+engine, and then no execution context can be created, because of its depthwise convolutions; neither Torch-TensorRT nor
+TensorRT says which node is to blame. So the search is by experiment: build with some modules kept in PyTorch, see
+whether it works, and narrow down.
 
-Method. `works(kept)` is assumed monotone (keeping more never breaks what worked). QuickXplain (U. Junker, "QuickXplain: preferred explanations
-and relaxations for over-constrained problems", AAAI 2004) then finds an irreducible set in O(k log(n/k)) tries for k culprits among n. It first
-runs over *groups* of like modules (culprits are usually all of a kind), then inside the groups found. Modules that already failed when built
-alone are suspects: they are kept first, which mostly ends the search at the first try. Tries and time are bounded; when they run out the
-smallest set seen to work is the answer, marked as not minimal.
+Method. `works(kept)` is assumed monotone (keeping more never breaks what worked). QuickXplain (U. Junker, "QuickXplain:
+preferred explanations and relaxations for over-constrained problems", AAAI 2004) then finds an irreducible set in O(k
+log(n/k)) tries for k culprits among n. It first runs over *groups* of like modules (culprits are usually all of a
+kind), then inside the groups found. Modules that already failed when built alone are suspects: they are kept first,
+which mostly ends the search at the first try. Tries and time are bounded; when they run out the smallest set seen to
+work is the answer, marked as not minimal.
 
 Usage:
     found = smallest_kept([["a.depth", "b.depth"], ["a.point"]], works, max_tries=16, deadline=time.monotonic() + 60)
@@ -78,7 +80,9 @@ class _Search:
         return not reason
 
     def explain(self, parts: list[frozenset[Unit]], base: frozenset[Unit]) -> list[frozenset[Unit]]:
-        """Irreducible subset of `parts` that works together with `base`; `base` alone does not, with all `parts` it does."""
+        """Irreducible subset of `parts` that works together with `base`; `base` alone does not, with all `parts` it
+        does.
+        """
         if len(parts) == 1:
             return parts
         left, right = parts[: len(parts) // 2], parts[len(parts) // 2 :]
@@ -106,7 +110,8 @@ def smallest_kept(
     """Find which units must stay in PyTorch, given that nothing kept fails.
 
     Args:
-        groups: all units, like ones together; keeping all of them is PyTorch itself and is taken to work, but is no answer.
+        groups: all units, like ones together; keeping all of them is PyTorch itself and is taken to work, but is no
+            answer.
         works: one try; must not raise.
         max_tries: most calls of `works`.
         deadline: `time.monotonic()` after which no further try begins.

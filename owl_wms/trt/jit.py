@@ -1,8 +1,8 @@
 """The JIT form for trainers: `torch.compile(backend="tensorrt")` with the same rewrites, precision and guards.
 
-Why it exists: a trainer that samples a few images an hour wants no cache directory, and its decoder may change. The price is a compilation in
-every process and no isolation: the build happens inside the trainer. A failure to compile or to run, or a program that misses parity, ends in
-the eager decoder, with one warning.
+Why it exists: a trainer that samples a few images an hour wants no cache directory, and its decoder may change. The
+price is a compilation in every process and no isolation: the build happens inside the trainer. A failure to compile or
+to run, or a program that misses parity, ends in the eager decoder, with one warning.
 
 Usage:
     decode = compile_for_training(decoder, precision="bf16")
@@ -30,7 +30,8 @@ JIT_SCALES = (1.0,)
 
 
 class TrainingDecoder(nn.Module):
-    """A decoder that runs compiled where it can: `[B, c, h, w] -> [B, C, H, W]` in the original's dtype, without gradients.
+    """A decoder that runs compiled where it can: `[B, c, h, w] -> [B, C, H, W]` in the original's dtype, without
+    gradients.
 
     Attributes:
         decoder: the original, untouched; its answer is given after any failure.
@@ -114,9 +115,10 @@ def compile_for_training(
     """Wrap `decoder` for use inside a training loop.
 
     Args:
-        decoder: any float dtype and device; kept as the fallback. Weights are read when a shape is first compiled; after changing them,
-            wrap again.
-        precision: fp16, bf16 or fp32; `auto` is not offered, since two builds inside a trainer cost more than they save.
+        decoder: any float dtype and device; kept as the fallback. Weights are read when a shape is first compiled;
+            after changing them, wrap again.
+        precision: fp16, bf16 or fp32; `auto` is not offered, since two builds inside a trainer cost more than they
+            save.
         plan: name of a registered plan.
         workspace_size: bytes of TensorRT scratch memory, 0 for its own choice.
         strict: raise instead of falling back.

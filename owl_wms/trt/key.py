@@ -1,9 +1,9 @@
 """Everything a program depends on, as one JSON-ready dict that the cache hashes.
 
-Why it exists: Torch-TensorRT's own cache key leaves out weights, operator arguments, GPU and TensorRT version, so two different decoders can
-get each other's engine. Here a field that is missing is a wrong picture; a field too many is a rebuild. The graph is that of the folded
-decoder, exported on the meta device (no weights, under a second), with all arguments, shapes and dtypes; what the rewrites make of it is
-covered by the hash of our own sources.
+Why it exists: Torch-TensorRT's own cache key leaves out weights, operator arguments, GPU and TensorRT version, so two
+different decoders can get each other's engine. Here a field that is missing is a wrong picture; a field too many is a
+rebuild. The graph is that of the folded decoder, exported on the meta device (no weights, under a second), with all
+arguments, shapes and dtypes; what the rewrites make of it is covered by the hash of our own sources.
 
 Usage:
     material = key_material(decoder, spec)
@@ -35,7 +35,8 @@ SCHEMA = 1
 """Raised when a program of the same material would be read differently."""
 
 MACHINE_FIELDS = (
-    "torch", "triton", "torch_tensorrt", "tensorrt", "cuda", "cudnn", "driver", "gpu", "compute_capability", "sm_count", "python",
+    "torch", "triton", "torch_tensorrt", "tensorrt", "cuda", "cudnn", "driver", "gpu", "compute_capability", "sm_count",
+    "python",
 )  # fmt: skip
 
 
@@ -71,14 +72,14 @@ def key_material(decoder: nn.Module, spec: BuildSpec) -> dict[str, Any]:
 
 
 def graph_of(decoder: nn.Module, spec: BuildSpec) -> str:
-    """Text of the folded decoder's exported graph at the spec's static shape, with every argument; no weight is read."""
+    """Text of the folded decoder's exported graph at the static shape, with every argument; no weight is read."""
     twin = fold_weight_norm(meta_copy(decoder)).eval().requires_grad_(False)
     z = torch.empty(spec.input_shape, dtype=module_dtype(decoder), device="meta")
     return graph_text(export_decoder(twin, z))
 
 
 def weights_digest(decoder: nn.Module) -> str:
-    """SHA-256 over name, shape, dtype and bytes of every parameter, buffer and plain tensor attribute, in name order."""
+    """SHA-256 over name, shape, dtype and bytes of every parameter, buffer and plain tensor attribute, by name."""
     found: dict[str, Tensor] = {}
     for name, child in decoder.named_modules():
         own = [*child._parameters.items(), *child._buffers.items(), *vars(child).items()]
@@ -90,9 +91,9 @@ def weights_digest(decoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """From verified bytes to a callable program.
 
-Why bytes: `torch.export.load` runs code from a crafted file and does not notice half of all flipped bits, so whoever reads the file hashes it
-first and hands over those same bytes. Never `torch_tensorrt.load`, which tries other unpicklers when the first one fails.
+Why bytes: `torch.export.load` runs code from a crafted file and does not notice half of all flipped bits, so whoever
+reads the file hashes it first and hands over those same bytes. Never `torch_tensorrt.load`, which tries other
+unpicklers when the first one fails.
 
 Usage:
     program = load_program(entry.read("program.pt2"), "cuda:0")
@@ -98,7 +99,9 @@ def _load(data: bytes, device: torch.device) -> Program:
 
 
 def register_operators() -> None:
-    """Import our own operators, so that programs made with them can be read; without Triton such programs fail to load, others do not."""
+    """Import our own operators, so that programs made with them can be read; without Triton such programs fail to load,
+    others do not.
+    """
     for name in ("owl_wms.ops", "owl_wms.trt.fused"):
         try:
             importlib.import_module(name)

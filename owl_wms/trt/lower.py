@@ -1,9 +1,11 @@
-"""`torch_tensorrt.compile` with the dynamo frontend, nodes of chosen modules kept in PyTorch, and an account of the partition.
+"""`torch_tensorrt.compile` with the dynamo frontend, nodes of chosen modules kept in PyTorch, and an account of the
+partition.
 
-Why it exists: Torch-TensorRT can exclude an operator everywhere (`torch_executed_ops`) but not one node (`torch_executed_modules` is accepted
-and ignored by its dynamo frontend), while it is a node that fails. Every converter carries a validator that may refuse a node, and every
-node remembers the module it came from, through export, decomposition and lowering; so refusing by module path keeps exactly those nodes in
-PyTorch, as ordinary ATen operators that load without any registration.
+Why it exists: Torch-TensorRT can exclude an operator everywhere (`torch_executed_ops`) but not one node
+(`torch_executed_modules` is accepted and ignored by its dynamo frontend), while it is a node that fails. Every
+converter carries a validator that may refuse a node, and every node remembers the module it came from, through export,
+decomposition and lowering; so refusing by module path keeps exactly those nodes in PyTorch, as ordinary ATen operators
+that load without any registration.
 
 Usage:
     program, partition = compile_exported(exported, z, spec.compile_settings("bf16"), kept=("blocks.0.conv",))
@@ -76,9 +78,7 @@ def keep_in_pytorch(kept: Collection[str]) -> Iterator[None]:
         allowed = support.capability_validator
         return dataclasses.replace(
             support,
-            capability_validator=lambda node, settings: (
-                module_path(node) not in kept and allowed(node, settings)
-            ),
+            capability_validator=lambda node, settings: module_path(node) not in kept and allowed(node, settings),
         )
 
     try:
@@ -100,12 +100,14 @@ def compile_exported(
     """Compile `exported` for inputs like `z`.
 
     Args:
-        settings: keyword arguments of `torch_tensorrt.compile`, from `BuildSpec.compile_settings` (plus `dryrun` in tests).
+        settings: keyword arguments of `torch_tensorrt.compile`, from `BuildSpec.compile_settings` (plus `dryrun` in
+            tests).
         kept: module paths (as `module_path` gives them) whose own nodes stay in PyTorch.
         progress: called with TensorRT's own build phases, where this TensorRT reports them.
 
     Raises:
-        Whatever the compiler raises: a failed conversion, an engine that cannot be built, a context that cannot be created.
+        Whatever the compiler raises: a failed conversion, an engine that cannot be built, a context that cannot be
+            created.
     """
     torch_tensorrt = importer.require()
     counted = _Counter()
@@ -168,7 +170,9 @@ class _Counter:
 
 
 def operator_name(entry: str) -> str:
-    """`torch.ops.aten.convolution.default` out of a tracker line `Node: torch.ops.aten.convolution.default, with layer location: ...`."""
+    """`torch.ops.aten.convolution.default` out of a tracker line `Node: torch.ops.aten.convolution.default, with layer
+    location: ...`.
+    """
     return entry.split(",")[0].removeprefix("Node: ").strip()
 
 
@@ -182,6 +186,7 @@ def _builder_progress(progress: Progress | None) -> Iterator[None]:
     if progress is None:
         yield
         return
+    tell = progress
     try:
         interpreter = importer.submodule("dynamo.conversion._TRTInterpreter")
         monitor_base = interpreter.trt.IProgressMonitor
@@ -197,10 +202,10 @@ def _builder_progress(progress: Progress | None) -> Iterator[None]:
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self.steps[phase] = steps
-            progress(phase, 0, steps)
+            tell(phase, 0, steps)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            progress(phase, step + 1, self.steps.get(phase, 0))
+            tell(phase, step + 1, self.steps.get(phase, 0))
             return True
 
         def phase_finish(self, phase: str) -> None:

@@ -1,16 +1,18 @@
-"""The parity gate: a program is used only if it is about as near to the fp32 decoder as eager PyTorch is at the same precision.
+"""The parity gate: a program is used only if it is about as near to the fp32 decoder as eager PyTorch is at the same
+precision.
 
-Why it exists: a compiler that picks another algorithm may be right to, but a tolerance such as 1e-1 hides broken programs. Eager PyTorch at the
-same precision is the honest yardstick: whoever chose fp16 or bf16 has accepted its error.
+Why it exists: a compiler that picks another algorithm may be right to, but a tolerance such as 1e-1 hides broken
+programs. Eager PyTorch at the same precision is the honest yardstick: whoever chose fp16 or bf16 has accepted its
+error.
 
 The rule, for seeded latents of several scales (the same rounded latents for all three):
     r = fp32 decoder without TF32, e = eager at the precision, y = the program
     finite      every element of y is finite wherever r is
     relative    |y - r| / |r| (L2) <= 2 * max(|e - r| / |r|, FLOOR[precision])
     absolute    max |y - r| over elements with |r| <= 1 is <= max(1e-2, 2 * the same of e)
-The absolute bound thus is 1e-2 wherever the dtype can express it, which is read off eager: where eager itself strays further, twice eager.
-FLOOR matters for fp32 alone, whose eager error is zero by definition: 5e-5 lets a different order of summation pass (about 1e-6 per layer) and
-stops TF32 (about 1e-3).
+The absolute bound thus is 1e-2 wherever the dtype can express it, which is read off eager: where eager itself strays
+further, twice eager. FLOOR matters for fp32 alone, whose eager error is zero by definition: 5e-5 lets a different order
+of summation pass (about 1e-6 per layer) and stops TF32 (about 1e-3).
 
 Usage:
     reference = Reference.measure(folded_fp32, eager, spec.input_shape, dtype)
@@ -49,14 +51,16 @@ def true_fp32() -> Iterator[None]:
 def latents(
     shape: tuple[int, ...], scale: float, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> Tensor:
-    """Seeded normal latents `shape` times `scale`, drawn on the CPU in float32 so that every machine gets the same ones."""
+    """Seeded normal latents `shape` times `scale`, drawn on the CPU in float32 so that every machine gets the same
+    ones.
+    """
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator) * scale).to(dtype).to(device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Errors:
-    """Distance of an output from the fp32 one: relative L2, largest absolute difference where |fp32| <= 1, all finite."""
+    """Distance from the fp32 output: relative L2, largest absolute difference where |fp32| <= 1, all finite."""
 
     relative: float
     absolute: float
@@ -126,7 +130,8 @@ class Reference:
         """Hold `program` against the rule above.
 
         Returns:
-            `passed`, `reason` (empty when passed), `relative_error` and `absolute_error` (worst scale), and `scales`, one dict each.
+            `passed`, `reason` (empty when passed), `relative_error` and `absolute_error` (worst scale), and `scales`,
+            one dict each.
         """
         rows = []
         for scale, z, r, eager in zip(self.scales, self.inputs, self.wanted, self.eager, strict=True):
@@ -147,9 +152,11 @@ class Reference:
         if not got.finite:
             reason = f"non-finite output for latents of scale {scale:g}"
         elif not got.relative <= relative_limit:
-            reason = f"relative error {got.relative:.2e} exceeds {relative_limit:.2e} at scale {scale:g} (eager {eager.relative:.2e})"
+            reason = f"relative error {got.relative:.2e} exceeds {relative_limit:.2e}"
+            reason += f" at scale {scale:g} (eager {eager.relative:.2e})"
         elif not got.absolute <= absolute_limit:
-            reason = f"absolute error {got.absolute:.2e} exceeds {absolute_limit:.2e} at scale {scale:g} (eager {eager.absolute:.2e})"
+            reason = f"absolute error {got.absolute:.2e} exceeds {absolute_limit:.2e}"
+            reason += f" at scale {scale:g} (eager {eager.absolute:.2e})"
         return {
             "scale": scale,
             "relative_error": got.relative,

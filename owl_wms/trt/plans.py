@@ -1,7 +1,8 @@
 """The named ways to lower a decoder.
 
-Why names: which way is fastest depends on decoder, precision and GPU, so every plan that applies is built and timed, and the name of the one
-that won stands in the manifest. A plan says beforehand whether it applies and which precisions it offers; none is ever silently replaced.
+Why names: which way is fastest depends on decoder, precision and GPU, so every plan that applies is built and timed,
+and the name of the one that won stands in the manifest. A plan says beforehand whether it applies and which precisions
+it offers; none is ever silently replaced.
 
 Usage:
     for plan in candidates(decoder, spec, "bf16"):
@@ -37,8 +38,8 @@ class Plan:
         name: stable; part of the cache key and the manifest.
         summary: one sentence for `owl-wms trt`.
         applies: `(decoder, spec) -> (yes, why not)`; cheap, no CUDA.
-        lower: `(folded fp32 decoder, spec, precision) -> (module, {rewrite: places})`; the input is not changed, the result has the
-            precision's dtype and the decoder's device.
+        lower: `(folded fp32 decoder, spec, precision) -> (module, {rewrite: places})`; the input is not changed, the
+            result has the precision's dtype and the decoder's device.
         precisions: those the plan offers.
         settings: compile settings that differ from the spec's.
         isolates: whether a failing build may be searched for modules to keep in PyTorch.
@@ -86,7 +87,9 @@ def _grouped(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
 
 
 def fused_ops() -> ModuleType | None:
-    """`owl_wms.trt.fused`, or None where it cannot be imported (no Triton); imported on demand because it loads kernels."""
+    """`owl_wms.trt.fused`, or None where it cannot be imported (no Triton); imported on demand because it loads
+    kernels.
+    """
     try:
         return importlib.import_module("owl_wms.trt.fused")
     except Exception:  # Triton without a driver, or absent: the plan then does not apply
@@ -157,7 +160,7 @@ def register(plan: Plan) -> Plan:
 register(
     Plan(
         name="tensorrt",
-        summary="TensorRT after every rewrite: bicubic and landscape resizes as matrix products, attention and norms without transposes",
+        summary="TensorRT after every rewrite: resizes as matrix products, attention and norms without transposes",
         applies=_always,
         lower=lower_with(*_DCAE, *_SANA),
     )
@@ -207,8 +210,8 @@ def candidates(decoder: nn.Module, spec: BuildSpec, precision: str) -> list[Plan
     """The plans to build at `precision`, in registry order.
 
     Raises:
-        FastPathError: stage "build" for a plan name that does not exist, or when no plan that applies offers the precision; the message
-            says why each one was left out.
+        FastPathError: stage "build" for a plan name that does not exist, or when no plan that applies offers the
+            precision; the message says why each one was left out.
     """
     for name in spec.plans:
         if name not in PLANS:

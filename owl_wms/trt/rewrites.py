@@ -1,8 +1,8 @@
 """What is changed in a decoder before it is exported, as a list; each entry is exact or states its error.
 
-Why it exists: TensorRT is only as good as the graph it is given. Every rewrite here replaces a module by one that computes the same thing in
-operators TensorRT runs well, and each has an equivalence test against the module it replaces. "Exact" means equal in exact arithmetic: what
-remains is the rounding of a different order of operations.
+Why it exists: TensorRT is only as good as the graph it is given. Every rewrite here replaces a module by one that
+computes the same thing in operators TensorRT runs well, and each has an equivalence test against the module it
+replaces. "Exact" means equal in exact arithmetic: what remains is the rounding of a different order of operations.
 
 Usage:
     names = apply_rewrites(module, input_shape, ("replace_bicubic", "replace_landscape_operations"))
@@ -25,7 +25,8 @@ from owl_wms.vae.landscape import SquareToLandscape, nearest_landscape
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# A group of 16 channels fills half of a tensor-core tile; two of them side by side fill it at the price of multiplying zeros.
+# A group of 16 channels fills half of a tensor-core tile; two of them side by side fill it at the price of multiplying
+# zeros.
 MERGED_GROUP_CHANNELS = 32
 
 
@@ -36,7 +37,8 @@ class Rewrite:
     Attributes:
         name: what reports and the manifest call it.
         error: "exact", or what differs and by how much.
-        apply: `(module, shapes, dtype) -> number of places`; changes `module` in place. `shapes` are its submodules' input shapes.
+        apply: `(module, shapes, dtype) -> number of places`; changes `module` in place. `shapes` are its submodules'
+            input shapes.
     """
 
     name: str
@@ -108,7 +110,9 @@ def merge_groups(module: nn.Module, shapes: Shapes, dtype: torch.dtype) -> int:
 
 
 def merged_conv(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
-    """`conv` with `factor` neighbouring groups in one; `groups` must be a multiple of `factor`. Exact: only zeros are added."""
+    """`conv` with `factor` neighbouring groups in one; `groups` must be a multiple of `factor`. Exact: only zeros are
+    added.
+    """
     groups, inside, outside = conv.groups, conv.in_channels // conv.groups, conv.out_channels // conv.groups
     merged = nn.Conv2d(
         conv.in_channels,
@@ -138,7 +142,9 @@ def replace_sana_operations(module: nn.Module, shapes: Shapes, dtype: torch.dtyp
 
 
 def replace_attention_operations(module: nn.Module, shapes: Shapes, dtype: torch.dtype) -> int:
-    """diffusers' multiscale linear attention: one 1x1 convolution for q, k and v, no padded value row, one fixed branch."""
+    """diffusers' multiscale linear attention: one 1x1 convolution for q, k and v, no padded value row, one fixed
+    branch.
+    """
 
     def attention(name: str, child: nn.Module) -> nn.Module | None:
         if not sana.is_attention(child) or name not in shapes:

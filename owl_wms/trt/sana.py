@@ -1,8 +1,9 @@
 """diffusers' AutoencoderDC (the sana decoder) in operators that export and compile cleanly.
 
-Why it exists: its modules move channels to the last axis and back around every norm and projection, choose the attention branch from run-time
-shapes, and append a row of ones to the values to get a sum. For a static program all of that can be settled beforehand. diffusers itself is
-never imported: its classes are recognised by name, since a decoder made of them brings the library along.
+Why it exists: its modules move channels to the last axis and back around every norm and projection, choose the
+attention branch from run-time shapes, and append a row of ones to the values to get a sum. For a static program all of
+that can be settled beforehand. diffusers itself is never imported: its classes are recognised by name, since a decoder
+made of them brings the library along.
 
 Usage:
     replacement = plain_block(module)            # None when there is nothing to do
@@ -10,6 +11,8 @@ Usage:
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +33,10 @@ def is_attention(module: nn.Module) -> bool:
     return _is(module, "SanaMultiscaleLinearAttention")
 
 
-def plain_block(module: nn.Module) -> nn.Module | None:
-    """A replacement for an up block, a gated convolution or a residual block with a channel norm; None for anything else."""
+def plain_block(module: Any) -> nn.Module | None:
+    """A replacement for an up block, a gated convolution or a residual block with a channel norm; None for anything
+    else.
+    """
     if _is(module, "DCUpBlock2d"):
         return None if module.interpolate else UpBlock(module)
     if _is(module, "GLUMBConv"):
@@ -42,9 +47,9 @@ def plain_block(module: nn.Module) -> nn.Module | None:
 
 
 class ChannelNorm(nn.Module):
-    """RMS norm over the channels of `[B, C, H, W]`, statistics in float32, then scale and shift in the weights' dtype."""
+    """RMS norm over the channels of `[B, C, H, W]`, statistics in float32, scale and shift in the weights' dtype."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
         self.eps = norm.eps
         self.weight = (
@@ -60,21 +65,23 @@ class ChannelNorm(nn.Module):
         return normed if self.bias is None else normed + self.bias
 
 
-def channel_norm(norm: nn.Module | None) -> nn.Module:
-    """The NCHW form of one of diffusers' norms: its RMSNorm becomes a ChannelNorm, a batch norm already is one, None is nothing."""
+def channel_norm(norm: Any) -> nn.Module:
+    """The NCHW form of one of diffusers' norms: its RMSNorm becomes a ChannelNorm, a batch norm already is one, None is
+    nothing.
+    """
     if norm is None:
         return nn.Identity()
     return ChannelNorm(norm) if _is(norm, "RMSNorm") else norm
 
 
 class UpBlock(nn.Module):
-    """3x3 convolution and pixel shuffle beside a shortcut that repeats channels into space; `[B, C, H, W] -> [B, O, 2H, 2W]`.
+    """3x3 convolution and pixel shuffle beside a shortcut that repeats channels into space; `[B, C, H, W] -> [B, O, 2H,
+    2W]`.
 
-    Repeating each channel `r` times and shuffling by 2 sends source channel `(4 o + 2 i + j) // r` to place (i, j) of output channel o, so for
-    r = 4, 2 or 1 the shortcut is a reshape with broadcast axes.
-    """
+    Repeating each channel `r` times and shuffling by 2 sends source channel `(4 o + 2 i + j) // r` to place (i, j) of
+    output channel o, so for r = 4, 2 or 1 the shortcut is a reshape with broadcast axes."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.conv = block.conv
         self.factor = block.factor
@@ -98,7 +105,7 @@ class UpBlock(nn.Module):
 class GatedConv(nn.Module):
     """Inverted 1x1, depthwise 3x3, SiLU gate, 1x1 back, channel norm, residual; `[B, C, H, W]` in and out."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.nonlinearity = block.nonlinearity
         self.conv_inverted, self.conv_depth, self.conv_point = block.conv_inverted, block.conv_depth, block.conv_point
@@ -114,7 +121,7 @@ class GatedConv(nn.Module):
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, channel norm, residual; `[B, C, H, W]` in and out."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.conv1, self.conv2, self.nonlinearity = block.conv1, block.conv2, block.nonlinearity
         self.norm = channel_norm(block.norm)
@@ -126,15 +133,16 @@ class ResidualBlock(nn.Module):
 class FixedLinearAttention(nn.Module):
     """Multiscale linear attention for one input shape; `[B, C, H, W]` in and out.
 
-    q, k and v come from one 1x1 convolution. With more pixels than head channels, `out = (v k^T) q / (sum(k)^T q + eps)` in float32; with
-    fewer, the quadratic form in the module's dtype with float32 normalisation, as diffusers chooses at run time.
+    q, k and v come from one 1x1 convolution. With more pixels than head channels, `out = (v k^T) q / (sum(k)^T q +
+    eps)` in float32; with fewer, the quadratic form in the module's dtype with float32 normalisation, as diffusers
+    chooses at run time.
 
     Args:
         attention: diffusers' SanaMultiscaleLinearAttention.
         shape: its static input shape.
     """
 
-    def __init__(self, attention: nn.Module, shape: tuple[int, ...]) -> None:
+    def __init__(self, attention: Any, shape: tuple[int, ...]) -> None:
         super().__init__()
         weight = torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]).detach()
         self.qkv = nn.Parameter(weight[:, :, None, None].contiguous(), requires_grad=False)

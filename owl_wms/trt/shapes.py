@@ -1,7 +1,8 @@
 """Which shape reaches which module, found without computing anything.
 
-Why it exists: a program is static, so a rewrite may bake sizes in (a resize becomes two constant matrices), and isolation wants to build one
-module alone. Both need the shapes inside the decoder; running it on the meta device gives them in milliseconds and copies no weight.
+Why it exists: a program is static, so a rewrite may bake sizes in (a resize becomes two constant matrices), and
+isolation wants to build one module alone. Both need the shapes inside the decoder; running it on the meta device gives
+them in milliseconds and copies no weight.
 
 Usage:
     twin = meta_copy(decoder)
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 
 def copy_with(module: nn.Module, convert: Any) -> nn.Module:
-    """A structural copy whose parameters and buffers are `convert(tensor)`; the originals are neither copied nor touched.
+    """A structural copy whose parameters and buffers are `convert(tensor)`; the originals are neither copied nor
+    touched.
 
     Tensors kept as plain attributes are converted too, so that the copy lives on one device.
     """
@@ -45,7 +47,9 @@ def module_dtype(module: nn.Module) -> torch.dtype:
 
 
 def record_shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Input shape of every submodule that is called with one tensor, by dotted name, for a latent batch of `input_shape`."""
+    """Input shape of every submodule that is called with one tensor, by dotted name, for a latent batch of
+    `input_shape`.
+    """
     twin = meta_copy(module)
     names = {child: name for name, child in twin.named_modules()}
     found: dict[str, tuple[int, ...]] = {}

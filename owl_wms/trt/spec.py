@@ -1,7 +1,7 @@
 """What a program is asked to be: shape, precision, plans and every compile setting, in one frozen, JSON-ready object.
 
-Why it exists: the cache key, the child process and the manifest must agree on what was asked for; a setting that is passed to the compiler
-but missing from the key would let one program be taken for another.
+Why it exists: the cache key, the child process and the manifest must agree on what was asked for; a setting that is
+passed to the compiler but missing from the key would let one program be taken for another.
 
 Usage:
     spec = BuildSpec(input_shape=(8, 128, 8, 8), precision="bf16")
@@ -80,7 +80,8 @@ class BuildSpec:
     def compile_settings(self, precision: str) -> dict[str, Any]:
         """Every keyword `torch_tensorrt.compile` gets at `precision`, JSON-ready.
 
-        Precision itself is not among them: it is the module's dtype (`enabled_precisions` is ignored from 2.13 on). Torch-TensorRT's engine
+        Precision itself is not among them: it is the module's dtype (`enabled_precisions` is ignored from 2.13 on).
+            Torch-TensorRT's engine
         cache stays off, its key leaves out weights and operator arguments. TF32 is refused where fp32 was asked for.
         """
         settings: dict[str, Any] = {

@@ -1,7 +1,8 @@
-"""Which of several decoders is fastest on this device: interleaved medians, by CUDA events or, on the CPU, by the clock.
+"""Which of several decoders is fastest on this device: interleaved medians, by CUDA events or, on the CPU, by the
+clock.
 
-Why interleaved: clocks and temperature drift; candidates timed one after the other are compared across that drift, candidates timed in turns
-are not.
+Why interleaved: clocks and temperature drift; candidates timed one after the other are compared across that drift,
+candidates timed in turns are not.
 
 Usage:
     latency_ms = interleaved({"eager": eager, "tensorrt": program}, z)      # {"eager": 36.8, "tensorrt": 15.4}

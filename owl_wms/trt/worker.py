@@ -1,7 +1,7 @@
 """The work inside the child process: lower, compile, run, isolate, check, time, save, reload.
 
-Why one file of its own: `child.py` deals with processes and messages, this with the program. Everything that may fail is reported through the
-`Journal` before it is tried, so that the parent knows what was going on when the process died.
+Why one file of its own: `child.py` deals with processes and messages, this with the program. Everything that may fail
+is reported through the `Journal` before it is tried, so that the parent knows what was going on when the process died.
 
 Usage (inside the child, on the GPU):
     report = Worker(folded_fp32, spec, journal, "cuda:0").build(Path("out"))
@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +21,10 @@ from torch.export import ExportedProgram
 
 from owl_wms.errors import FastPathError
 from owl_wms.trt import importer, lower, plans
+from owl_wms.trt.candidate import Candidate
 from owl_wms.trt.cuda_graph import GraphedProgram
 from owl_wms.trt.export import export_decoder
-from owl_wms.trt.isolate import Isolation, smallest_kept
+from owl_wms.trt.isolate import smallest_kept
 from owl_wms.trt.load import load_program
 from owl_wms.trt.parity import Reference, latents
 from owl_wms.trt.shapes import record_shapes
@@ -35,6 +35,9 @@ PROGRAM_NAME = "program.pt2"
 # A graph costs memory and a copy of the output; it is recommended where it saves at least this share of the time.
 GRAPH_GAIN = 0.03
 PROBE_SECONDS = 25.0
+# Once a plan is usable, no further one is begun after this share of the time: a late build must not cost the program
+# that exists.
+ENOUGH_SHARE = 0.5
 
 
 class Journal(Protocol):
@@ -50,56 +53,6 @@ class Journal(Protocol):
         """The attempt ended; "" when it worked."""
 
 
-@dataclass(kw_only=True)
-class Candidate:
-    """A plan at one precision, built (or not)."""
-
-    plan: str
-    precision: str
-    program: Any = None
-    partition: lower.Partition | None = None
-    rewrites: dict[str, int] = field(default_factory=dict)
-    kept: tuple[str, ...] = ()
-    kept_reason: str = ""
-    isolation: Isolation | None = None
-    probes: dict[str, str] = field(default_factory=dict)
-    build_seconds: float = 0.0
-    reason: str = ""
-    parity: dict[str, Any] = field(default_factory=dict)
-    latency_ms: float | None = None
-    graph_latency_ms: float | None = None
-    graph_reason: str = ""
-
-    def best_ms(self) -> float:
-        return min(ms for ms in (self.latency_ms, self.graph_latency_ms, float("inf")) if ms is not None)
-
-    def to_json(self) -> dict[str, Any]:
-        partition = self.partition
-        return {
-            "plan": self.plan,
-            "precision": self.precision,
-            "usable": self.program is not None and not self.reason,
-            "reason": self.reason,
-            "build_seconds": round(self.build_seconds, 3),
-            "latency_ms": self.latency_ms,
-            "graph_latency_ms": self.graph_latency_ms,
-            "graph_reason": self.graph_reason,
-            "engines": partition.engines if partition else 0,
-            "engine_operators": partition.engine_operators if partition else 0,
-            "pytorch_operators": [list(pair) for pair in partition.pytorch_operators] if partition else [],
-            "rewrites": self.rewrites,
-            "kept_modules": list(self.kept),
-            "kept_reason": self.kept_reason,
-            "kept_minimal": self.isolation.minimal if self.isolation else True,
-            "failed_alone": self.probes,
-            "attempts": [
-                {"kept": list(a.kept), "reason": a.reason, "seconds": round(a.seconds, 3)}
-                for a in (self.isolation.attempts if self.isolation else ())
-            ],
-            "parity": self.parity,
-        }
-
-
 class Worker:
     """Builds every plan of a spec for one folded fp32 decoder and keeps the fastest that passes parity."""
 
@@ -108,6 +61,7 @@ class Worker:
         self.journal = journal
         self.device = torch.device(device)
         self.probed: dict[str, str] = {}
+        self.enough = time.monotonic() + ENOUGH_SHARE * spec.timeout_seconds
         self.folded = folded.to(self.device).eval().requires_grad_(False)
 
     def build(self, out_dir: Path) -> dict[str, Any]:
@@ -166,6 +120,11 @@ class Worker:
             raise FastPathError("parity", f"eager PyTorch overflows at {precision}", "use bf16")
         found = []
         for plan in chosen:
+            if time.monotonic() > self.enough and any(not done.reason for done in found):
+                found.append(
+                    Candidate(plan=plan.name, precision=precision, reason="not tried: the build's time was spent")
+                )
+                continue
             candidate = self.candidate(plan, precision)
             if candidate.program is not None and not candidate.reason:
                 self.journal.stage("parity", plan=plan.name, precision=precision)
@@ -196,7 +155,9 @@ class Worker:
         return times["eager"]
 
     def candidate(self, plan: plans.Plan, precision: str) -> Candidate:
-        """Lower, build and first-run one plan, isolating what fails. Never raises for a failing plan; its `reason` says why."""
+        """Lower, build and first-run one plan, isolating what fails. Never raises for a failing plan; its `reason` says
+        why.
+        """
         begin = time.monotonic()
         candidate = Candidate(plan=plan.name, precision=precision)
         built: dict[frozenset[str], tuple[Any, lower.Partition]] = {}
@@ -260,7 +221,7 @@ class Worker:
     def probe(
         self, plan: plans.Plan, module: nn.Module, groups: list[list[str]], precision: str, settings: dict[str, Any]
     ) -> dict[str, str]:
-        """Build one leaf module of each group alone; `{module path: reason}` for all modules of the groups that fail."""
+        """Build one leaf module of each group alone; `{module path: reason}` for all modules of failing groups."""
         shapes = record_shapes(module, self.spec.input_shape)
         children = dict(module.named_modules())
         failing: dict[str, str] = {}
@@ -297,7 +258,9 @@ class Worker:
         return ""
 
     def save(self, best: Candidate, out_dir: Path) -> dict[str, Any]:
-        """Write, reload from bytes and compare; the numbers for the report. Raises FastPathError "save", "load" or "parity"."""
+        """Write, reload from bytes and compare; the numbers for the report. Raises FastPathError "save", "load" or
+        "parity".
+        """
         z = latents(self.spec.input_shape, 1.0, dtype_of(best.precision), self.device, self.spec.seed)
         wanted = self._run(best.program, z)
         path = out_dir / PROGRAM_NAME
@@ -366,7 +329,9 @@ class BrokenContext(BaseException):
 
 
 def like_units(module: nn.Module, exported: ExportedProgram) -> list[list[str]]:
-    """Module paths that call operators, grouped by what they are: a leaf's type, configuration and tensor shapes, else the operators."""
+    """Module paths that call operators, grouped by what they are: a leaf's type, configuration and tensor shapes, else
+    the operators.
+    """
     groups: dict[str, list[str]] = {}
     children = dict(module.named_modules())
     for path, operators in lower.operators_by_module(exported).items():
@@ -383,7 +348,7 @@ def _kind(child: nn.Module | None, operators: list[str]) -> str:
 
 def output_digest(x: torch.Tensor) -> str:
     """SHA-256 of an output's bytes, by which another process can tell that it computes the same."""
-    return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _reason(error: BaseException) -> str:

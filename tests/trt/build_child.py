@@ -1,8 +1,8 @@
-"""Bootstrap of a building process without a GPU: the real worker, converters and partitioner, engines executed by PyTorch.
+"""Bootstrap of a building process without a GPU: the real worker, converters and partitioner, engines executed by
+PyTorch.
 
-Usage: python -c "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from tests.trt.build_child import main; main(sys.argv[2:])" DIR FD
-The faults a test wants are named in the spec's `seed`: see FAULTS.
-"""
+Usage: python -c "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from tests.trt.build_child import main;
+main(sys.argv[2:])" DIR FD The faults a test wants are named in the spec's `seed`: see FAULTS."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def depthwise(subgraph: torch.fx.GraphModule) -> bool:
     """Whether a 3x3 convolution with one channel a group is in the subgraph."""
     for node in subgraph.graph.nodes:
         if node.op == "call_function" and "convolution" in str(node.target) and node.args[-1] > 1:
-            weight = node.args[1].meta["val"] if "val" in node.args[1].meta else getattr(subgraph, str(node.args[1].target))
+            weight = (
+                node.args[1].meta["val"] if "val" in node.args[1].meta else getattr(subgraph, str(node.args[1].target))
+            )
             if weight.shape[1] == 1:
                 return True
     return False

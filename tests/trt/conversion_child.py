@@ -58,7 +58,9 @@ def serialized() -> None:
         engine = importer.submodule("dynamo").convert_exported_program_to_serialized_trt_engine(
             export_decoder(module, z), arg_inputs=[z], use_explicit_typing=True, immutable_weights=True
         )
-    say(name="serialized", engine_bytes=len(bytes(engine)), seconds=time.monotonic() - begin, phases=sorted(set(phases)))
+    say(
+        name="serialized", engine_bytes=len(bytes(engine)), seconds=time.monotonic() - begin, phases=sorted(set(phases))
+    )
 
 
 if __name__ == "__main__":

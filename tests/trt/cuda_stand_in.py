@@ -1,7 +1,8 @@
-"""A stand-in for torch.cuda's queries, so that Torch-TensorRT imports, converts and partitions on a machine without a GPU.
+"""A stand-in for torch.cuda's queries, so that Torch-TensorRT imports, converts and partitions on a machine without a
+GPU.
 
-Everything but execution is real: converters, lowering passes, the partitioner, TensorRT's own network and builder. Only deserializing an
-engine needs a GPU. Installed in a process of its own, because it changes torch.cuda for good.
+Everything but execution is real: converters, lowering passes, the partitioner, TensorRT's own network and builder. Only
+deserializing an engine needs a GPU. Installed in a process of its own, because it changes torch.cuda for good.
 
 Usage (first lines of a child process):
     from tests.trt import cuda_stand_in
@@ -70,10 +71,12 @@ def engines_as_bytes() -> Iterator[None]:
 
 
 def run_engines_in_pytorch(refuse: Callable[[torch.fx.GraphModule], str] = lambda _subgraph: "") -> None:
-    """From now on a TensorRT subgraph is executed as the PyTorch graph it came from, so that a whole build runs on the CPU.
+    """From now on a TensorRT subgraph is executed as the PyTorch graph it came from, so that a whole build runs on the
+    CPU.
 
     Args:
-        refuse: called with every subgraph that would become an engine; a non-empty answer makes its build fail with that reason.
+        refuse: called with every subgraph that would become an engine; a non-empty answer makes its build fail with
+            that reason.
     """
     from owl_wms.trt import importer
 

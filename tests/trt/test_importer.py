@@ -77,7 +77,9 @@ def test_half_imported_packages_are_taken_back(monkeypatch: pytest.MonkeyPatch, 
 
 def test_plugin_is_blocked_only_for_rtx(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(importer.importlib, "import_module", lambda name: seen.append(sys.modules.get("tensorrt.plugin", "free")))
+    monkeypatch.setattr(
+        importer.importlib, "import_module", lambda name: seen.append(sys.modules.get("tensorrt.plugin", "free"))
+    )
     for flavour, wanted in (("standard", "free"), ("rtx", None)):
         monkeypatch.delitem(sys.modules, "tensorrt.plugin", raising=False)
         importer._import(flavour)

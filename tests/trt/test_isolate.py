@@ -1,4 +1,6 @@
-"""The search for what must stay in PyTorch, against random culprits and a build that fails when one of them is compiled."""
+"""The search for what must stay in PyTorch, against random culprits and a build that fails when one of them is
+compiled.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def test_suspects_that_suffice_end_the_search_at_once() -> None:
 
 def test_a_culprit_needing_two_units_at_once_is_still_found() -> None:
     groups = [[name] for name in "abcdefgh"]
-    found = smallest_kept(groups, lambda kept: "" if kept & {"b"} or kept >= {"f", "g"} else "no", max_tries=99, deadline=FAR)
+    found = smallest_kept(
+        groups, lambda kept: "" if kept & {"b"} or kept >= {"f", "g"} else "no", max_tries=99, deadline=FAR
+    )
     assert found.kept in (("b",), ("f", "g"))
 
 

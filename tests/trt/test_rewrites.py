@@ -19,7 +19,9 @@ from owl_wms.trt.spec import BuildSpec
 from tests.trt import decoders
 
 
-@pytest.mark.parametrize(("small", "large"), [((8, 8), (16, 16)), ((64, 64), (45, 80)), ((4, 2), (16, 8)), ((1, 1), (2, 2))])
+@pytest.mark.parametrize(
+    ("small", "large"), [((8, 8), (16, 16)), ((64, 64), (45, 80)), ((4, 2), (16, 8)), ((1, 1), (2, 2))]
+)
 def test_resize_is_torchs_bicubic(small: tuple[int, int], large: tuple[int, int]) -> None:
     x = torch.randn(2, 3, *small, dtype=torch.float64)
     wanted = F.interpolate(x, size=large, mode="bicubic")
