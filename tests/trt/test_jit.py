@@ -1,0 +1,72 @@
+"""The trainers' form on a machine that cannot compile: PyTorch's own answer, one warning, nothing raised."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from owl_wms.errors import ConfigError, FastPathError
+from owl_wms.trt import GraphedProgram, compile_for_training, importer, jit
+from tests.trt import decoders
+
+
+def test_cpu_latents_get_the_eager_answer_and_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    decoder, shape = decoders.make("square")
+    wrapped = compile_for_training(decoder)
+    z = torch.randn(shape)
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(wrapped(z), decoder(z))
+    assert len(caplog.records) == 1
+    assert "CUDA latents" in wrapped.reason
+
+
+def test_strict_raises() -> None:
+    decoder, shape = decoders.make("square")
+    with pytest.raises(FastPathError, match="CUDA latents"):
+        compile_for_training(decoder, strict=True)(torch.randn(shape))
+
+
+def test_a_failure_at_run_ends_in_eager(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    decoder, shape = decoders.make("square")
+    wrapped = compile_for_training(decoder, precision="fp32")
+
+    def explode(_z: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: illegal memory access\nmore")
+
+    monkeypatch.setattr(jit.TrainingDecoder, "_compile", lambda self, z: explode)
+    z = torch.randn(shape)
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        assert torch.equal(wrapped(z), decoder(z))
+    assert "illegal memory access" in wrapped.reason
+    assert len(caplog.records) == 1
+
+
+def test_a_failed_import_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise FastPathError("import", "Torch-TensorRT is not installed", importer.INSTALL)
+
+    monkeypatch.setattr(jit.importer, "require", absent)
+    wrapped = compile_for_training(decoders.make("square")[0], strict=True)
+    z = torch.empty(1, 8, 4, 4, device="meta")
+    monkeypatch.setattr(type(z), "device", torch.device("cuda", 0), raising=False)
+    with pytest.raises(FastPathError, match="not installed"):
+        wrapped._compile(z)
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp8", "half"])
+def test_other_precisions_are_refused(precision: str) -> None:
+    with pytest.raises(ConfigError, match="fp16, bf16, fp32"):
+        compile_for_training(decoders.make("square")[0], precision=precision)
+
+
+def test_no_graph_on_the_cpu_but_the_same_answer() -> None:
+    decoder, shape = decoders.make("square")
+    z = torch.randn(shape)
+    graphed = GraphedProgram(decoder, z)
+    assert not graphed.graphed
+    assert "CUDA" in graphed.reason
+    with torch.no_grad():
+        assert torch.equal(graphed(z), decoder(z))
