@@ -129,7 +129,7 @@ def measure(precision: str, live: nn.Module, z: Tensor, compiled: bool, profiled
     hows = sorted(
         {(m.weight.shape[-1], m.weight.shape[0], m.relu, m.how) for m in fused.modules() if isinstance(m, Conv3x3)}
     )
-    console.print(f"[{precision}] fused and measured in {choosing:.1f} s; (in, out, relu, how): {hows}")
+    console.print(f"{precision}: fused and measured in {choosing:.1f} s; (in, out, relu, how): {hows}")
 
     runs: dict[str, Callable[[Tensor], Tensor]] = {"eager channels_last": eager, "ours": fused}
     if compiled:

@@ -17,6 +17,7 @@ Usage:
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -126,7 +127,7 @@ def fastest(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, re
         except Exception:  # a kernel this driver or GPU refuses: the library remains
             continue
         if how == LIBRARY or stray <= MOST_STRAY * torch.linalg.vector_norm(wanted):
-            times[how] = _milliseconds(lambda how=how: run(x, weight, bias, residual, relu, how))
+            times[how] = _milliseconds(functools.partial(run, x, weight, bias, residual, relu, how))
     return min(times, key=times.__getitem__)
 
 
