@@ -1,0 +1,61 @@
+"""Computing a key must not disturb a decode that is under way in another thread.
+
+Why: `torch.export` swaps a module's parameters for fakes while it traces, so exporting the caller's own module would
+break every other thread that runs it; the key is computed on a copy on the meta device instead.
+
+Run: python -m pytest tests/trt/test_key_threads.py
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from owl_wms import trt
+from owl_wms.configs import parse_vae_model
+from owl_wms.vae import build_decoder, fold_weight_norm
+
+MODEL = {
+    "model_id": "dcae",
+    "sample_size": [64, 64],
+    "channels": 3,
+    "latent_channels": 8,
+    "ch_0": 16,
+    "ch_max": 64,
+    "encoder_blocks_per_stage": [1, 1, 1],
+    "decoder_blocks_per_stage": [1, 1, 1],
+    "use_middle_block": False,
+}
+
+
+def test_decoding_goes_on_while_a_key_is_computed() -> None:
+    decoder = fold_weight_norm(build_decoder(parse_vae_model(MODEL))).eval()
+    z = torch.randn(2, 8, 8, 8)
+    with torch.no_grad():
+        reference = decoder(z)
+    answers: list[torch.Tensor | Exception] = []
+    stop = threading.Event()
+
+    def decode() -> None:
+        while not stop.is_set():
+            try:
+                with torch.no_grad():
+                    answers.append(decoder(z))
+            except Exception as error:
+                answers.append(error)
+
+    threads = [threading.Thread(target=decode) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for batch in (2, 3):
+        trt.key_material(decoder, trt.BuildSpec(input_shape=(batch, 8, 8, 8), precision="fp32"))
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+    assert len(answers) > 10, "too few decodes ran beside the key to mean anything"
+    assert not [answer for answer in answers if isinstance(answer, Exception)][:1]
+    # Export changes process-wide arithmetic settings for a moment: float noise is allowed, nothing more.
+    for answer in answers:
+        torch.testing.assert_close(answer, reference, rtol=1e-4, atol=1e-5)
