@@ -1,0 +1,1 @@
+"""Tests, mirroring the package; run with `python -m pytest`."""

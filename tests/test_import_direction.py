@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "owl_wms"
-STAGES = (
-    "errors env configs settings vae ops trt cache runtime utils nn models sampling data media trainers inference cli"
-).split()
+STAGES = [
+    *("errors", "env", "configs", "settings", "vae", "ops", "trt", "cache", "runtime", "utils"),
+    *("nn", "models", "sampling", "data", "media", "trainers", "inference", "cli"),
+]
 # `__init__` and `__main__` stand for the whole package, not for a stage of it.
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name not in ("__init__.py", "__main__.py"))
 # What makes latents must not know how they are decoded; it reaches decoding through the bridge alone.
 FORBIDDEN = {
     "ops": {"vae"},
     "cache": {"vae", "ops", "trt", "configs", "settings"},
-    **dict.fromkeys(("nn", "models", "sampling", "data"), {"trt", "cache", "runtime"}),
-    **dict.fromkeys(("trainers", "inference"), {"trt", "cache"}),
+    **{stage: {"trt", "cache", "runtime"} for stage in ("nn", "models", "sampling", "data")},
+    **{stage: {"trt", "cache"} for stage in ("trainers", "inference")},
 }
 
 

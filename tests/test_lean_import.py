@@ -25,7 +25,9 @@ print(json.dumps({{"seconds": seconds, "heavy": heavy, "cuda": torch.cuda.is_ini
 
 @pytest.mark.parametrize("module", ["owl_wms", "owl_wms.utils.owl_vae_bridge", "owl_wms.vae", "owl_wms.models"])
 def test_import_is_lean(module: str) -> None:
-    ran = subprocess.run([sys.executable, "-c", PROBE.format(module=module)], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", PROBE.format(module=module)], capture_output=True, text=True, check=True
+    )
     seen = json.loads(ran.stdout.splitlines()[-1])
     assert seen["heavy"] == []
     assert seen["cuda"] is False

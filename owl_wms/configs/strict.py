@@ -31,8 +31,8 @@ T = TypeVar("T", bound=BaseModel)
 # YAML 1.1, which PyYAML reads, takes `1e-4` for a string; YAML 1.2 and every author of these files take it for a
 # number.
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
-# Upstream's longest file has 4 KiB; PyYAML needs up to 5 ms a KiB, and reading a config must stay under 100 ms. (libyaml is
-# faster, but recurses in C: deep nesting would end the process instead of raising RecursionError.)
+# Upstream's longest file has 4 KiB; PyYAML needs up to 5 ms a KiB, and reading a config must stay under 100 ms.
+# (libyaml is faster, but recurses in C: deep nesting would end the process instead of raising RecursionError.)
 MAX_BYTES = 1 << 14
 # PyYAML's scanner takes time quadratic in unclosed brackets.
 MAX_BRACKETS = 1000

@@ -121,7 +121,10 @@ class Evaluator:
 
         decoder = get_decoder_only(cfg.vae_id, cfg.vae_cfg_path, cfg.vae_ckpt_path, device=trainer.device)
         decoder.requires_grad_(False)
-        decode = make_batched_decode_fn(decoder, cfg.vae_batch_size, use_tensorrt=cfg.use_tensorrt, jit=True)
+        # The training configuration's tensorrt_* fields hold here; a call's own use_tensorrt would outrank them.
+        decode = make_batched_decode_fn(
+            decoder, cfg.vae_batch_size, use_tensorrt=cfg.use_tensorrt, config=cfg, jit=True
+        )
         if trainer.world_size > 1 and cfg.use_tensorrt:
             with rank_zero_first(trainer.local_rank):
                 decode(latents[:1, :1].bfloat16())

@@ -92,7 +92,7 @@ def fused_ops() -> ModuleType | None:
     """
     try:
         return importlib.import_module("owl_wms.trt.fused")
-    except Exception:  # Triton without a driver, or absent: the plan then does not apply
+    except Exception:  # a missing or broken dependency: the plan then does not apply
         return None
 
 
@@ -107,7 +107,7 @@ def fused_sana_ops() -> ModuleType | None:
 def _fusible_sana(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
     module = fused_sana_ops()
     if module is None:
-        return False, "our fused operators cannot be imported (they need Triton)"
+        return False, "our fused operators cannot be imported"
     return module.supports(decoder)
 
 
@@ -129,7 +129,7 @@ def _fusible(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
         return _fusible_sana(decoder, spec)
     module = fused_ops()
     if module is None:
-        return False, "our fused operators cannot be imported (they need Triton)"
+        return False, "our fused operators cannot be imported"
     yes, why = module.supports(decoder)
     return bool(yes), str(why)
 
