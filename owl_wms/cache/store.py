@@ -149,6 +149,17 @@ class CacheStore:
                         self._put_aside(info.name, info.reason, cache_fd)
             return found
 
+    def reject(self, name: str, reason: str) -> None:
+        """Move an entry that verified, but that its reader could not use, to quarantine; the next call builds it again.
+
+        Args:
+            name: `<model>_<16 hex>`, as `Entry.name` says it.
+            reason: one line, kept beside the evidence.
+        """
+        with self._opened() as cache_fd:
+            if cache_fd is not None:
+                self._put_aside(name, reason, cache_fd)
+
     def prune(self, max_bytes: int | None = None) -> evict.Shrunk:
         """Sweep what dead writers left, then evict to `max_bytes`.
 

@@ -26,6 +26,7 @@ from torch import nn
 from owl_wms import env
 from owl_wms.cache import CacheStore, Entry, cache_key
 from owl_wms.errors import FastPathError
+from owl_wms.runtime.eager import is_out_of_memory
 from owl_wms.runtime.toolchain import JitToolchain, Program, ProgramRequest, Progress, Toolchain
 from owl_wms.settings import TensorRTConfig
 
@@ -123,7 +124,7 @@ class ProgramSource:
         with _one_at_a_time:
             return self._obtain(decoder, request)
 
-    def _obtain(self, decoder: nn.Module, request: ProgramRequest) -> Loaded:
+    def _obtain(self, decoder: nn.Module, request: ProgramRequest, *, rebuild: bool = True) -> Loaded:
         unready = _staged("import", self.toolchain.ready, request.device)
         if unready is not None:
             raise unready
@@ -153,7 +154,15 @@ class ProgramSource:
             raise
         begin = time.perf_counter()
         with _tracing:
-            program = _staged("load", self.toolchain.load, data, request, report)
+            try:
+                program = _staged("load", self.toolchain.load, data, request, report)
+            except FastPathError as error:
+                # Its hash was right and it still cannot be read: the entry is at fault unless memory ran out.
+                cause = error.__cause__
+                if built or not rebuild or (cause is not None and is_out_of_memory(cause)):
+                    raise
+                store_of(self.settings).reject(name, str(error))
+                return self._obtain(decoder, request, rebuild=False)
             _staged("load", _first_run, program, request)
         return Loaded(
             program=program,

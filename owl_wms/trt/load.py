@@ -79,7 +79,8 @@ def load_program(data: bytes, device: torch.device | str) -> Program:
         raise
     except Exception as error:  # a damaged archive raises anything from KeyError to RuntimeError
         first = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise FastPathError("load", f"{type(error).__name__}: {first}", "the entry is rebuilt") from error
+        remedy = "a cached entry that cannot be read is built again once"
+        raise FastPathError("load", f"{type(error).__name__}: {first}", remedy) from error
 
 
 def _load(data: bytes, device: torch.device) -> Program:

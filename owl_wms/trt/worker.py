@@ -118,7 +118,7 @@ class Worker:
         reference = Reference.measure(self.folded, eager, self.spec.input_shape, dtype, self.device, self.spec.seed)
         if not reference.eager_is_finite() and self.spec.precision == "auto":
             raise FastPathError("parity", f"eager PyTorch overflows at {precision}", "use bf16")
-        found = []
+        found: list[Candidate] = []
         for plan in chosen:
             if time.monotonic() > self.enough and any(not done.reason for done in found):
                 found.append(

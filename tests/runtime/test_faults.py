@@ -152,6 +152,41 @@ def test_corrupt_program_is_rebuilt_once_and_never_deserialized(
     assert len(seen) == 1
 
 
+class Unreadable(ExportToolchain):
+    """Refuses the first program it is given, whatever it is."""
+
+    error: Exception = KeyError("an archive of another kind")
+
+    def load(self, *arguments: Any) -> Any:
+        if self.loads == 0:
+            self.loads += 1
+            raise FastPathError("load", "not a program") from self.error
+        return super().load(*arguments)
+
+
+def test_entry_that_verifies_but_cannot_be_read_is_rebuilt_once(tmp_path: Path) -> None:
+    decoder, latents = TinyDecoder().eval(), torch.randn(LATENTS)
+    good = VideoDecode(decoder, batch_size=4, settings=settings(tmp_path), toolchain=ExportToolchain())(latents)
+    toolchain = Unreadable()
+    decode = VideoDecode(decoder, batch_size=4, settings=settings(tmp_path), toolchain=toolchain)
+    assert torch.equal(decode(latents), good)
+    assert toolchain.builds == 1
+    assert decode.stats().backend == "export"
+    assert len(list((tmp_path / "cache" / "quarantine").iterdir())) == 1
+
+
+def test_entry_is_not_blamed_for_memory(tmp_path: Path) -> None:
+    decoder, latents = TinyDecoder().eval(), torch.randn(LATENTS)
+    VideoDecode(decoder, batch_size=4, settings=settings(tmp_path), toolchain=ExportToolchain())(latents)
+    toolchain = Unreadable()
+    toolchain.error = torch.OutOfMemoryError("CUDA out of memory")
+    decode = VideoDecode(decoder, batch_size=4, settings=settings(tmp_path), toolchain=toolchain)
+    decode(latents)
+    assert toolchain.builds == 0
+    assert decode.stats().backend == "pytorch"
+    assert not (tmp_path / "cache" / "quarantine").exists()
+
+
 def test_run_raises_three_times_then_the_program_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     toolchain = ExportToolchain(fail={"run": RuntimeError("launch failed")})
     decode = assert_pytorch_answers(tmp_path, caplog, toolchain, "run", "launch failed")
