@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, one step after the other, most wanted first; results under OUT (default build/gpu).
+#
+#   benchmarks/on_gpu.sh [SECONDS] [STEP ...]     steps: tests bridge matrix batches sana ops play soak; all unless named
+#
+# Never two steps at once: tests beside builds once made both miss their limits (docs/log.md). Each step has a time limit
+# and writes as it goes, so that a limit costs that step's rest and nothing else.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+total=${1:-3600}; shift || true
+steps=${*:-tests bridge matrix batches sana ops play soak}
+out=${OUT:-build/gpu}; mkdir -p "$out"
+python=${PYTHON:-python3}
+begin=$(date +%s)
+left() { echo $(( total - ($(date +%s) - begin) )); }
+
+run() { # run NAME LIMIT_SECONDS command...
+  local name=$1 limit=$2 rest; shift 2
+  rest=$(left); [ "$rest" -gt 15 ] || { echo "$name: no time left"; return; }
+  [ "$limit" -lt "$rest" ] || limit=$rest
+  timeout "$limit" "$@" > "$out/$name.log" 2>&1
+  echo "$name: exit $?, $(left) s left"
+  grep -v '^{' "$out/$name.log" | grep -E "passed|failed|FAILED|ours|torch.compile|error" | tail -12
+}
+
+for step in $steps; do
+  case $step in
+    tests)   run tests 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trt tests/ops tests/runtime tests/data_game ;;
+    bridge)  run bridge 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_tensorrt_integration.py ;;
+    matrix)  run matrix 900 "$python" -m benchmarks.trt_matrix --seconds 150 --out "$out/trt_matrix.json" ;;
+    batches) run batches 600 "$python" -m benchmarks.decoder --decoder dist base --batch 1 4 8 --plans tensorrt+ops \
+               --max-autotune-seconds 120 --out "$out/decoder.json" --plot "$out/decoder.png" ;;
+    sana)    run sana 400 "$python" -m benchmarks.decoder --decoder sana --precision auto --plans tensorrt+ops tensorrt+vit \
+               --out "$out/sana.json" ;;
+    ops)     run ops 120 "$python" -m benchmarks.ops --out "$out/ops.json" ;;
+    play)    run play 200 "$python" -m benchmarks.play --checkpoint examples/world/game_rft.safetensors --out "$out/play.json" ;;
+    soak)    run soak 900 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/faults/test_gpu.py --full-counts
+             cp docs/faults.md "$out/" ;;
+    *)       echo "no step is called $step" >&2; exit 2 ;;
+  esac
+done
