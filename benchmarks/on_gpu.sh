@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 total=${1:-3600}; shift || true
 steps=${*:-tests bridge matrix batches sana ops play soak}
 out=${OUT:-build/gpu}; mkdir -p "$out"
-python=${PYTHON:-python3}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 begin=$(date +%s)
 left() { echo $(( total - ($(date +%s) - begin) )); }
 
