@@ -23,7 +23,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import baselines, harness
+from benchmarks import baselines, harness, report
 from benchmarks.accuracy import accuracy
 from benchmarks.decoders import SUBJECTS, gigaflop, subject
 from benchmarks.ours import build_ours
@@ -132,28 +132,11 @@ def finish_rows(
         }
 
 
-COLUMNS = (
-    ("ms", "median_ms", "{:.2f}"),
-    ("p20", "p20_ms", "{:.2f}"),
-    ("p80", "p80_ms", "{:.2f}"),
-    ("fps", "fps", "{:.0f}"),
-    ("× eager", "over_eager", "{:.2f}"),
-    ("× compiled", "over_compiled", "{:.2f}"),
-    ("% of floor", "percent_of_floor", "{:.0f}"),
-    ("rel. error", "relative_l2", "{:.2e}"),
-    ("max Δ8bit", "max_uint8", "{}"),
-    ("PSNR dB", "psnr_db", "{:.1f}"),
-    ("VRAM GiB", "peak_memory_gib", "{:.2f}"),
-    ("ready s", "ready_seconds", "{:.1f}"),
-    ("load s", "load_seconds", "{:.1f}"),
-)
-
-
 def cells(row: Row) -> list[str]:
     """A row's table cells after its name; a refused row has its reason first and dashes after."""
     if row.refused:
-        return [row.refused] + ["–"] * (len(COLUMNS) - 1)
-    return ["–" if row.figures.get(key) is None else form.format(row.figures[key]) for _, key, form in COLUMNS]
+        return [row.refused] + ["–"] * (len(report.COLUMNS) - 1)
+    return [report.cell(row.figures, key, form) for _, key, form in report.COLUMNS]
 
 
 def show(rows: list[Row]) -> None:
@@ -162,7 +145,7 @@ def show(rows: list[Row]) -> None:
         own = [row for row in rows if (row.decoder, row.batch) == (name, batch)]
         floor = next((row.figures["floor_ms"] for row in own if "floor_ms" in row.figures), float("nan"))
         table = Table(title=f"{name}, batch {batch}, floor {floor:.2f} ms")
-        for title in ("candidate", *(title for title, _, _ in COLUMNS)):
+        for title in ("candidate", *(title for title, _, _ in report.COLUMNS)):
             table.add_column(title, justify="left" if title == "candidate" else "right")
         for row in own:
             table.add_row(row.candidate, *cells(row))

@@ -19,7 +19,7 @@ COLUMNS = (
     ("p20–p80", None, ""),
     ("fps", "fps", "{:.0f}"),
     ("× eager", "over_eager", "{:.2f}"),
-    ("× best compiled", "over_compiled", "{:.2f}"),
+    ("× compiled", "over_compiled", "{:.2f}"),
     ("% of floor", "percent_of_floor", "{:.0f}"),
     ("rel. error", "relative_l2", "{:.1e}"),
     ("max Δ 8-bit", "max_uint8", "{}"),
@@ -30,7 +30,8 @@ COLUMNS = (
 )
 
 
-def _cell(figures: dict[str, Any], key: str | None, form: str) -> str:
+def cell(figures: dict[str, Any], key: str | None, form: str) -> str:
+    """One figure as text, a dash where it was not measured; no key means the 20th to 80th percentile."""
     if key is None:
         return f"{figures['p20_ms']:.2f}–{figures['p80_ms']:.2f}"
     return "–" if figures.get(key) is None else form.format(figures[key])
@@ -60,7 +61,7 @@ def report(result: dict[str, Any]) -> str:
             if row["refused"]:
                 lines.append(f"| {row['candidate']} | refused: {row['refused']} |" + " |" * (len(COLUMNS) - 1))
                 continue
-            cells = [_cell(row["figures"], key, form) for _, key, form in COLUMNS]
+            cells = [cell(row["figures"], key, form) for _, key, form in COLUMNS]
             lines.append(f"| {row['candidate']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

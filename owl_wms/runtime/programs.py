@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import tempfile
 import threading
 import time
@@ -37,19 +36,9 @@ _T = TypeVar("_T")
 # not find out again.
 _failed_builds: dict[tuple[str, str], FastPathError] = {}
 _failed_guard = threading.Lock()
+# torch.export keeps process-wide state: two exports at once fail, and so do two loads (2.11: "_CURRENT_DESERIALIZER is
+# already set"). A build that failed for that reason would be remembered.
 _one_at_a_time = threading.Lock()
-
-
-def _unlock_in_child() -> None:
-    global _failed_guard, _one_at_a_time
-    _failed_guard, _one_at_a_time = threading.Lock(), threading.Lock()
-
-
-# A lock that another thread held at the moment of a fork would stay locked in the child for ever.
-os.register_at_fork(after_in_child=_unlock_in_child)
-
-# torch.export keeps process-wide state: two loads at once fail with "_CURRENT_DESERIALIZER is already set" (2.11).
-_tracing = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,8 +82,8 @@ def forget_failed_builds() -> None:
 
 def renew_locks() -> None:
     """For a forked child: locks that another thread of the parent held would stay locked for ever."""
-    global _failed_guard, _tracing
-    _failed_guard, _tracing = threading.Lock(), threading.RLock()
+    global _failed_guard, _one_at_a_time
+    _failed_guard, _one_at_a_time = threading.Lock(), threading.Lock()
     open_store.cache_clear()
 
 
@@ -120,7 +109,6 @@ class ProgramSource:
 
     def obtain(self, decoder: nn.Module, request: ProgramRequest) -> Loaded:
         """The program for `decoder`, from the cache or built now. Raises FastPathError only."""
-        # torch.export keeps global state: two exports at once in one process fail, and a failed build is remembered.
         with _one_at_a_time:
             return self._obtain(decoder, request)
 
@@ -130,8 +118,7 @@ class ProgramSource:
             raise unready
         if isinstance(self.toolchain, JitToolchain):
             return self._compiled(self.toolchain, decoder, request)
-        with _tracing:
-            material = dict(_staged("export", self.toolchain.key_material, decoder, request))
+        material = dict(_staged("export", self.toolchain.key_material, decoder, request))
         failed_key = (self.toolchain.name, _staged("export", cache_key, material))
         with _failed_guard:
             remembered = _failed_builds.get(failed_key)
@@ -153,17 +140,16 @@ class ProgramSource:
                 _failed_builds[failed_key] = error
             raise
         begin = time.perf_counter()
-        with _tracing:
-            try:
-                program = _staged("load", self.toolchain.load, data, request, report)
-            except FastPathError as error:
-                # Its hash was right and it still cannot be read: the entry is at fault unless memory ran out.
-                cause = error.__cause__
-                if built or not rebuild or (cause is not None and is_out_of_memory(cause)):
-                    raise
-                store_of(self.settings).reject(name, str(error))
-                return self._obtain(decoder, request, rebuild=False)
-            _staged("load", _first_run, program, request)
+        try:
+            program = _staged("load", self.toolchain.load, data, request, report)
+        except FastPathError as error:
+            # Its hash was right and it still cannot be read: the entry is at fault unless memory ran out.
+            cause = error.__cause__
+            if built or not rebuild or (cause is not None and is_out_of_memory(cause)):
+                raise
+            store_of(self.settings).reject(name, str(error))
+            return self._obtain(decoder, request, rebuild=False)
+        _staged("load", _first_run, program, request)
         return Loaded(
             program=program,
             built=built,
@@ -190,9 +176,8 @@ class ProgramSource:
 
     def _compiled(self, toolchain: JitToolchain, decoder: nn.Module, request: ProgramRequest) -> Loaded:
         begin = time.perf_counter()
-        with _tracing:
-            program = _staged("build", toolchain.compile, decoder, request)
-            _staged("build", _first_run, program, request)
+        program = _staged("build", toolchain.compile, decoder, request)
+        _staged("build", _first_run, program, request)
         return Loaded(
             program=program,
             built=True,

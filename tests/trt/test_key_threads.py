@@ -13,24 +13,12 @@ import threading
 import torch
 
 from owl_wms import trt
-from owl_wms.configs import parse_vae_model
 from owl_wms.vae import build_decoder, fold_weight_norm
-
-MODEL = {
-    "model_id": "dcae",
-    "sample_size": [64, 64],
-    "channels": 3,
-    "latent_channels": 8,
-    "ch_0": 16,
-    "ch_max": 64,
-    "encoder_blocks_per_stage": [1, 1, 1],
-    "decoder_blocks_per_stage": [1, 1, 1],
-    "use_middle_block": False,
-}
+from tests.vae.helpers import small_dcae
 
 
 def test_decoding_goes_on_while_a_key_is_computed() -> None:
-    decoder = fold_weight_norm(build_decoder(parse_vae_model(MODEL))).eval()
+    decoder = fold_weight_norm(build_decoder(small_dcae())).eval()
     z = torch.randn(2, 8, 8, 8)
     with torch.no_grad():
         reference = decoder(z)
