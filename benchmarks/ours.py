@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms import trt
-
-# FP8 and INT8 are judged by picture quality against fp32, not by eager bf16's error; issue and docs state the gate.
-PSNR_GATE_DB = {"fp8": 40.0, "int8": 40.0}
+from owl_wms.trt.parity import PSNR_GATE_DB
 
 
 def build_ours(

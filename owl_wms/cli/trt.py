@@ -34,6 +34,7 @@ LATENT = typer.Option("", "--latent", help="c,h,w of one latent frame; from the 
 PRECISION = typer.Option(None, "--precision", help="auto, fp16, bf16, fp32, fp8 or int8.")
 PLANS = typer.Option(None, "--plan", help="Only this plan; may be repeated.")
 CACHE = typer.Option(None, "--cache-dir", help="Cache directory; TENSORRT_CACHE_DIR overrides it.")
+CALIBRATION = typer.Option(None, "--calibration", help=".safetensors of latents that fp8 and int8 are calibrated on.")
 NAME = typer.Argument(..., help="Entry name, or the beginning of one.")
 
 
@@ -46,13 +47,16 @@ def build(
     latent: str = LATENT,
     precision: str | None = PRECISION,
     plan: list[str] | None = PLANS,
+    calibration: Path | None = CALIBRATION,
     cache_dir: Path | None = CACHE,
 ) -> None:
     """Build a decoder's program (or find it in the cache) and say what came of it."""
     from owl_wms.runtime import VideoDecode
     from owl_wms.utils.owl_vae_bridge import get_decoder_only
 
-    settings = TensorRTConfig.resolve(precision=precision, plans=tuple(plan or ()) or None, cache_dir=cache_dir)
+    settings = TensorRTConfig.resolve(
+        precision=precision, plans=tuple(plan or ()) or None, calibration=calibration, cache_dir=cache_dir
+    )
     shape = _latent_shape(latent, vae_config)
     console = Console()
     columns = (SpinnerColumn(), TextColumn("[progress.description]{task.description}"), TimeElapsedColumn())
@@ -154,6 +158,7 @@ def bench(
     latent: str = LATENT,
     precision: str | None = PRECISION,
     plan: list[str] | None = PLANS,
+    calibration: Path | None = CALIBRATION,
     cache_dir: Path | None = CACHE,
     iterations: int = typer.Option(20, min=1),
     compiled: bool = typer.Option(True, help="Also time torch.compile, the baseline that counts."),
@@ -164,7 +169,9 @@ def bench(
     from owl_wms.runtime import VideoDecode, measure_inference_time
     from owl_wms.utils.owl_vae_bridge import get_decoder_only
 
-    settings = TensorRTConfig.resolve(precision=precision, plans=tuple(plan or ()) or None, cache_dir=cache_dir)
+    settings = TensorRTConfig.resolve(
+        precision=precision, plans=tuple(plan or ()) or None, calibration=calibration, cache_dir=cache_dir
+    )
     shape = _latent_shape(latent, vae_config)
     decoder = get_decoder_only(vae_id, vae_config, checkpoint)
     decode = VideoDecode(decoder, batch_size=batch_size, settings=settings)

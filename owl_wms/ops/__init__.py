@@ -9,6 +9,12 @@ All tensors are NHWC, `[B, H, W, C]` contiguous: the layout is logical, so no bo
     resize         bicubic to any size, NHWC fp32 to NCHW; `frames` does the same to uint8 HWC
     stage          a whole decoder stage out of the above and library matrix products
 
+with 8-bit products (`codes` says what a code is):
+
+    linear8        1x1 convolution on codes with LeakyReLU, or added to a residual (Triton)
+    grouped_conv8  the grouped 3x3 with codes for a result (CUDA)
+    stage8         a stage out of these
+
 and, for diffusers' AutoencoderDC (Triton where not said otherwise):
 
     conv3x3           dense 3x3 with bias, ReLU and residual, by the library or by ours; `latent_conv` the first
@@ -23,28 +29,36 @@ from __future__ import annotations
 
 from owl_wms.ops import (
     channel_norm,
+    codes,
     conv3x3,
     conv_out,
     depthwise_gate,
     grouped_conv,
+    grouped_conv8,
+    linear8,
     linear_attention,
     pointwise,
     resize,
     shuffle_add,
     stage,
+    stage8,
     up_residual,
 )
 
 __all__ = [
     "channel_norm",
+    "codes",
     "conv3x3",
     "conv_out",
     "depthwise_gate",
     "grouped_conv",
+    "grouped_conv8",
+    "linear8",
     "linear_attention",
     "pointwise",
     "resize",
     "shuffle_add",
     "stage",
+    "stage8",
     "up_residual",
 ]

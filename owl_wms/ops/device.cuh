@@ -49,6 +49,40 @@ DEVICE u32 leaky2(u32 pair) {
 }
 DEVICE float leaky(float x) { return fmaxf(x, SLOPE * x); }
 
+// LeakyReLU of four values, then their 8-bit codes, first value in the lowest byte. INT8: rounded to the nearest
+// integer in [-127, 127]; the sums of float16 pairs with 1536, whose last place is 1, hold the code in their low bytes.
+// FP8: e4m3, saturating.
+#ifdef INT8
+DEVICE u32 integers(float low, float high) {
+    u32 pair;
+    asm("{.reg .b32 scaled;\n"
+        "cvt.rn.f16x2.f32 %0, %1, %2;\n"
+        "fma.rn.f16x2 scaled, %0, %3, %4;\n"
+        "max.f16x2 %0, %0, scaled;\n"
+        "min.f16x2 %0, %0, %5;\n"
+        "max.f16x2 %0, %0, %6;\n"
+        "add.rn.f16x2 %0, %0, %7;}"
+        : "=&r"(pair)
+        : "f"(high), "f"(low), "r"(0x211f211fu), "r"(0x80008000u), "r"(0x57f057f0u), "r"(0xd7f0d7f0u), "r"(0x66006600u));
+    return pair;
+}
+DEVICE u32 leaky_codes(float a, float b, float c, float d) {
+    return __byte_perm(integers(a, b), integers(c, d), 0x6420);
+}
+#endif
+#ifdef FP8
+DEVICE u32 leaky_codes(float a, float b, float c, float d) {
+    u32 codes;
+    asm("{.reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};}"
+        : "=r"(codes)
+        : "f"(leaky(a)), "f"(leaky(b)), "f"(leaky(c)), "f"(leaky(d)));
+    return codes;
+}
+#endif
+
 DEVICE u32 shared_address(const void* pointer) {
     u32 address;
     asm("{.reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a;}" : "=r"(address) : "l"(pointer));
@@ -102,6 +136,11 @@ DEVICE void store_global8(void* target, u32 x, u32 y) {
 DEVICE void store_global8_if(bool condition, void* target, u32 x, u32 y) {
     asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3};}"
                  :: "r"((int)condition), "l"(target), "r"(x), "r"(y) : "memory");
+}
+
+DEVICE void store_global4_if(bool condition, void* target, u32 x) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.b32 [%1], %2;}"
+                 :: "r"((int)condition), "l"(target), "r"(x) : "memory");
 }
 
 DEVICE int clamp(int value, int low, int high) { return min(max(value, low), high); }

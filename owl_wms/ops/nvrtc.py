@@ -45,16 +45,18 @@ class Kernel:
         entry: name of the `extern "C"` function.
         defines: preprocessor symbols, `NAME` or `NAME=VALUE`, that select the variant.
         shared_bytes: dynamic shared memory of a block.
+        parts: files under `owl_wms/ops` that stand between the shared device code and the kernel.
     """
 
     op: str
     entry: str
     defines: tuple[str, ...] = ()
     shared_bytes: int = 0
+    parts: tuple[str, ...] = ()
 
     def source(self) -> str:
-        """The full text that is compiled: shared device code, then the kernel."""
-        return (ROOT / "device.cuh").read_text("utf-8") + (ROOT / self.op / "kernel.cu").read_text("utf-8")
+        """The full text that is compiled: shared device code, the parts, then the kernel."""
+        return "".join((ROOT / name).read_text("utf-8") for name in ("device.cuh", *self.parts, f"{self.op}/kernel.cu"))
 
     def launch(self, device: torch.device, *, grid: int, block: int, arguments: Sequence[Tensor | int | None]) -> None:
         """Enqueue on torch's current stream of `device`; tensors are passed as pointers, ints as 32-bit integers.

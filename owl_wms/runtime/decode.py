@@ -263,6 +263,7 @@ class VideoDecode:
                     precision=self.settings.precision,
                     plans=self.settings.plans,
                     workspace_size=self.settings.workspace_size,
+                    calibration=self.settings.calibration,
                 )
                 slot = self._slots[one] = Slot(request)
                 if not self.settings.enabled:

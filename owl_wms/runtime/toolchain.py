@@ -32,7 +32,7 @@ class ProgramRequest:
     Attributes:
         shape: static `(B, c, h, w)` of its input.
         device: where it will run.
-        precision, plans, workspace_size: as in TensorRTConfig.
+        precision, plans, workspace_size, calibration: as in TensorRTConfig.
     """
 
     shape: tuple[int, int, int, int]
@@ -40,6 +40,7 @@ class ProgramRequest:
     precision: str
     plans: tuple[str, ...]
     workspace_size: int
+    calibration: Path | None = None
 
 
 class Toolchain(Protocol):
@@ -109,6 +110,7 @@ class TensorRTToolchain:
             plans=request.plans,
             device_index=request.device.index or 0,
             workspace_size=request.workspace_size,
+            calibration="" if request.calibration is None else str(request.calibration.absolute()),
         )
 
 

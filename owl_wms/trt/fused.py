@@ -12,6 +12,7 @@ Usage:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -44,16 +45,21 @@ def fuse(decoder: nn.Module, dtype: torch.dtype) -> nn.Module:
     Raises:
         ValueError: `supports` says no, or weight norm has not been folded.
     """
+    with torch.no_grad():
+        return FusedDecoder(fusible(decoder), dtype).eval()
+
+
+def fusible(decoder: nn.Module) -> DCAEDecoder | DistillDecoder:
+    """`decoder` itself. Raises ValueError when it has no fused form, or weight norm has not been folded."""
     supported, reason = supports(decoder)
     if not supported:
         raise ValueError(reason)
     if any(hasattr(module, "parametrizations") for module in decoder.modules()):
         raise ValueError("fuse wants plain weights: call owl_wms.vae.fold_weight_norm first")
-    with torch.no_grad():
-        return FusedDecoder(cast("DCAEDecoder | DistillDecoder", decoder), dtype).eval()
+    return cast("DCAEDecoder | DistillDecoder", decoder)
 
 
-def _matrix(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
+def matrix(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
     """Weights of a 1x1 convolution as `[out, in]`."""
     return conv.weight.detach().flatten(1).to(dtype).contiguous()
 
@@ -83,29 +89,39 @@ class FusedStage(nn.Module):
         super().__init__()
         self.scale, self.depth = scale, len(blocks)
         self.tiled = shortcut == "tiled"
-        self.register_buffer("proj", _matrix(proj, dtype) if isinstance(proj, nn.Conv2d) else None)
+        self.register_buffer("proj", matrix(proj, dtype) if isinstance(proj, nn.Conv2d) else None)
         learned = shortcut if isinstance(shortcut, nn.Conv2d) else None
         bias = None if learned is None else learned.bias
         self.register_buffer("shortcut_weight", None if learned is None else learned.weight.detach().to(dtype))
         self.register_buffer("shortcut_bias", None if bias is None else bias.detach().to(dtype))
+        self.take(blocks, dtype)
+
+    def take(self, blocks: nn.ModuleList | list, dtype: torch.dtype) -> None:
+        """Register the blocks' weights as buffers; a form of the stage with other products overrides it."""
         for j, block in enumerate(blocks):
-            self.register_buffer(f"w1_{j}", _matrix(block.conv1, dtype))
+            self.register_buffer(f"w1_{j}", matrix(block.conv1, dtype))
             self.register_buffer(f"b1_{j}", block.conv1.bias.detach().to(dtype))
             self.register_buffer(f"w2_{j}", pack_grouped(block.conv2.weight.detach()).to(dtype))
             # An fp32 tensor in a 16-bit program: the kernel adds it to fp32 sums.
             self.register_buffer(f"b2_{j}", block.conv2.bias.detach().float())
-            self.register_buffer(f"w3_{j}", _matrix(block.conv3, dtype))
+            self.register_buffer(f"w3_{j}", matrix(block.conv3, dtype))
 
     def _all(self, name: str) -> list[Tensor]:
         return [getattr(self, f"{name}_{j}") for j in range(self.depth)]
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.tiled else None
-        if self.shortcut_weight is not None:
-            image = F.conv2d(x.permute(0, 3, 1, 2), self.shortcut_weight, self.shortcut_bias, padding=1)
-            shortcut = image.permute(0, 2, 3, 1).contiguous()
-        names = ("w1", "b1", "w2", "b2", "w3")
-        return torch.ops.owl_wms.stage(x, shortcut, self.proj, *(self._all(name) for name in names), self.scale)
+    def shortcut_of(self, x: Tensor) -> Tensor | None:
+        """What is shuffled onto the stage's result, if anything."""
+        if self.shortcut_weight is None:
+            return x if self.tiled else None
+        image = F.conv2d(x.permute(0, 3, 1, 2), self.shortcut_weight, self.shortcut_bias, padding=1)
+        return image.permute(0, 2, 3, 1).contiguous()
+
+    def forward(self, x: Tensor, gain: Tensor | None) -> Tensor:
+        weights = (self._all(name) for name in ("w1", "b1", "w2", "b2", "w3"))
+        return torch.ops.owl_wms.stage(x, self.shortcut_of(x), self.proj, *weights, self.scale)
+
+
+MakeStage = Callable[[Any, Any, int, Any, torch.dtype], FusedStage]
 
 
 class FusedInput(nn.Module):
@@ -118,7 +134,7 @@ class FusedInput(nn.Module):
         super().__init__()
         self.pointwise = conv.kernel_size == (1, 1)
         self.shortcut, self.repeats = shortcut, conv.out_channels // conv.in_channels
-        self.register_buffer("weight", _matrix(conv, dtype) if self.pointwise else conv.weight.detach().to(dtype))
+        self.register_buffer("weight", matrix(conv, dtype) if self.pointwise else conv.weight.detach().to(dtype))
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().to(dtype))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -135,11 +151,24 @@ class FusedInput(nn.Module):
 
 
 class FusedDecoder(nn.Module):
-    """`z [B, c, h, w] -> x [B, C, H, W]`, the same function as the decoder it was made from. Built by `fuse`."""
+    """`z [B, c, h, w] -> x [B, C, H, W]`, the same function as the decoder it was made from. Built by `fuse`.
 
-    def __init__(self, decoder: DCAEDecoder | DistillDecoder, dtype: torch.dtype) -> None:
+    Args:
+        decoder: folded.
+        dtype: of weights and activations.
+        make_stage: what a stage is made by; takes what FusedStage takes.
+        reach: largest magnitude of the latents that 8-bit stages were calibrated on; None without such stages.
+    """
+
+    def __init__(
+        self,
+        decoder: DCAEDecoder | DistillDecoder,
+        dtype: torch.dtype,
+        make_stage: MakeStage = FusedStage,
+        reach: float | None = None,
+    ) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.reach = dtype, reach
         self.latent_channels, self.out_channels = decoder.latent_channels, decoder.out_channels
         stages: list[nn.Module] = []
         # The learned variant's middle block keeps its input beside the result: m(x) + x.
@@ -153,18 +182,18 @@ class FusedDecoder(nn.Module):
             kind = "none" if conv_in is decoder.conv_in and learned else "interleaved" if learned else "tiled"
             self.middle = None
             if decoder.middle_block is not None:
-                self.middle = FusedStage(decoder.middle_block.blocks, None, 1, "none", dtype)
+                self.middle = make_stage(decoder.middle_block.blocks, None, 1, "none", dtype)
                 self.keep_middle_input = learned
             for i, block in enumerate(blocks):
                 if not learned:
                     shortcut: str | nn.Conv2d = "tiled"
                 else:
                     shortcut = residuals[i].proj if len(residuals) else "none"
-                stages.append(FusedStage(block.blocks, block.up.proj, 2, shortcut, dtype))
+                stages.append(make_stage(block.blocks, block.up.proj, 2, shortcut, dtype))
         else:
             self.silu, self.middle, conv_in, kind = False, None, decoder.conv_in, "none"
             for up, block in zip(blocks[::2], blocks[1::2], strict=True):
-                stages.append(FusedStage([block], up.proj, up.stride, "none", dtype))
+                stages.append(make_stage([block], up.proj, up.stride, "none", dtype))
         self.input = FusedInput(conv_in, kind, dtype)
         self.stages = nn.ModuleList(stages)
 
@@ -181,11 +210,12 @@ class FusedDecoder(nn.Module):
 
     def features(self, z: Tensor) -> Tensor:
         """Everything before the final resize: fp32 `[B, S, S, 4 or 8]`."""
+        gain = None if self.reach is None else torch.ops.owl_wms.code_gain(z, self.reach)
         x = self.input(z.to(self.dtype))
         if self.middle is not None:
-            x = self.middle(x) + x if self.keep_middle_input else self.middle(x)
+            x = self.middle(x, gain) + x if self.keep_middle_input else self.middle(x, gain)
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x, gain)
         return torch.ops.owl_wms.conv_out(x, self.out_weight, self.out_bias, self.silu)
 
     def _frame_size(self, square: Tensor) -> tuple[int, int]:

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from owl_wms import env
 from owl_wms.trt import plans
+from owl_wms.trt.calibration import calibration_digest
 from owl_wms.trt.export import export_decoder, graph_text
 from owl_wms.trt.importer import installed_flavour
 from owl_wms.trt.shapes import meta_copy, module_dtype
-from owl_wms.trt.spec import BuildSpec
+from owl_wms.trt.spec import EIGHT_BITS, BuildSpec
 from owl_wms.vae import fold_weight_norm
 
 SCHEMA = 1
@@ -66,6 +67,7 @@ def key_material(decoder: nn.Module, spec: BuildSpec) -> dict[str, Any]:
             "isolation_seconds": spec.isolation_seconds, "isolation_tries": spec.isolation_tries, "seed": spec.seed,
             "timeout_seconds": spec.timeout_seconds,
         },
+        "calibration": calibration_digest(spec) if spec.precision in EIGHT_BITS else "",
         "flavour": installed_flavour()[0],
         "machine": {name: machine[name] for name in MACHINE_FIELDS},
     }  # fmt: skip

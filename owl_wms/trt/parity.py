@@ -14,6 +14,12 @@ The absolute bound thus is 1e-2 wherever the dtype can express it, which is read
 further, twice eager. FLOOR matters for fp32 alone, whose eager error is zero by definition: 5e-5 lets a different order
 of summation pass (about 1e-6 per layer) and stops TF32 (about 1e-3).
 
+fp8 and int8 are another bargain, struck by whoever asks for them by name, and have a rule of their own: finite as
+above, and at scale 1, the one that they are calibrated for,
+    psnr        20 log10(2 / rms(y - r)), both clamped to [-1, 1], is >= PSNR_GATE_DB[precision]
+(40 dB: an error of one grey level in a hundred, which the field takes as visually lossless). The other numbers are
+reported all the same.
+
 Usage:
     reference = Reference.measure(folded_fp32, eager, spec.input_shape, dtype)
     result = reference.check(program)        # result["passed"], result["reason"], numbers per scale
@@ -22,6 +28,7 @@ Usage:
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +40,7 @@ SCALES = (0.1, 1.0, 3.0)
 RELATIVE_FACTOR = 2.0
 ABSOLUTE_LIMIT = 1e-2
 FLOOR = {torch.float32: 5e-5}
+PSNR_GATE_DB = {"fp8": 40.0, "int8": 40.0}
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -60,11 +68,14 @@ def latents(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Errors:
-    """Distance from the fp32 output: relative L2, largest absolute difference where |fp32| <= 1, all finite."""
+    """Distance from the fp32 output: relative L2, largest absolute difference where |fp32| <= 1, all finite, and PSNR
+    of what a viewer sees, clamped to [-1, 1] (infinite for equal frames).
+    """
 
     relative: float
     absolute: float
     finite: bool
+    psnr_db: float
 
 
 def errors(output: Tensor, reference: Tensor) -> Errors:
@@ -77,7 +88,9 @@ def errors(output: Tensor, reference: Tensor) -> Errors:
     relative = torch.linalg.vector_norm(difference).item() / max(norm, torch.finfo(torch.float32).tiny)
     inside = difference[known & (r.abs() <= 1)]
     absolute = inside.abs().max().item() if inside.numel() else 0.0
-    return Errors(relative=relative, absolute=absolute, finite=finite)
+    seen = torch.where(known, y.clamp(-1, 1) - r.clamp(-1, 1), torch.zeros_like(r)).square().mean().item()
+    psnr = 10 * math.log10(4 / seen) if 0 < seen < math.inf else math.inf if seen == 0 else -math.inf
+    return Errors(relative=relative, absolute=absolute, finite=finite, psnr_db=psnr)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,6 +102,7 @@ class Reference:
         wanted: the fp32 decoder's outputs (float32, same device).
         eager: eager's errors against them.
         scales: of the latents, in the order of the lists.
+        psnr_gate_db: for the 8-bit rule; None for the other one.
     """
 
     inputs: list[Tensor]
@@ -96,6 +110,7 @@ class Reference:
     eager: list[Errors]
     scales: tuple[float, ...] = SCALES
     dtype: torch.dtype = field(default=torch.float32)
+    psnr_gate_db: float | None = None
 
     @classmethod
     @torch.no_grad()
@@ -108,6 +123,7 @@ class Reference:
         device: torch.device | str,
         seed: int = 0,
         scales: tuple[float, ...] = SCALES,
+        psnr_gate_db: float | None = None,
     ) -> Reference:
         """Run both decoders on seeded latents of every scale."""
         inputs = [latents(shape, scale, dtype, device, seed + i) for i, scale in enumerate(scales)]
@@ -119,6 +135,7 @@ class Reference:
             eager=[errors(eager(z), r) for z, r in zip(inputs, wanted, strict=True)],
             scales=scales,
             dtype=dtype,
+            psnr_gate_db=psnr_gate_db,
         )
 
     def eager_is_finite(self) -> bool:
@@ -142,6 +159,7 @@ class Reference:
             "reason": bad[0] if bad else "",
             "relative_error": max(row["relative_error"] for row in rows),
             "absolute_error": max(row["absolute_error"] for row in rows),
+            "psnr_db": next((row["psnr_db"] for row in rows if row["scale"] == 1), None),
             "scales": rows,
         }
 
@@ -151,6 +169,9 @@ class Reference:
         reason = ""
         if not got.finite:
             reason = f"non-finite output for latents of scale {scale:g}"
+        elif self.psnr_gate_db is not None:
+            if scale == 1 and not got.psnr_db >= self.psnr_gate_db:
+                reason = f"PSNR {got.psnr_db:.1f} dB against fp32 is under {self.psnr_gate_db:g} dB"
         elif not got.relative <= relative_limit:
             reason = f"relative error {got.relative:.2e} exceeds {relative_limit:.2e}"
             reason += f" at scale {scale:g} (eager {eager.relative:.2e})"
@@ -163,6 +184,7 @@ class Reference:
             "relative_limit": relative_limit,
             "absolute_error": got.absolute,
             "absolute_limit": absolute_limit,
+            "psnr_db": got.psnr_db if math.isfinite(got.psnr_db) else None,
             "eager_relative_error": eager.relative,
             "eager_absolute_error": eager.absolute,
             "reason": reason,

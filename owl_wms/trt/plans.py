@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from owl_wms.errors import FastPathError
+from owl_wms.trt.calibration import calibration_latents
 from owl_wms.trt.rewrites import apply_rewrites
 from owl_wms.trt.sana import is_sana_decoder
 from owl_wms.trt.shapes import copy_with
@@ -28,6 +30,8 @@ from owl_wms.trt.spec import BuildSpec, dtype_of
 Applies = Callable[[nn.Module, BuildSpec], tuple[bool, str]]
 Lower = Callable[[nn.Module, BuildSpec, str], tuple[nn.Module, dict[str, int]]]
 FLOATS = ("fp16", "bf16", "fp32")
+# wgmma on 8-bit operands through the tensor copy engine: what owl_wms/ops/linear8 is written for.
+EIGHT_BIT_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +148,29 @@ def _lower_fused(folded: nn.Module, spec: BuildSpec, precision: str) -> tuple[nn
     return module.fuse(cast, dtype_of(precision)).eval(), {"fuse": 1}
 
 
+def _eight_bits(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
+    module = fused_ops()
+    if module is None or is_sana_decoder(decoder):
+        return False, "8-bit products need our fused form of a DCAE or distilled decoder"
+    from owl_wms.trt.fused8 import supports8
+
+    yes, why = supports8(decoder)
+    if yes and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(spec.device_index)
+        if capability < EIGHT_BIT_CAPABILITY:
+            has = ".".join(map(str, capability))
+            return False, f"8-bit products need compute capability 9.0 (H100, H200); this GPU has {has}"
+    return yes, why
+
+
+def _lower_eight_bits(folded: nn.Module, spec: BuildSpec, precision: str) -> tuple[nn.Module, dict[str, int]]:
+    from owl_wms.ops.codes import FORMATS
+    from owl_wms.trt.fused8 import fuse8
+
+    z = calibration_latents(spec, next(folded.parameters()).device)
+    return fuse8(folded, dtype_of(precision), FORMATS[precision], z), {"fuse8": 1}
+
+
 _DCAE = ("replace_bicubic", "replace_landscape_operations")
 _SANA = ("replace_attention_operations", "replace_sana_operations")
 PLANS: dict[str, Plan] = {}
@@ -196,6 +223,19 @@ register(
 
 register(
     Plan(
+        name="tensorrt+ops8",
+        summary="as tensorrt+ops, with 8-bit products in the wide stages, calibrated; only when asked for",
+        applies=_eight_bits,
+        lower=_lower_eight_bits,
+        precisions=("fp8", "int8"),
+        settings={"min_block_size": 1},
+        isolates=False,
+    )
+)
+
+
+register(
+    Plan(
         name="tensorrt+vit",
         summary="sana: our fused kernels for the EfficientViT blocks, TensorRT for the convolutions after them",
         applies=_fusible_sana,
@@ -220,8 +260,8 @@ def candidates(decoder: nn.Module, spec: BuildSpec, precision: str) -> list[Plan
     for plan in PLANS.values():
         if spec.plans and plan.name not in spec.plans:
             continue
-        if precision not in precisions_of(plan):
-            refused.append(f"{plan.name} offers {', '.join(precisions_of(plan))}")
+        if precision not in plan.precisions:
+            refused.append(f"{plan.name} offers {', '.join(plan.precisions)}")
             continue
         yes, why = plan.applies(decoder, spec)
         if yes:
@@ -235,10 +275,3 @@ def candidates(decoder: nn.Module, spec: BuildSpec, precision: str) -> list[Plan
             "choose another precision",
         )
     return chosen
-
-
-def precisions_of(plan: Plan) -> tuple[str, ...]:
-    """What a plan offers; the fused operators themselves may state theirs as `PRECISIONS`."""
-    if plan.name != "tensorrt+ops":
-        return plan.precisions
-    return tuple(getattr(fused_ops(), "PRECISIONS", plan.precisions))

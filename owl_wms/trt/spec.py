@@ -20,6 +20,7 @@ from owl_wms.errors import ConfigError
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Precision -> dtype of the module's activations; fp8 and int8 plans compute inside a bf16 program."""
 PRECISIONS = ("auto", "fp16", "bf16", "fp32", "fp8", "int8")
+EIGHT_BITS = ("fp8", "int8")
 AUTO_ORDER = ("fp16", "bf16")
 """fp16 is nearer to fp32 than bf16 but can overflow, so it comes first and must prove itself."""
 
@@ -40,6 +41,7 @@ class BuildSpec:
         isolation_seconds: share of it that the search for a failing operator may take.
         isolation_tries: most builds that search may make.
         seed: of the latents that parity and timing use.
+        calibration: `.safetensors` file of latents that fp8 and int8 are calibrated on; empty for seeded ones.
     """
 
     input_shape: tuple[int, int, int, int]
@@ -53,6 +55,7 @@ class BuildSpec:
     isolation_seconds: float = 60.0
     isolation_tries: int = 16
     seed: int = 0
+    calibration: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "input_shape", tuple(int(size) for size in self.input_shape))

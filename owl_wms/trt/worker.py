@@ -26,7 +26,7 @@ from owl_wms.trt.cuda_graph import GraphedProgram
 from owl_wms.trt.export import export_decoder
 from owl_wms.trt.isolate import smallest_kept
 from owl_wms.trt.load import load_program
-from owl_wms.trt.parity import Reference, latents
+from owl_wms.trt.parity import PSNR_GATE_DB, Reference, latents
 from owl_wms.trt.shapes import record_shapes
 from owl_wms.trt.spec import BuildSpec, dtype_of
 from owl_wms.trt.timing import interleaved
@@ -115,7 +115,15 @@ class Worker:
         self.journal.stage("reference", precision=precision)
         dtype = dtype_of(precision)
         eager = plans.cast_copy(self.folded, precision).eval()
-        reference = Reference.measure(self.folded, eager, self.spec.input_shape, dtype, self.device, self.spec.seed)
+        reference = Reference.measure(
+            self.folded,
+            eager,
+            self.spec.input_shape,
+            dtype,
+            self.device,
+            self.spec.seed,
+            psnr_gate_db=PSNR_GATE_DB.get(precision),
+        )
         if not reference.eager_is_finite() and self.spec.precision == "auto":
             raise FastPathError("parity", f"eager PyTorch overflows at {precision}", "use bf16")
         found: list[Candidate] = []

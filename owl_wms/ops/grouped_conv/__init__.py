@@ -12,11 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from owl_wms.ops.codes import DEFINES
 from owl_wms.ops.grouped_conv.reference import GROUP, enlarge, pack, reference, unpack
 from owl_wms.ops.nvrtc import Kernel
 from owl_wms.ops.register import define, has_kernel
 
-__all__ = ["enlarge", "grouped_conv", "kernel_of", "pack", "reference", "unpack"]
+__all__ = ["enlarge", "grid_of", "grouped_conv", "kernel_of", "launch", "pack", "reference", "unpack"]
 
 STRIP = 32
 CHANNELS_PER_BLOCK = 64
@@ -28,31 +29,44 @@ ROW_CHOICES = (128, 64, 32, 16)
 ENOUGH_BLOCKS = 8 * 132
 
 
-def kernel_of(dtype: torch.dtype, up2: bool) -> Kernel:
-    """The variant for an element type, with or without the enlargement."""
-    defines = (("FP16",) if dtype == torch.float16 else ()) + (("UP2",) if up2 else ())
-    return Kernel("grouped_conv", "grouped_conv", defines, UP2_SHARED if up2 else DIRECT_SHARED)
+def kernel_of(dtype: torch.dtype, up2: bool, codes: torch.dtype | None = None) -> Kernel:
+    """The variant for an element type, with or without the enlargement, with 8-bit codes for a result where asked."""
+    defines = ("BYTES=2", *(("FP16",) if dtype == torch.float16 else ()), *(("UP2",) if up2 else ()))
+    defines += () if codes is None else DEFINES[codes]
+    shared = UP2_SHARED if up2 else DIRECT_SHARED
+    return Kernel("grouped_conv", "grouped_conv", defines, shared, ("strip.cuh",))
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:
-    if not has_kernel(x):
-        return reference(x, weight, bias, up2)
+def grid_of(batch: int, height: int, width: int, slices: int) -> tuple[int, int]:
+    """`(blocks, rows a block walks)` for an output of that size whose channels make `slices` of 128 bytes."""
+    columns = batch * -(-width // STRIP) * slices
+    rows = next((rows for rows in ROW_CHOICES if columns * -(-height // rows) >= ENOUGH_BLOCKS), ROW_CHOICES[-1])
+    return columns * -(-height // rows), rows
+
+
+def launch(
+    x: Tensor, weight: Tensor, bias: Tensor, up2: bool, codes: torch.dtype | None = None, gain: Tensor | None = None
+) -> Tensor:
+    """The kernel on a 16-bit CUDA tensor; `codes` makes the result 8-bit (see grouped_conv8), and then wants `gain`."""
     _check(x, weight, bias)
     # A module cast as a whole hands over a 16-bit bias; the kernel reads fp32.
     x, bias = x.contiguous(), bias.float()
     batch, height, width, channels = x.shape
     if up2:
         height, width = 2 * height, 2 * width
-    out = x.new_empty(batch, height, width, channels)
-    columns = batch * -(-width // STRIP) * -(-channels // CHANNELS_PER_BLOCK)
-    rows = next((rows for rows in ROW_CHOICES if columns * -(-height // rows) >= ENOUGH_BLOCKS), ROW_CHOICES[-1])
-    kernel_of(x.dtype, up2).launch(
+    out = x.new_empty(batch, height, width, channels, dtype=codes or x.dtype)
+    blocks, rows = grid_of(batch, height, width, -(-channels // CHANNELS_PER_BLOCK))
+    kernel_of(x.dtype, up2, codes).launch(
         x.device,
-        grid=columns * -(-height // rows),
+        grid=blocks,
         block=256,
-        arguments=(out, x, weight, bias, height, width, channels, rows),
+        arguments=(out, x, weight, bias, gain, height, width, channels, rows),
     )
     return out
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:
+    return launch(x, weight, bias, up2) if has_kernel(x) else reference(x, weight, bias, up2)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:

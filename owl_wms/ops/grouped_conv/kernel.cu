@@ -12,44 +12,30 @@
 // down the columns in fp32 on the matrix unit's B fragments (16 low columns x 16 channels), rounded, then along the row as
 // a product with a constant 16 x 16 matrix for each horizontal tap, whose result is, after LeakyReLU, already the A
 // fragment that the convolution wants. Rows of that matrix that belong to the zero padding are zero.
-#define STRIP 32
+// With INT8 or FP8 the result is 8-bit codes; weights and bias then come divided by the codes' step, channel by channel,
+// and `gain` holds, for each image, the factor that the steps are widened by and its inverse.
+#if defined(INT8) || defined(FP8)
+#define CODES
+typedef unsigned char Out;
+#else
+typedef u16 Out;
+#endif
 // Rolled loops on purpose: unrolled, sixteen warps at as many places of a long body starve on instruction fetch.
 #ifndef UNROLL
 #define UNROLL 1
 #endif
 constexpr int ROW_UNROLL = UNROLL;
-#define THREADS 256
-#define COLUMNS (STRIP + 2)
-#define ROW_BYTES (COLUMNS * 128)
-
-// Byte of (pixel column, 16-byte chunk) in a row: the exclusive-or keeps eight neighbouring pixels in different banks.
-DEVICE u32 place(int column, int chunk) { return column * 128 + ((chunk ^ (column & 7)) << 4); }
-
-struct Tile {
-    int batch, x0, y0, y1, channel0;  // outputs [y0, y1) x [x0, x0 + STRIP), channels [channel0, channel0 + 64)
-};
-
-DEVICE Tile tile_of_block(int height, int width, int channels, int rows_per_block) {
-    int chunks = (channels + 63) / 64, strips = (width + STRIP - 1) / STRIP, bands = (height + rows_per_block - 1) / rows_per_block;
-    int index = blockIdx.x;
-    Tile t;
-    t.channel0 = index % chunks * 64;
-    index /= chunks;
-    t.x0 = index % strips * STRIP;
-    index /= strips;
-    t.y0 = index % bands * rows_per_block;
-    t.batch = index / bands;
-    t.y1 = min(t.y0 + rows_per_block, height);
-    return t;
-}
 
 // One warp's share: taps, rolling accumulators, and where its results go.
 struct Warp {
     u32 taps[36];
     float sums[3][2][4];
     float bias[4];
-    u16* target;    // (batch, y0, x0 + strip + lane / 4, first channel of this thread)
+    Out* target;    // (batch, y0, x0 + strip + lane / 4, first channel of this thread)
     bool active, store0, store1;
+#ifdef CODES
+    float inverse_gain;
+#endif
 };
 
 DEVICE void load_taps(Warp& w, const uint4* packed, int group, int lane) {
@@ -60,7 +46,8 @@ DEVICE void load_taps(Warp& w, const uint4* packed, int group, int lane) {
     }
 }
 
-DEVICE void prepare(Warp& w, const Tile& t, u16* out, const float* bias, int height, int width, int channels, int warp, int lane) {
+DEVICE void prepare(Warp& w, const Tile& t, Out* out, const float* bias, const float* gain, int height, int width,
+                    int channels, int warp, int lane) {
     int group = warp & 3, strip = (warp >> 2) * 16;
     int channel = t.channel0 + group * 16 + (lane & 3) * 4;
     int column = t.x0 + strip + (lane >> 2);
@@ -70,6 +57,9 @@ DEVICE void prepare(Warp& w, const Tile& t, u16* out, const float* bias, int hei
     w.target = out + (((i64)t.batch * height + t.y0) * width + column) * channels + channel;
 #pragma unroll
     for (int i = 0; i < 4; ++i) w.bias[i] = w.active ? bias[channel + i] : 0.f;
+#ifdef CODES
+    w.inverse_gain = gain[2 * t.batch + 1];
+#endif
 }
 
 DEVICE void begin_row(Warp& w) {
@@ -92,8 +82,14 @@ DEVICE void multiply(Warp& w, const u32 (&a)[4], int s) {
 // Stores the row that is complete, when there is one, and moves on.
 DEVICE void end_row(Warp& w, bool store, i64 pixel8, i64 line) {
     float(&d)[2][4] = w.sums[0];
+#ifdef CODES
+    float g = w.inverse_gain;
+    store_global4_if(store && w.store0, w.target, leaky_codes(g * d[0][0], g * d[0][1], g * d[1][0], g * d[1][1]));
+    store_global4_if(store && w.store1, w.target + pixel8, leaky_codes(g * d[0][2], g * d[0][3], g * d[1][2], g * d[1][3]));
+#else
     store_global8_if(store && w.store0, w.target, leaky2(pack(d[0][0], d[0][1])), leaky2(pack(d[1][0], d[1][1])));
     store_global8_if(store && w.store1, w.target + pixel8, leaky2(pack(d[0][2], d[0][3])), leaky2(pack(d[1][2], d[1][3])));
+#endif
     w.target += store ? line : 0;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -102,47 +98,9 @@ DEVICE void end_row(Warp& w, bool store, i64 pixel8, i64 line) {
 }
 
 #ifndef UP2
-#define ROWS 4
-#define STAGES 3
-
-// What one thread copies: sixteen bytes of one pixel in every row, and for the first 64 threads one piece of the two columns
-// that 256 threads leave over in ROWS rows. Pointers advance row by row, so the loop has no index arithmetic.
-struct Fetch {
-    const u16 *source, *extra;
-    u32 target, extra_target;
-    int y, extra_y;
-    bool inside, extra_inside;
-};
-
-DEVICE void prepare(Fetch& f, const u16* x, const Tile& t, int height, int width, int channels) {
-    int chunk = threadIdx.x & 7, column = threadIdx.x >> 3, channel = t.channel0 + chunk * 8, px = t.x0 - 1 + column;
-    f.y = t.y0 - 1;
-    f.inside = px >= 0 && px < width && channel < channels;
-    f.source = x + (((i64)t.batch * height + f.y) * width + px) * channels + channel;
-    f.target = place(column, chunk);
-    int row = column >> 1;
-    column = STRIP + (column & 1), px = t.x0 - 1 + column;
-    f.extra_y = f.y + row;
-    f.extra_inside = threadIdx.x < ROWS * 16 && px < width && channel < channels;
-    f.extra = x + (((i64)t.batch * height + f.extra_y) * width + px) * channels + channel;
-    f.extra_target = row * ROW_BYTES + place(column, chunk);
-}
-
-// Copies the next ROWS rows to `slot`. Rows past the last one needed are copied too where the image has them: unused.
-DEVICE void fetch_rows(Fetch& f, u32 slot, int height, i64 line) {
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        copy16_or_zero(slot + r * ROW_BYTES + f.target, f.source, f.inside && (unsigned)f.y < (unsigned)height);
-        f.source += line, ++f.y;
-    }
-    if (threadIdx.x < ROWS * 16) {
-        copy16_or_zero(slot + f.extra_target, f.extra, f.extra_inside && (unsigned)f.extra_y < (unsigned)height);
-        f.extra += ROWS * line, f.extra_y += ROWS;
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-grouped_conv(u16* out, const u16* x, const uint4* packed, const float* bias, int height, int width, int channels, int rows_per_block) {
+grouped_conv(Out* out, const u16* x, const uint4* packed, const float* bias, const float* gain, int height, int width, int channels,
+             int rows_per_block) {
     extern __shared__ __align__(128) unsigned char memory[];
     u32 ring = shared_address(memory);
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -158,7 +116,7 @@ grouped_conv(u16* out, const u16* x, const uint4* packed, const float* bias, int
         copy_commit();
     }
     Warp w;
-    prepare(w, t, out, bias, height, width, channels, warp, lane);
+    prepare(w, t, out, bias, gain, height, width, channels, warp, lane);
     if (w.active) load_taps(w, packed, t.channel0 / 16 + (warp & 3), lane);
     int group = warp & 3, strip = (warp >> 2) * 16;
     int slot = 0, free_slot = STAGES - 1;
@@ -234,7 +192,8 @@ DEVICE void prepare(u32 (&matrix)[3][4], int x_first, int width, int lane) {
 
 // `height` and `width` are those of the output; the input is half of both. rows_per_block must be even.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-grouped_conv(u16* out, const u16* x, const uint4* packed, const float* bias, int height, int width, int channels, int rows_per_block) {
+grouped_conv(Out* out, const u16* x, const uint4* packed, const float* bias, const float* gain, int height, int width, int channels,
+             int rows_per_block) {
     extern __shared__ __align__(128) unsigned char memory[];
     u32 ring = shared_address(memory);
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -247,7 +206,7 @@ grouped_conv(u16* out, const u16* x, const uint4* packed, const float* bias, int
     fetch_phase(0);
     fetch_phase(1);
     Warp w;
-    prepare(w, t, out, bias, height, width, channels, warp, lane);
+    prepare(w, t, out, bias, gain, height, width, channels, warp, lane);
     if (w.active) load_taps(w, packed, t.channel0 / 16 + (warp & 3), lane);
     u32 matrix[3][4];
     prepare(matrix, t.x0 + (warp >> 2) * 16 - 1, width, lane);

@@ -28,7 +28,7 @@ from owl_wms.ops.register import define
 from owl_wms.ops.stage.reference import reference
 from owl_wms.ops.up_residual import add_shortcut_, up_residual
 
-__all__ = ["enlarge_matrix", "reference", "stage"]
+__all__ = ["begin", "enlarge_matrix", "reference", "stage"]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,6 +54,27 @@ def _enlarge(low: Tensor, scale: int) -> Tensor:
     return down.view(batch, scale * height, scale * width, channels).to(low.dtype)
 
 
+def begin(
+    x: Tensor, shortcut: Tensor | None, proj: Tensor | None, w1: Tensor, b1: Tensor, scale: int
+) -> tuple[Tensor, Tensor]:
+    """The residual at full size, the shortcut added where given, and the first product's result.
+
+    The latter is at full size too unless `scale` is 2: then the grouped convolution behind it enlarges.
+    """
+    x = x.contiguous()
+    low = x if proj is None else _linear(x, proj)
+    hidden = _linear(low, w1, b1)
+    if scale == 2:
+        return up_residual(low, shortcut), hidden
+    if scale == 1:
+        u = x.clone() if proj is None else low
+    else:
+        u, hidden = _enlarge(low, scale), _enlarge(hidden, scale)
+    if shortcut is not None:
+        add_shortcut_(u, shortcut)
+    return u, hidden
+
+
 def _run(
     x: Tensor,
     shortcut: Tensor | None,
@@ -65,19 +86,9 @@ def _run(
     w3: list[Tensor],
     scale: int,
 ) -> Tensor:
-    x = x.contiguous()
-    low = x if proj is None else _linear(x, proj)
     one_block = len(w1) == 1
-    hidden = _linear(low, w1[0], b1[0])
-    if scale == 2:
-        branch = grouped_conv(hidden, w2[0], b2[0], True)
-        u = up_residual(low, shortcut if one_block else None)
-    elif scale == 1:
-        branch, u = grouped_conv(hidden, w2[0], b2[0], False), x.clone() if proj is None else low
-    else:
-        branch, u = grouped_conv(_enlarge(hidden, scale), w2[0], b2[0], False), _enlarge(low, scale)
-    if shortcut is not None and one_block and scale != 2:
-        add_shortcut_(u, shortcut)
+    u, hidden = begin(x, shortcut if one_block else None, proj, w1[0], b1[0], scale)
+    branch = grouped_conv(hidden, w2[0], b2[0], scale == 2)
     flat = u.view(-1, u.shape[-1])
     flat.addmm_(branch.view(-1, branch.shape[-1]), w3[0].t())
     for j in range(1, len(w1)):

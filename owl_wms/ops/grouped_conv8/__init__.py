@@ -1,0 +1,85 @@
+"""`owl_wms::grouped_conv8`: the middle of a residual block with an 8-bit result, NHWC.
+
+Why it exists: between the two 1x1 convolutions of a block the tensor is twice as wide as the block, and is written
+twice and read twice; as codes it is half the bytes, and both products take it as it is. The first block of a stage
+comes from 16-bit numbers (and may enlarge them), the others from codes.
+
+Usage:
+    codes = grouped_conv8(x, pack(w / step), None, b / step, gain, up2=True, fp8=False)   # x [B, h, w, C] 16-bit
+    codes = grouped_conv8(codes, taps, scale, b / step, gain, False, False)               # x [B, H, W, C] codes
+    # taps, scale from pack_codes; gain [B, 2] from code_gain
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from owl_wms.ops.codes import DEFINES, FORMATS
+from owl_wms.ops.grouped_conv import grid_of
+from owl_wms.ops.grouped_conv import launch as launch_wide
+from owl_wms.ops.grouped_conv8.reference import GROUP, pack_codes, reference, unpack_codes
+from owl_wms.ops.nvrtc import Kernel
+from owl_wms.ops.register import define, has_kernel
+
+__all__ = ["GROUP", "grouped_conv8", "kernel_of", "pack_codes", "reference", "unpack_codes"]
+
+CHANNELS_PER_BLOCK = 128
+SHARED = 3 * 4 * (32 + 2) * 128
+TAP_SHAPE = {torch.int8: (18, 32, 4), torch.float16: (9, 2, 2, 32, 2)}
+
+
+def kernel_of(codes: torch.dtype) -> Kernel:
+    """The variant for a format of codes."""
+    return Kernel("grouped_conv8", "grouped_conv8", ("BYTES=1", *DEFINES[codes]), SHARED, ("strip.cuh",))
+
+
+def _run(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, gain: Tensor, up2: bool, fp8: bool) -> Tensor:
+    codes = FORMATS["fp8" if fp8 else "int8"]
+    _check(x, weight, scale, bias, gain, up2, fp8)
+    if scale is None:
+        if has_kernel(x):
+            return launch_wide(x, weight, bias, up2, codes, gain)
+        return reference(x, weight, scale, bias, gain, up2, codes)
+    if not x.is_cuda:
+        return reference(x, weight, scale, bias, gain, up2, codes)
+    x = x.contiguous()
+    batch, height, width, channels = x.shape
+    out = torch.empty_like(x)
+    blocks, rows = grid_of(batch, height, width, -(-channels // CHANNELS_PER_BLOCK))
+    kernel_of(codes).launch(
+        x.device,
+        grid=blocks,
+        block=256,
+        arguments=(out, x, weight, scale, bias, gain, height, width, channels, rows),
+    )
+    return out
+
+
+def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, gain: Tensor, up2: bool, fp8: bool) -> None:
+    batch, channels = x.shape[0], x.shape[-1]
+    torch._check(gain.shape == (batch, 2), lambda: f"grouped_conv8: gain {list(gain.shape)} for {batch} images")
+    fits = channels % GROUP == 0 and bias.shape == (channels,) and weight.shape[0] == channels // GROUP
+    torch._check(fits, lambda: f"grouped_conv8: {channels} channels do not fit weights {list(weight.shape)}")
+    if scale is None:
+        torch._check(weight.dtype == x.dtype, lambda: f"grouped_conv8: input {x.dtype}, weights {weight.dtype}")
+        return
+    torch._check(not up2, lambda: "grouped_conv8: codes cannot be enlarged")
+    expected = torch.float16 if fp8 else torch.int8
+    fits = x.dtype == FORMATS["fp8" if fp8 else "int8"] and weight.dtype == expected
+    fits = fits and tuple(weight.shape[1:]) == TAP_SHAPE[expected]
+    torch._check(fits, lambda: f"grouped_conv8: codes {x.dtype}, taps {weight.dtype} {list(weight.shape)}")
+
+
+def _fake(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, gain: Tensor, up2: bool, fp8: bool) -> Tensor:
+    _check(x, weight, scale, bias, gain, up2, fp8)
+    batch, height, width, channels = x.shape
+    factor = 2 if up2 else 1
+    return x.new_empty(batch, height * factor, width * factor, channels, dtype=FORMATS["fp8" if fp8 else "int8"])
+
+
+grouped_conv8 = define(
+    "grouped_conv8(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor gain, bool up2, bool fp8) -> Tensor",
+    run=_run,
+    fake=_fake,
+)
