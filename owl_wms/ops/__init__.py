@@ -7,6 +7,7 @@ All tensors are NHWC, `[B, H, W, C]` contiguous: the layout is logical, so no bo
     up_residual    bicubic x2 plus the pixel-shuffled shortcut
     conv_out       (SiLU,) 3x3 to at most 8 channels, fp32
     resize         bicubic to any size, NHWC fp32 to NCHW; `frames` does the same to uint8 HWC
+    stage_tail     a stage of one block from its low-resolution products on, fused (compute capability 9.0)
     stage          a whole decoder stage out of the above and library matrix products
 
 and, for diffusers' AutoencoderDC (Triton where not said otherwise):
@@ -32,6 +33,7 @@ from owl_wms.ops import (
     resize,
     shuffle_add,
     stage,
+    stage_tail,
     up_residual,
 )
 
@@ -46,5 +48,6 @@ __all__ = [
     "resize",
     "shuffle_add",
     "stage",
+    "stage_tail",
     "up_residual",
 ]

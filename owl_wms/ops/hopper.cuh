@@ -9,10 +9,10 @@ DEVICE void store_matrix(u32 address, u32 a, u32 b, u32 c, u32 d) {
                  : "memory");
 }
 
-DEVICE u32 load_shared4(u32 address) {
-    u32 value;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-    return value;
+DEVICE uint2 load_shared8(u32 address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
 }
 DEVICE uint4 load_shared16(u32 address) {
     uint4 v;

@@ -7,7 +7,8 @@ functional graph cannot say; seen from outside it is a pure function. Three exac
   quarter of the pixels, and the enlargement happens inside `grouped_conv`, so the widest tensor is never written;
 - with one block, the shortcut joins the residual before the branch does; with more, right after the last block has read
   the residual, so no block sees it;
-- the back-projection accumulates into the residual in the matrix product itself (fp32 inside, rounded once).
+- the back-projection accumulates into the residual in the matrix product itself (fp32 inside, rounded once); a stage of
+  one block does all that follows its low-resolution products in `stage_tail` where that pays.
 
 Usage:
     y = stage(x, shortcut, proj, [w1], [b1], [w2], [b2], [w3], scale=2)
@@ -26,6 +27,7 @@ from torch import Tensor
 from owl_wms.ops.grouped_conv import grouped_conv
 from owl_wms.ops.register import define
 from owl_wms.ops.stage.reference import reference
+from owl_wms.ops.stage_tail import pays, stage_tail
 from owl_wms.ops.up_residual import add_shortcut_, up_residual
 
 __all__ = ["enlarge_matrix", "reference", "stage"]
@@ -69,6 +71,8 @@ def _run(
     low = x if proj is None else _linear(x, proj)
     one_block = len(w1) == 1
     hidden = _linear(low, w1[0], b1[0])
+    if scale == 2 and one_block and pays(low, shortcut):
+        return stage_tail(low, hidden, shortcut, w2[0], b2[0], w3[0])
     if scale == 2:
         branch = grouped_conv(hidden, w2[0], b2[0], True)
         u = up_residual(low, shortcut if one_block else None)

@@ -160,18 +160,20 @@ DEVICE void run_branch(const Strip& s, const u16* hidden, const uint4* packed, c
         }
         oldest = slot[1];
     };
-    // To be called after enlarge() for the same low row.
-    auto clear = [&](u32 rows_at, int i) {
-        if (borders || i < 0 || i == height - 1) clear_outside(rows_at, s.x0 - 1, 2 * i + 1, 2 * height, 2 * width, lane);
+    // To be called after enlarge(), with the first of the two rows it made.
+    auto clear = [&](u32 rows_at, int y) {
+        if (borders || y < 0 || y + 1 == 2 * height) clear_outside(rows_at, s.x0 - 1, y, 2 * height, 2 * width, lane);
     };
 
     copy_wait<LOW_SLOTS - 4>();
     __syncwarp();
     enlarge(shifted[0]);
-    clear(pixels, s.first - 1);
+    int y = 2 * s.first - 1;
+    clear(pixels, y);
+    bool valid = false;
     float two[2][2][4] = {}, one[2][2][4] = {};  // [tile][eight channels]: output rows with two thirds and one third of their sum
 #pragma unroll 1
-    for (int i = s.first - 1; i < s.last; ++i) {
+    for (int left = s.last - s.first; left >= 0; --left) {
         copy_wait<LOW_SLOTS - 5>();
         __syncwarp();  // rows copied and pixels stored by the other lanes are there; nobody still reads what comes next
         copy_row(rows);
@@ -212,9 +214,10 @@ DEVICE void run_branch(const Strip& s, const u16* hidden, const uint4* packed, c
 #pragma unroll
                 for (int e = 0; e < 4; ++e) two[j][n][e] = fresh[n][e], one[j][n][e] = newest[n][e];
         }
-        sink.end(i >= s.first);
-        pixels += other;
-        clear(pixels, i + 1);
+        sink.end(valid);
+        valid = true;
+        pixels += other, y += 2;
+        clear(pixels, y);
 #pragma unroll
         for (int shift = 0; shift < 3; ++shift) shifted[shift] += other;
         other = -other;

@@ -8,7 +8,8 @@
 // MODE 2, projection: the rest, for stages whose weights leave no room for the branch: four warps copy h into the slots, and
 // blocks side by side make COLUMNS_OUT channels each.
 //
-// height, width: low resolution; rows: low rows of a band, the piece of a strip that one block walks down.
+// WIDE: channels of hidden; the other widths are explained in project.cuh. height, width: low resolution; rows: low rows of a
+// band, the piece of a strip that one block walks down.
 struct Work {
     Strip strip;
     int part;  // MODE 1: first group; MODE 2: first channel
@@ -28,18 +29,18 @@ DEVICE Work work_of_block(int height, int width, int rows, int parts, int part_s
 #define WARPS 4
 struct ToGlobal {
     u16* target;  // (batch, row, x0 + g, first channel of this thread)
-    i64 line, pixel8;
-    int left;  // columns from this lane's first to the image's right border; 0 until there is a row to store
-    int columns;
+    i64 line;
+    int columns;  // from this lane's first to the image's right border
+    bool valid;
     DEVICE void begin() {}
     DEVICE void put(int r, int j, const u32 (&h)[4]) {
-        u16* place = target + r * line + j * 2 * pixel8;
-        store_global8_if(16 * j < left, place, h[0], h[2]);
-        store_global8_if(16 * j + 8 < left, place + pixel8, h[1], h[3]);
+        u16* place = target + r * line + 16 * j * WIDE;
+        store_global8_if(valid && 16 * j < columns, place, h[0], h[2]);
+        store_global8_if(valid && 16 * j + 8 < columns, place + 8 * WIDE, h[1], h[3]);
     }
-    DEVICE void end(bool valid) {
-        left = columns;
+    DEVICE void end(bool) {
         target += valid ? 2 * line : 0;
+        valid = true;
     }
 };
 
@@ -53,7 +54,7 @@ stage_tail(u16* out, const u16* hidden, const uint4* taps, const float* bias, co
     int x = w.strip.x0 + (lane >> 2);
     i64 line = (i64)2 * width * WIDE;
     u16* target = out + ((i64)w.strip.batch * height + w.strip.first) * 2 * line + (i64)x * WIDE + group * 16 + (lane & 3) * 4;
-    ToGlobal sink{target, line, 8 * WIDE, 0, 2 * width - x};
+    ToGlobal sink{target, line, 2 * width - x, false};
     run_branch(w.strip, hidden, taps, bias, height, width, WIDE, group, shared_address(memory) + warp * BRANCH_BYTES, lane, sink);
 }
 
@@ -65,7 +66,9 @@ struct ToSlots {
     u32 row, empty, full;  // this lane's row of the first slot, in its group's chunks
     int lane, slot, parity;
     DEVICE void begin() { barrier_wait(empty + slot * 8, parity); }
-    DEVICE void put(int r, int j, const u32 (&h)[4]) { store_matrix(row + slot * SLOT_BYTES + (2 * r + j) * 2048, h[0], h[1], h[2], h[3]); }
+    DEVICE void put(int r, int j, const u32 (&h)[4]) {
+        store_matrix(row + slot * SLOT_BYTES + slot_row(16 * j, r) * 128, h[0], h[1], h[2], h[3]);
+    }
     DEVICE void end(bool valid) {
         if (!valid) return;  // the slot, still empty, is filled again
         async_fence();
@@ -76,31 +79,25 @@ struct ToSlots {
 };
 #else
 #define PRODUCERS 4
-// Copies h into the slots, one step ahead of what it announces.
+// Copies h into the slots. One step's copies are announced before the next step's begin: the fence would wait for those too.
 DEVICE void run_copies(const Strip& s, const u16* h, int height, int width, const Layout& at, int lane) {
-    int thread = threadIdx.x - 128, slot = 0, parity = 1, previous = 0;
-    for (int i = s.first; i <= s.last; ++i) {
-        if (i < s.last) {
-            barrier_wait(at.empty + slot * 8, parity);
-            const u16* image = h + ((i64)s.batch * height + i) * 4 * width * WIDE;
+    int thread = threadIdx.x - 128, slot = 0, parity = 1;
+    for (int i = s.first; i < s.last; ++i) {
+        barrier_wait(at.empty + slot * 8, parity);
+        const u16* image = h + ((i64)s.batch * height + i) * 4 * width * WIDE;
 #pragma unroll 4
-            for (int k = thread; k < 64 * (WIDE / 8); k += 128) {
-                int m = k / (WIDE / 8), chunk = k % (WIDE / 8), x = min(s.x0 + (m & 31), 2 * width - 1);
-                copy16(at.slots + slot * SLOT_BYTES + (chunk >> 3) * 8192 + swizzled(m, chunk & 7),
-                       image + ((i64)(m >> 5) * 2 * width + x) * WIDE + chunk * 8);
-            }
+        for (int k = thread; k < 64 * (WIDE / 8); k += 128) {
+            int p = k / (WIDE / 8), chunk = k % (WIDE / 8), r = p >> 5, x = p & 31;
+            copy16(at.slots + slot * SLOT_BYTES + (chunk >> 3) * 8192 + swizzled(slot_row(x, r), chunk & 7),
+                   image + ((i64)r * 2 * width + min(s.x0 + x, 2 * width - 1)) * WIDE + chunk * 8);
         }
         copy_commit();
-        copy_wait<1>();
-        if (i > s.first) {
-            async_fence();
-            __syncwarp();
-            if (lane == 0) barrier_arrive(at.full + previous * 8);
-        }
-        previous = slot;
+        copy_wait<0>();
+        async_fence();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(at.full + slot * 8);
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
-    copy_wait<0>();
 }
 #endif
 
@@ -124,7 +121,7 @@ stage_tail(u16* out, const u16* hidden, const uint4* taps, const float* bias, co
     } else {
 #if MODE == 0
         int group = warp - 4;
-        u32 row = at.slots + (group >> 2) * 8192 + swizzled(lane & 15, (group & 3) * 2 + (lane >> 4));
+        u32 row = at.slots + (group >> 2) * 8192 + swizzled(slot_row(lane & 15, 0), (group & 3) * 2 + (lane >> 4));
         ToSlots sink{row, at.empty, at.full, lane, 0, 1};
         run_branch(w.strip, hidden, taps, bias, height, width, WIDE, group, at.branch + group * BRANCH_BYTES, lane, sink);
 #else
