@@ -1,4 +1,4 @@
-"""`owl_wms::stage_tail`: what remains of a stage with one residual block once its low-resolution products are done, NHWC.
+"""`owl_wms::stage_tail`: the rest of a stage with one residual block, once its low-resolution products are done, NHWC.
 
     out = up2(low) + shuffle(shortcut) + w3 leaky(conv3x3_groups_of_16(leaky(up2(hidden))) + b2)
 
@@ -117,7 +117,9 @@ def _check(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2:
     )
     torch._check(
         w2.shape == (wide // 16, 9, 32, 8) and b2.shape == (wide,) and w3.shape == (channels, wide) and wide % 16 == 0,
-        lambda: f"stage_tail: width {channels} does not fit w2 {list(w2.shape)}, b2 {list(b2.shape)}, w3 {list(w3.shape)}",
+        lambda: (
+            f"stage_tail: width {channels} does not fit w2 {list(w2.shape)}, b2 {list(b2.shape)}, w3 {list(w3.shape)}"
+        ),
     )
     if shortcut is not None:
         fits = shortcut.shape[:3] == low.shape[:3] and 4 * channels % shortcut.shape[-1] == 0
