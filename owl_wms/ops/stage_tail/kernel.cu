@@ -106,6 +106,7 @@ stage_tail(u16* out, const u16* hidden, const uint4* taps, const float* bias, co
            int rows) {
     extern __shared__ __align__(1024) unsigned char memory[];
     u32 base = shared_address(memory);
+    if (base & 1023) asm volatile("trap;");  // the swizzle goes by address bits
     Layout at;
     at.slots = base, at.weights = at.slots + SLOTS * SLOT_BYTES, at.low = at.weights + WEIGHT_BYTES;
     at.shortcut = at.low + LOW_RING_BYTES, at.branch = at.shortcut + SHORTCUT_BYTES;
