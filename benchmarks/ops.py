@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.harness import console, document, finish, machine_line, measure_ceilings, measure_interleaved
 from owl_wms.env import describe_machine
-from owl_wms.ops import conv_out, grouped_conv, resize, up_residual
+from owl_wms.ops import conv_out, grouped_conv, resize, stage_tail, up_residual
 
 ERROR_LIMIT = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 # (decoder, output side of the stage, its width C, width of its input)
@@ -73,6 +73,7 @@ def cases(batch: int, dtype: torch.dtype) -> Iterator[Case]:
             reference=up_residual.reference,
             bytes_moved=pixels * width * 2 + pixels // 4 * (width + wide) * 2,
         )
+    yield from tail_cases(batch, random)
     for decoder, width, outputs in (("distilled", 96, 3), ("base", 256, 4)):
         last, zero = conv_out.pack(random(outputs, width, 3, 3, scale=0.1)), torch.zeros(4, device="cuda")
         yield Case(
@@ -89,6 +90,28 @@ def cases(batch: int, dtype: torch.dtype) -> Iterator[Case]:
         reference=lambda x, c, h, w, _: resize.reference(x, c, h, w, x.dtype),
         bytes_moved=batch * (512 * 512 * 16 + 360 * 640 * 3 * 2),
     )
+
+
+def tail_cases(batch: int, random: Callable[..., Tensor]) -> Iterator[Case]:
+    """`stage_tail` at the widest stages of the distilled decoder, beside the three calls that it replaces."""
+    for decoder, side, width, wide in STAGES[:2]:
+        pixels, hidden, half = batch * side * side, 2 * width, side // 2
+        weights = (
+            grouped_conv.pack(random(hidden, 16, 3, 3, scale=0.1)),
+            torch.randn(hidden, device="cuda"),
+            random(width, hidden, scale=0.1),
+        )
+        for name, run in (("stage_tail", torch.ops.owl_wms.stage_tail), ("its parts", stage_tail.composition)):
+            yield Case(
+                name=f"{name} {decoder} {side}x{side}x{width}",
+                make=lambda b, n=half, c=width, s=wide, w=weights: (
+                    random(b, n, n, c), random(b, n, n, 2 * c), random(b, n, n, s), *w,
+                ),
+                run=run,
+                reference=stage_tail.reference,
+                bytes_moved=pixels * width * 2 + pixels // 4 * (width + hidden + wide) * 2,
+                flops=pixels * hidden * 2 * (9 * 16 + width),
+            )  # fmt: skip
 
 
 def graph_ms(run: Callable[..., Tensor], arguments: Sequence[tuple], calls: int = 6, replays: int = 9) -> float:

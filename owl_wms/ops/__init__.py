@@ -7,6 +7,7 @@ All tensors are NHWC, `[B, H, W, C]` contiguous: the layout is logical, so no bo
     up_residual    bicubic x2 plus the pixel-shuffled shortcut
     conv_out       (SiLU,) 3x3 to at most 8 channels, fp32
     resize         bicubic to any size, NHWC fp32 to NCHW; `frames` does the same to uint8 HWC
+    stage_tail     a stage of one block from its low-resolution products on, fused (compute capability 9.0)
     stage          a whole decoder stage out of the above and library matrix products
 
 with 8-bit products (`codes` says what a code is):
@@ -42,6 +43,7 @@ from owl_wms.ops import (
     shuffle_add,
     stage,
     stage8,
+    stage_tail,
     up_residual,
 )
 
@@ -60,5 +62,6 @@ __all__ = [
     "shuffle_add",
     "stage",
     "stage8",
+    "stage_tail",
     "up_residual",
 ]

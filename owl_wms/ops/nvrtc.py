@@ -45,18 +45,21 @@ class Kernel:
         entry: name of the `extern "C"` function.
         defines: preprocessor symbols, `NAME` or `NAME=VALUE`, that select the variant.
         shared_bytes: dynamic shared memory of a block.
-        parts: files under `owl_wms/ops` that stand between the shared device code and the kernel.
+        headers: further files under `owl_wms/ops`, put between `device.cuh` and the kernel in this order.
+        suffix: "a" compiles for one architecture's own instructions (`sm_90a`), which no other architecture runs.
     """
 
     op: str
     entry: str
     defines: tuple[str, ...] = ()
     shared_bytes: int = 0
-    parts: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ()
+    suffix: str = ""
 
     def source(self) -> str:
-        """The full text that is compiled: shared device code, the parts, then the kernel."""
-        return "".join((ROOT / name).read_text("utf-8") for name in ("device.cuh", *self.parts, f"{self.op}/kernel.cu"))
+        """The full text that is compiled: shared device code, then the kernel."""
+        files = ("device.cuh", *self.headers, f"{self.op}/kernel.cu")
+        return "".join((ROOT / file).read_text("utf-8") for file in files)
 
     def launch(self, device: torch.device, *, grid: int, block: int, arguments: Sequence[Tensor | int | None]) -> None:
         """Enqueue on torch's current stream of `device`; tensors are passed as pointers, ints as 32-bit integers.
@@ -89,7 +92,7 @@ def _function(kernel: Kernel, index: int) -> ctypes.c_void_p:
         if key not in _functions:
             major, minor = torch.cuda.get_device_capability(index)
             torch.cuda.current_stream().synchronize()  # also makes the device's primary context current in this thread
-            image = compile_kernel(kernel, f"sm_{major}{minor}")
+            image = compile_kernel(kernel, f"sm_{major}{minor}{kernel.suffix}")
             driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
             _check_driver(driver.cuModuleLoadData(ctypes.byref(module), image), f"loading {kernel}")
             _check_driver(

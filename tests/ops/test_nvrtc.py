@@ -7,6 +7,7 @@ import torch
 
 from owl_wms.ops import conv_out, grouped_conv, resize, up_residual
 from owl_wms.ops.nvrtc import Kernel, KernelError, _nvrtc, compile_kernel
+from owl_wms.ops.stage_tail import plan_of
 
 ARCHITECTURES = ("sm_80", "sm_90")
 # A block may have 227 KiB of shared memory on sm_90; two blocks share a multiprocessor in the kernels that matter.
@@ -18,6 +19,10 @@ def variants() -> list[Kernel]:
     for dtype in (torch.bfloat16, torch.float16):
         found += [grouped_conv.kernel_of(dtype, up2) for up2 in (False, True)]
         found += [up_residual.kernel_of(dtype, mode) for mode in range(3)]
+        for channels, shortcut in ((16, 32), (32, 0), (96, 192), (192, 384)):
+            plan = plan_of(channels, shortcut)
+            assert plan is not None
+            found += [plan.projection(dtype)] + ([] if plan.whole else [plan.branch(dtype)])
         found += [conv_out.kernel_of(dtype, pad=pad, blocks=8, silu=silu) for pad in (4, 8) for silu in (False, True)]
     found += [resize.kernel_of(dtype, pad=4) for dtype in (torch.bfloat16, torch.float16, torch.uint8)]
     return found
@@ -33,7 +38,7 @@ def _compiler() -> None:
 
 @pytest.mark.parametrize("kernel", variants(), ids=lambda kernel: f"{kernel.op}-{'-'.join(kernel.defines)}")
 def test_variant_compiles(kernel: Kernel) -> None:
-    for architecture in ARCHITECTURES:
+    for architecture in (f"sm_90{kernel.suffix}",) if kernel.suffix else ARCHITECTURES:
         image = compile_kernel(kernel, architecture)
         assert image[:4] == b"\x7fELF"
         assert kernel.entry.encode() in image

@@ -7,7 +7,8 @@ functional graph cannot say; seen from outside it is a pure function. Three exac
   quarter of the pixels, and the enlargement happens inside `grouped_conv`, so the widest tensor is never written;
 - with one block, the shortcut joins the residual before the branch does; with more, right after the last block has read
   the residual, so no block sees it;
-- the back-projection accumulates into the residual in the matrix product itself (fp32 inside, rounded once).
+- the back-projection accumulates into the residual in the matrix product itself (fp32 inside, rounded once); a stage of
+  one block does all that follows its low-resolution products in `stage_tail` where that pays.
 
 Usage:
     y = stage(x, shortcut, proj, [w1], [b1], [w2], [b2], [w3], scale=2)
@@ -26,9 +27,10 @@ from torch import Tensor
 from owl_wms.ops.grouped_conv import grouped_conv
 from owl_wms.ops.register import define
 from owl_wms.ops.stage.reference import reference
+from owl_wms.ops.stage_tail import pays, stage_tail
 from owl_wms.ops.up_residual import add_shortcut_, up_residual
 
-__all__ = ["begin", "enlarge_matrix", "reference", "stage"]
+__all__ = ["enlarge_matrix", "enlarged", "products", "reference", "stage"]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,20 +56,20 @@ def _enlarge(low: Tensor, scale: int) -> Tensor:
     return down.view(batch, scale * height, scale * width, channels).to(low.dtype)
 
 
-def begin(
-    x: Tensor, shortcut: Tensor | None, proj: Tensor | None, w1: Tensor, b1: Tensor, scale: int
-) -> tuple[Tensor, Tensor]:
-    """The residual at full size, the shortcut added where given, and the first product's result.
-
-    The latter is at full size too unless `scale` is 2: then the grouped convolution behind it enlarges.
-    """
-    x = x.contiguous()
+def products(x: Tensor, proj: Tensor | None, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
+    """What a stage computes before it enlarges: its projected input and the first block's first product."""
     low = x if proj is None else _linear(x, proj)
-    hidden = _linear(low, w1, b1)
+    return low, _linear(low, w1, b1)
+
+
+def enlarged(x: Tensor, low: Tensor, hidden: Tensor, shortcut: Tensor | None, scale: int) -> tuple[Tensor, Tensor]:
+    """The residual at full size, a tensor of its own with the shortcut added where given, and `hidden` at full size
+    too, unless `scale` is 2: then the grouped convolution behind it enlarges.
+    """
     if scale == 2:
         return up_residual(low, shortcut), hidden
     if scale == 1:
-        u = x.clone() if proj is None else low
+        u = x.clone() if low is x else low
     else:
         u, hidden = _enlarge(low, scale), _enlarge(hidden, scale)
     if shortcut is not None:
@@ -87,7 +89,11 @@ def _run(
     scale: int,
 ) -> Tensor:
     one_block = len(w1) == 1
-    u, hidden = begin(x, shortcut if one_block else None, proj, w1[0], b1[0], scale)
+    x = x.contiguous()
+    low, hidden = products(x, proj, w1[0], b1[0])
+    if scale == 2 and one_block and pays(low, shortcut):
+        return stage_tail(low, hidden, shortcut, w2[0], b2[0], w3[0])
+    u, hidden = enlarged(x, low, hidden, shortcut if one_block else None, scale)
     branch = grouped_conv(hidden, w2[0], b2[0], scale == 2)
     flat = u.view(-1, u.shape[-1])
     flat.addmm_(branch.view(-1, branch.shape[-1]), w3[0].t())

@@ -22,7 +22,7 @@ from torch import Tensor
 from owl_wms.ops.grouped_conv8 import grouped_conv8
 from owl_wms.ops.linear8 import add_linear8_, linear8
 from owl_wms.ops.register import define
-from owl_wms.ops.stage import begin
+from owl_wms.ops.stage import enlarged, products
 from owl_wms.ops.up_residual import add_shortcut_
 
 __all__ = ["stage8"]
@@ -50,7 +50,9 @@ def _run(
 ) -> Tensor:
     last = len(down) - 1
     fp8 = down[0].dtype == torch.float8_e4m3fn
-    u, hidden = begin(x, shortcut if last == 0 else None, proj, w1, b1, scale)
+    x = x.contiguous()
+    low, hidden = products(x, proj, w1, b1)
+    u, hidden = enlarged(x, low, hidden, None if last else shortcut, scale)
     codes = grouped_conv8(hidden, w2, None, b2, gain, scale == 2, fp8)
     step = add_linear8_(u, codes, down[0], down_scale[0], gain, inverse[0] if last else None)
     for j in range(1, last + 1):

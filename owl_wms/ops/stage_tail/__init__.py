@@ -1,0 +1,141 @@
+"""`owl_wms::stage_tail`: the rest of a stage with one residual block, once its low-resolution products are done, NHWC.
+
+    out = up2(low) + shuffle(shortcut) + w3 leaky(conv3x3_groups_of_16(leaky(up2(hidden))) + b2)
+
+Why it exists: as three kernels, the hidden branch (twice as wide as the stage, at full resolution) is written and read
+once and the result three times; here it never leaves the multiprocessor where its weights fit (C <= 96), and is written
+and read once where they do not. up2 is bicubic (a = -0.75), shuffle the pixel shuffle tiled to C channels, leaky
+LeakyReLU(0.01). The kernels need compute capability 9.0; elsewhere, and for shapes without a plan, the op is
+`composition`.
+
+Usage:
+    y = stage_tail(low, hidden, shortcut, w2, b2, w3)
+    # low [B, h, w, C]; hidden [B, h, w, 2C]; shortcut [B, h, w, Cs] with 4 C a multiple of Cs, or None; w2 packed as
+    # grouped_conv wants it [2C / 16, 9, 32, 8]; b2 [2C] fp32; w3 [C, 2C] -> [B, 2h, 2w, C]
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from owl_wms.ops.grouped_conv import grouped_conv
+from owl_wms.ops.nvrtc import Kernel
+from owl_wms.ops.register import define, has_kernel
+from owl_wms.ops.stage_tail.plan import BRANCH_WARPS, STRIP, Plan, blocks_at_once, plan_of, rows_of_band
+from owl_wms.ops.stage_tail.reference import reference
+from owl_wms.ops.up_residual import up_residual
+
+__all__ = ["composition", "pays", "plan_of", "reference", "run_plan", "stage_tail"]
+
+# Stage widths for which `stage` uses this op; the composition is used outside.
+WIDTHS = range(16, 193)
+
+
+def composition(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor) -> Tensor:
+    """The same out of `grouped_conv`, `up_residual` and a library product that accumulates in place."""
+    branch = grouped_conv(hidden, w2, b2, True)
+    u = up_residual(low, shortcut)
+    u.view(-1, u.shape[-1]).addmm_(branch.view(-1, branch.shape[-1]), w3.t())
+    return u
+
+
+def pays(low: Tensor, shortcut: Tensor | None) -> bool:
+    """Whether `stage` should use this op rather than the composition. Decided by measurement, here and only here."""
+    return low.shape[-1] in WIDTHS and _plan(low, shortcut) is not None
+
+
+def _plan(low: Tensor, shortcut: Tensor | None) -> Plan | None:
+    if not has_kernel(low) or not _is_hopper(low.device.index):
+        return None
+    return plan_of(low.shape[-1], 0 if shortcut is None else shortcut.shape[-1])
+
+
+@functools.cache
+def _is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _run(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor) -> Tensor:
+    _check(low, hidden, shortcut, w2, b2, w3)
+    plan = _plan(low, shortcut)
+    if plan is None:
+        return composition(low, hidden, shortcut, w2, b2, w3)
+    return run_plan(plan, low, hidden, shortcut, w2, b2, w3)
+
+
+def run_plan(
+    plan: Plan, low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor
+) -> Tensor:
+    """The kernels of one plan, on a GPU of compute capability 9.0; arguments as for the op, already checked."""
+    low, hidden, w2, w3 = _ready(low), _ready(hidden), _ready(w2), _ready(w3)
+    shortcut = None if shortcut is None else _ready(shortcut)
+    # A module cast as a whole hands over a 16-bit bias; the kernel reads fp32.
+    bias = b2.float().contiguous()
+    batch, height, width, channels = low.shape
+    out = low.new_empty(batch, 2 * height, 2 * width, channels)
+    if not out.numel():
+        return out
+    strips, processors = batch * -(-2 * width // STRIP), _processors(low.device.index)
+
+    def launch(kernel: Kernel, threads: int, parts: int, target: Tensor, source: Tensor) -> None:
+        rows = rows_of_band(height, strips * parts, blocks_at_once(kernel.shared_bytes, threads, processors))
+        kernel.launch(
+            low.device,
+            grid=strips * parts * -(-height // rows),
+            block=threads,
+            arguments=(target, source, w2, bias, low, shortcut, w3, height, width, rows),
+        )
+
+    if not plan.whole:
+        branch = hidden.new_empty(batch, 2 * height, 2 * width, 2 * channels)
+        launch(plan.branch(low.dtype), 32 * BRANCH_WARPS, -(-2 * channels // (16 * BRANCH_WARPS)), branch, hidden)
+        hidden = branch
+    launch(plan.projection(low.dtype), plan.threads, channels // plan.columns, out, hidden)
+    return out
+
+
+def _ready(x: Tensor) -> Tensor:
+    """Contiguous, and at an address that sixteen-byte copies can start from."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _check(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor) -> None:
+    channels = low.shape[-1]
+    wide = 2 * channels
+    torch._check(
+        hidden.shape[:3] == low.shape[:3] and hidden.shape[3] == wide,
+        lambda: f"stage_tail: hidden {list(hidden.shape)} beside low {list(low.shape)}; it must be twice as wide",
+    )
+    torch._check(
+        w2.shape == (wide // 16, 9, 32, 8) and b2.shape == (wide,) and w3.shape == (channels, wide) and wide % 16 == 0,
+        lambda: (
+            f"stage_tail: width {channels} does not fit w2 {list(w2.shape)}, b2 {list(b2.shape)}, w3 {list(w3.shape)}"
+        ),
+    )
+    if shortcut is not None:
+        fits = shortcut.shape[:3] == low.shape[:3] and 4 * channels % shortcut.shape[-1] == 0
+        torch._check(fits, lambda: f"stage_tail: shortcut {list(shortcut.shape)} beside low {list(low.shape)}")
+    types = {x.dtype for x in (low, hidden, shortcut, w2, w3) if x is not None}
+    torch._check(len(types) == 1, lambda: f"stage_tail wants one type for all but b2, got {sorted(map(str, types))}")
+
+
+def _fake(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor) -> Tensor:
+    _check(low, hidden, shortcut, w2, b2, w3)
+    batch, height, width, channels = low.shape
+    return low.new_empty(batch, 2 * height, 2 * width, channels)
+
+
+stage_tail = define(
+    "stage_tail(Tensor low, Tensor hidden, Tensor? shortcut, Tensor w2, Tensor b2, Tensor w3) -> Tensor",
+    run=_run,
+    fake=_fake,
+)

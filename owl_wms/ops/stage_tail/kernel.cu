@@ -1,0 +1,133 @@
+// The tail of a decoder stage with one residual block, at twice the resolution of its inputs, NHWC:
+//     out = up2(low) + shuffle(shortcut) + w3 leaky(conv3x3_groups_of_16(leaky(up2(hidden))) + b2)
+//
+// MODE 0, whole: one block makes all of it. Four warps project (project.cuh); one warp a group of 16 hidden channels feeds
+// them (branch.cuh) through SLOTS slots of 64 pixels. Two kinds of barrier, both passed in the same order by everyone, are
+// all the synchronisation there is: `full` (all groups have stored the slot) and `empty` (its result is out).
+// MODE 1, branch: the hidden branch alone, to global memory; every warp is on its own.
+// MODE 2, projection: the rest, for stages whose weights leave no room for the branch: four warps copy h into the slots, and
+// blocks side by side make COLUMNS_OUT channels each.
+//
+// WIDE: channels of hidden; the other widths are explained in project.cuh. height, width: low resolution; rows: low rows of a
+// band, the piece of a strip that one block walks down.
+struct Work {
+    Strip strip;
+    int part;  // MODE 1: first group; MODE 2: first channel
+};
+
+DEVICE Work work_of_block(int height, int width, int rows, int parts, int part_size) {
+    int strips = (2 * width + STRIP - 1) / STRIP, bands = (height + rows - 1) / rows, index = blockIdx.x;
+    Work w;
+    w.part = index % parts * part_size, index /= parts;
+    w.strip.x0 = index % strips * STRIP, index /= strips;
+    w.strip.first = index % bands * rows, w.strip.last = min(w.strip.first + rows, height);
+    w.strip.batch = index / bands;
+    return w;
+}
+
+#if MODE == 1
+#define WARPS 4
+struct ToGlobal {
+    u16* target;  // (batch, row, x0 + g, first channel of this thread)
+    i64 line;
+    int columns;  // from this lane's first to the image's right border
+    bool valid;
+    DEVICE void begin() {}
+    DEVICE void put(int r, int j, const u32 (&h)[4]) {
+        u16* place = target + r * line + 16 * j * WIDE;
+        store_global8_if(valid && 16 * j < columns, place, h[0], h[2]);
+        store_global8_if(valid && 16 * j + 8 < columns, place + 8 * WIDE, h[1], h[3]);
+    }
+    DEVICE void end(bool) {
+        target += valid ? 2 * line : 0;
+        valid = true;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 4)
+stage_tail(u16* out, const u16* hidden, const uint4* taps, const float* bias, const u16*, const u16*, const u16*, int height, int width, int rows) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    Work w = work_of_block(height, width, rows, (WIDE / 16 + WARPS - 1) / WARPS, WARPS);
+    int group = w.part + warp;
+    if (group >= WIDE / 16) return;
+    int x = w.strip.x0 + (lane >> 2);
+    i64 line = (i64)2 * width * WIDE;
+    u16* target = out + ((i64)w.strip.batch * height + w.strip.first) * 2 * line + (i64)x * WIDE + group * 16 + (lane & 3) * 4;
+    ToGlobal sink{target, line, 2 * width - x, false};
+    run_branch(w.strip, hidden, taps, bias, height, width, WIDE, group, shared_address(memory) + warp * BRANCH_BYTES, lane, sink);
+}
+
+#else
+#if MODE == 0
+#define PRODUCERS (WIDE / 16)
+// Stores into the slots; h's 16 channels of a group stand as the fragments have them (load_weights_out).
+struct ToSlots {
+    u32 row, empty, full;  // this lane's row of the first slot, in its group's chunks
+    int lane, slot, parity;
+    DEVICE void begin() { barrier_wait(empty + slot * 8, parity); }
+    DEVICE void put(int r, int j, const u32 (&h)[4]) {
+        store_matrix(row + slot * SLOT_BYTES + slot_row(16 * j, r) * 128, h[0], h[1], h[2], h[3]);
+    }
+    DEVICE void end(bool valid) {
+        if (!valid) return;  // the slot, still empty, is filled again
+        async_fence();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(full + slot * 8);
+        if (++slot == SLOTS) slot = 0, parity ^= 1;
+    }
+};
+#else
+#define PRODUCERS 4
+// Copies h into the slots. One step's copies are announced before the next step's begin: the fence would wait for those too.
+DEVICE void run_copies(const Strip& s, const u16* h, int height, int width, const Layout& at, int lane) {
+    int thread = threadIdx.x - 128, slot = 0, parity = 1;
+    for (int i = s.first; i < s.last; ++i) {
+        barrier_wait(at.empty + slot * 8, parity);
+        const u16* image = h + ((i64)s.batch * height + i) * 4 * width * WIDE;
+#pragma unroll 4
+        for (int k = thread; k < 64 * (WIDE / 8); k += 128) {
+            int p = k / (WIDE / 8), chunk = k % (WIDE / 8), r = p >> 5, x = p & 31;
+            copy16(at.slots + slot * SLOT_BYTES + (chunk >> 3) * 8192 + swizzled(slot_row(x, r), chunk & 7),
+                   image + ((i64)r * 2 * width + min(s.x0 + x, 2 * width - 1)) * WIDE + chunk * 8);
+        }
+        copy_commit();
+        copy_wait<0>();
+        async_fence();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(at.full + slot * 8);
+        if (++slot == SLOTS) slot = 0, parity ^= 1;
+    }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(32 * (4 + PRODUCERS), 1)
+stage_tail(u16* out, const u16* hidden, const uint4* taps, const float* bias, const u16* low, const u16* shortcut, const u16* w3, int height, int width,
+           int rows) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    u32 base = shared_address(memory);
+    if (base & 1023) asm volatile("trap;");  // the swizzle goes by address bits
+    Layout at;
+    at.slots = base, at.weights = at.slots + SLOTS * SLOT_BYTES, at.low = at.weights + WEIGHT_BYTES;
+    at.shortcut = at.low + LOW_RING_BYTES, at.branch = at.shortcut + SHORTCUT_BYTES;
+    at.full = at.branch + (MODE == 0 ? PRODUCERS * BRANCH_BYTES : 0), at.empty = at.full + SLOTS * 8;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    Work w = work_of_block(height, width, rows, CHANNELS / COLUMNS_OUT, COLUMNS_OUT);
+    if (threadIdx.x < SLOTS) barrier_init(at.full + threadIdx.x * 8, PRODUCERS), barrier_init(at.empty + threadIdx.x * 8, 4);
+    load_weights_out(at.weights, w3, w.part, MODE == 0);
+    async_fence();
+    __syncthreads();
+    if (warp < 4) {
+        run_projection(w.strip, out + w.part, low + w.part, shortcut, w.part, height, width, at);
+    } else {
+#if MODE == 0
+        int group = warp - 4;
+        u32 row = at.slots + (group >> 2) * 8192 + swizzled(slot_row(lane & 15, 0), (group & 3) * 2 + (lane >> 4));
+        ToSlots sink{row, at.empty, at.full, lane, 0, 1};
+        run_branch(w.strip, hidden, taps, bias, height, width, WIDE, group, at.branch + group * BRANCH_BYTES, lane, sink);
+#else
+        run_copies(w.strip, hidden, height, width, at, lane);
+#endif
+    }
+}
+#endif
