@@ -141,7 +141,7 @@ def second(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, A
         return {"error": f"miss: {entry.reason}"}
     data = entry.read(PROGRAM)
     read = time.monotonic()
-    state = trt.status()
+    state = trt.run_status()
     imported = time.monotonic()
     program = trt.load_program(data, "cuda:0")
     loaded = time.monotonic()

@@ -74,7 +74,7 @@ class TensorRTToolchain:
             return NoDeviceError("no CUDA device: the decoder is on the CPU", "move the decoder to a GPU")
         from owl_wms import trt
 
-        status = trt.status()
+        status = trt.run_status()  # a cached program needs no more; a build imports the rest in a process of its own
         return None if status.available else FastPathError("import", status.reason, status.remedy)
 
     def key_material(self, decoder: nn.Module, request: ProgramRequest) -> Mapping[str, Any]:
@@ -116,6 +116,13 @@ class JitToolchain(TensorRTToolchain):
     """Torch-TensorRT through `torch.compile`: built in this process at the first decode, nothing kept, no isolation."""
 
     name = "tensorrt-jit"
+
+    def ready(self, device: torch.device) -> FastPathError | None:
+        from owl_wms import trt
+
+        unready = super().ready(device)
+        status = trt.status() if unready is None else None  # it builds in this process
+        return unready if status is None or status.available else FastPathError("import", status.reason, status.remedy)
 
     def compile(self, decoder: nn.Module, request: ProgramRequest) -> Program:
         """The compiled decoder; builds at its first call and raises there."""

@@ -30,7 +30,7 @@ from torch import nn
 
 from owl_wms import env
 from owl_wms.errors import FastPathError
-from owl_wms.trt import plans
+from owl_wms.trt import importer, plans
 from owl_wms.trt.child import DECODER_NAME, JOB_NAME
 from owl_wms.trt.shapes import copy_with
 from owl_wms.trt.spec import BuildSpec
@@ -69,6 +69,9 @@ def build_program(
         FastPathError: stage "export", "build", "parity", "save" or "load"; the caller decodes with PyTorch.
     """
     begin = time.monotonic()
+    known = importer.failed_elsewhere()
+    if known is not None:
+        raise known
     for precision in spec.wanted_precisions():
         plans.candidates(
             decoder, spec, precision
@@ -123,7 +126,10 @@ class Session:
             if outcome["event"] == "done":
                 return outcome["report"]
             if outcome["event"] == "failed":
-                raise FastPathError(outcome["stage"], outcome["reason"], outcome["remedy"])
+                failure = FastPathError(outcome["stage"], outcome["reason"], outcome["remedy"])
+                if failure.stage == "import":
+                    importer.remember(failure)
+                raise failure
             _LOG.info("the building process died: %s", outcome["reason"])
             if self.restarts >= MAX_RESTARTS or not outcome["open"]:
                 raise FastPathError(

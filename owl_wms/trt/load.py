@@ -11,6 +11,7 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import warnings
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import importer
+from owl_wms.trt import engines
 
 
 class Program:
@@ -63,7 +64,6 @@ def load_program(data: bytes, device: torch.device | str) -> Program:
     Raises:
         FastPathError: stage "import" when Torch-TensorRT is missing, else "load".
     """
-    importer.require()  # registers the engine class and operator that the file refers to
     register_operators()
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -71,10 +71,8 @@ def load_program(data: bytes, device: torch.device | str) -> Program:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    return _load(data, device)
-            return _load(data, device)
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                return engines.reading(lambda: _load(data, device))  # engine class and operator are registered by it
     except FastPathError:
         raise
     except Exception as error:  # a damaged archive raises anything from KeyError to RuntimeError

@@ -5,6 +5,7 @@ faults injected.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,18 @@ import torch
 from torch import nn
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import build, plans
+from owl_wms.trt import build, importer, plans
 from owl_wms.trt.build import BOOTSTRAP, Session, build_program, explain_exit, folded_copy
 from owl_wms.trt.child import DECODER_NAME
 from owl_wms.trt.spec import BuildSpec
 from tests.trt import build_child, decoders
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    yield
+    importer.forget()  # a child that cannot import is remembered, and one test here has such a child
+
 
 STAND_IN = BOOTSTRAP.replace("owl_wms.trt.child", "tests.trt.build_child")
 
