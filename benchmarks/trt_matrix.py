@@ -28,8 +28,8 @@ import torch
 from benchmarks import decoders, harness
 from owl_wms import trt
 from owl_wms.cache import CacheStore, Miss
+from owl_wms.trt.keep import output_digest
 from owl_wms.trt.parity import latents
-from owl_wms.trt.worker import output_digest
 
 ROWS = ("dist", "distill_vae", "demo", "sana:bf16", "dist_learned", "base", "sana", "base_learned")
 LONG_RUN_ROW = "dist"

@@ -65,9 +65,10 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
     import torch
 
     from owl_wms.trt import importer
+    from owl_wms.trt.attempts import BrokenContext
     from owl_wms.trt.load import register_operators
     from owl_wms.trt.spec import BuildSpec
-    from owl_wms.trt.worker import BrokenContext, Worker
+    from owl_wms.trt.worker import Worker
 
     try:
         spec = BuildSpec.from_json(job["spec"])

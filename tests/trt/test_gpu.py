@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from owl_wms import trt
+from owl_wms.trt.keep import output_digest
 from owl_wms.trt.parity import latents
-from owl_wms.trt.worker import output_digest
 from tests.trt import decoders
 
 pytestmark = pytest.mark.gpu
