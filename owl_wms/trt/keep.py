@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import attempts, lower
+from owl_wms.trt import attempts, kernels, lower
 from owl_wms.trt.candidate import Candidate
 from owl_wms.trt.journal import Journal
 from owl_wms.trt.load import load_program
@@ -31,12 +31,13 @@ def keep(best: Candidate, out_dir: Path, spec: BuildSpec, journal: Journal, devi
         FastPathError: stage "save", "load" or "parity".
     """
     z = latents(spec.input_shape, 1.0, dtype_of(best.precision), device, spec.seed)
-    wanted = attempts.run(best.program, z)
+    with kernels.collected(z) as files:
+        wanted = attempts.run(best.program, z)
     path = out_dir / PROGRAM_NAME
     journal.stage("save", plan=best.plan)
     begin = time.monotonic()
     try:
-        lower.save_program(best.program, path, z)
+        lower.save_program(best.program, path, z, files)
     except Exception as error:
         remedy = "report this with the decoder's configuration"
         raise FastPathError("save", attempts.reason_of(error), remedy) from error
@@ -53,6 +54,7 @@ def keep(best: Candidate, out_dir: Path, spec: BuildSpec, journal: Journal, devi
     return {
         "save_seconds": round(save_seconds, 3),
         "load_seconds": round(load_seconds, 3),
+        "kernel_bytes": sum(map(len, files.values())),
         "program_bytes": path.stat().st_size,
         "reload_bit_equal": equal,
         "output_sha256": output_digest(wanted),

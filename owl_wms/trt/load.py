@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import engines
+from owl_wms.trt import engines, kernels
 
 
 class Program:
@@ -82,7 +82,9 @@ def load_program(data: bytes, device: torch.device | str) -> Program:
 
 
 def _load(data: bytes, device: torch.device) -> Program:
-    exported = torch.export.load(io.BytesIO(data))
+    extra: dict[str, str] = {kernels.FILE: ""}  # an empty dict would be replaced, not filled
+    exported = torch.export.load(io.BytesIO(data), extra_files=extra)
+    kernels.adopt(extra)
     inputs = exported.graph_signature.user_inputs
     example = next(
         node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs

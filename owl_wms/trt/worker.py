@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import attempts, importer, lower, plans
+from owl_wms.trt import attempts, importer, kernels, lower, plans
 from owl_wms.trt.candidate import Candidate
 from owl_wms.trt.cuda_graph import GraphedProgram
 from owl_wms.trt.export import export_decoder
@@ -149,6 +149,7 @@ class Worker:
             module, candidate.rewrites = plan.lower(self.folded, self.spec, precision)
             z = latents(self.spec.input_shape, 1.0, dtype_of(precision), self.device, self.spec.seed)
             exported = export_decoder(module, z)
+            ours = kernels.calls_ours(exported)
         except Exception as error:
             candidate.reason = attempts.reason_of(error)
             return candidate
@@ -163,6 +164,8 @@ class Worker:
                 return known
             try:
                 self.journal.stage("compile", plan=plan.name, precision=precision, kept=len(kept))
+                if ours and not kept:
+                    kernels.compile_ahead(module, z)
                 program, partition = lower.compile_exported(
                     exported, z, settings, kept=sorted(kept), progress=self._progress(plan.name)
                 )
