@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.errors import FastPathError, NoDeviceError
+from owl_wms.runtime import turns
 
 Program = Callable[[Tensor], Tensor]
 Progress = Callable[[dict[str, Any]], None]
@@ -45,6 +46,9 @@ class ProgramRequest:
 class Toolchain(Protocol):
     """Builds and loads programs. Every method may raise anything; the runtime turns it into a FastPathError of that
     stage.
+
+    All but `build` are called inside `turns.tracing()`; a `build` that exports or imports in this process enters it for
+    that time.
     """
 
     name: str
@@ -87,7 +91,12 @@ class TensorRTToolchain:
     ) -> Mapping[str, Any]:
         from owl_wms import trt
 
-        return trt.build_program(decoder, self._spec(request), folder, progress=progress)
+        def prepare() -> None:
+            with turns.tracing():
+                trt.prepare_to_load()
+
+        # While the building process works, this one has nothing to do, and then a program to read.
+        return trt.build_program(decoder, self._spec(request), folder, progress=progress, meanwhile=prepare)
 
     def load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Program:
         from owl_wms import trt

@@ -21,6 +21,7 @@ from owl_wms.trt.importer import TensorRTStatus, status
 from owl_wms.trt.jit import compile_for_training
 from owl_wms.trt.key import key_material
 from owl_wms.trt.load import Program, load_program
+from owl_wms.trt.load import prepare as prepare_to_load
 from owl_wms.trt.spec import BuildSpec
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "compile_for_training",
     "key_material",
     "load_program",
+    "prepare_to_load",
     "run_status",
     "status",
 ]
