@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ from owl_wms.runtime.toolchain import JitToolchain, Program, ProgramRequest, Pro
 from owl_wms.settings import TensorRTConfig
 
 PROGRAM_FILE = "program.pt2"
+LOOKUP_SECONDS = 0.02
+"""After this long a lookup is reading a program; what else it does takes a tenth of it."""
 STALE_SECONDS = 1.0
 """Age of a key after which it is computed again before something is built for it."""
 _T = TypeVar("_T")
@@ -202,7 +205,7 @@ class ProgramSource:
                 data = _staged("save", Path(folder, PROGRAM_FILE).read_bytes)
             return data, "uncached", dict(report), True
         store = store_of(self.settings)
-        entry: Entry | Miss = _staged("save", store.lookup, label, material)
+        entry = self._look_up(store, label, material)
         if isinstance(entry, Miss):
             # A program that is there does not wait for another one's build; and who waits to build does not hold the
             # store's lock meanwhile, on which other processes wait only so long.
@@ -212,6 +215,18 @@ class ProgramSource:
             return entry.read(PROGRAM_FILE), entry.name, dict(entry.manifest.report), entry.built
         finally:
             entry.close()  # the bytes are ours now; a loaded program does not need its files any more
+
+    def _look_up(self, store: CacheStore, label: str, material: dict[str, Any]) -> Entry | Miss:
+        """While another thread reads and hashes a large program, this one imports what loading it takes.
+
+        What is not there is known at once, and then a building process is to be started at once.
+        """
+        prepare = getattr(self.toolchain, "prepare", None)
+        with ThreadPoolExecutor(1, "owl-wms-lookup") as pool:
+            looking = pool.submit(_staged, "save", store.lookup, label, material)
+            if prepare is not None and not wait([looking], LOOKUP_SECONDS).done:
+                prepare()
+            return looking.result()
 
     def _compiled(self, toolchain: JitToolchain, decoder: nn.Module, request: ProgramRequest) -> Loaded:
         begin = time.perf_counter()

@@ -48,7 +48,7 @@ class Toolchain(Protocol):
     stage.
 
     All but `build` are called inside `turns.tracing()`; a `build` that exports or imports in this process enters it for
-    that time.
+    that time. A toolchain may also have `prepare()`: what `load` imports, imported ahead; it never raises.
     """
 
     name: str
@@ -91,12 +91,15 @@ class TensorRTToolchain:
     ) -> Mapping[str, Any]:
         from owl_wms import trt
 
-        def prepare() -> None:
-            with turns.tracing():
-                trt.prepare_to_load()
-
         # While the building process works, this one has nothing to do, and then a program to read.
-        return trt.build_program(decoder, self._spec(request), folder, progress=progress, meanwhile=prepare)
+        return trt.build_program(decoder, self._spec(request), folder, progress=progress, meanwhile=self.prepare)
+
+    def prepare(self) -> None:
+        """Import what reading a program takes. Never raises."""
+        from owl_wms import trt
+
+        with turns.tracing():
+            trt.prepare_to_load()
 
     def load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Program:
         from owl_wms import trt

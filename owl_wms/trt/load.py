@@ -117,5 +117,5 @@ def prepare() -> None:
     """
     register_operators()
     engines.attached()
-    with contextlib.suppress(ImportError):  # where torch keeps it elsewhere, reading finds it
+    with contextlib.suppress(Exception):  # where torch keeps it elsewhere or it is broken, reading says so
         importlib.import_module("torch.export.pt2_archive._package")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from owl_wms import trt
-from owl_wms.cache import locks, store
+from owl_wms.cache import CacheStore, locks, store
 from owl_wms.runtime import ProgramRequest, TensorRTToolchain, VideoDecode, programs, turns
 from owl_wms.vae import fold_weight_norm
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
@@ -232,6 +232,26 @@ def test_a_key_nobody_holds_is_forgotten() -> None:
     with turns.one_of(("t", "k")):
         assert ("t", "k") in turns._keys
     assert ("t", "k") not in turns._keys
+
+
+def test_imports_go_beside_the_reading_of_a_large_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, toolchain = TinyDecoder().eval(), ExportToolchain()
+    decoding(tmp_path, toolchain, decoder).prepare((4, 3, 3))
+    prepared = threading.Event()
+    toolchain.prepare = prepared.set  # type: ignore[attr-defined]
+    lookup = CacheStore.lookup
+
+    def reading(*arguments: Any) -> Any:
+        assert prepared.wait(SECONDS), "the caller's thread waits for the reading"
+        return lookup(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheStore, "lookup", reading)
+        assert decoding(tmp_path, toolchain, decoder).prepare((4, 3, 3)).hits == 1
+    prepared.clear()
+    monkeypatch.setattr(programs, "LOOKUP_SECONDS", SECONDS)
+    assert decoding(tmp_path, toolchain, decoder).prepare((4, 5, 5)).builds == 1
+    assert not prepared.is_set(), "what is not there is built at once"
 
 
 def test_the_real_toolchain_prepares_to_read_beside_its_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
