@@ -14,6 +14,7 @@ Usage:
 
 from __future__ import annotations
 
+import enum
 import hashlib
 from typing import Any
 
@@ -43,8 +44,13 @@ def record(module: nn.Module, z: Tensor) -> str:
     for name, tensor in named_tensors(module):
         book.value(tensor, f"self.{name}")
     book.value(z, "z")
-    # A surrounding autocast is the caller's context, not the decoder's.
-    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False), _Calls(book), _Operators(book):
+    with (
+        torch.random.fork_rng(devices=[]),  # what a forward draws on the CPU is drawn for real
+        torch.autocast("cuda", enabled=False),  # a surrounding autocast is the caller's context, not the decoder's
+        torch.autocast("cpu", enabled=False),
+        _Calls(book),
+        _Operators(book),
+    ):
         answered = module(z)
     book.line(f"return {book.text(answered)}")
     return "\n".join(book.lines)
@@ -105,6 +111,8 @@ class _Book:
             return f"array({value.shape}, {value.dtype}, {hashlib.sha256(value.tobytes()).hexdigest()})"
         if isinstance(value, np.generic):
             return repr(value)
+        if isinstance(value, enum.Enum):
+            return f"{type(value).__qualname__}.{value.name}"
         # What such an object makes the operators do is recorded with the operators.
         return f"<{type(value).__module__}.{type(value).__qualname__}>"
 

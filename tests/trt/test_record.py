@@ -220,6 +220,15 @@ def test_the_callers_context_does_not_count() -> None:
         assert key.graph_of(nn.Conv2d(4, 4, 3), spec) == plain
 
 
+def test_the_callers_random_numbers_are_not_drawn() -> None:
+    net = Probe(lambda m, z: m.conv(z) * torch.rand(3).sum().item())
+    torch.manual_seed(5)
+    wanted = torch.rand(4)
+    torch.manual_seed(5)
+    text_of(net)
+    assert torch.equal(torch.rand(4), wanted)
+
+
 @pytest.mark.parametrize("family", decoders.FAMILIES)
 def test_no_address_and_no_hash_seed_is_in_it(family: str) -> None:
     code = (
