@@ -28,8 +28,8 @@ import torch
 from benchmarks import decoders, harness
 from owl_wms import trt
 from owl_wms.cache import CacheStore, Miss
+from owl_wms.trt.keep import output_digest
 from owl_wms.trt.parity import latents
-from owl_wms.trt.worker import output_digest
 
 ROWS = ("dist", "distill_vae", "demo", "sana:bf16", "dist_learned", "base", "sana", "base_learned")
 LONG_RUN_ROW = "dist"
@@ -141,7 +141,7 @@ def second(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, A
         return {"error": f"miss: {entry.reason}"}
     data = entry.read(PROGRAM)
     read = time.monotonic()
-    state = trt.status()
+    state = trt.run_status()
     imported = time.monotonic()
     program = trt.load_program(data, "cuda:0")
     loaded = time.monotonic()

@@ -12,6 +12,7 @@ Usage:
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -39,6 +40,7 @@ _PACKAGES = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13-bindings"),
 }
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_NVML = "libnvidia-ml.so.1"
 
 
 def read(name: str) -> str | None:
@@ -93,8 +95,8 @@ def describe_machine(device_index: int | None = None) -> dict[str, str | int]:
 
 
 def driver_version() -> str:
-    """NVIDIA kernel driver version such as `580.82.07`, from the driver's own file or `nvidia-smi`; else `"unknown:
-    reason"`.
+    """NVIDIA kernel driver version such as `580.82.07`, from the driver's own file, NVML or `nvidia-smi`; else
+    `"unknown: reason"`.
     """
     try:
         return _driver_version()
@@ -110,6 +112,9 @@ def _driver_version() -> str:
         for word in _DRIVER_FILE.read_text(encoding="utf-8", errors="replace").split():
             if word.count(".") >= 1 and word.replace(".", "").isdigit():
                 return word
+    found = _nvml_driver_version()  # a container may lack the file, and starting nvidia-smi takes a second or more
+    if found:
+        return found
     if shutil.which("nvidia-smi") is None:
         raise LookupError(f"neither {_DRIVER_FILE} nor nvidia-smi gives a version")
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -118,6 +123,20 @@ def _driver_version() -> str:
     if not lines:
         raise LookupError("nvidia-smi printed no driver version")
     return lines[0]
+
+
+def _nvml_driver_version() -> str:
+    """What NVML says, the library that nvidia-smi asks; empty when it cannot be asked."""
+    text = ctypes.create_string_buffer(96)
+    try:
+        nvml = ctypes.CDLL(_NVML)
+        if nvml.nvmlInit_v2():
+            return ""
+        status = nvml.nvmlSystemGetDriverVersion(text, len(text))
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):
+        return ""
+    return "" if status else text.value.decode(errors="replace")
 
 
 def _package_version(candidates: tuple[str, ...]) -> str:

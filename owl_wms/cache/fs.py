@@ -38,6 +38,8 @@ STORAGE_ERRNOS = frozenset(
 """What a disk, a quota or a mount says when it cannot take more; none of them is the caller's fault."""
 
 _CHUNK = 1 << 22
+# A file that is kept whole is read whole: joining pieces would copy 500 MB once more, a third of a second.
+_WHOLE = 1 << 30
 _NEARLY_FULL_BYTES = 1 << 20
 
 
@@ -154,7 +156,7 @@ def read_descriptor(descriptor: int, size: int) -> bytes:
     parts: list[bytes] = []
     offset = 0
     while offset < size:
-        part = _call("read", os.pread, descriptor, min(_CHUNK, size - offset), offset)
+        part = _call("read", os.pread, descriptor, min(_WHOLE, size - offset), offset)
         if not part:
             break
         parts.append(part)

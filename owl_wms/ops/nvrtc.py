@@ -16,13 +16,15 @@ import ctypes
 import functools
 import importlib.util
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from owl_wms.ops import images
 
 ROOT = Path(__file__).parent
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES of cuda.h
@@ -67,6 +69,8 @@ class Kernel:
         Raises:
             KernelError: compilation, loading or launching failed.
         """
+        if images.noted(self):
+            return
         values: list[Any] = []
         for argument in arguments:
             if isinstance(argument, int):
@@ -90,9 +94,8 @@ def _function(kernel: Kernel, index: int) -> ctypes.c_void_p:
         return found
     with _lock:
         if key not in _functions:
-            major, minor = torch.cuda.get_device_capability(index)
             torch.cuda.current_stream().synchronize()  # also makes the device's primary context current in this thread
-            image = compile_kernel(kernel, f"sm_{major}{minor}{kernel.suffix}")
+            image = compile_kernel(kernel, architecture_of(kernel, index))
             driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
             _check_driver(driver.cuModuleLoadData(ctypes.byref(module), image), f"loading {kernel}")
             _check_driver(
@@ -105,9 +108,25 @@ def _function(kernel: Kernel, index: int) -> ctypes.c_void_p:
     return _functions[key]
 
 
-@functools.cache
+def architecture_of(kernel: Kernel, index: int) -> str:
+    """What `kernel` is compiled for on CUDA device `index`, `sm_90` say."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}{kernel.suffix}"
+
+
+def compile_ahead(kernels: Collection[Kernel], index: int) -> None:
+    """Compile for CUDA device `index` in threads of their own; a launch that needs one meanwhile waits for it."""
+    images.ahead([functools.partial(compile_kernel, kernel, architecture_of(kernel, index)) for kernel in kernels])
+
+
 def compile_kernel(kernel: Kernel, architecture: str) -> bytes:
-    """Machine code for `architecture` (`sm_90`); needs no GPU. Raises KernelError with the compiler's log."""
+    """Machine code for `architecture` (`sm_90`), once a process; needs no GPU. Raises KernelError with the compiler's
+    log.
+    """
+    return images.once(kernel, architecture, lambda: _compile(kernel, architecture))
+
+
+def _compile(kernel: Kernel, architecture: str) -> bytes:
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
     name = f"{kernel.op}.cu".encode()
     _check_nvrtc(

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,22 +24,28 @@ import torch
 from torch import nn
 
 from owl_wms import env
-from owl_wms.cache import CacheStore, Entry, cache_key
+from owl_wms.cache import CacheStore, Entry, Miss, cache_key
 from owl_wms.errors import FastPathError
+from owl_wms.runtime import turns
 from owl_wms.runtime.eager import is_out_of_memory
 from owl_wms.runtime.toolchain import JitToolchain, Program, ProgramRequest, Progress, Toolchain
 from owl_wms.settings import TensorRTConfig
 
 PROGRAM_FILE = "program.pt2"
+LOOKUP_SECONDS = 0.02
+"""After this long a lookup is reading a program; what else it does takes a tenth of it."""
+STALE_SECONDS = 1.0
+"""Age of a key after which it is computed again before something is built for it."""
 _T = TypeVar("_T")
 
 # Toolchain name and key of every build that failed in this process: another decode function for the same decoder need
 # not find out again.
 _failed_builds: dict[tuple[str, str], FastPathError] = {}
 _failed_guard = threading.Lock()
-# torch.export keeps process-wide state: two exports at once fail, and so do two loads (2.11: "_CURRENT_DESERIALIZER is
-# already set"). A build that failed for that reason would be remembered.
-_one_at_a_time = threading.Lock()
+
+
+class _ChangedError(FastPathError):
+    """A build that was not begun; nothing is wrong with the key it was for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +89,9 @@ def forget_failed_builds() -> None:
 
 def renew_locks() -> None:
     """For a forked child: locks that another thread of the parent held would stay locked for ever."""
-    global _failed_guard, _one_at_a_time
-    _failed_guard, _one_at_a_time = threading.Lock(), threading.Lock()
+    global _failed_guard
+    _failed_guard = threading.Lock()
+    turns.renew()
     open_store.cache_clear()
 
 
@@ -109,47 +117,61 @@ class ProgramSource:
 
     def obtain(self, decoder: nn.Module, request: ProgramRequest) -> Loaded:
         """The program for `decoder`, from the cache or built now. Raises FastPathError only."""
-        with _one_at_a_time:
-            return self._obtain(decoder, request)
+        with turns.tracing():
+            unready = _staged("import", self.toolchain.ready, request.device)
+            if unready is not None:
+                raise unready
+            if isinstance(self.toolchain, JitToolchain):
+                return self._compiled(self.toolchain, decoder, request)
+            material = dict(_staged("export", self.toolchain.key_material, decoder, request))
+        key = (self.toolchain.name, _staged("export", cache_key, material))
+        keyed = time.monotonic()
+        with turns.one_of(key):
+            return self._obtain(decoder, request, material, key, keyed)
 
-    def _obtain(self, decoder: nn.Module, request: ProgramRequest, *, rebuild: bool = True) -> Loaded:
-        unready = _staged("import", self.toolchain.ready, request.device)
-        if unready is not None:
-            raise unready
-        if isinstance(self.toolchain, JitToolchain):
-            return self._compiled(self.toolchain, decoder, request)
-        material = dict(_staged("export", self.toolchain.key_material, decoder, request))
-        failed_key = (self.toolchain.name, _staged("export", cache_key, material))
+    def _obtain(
+        self, decoder: nn.Module, request: ProgramRequest, material: dict[str, Any], key: tuple[str, str], keyed: float
+    ) -> Loaded:
         with _failed_guard:
-            remembered = _failed_builds.get(failed_key)
+            remembered = _failed_builds.get(key)
         if remembered is not None:
             raise FastPathError(remembered.stage, remembered.reason, remembered.remedy)
         spent = [0.0]
 
         def build(folder: Path) -> Mapping[str, Any]:
+            if time.monotonic() - keyed > STALE_SECONDS:
+                self._still(decoder, request, key)
             begin = time.perf_counter()
             try:
                 return _staged("build", self.toolchain.build, decoder, request, folder, self._progress)
             finally:
                 spent[0] += time.perf_counter() - begin
 
-        try:
-            data, name, report, built = self._bytes(model_label(decoder), material, build)
-        except FastPathError as error:
-            with _failed_guard:
-                _failed_builds[failed_key] = error
-            raise
+        def read() -> tuple[bytes, str, dict[str, Any], bool]:
+            try:
+                return self._bytes(model_label(decoder), material, build)
+            except _ChangedError:
+                raise
+            except FastPathError as error:
+                with _failed_guard:
+                    _failed_builds[key] = error
+                raise
+
+        data, name, report, built = read()
         begin = time.perf_counter()
         try:
-            program = _staged("load", self.toolchain.load, data, request, report)
+            program = self._load(data, request, report)
         except FastPathError as error:
             # Its hash was right and it still cannot be read: the entry is at fault unless memory ran out.
             cause = error.__cause__
-            if built or not rebuild or (cause is not None and is_out_of_memory(cause)):
+            if built or (cause is not None and is_out_of_memory(cause)):
                 raise
             store_of(self.settings).reject(name, str(error))
-            return self._obtain(decoder, request, rebuild=False)
-        _staged("load", _first_run, program, request)
+            data, name, report, built = read()
+            begin = time.perf_counter()
+            program = self._load(data, request, report)
+        with turns.tracing():
+            _staged("load", _first_run, program, request)
         return Loaded(
             program=program,
             built=built,
@@ -160,19 +182,51 @@ class ProgramSource:
             load_seconds=time.perf_counter() - begin,
         )
 
+    def _still(self, decoder: nn.Module, request: ProgramRequest, key: tuple[str, str]) -> None:
+        """After a wait: whether the decoder is what it was when its key was computed.
+
+        Otherwise the program of new weights would be filed under the old ones. Raises FastPathError.
+        """
+        with turns.tracing():
+            again = _staged("export", self.toolchain.key_material, decoder, request)
+        if _staged("export", cache_key, dict(again)) != key[1]:
+            raise _ChangedError("build", "the decoder changed while it waited for its build", "decode once more")
+
+    def _load(self, data: bytes, request: ProgramRequest, report: dict[str, Any]) -> Program:
+        with turns.tracing():
+            return _staged("load", self.toolchain.load, data, request, report)
+
     def _bytes(
         self, label: str, material: dict[str, Any], build: Callable[[Path], Mapping[str, Any]]
     ) -> tuple[bytes, str, dict[str, Any], bool]:
         if not self.settings.use_cache:
-            with tempfile.TemporaryDirectory(prefix="owl_wms_build_") as folder:
+            with turns.building(), tempfile.TemporaryDirectory(prefix="owl_wms_build_") as folder:
                 report = build(Path(folder))
                 data = _staged("save", Path(folder, PROGRAM_FILE).read_bytes)
             return data, "uncached", dict(report), True
-        entry: Entry = _staged("save", store_of(self.settings).get_or_build, label, material, build)
+        store = store_of(self.settings)
+        entry = self._look_up(store, label, material)
+        if isinstance(entry, Miss):
+            # A program that is there does not wait for another one's build; and who waits to build does not hold the
+            # store's lock meanwhile, on which other processes wait only so long.
+            with turns.building():
+                entry = _staged("save", store.get_or_build, label, material, build)
         try:
             return entry.read(PROGRAM_FILE), entry.name, dict(entry.manifest.report), entry.built
         finally:
             entry.close()  # the bytes are ours now; a loaded program does not need its files any more
+
+    def _look_up(self, store: CacheStore, label: str, material: dict[str, Any]) -> Entry | Miss:
+        """While another thread reads and hashes a large program, this one imports what loading it takes.
+
+        What is not there is known at once, and then a building process is to be started at once.
+        """
+        prepare = getattr(self.toolchain, "prepare", None)
+        with ThreadPoolExecutor(1, "owl-wms-lookup") as pool:
+            looking = pool.submit(_staged, "save", store.lookup, label, material)
+            if prepare is not None and not wait([looking], LOOKUP_SECONDS).done:
+                prepare()
+            return looking.result()
 
     def _compiled(self, toolchain: JitToolchain, decoder: nn.Module, request: ProgramRequest) -> Loaded:
         begin = time.perf_counter()

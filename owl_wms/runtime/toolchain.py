@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.errors import FastPathError, NoDeviceError
+from owl_wms.runtime import turns
 
 Program = Callable[[Tensor], Tensor]
 Progress = Callable[[dict[str, Any]], None]
@@ -46,6 +47,9 @@ class ProgramRequest:
 class Toolchain(Protocol):
     """Builds and loads programs. Every method may raise anything; the runtime turns it into a FastPathError of that
     stage.
+
+    All but `build` are called inside `turns.tracing()`; a `build` that exports or imports in this process enters it for
+    that time. A toolchain may also have `prepare()`: what `load` imports, imported ahead; it never raises.
     """
 
     name: str
@@ -75,7 +79,7 @@ class TensorRTToolchain:
             return NoDeviceError("no CUDA device: the decoder is on the CPU", "move the decoder to a GPU")
         from owl_wms import trt
 
-        status = trt.status()
+        status = trt.run_status()  # a cached program needs no more; a build imports the rest in a process of its own
         return None if status.available else FastPathError("import", status.reason, status.remedy)
 
     def key_material(self, decoder: nn.Module, request: ProgramRequest) -> Mapping[str, Any]:
@@ -88,7 +92,15 @@ class TensorRTToolchain:
     ) -> Mapping[str, Any]:
         from owl_wms import trt
 
-        return trt.build_program(decoder, self._spec(request), folder, progress=progress)
+        # While the building process works, this one has nothing to do, and then a program to read.
+        return trt.build_program(decoder, self._spec(request), folder, progress=progress, meanwhile=self.prepare)
+
+    def prepare(self) -> None:
+        """Import what reading a program takes. Never raises."""
+        from owl_wms import trt
+
+        with turns.tracing():
+            trt.prepare_to_load()
 
     def load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Program:
         from owl_wms import trt
@@ -118,6 +130,13 @@ class JitToolchain(TensorRTToolchain):
     """Torch-TensorRT through `torch.compile`: built in this process at the first decode, nothing kept, no isolation."""
 
     name = "tensorrt-jit"
+
+    def ready(self, device: torch.device) -> FastPathError | None:
+        from owl_wms import trt
+
+        unready = super().ready(device)
+        status = trt.status() if unready is None else None  # it builds in this process
+        return unready if status is None or status.available else FastPathError("import", status.reason, status.remedy)
 
     def compile(self, decoder: nn.Module, request: ProgramRequest) -> Program:
         """The compiled decoder; builds at its first call and raises there."""

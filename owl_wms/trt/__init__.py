@@ -6,7 +6,7 @@ package touches neither CUDA nor TensorRT.
 Usage:
     from owl_wms import trt
 
-    if trt.status().available:
+    if trt.status().available:                                      # to run cached programs, run_status() suffices
         spec = trt.BuildSpec(input_shape=(8, 128, 8, 8))
         report = trt.build_program(decoder, spec, out_dir)          # in a child process; writes out_dir/program.pt2
         program = trt.load_program((out_dir / "program.pt2").read_bytes(), "cuda")
@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from owl_wms.trt.build import build_program
 from owl_wms.trt.cuda_graph import GraphedProgram
+from owl_wms.trt.engines import status as run_status
 from owl_wms.trt.importer import TensorRTStatus, status
 from owl_wms.trt.jit import compile_for_training
 from owl_wms.trt.key import key_material
 from owl_wms.trt.load import Program, load_program
+from owl_wms.trt.load import prepare as prepare_to_load
 from owl_wms.trt.spec import BuildSpec
 
 __all__ = [
@@ -31,5 +33,7 @@ __all__ = [
     "compile_for_training",
     "key_material",
     "load_program",
+    "prepare_to_load",
+    "run_status",
     "status",
 ]

@@ -11,6 +11,7 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -30,8 +31,8 @@ from torch import nn
 
 from owl_wms import env
 from owl_wms.errors import FastPathError
-from owl_wms.trt import plans
-from owl_wms.trt.child import DECODER_NAME, JOB_NAME
+from owl_wms.trt import importer, plans
+from owl_wms.trt.child import DECODER_NAME, GO, JOB_NAME
 from owl_wms.trt.shapes import copy_with
 from owl_wms.trt.spec import BuildSpec
 from owl_wms.vae import fold_weight_norm
@@ -41,15 +42,20 @@ MAX_RESTARTS = 4
 STDERR_TAIL = 1500
 _LOG = logging.getLogger(__name__)
 
-# The child sees the parent's import path, so that it finds the same owl_wms and the decoder's own module.
+# The child sees the parent's import path, so that it finds the same owl_wms and the decoder's own module. Looking for
+# garbage while it imports is a fifth of that time; `child.py` switches it on again.
 BOOTSTRAP = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "import sys, json, gc; gc.disable(); sys.path[:] = json.loads(sys.argv[1]); "
     "from owl_wms.trt.child import main; sys.exit(main(sys.argv[2:]))"
 )
 
 
 def build_program(
-    decoder: nn.Module, spec: BuildSpec, out_dir: Path, progress: Callable[[Event], None] | None = None
+    decoder: nn.Module,
+    spec: BuildSpec,
+    out_dir: Path,
+    progress: Callable[[Event], None] | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Build, check, time and save a program for `decoder`.
 
@@ -59,6 +65,8 @@ def build_program(
         spec: what to build.
         out_dir: existing directory; `program.pt2` is written into it.
         progress: receives `{"stage", "elapsed", ...}` dicts while the build runs; must not raise.
+        meanwhile: called once in this thread when the building process has what it needs; seconds at most, since
+            nothing is read from that process until it returns. What it raises is logged.
 
     Returns:
         The report (JSON-ready): `plan`, `precision`, `latency_ms`, `eager_latency_ms`, `cuda_graph`, `parity`,
@@ -69,15 +77,23 @@ def build_program(
         FastPathError: stage "export", "build", "parity", "save" or "load"; the caller decodes with PyTorch.
     """
     begin = time.monotonic()
+    known = importer.failed_elsewhere()
+    if known is not None:
+        raise known
     for precision in spec.wanted_precisions():
         plans.candidates(
             decoder, spec, precision
         )  # an impossible request fails here, before a process is started for it
     with tempfile.TemporaryDirectory(prefix="owl_trt_job_") as name:  # mode 0700
         directory = Path(name)
-        _write_decoder(folded_copy(decoder), directory / DECODER_NAME)
         session = Session(
-            directory=directory, spec=spec, out_dir=out_dir, progress=progress, deadline=begin + spec.timeout_seconds
+            directory=directory,
+            spec=spec,
+            out_dir=out_dir,
+            progress=progress,
+            deadline=begin + spec.timeout_seconds,
+            hand_over=lambda: _write_decoder(folded_copy(decoder), directory / DECODER_NAME),
+            meanwhile=meanwhile,
         )
         report = session.run()
     report["wall_seconds"] = round(time.monotonic() - begin, 3)
@@ -104,7 +120,10 @@ def _write_decoder(folded: nn.Module, path: Path) -> None:
 
 @dataclass(kw_only=True)
 class Session:
-    """One build over as many child processes as it takes (at most `MAX_RESTARTS` more than one)."""
+    """One build over as many child processes as it takes (at most `MAX_RESTARTS` more than one).
+
+    `hand_over` puts the decoder into the directory; it and then `meanwhile` run once, while the first child imports.
+    """
 
     directory: Path
     spec: BuildSpec
@@ -113,6 +132,8 @@ class Session:
     progress: Callable[[Event], None] | None = None
     device: str = ""
     bootstrap: str = BOOTSTRAP
+    hand_over: Callable[[], None] | None = None
+    meanwhile: Callable[[], None] | None = None
     known: dict[str, str] = field(default_factory=dict)
     restarts: int = 0
 
@@ -123,7 +144,10 @@ class Session:
             if outcome["event"] == "done":
                 return outcome["report"]
             if outcome["event"] == "failed":
-                raise FastPathError(outcome["stage"], outcome["reason"], outcome["remedy"])
+                failure = FastPathError(outcome["stage"], outcome["reason"], outcome["remedy"])
+                if failure.stage == "import":
+                    importer.remember(failure)
+                raise failure
             _LOG.info("the building process died: %s", outcome["reason"])
             if self.restarts >= MAX_RESTARTS or not outcome["open"]:
                 raise FastPathError(
@@ -153,7 +177,7 @@ class Session:
         with log.open("wb") as stderr:
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=stderr,
                 stderr=stderr,
                 pass_fds=(write_fd,),
@@ -161,7 +185,12 @@ class Session:
             )
         os.close(write_fd)
         try:
+            self._start(process)
             last, open_key = self._listen(read_fd)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing else is in it
+            raise
         finally:
             os.close(read_fd)
             finished = self._reap(process)
@@ -171,6 +200,22 @@ class Session:
         tail = log.read_text(encoding="utf-8", errors="replace")[-STDERR_TAIL:].strip()
         reason += f"; last output: {' | '.join(tail.splitlines()[-4:])}" if tail else ""
         return {"event": "died", "reason": reason, "open": open_key if finished is not None else ""}
+
+    def _start(self, process: subprocess.Popen[bytes]) -> None:
+        """Let the child have its decoder, which it asks for after its imports."""
+        if self.hand_over is not None:
+            self.hand_over()
+            self.hand_over = None
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):  # one that died already is noticed below
+            process.stdin.write(GO)
+            process.stdin.close()
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            try:
+                meanwhile()
+            except Exception:
+                _LOG.warning("beside the build: ", exc_info=True)
 
     def _listen(self, fd: int) -> tuple[Event | None, str]:
         """Messages until the pipe closes or time is up; `(last final message, key of the attempt still open)`."""
@@ -213,7 +258,7 @@ class Session:
         try:
             return process.wait(timeout=max(0.0, min(20.0, self.deadline - time.monotonic())) + 0.5)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own session, started above: nothing else is in it
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return None
 

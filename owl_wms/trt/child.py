@@ -16,9 +16,13 @@ Usage (by `build.py` alone): python -c <bootstrap> JOB_DIRECTORY FD
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -29,6 +33,10 @@ from owl_wms.errors import FastPathError
 BROKEN_CONTEXT_EXIT = 70
 JOB_NAME = "job.json"
 DECODER_NAME = "decoder.pt"
+GO = b"g"
+"""What the parent writes to the child's standard input once the decoder is in the directory; closing it without means
+that there will be none.
+"""
 
 
 class PipeJournal:
@@ -65,20 +73,30 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
     import torch
 
     from owl_wms.trt import importer
+    from owl_wms.trt.attempts import BrokenContext
     from owl_wms.trt.load import register_operators
     from owl_wms.trt.spec import BuildSpec
-    from owl_wms.trt.worker import BrokenContext, Worker
+    from owl_wms.trt.worker import Worker
 
     try:
         spec = BuildSpec.from_json(job["spec"])
         journal.stage("import")
         device = torch.device(job["device"])
+        context = threading.Thread(target=_make_context, args=(device.index or 0,), daemon=True)
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            context.start()
         importer.require()
         register_operators()
+        # What was imported stays for good; collecting after every attempt need not look at it again and again.
+        gc.freeze()
+        gc.enable()
+        if device.type == "cuda":
+            context.join()
+            torch.cuda.set_device(device)
+        if sys.stdin.buffer.read(len(GO)) != GO:
+            return  # the parent gave up
         journal.stage("decoder")
-        decoder = torch.load(directory / DECODER_NAME, map_location="cpu", weights_only=False)
+        decoder = torch.load(directory / DECODER_NAME, map_location="cpu", weights_only=False, mmap=True)
         report = Worker(decoder, spec, journal, device).build(Path(job["out_dir"]))
         journal.send(event="done", report=report)
     except FastPathError as error:
@@ -88,6 +106,19 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
         os._exit(BROKEN_CONTEXT_EXIT)  # interpreter shutdown would touch the broken context again
     except Exception as error:
         journal.send(event="failed", stage="build", reason=f"{type(error).__name__}: {error}"[:600], remedy="")
+
+
+def _make_context(index: int) -> None:
+    """Make the device's context, which takes a second on a large machine, beside the imports, which take three.
+
+    Through the driver alone: torch would import things in this thread that the other one is just importing. Torch
+    finds the context there; whatever goes wrong here it says itself.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        if not driver.cuInit(0) and not driver.cuDeviceGet(ctypes.byref(device), index):
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def main(arguments: list[str]) -> int:

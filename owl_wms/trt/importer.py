@@ -40,8 +40,9 @@ _LOGGERS = (
     "torchao",
     "py.warnings",
 )
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
 _LOG = logging.getLogger(__name__)
+_elsewhere: list[FastPathError] = []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,13 +80,13 @@ def status() -> TensorRTStatus:
     """The answer to "can this process compile with TensorRT"; imports on the first call, remembered after it. Never
     raises.
     """
-    with _LOCK:
+    with LOCK:
         return _attempt()[0]
 
 
 def require() -> ModuleType:
     """`torch_tensorrt` itself. Raises FastPathError (stage "import") with reason and remedy when that fails."""
-    with _LOCK:
+    with LOCK:
         state, module = _attempt()
     if module is None:
         raise FastPathError("import", state.reason, state.remedy)
@@ -102,9 +103,22 @@ def submodule(name: str) -> Any:
 
 
 def forget() -> None:
-    """Drop the remembered answer; the next `status()` tries again (after an installation, or in a test)."""
-    with _LOCK:
+    """Drop the remembered answers; the next `status()` tries again (after an installation, or in a test)."""
+    with LOCK:
         _attempt.cache_clear()
+        _elsewhere.clear()
+
+
+def remember(failure: FastPathError) -> None:
+    """Note that a building process could not import it, so that the next build need not find out again."""
+    with LOCK:
+        _elsewhere[:] = [failure]
+
+
+def failed_elsewhere() -> FastPathError | None:
+    """What `remember` was told, as a new error; None when nothing was."""
+    with LOCK:
+        return FastPathError(_elsewhere[0].stage, _elsewhere[0].reason, _elsewhere[0].remedy) if _elsewhere else None
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 Why it exists: Torch-TensorRT's own cache key leaves out weights, operator arguments, GPU and TensorRT version, so two
 different decoders can get each other's engine. Here a field that is missing is a wrong picture; a field too many is a
-rebuild. The graph is that of the folded decoder, exported on the meta device (no weights, under a second), with all
+rebuild. The graph is that of the folded decoder, recorded on the meta device (no weights, milliseconds), with all
 arguments, shapes and dtypes; what the rewrites make of it is covered by the hash of our own sources.
 
 Usage:
@@ -16,29 +16,33 @@ import functools
 import hashlib
 import importlib
 import inspect
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from owl_wms import env
 from owl_wms.trt import plans
 from owl_wms.trt.calibration import calibration_digest
+from owl_wms.trt.digest import weights_digest
 from owl_wms.trt.export import export_decoder, graph_text
 from owl_wms.trt.importer import installed_flavour
+from owl_wms.trt.record import record
 from owl_wms.trt.shapes import meta_copy, module_dtype
 from owl_wms.trt.spec import EIGHT_BITS, BuildSpec
 from owl_wms.vae import fold_weight_norm
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised when a program of the same material would be read differently."""
 
 MACHINE_FIELDS = (
     "torch", "triton", "torch_tensorrt", "tensorrt", "cuda", "cudnn", "driver", "gpu", "compute_capability", "sm_count",
     "python",
 )  # fmt: skip
+_LOG = logging.getLogger(__name__)
 
 
 def key_material(decoder: nn.Module, spec: BuildSpec) -> dict[str, Any]:
@@ -74,28 +78,22 @@ def key_material(decoder: nn.Module, spec: BuildSpec) -> dict[str, Any]:
 
 
 def graph_of(decoder: nn.Module, spec: BuildSpec) -> str:
-    """Text of the folded decoder's exported graph at the static shape, with every argument; no weight is read."""
-    twin = fold_weight_norm(meta_copy(decoder)).eval().requires_grad_(False)
-    z = torch.empty(spec.input_shape, dtype=module_dtype(decoder), device="meta")
-    return graph_text(export_decoder(twin, z))
+    """Text of what the folded decoder does at the static shape, with every argument; no weight is read.
 
+    `record` has what torch.export's graph has, and more (see there), in milliseconds. What it cannot follow is exported
+    after all; the first line says which, so the two never meet.
 
-def weights_digest(decoder: nn.Module) -> str:
-    """SHA-256 over name, shape, dtype and bytes of every parameter, buffer and plain tensor attribute, by name."""
-    found: dict[str, Tensor] = {}
-    for name, child in decoder.named_modules():
-        own = [*child._parameters.items(), *child._buffers.items(), *vars(child).items()]
-        found.update({f"{name}.{key}": value for key, value in own if isinstance(value, Tensor)})
-    digest = hashlib.sha256()
-    for name, tensor in sorted(found.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
+    Raises:
+        FastPathError: stage "export" when neither can follow the forward.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # in a caller's inference mode other operators are recorded
+        twin = fold_weight_norm(meta_copy(decoder)).eval().requires_grad_(False)
+        z = torch.empty(spec.input_shape, dtype=module_dtype(decoder), device="meta")
+        try:
+            return f"recorded\n{record(twin, z)}"
+        except Exception as error:  # an operator without a meta form, or whatever the forward raises on the meta device
+            _LOG.debug("the forward of %s is exported for the key: %s", type(decoder).__name__, error)
+        return f"exported\n{graph_text(export_decoder(twin, z))}"
 
 
 @functools.cache

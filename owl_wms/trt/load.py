@@ -11,6 +11,7 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import warnings
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import importer
+from owl_wms.trt import engines, kernels
 
 
 class Program:
@@ -63,7 +64,6 @@ def load_program(data: bytes, device: torch.device | str) -> Program:
     Raises:
         FastPathError: stage "import" when Torch-TensorRT is missing, else "load".
     """
-    importer.require()  # registers the engine class and operator that the file refers to
     register_operators()
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -71,10 +71,8 @@ def load_program(data: bytes, device: torch.device | str) -> Program:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    return _load(data, device)
-            return _load(data, device)
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                return engines.reading(lambda: _load(data, device))  # engine class and operator are registered by it
     except FastPathError:
         raise
     except Exception as error:  # a damaged archive raises anything from KeyError to RuntimeError
@@ -84,7 +82,9 @@ def load_program(data: bytes, device: torch.device | str) -> Program:
 
 
 def _load(data: bytes, device: torch.device) -> Program:
-    exported = torch.export.load(io.BytesIO(data))
+    extra: dict[str, str] = {kernels.FILE: ""}  # an empty dict would be replaced, not filled
+    exported = torch.export.load(io.BytesIO(data), extra_files=extra)
+    kernels.adopt(extra)
     inputs = exported.graph_signature.user_inputs
     example = next(
         node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs
@@ -108,3 +108,14 @@ def register_operators() -> None:
             importlib.import_module(name)
         except Exception:  # a program that needs them says so itself when it is read
             continue
+
+
+def prepare() -> None:
+    """Import what reading a program takes, 1.5 s in a fresh process, so that it can happen while something else runs.
+
+    Not for a thread of its own: two threads that import parts of torch at once may meet each other's half-made modules.
+    """
+    register_operators()
+    engines.attached()
+    with contextlib.suppress(Exception):  # where torch keeps it elsewhere or it is broken, reading says so
+        importlib.import_module("torch.export.pt2_archive._package")

@@ -9,7 +9,7 @@ that load without any registration.
 
 Usage:
     program, partition = compile_exported(exported, z, spec.compile_settings("bf16"), kept=("blocks.0.conv",))
-    save_program(program, path, z)
+    save_program(program, path, z, {})
 """
 
 from __future__ import annotations
@@ -129,11 +129,14 @@ def compile_exported(
     return program, counted.partition(program)
 
 
-def save_program(program: torch.fx.GraphModule, path: Path, z: Tensor) -> None:
-    """Write `program` as an exported program to `path` (a name ending in `.pt2`), retraced at the shape of `z`."""
+def save_program(program: torch.fx.GraphModule, path: Path, z: Tensor, extra: dict[str, str]) -> None:
+    """Write `program` as an exported program to `path` (a name ending in `.pt2`), retraced at the shape of `z`, with
+    `extra` texts by name beside it in the same file.
+    """
     torch_tensorrt = importer.require()
+    form: dict[str, Any] = {"output_format": "exported_program", "retrace": True}
     with torch.no_grad():
-        torch_tensorrt.save(program, str(path), output_format="exported_program", arg_inputs=[z], retrace=True)
+        torch_tensorrt.save(program, str(path), extra_files=extra, arg_inputs=[z], **form)
 
 
 class _Counter:

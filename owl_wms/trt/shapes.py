@@ -12,10 +12,13 @@ Usage:
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from owl_wms.trt.meta import QuickShapes
 
 
 def copy_with(module: nn.Module, convert: Any) -> nn.Module:
@@ -46,6 +49,14 @@ def module_dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
 
 
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every parameter, buffer and plain tensor attribute of `module` and its submodules."""
+    for name, child in module.named_modules():
+        for key, value in (*child._parameters.items(), *child._buffers.items(), *vars(child).items()):
+            if isinstance(value, Tensor):
+                yield f"{name}.{key}", value
+
+
 def record_shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Input shape of every submodule that is called with one tensor, by dotted name, for a latent batch of
     `input_shape`.
@@ -60,7 +71,7 @@ def record_shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, 
 
     handles = [child.register_forward_pre_hook(note) for child in names]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), QuickShapes():
             twin(torch.empty(input_shape, dtype=module_dtype(module), device="meta"))
     finally:
         for handle in handles:

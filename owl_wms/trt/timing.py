@@ -24,15 +24,15 @@ def interleaved(
     z: Tensor,
     *,
     rounds: int = 15,
-    warmup: int = 3,
-    budget_seconds: float = 10.0,
+    warmup: int = 1,
+    budget_seconds: float = 3.0,
 ) -> dict[str, float]:
     """Median milliseconds a call of every candidate on `z`.
 
     Args:
         z: latents on the device; every candidate gets the same batch (weights, not latents, dominate memory traffic).
-        rounds: timed calls each, cut down (never below 3) so that all of them stay within `budget_seconds`.
-        warmup: untimed calls each.
+        rounds: timed calls each, cut down (never below 5) so that all of them stay within `budget_seconds`.
+        warmup: untimed calls each, >= 0; one suffices where every candidate has run before.
     """
     if not candidates:
         return {}
@@ -42,7 +42,7 @@ def interleaved(
             decode(z)
         first[name] = _one(decode, z)
     total = sum(first.values()) / 1e3
-    rounds = max(3, min(rounds, int(budget_seconds / max(total, 1e-6))))
+    rounds = max(5, min(rounds, int(budget_seconds / max(total, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, decode in candidates.items():

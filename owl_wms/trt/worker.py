@@ -1,4 +1,4 @@
-"""The work inside the child process: lower, compile, run, isolate, check, time, save, reload.
+"""The work inside the child process: lower, compile, run, isolate, check, time; `keep.py` saves what won.
 
 Why one file of its own: `child.py` deals with processes and messages, this with the program. Everything that may fail
 is reported through the `Journal` before it is tried, so that the parent knows what was going on when the process died.
@@ -9,48 +9,31 @@ Usage (inside the child, on the GPU):
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import importer, lower, plans
+from owl_wms.trt import attempts, importer, kernels, lower, plans
 from owl_wms.trt.candidate import Candidate
 from owl_wms.trt.cuda_graph import GraphedProgram
 from owl_wms.trt.export import export_decoder
 from owl_wms.trt.isolate import smallest_kept
-from owl_wms.trt.load import load_program
+from owl_wms.trt.journal import Journal
+from owl_wms.trt.keep import keep
 from owl_wms.trt.parity import PSNR_GATE_DB, Reference, latents
-from owl_wms.trt.shapes import record_shapes
+from owl_wms.trt.probe import Prober, like_units
 from owl_wms.trt.spec import BuildSpec, dtype_of
 from owl_wms.trt.timing import interleaved
 
-PROGRAM_NAME = "program.pt2"
 # A graph costs memory and a copy of the output; it is recommended where it saves at least this share of the time.
 GRAPH_GAIN = 0.03
-PROBE_SECONDS = 25.0
 # Once a plan is usable, no further one is begun after this share of the time: a late build must not cost the program
 # that exists.
 ENOUGH_SHARE = 0.5
-
-
-class Journal(Protocol):
-    """Where the worker says what it does; the parent reads it."""
-
-    def stage(self, name: str, **details: Any) -> None:
-        """A stage begins."""
-
-    def attempt(self, key: str) -> str | None:
-        """An attempt that may kill the process begins; returns the outcome if an earlier process already made it."""
-
-    def outcome(self, key: str, reason: str) -> None:
-        """The attempt ended; "" when it worked."""
 
 
 class Worker:
@@ -60,7 +43,7 @@ class Worker:
         self.spec = spec
         self.journal = journal
         self.device = torch.device(device)
-        self.probed: dict[str, str] = {}
+        self.prober = Prober(spec, journal, self.device)
         self.enough = time.monotonic() + ENOUGH_SHARE * spec.timeout_seconds
         self.folded = folded.to(self.device).eval().requires_grad_(False)
 
@@ -92,8 +75,8 @@ class Worker:
         for candidate in everything:
             if candidate is not best:
                 candidate.program = None
-        self.release()
-        report = {**best.to_json(), **self.save(best, out_dir)}
+        attempts.release()
+        report = {**best.to_json(), **keep(best, out_dir, self.spec, self.journal, self.device)}
         graph_ms, plain_ms = best.graph_latency_ms, best.latency_ms
         report.update(
             {
@@ -140,7 +123,7 @@ class Worker:
                 candidate.reason = "" if candidate.parity["passed"] else f"parity: {candidate.parity['reason']}"
             if candidate.reason:
                 candidate.program = None
-                self.release()
+                attempts.release()
             found.append(candidate)
         z = reference.inputs[min(1, len(reference.inputs) - 1)]
         del reference
@@ -174,30 +157,33 @@ class Worker:
             module, candidate.rewrites = plan.lower(self.folded, self.spec, precision)
             z = latents(self.spec.input_shape, 1.0, dtype_of(precision), self.device, self.spec.seed)
             exported = export_decoder(module, z)
+            ours = kernels.calls_ours(exported)
         except Exception as error:
-            candidate.reason = _reason(error)
+            candidate.reason = attempts.reason_of(error)
             return candidate
         settings = {**self.spec.compile_settings(precision), **plan.settings}
 
         def works(kept: frozenset[str]) -> str:
             key = f"build|{plan.name}|{precision}|{','.join(sorted(kept))}"
             built.clear()
-            self.release()
+            attempts.release()
             known = self.journal.attempt(key)
             if known:
                 return known
             try:
                 self.journal.stage("compile", plan=plan.name, precision=precision, kept=len(kept))
+                if ours and not kept:
+                    kernels.compile_ahead(module, z)
                 program, partition = lower.compile_exported(
                     exported, z, settings, kept=sorted(kept), progress=self._progress(plan.name)
                 )
                 self.journal.stage("first run", plan=plan.name, precision=precision)
-                self._run(program, z)
+                attempts.run(program, z)
                 built[kept] = (program, partition)
                 reason = ""
             except Exception as error:
-                reason = _reason(error)
-                self.check_context()
+                reason = attempts.reason_of(error)
+                attempts.check_context(self.device)
             self.journal.outcome(key, reason)
             return reason
 
@@ -206,7 +192,7 @@ class Worker:
         if failure and plan.isolates and self.spec.isolation_tries:
             candidate.kept_reason = failure
             groups = like_units(module, exported)
-            candidate.probes = self.probe(plan, module, groups, precision, settings)
+            candidate.probes = self.prober.probe(module, groups, precision, settings)
             self.journal.stage("isolation", plan=plan.name, precision=precision, suspects=len(candidate.probes))
             candidate.isolation = smallest_kept(
                 groups,
@@ -226,100 +212,6 @@ class Worker:
         candidate.build_seconds = time.monotonic() - begin
         return candidate
 
-    def probe(
-        self, plan: plans.Plan, module: nn.Module, groups: list[list[str]], precision: str, settings: dict[str, Any]
-    ) -> dict[str, str]:
-        """Build one leaf module of each group alone; `{module path: reason}` for all modules of failing groups."""
-        shapes = record_shapes(module, self.spec.input_shape)
-        children = dict(module.named_modules())
-        failing: dict[str, str] = {}
-        deadline = time.monotonic() + PROBE_SECONDS
-        for group in groups:
-            leaves = [path for path in group if path in shapes and next(children[path].children(), None) is None]
-            if not leaves:
-                continue
-            leaf, shape = children[leaves[0]], shapes[leaves[0]]
-            # Keyed by what is probed: another plan's module of the same kind and shape has the same answer.
-            key = f"probe|{precision}|{shape}|{_kind(leaf, [])}"
-            if key not in self.probed and time.monotonic() > deadline:
-                continue
-            reason = self.probed.get(key)
-            if reason is None:
-                reason = self.journal.attempt(key)
-            if reason is None:
-                reason = self._probe_one(leaf, shape, precision, settings)
-                self.journal.outcome(key, reason)
-            self.probed[key] = reason
-            if reason:
-                failing.update(dict.fromkeys(group, reason))
-        return failing
-
-    def _probe_one(self, leaf: nn.Module, shape: tuple[int, ...], precision: str, settings: dict[str, Any]) -> str:
-        try:
-            x = latents(shape, 1.0, dtype_of(precision), self.device, self.spec.seed)
-            exported = export_decoder(nn.Sequential(leaf), x)
-            program, _ = lower.compile_exported(exported, x, {**settings, "min_block_size": 1})
-            self._run(program, x)
-        except Exception as error:
-            self.check_context()
-            return _reason(error)
-        return ""
-
-    def save(self, best: Candidate, out_dir: Path) -> dict[str, Any]:
-        """Write, reload from bytes and compare; the numbers for the report. Raises FastPathError "save", "load" or
-        "parity".
-        """
-        z = latents(self.spec.input_shape, 1.0, dtype_of(best.precision), self.device, self.spec.seed)
-        wanted = self._run(best.program, z)
-        path = out_dir / PROGRAM_NAME
-        self.journal.stage("save", plan=best.plan)
-        begin = time.monotonic()
-        try:
-            lower.save_program(best.program, path, z)
-        except Exception as error:
-            raise FastPathError("save", _reason(error), "report this with the decoder's configuration") from error
-        save_seconds = time.monotonic() - begin
-        best.program = None
-        self.release()
-        self.journal.stage("reload", plan=best.plan)
-        begin = time.monotonic()
-        loaded = load_program(path.read_bytes(), self.device)
-        load_seconds = time.monotonic() - begin
-        equal = torch.equal(self._run(loaded, z), wanted)
-        if not equal:
-            raise FastPathError("parity", "the reloaded program does not repeat the built one bit for bit", "rebuild")
-        return {
-            "save_seconds": round(save_seconds, 3),
-            "load_seconds": round(load_seconds, 3),
-            "program_bytes": path.stat().st_size,
-            "reload_bit_equal": equal,
-            "output_sha256": output_digest(wanted),
-            "output_shape": list(wanted.shape),
-            "output_dtype": str(wanted.dtype).removeprefix("torch."),
-        }
-
-    def _run(self, program: Any, z: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            x = program(z)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return x
-
-    def check_context(self) -> None:
-        """After a failure: a CUDA context with a sticky error fails everything from now on, so the process must end."""
-        if self.device.type != "cuda":
-            return
-        try:
-            torch.cuda.synchronize(self.device)
-            torch.zeros(1, device=self.device).add_(1).item()
-        except Exception as error:
-            raise BrokenContext(_reason(error)) from error
-
-    def release(self) -> None:
-        """Give freed engines and activations back to the GPU, so that the next build finds the memory."""
-        gc.collect()
-        torch.cuda.empty_cache()
-
     def _progress(self, plan: str) -> lower.Progress:
         last = [0.0]
 
@@ -330,35 +222,3 @@ class Worker:
                 self.journal.stage("tensorrt", plan=plan, phase=phase, step=step, steps=steps)
 
         return tell
-
-
-class BrokenContext(BaseException):
-    """The CUDA context is unusable; not an Exception, so that no attempt mistakes it for its own failure."""
-
-
-def like_units(module: nn.Module, exported: ExportedProgram) -> list[list[str]]:
-    """Module paths that call operators, grouped by what they are: a leaf's type, configuration and tensor shapes, else
-    the operators.
-    """
-    groups: dict[str, list[str]] = {}
-    children = dict(module.named_modules())
-    for path, operators in lower.operators_by_module(exported).items():
-        groups.setdefault(_kind(children.get(path), operators), []).append(path)
-    return list(groups.values())
-
-
-def _kind(child: nn.Module | None, operators: list[str]) -> str:
-    if child is None or next(child.children(), None) is not None:
-        return f"{type(child).__name__} {sorted(set(operators))}"
-    tensors = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
-    return f"{type(child).__name__} {child.extra_repr()} {[(key, tuple(t.shape)) for key, t in tensors]}"
-
-
-def output_digest(x: torch.Tensor) -> str:
-    """SHA-256 of an output's bytes, by which another process can tell that it computes the same."""
-    return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' | '.join(lines[:3])}"[:600] if lines else type(error).__name__

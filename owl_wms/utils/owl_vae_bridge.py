@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
             return False
         from owl_wms import trt
 
-        return trt.status().available
+        return trt.run_status().available
     if name == "TENSORRT_CACHE_DIR":
         return TensorRTConfig.resolve().cache_directory()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,11 +44,21 @@ def _parametrization(conv: nn.Module) -> Any:
     return cast(Any, conv).parametrizations.weight
 
 
+class _Bare1d(nn.Conv1d):
+    def reset_parameters(self) -> None:
+        """Nothing: weights follow, and drawing random ones on the meta device would import sympy (half a second)."""
+
+
+class _Bare2d(nn.Conv2d):
+    def reset_parameters(self) -> None:
+        """Nothing, as above."""
+
+
 @torch.no_grad()
 def _plain(conv: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
-    cls = nn.Conv1d if isinstance(conv, nn.Conv1d) else nn.Conv2d
+    bare = _Bare1d if isinstance(conv, nn.Conv1d) else _Bare2d
     with torch.device("meta"):
-        plain = cls(
+        plain = bare(
             conv.in_channels,
             conv.out_channels,
             conv.kernel_size,  # type: ignore[arg-type]
@@ -59,6 +69,7 @@ def _plain(conv: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
         )
+    plain.__class__ = bare.__base__  # type: ignore[assignment]
     weights = _parametrization(conv)
     gain, direction = weights.original0, weights.original1
     plain.weight = _parameter(weight_norm_product(gain, direction), direction.requires_grad)
@@ -69,6 +80,8 @@ def _plain(conv: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
 
 def weight_norm_product(gain: Tensor, direction: Tensor) -> Tensor:
     """`g * v / ||v||`, norm over all dimensions but 0, computed in at least float32, in the dtype of `direction`."""
+    if direction.is_meta:  # a shape is all there is, and torch's rule for it imports torch._dynamo (a second)
+        return torch.empty(direction.shape, dtype=direction.dtype, device="meta")
     wide = torch.promote_types(direction.dtype, torch.float32)
     return torch._weight_norm(direction.to(wide), gain.to(wide), 0).to(direction.dtype)
 

@@ -57,6 +57,7 @@ def test_broken_probes_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(torch.backends.cudnn, "version", broken)
     monkeypatch.setattr(env.metadata, "version", broken)
     monkeypatch.setattr(env, "_DRIVER_FILE", tmp_path / "absent")
+    monkeypatch.setattr(env, "_NVML", "libabsent.so")
     monkeypatch.setattr(env.shutil, "which", lambda name: None)
     described = env.describe_machine()
     assert set(described) == KEYS
@@ -81,12 +82,29 @@ def test_driver_from_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, l
 
 def test_driver_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(env, "_DRIVER_FILE", tmp_path / "absent")
+    monkeypatch.setattr(env, "_NVML", "libabsent.so")
     monkeypatch.setattr(env.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(env.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="575.1.2\n575.1.2\n"))
     assert env.driver_version() == "575.1.2"
     env._driver_version.cache_clear()
     monkeypatch.setattr(env.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=""))
     assert env.driver_version() == "unknown: nvidia-smi printed no driver version"
+
+
+@pytest.mark.parametrize(("start", "status", "version"), [(0, 0, "580.82.07"), (9, 0, ""), (0, 3, "")])
+def test_driver_from_nvml(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, start: int, status: int, version: str
+) -> None:
+    def answer(text: Any, size: int) -> int:
+        text.value = b"580.82.07"
+        return status
+
+    nvml = SimpleNamespace(nvmlInit_v2=lambda: start, nvmlSystemGetDriverVersion=answer, nvmlShutdown=lambda: 0)
+    monkeypatch.setattr(env, "_DRIVER_FILE", tmp_path / "absent")
+    monkeypatch.setattr(env.ctypes, "CDLL", lambda name: nvml)
+    monkeypatch.setattr(env.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(env.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="575.1.2\n"))
+    assert env.driver_version() == (version or "575.1.2"), "nvidia-smi is asked when NVML cannot be"
 
 
 def test_reading(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from owl_wms.errors import FastPathError, OwlError
 from owl_wms.runtime import ProgramRequest, VideoDecode
+from owl_wms.runtime.turns import tracing
 from owl_wms.settings import TensorRTConfig
 from tests.faults.conftest import Fault, SmallDecoder
 from tests.faults.tools import FORK, wait_ok
@@ -45,7 +46,8 @@ class PlainToolchain:
         self, decoder: torch.nn.Module, request: ProgramRequest, folder: Path, progress: Any
     ) -> Mapping[str, Any]:
         self.builds += 1
-        torch.export.save(torch.export.export(decoder, (torch.zeros(request.shape),)), folder / "program.pt2")
+        with tracing():  # it exports in this process
+            torch.export.save(torch.export.export(decoder, (torch.zeros(request.shape),)), folder / "program.pt2")
         return {"precision": "fp32", "plan": "plain"}
 
     def load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from owl_wms.runtime import ProgramRequest
+from owl_wms.runtime.turns import tracing
 from owl_wms.settings import TensorRTConfig
 
 
@@ -88,8 +89,9 @@ class ExportToolchain:
             self.builds += 1
         self._step("build")
         dtype = next(decoder.parameters()).dtype
-        exported = torch.export.export(decoder, (torch.zeros(request.shape, dtype=dtype),))
-        torch.export.save(exported, folder / "program.pt2")
+        with tracing():  # it exports in this process
+            exported = torch.export.export(decoder, (torch.zeros(request.shape, dtype=dtype),))
+            torch.export.save(exported, folder / "program.pt2")
         return {"plan": "export", "precision": self.precision, "dtype": str(dtype)}
 
     def load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Any:

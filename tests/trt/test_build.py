@@ -4,7 +4,12 @@ faults injected.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +17,18 @@ import torch
 from torch import nn
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import build, plans
+from owl_wms.trt import build, importer, plans
 from owl_wms.trt.build import BOOTSTRAP, Session, build_program, explain_exit, folded_copy
 from owl_wms.trt.child import DECODER_NAME
 from owl_wms.trt.spec import BuildSpec
 from tests.trt import build_child, decoders
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    yield
+    importer.forget()  # a child that cannot import is remembered, and one test here has such a child
+
 
 STAND_IN = BOOTSTRAP.replace("owl_wms.trt.child", "tests.trt.build_child")
 
@@ -124,6 +136,84 @@ def test_a_child_that_hangs_is_stopped(tmp_path: Path) -> None:
     with pytest.raises(FastPathError, match="did not finish"):
         run(tmp_path, "square", bootstrap="import time; time.sleep(60)", seconds=1.0)
     assert time.monotonic() - begin < 10
+
+
+# Says that it runs, waits for its decoder as the real child does, and says what it found.
+WAITING = """
+import json, os, sys, pathlib
+fd, folder = int(sys.argv[3]), pathlib.Path(sys.argv[2])
+say = lambda **message: os.write(fd, (json.dumps(message) + chr(10)).encode())
+(folder / "running").write_text(str(os.getpid()))
+go = sys.stdin.buffer.read(1)
+say(event="stage", stage="decoder", elapsed=0)
+tries = len(json.load(open(folder / "job.json"))["known"])
+if tries < 1:
+    say(event="attempt", key="build|0"); os._exit(9)
+say(event="done", report={"decoder": (folder / "decoder.pt").read_text(), "go": go.decode()})
+"""
+
+
+def waiting(tmp_path: Path, **parts: object) -> Session:
+    spec = BuildSpec(input_shape=(1, 3, 2, 2))
+    deadline = time.monotonic() + 60
+    return Session(directory=tmp_path, spec=spec, out_dir=tmp_path, deadline=deadline, bootstrap=WAITING, **parts)  # type: ignore[arg-type]
+
+
+def until(path: Path) -> str:
+    deadline = time.monotonic() + 30
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < deadline, f"no {path.name}"
+        time.sleep(0.01)
+    return path.read_text()
+
+
+def test_the_decoder_is_written_while_the_child_starts_and_only_once(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def hand_over() -> None:
+        until(tmp_path / "running")  # would wait for ever if the child were started afterwards
+        (tmp_path / DECODER_NAME).write_text("weights")
+        done.append("handed over")
+
+    session = waiting(tmp_path, hand_over=hand_over, meanwhile=lambda: done.append("meanwhile"))
+    assert session.run() == {"decoder": "weights", "go": "g"}
+    assert session.restarts == 1
+    assert done == ["handed over", "meanwhile"], "once, whatever became of the first child"
+
+
+def test_what_fails_meanwhile_does_not_fail_the_build(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / DECODER_NAME).write_text("weights")
+    session = waiting(tmp_path, meanwhile=lambda: 1 / 0)
+    assert session.run()["decoder"] == "weights"
+    assert "beside the build" in caplog.text
+
+
+def test_a_decoder_that_cannot_be_handed_over_ends_the_child_too(tmp_path: Path) -> None:
+    child: list[int] = []
+
+    def hand_over() -> None:
+        child.append(int(until(tmp_path / "running")))
+        raise FastPathError("export", "cannot be pickled", "")
+
+    with pytest.raises(FastPathError, match="cannot be pickled"):
+        waiting(tmp_path, hand_over=hand_over).run()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child[0], 0)
+
+
+def test_the_real_child_builds_nothing_when_its_parent_is_gone(tmp_path: Path) -> None:
+    """The stand-in's child, whose standard input ends before the parent said that the decoder is there."""
+    spec = BuildSpec(input_shape=(1, 3, 2, 2))
+    job = {"spec": spec.to_json(), "device": "cpu", "out_dir": str(tmp_path), "known": {}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    read_fd, write_fd = os.pipe()
+    command = [sys.executable, "-c", STAND_IN, json.dumps(sys.path), str(tmp_path), str(write_fd)]
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, pass_fds=(write_fd,), timeout=120, capture_output=True)
+    os.close(write_fd)
+    said = [json.loads(line) for line in os.read(read_fd, 65536).splitlines()]
+    os.close(read_fd)
+    assert process.returncode == 0, process.stderr[-500:]
+    assert [message["stage"] for message in said] == ["import"]
 
 
 def test_without_a_driver_the_real_child_says_so(tmp_path: Path) -> None:

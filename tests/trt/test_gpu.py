@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from owl_wms import trt
+from owl_wms.trt.keep import output_digest
 from owl_wms.trt.parity import latents
-from owl_wms.trt.worker import output_digest
 from tests.trt import decoders
 
 pytestmark = pytest.mark.gpu
@@ -63,3 +65,35 @@ def test_jit_form_compiles_and_agrees() -> None:
     assert compiled.reason == ""
     assert got.dtype == wanted.dtype
     assert torch.allclose(got, wanted, atol=0.05)
+
+
+# A second start: a new process, the library alone, the machine code that came with the program.
+SECOND = """
+import sys, torch
+import subprocess
+import sys
+from pathlib import Path
+from owl_wms import trt
+from owl_wms.ops import nvrtc
+from owl_wms.trt.keep import output_digest
+from owl_wms.trt.parity import latents
+def compiled(kernel, architecture): raise AssertionError(f"{kernel} was compiled again")
+nvrtc._compile = compiled
+assert trt.run_status().available
+program = trt.load_program(Path(sys.argv[1]).read_bytes(), "cuda:0")
+x = program(latents(tuple(map(int, sys.argv[2].split(","))), 1.0, program.input_dtype, "cuda:0", 0))
+torch.cuda.synchronize()
+print(output_digest(x), "torch_tensorrt" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("family", "plan"), [("tiled", "tensorrt"), ("tiled", "tensorrt+ops"), ("sana", "tensorrt")])
+def test_second_start_reads_with_the_library_alone_and_compiles_nothing(family: str, plan: str, tmp_path: Path) -> None:
+    decoder, shape = decoders.make(family)
+    spec = trt.BuildSpec(input_shape=shape, precision="bf16", plans=(plan,), timeout_seconds=100)
+    report = trt.build_program(decoder, spec, tmp_path)
+    assert (report["kernel_bytes"] > 0) is (plan == "tensorrt+ops")
+    command = [sys.executable, "-c", SECOND, str(tmp_path / "program.pt2"), ",".join(map(str, shape))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [report["output_sha256"], "False"]

@@ -1,0 +1,73 @@
+"""What threads of one process may do at the same time while they obtain programs, and what not.
+
+Three rules, from the outside in; a thread that holds one asks only for those after it, so nobody waits in a circle:
+
+    one_of(key)    one thread a key: who asks for the program that another thread is building waits and finds it
+    building()     one build a process: two at once would time their candidates on a GPU that the other one uses
+    tracing()      one trace, load or import a process: torch.export keeps process-wide state (2.11: a second load at
+                   the same time fails with "_CURRENT_DESERIALIZER is already set"), and a build that failed for that
+                   would be remembered. It also keeps imports of torch's parts apart, which meet half-made otherwise.
+
+A build runs in a process of its own and holds no `tracing()`, so a key or a cached program of another shape does not
+wait for it.
+
+Usage:
+    with tracing():
+        key = ...
+    with one_of(key):
+        with building():
+            ...
+        with tracing():
+            ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+
+_tracing = threading.RLock()
+_building = threading.Lock()
+_guard = threading.Lock()
+_keys: weakref.WeakValueDictionary[tuple[str, ...], _Turn] = weakref.WeakValueDictionary()
+
+
+class _Turn:
+    """The lock of one key, kept while somebody holds it or waits for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Inside the block no other thread traces, loads or imports for a program; may be entered again by its thread."""
+    with _tracing:
+        yield
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """Inside the block no other thread builds."""
+    with _building:
+        yield
+
+
+@contextlib.contextmanager
+def one_of(key: tuple[str, ...]) -> Iterator[None]:
+    """Inside the block no other thread finds or builds the program of `key`."""
+    with _guard:
+        turn = _keys.get(key)
+        if turn is None:
+            turn = _keys[key] = _Turn()
+    with turn.lock:
+        yield
+
+
+def renew() -> None:
+    """For a forked child: locks that another thread of the parent held would stay locked for ever."""
+    global _tracing, _building, _guard, _keys
+    _tracing, _building, _guard = threading.RLock(), threading.Lock(), threading.Lock()
+    _keys = weakref.WeakValueDictionary()

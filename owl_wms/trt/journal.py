@@ -1,0 +1,24 @@
+"""What a building process says while it works, so that its parent knows what was going on when it died.
+
+Usage:
+    journal.stage("compile", plan="tensorrt")
+    known = journal.attempt("build|tensorrt|bf16|")      # then, unless known:
+    journal.outcome("build|tensorrt|bf16|", "")
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Journal(Protocol):
+    """Where the worker says what it does; the parent reads it."""
+
+    def stage(self, name: str, **details: Any) -> None:
+        """A stage begins."""
+
+    def attempt(self, key: str) -> str | None:
+        """An attempt that may kill the process begins; returns the outcome if an earlier process already made it."""
+
+    def outcome(self, key: str, reason: str) -> None:
+        """The attempt ended; "" when it worked."""
