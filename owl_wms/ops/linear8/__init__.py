@@ -29,7 +29,7 @@ ALIGNMENT = 16
 def tile_of(depth: int, channels: int, adds: bool) -> int:
     """Index into `kernel.TILES` of the tile that measured best (docs/log.md) for a product of that depth and width."""
     if channels <= 64:
-        return 6
+        return 9
     if channels <= 128 or adds or depth <= 256:
         return 1
     return 0
