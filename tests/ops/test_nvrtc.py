@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from owl_wms.ops import conv_out, grouped_conv, resize, up_residual
+from owl_wms.ops import conv_out, enlarging, grouped_conv, resize, up_residual
 from owl_wms.ops.nvrtc import Kernel, KernelError, _nvrtc, compile_kernel
 from owl_wms.ops.stage_tail import plan_of
 
@@ -22,7 +22,8 @@ def variants() -> list[Kernel]:
         for channels, shortcut in ((16, 32), (32, 0), (96, 192), (192, 384)):
             plan = plan_of(channels, shortcut)
             assert plan is not None
-            found += [plan.projection(dtype)] + ([] if plan.whole else [plan.branch(dtype)])
+            found += [plan.projection(dtype)]
+        found += [enlarging.kernel_of(dtype, 384, codes) for codes in (None, torch.int8, torch.float8_e4m3fn)]
         found += [conv_out.kernel_of(dtype, pad=pad, blocks=8, silu=silu) for pad in (4, 8) for silu in (False, True)]
     found += [resize.kernel_of(dtype, pad=4) for dtype in (torch.bfloat16, torch.float16, torch.uint8)]
     return found

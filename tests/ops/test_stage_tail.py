@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops import grouped_conv, stage, stage_tail
+from owl_wms.ops.enlarging import rows_of_band
 from owl_wms.ops.stage_tail import plan_of
-from owl_wms.ops.stage_tail.plan import SHARED_LIMIT, padded, rows_of_band
+from owl_wms.ops.stage_tail.plan import SHARED_LIMIT, padded
 from tests.ops.test_gpu import DTYPES, LIMIT, close, poison
 from tests.ops.test_references import arguments
 

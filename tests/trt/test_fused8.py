@@ -13,7 +13,7 @@ from torch import nn
 
 from owl_wms.errors import FastPathError
 from owl_wms.ops.codes import FORMATS
-from owl_wms.trt import BuildSpec, key_material, plans
+from owl_wms.trt import BuildSpec, fused8, key_material, plans
 from owl_wms.trt.calibration import MOST, SEEDED, calibration_digest, calibration_latents
 from owl_wms.trt.fused import FusedStage
 from owl_wms.trt.fused8 import FusedStage8, fuse8, reaches, supports8
@@ -22,6 +22,11 @@ from owl_wms.vae.blocks import ResBlock
 from tests.ops.decoders import dcae, distill
 
 SHAPE = (2, 16, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def _small_is_wide_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused8, "LEAST_CHANNELS", 64)
 
 
 def wide(**changes: object) -> nn.Module:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from owl_wms.ops import enlarging
 from owl_wms.ops.codes import DEFINES
 from owl_wms.ops.grouped_conv.reference import GROUP, enlarge, pack, reference, unpack
 from owl_wms.ops.nvrtc import Kernel
 from owl_wms.ops.register import define, has_kernel
 
-__all__ = ["enlarge", "grid_of", "grouped_conv", "kernel_of", "launch", "pack", "reference", "unpack"]
+__all__ = ["aligned", "enlarge", "grid_of", "grouped_conv", "kernel_of", "launch", "pack", "reference", "unpack"]
 
 STRIP = 32
 CHANNELS_PER_BLOCK = 64
@@ -50,8 +51,10 @@ def launch(
     """The kernel on a 16-bit CUDA tensor; `codes` makes the result 8-bit (see grouped_conv8), and then wants `gain`."""
     _check(x, weight, bias)
     # A module cast as a whole hands over a 16-bit bias; the kernel reads fp32.
-    x, bias = x.contiguous(), bias.float()
+    x, bias = aligned(x), bias.float()
     batch, height, width, channels = x.shape
+    if up2 and enlarging.suits(x):
+        return enlarging.launch(x, aligned(weight), bias.contiguous(), codes, gain)
     if up2:
         height, width = 2 * height, 2 * width
     out = x.new_empty(batch, height, width, channels, dtype=codes or x.dtype)
@@ -63,6 +66,12 @@ def launch(
         arguments=(out, x, weight, bias, gain, height, width, channels, rows),
     )
     return out
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, contiguous and at an address that sixteen-byte copies can start from."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:

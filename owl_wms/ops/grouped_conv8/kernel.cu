@@ -8,7 +8,8 @@
 // that an integer sum read as a float is that number plus the sum, without a conversion; |sum| <= 144 * 127^2 < 2^22.
 // FP8: sm_90 has no such product, so codes become float16 (exact) and the taps are float16. A register of a fragment
 // holds four neighbouring channels; which of the sixteen is called k = 0 is free, so the packed taps follow that order.
-#ifdef INT8
+#if defined(INT8) && !defined(HALF)
+#define INTEGER
 typedef int Sum;
 #define TAP_REGISTERS 18
 #define ZERO 0x4b400000
@@ -39,7 +40,7 @@ DEVICE void load_taps(Warp& w, const u32* packed, int group, int lane) {
         asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(w.taps[r]) : "l"(packed + ((i64)group * TAP_REGISTERS + r) * 32 + lane));
 }
 
-#ifdef INT8
+#ifdef INTEGER
 DEVICE void mma_k32(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
@@ -69,11 +70,21 @@ DEVICE void add_row(Warp& w, u32 row, int group, int lane) {
     }
 }
 #else
+#ifdef INT8
+// 1024 + u is the float16 with the bits 0x6400 + u; u is the code plus 128.
+DEVICE void floats(u32& low, u32& high, u32 codes) {
+    codes ^= 0x80808080u;
+    low = __byte_perm(codes, 0x64646464u, 0x4140), high = __byte_perm(codes, 0x64646464u, 0x4342);
+    asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(low) : "r"(0x64806480u));
+    asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(high) : "r"(0x64806480u));
+}
+#else
 DEVICE void floats(u32& low, u32& high, u32 codes) {
     asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
         : "=r"(low), "=r"(high)
         : "r"(codes));
 }
+#endif
 DEVICE void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

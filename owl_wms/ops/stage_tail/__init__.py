@@ -16,15 +16,14 @@ Usage:
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from owl_wms.ops.grouped_conv import grouped_conv
-from owl_wms.ops.nvrtc import Kernel
+from owl_wms.ops import enlarging
+from owl_wms.ops.enlarging import STRIP, is_hopper, processors, rows_of_band
+from owl_wms.ops.grouped_conv import aligned, grouped_conv
 from owl_wms.ops.register import define, has_kernel
-from owl_wms.ops.stage_tail.plan import BRANCH_WARPS, STRIP, Plan, blocks_at_once, plan_of, rows_of_band
+from owl_wms.ops.stage_tail.plan import Plan, blocks_at_once, plan_of
 from owl_wms.ops.stage_tail.reference import reference
 from owl_wms.ops.up_residual import up_residual
 
@@ -48,19 +47,9 @@ def pays(low: Tensor, shortcut: Tensor | None) -> bool:
 
 
 def _plan(low: Tensor, shortcut: Tensor | None) -> Plan | None:
-    if not has_kernel(low) or not _is_hopper(low.device.index):
+    if not has_kernel(low) or not is_hopper(low.device):
         return None
     return plan_of(low.shape[-1], 0 if shortcut is None else shortcut.shape[-1])
-
-
-@functools.cache
-def _is_hopper(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) == (9, 0)
-
-
-@functools.cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _run(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor) -> Tensor:
@@ -75,37 +64,26 @@ def run_plan(
     plan: Plan, low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor
 ) -> Tensor:
     """The kernels of one plan, on a GPU of compute capability 9.0; arguments as for the op, already checked."""
-    low, hidden, w2, w3 = _ready(low), _ready(hidden), _ready(w2), _ready(w3)
-    shortcut = None if shortcut is None else _ready(shortcut)
+    low, hidden, w2, w3 = aligned(low), aligned(hidden), aligned(w2), aligned(w3)
+    shortcut = None if shortcut is None else aligned(shortcut)
     # A module cast as a whole hands over a 16-bit bias; the kernel reads fp32.
     bias = b2.float().contiguous()
     batch, height, width, channels = low.shape
     out = low.new_empty(batch, 2 * height, 2 * width, channels)
     if not out.numel():
         return out
-    strips, processors = batch * -(-2 * width // STRIP), _processors(low.device.index)
-
-    def launch(kernel: Kernel, threads: int, parts: int, target: Tensor, source: Tensor) -> None:
-        rows = rows_of_band(height, strips * parts, blocks_at_once(kernel.shared_bytes, threads, processors))
-        kernel.launch(
-            low.device,
-            grid=strips * parts * -(-height // rows),
-            block=threads,
-            arguments=(target, source, w2, bias, low, shortcut, w3, height, width, rows),
-        )
-
     if not plan.whole:
-        branch = hidden.new_empty(batch, 2 * height, 2 * width, 2 * channels)
-        launch(plan.branch(low.dtype), 32 * BRANCH_WARPS, -(-2 * channels // (16 * BRANCH_WARPS)), branch, hidden)
-        hidden = branch
-    launch(plan.projection(low.dtype), plan.threads, channels // plan.columns, out, hidden)
+        hidden = enlarging.launch(hidden, w2, bias, None, None)
+    kernel, strips, parts = plan.projection(low.dtype), batch * -(-2 * width // STRIP), channels // plan.columns
+    at_once = blocks_at_once(kernel.shared_bytes, plan.threads, processors(low.device))
+    rows = rows_of_band(height, strips * parts, at_once)
+    kernel.launch(
+        low.device,
+        grid=strips * parts * -(-height // rows),
+        block=plan.threads,
+        arguments=(out, hidden, w2, bias, low, shortcut, w3, height, width, rows),
+    )
     return out
-
-
-def _ready(x: Tensor) -> Tensor:
-    """Contiguous, and at an address that sixteen-byte copies can start from."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _check(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor) -> None:

@@ -89,8 +89,8 @@ DEVICE void clear_outside(u32 pixels, int x, int y, int height, int width, int l
 }
 
 // `packed` holds the taps as grouped_conv packs them. The sink gets, for every low row: begin(), then for row r and tile j of
-// 16 columns put(r, j, h): this lane's eight results as pairs, h[2 n + m] the channels 4 t + 2 n, + 1 of column 16 j + 8 m + g
-// (lane 4 g + t); then end(valid). The first pair of rows of a strip only begins sums: it ends with valid false.
+// 16 columns put(r, j, sum): this lane's eight sums before LeakyReLU, sum[n][2 m + e] channel 4 t + 2 n + e of column
+// 16 j + 8 m + g (lane 4 g + t); then end(valid). The first pair of rows of a strip only begins sums: it ends with valid false.
 template <class Sink>
 DEVICE void run_branch(const Strip& s, const u16* hidden, const uint4* packed, const float* bias, int height, int width, int channels,
                        int group, u32 memory, int lane, Sink& sink) {
@@ -191,24 +191,18 @@ DEVICE void run_branch(const Strip& s, const u16* hidden, const uint4* packed, c
                 mma(sum[0], a, taps[tap][0], taps[tap][1]);
                 mma(sum[1], a, taps[tap][2], taps[tap][3]);
             };
-            auto finish = [&](float(&sum)[2][4], int r) {
-                u32 h[4];
-#pragma unroll
-                for (int k = 0; k < 4; ++k) h[k] = leaky2(pack(sum[k >> 1][(k & 1) * 2], sum[k >> 1][(k & 1) * 2 + 1]));
-                sink.put(r, j, h);
-            };
 #pragma unroll
             for (int shift = 0; shift < 3; ++shift) {
                 load_matrix(a, shifted[shift] + j * 512);
                 add(two[j], 6 + shift), add(one[j], 3 + shift), add(fresh, shift);
             }
-            finish(two[j], 0);
+            sink.put(0, j, two[j]);
 #pragma unroll
             for (int shift = 0; shift < 3; ++shift) {
                 load_matrix(a, shifted[shift] + j * 512 + PIXEL_ROW_BYTES);
                 add(one[j], 6 + shift), add(fresh, 3 + shift), add(newest, shift);
             }
-            finish(one[j], 1);
+            sink.put(1, j, one[j]);
 #pragma unroll
             for (int n = 0; n < 2; ++n)
 #pragma unroll

@@ -4,7 +4,8 @@
 // MODE 0, whole: one block makes all of it. Four warps project (project.cuh); one warp a group of 16 hidden channels feeds
 // them (branch.cuh) through SLOTS slots of 64 pixels. Two kinds of barrier, both passed in the same order by everyone, are
 // all the synchronisation there is: `full` (all groups have stored the slot) and `empty` (its result is out).
-// MODE 1, branch: the hidden branch alone, to global memory; every warp is on its own.
+// MODE 1, branch: the hidden branch alone, to global memory; every warp is on its own. With INT8 or FP8 it writes codes (see
+// grouped_conv8), and `gain` takes the place of the arguments that only the projection reads.
 // MODE 2, projection: the rest, for stages whose weights leave no room for the branch: four warps copy h into the slots, and
 // blocks side by side make COLUMNS_OUT channels each.
 //
@@ -27,16 +28,29 @@ DEVICE Work work_of_block(int height, int width, int rows, int parts, int part_s
 
 #if MODE == 1
 #define WARPS 4
+#if defined(INT8) || defined(FP8)
+typedef unsigned char Out;
+#else
+typedef u16 Out;
+#endif
 struct ToGlobal {
-    u16* target;  // (batch, row, x0 + g, first channel of this thread)
+    Out* target;  // (batch, row, x0 + g, first channel of this thread)
     i64 line;
     int columns;  // from this lane's first to the image's right border
     bool valid;
+    float inverse_gain;
     DEVICE void begin() {}
-    DEVICE void put(int r, int j, const u32 (&h)[4]) {
-        u16* place = target + r * line + 16 * j * WIDE;
-        store_global8_if(valid && 16 * j < columns, place, h[0], h[2]);
-        store_global8_if(valid && 16 * j + 8 < columns, place + 8 * WIDE, h[1], h[3]);
+    DEVICE void put(int r, int j, const float (&d)[2][4]) {
+        Out* place = target + r * line + 16 * j * WIDE;
+        bool first = valid && 16 * j < columns, second = valid && 16 * j + 8 < columns;
+#if defined(INT8) || defined(FP8)
+        float g = inverse_gain;
+        store_global4_if(first, place, leaky_codes(g * d[0][0], g * d[0][1], g * d[1][0], g * d[1][1]));
+        store_global4_if(second, place + 8 * WIDE, leaky_codes(g * d[0][2], g * d[0][3], g * d[1][2], g * d[1][3]));
+#else
+        store_global8_if(first, place, leaky2(pack(d[0][0], d[0][1])), leaky2(pack(d[1][0], d[1][1])));
+        store_global8_if(second, place + 8 * WIDE, leaky2(pack(d[0][2], d[0][3])), leaky2(pack(d[1][2], d[1][3])));
+#endif
     }
     DEVICE void end(bool) {
         target += valid ? 2 * line : 0;
@@ -44,8 +58,10 @@ struct ToGlobal {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 4)
-stage_tail(u16* out, const u16* hidden, const uint4* taps, const float* bias, const u16*, const u16*, const u16*, int height, int width, int rows) {
+// Three blocks a multiprocessor: a fourth would spill, and measured slower (docs/log.md).
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
+stage_tail(Out* out, const u16* hidden, const uint4* taps, const float* bias, const float* gain, const void*, const void*, int height, int width,
+           int rows) {
     extern __shared__ __align__(1024) unsigned char memory[];
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     Work w = work_of_block(height, width, rows, (WIDE / 16 + WARPS - 1) / WARPS, WARPS);
@@ -53,8 +69,8 @@ stage_tail(u16* out, const u16* hidden, const uint4* taps, const float* bias, co
     if (group >= WIDE / 16) return;
     int x = w.strip.x0 + (lane >> 2);
     i64 line = (i64)2 * width * WIDE;
-    u16* target = out + ((i64)w.strip.batch * height + w.strip.first) * 2 * line + (i64)x * WIDE + group * 16 + (lane & 3) * 4;
-    ToGlobal sink{target, line, 2 * width - x, false};
+    Out* target = out + ((i64)w.strip.batch * height + w.strip.first) * 2 * line + (i64)x * WIDE + group * 16 + (lane & 3) * 4;
+    ToGlobal sink{target, line, 2 * width - x, false, gain ? gain[2 * w.strip.batch + 1] : 1.f};
     run_branch(w.strip, hidden, taps, bias, height, width, WIDE, group, shared_address(memory) + warp * BRANCH_BYTES, lane, sink);
 }
 
@@ -66,8 +82,9 @@ struct ToSlots {
     u32 row, empty, full;  // this lane's row of the first slot, in its group's chunks
     int lane, slot, parity;
     DEVICE void begin() { barrier_wait(empty + slot * 8, parity); }
-    DEVICE void put(int r, int j, const u32 (&h)[4]) {
-        store_matrix(row + slot * SLOT_BYTES + slot_row(16 * j, r) * 128, h[0], h[1], h[2], h[3]);
+    DEVICE void put(int r, int j, const float (&d)[2][4]) {
+        store_matrix(row + slot * SLOT_BYTES + slot_row(16 * j, r) * 128, leaky2(pack(d[0][0], d[0][1])), leaky2(pack(d[0][2], d[0][3])),
+                     leaky2(pack(d[1][0], d[1][1])), leaky2(pack(d[1][2], d[1][3])));
     }
     DEVICE void end(bool valid) {
         if (!valid) return;  // the slot, still empty, is filled again

@@ -14,20 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
+from owl_wms.ops.enlarging import BRANCH_BYTES, GROUP, HEADERS, LOW_COLUMNS, STRIP
 from owl_wms.ops.nvrtc import Kernel
 
 # One block's limit on compute capability 9.0 (CUDA programming guide, "Technical specifications"); each block also
 # takes 1 KiB that the system keeps.
 SHARED_LIMIT = 227 * 1024
 SHARED_PER_SM = 228 * 1024
-STRIP, GROUP = 32, 16
-LOW_COLUMNS = STRIP // 2 + 4
 SLOTS = 2
-BRANCH_BYTES = 6 * LOW_COLUMNS * 32 + 4 * (STRIP + 2) * 32  # of one warp: low rows, two pairs of enlarged rows
-BRANCH_WARPS = 4
-# Steps that a block spends on filling its rings and on the rows above and below its band.
-BAND_OVERHEAD = 3
-HEADERS = ("hopper.cuh", "stage_tail/branch.cuh", "stage_tail/project.cuh")
 
 
 def padded(columns: int) -> int:
@@ -79,11 +73,6 @@ class Plan:
         )
         return Kernel("stage_tail", "stage_tail", _typed(defines, dtype), self.shared_bytes, HEADERS, "a")
 
-    def branch(self, dtype: torch.dtype) -> Kernel:
-        """The kernel of the hidden branch alone."""
-        defines = _typed(("MODE=1", f"WIDE={2 * self.channels}"), dtype)
-        return Kernel("stage_tail", "stage_tail", defines, BRANCH_WARPS * BRANCH_BYTES, HEADERS, "a")
-
 
 def _typed(defines: tuple[str, ...], dtype: torch.dtype) -> tuple[str, ...]:
     return defines + (("FP16",) if dtype == torch.float16 else ())
@@ -116,19 +105,3 @@ def plan_of(channels: int, shortcut: int, whole: bool | None = None) -> Plan | N
 def blocks_at_once(shared_bytes: int, threads: int, processors: int) -> int:
     """Blocks that the card holds at a time, at 128 registers a thread."""
     return processors * max(1, min(SHARED_PER_SM // (shared_bytes + 1024), 65536 // (128 * threads)))
-
-
-@functools.cache
-def rows_of_band(height: int, columns: int, at_once: int) -> int:
-    """Low rows a block walks down: as many as keep the number of steps least.
-
-    Args:
-        height: low rows of the image.
-        columns: blocks side by side, over the whole batch.
-        at_once: blocks that the card holds.
-    """
-
-    def steps(rows: int) -> int:
-        return -(-columns * -(-height // rows) // at_once) * (rows + BAND_OVERHEAD)
-
-    return min((-(-height // bands) for bands in range(1, min(height, 64) + 1)), key=steps)

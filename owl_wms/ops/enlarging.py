@@ -1,0 +1,87 @@
+"""The grouped convolution behind a bicubic enlargement, on GPUs of compute capability 9.0: one warp a group.
+
+Why beside `grouped_conv`'s own kernel: that one enlarges three times, once for each horizontal tap, and runs anywhere;
+this one enlarges once, into the warp's own shared memory, and measured a quarter faster on an H100 (docs/log.md). It
+is `stage_tail`'s hidden branch by itself.
+
+Usage:
+    if suits(x):
+        y = launch(x, packed, bias, None, None)          # x [B, h, w, C] -> [B, 2h, 2w, C]; arguments as grouped_conv's
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from owl_wms.ops.codes import DEFINES
+from owl_wms.ops.nvrtc import Kernel
+
+GROUP, STRIP = 16, 32
+LOW_COLUMNS = STRIP // 2 + 4
+BRANCH_BYTES = 6 * LOW_COLUMNS * 32 + 4 * (STRIP + 2) * 32  # of one warp: low rows, two pairs of enlarged rows
+# As in kernel.cu: warps a block, blocks a multiprocessor.
+WARPS, BLOCKS = 4, 3
+# Steps that a block spends on filling its rings and on the rows above and below its band.
+BAND_OVERHEAD = 3
+HEADERS = ("hopper.cuh", "stage_tail/branch.cuh", "stage_tail/project.cuh")
+
+
+def suits(x: Tensor) -> bool:
+    """Whether the kernel can take `x`, a 16-bit CUDA tensor."""
+    return x.shape[-1] % GROUP == 0 and is_hopper(x.device)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether `device` runs machine code for sm_90a."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def kernel_of(dtype: torch.dtype, channels: int, codes: torch.dtype | None = None) -> Kernel:
+    """The variant for an element type and width, with 8-bit codes for a result where asked."""
+    defines = ("MODE=1", f"WIDE={channels}", *(("FP16",) if dtype == torch.float16 else ()))
+    defines += () if codes is None else DEFINES[codes]
+    return Kernel("stage_tail", "stage_tail", defines, WARPS * BRANCH_BYTES, HEADERS, "a")
+
+
+def launch(x: Tensor, weight: Tensor, bias: Tensor, codes: torch.dtype | None, gain: Tensor | None) -> Tensor:
+    """The kernel on contiguous 16-bit `x [B, h, w, C]` at an address of a multiple of 16 bytes; bias fp32."""
+    batch, height, width, channels = x.shape
+    out = x.new_empty(batch, 2 * height, 2 * width, channels, dtype=codes or x.dtype)
+    if not out.numel():
+        return out
+    parts = -(-channels // (GROUP * WARPS))
+    columns = batch * -(-2 * width // STRIP) * parts
+    rows = rows_of_band(height, columns, BLOCKS * processors(x.device))
+    kernel_of(x.dtype, channels, codes).launch(
+        x.device,
+        grid=columns * -(-height // rows),
+        block=32 * WARPS,
+        arguments=(out, x, weight, bias, gain, None, None, height, width, rows),
+    )
+    return out
+
+
+@functools.cache
+def rows_of_band(height: int, columns: int, at_once: int) -> int:
+    """Low rows a block walks down: as many as keep the number of steps least.
+
+    Args:
+        height: low rows of the image.
+        columns: blocks side by side, over the whole batch.
+        at_once: blocks that the card holds.
+    """
+
+    def steps(rows: int) -> int:
+        return -(-columns * -(-height // rows) // at_once) * (rows + BAND_OVERHEAD)
+
+    return min((-(-height // bands) for bands in range(1, min(height, 64) + 1)), key=steps)
