@@ -250,7 +250,7 @@ class BaseTrainer(ABC):
             return
         paths = self.evaluator.run()
         if journal is not None and paths:
-            journal.clips(self.step, paths)
+            journal.clips(self.step, paths, self.evaluator.decoded_by)
         barrier()
 
     def make_loader(self, data_id: str | None, kwargs: dict[str, Any] | None, batch_size: int) -> Loader:

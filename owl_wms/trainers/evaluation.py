@@ -28,6 +28,7 @@ from owl_wms.trainers.distributed import rank_zero_first
 from owl_wms.trainers.output import write_clip
 
 if TYPE_CHECKING:
+    from owl_wms.runtime import VideoDecode
     from owl_wms.trainers.base import BaseTrainer
 
 Decode = Callable[[Tensor], Tensor]
@@ -36,7 +37,11 @@ _SEED = 20_000_003  # apart from the seeds of training steps
 
 
 class Evaluator:
-    """Samples, decodes and writes clips for one trainer."""
+    """Samples, decodes and writes clips for one trainer.
+
+    Attributes:
+        decoded_by: backend of the last clips, and why; empty before the first and where nothing is decoded.
+    """
 
     def __init__(self, trainer: BaseTrainer, sample_loader: Loader | None) -> None:
         """Build the sampler and, on first use, loader and decoders.
@@ -47,7 +52,8 @@ class Evaluator:
         self._trainer = trainer
         self._given_loader = sample_loader
         self._batches: Iterator[Batch] | None = None
-        self._decoders: tuple[Decode | None, Decode | None] | None = None
+        self._decoders: tuple[VideoDecode | None, Decode | None] | None = None
+        self.decoded_by = ""
         cfg = trainer.train_cfg
         try:
             self.sampler = get_sampler_cls(cfg.sampler_id or "")(**(cfg.sampler_kwargs or {}))
@@ -81,6 +87,8 @@ class Evaluator:
         if decode is None:
             return []
         video = decode(latents.bfloat16())
+        stats = decode.stats()
+        self.decoded_by = f"{stats.backend}: {stats.reason}"
         audio = decode_audio(sound.bfloat16()) if decode_audio is not None and sound is not None else None
         return self._write(video, audio, result)
 
@@ -106,7 +114,7 @@ class Evaluator:
             if value is not None:
                 torch.save(value.cpu(), folder / f"{name}.{trainer.step}{rank}.pt")
 
-    def _make_decoders(self, latents: Tensor) -> tuple[Decode | None, Decode | None]:
+    def _make_decoders(self, latents: Tensor) -> tuple[VideoDecode | None, Decode | None]:
         """The video decoder and, where configured, the sound's; None for what has no checkpoint."""
         cfg, trainer = self._trainer.train_cfg, self._trainer
         if cfg.vae_ckpt_path is None and cfg.vae_id is None:

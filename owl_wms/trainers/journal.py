@@ -4,7 +4,7 @@ reachable.
 Usage:
     journal = Journal(folder, wandb_cfg, config={...})
     journal.log(12, {"diffusion_loss": 0.9})
-    journal.clips(12, [Path("step_12_0.mp4")])
+    journal.clips(12, [Path("step_12_0.mp4")], decode.stats().reason)
     journal.close()
 """
 
@@ -51,9 +51,9 @@ class Journal:
         if self._run is not None:
             self._run.log(dict(values), step=step)
 
-    def clips(self, step: int, paths: Sequence[Path]) -> None:
-        """Record decoded clips; videos also go to W&B under `samples`."""
-        self.log(step, {"samples": ", ".join(path.name for path in paths)})
+    def clips(self, step: int, paths: Sequence[Path], decoded_by: str) -> None:
+        """Record decoded clips and what decoded them; videos also go to W&B under `samples`."""
+        self.log(step, {"samples": ", ".join(path.name for path in paths), "decoded_by": decoded_by})
         videos = [path for path in paths if path.suffix == ".mp4"]
         if self._run is not None and videos:
             import wandb

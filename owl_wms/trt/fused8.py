@@ -26,7 +26,8 @@ from owl_wms.ops.grouped_conv8 import GROUP, pack_codes
 from owl_wms.trt.fused import FusedDecoder, FusedStage, fusible, matrix, supports
 from owl_wms.vae.blocks import ResBlock
 
-# Narrower stages are bound by memory, and those of one block have `stage_tail`: 8 bits measured slower there (docs/log.md).
+# Narrower stages are bound by memory, and those of one block have `stage_tail`: 8 bits measured slower there
+# (docs/log.md).
 LEAST_CHANNELS = 256
 # Room above what calibration saw. An int8 code pays for it in resolution, an fp8 code, which has an exponent, does not.
 # Measured on the base decoder with 16 latents (docs/log.md): 1.25 is the least error for int8, 1.6 and more for fp8.
