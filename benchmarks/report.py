@@ -1,14 +1,16 @@
 """Results as Markdown: the report beside each JSON document and README's first table; no figure is typed by hand.
 
 Usage:
-    python -m benchmarks.report results/decoder_h200_202611.json      # writes the .md and README's table
-    python -m benchmarks.report --check results/decoder_h200_202611.json
+    python -m benchmarks.report results/decoder_h100_202611.json      # writes the .md and README's table
+    python -m benchmarks.report --check results/decoder_h100_202611.json
+    python -m benchmarks.report results/decoder_h100_202611.json --merge first.json second.json     # runs made side by side
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,18 @@ def cell(figures: dict[str, Any], key: str | None, form: str) -> str:
 def report(result: dict[str, Any]) -> str:
     """The document as Markdown: machine, ceilings, a table a decoder and batch size, refused rows with reasons."""
     machine = " · ".join(f"{key} {value}" for key, value in sorted(result["machine"].items()))
-    ceilings = result["ceilings"]
+    read = result.get("parts") or [{"ceilings": result["ceilings"], "decoders": []}]
+    ceilings = "; ".join(
+        f"bf16 matrix product {part['ceilings']['matmul_tflops']:.0f} TFLOP/s, copy {part['ceilings']['copy_tbps']:.2f} TB/s"
+        + (f" ({', '.join(part['decoders'])})" if part["decoders"] else "")
+        for part in read
+    )
     lines = [
         f"# {result['theme']}",
         "",
         f"Machine: {machine}",
         "",
-        f"Commit {result['commit']}. Ceilings read in the same run: bf16 matrix product "
-        f"{ceilings['matmul_tflops']:.0f} TFLOP/s, copy {ceilings['copy_tbps']:.2f} TB/s. "
-        "Method: benchmarks/README.md.",
+        f"Commit {result['commit']}. Ceilings read in the same run: {ceilings}. Method: benchmarks/README.md.",
     ]
     rows = result["rows"]
     for decoder, batch in dict.fromkeys((row["decoder"], row["batch"]) for row in rows):
@@ -64,6 +69,27 @@ def report(result: dict[str, Any]) -> str:
             cells = [cell(row["figures"], key, form) for _, key, form in COLUMNS]
             lines.append(f"| {row['candidate']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One document out of runs of one theme, commit and kind of machine, each of which had a card to itself.
+
+    Raises:
+        ValueError: the runs do not belong together.
+    """
+    first = results[0]
+    for other in results[1:]:
+        for key in ("theme", "commit"):
+            if other[key] != first[key]:
+                raise ValueError(f"runs differ in {key}: {first[key]} and {other[key]}")
+        if other["machine"] != first["machine"]:
+            raise ValueError("runs differ in machine")
+    parts = []
+    for result in results:
+        panels = dict.fromkeys(f"{row['decoder']} at batch {row['batch']}" for row in result["rows"])
+        parts.append({"ceilings": result["ceilings"], "decoders": list(panels)})
+    rows = sorted((row for result in results for row in result["rows"]), key=lambda row: (row["decoder"], row["batch"]))
+    return {**first, "rows": rows, "parts": parts}
 
 
 def readme_table(result: dict[str, Any]) -> str:
@@ -105,7 +131,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--merge", type=Path, nargs="+", help="write the result out of these first")
     args = parser.parse_args()
+    if args.merge:
+        merged = merge([json.loads(path.read_text(encoding="utf-8")) for path in args.merge])
+        args.result.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     result = json.loads(args.result.read_text(encoding="utf-8"))
     readme = ROOT / "README.md"
     wanted = {
