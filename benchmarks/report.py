@@ -3,7 +3,7 @@
 Usage:
     python -m benchmarks.report results/decoder_h100_202611.json      # writes the .md and README's table
     python -m benchmarks.report --check results/decoder_h100_202611.json
-    python -m benchmarks.report results/decoder_h100_202611.json --merge first.json second.json     # runs made side by side
+    python -m benchmarks.report results/decoder_h100_202611.json --merge first.json second.json   # made side by side
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def report(result: dict[str, Any]) -> str:
     machine = " · ".join(f"{key} {value}" for key, value in sorted(result["machine"].items()))
     read = result.get("parts") or [{"ceilings": result["ceilings"], "decoders": []}]
     ceilings = "; ".join(
-        f"bf16 matrix product {part['ceilings']['matmul_tflops']:.0f} TFLOP/s, copy {part['ceilings']['copy_tbps']:.2f} TB/s"
-        + (f" ({', '.join(part['decoders'])})" if part["decoders"] else "")
-        for part in read
+        f"bf16 matrix product {rate['matmul_tflops']:.0f} TFLOP/s, copy {rate['copy_tbps']:.2f} TB/s"
+        + (f" ({', '.join(panels)})" if panels else "")
+        for rate, panels in ((part["ceilings"], part["decoders"]) for part in read)
     )
     lines = [
         f"# {result['theme']}",
@@ -88,8 +88,7 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for result in results:
         panels = dict.fromkeys(f"{row['decoder']} at batch {row['batch']}" for row in result["rows"])
         parts.append({"ceilings": result["ceilings"], "decoders": list(panels)})
-    rows = sorted((row for result in results for row in result["rows"]), key=lambda row: (row["decoder"], row["batch"]))
-    return {**first, "rows": rows, "parts": parts}
+    return {**first, "rows": [row for result in results for row in result["rows"]], "parts": parts}
 
 
 def readme_table(result: dict[str, Any]) -> str:
