@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, one step after the other, most wanted first; results under OUT (default build/gpu).
 #
-#   benchmarks/on_gpu.sh [SECONDS] [STEP ...]     steps: tests bridge matrix batches sana ops play soak; all unless named
+#   benchmarks/on_gpu.sh [SECONDS] [STEP ...]     steps below; all unless named
 #
 # Never two steps at once: tests beside builds once made both miss their limits (docs/log.md). Each step has a time limit
 # and writes as it goes, so that a limit costs that step's rest and nothing else.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 total=${1:-3600}; shift || true
-steps=${*:-tests bridge matrix batches sana ops play soak}
+steps=${*:-tests bridge train matrix batches codes sana ops kernels play soak}
 out=${OUT:-build/gpu}; mkdir -p "$out"
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 begin=$(date +%s)
@@ -26,13 +26,17 @@ run() { # run NAME LIMIT_SECONDS command...
 for step in $steps; do
   case $step in
     tests)   run tests 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trt tests/ops tests/runtime tests/data_game ;;
+    train)   run train 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trainers ;;
     bridge)  run bridge 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_tensorrt_integration.py ;;
     matrix)  run matrix 900 "$python" -m benchmarks.trt_matrix --seconds 150 --out "$out/trt_matrix.json" ;;
     batches) run batches 600 "$python" -m benchmarks.decoder --decoder dist base --batch 1 4 8 --plans tensorrt+ops \
                --max-autotune-seconds 120 --out "$out/decoder.json" --plot "$out/decoder.png" ;;
+    codes)   run codes 400 "$python" -m benchmarks.decoder --decoder base --precision bf16 fp8 int8 --plans tensorrt+ops \
+               tensorrt+ops8 --out "$out/codes.json" ;;
     sana)    run sana 400 "$python" -m benchmarks.decoder --decoder sana --precision auto --plans tensorrt+ops tensorrt+vit \
                --out "$out/sana.json" ;;
     ops)     run ops 120 "$python" -m benchmarks.ops --out "$out/ops.json" ;;
+    kernels) run kernels 200 "$python" -m benchmarks.kernels --precision bf16 fp8 int8 --out "$out/kernels.json" ;;
     play)    run play 200 "$python" -m benchmarks.play --checkpoint examples/world/game_rft.safetensors --out "$out/play.json" ;;
     soak)    run soak 900 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/faults/test_gpu.py --full-counts
              cp docs/faults.md "$out/" ;;

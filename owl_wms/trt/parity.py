@@ -17,7 +17,7 @@ of summation pass (about 1e-6 per layer) and stops TF32 (about 1e-3).
 fp8 and int8 are another bargain, struck by whoever asks for them by name, and have a rule of their own: finite as
 above, and at scale 1, the one that they are calibrated for,
     psnr        20 log10(2 / rms(y - r)), both clamped to [-1, 1], is >= PSNR_GATE_DB[precision]
-(40 dB: an error of one grey level in a hundred, which the field takes as visually lossless). The other numbers are
+(40 dB: an rms error of a hundredth of the range). The other numbers are
 reported all the same.
 
 Usage:
