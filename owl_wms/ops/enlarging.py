@@ -24,6 +24,7 @@ LOW_COLUMNS = STRIP // 2 + 4
 BRANCH_BYTES = 6 * LOW_COLUMNS * 32 + 4 * (STRIP + 2) * 32  # of one warp: low rows, two pairs of enlarged rows
 # As in kernel.cu: warps a block, blocks a multiprocessor.
 WARPS, BLOCKS = 4, 3
+CODES_BYTES = 2 * 2 * STRIP * GROUP * WARPS  # of a block: two steps' codes on their way out
 # Steps that a block spends on filling its rings and on the rows above and below its band.
 BAND_OVERHEAD = 3
 HEADERS = ("hopper.cuh", "stage_tail/branch.cuh", "stage_tail/project.cuh")
@@ -50,7 +51,8 @@ def kernel_of(dtype: torch.dtype, channels: int, codes: torch.dtype | None = Non
     """The variant for an element type and width, with 8-bit codes for a result where asked."""
     defines = ("MODE=1", f"WIDE={channels}", *(("FP16",) if dtype == torch.float16 else ()))
     defines += () if codes is None else DEFINES[codes]
-    return Kernel("stage_tail", "stage_tail", defines, WARPS * BRANCH_BYTES, HEADERS, "a")
+    shared = WARPS * BRANCH_BYTES + (0 if codes is None else CODES_BYTES)
+    return Kernel("stage_tail", "stage_tail", defines, shared, HEADERS, "a")
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor, codes: torch.dtype | None, gain: Tensor | None) -> Tensor:

@@ -14,22 +14,11 @@ DEVICE uint2 load_shared8(u32 address) {
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
     return v;
 }
-DEVICE uint4 load_shared16(u32 address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-    return v;
-}
-DEVICE void store_shared4(u32 address, u32 value) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory"); }
 DEVICE void store_shared16(u32 address, u32 value) {  // the same word four times
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(value) : "memory");
 }
 DEVICE void store_shared4_if(bool condition, u32 address, u32 value) {
     asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.shared.b32 [%1], %2;}" ::"r"((int)condition), "r"(address), "r"(value) : "memory");
-}
-DEVICE void store_global16_if(bool condition, void* target, uint4 v) {
-    asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"((int)condition), "l"(target),
-                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
 }
 
 // Sixteen bytes from global to shared memory; the rest of the 128-byte line is fetched into the L2 beside them, for the

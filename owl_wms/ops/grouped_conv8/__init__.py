@@ -25,7 +25,8 @@ from owl_wms.ops.register import define, has_kernel
 __all__ = ["GROUP", "grouped_conv8", "kernel_of", "pack_codes", "reference", "unpack_codes"]
 
 CHANNELS_PER_BLOCK = 128
-SHARED = 3 * 4 * (32 + 2) * 128
+# A ring of 3 phases of 4 input rows, and results of two phases; as in kernel.cu.
+SHARED = 3 * 4 * (32 + 2) * 128 + 2 * 4 * 32 * 128
 TAP_SHAPE = {torch.int8: (18, 32, 4), torch.float16: (9, 2, 2, 32, 2)}
 
 

@@ -29,34 +29,72 @@ DEVICE Work work_of_block(int height, int width, int rows, int parts, int part_s
 #if MODE == 1
 #define WARPS 4
 #if defined(INT8) || defined(FP8)
+// Codes of one group are 16 bytes a pixel, half of a sector of memory: written one by one they took twice the time of 16-bit
+// results. The block's warps therefore put what a step makes side by side into shared memory and write it out together.
+#define PIXEL (16 * WARPS)
+#define STAGE_BYTES (2 * STRIP * PIXEL)
 typedef unsigned char Out;
+struct Sink {
+    u32 mine, piece;  // this lane's place for what it makes, and what this thread writes out: 16 bytes of a pixel of both rows
+    Out* target;
+    i64 line;
+    bool inside, valid;
+    int threads, buffer;
+    float inverse_gain;
+    // Eight neighbouring pixels lie in different banks.
+    static DEVICE u32 place(int pixel, int chunk) { return pixel * PIXEL + ((chunk ^ (pixel >> 1 & 3)) << 4); }
+    DEVICE Sink(const Work& w, Out* out, const float* gain, int height, int width, u32 memory, int warp, int lane) {
+        int warps = min(WARPS, WIDE / 16 - w.part), pixel = threadIdx.x / warps, chunk = threadIdx.x % warps;
+        mine = memory + place(lane >> 2, warp) + (lane & 3) * 4, piece = memory + place(pixel, chunk);
+        line = (i64)2 * width * WIDE;
+        target = out + ((i64)w.strip.batch * height + w.strip.first) * 2 * line + (i64)(w.strip.x0 + pixel) * WIDE + (w.part + chunk) * 16;
+        inside = w.strip.x0 + pixel < 2 * width, valid = false;
+        threads = warps * 32, buffer = 0, inverse_gain = gain[2 * w.strip.batch + 1];
+    }
+    DEVICE void begin() {}
+    DEVICE void put(int r, int j, const float (&d)[2][4]) {
+        if (!valid) return;
+        float g = inverse_gain;
+        u32 at = mine + buffer + (r * STRIP + 16 * j) * PIXEL;
+        store_shared4(at, leaky_codes(g * d[0][0], g * d[0][1], g * d[1][0], g * d[1][1]));
+        store_shared4(at + 8 * PIXEL, leaky_codes(g * d[0][2], g * d[0][3], g * d[1][2], g * d[1][3]));
+    }
+    DEVICE void end(bool) {
+        if (valid) {
+            // One barrier a step: who writes this buffer again has passed the next one, and its readers were done before that.
+            named_barrier(1, threads);
+            store_global16_if(inside, target, load_shared16(piece + buffer));
+            store_global16_if(inside, target + line, load_shared16(piece + buffer + STRIP * PIXEL));
+            target += 2 * line, buffer ^= STAGE_BYTES;
+        }
+        valid = true;
+    }
+};
 #else
 typedef u16 Out;
-#endif
-struct ToGlobal {
+struct Sink {
     Out* target;  // (batch, row, x0 + g, first channel of this thread)
     i64 line;
     int columns;  // from this lane's first to the image's right border
     bool valid;
-    float inverse_gain;
+    DEVICE Sink(const Work& w, Out* out, const float*, int height, int width, u32, int warp, int lane) {
+        int x = w.strip.x0 + (lane >> 2);
+        line = (i64)2 * width * WIDE;
+        target = out + ((i64)w.strip.batch * height + w.strip.first) * 2 * line + (i64)x * WIDE + (w.part + warp) * 16 + (lane & 3) * 4;
+        columns = 2 * width - x, valid = false;
+    }
     DEVICE void begin() {}
     DEVICE void put(int r, int j, const float (&d)[2][4]) {
         Out* place = target + r * line + 16 * j * WIDE;
-        bool first = valid && 16 * j < columns, second = valid && 16 * j + 8 < columns;
-#if defined(INT8) || defined(FP8)
-        float g = inverse_gain;
-        store_global4_if(first, place, leaky_codes(g * d[0][0], g * d[0][1], g * d[1][0], g * d[1][1]));
-        store_global4_if(second, place + 8 * WIDE, leaky_codes(g * d[0][2], g * d[0][3], g * d[1][2], g * d[1][3]));
-#else
-        store_global8_if(first, place, leaky2(pack(d[0][0], d[0][1])), leaky2(pack(d[1][0], d[1][1])));
-        store_global8_if(second, place + 8 * WIDE, leaky2(pack(d[0][2], d[0][3])), leaky2(pack(d[1][2], d[1][3])));
-#endif
+        store_global8_if(valid && 16 * j < columns, place, leaky2(pack(d[0][0], d[0][1])), leaky2(pack(d[1][0], d[1][1])));
+        store_global8_if(valid && 16 * j + 8 < columns, place + 8 * WIDE, leaky2(pack(d[0][2], d[0][3])), leaky2(pack(d[1][2], d[1][3])));
     }
     DEVICE void end(bool) {
         target += valid ? 2 * line : 0;
         valid = true;
     }
 };
+#endif
 
 // Three blocks a multiprocessor: a fourth would spill, and measured slower (docs/log.md).
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
@@ -67,11 +105,9 @@ stage_tail(Out* out, const u16* hidden, const uint4* taps, const float* bias, co
     Work w = work_of_block(height, width, rows, (WIDE / 16 + WARPS - 1) / WARPS, WARPS);
     int group = w.part + warp;
     if (group >= WIDE / 16) return;
-    int x = w.strip.x0 + (lane >> 2);
-    i64 line = (i64)2 * width * WIDE;
-    Out* target = out + ((i64)w.strip.batch * height + w.strip.first) * 2 * line + (i64)x * WIDE + group * 16 + (lane & 3) * 4;
-    ToGlobal sink{target, line, 2 * width - x, false, gain ? gain[2 * w.strip.batch + 1] : 1.f};
-    run_branch(w.strip, hidden, taps, bias, height, width, WIDE, group, shared_address(memory) + warp * BRANCH_BYTES, lane, sink);
+    u32 base = shared_address(memory);
+    Sink sink(w, out, gain, height, width, base + WARPS * BRANCH_BYTES, warp, lane);
+    run_branch(w.strip, hidden, taps, bias, height, width, WIDE, group, base + warp * BRANCH_BYTES, lane, sink);
 }
 
 #else
