@@ -26,13 +26,9 @@ __all__ = ["add_linear8_", "add_reference", "linear8", "reference", "tile_of"]
 ALIGNMENT = 16
 
 
-def tile_of(depth: int, channels: int, adds: bool) -> int:
-    """Index into `kernel.TILES` of the tile that measured best (docs/log.md) for a product of that depth and width."""
-    if channels <= 64:
-        return 9
-    if channels <= 128 or adds or depth <= 256:
-        return 1
-    return 0
+def tile_of(channels: int) -> int:
+    """Index into `kernel.TILES` of the tile that measured best (docs/log.md) for a product of that width."""
+    return 1 if channels <= 64 else 0
 
 
 def _run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
@@ -42,7 +38,7 @@ def _run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, gain: Tensor) -
     from owl_wms.ops.linear8 import kernel
 
     rows, pixels = x.contiguous().view(-1, x.shape[-1]), x.shape[1] * x.shape[2]
-    tile = kernel.TILES[tile_of(weight.shape[1], weight.shape[0], False)]
+    tile = kernel.TILES[tile_of(weight.shape[0])]
     return kernel.launch(rows, weight, scale, bias, gain, pixels, tile).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -58,7 +54,7 @@ def add_linear8_(
     from owl_wms.ops.linear8 import kernel
 
     rows, pixels = x.contiguous().view(-1, x.shape[-1]), x.shape[1] * x.shape[2]
-    tile = kernel.TILES[tile_of(weight.shape[1], weight.shape[0], True)]
+    tile = kernel.TILES[tile_of(weight.shape[0])]
     codes = kernel.launch_add_(u.view(-1, u.shape[-1]), rows, weight, scale, gain, inverse, pixels, tile)
     return None if codes is None else codes.view(u.shape)
 
