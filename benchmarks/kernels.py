@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import decoders, harness
-from owl_wms.ops.codes import FORMATS
+from owl_wms.ops.codes import FORMATS, LARGEST
 from owl_wms.ops.nvrtc import Kernel
 from owl_wms.trt.calibration import SEEDED
 from owl_wms.trt.fused import fuse
@@ -87,7 +87,8 @@ def flops_of(kernel: Kernel, tensors: list[Tensor]) -> float:
         branch = 2.0 * (out.numel() // out.shape[-1]) * hidden * 9 * 16 if "MODE=0" in kernel.defines else 0.0
         return branch + 2.0 * out.numel() * hidden
     if kernel.op == "linear8":
-        weight = max((t for t in tensors if t.dim() == 2 and t.dtype == source.dtype), key=Tensor.numel, default=source)
+        # Codes, residual or both come first, then x and the weight; all the results have the same number of elements.
+        weight = next(t for t in tensors if t.dim() == 2 and t.dtype in LARGEST)
         return 2.0 * out.numel() * weight.shape[-1]
     return 0.0
 
@@ -103,6 +104,8 @@ def recording() -> Iterator[Recorder]:
 
     def launch(self: Kernel, device: torch.device, *, arguments: Any, **sizes: Any) -> None:
         tensors = [value for value in arguments if isinstance(value, Tensor)]
+        # Its second argument is added to in place: read and written.
+        tensors += [arguments[1]] if self.op == "linear8" and arguments[1] is not None else []
         with recorder.timed(f"{self.op} {' '.join(self.defines[:1])}", tensors, flops_of(self, tensors)):
             originals[0](self, device, arguments=arguments, **sizes)
 

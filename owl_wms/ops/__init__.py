@@ -12,7 +12,7 @@ All tensors are NHWC, `[B, H, W, C]` contiguous: the layout is logical, so no bo
 
 with 8-bit products (`codes` says what a code is):
 
-    linear8        1x1 convolution on codes with LeakyReLU, or added to a residual (Triton)
+    linear8        1x1 convolution on codes with LeakyReLU, or added to a residual (CUDA on 9.0, Triton)
     grouped_conv8  the grouped 3x3 with codes for a result (CUDA)
     stage8         a stage out of these
 

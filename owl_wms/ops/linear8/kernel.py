@@ -30,31 +30,16 @@ ROUNDER = tl.constexpr(
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one program computes: `pixels x channels` outputs, `depth` codes of a row at a time.
-
-    `registers` limits those of a thread, so that two programs share a multiprocessor: one stores while one multiplies.
-    """
+    """What one program computes: `pixels x channels` outputs, `depth` codes of a row at a time."""
 
     pixels: int
     channels: int
     depth: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
-TILES = (
-    Tile(128, 256, 128, 8, 3),
-    Tile(128, 128, 128, 8, 3),
-    Tile(128, 128, 128, 8, 3, 128),
-    Tile(128, 128, 128, 4, 3),
-    Tile(128, 128, 64, 4, 4),
-    Tile(256, 128, 128, 8, 3),
-    Tile(64, 256, 128, 4, 3),
-    Tile(128, 256, 64, 8, 4),
-    Tile(128, 256, 128, 8, 4),
-    Tile(128, 64, 64, 4, 4),
-)
+TILES = (Tile(128, 128, 128, 4, 3), Tile(128, 64, 64, 4, 4))
 
 
 @triton.jit
@@ -130,7 +115,7 @@ def _format(x: Tensor, tile: Tile) -> dict[str, object]:
     integer = x.dtype == torch.int8
     return {
         "INTEGER": integer, "LARGEST": LARGEST[x.dtype], "BM": tile.pixels, "BN": tile.channels, "BK": tile.depth,
-        "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
+        "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from owl_wms.ops.codes import encode
 from owl_wms.ops.grouped_conv.reference import SLOPE
+from owl_wms.ops.up_residual.reference import shuffle
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -30,9 +31,20 @@ def reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, gain: Tens
 
 
 def add_reference(
-    u: Tensor, x: Tensor, weight: Tensor, scale: Tensor, gain: Tensor, inverse: Tensor | None
+    u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    gain: Tensor,
+    inverse: Tensor | None,
+    shortcut: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`u + gain * scale * x weight^T` in the dtype of `u`, and its codes in steps of `gain / inverse` where given."""
+    """`u + gain * scale * x weight^T + shuffle(shortcut)` in the dtype of `u`, and codes in steps of `gain / inverse`.
+
+    Without a shortcut nothing is added for it, without `inverse` there are no codes.
+    """
     total = u.float() + _product(x, weight) * scale * _per_image(gain, 0)
+    if shortcut is not None:
+        total += shuffle(shortcut, u.shape[-1])
     codes = None if inverse is None else encode(total * inverse * _per_image(gain, 1), x.dtype).contiguous()
     return total.to(u.dtype), codes

@@ -23,7 +23,6 @@ from owl_wms.ops.grouped_conv8 import grouped_conv8
 from owl_wms.ops.linear8 import add_linear8_, linear8
 from owl_wms.ops.register import define
 from owl_wms.ops.stage import enlarged, products
-from owl_wms.ops.up_residual import add_shortcut_
 
 __all__ = ["stage8"]
 
@@ -59,9 +58,10 @@ def _run(
         assert step is not None
         hidden = linear8(step, up[j - 1], up_scale[j - 1], up_bias[j - 1], gain)
         codes = grouped_conv8(hidden, taps[j - 1], taps_scale[j - 1], taps_bias[j - 1], gain, False, fp8)
-        if shortcut is not None and j == last:
-            add_shortcut_(u, shortcut)
-        step = add_linear8_(u, codes, down[j], down_scale[j], gain, inverse[j] if j < last else None)
+        if j < last:
+            step = add_linear8_(u, codes, down[j], down_scale[j], gain, inverse[j])
+        else:
+            add_linear8_(u, codes, down[j], down_scale[j], gain, None, shortcut)
     return u
 
 
