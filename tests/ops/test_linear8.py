@@ -24,6 +24,7 @@ USED = [
     (1024, 512, True, True, 0),
     (1024, 512, True, False, 0),
     (1024, 512, True, False, 1024),
+    (1024, 2048, False, True, 0),
 ]
 
 
@@ -34,7 +35,7 @@ def test_products_of_wide_stages_have_a_plan(shape: tuple[int, int, bool, bool, 
     assert (plan.depth, plan.channels, plan.adds, plan.codes, plan.shortcut) == shape
 
 
-@pytest.mark.parametrize("shape", [(2048, 1024), (1024, 2048), (96, 192), (192, 96)])
+@pytest.mark.parametrize("shape", [(2048, 1024), (2048, 4096), (96, 192), (192, 96)])
 def test_other_products_are_tritons(shape: tuple[int, int]) -> None:
     assert plan_of(*shape, False, True, 0) is None
     assert plan_of(*shape, True, True, 0) is None

@@ -9,7 +9,7 @@ from torch import Tensor
 from owl_wms.ops import codes, linear8
 from owl_wms.ops.linear8 import fitting, run_plan
 from tests.ops.test_codes import gains, some_codes
-from tests.ops.test_codes_gpu import near, operands, spoil
+from tests.ops.test_codes_gpu import lost, near, operands, spoil
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.owl_wms
@@ -66,7 +66,7 @@ def test_products_with_leaky_relu(shape: tuple[int, ...], dtype: torch.dtype) ->
     spoil(want.numel())
     got = run_plan(plan, x, weight, scale, bias, gain)
     assert got is not None
-    near(got, want, dtype)
+    near(got, want, dtype, lost(x, weight) * scale)
     assert all(same(run_plan(plan, x, weight, scale, bias, gain), got) for _ in range(5)), "runs differ"
 
 
@@ -91,7 +91,8 @@ def adds(shape: tuple[int, ...], shortcut: int, with_codes: bool, dtype: torch.d
     assert (mine.double() - total.double()).norm() < 2e-3 * total.double().norm()
     if made is not None:
         assert found is not None
-        near(found, made, dtype)
+        assert inverse is not None
+        near(found, made, dtype, lost(x, weight) * scale * inverse)
     assert all(same(a, mine) and same(b, found) for a, b in results), "runs differ"
 
 

@@ -6,8 +6,9 @@
 // first operand of wgmma, so what comes out lies channels down and pixels across, and scale and bias are one pair of numbers
 // a thread. A third warpgroup feeds them: warp 0 copies tiles of 64 pixels of x into a ring of slots, warp 1 (ADDS) the
 // residual and the shortcut into another, whose slots also take the results; warps 2 and 3 write these out in whole rows.
-// Every product is begun before the results of the one before are finished, in accumulators of its own. Barriers in shared
-// memory are all the synchronisation there is after the start.
+// While one multiplies the other finishes results, and within a tile a block's product is begun before the one before is
+// finished. Products that ran on from tile to tile measured up to a fifth slower (docs/log.md). Barriers in shared memory are
+// all the synchronisation there is after the start.
 //
 // A tile never leaves its image, so gain is one number a tile: it is two segments of up to 32 pixels, one after the other
 // or, with SHORTCUT, the same columns of two rows, whose pixels are the four phases of 16 pixels of the shortcut.
@@ -120,39 +121,33 @@ struct Consumer {
         for (int k = 0; k < STEPS; ++k) product_of_codes(d, a[BLOCK][k], b + (k >> 2) * (8192 / 16) + (k & 3) * 2, k > 0);
         product_commit();
     }
-    // Unit number UNIT of UNITS: one block of 64 channels of a tile. Its sums are on their way in sums[UNIT % 2].
-    template <int UNIT, int UNITS> DEVICE void turn() {
-        constexpr int BLOCK = UNIT % BLOCKS;
-        constexpr bool FIRST = BLOCK == 0, LAST = BLOCK == BLOCKS - 1, AHEAD = UNIT + 1 < UNITS;
-        if (UNIT == 0) await_x(x), begin<0>(sums[0], x.slot);
-        XPlace next = x;
-        if (LAST) next.next();
-        if (LAST && AHEAD) await_x(next);
-        if (AHEAD) begin<(BLOCK + 1) % BLOCKS>(sums[(UNIT + 1) & 1], next.slot);
+    // One block of 64 channels of a tile, and those after it. The next block's product is begun before this one's is awaited.
+    template <int BLOCK> DEVICE void turn() {
+        constexpr bool FIRST = BLOCK == 0, LAST = BLOCK == BLOCKS - 1;
+        if (FIRST) await_x(x), begin<0>(sums[0], x.slot);
+        if constexpr (!LAST) begin<BLOCK + 1>(sums[(BLOCK + 1) & 1], x.slot);
         if (FIRST) {
             while (index >= image_end) image_end += w.tiles_of_image, ++gain;
             factors = __ldg(gain);
         }
-        products_wait<AHEAD>(sums[UNIT & 1]);
+        products_wait<!LAST>(sums[BLOCK & 1]);
         if (LAST && me.lane == 0) barrier_arrive(at.empty_x + x.slot * 8);
         if (FIRST) barrier_wait((ADDS ? at.full_out : at.empty_out) + out.slot * 8, out.parity);
         if (CHANNELS % SLICE == 0 || w.channel0 + me.channel(BLOCK) < CHANNELS) {
             float4 numbers = load_shared_floats(at.table + (me.channel(BLOCK) / 2 + (me.lane >> 2)) * 16);
-            finish(sums[UNIT & 1], at.out + out.slot * OUT_BYTES, me, BLOCK, numbers, factors);
+            finish(sums[BLOCK & 1], at.out + out.slot * OUT_BYTES, me, BLOCK, numbers, factors);
         }
-        if (LAST) {
-            __syncwarp();
-            if (me.lane == 0) barrier_arrive(at.done + out.slot * 8);
-            out.next(), x = next, index += w.stride;
-        }
-        if constexpr (AHEAD) turn<UNIT + 1, UNITS>();
+        if constexpr (!LAST) turn<BLOCK + 1>();
     }
     DEVICE void run(const unsigned char* weight) {
         load_weights_of(a, weight, me, w.channel0);
         x = {0, 0}, out = {0, ADDS ? 0u : 1u}, index = w.first, image_end = w.tiles_of_image;
-        while (index + (TILES - 1) * w.stride < w.tiles) turn<0, TILES * BLOCKS>();
-        if (TILES > 1)
-            while (index < w.tiles) turn<0, BLOCKS>();
+        for (; index < w.tiles; index += w.stride) {
+            turn<0>();
+            __syncwarp();
+            if (me.lane == 0) barrier_arrive(at.done + out.slot * 8);
+            out.next(), x.next();
+        }
     }
 };
 

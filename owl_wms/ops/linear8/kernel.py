@@ -2,8 +2,9 @@
 
 Why Triton: both operands come through the tensor copy engine, the product is one `wgmma` (s8 or e4m3, sm_90), and the
 epilogue is what a library does not have: LeakyReLU and codes behind one product, the residual and two results behind
-the other. Rows are pixels; one program computes a tile of pixels x channels, channels fastest, so that the programs
-that share rows of x run together.
+the other. Rows are pixels; a program computes tiles of pixels x channels, channels fastest, so that the programs that
+share rows of x run together. As many programs start as run at once, and each goes on to further tiles: the next tile's
+operands arrive while the results of this one are finished.
 
 Usage:
     y = launch(x, weight, scale, bias, gain, pixels, tile)                  # x [M, K] codes -> [M, N] codes
@@ -21,6 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from owl_wms.ops.codes import LARGEST
+from owl_wms.ops.enlarging import processors
 from owl_wms.ops.grouped_conv.reference import SLOPE
 
 ROUNDER = tl.constexpr(
@@ -51,51 +53,49 @@ def _encode(y, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    x_desc, w_desc, m, n, depth, INTEGER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):  # fmt: skip
-    SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
-    sums = tl.zeros((BM, BN), SUM)
-    for k in range(0, depth, BK):
-        sums = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, sums, out_dtype=SUM)
-    return sums.to(tl.float32)
-
-
-@triton.jit
 def linear_kernel(
-    x_desc, w_desc, out_desc, scale_ptr, bias_ptr, gain_ptr, depth, channels, pixels, rows, column_tiles,
+    x_desc, w_desc, out_desc, scale_ptr, bias_ptr, gain_ptr, depth, channels, pixels, rows, column_tiles, tiles,
     INTEGER: tl.constexpr, LARGEST: tl.constexpr, SLOPE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    m, n = tl.program_id(0) // column_tiles * BM, tl.program_id(0) % column_tiles * BN
-    y = _product(x_desc, w_desc, m, n, depth, INTEGER, BM, BN, BK)
-    row, column = m + tl.arange(0, BM), n + tl.arange(0, BN)
-    inverse_gain = tl.load(gain_ptr + row // pixels * 2 + 1, row < rows, 0.0)
-    scale = tl.load(scale_ptr + column, column < channels, 0.0)
-    bias = tl.load(bias_ptr + column, column < channels, 0.0)
-    y = y * scale[None, :] + bias[None, :] * inverse_gain[:, None]
-    y = tl.maximum(y, SLOPE * y)
-    out_desc.store([m, n], _encode(y, LARGEST, INTEGER).to(out_desc.dtype))
+    SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m, n = tile // column_tiles * BM, tile % column_tiles * BN
+        sums = tl.zeros((BM, BN), SUM)
+        for k in range(0, depth, BK):
+            sums = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, sums, out_dtype=SUM)
+        row, column = m + tl.arange(0, BM), n + tl.arange(0, BN)
+        inverse_gain = tl.load(gain_ptr + row // pixels * 2 + 1, row < rows, 0.0)
+        scale = tl.load(scale_ptr + column, column < channels, 0.0)
+        bias = tl.load(bias_ptr + column, column < channels, 0.0)
+        y = sums.to(tl.float32) * scale[None, :] + bias[None, :] * inverse_gain[:, None]
+        y = tl.maximum(y, SLOPE * y)
+        out_desc.store([m, n], _encode(y, LARGEST, INTEGER).to(out_desc.dtype))
 
 
 @triton.jit
 def add_kernel(
-    x_desc, w_desc, u_desc, codes_desc, scale_ptr, inverse_ptr, gain_ptr, depth, channels, pixels, rows, column_tiles,
+    x_desc, w_desc, u_desc, codes_desc, scale_ptr, inverse_ptr, gain_ptr,
+    depth, channels, pixels, rows, column_tiles, tiles,
     INTEGER: tl.constexpr, LARGEST: tl.constexpr, CODES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    m, n = tl.program_id(0) // column_tiles * BM, tl.program_id(0) % column_tiles * BN
-    y = _product(x_desc, w_desc, m, n, depth, INTEGER, BM, BN, BK)
-    row, column = m + tl.arange(0, BM), n + tl.arange(0, BN)
-    gain = tl.load(gain_ptr + row // pixels * 2, row < rows, 0.0)
-    scale = tl.load(scale_ptr + column, column < channels, 0.0)
-    y = y * scale[None, :] * gain[:, None] + u_desc.load([m, n]).to(tl.float32)
-    u_desc.store([m, n], y.to(u_desc.dtype))
-    if CODES:
-        inverse_gain = tl.load(gain_ptr + row // pixels * 2 + 1, row < rows, 0.0)
-        inverse = tl.load(inverse_ptr + column, column < channels, 0.0)
-        codes = _encode(y * inverse[None, :] * inverse_gain[:, None], LARGEST, INTEGER)
-        codes_desc.store([m, n], codes.to(codes_desc.dtype))
+    SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m, n = tile // column_tiles * BM, tile % column_tiles * BN
+        sums = tl.zeros((BM, BN), SUM)
+        for k in range(0, depth, BK):
+            sums = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, sums, out_dtype=SUM)
+        row, column = m + tl.arange(0, BM), n + tl.arange(0, BN)
+        gain = tl.load(gain_ptr + row // pixels * 2, row < rows, 0.0)
+        scale = tl.load(scale_ptr + column, column < channels, 0.0)
+        y = sums.to(tl.float32) * scale[None, :] * gain[:, None] + u_desc.load([m, n]).to(tl.float32)
+        u_desc.store([m, n], y.to(u_desc.dtype))
+        if CODES:
+            inverse_gain = tl.load(gain_ptr + row // pixels * 2 + 1, row < rows, 0.0)
+            inverse = tl.load(inverse_ptr + column, column < channels, 0.0)
+            codes = _encode(y * inverse[None, :] * inverse_gain[:, None], LARGEST, INTEGER)
+            codes_desc.store([m, n], codes.to(codes_desc.dtype))
 
 
 def _descriptors(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -108,7 +108,10 @@ def _descriptors(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescripto
 def _numbers(x: Tensor, weight: Tensor, pixels: int, tile: Tile) -> tuple[tuple[int], tuple[int, ...]]:
     rows, depth, channels = x.shape[0], x.shape[1], weight.shape[0]
     column_tiles = triton.cdiv(channels, tile.channels)
-    return (triton.cdiv(rows, tile.pixels) * column_tiles,), (depth, channels, pixels, rows, column_tiles)
+    tiles = triton.cdiv(rows, tile.pixels) * column_tiles
+    # Two programs fit a multiprocessor; the interpreter gets a few, so that they loop there too.
+    at_once = 2 * processors(x.device) if x.is_cuda else 3
+    return (min(tiles, at_once),), (depth, channels, pixels, rows, column_tiles, tiles)
 
 
 def _format(x: Tensor, tile: Tile) -> dict[str, object]:

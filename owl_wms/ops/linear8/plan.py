@@ -24,13 +24,12 @@ THREADS = 384
 TILE = 64
 SEGMENT = TILE // 2
 HEADERS = ("hopper.cuh", "hopper8.cuh", "linear8/rings.cuh")
-# Registers of a thread that weights may take: two tiles' sums (64) and the epilogue share its 232 with them.
+# Registers of a thread that weights may take: two blocks' sums (64) and the epilogue share its 232 with them.
 WEIGHT_REGISTERS = 128
 # Slots of the two rings, the best first: pixels wait for memory in the one, results in the other.
 SLOTS = ((4, 3), (3, 3), (3, 2), (2, 3), (2, 2))
-# Depth and channels of the products that this kernel is meant for. Deeper ones would hold so few channels a block that
-# the cache would have to deliver x sixteen times.
-PAYS = frozenset({(256, 512), (512, 256), (512, 1024), (1024, 512)})
+# Depth and channels of the products that this kernel measured faster in (docs/log.md). Deeper ones do not fit.
+PAYS = frozenset({(256, 512), (512, 256), (512, 1024), (1024, 512), (1024, 2048)})
 
 
 def _pitch(size: int) -> int:
@@ -50,7 +49,6 @@ class Plan:
         blocks: 64-channel blocks that each of the two multiplying warpgroups holds the weights of.
         x_slots: tiles of pixels in shared memory.
         out_slots: tiles of results.
-        tiles: tiles whose products run into each other; between so many, the tensor cores are waited for.
     """
 
     depth: int
@@ -61,7 +59,6 @@ class Plan:
     blocks: int
     x_slots: int
     out_slots: int
-    tiles: int
 
     @property
     def slices(self) -> int:
@@ -90,7 +87,6 @@ class Plan:
             f"BLOCKS={self.blocks}",
             f"X_SLOTS={self.x_slots}",
             f"OUT_SLOTS={self.out_slots}",
-            f"TILES={self.tiles}",
             *DEFINES[codes],
             *(("FP16",) if self.adds and dtype == torch.float16 else ()),
         )
@@ -117,7 +113,7 @@ def fitting(
     if not blocks or not _shortcut_fits(channels, adds, codes, shortcut, min(channels, 128 * blocks)):
         return None
     for x_slots, out_slots in slots:
-        plan = Plan(depth, channels, adds, codes, shortcut, blocks, x_slots, out_slots, 1 if blocks == 4 else 2)
+        plan = Plan(depth, channels, adds, codes, shortcut, blocks, x_slots, out_slots)
         if plan.shared_bytes <= SHARED_LIMIT:
             return plan
     return None

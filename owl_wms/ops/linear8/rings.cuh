@@ -1,9 +1,7 @@
 // The two rings of linear8/kernel.cu in shared memory, the tiles they hold, and the warps that fill and empty them.
 //
 // DEPTH, CHANNELS: k and n, multiples of 16. BLOCKS: 64-channel blocks of a warpgroup; SLICE channels of a block of the grid.
-// SHORTCUT: channels of the shortcut, 0 without one. X_SLOTS, OUT_SLOTS: slots of the rings, at least 2. TILES: tiles that a
-// multiplying warp takes in one go; between two goes nothing is begun ahead, because across the end of a loop the compiler
-// gives up on products that are at work, and waits for each.
+// SHORTCUT: channels of the shortcut, 0 without one. X_SLOTS, OUT_SLOTS: slots of the rings, at least 2.
 #if SHORTCUT && (CODES || !ADDS)
 #error "the last block of a stage has a shortcut, and no codes"
 #endif
