@@ -28,6 +28,7 @@ from benchmarks.accuracy import accuracy
 from benchmarks.decoders import SUBJECTS, gigaflop, subject
 from benchmarks.ours import build_ours
 from owl_wms.errors import FastPathError
+from owl_wms.trt.parity import reference_arithmetic
 
 # "Error no worse than eager's at the same precision", with room for a different order of summation.
 MAX_ERROR_OVER_EAGER = 2.0
@@ -46,8 +47,8 @@ class Row:
 
 
 def fp32_reference(decoder: nn.Module, z_BCHW: Tensor) -> Tensor:
-    """Output of the fp32 decoder on the GPU with TF32 off, one latent at a time to bound memory; kept on the CPU."""
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    """Output of the fp32 decoder on the GPU, one latent at a time to bound memory; kept on the CPU."""
+    with torch.no_grad(), reference_arithmetic():
         return torch.cat([decoder(z.unsqueeze(0)).cpu() for z in z_BCHW.float()])
 
 

@@ -21,7 +21,7 @@ from benchmarks import decoders
 from benchmarks.harness import console, finish, measure_interleaved
 from owl_wms.ops import conv3x3 as conv3x3_op
 from owl_wms.trt.fused_sana import Conv3x3, fuse
-from owl_wms.trt.parity import true_fp32
+from owl_wms.trt.parity import reference_arithmetic
 from owl_wms.trt.spec import dtype_of
 
 ROUNDS = 7
@@ -120,7 +120,7 @@ def measure(precision: str, live: nn.Module, z: Tensor, compiled: bool, profiled
     """Everything at one precision, printed as it comes; the row of the document."""
     dtype = dtype_of(precision)
     narrow = z.to(dtype)
-    with true_fp32():
+    with reference_arithmetic():
         wanted = live(narrow.float())
     eager = copy.deepcopy(live).to(dtype).to(memory_format=torch.channels_last)
     begin = time.monotonic()

@@ -20,10 +20,6 @@ typedef float Sum;
 #define TAP_REGISTERS 36
 #define ZERO 0.f
 #endif
-#ifndef UNROLL
-#define UNROLL 1
-#endif
-constexpr int ROW_UNROLL = UNROLL;
 #define OUT_ROW_BYTES (STRIP * 128)
 #define OUT_BYTES (ROWS * OUT_ROW_BYTES)
 
@@ -182,7 +178,7 @@ grouped_conv8(Element* out, const Element* x, const u32* packed, const float* sc
         if (active) {
             int rows = min(ROWS, count - p * ROWS);
             u32 row = ring + slot * ROWS * ROW_BYTES, done = mine + (p & 1) * OUT_BYTES;
-#pragma unroll ROW_UNROLL
+#pragma unroll 1
             for (int r = 0; r < rows; ++r) {
                 add_row(w, row, warp, lane);
                 end_row(w, done);

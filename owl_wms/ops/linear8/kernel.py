@@ -3,8 +3,9 @@
 Why Triton: both operands come through the tensor copy engine, the product is one `wgmma` (s8 or e4m3, sm_90), and the
 epilogue is what a library does not have: LeakyReLU and codes behind one product, the residual and two results behind
 the other. Rows are pixels; a program computes tiles of pixels x channels, channels fastest, so that the programs that
-share rows of x run together. As many programs start as run at once, and each goes on to further tiles: the next tile's
-operands arrive while the results of this one are finished.
+share rows of x run together. Programs of the first product go on from tile to tile, as many as run at once, and the
+next tile's operands arrive while the results of this one are finished; that made the second product slower, which has a
+residual to load as well (docs/log.md).
 
 Usage:
     y = launch(x, weight, scale, bias, gain, pixels, tile)                  # x [M, K] codes -> [M, N] codes
@@ -75,27 +76,25 @@ def linear_kernel(
 
 @triton.jit
 def add_kernel(
-    x_desc, w_desc, u_desc, codes_desc, scale_ptr, inverse_ptr, gain_ptr,
-    depth, channels, pixels, rows, column_tiles, tiles,
+    x_desc, w_desc, u_desc, codes_desc, scale_ptr, inverse_ptr, gain_ptr, depth, channels, pixels, rows, column_tiles,
     INTEGER: tl.constexpr, LARGEST: tl.constexpr, CODES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        m, n = tile // column_tiles * BM, tile % column_tiles * BN
-        sums = tl.zeros((BM, BN), SUM)
-        for k in range(0, depth, BK):
-            sums = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, sums, out_dtype=SUM)
-        row, column = m + tl.arange(0, BM), n + tl.arange(0, BN)
-        gain = tl.load(gain_ptr + row // pixels * 2, row < rows, 0.0)
-        scale = tl.load(scale_ptr + column, column < channels, 0.0)
-        y = sums.to(tl.float32) * scale[None, :] * gain[:, None] + u_desc.load([m, n]).to(tl.float32)
-        u_desc.store([m, n], y.to(u_desc.dtype))
-        if CODES:
-            inverse_gain = tl.load(gain_ptr + row // pixels * 2 + 1, row < rows, 0.0)
-            inverse = tl.load(inverse_ptr + column, column < channels, 0.0)
-            codes = _encode(y * inverse[None, :] * inverse_gain[:, None], LARGEST, INTEGER)
-            codes_desc.store([m, n], codes.to(codes_desc.dtype))
+    m, n = tl.program_id(0) // column_tiles * BM, tl.program_id(0) % column_tiles * BN
+    sums = tl.zeros((BM, BN), SUM)
+    for k in range(0, depth, BK):
+        sums = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, sums, out_dtype=SUM)
+    row, column = m + tl.arange(0, BM), n + tl.arange(0, BN)
+    gain = tl.load(gain_ptr + row // pixels * 2, row < rows, 0.0)
+    scale = tl.load(scale_ptr + column, column < channels, 0.0)
+    y = sums.to(tl.float32) * scale[None, :] * gain[:, None] + u_desc.load([m, n]).to(tl.float32)
+    u_desc.store([m, n], y.to(u_desc.dtype))
+    if CODES:
+        inverse_gain = tl.load(gain_ptr + row // pixels * 2 + 1, row < rows, 0.0)
+        inverse = tl.load(inverse_ptr + column, column < channels, 0.0)
+        codes = _encode(y * inverse[None, :] * inverse_gain[:, None], LARGEST, INTEGER)
+        codes_desc.store([m, n], codes.to(codes_desc.dtype))
 
 
 def _descriptors(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -105,13 +104,11 @@ def _descriptors(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescripto
     )
 
 
-def _numbers(x: Tensor, weight: Tensor, pixels: int, tile: Tile) -> tuple[tuple[int], tuple[int, ...]]:
+def _numbers(x: Tensor, weight: Tensor, pixels: int, tile: Tile) -> tuple[int, tuple[int, ...]]:
+    """Number of tiles, and the numbers that both kernels take."""
     rows, depth, channels = x.shape[0], x.shape[1], weight.shape[0]
     column_tiles = triton.cdiv(channels, tile.channels)
-    tiles = triton.cdiv(rows, tile.pixels) * column_tiles
-    # Two programs fit a multiprocessor; the interpreter gets a few, so that they loop there too.
-    at_once = 2 * processors(x.device) if x.is_cuda else 3
-    return (min(tiles, at_once),), (depth, channels, pixels, rows, column_tiles, tiles)
+    return triton.cdiv(rows, tile.pixels) * column_tiles, (depth, channels, pixels, rows, column_tiles)
 
 
 def _format(x: Tensor, tile: Tile) -> dict[str, object]:
@@ -125,10 +122,12 @@ def _format(x: Tensor, tile: Tile) -> dict[str, object]:
 def launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, gain: Tensor, pixels: int, tile: Tile) -> Tensor:
     """Codes `[M, N]` of `leaky(x weight^T scale + bias / gain)`; x `[M, K]` codes, `pixels` rows an image."""
     out = x.new_empty(x.shape[0], weight.shape[0])
-    grid, numbers = _numbers(x, weight, pixels, tile)
+    tiles, numbers = _numbers(x, weight, pixels, tile)
+    # Two programs fit a multiprocessor; the interpreter gets a few, so that they loop there too.
+    at_once = 2 * processors(x.device) if x.is_cuda else 3
     out_desc = TensorDescriptor.from_tensor(out, [tile.pixels, tile.channels])
-    linear_kernel[grid](
-        *_descriptors(x, weight, tile), out_desc, scale, bias, gain, *numbers, SLOPE=SLOPE, **_format(x, tile)
+    linear_kernel[(min(tiles, at_once),)](
+        *_descriptors(x, weight, tile), out_desc, scale, bias, gain, *numbers, tiles, SLOPE=SLOPE, **_format(x, tile)
     )
     return out
 
@@ -138,11 +137,11 @@ def launch_add_(
 ) -> Tensor | None:
     """`u += gain scale x weight^T` in place on `u [M, N]`; its codes in steps of `gain / inverse` where given."""
     codes = None if inverse is None else x.new_empty(u.shape)
-    grid, numbers = _numbers(x, weight, pixels, tile)
+    tiles, numbers = _numbers(x, weight, pixels, tile)
     block = [tile.pixels, tile.channels]
     u_desc = TensorDescriptor.from_tensor(u, block)
     codes_desc = u_desc if codes is None else TensorDescriptor.from_tensor(codes, block)
-    add_kernel[grid](
+    add_kernel[(tiles,)](
         *_descriptors(x, weight, tile), u_desc, codes_desc, scale, scale if inverse is None else inverse, gain,
         *numbers, CODES=codes is not None, **_format(x, tile),
     )  # fmt: skip

@@ -10,6 +10,7 @@ Usage:
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -109,23 +110,22 @@ def fitting(
     if depth % 16 or channels % 16 or not (adds or codes):
         return None
     registers = 4 * -(-depth // 32)  # of a block of 64 channels
-    blocks = next((n for n in (4, 2, 1) if n * registers <= WEIGHT_REGISTERS and (n == 1 or 64 * n < channels)), 0)
-    if not blocks or not _shortcut_fits(channels, adds, codes, shortcut, min(channels, 128 * blocks)):
-        return None
-    for x_slots, out_slots in slots:
+    for blocks, (x_slots, out_slots) in itertools.product((4, 2, 1), slots):
+        if blocks * registers > WEIGHT_REGISTERS or (blocks > 1 and 64 * blocks >= channels):
+            continue
         plan = Plan(depth, channels, adds, codes, shortcut, blocks, x_slots, out_slots)
-        if plan.shared_bytes <= SHARED_LIMIT:
+        if plan.shared_bytes <= SHARED_LIMIT and _shortcut_fits(plan):
             return plan
     return None
 
 
-def _shortcut_fits(channels: int, adds: bool, codes: bool, shortcut: int, columns: int) -> bool:
-    quarter = shortcut // 4
-    if not shortcut:
+def _shortcut_fits(plan: Plan) -> bool:
+    if not plan.shortcut:
         return True
+    quarter, columns = plan.shortcut // 4, min(plan.channels, 128 * plan.blocks)
     # Copies take eight channels of the shortcut, and a block's channels must not straddle two of its copies.
-    even = shortcut % 64 == 0 and channels % quarter == 0 and (columns % quarter == 0 or quarter % columns == 0)
-    return even and adds and not codes
+    even = plan.shortcut % 64 == 0 and plan.channels % quarter == 0
+    return even and (columns % quarter == 0 or quarter % columns == 0) and plan.adds and not plan.codes
 
 
 def plan_of(depth: int, channels: int, adds: bool, codes: bool, shortcut: int) -> Plan | None:
