@@ -24,15 +24,24 @@ Made = tuple[Callable[[Tensor], Tensor], dict[str, Any]]
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after `seconds`."""
+    """Raise TimeoutError in the main thread after `seconds`, whatever what it interrupts makes of it."""
+    text = f"not ready after {seconds} s"
+    reached = False
 
     def stop(signum: int, frame: object) -> None:
-        raise TimeoutError(f"not ready after {seconds} s")
+        nonlocal reached
+        reached = True
+        raise TimeoutError(text)
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
     try:
         yield
+    except Exception as error:
+        # torch.compile wraps whatever is raised while it compiles in an error of its own.
+        if reached and not isinstance(error, TimeoutError):
+            raise TimeoutError(text) from error
+        raise
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)

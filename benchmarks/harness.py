@@ -103,8 +103,11 @@ def measure_ceilings(dtype: torch.dtype = torch.bfloat16) -> Ceilings:
 def commit() -> str:
     """Short hash of the checked-out commit, `+` appended when files differ from it.
 
-    Outside a checkout the variable OWL_COMMIT says it, for hosts that get a copy of the tree; else `unknown`.
+    The variable OWL_COMMIT says it instead, for hosts that get a copy of the tree without its history; outside a
+    checkout and without it, `unknown`.
     """
+    if named := os.environ.get("OWL_COMMIT"):
+        return named
     root = Path(__file__).resolve().parents[1]
     try:
         name = subprocess.run(
@@ -112,7 +115,7 @@ def commit() -> str:
         )
         dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=root, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("OWL_COMMIT", "unknown")
+        return "unknown"
     return name.stdout.strip() + ("+" if dirty.returncode else "")
 
 

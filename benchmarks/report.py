@@ -72,23 +72,23 @@ def report(result: dict[str, Any]) -> str:
 
 
 def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One document out of runs of one theme, commit and kind of machine, each of which had a card to itself.
+    """One document out of runs of one theme and kind of machine, each of which had a card to itself.
 
     Raises:
         ValueError: the runs do not belong together.
     """
     first = results[0]
     for other in results[1:]:
-        for key in ("theme", "commit"):
+        for key in ("theme", "machine"):
             if other[key] != first[key]:
                 raise ValueError(f"runs differ in {key}: {first[key]} and {other[key]}")
-        if other["machine"] != first["machine"]:
-            raise ValueError("runs differ in machine")
     parts = []
     for result in results:
         panels = dict.fromkeys(f"{row['decoder']} at batch {row['batch']}" for row in result["rows"])
-        parts.append({"ceilings": result["ceilings"], "decoders": list(panels)})
-    return {**first, "rows": [row for result in results for row in result["rows"]], "parts": parts}
+        parts.append({"ceilings": result["ceilings"], "commit": result["commit"], "decoders": list(panels)})
+    commits = dict.fromkeys(result["commit"] for result in results)
+    rows = [row for result in results for row in result["rows"]]
+    return {**first, "commit": ", ".join(commits), "rows": rows, "parts": parts}
 
 
 def readme_table(result: dict[str, Any]) -> str:

@@ -1,0 +1,60 @@
+"""What benchmarks do when something goes wrong: limits that hold, results that belong together, rows with a reason."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import pytest
+
+from benchmarks import baselines, report
+
+
+def test_a_time_limit_holds_although_the_interrupted_code_wraps_it() -> None:
+    def compile_something() -> None:
+        try:
+            time.sleep(5)
+        except TimeoutError as error:
+            raise RuntimeError("the compiler's own words") from error
+
+    with pytest.raises(TimeoutError, match="not ready after 1 s"), baselines.time_limit(1):
+        compile_something()
+
+
+def test_errors_within_the_limit_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="does not compile"), baselines.time_limit(5):
+        raise RuntimeError("does not compile")
+
+
+def result(commit: str, decoder: str, gpu: str = "card") -> dict[str, Any]:
+    figures = {"median_ms": 2.0, "p20_ms": 1.9, "p80_ms": 2.1, "floor_ms": 1.0}
+    shared: dict[str, Any] = {"decoder": decoder, "batch": 8}
+    return {
+        "theme": "decoder",
+        "machine": {"gpu": gpu},
+        "commit": commit,
+        "ceilings": {"matmul_tflops": 700.0, "copy_tbps": 3.0},
+        "rows": [
+            {**shared, "candidate": "eager bf16", "refused": "", "figures": figures},
+            {**shared, "candidate": "ours fp8", "refused": "PSNR is low", "figures": {}},
+        ],
+    }
+
+
+def test_runs_side_by_side_become_one_document() -> None:
+    merged = report.merge([result("aaa", "dist"), result("bbb", "base")])
+    assert merged["commit"] == "aaa, bbb"
+    assert [row["decoder"] for row in merged["rows"]] == ["dist", "dist", "base", "base"]
+    text = report.report(merged)
+    assert "copy 3.00 TB/s (dist at batch 8); " in text
+    assert "| ours fp8 | refused: PSNR is low |" in text
+
+
+def test_runs_of_two_machines_are_not_one_document() -> None:
+    with pytest.raises(ValueError, match="runs differ in machine"):
+        report.merge([result("aaa", "dist"), result("aaa", "base", gpu="another")])
+    other = copy.deepcopy(result("aaa", "base"))
+    other["theme"] = "ops"
+    with pytest.raises(ValueError, match="runs differ in theme"):
+        report.merge([result("aaa", "dist"), other])
