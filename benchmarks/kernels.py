@@ -5,13 +5,16 @@ out; medians over several decodes. A launch's floor is the larger of the bytes o
 once) over this card's copy rate and its multiply-adds over the matrix rate, twice that rate for 8-bit products. Calls
 of the same kernel on the same shape are one row. What PyTorch runs beside them is the row "other".
 
-Usage (on a GPU): python -m benchmarks.kernels [--decoder dist base] [--precision bf16 int8] [--out result.json]
+Usage (on a GPU):
+    python -m benchmarks.kernels [--decoder dist base] [--precision bf16 int8] [--out result.json]
+    python -m benchmarks.kernels --render result.json        # result.md beside it, anywhere
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -160,14 +163,66 @@ def profile(decode: Callable[[Tensor], Tensor], z: Tensor, ceilings: harness.Cei
     return {"whole_ms": whole, "kernels": ordered}
 
 
+LEGEND = (
+    "A floor is the larger of bytes over the copy rate and multiply-adds over the matrix rate (twice it for 8-bit",
+    "products). `library product` is cuBLAS; `stage_tail` MODE 0 is a whole tail, 1 a grouped convolution behind an",
+    "enlargement, 2 a projection; `up_residual` MODE 0 is an enlargement, 1 with the shortcut, 2 the shortcut alone;",
+    "`other` is PyTorch and gaps.",
+)
+TITLES = ("kernel", "largest tensor", "calls", "ms", "% of time", "floor ms", "% of floor")
+
+
+def cells(row: dict[str, Any], whole_ms: float) -> tuple[str, ...]:
+    """A kernel's row as text, in the order of `TITLES`; what PyTorch runs beside them has no floor."""
+    share = f"{100 * row['ms'] / whole_ms:.0f}"
+    if not row["floor_ms"]:
+        return row["kernel"], row["shape"], "", f"{row['ms']:.3f}", share, "", ""
+    floor = (f"{row['floor_ms']:.3f}", f"{100 * row['floor_ms'] / max(row['ms'], 1e-9):.0f}")
+    return row["kernel"], row["shape"], str(row["calls"]), f"{row['ms']:.3f}", share, *floor
+
+
+def title_of(found: dict[str, Any], batch: int) -> str:
+    """What a table is of. Launched one by one: gaps between kernels, which a CUDA graph closes, are in "other"."""
+    return f"{found['decoder']} {found['precision']}, batch {batch}: {found['whole_ms']:.2f} ms launched one by one"
+
+
+def render(result: dict[str, Any]) -> str:
+    """The document as Markdown."""
+    ceilings, machine = result["ceilings"], result["machine"]
+    lines = [
+        "# Every kernel against its own floor",
+        "",
+        f"{machine['gpu']}, driver {machine['driver']}, {machine['torch']}; commit {result['commit']}. "
+        f"Read in the same run: bf16 matrix product {ceilings['matmul_tflops']:.0f} TFLOP/s, "
+        f"copy {ceilings['copy_tbps']:.2f} TB/s.",
+        "",
+        *LEGEND,
+    ]
+    for found in result["rows"]:
+        lines += [
+            "",
+            f"## {title_of(found, result['batch'])}",
+            "",
+            f"| {' | '.join(TITLES)} |",
+            "|---|---|" + "---:|" * 5,
+        ]
+        lines += [f"| {' | '.join(cells(row, found['whole_ms']))} |" for row in found["kernels"]]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Measure, print tables and the JSON document."""
+    """Measure, print tables and the JSON document; or render one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", nargs="+", default=["dist", "base"], choices=["dist", "base", "demo"])
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp16", "int8", "fp8"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--render", type=Path)
     args = parser.parse_args()
+    if args.render is not None:
+        text = render(json.loads(args.render.read_text(encoding="utf-8")))
+        args.render.with_suffix(".md").write_text(text, encoding="utf-8")
+        return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: this benchmark measures a GPU; nothing was measured")
     ceilings = harness.measure_ceilings()
@@ -186,12 +241,9 @@ def main() -> None:
             z = torch.randn(args.batch, *subject.latent_shape, device="cuda").to(dtype)
             found = profile(fused, z, ceilings)
             rows.append({"decoder": name, "precision": precision, **found})
-            table = Table("kernel", "largest tensor", "calls", "ms", "% of time", "floor ms", "% of floor")
-            table.title = f"{name} {precision}, batch {args.batch}, {found['whole_ms']:.2f} ms launched one by one"
+            table = Table(*TITLES, title=title_of(rows[-1], args.batch))
             for row in found["kernels"]:
-                share, reached = 100 * row["ms"] / found["whole_ms"], 100 * row["floor_ms"] / max(row["ms"], 1e-9)
-                numbers = (f"{row['ms']:.3f}", f"{share:.0f}", f"{row['floor_ms']:.3f}", f"{reached:.0f}")
-                table.add_row(row["kernel"], row["shape"], str(row["calls"]), *numbers)
+                table.add_row(*cells(row, found["whole_ms"]))
             harness.console.print(table)
     harness.finish(harness.document("kernels", ceilings, rows, batch=args.batch), args.out)
 

@@ -1,7 +1,7 @@
 """The soak: many decodes over many shapes on a GPU, with builds and evictions between; memory flat, no wrong frame.
 
 Usage:
-    pytest tests/faults/test_gpu.py -m gpu --full-counts        # 100,000 decodes; 2,000 without --full-counts
+    pytest tests/faults/test_gpu.py -m gpu --full-counts -s     # 100,000 decodes; 2,000 without; -s shows how far it is
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def test_soak(fault: Fault, tmp_path: Path) -> None:
     torch.manual_seed(0)
     decoder = SmallDecoder().eval().cuda().half()
     decoder.latent_channels = 4
-    settings = TensorRTConfig(cache_dir=tmp_path / "cache", precision="fp16")
+    # One plan: what is under load here is the runtime, not the choice.
+    settings = TensorRTConfig(cache_dir=tmp_path / "cache", precision="fp16", plans=("tensorrt",))
     decode = VideoDecode(decoder, batch_size=FRAMES, settings=settings)
     latents = {shape: torch.randn(1, FRAMES, *shape, device="cuda", dtype=torch.float16) for shape in SHAPES}
     with torch.no_grad():
@@ -40,6 +41,7 @@ def test_soak(fault: Fault, tmp_path: Path) -> None:
     for shape in SHAPES:
         decode.prepare(shape)
     assert decode.stats().backend != "pytorch", decode.stats().reason
+    print(f"{len(SHAPES)} shapes built in {time.monotonic() - began:.0f} s", flush=True)
 
     def state() -> tuple[int, int, int]:
         torch.cuda.synchronize()
@@ -52,6 +54,8 @@ def test_soak(fault: Fault, tmp_path: Path) -> None:
     for turn in range(decodes):
         if turn == settle:
             first = state()
+        if turn % max(1, decodes // 20) == 0:
+            print(f"{turn} decodes, {time.monotonic() - began:.0f} s, {wrong} wrong, {state()}", flush=True)
         shape = SHAPES[chance.randrange(len(SHAPES))]
         frames = decode(latents[shape])
         if turn % 97 == 0:
