@@ -49,8 +49,8 @@ Decode = Callable[[Tensor], Tensor]
 def reference_arithmetic() -> Iterator[None]:
     """Products in full float32 (TF32 off) and convolutions as PyTorch's own products, without cuDNN, inside the block.
 
-    Why without: cuDNN 9.19 gave 3 % of the values of one fp32 convolution of AutoencoderDC wrong at batch 8 on an H100,
-    run after run (docs/log.md). A yardstick must not depend on a choice of algorithm.
+    Why without: cuDNN 9.19 gave 63 of 2048 channels of one fp32 convolution of AutoencoderDC wrong on an H100, in a
+    process's first decodes at batch 8 and not always later (docs/log.md). A yardstick must not depend on that.
     """
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
