@@ -12,14 +12,15 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.case import Case
 from benchmarks.harness import console, document, finish, machine_line, measure_ceilings, measure_interleaved
+from benchmarks.ops8 import code_cases
 from owl_wms.env import describe_machine
 from owl_wms.ops import conv_out, grouped_conv, resize, stage_tail, up_residual
 
@@ -32,18 +33,6 @@ STAGES = (
     ("base", 512, 256, 512),
     ("base", 128, 1024, 2048),
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """One op at one shape: how to make its arguments, what to run, and the least it must move."""
-
-    name: str
-    make: Callable[[int], tuple]
-    run: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    bytes_moved: int
-    flops: int = 0
 
 
 def cases(batch: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -139,7 +128,9 @@ def graph_ms(run: Callable[..., Tensor], arguments: Sequence[tuple], calls: int 
 
 
 def error_of(case: Case) -> float:
-    """Relative L2 error against the reference in fp32 (no TF32), batch 1, fresh inputs."""
+    """Relative L2 error against the reference in fp32 (no TF32) or by the case's own rule; batch 1, fresh inputs."""
+    if case.compare is not None:
+        return case.compare(case.make(1))
     values = case.make(1)
     wide = tuple(value.float() if isinstance(value, Tensor) else value for value in values)
     want = case.reference(*wide).double()
@@ -157,12 +148,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = False
     ceilings = measure_ceilings(dtype)
     console.print(machine_line(describe_machine(), ceilings))
-    table = Table("op", "ms", "floor ms", "% of floor", "TB/s", "TFLOP/s", "PyTorch ms", "error", title="ops, bf16")
+    table = Table(
+        "op", "ms", "floor ms", "% of floor", "TB/s", "TFLOP/s", "PyTorch ms", "error", title="ops, bf16 and codes"
+    )
     rows = []
-    for case in cases(options.batch, dtype):
-        error = error_of(case)
-        if not error < ERROR_LIMIT[dtype]:
-            console.print(f"{case.name}: error {error:.1e} is over {ERROR_LIMIT[dtype]:.0e}; not timed")
+    for case in (*cases(options.batch, dtype), *code_cases(options.batch, "cuda")):
+        error, limit = error_of(case), case.limit or ERROR_LIMIT[dtype]
+        if not error < limit:
+            console.print(f"{case.name}: error {error:.1e} is over {limit:.0e}; not timed")
             continue
         arguments = [case.make(options.batch) for _ in range(2)]
         mine = graph_ms(case.run, arguments)

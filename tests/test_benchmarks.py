@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import baselines, report
+from benchmarks import baselines, ops8, report
 
 
 def test_a_time_limit_holds_although_the_interrupted_code_wraps_it() -> None:
@@ -58,3 +58,14 @@ def test_runs_of_two_machines_are_not_one_document() -> None:
     other["theme"] = "ops"
     with pytest.raises(ValueError, match="runs differ in theme"):
         report.merge([result("aaa", "dist"), other])
+
+
+def test_cases_of_8_bit_ops_run_and_agree_with_themselves() -> None:
+    found = list(ops8.code_cases(2, "cpu", ((4, 32),)))
+    assert len({case.name for case in found}) == len(found) == 8
+    for case in found:
+        assert case.compare is not None
+        assert case.compare(case.make(1)) == 0, case.name
+        out = case.run(*case.make(2))
+        assert out is not None
+        assert 3 < out.float().abs().mean() < 100, f"{case.name}: codes say little"
