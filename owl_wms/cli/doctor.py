@@ -105,7 +105,8 @@ def diagnose() -> dict[str, Any]:
 def _without_tensorrt(settings: TensorRTConfig, reason: str, remedy: str) -> str:
     if settings.fallback_on_error:
         return f"PyTorch would decode: {reason}. Remedy: {remedy}."
-    return f"Nothing would decode: {reason}, and {_FALLBACK}=error forbids PyTorch. Remedy: {remedy}, or unset it."
+    strict = f"{reason}, and {_FALLBACK}=error forbids PyTorch"
+    return f"Nothing would decode: {strict}. Remedy: {remedy}; or unset {_FALLBACK}."
 
 
 def _free_bytes(directory: Path) -> int | str:

@@ -141,7 +141,7 @@ def test_doctor_says_when_nothing_would_decode(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert diagnose()["verdict"] == (
         "Nothing would decode: not installed, and TENSORRT_FALLBACK=error forbids PyTorch. "
-        "Remedy: install it, or unset it."
+        "Remedy: install it; or unset TENSORRT_FALLBACK."
     )
     monkeypatch.setattr(trt, "status", lambda: trt.TensorRTStatus(available=True, flavour="rtx", version="1"))
     assert diagnose()["verdict"].endswith("else an error (TENSORRT_FALLBACK=error).")
