@@ -16,6 +16,7 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def local_rank() -> int | None:
     number.
     """
     text = read("LOCAL_RANK")
-    return int(text) if text is not None and text.isdigit() else None
+    # Not str.isdigit: superscripts are digits too, and int() refuses them and very long numbers.
+    return int(text) if text is not None and re.fullmatch("[0-9]{1,9}", text) else None
 
 
 def describe_machine(device_index: int | None = None) -> dict[str, str | int]:

@@ -84,12 +84,19 @@ class FastPathError(OwlError, RuntimeError):
         self.reason = reason
         self.remedy = remedy
 
+    def again(self) -> FastPathError:
+        """An equal error to keep and raise another time: this one holds, by its traceback, what its raisers held."""
+        return FastPathError(self.stage, self.reason, self.remedy)
+
 
 class NoDeviceError(FastPathError):
     """There is nothing the compiled path could run on, which is no fault: said at info level, not as a warning."""
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__("import", reason, remedy)
+
+    def again(self) -> NoDeviceError:
+        return NoDeviceError(self.reason, self.remedy)
 
 
 class DecodeMemoryError(OwlError, MemoryError):

@@ -25,6 +25,8 @@ from owl_wms import env
 from owl_wms.errors import ConfigError
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32", "fp8", "int8")
+EIGHT_BITS = ("fp8", "int8")
+"""The precisions that are calibrated."""
 FALLBACKS = {"pytorch": True, "error": False}
 GIB = 1024**3
 
@@ -54,7 +56,7 @@ class TensorRTConfig:
         workspace_size: bytes of scratch memory TensorRT may plan with; 0 leaves it to TensorRT.
         plans: names of the plans to build and compare; empty means every plan that applies.
         calibration: `.safetensors` file of latents (`[..., c, h, w]`, called `latents`) that fp8 and int8 are
-            calibrated on; None takes seeded normal ones.
+            calibrated on; None takes seeded normal ones. Any other precision with a file is an error.
         cache_dir: directory of the programs; None means `default_cache_dir()`.
         cache_max_bytes: size the cache is pruned to, least recently used first.
     """
@@ -82,10 +84,18 @@ class TensorRTConfig:
         put(self, "plans", _parse_plans(self.plans))
         put(self, "calibration", _parse_path("calibration", self.calibration))
         put(self, "cache_dir", _parse_path("cache_dir", self.cache_dir))
+        if self.calibration is not None and self.precision not in EIGHT_BITS:
+            raise ConfigError(
+                f"calibration is used by precision {' and '.join(EIGHT_BITS)} only; got calibration "
+                f"{str(self.calibration)!r} with precision {self.precision!r}",
+                key="calibration",
+            )
 
     @classmethod
     def resolve(cls, config: Any = None, **call: Any) -> TensorRTConfig:
         """Merge the three sources, environment > call > config.
+
+        A source that replaces fp8 or int8 by a precision without calibration replaces its calibration too.
 
         Args:
             config: None, a TensorRTConfig, a mapping of its fields, or an object with training-config fields
@@ -97,13 +107,14 @@ class TensorRTConfig:
             ConfigError: an unknown field, or a value outside its range; the message lists the valid ones.
         """
         merged = _fields_of(config)
-        merged.update({key: value for key, value in call.items() if value is not None})
-        for key, text in env.tensorrt_overrides().items():
+        _lay_over(merged, {key: value for key, value in call.items() if value is not None})
+        overrides = env.tensorrt_overrides()
+        for key, text in overrides.items():
             try:
                 cls(**cast(Any, {key: text}))
             except ConfigError as error:
                 raise ConfigError(f"{env.TENSORRT_VARIABLES[key]}: {error}", key=env.TENSORRT_VARIABLES[key]) from None
-            merged[key] = text
+        _lay_over(merged, overrides)
         known = [field.name for field in dataclasses.fields(cls)]
         for key in merged:
             if key not in known:
@@ -128,6 +139,13 @@ def default_cache_dir() -> Path:
         return Path(platformdirs.user_cache_dir("owl_wms", appauthor=False)) / "trt_cache"
     except RuntimeError:  # no HOME and a uid without an account, as in some containers
         return Path(tempfile.gettempdir()) / f"owl_wms_trt_cache_{os.getuid()}"
+
+
+def _lay_over(merged: dict[str, Any], source: Mapping[str, Any]) -> None:
+    precision = str(source.get("precision", "fp8")).strip().lower()
+    if precision not in EIGHT_BITS and str(merged.get("precision")).strip().lower() in EIGHT_BITS:
+        merged.pop("calibration", None)
+    merged.update(source)
 
 
 def _fields_of(config: Any) -> dict[str, Any]:
@@ -193,7 +211,11 @@ def _parse_plans(value: Any) -> tuple[str, ...]:
 def _parse_path(key: str, value: Any) -> Path | None:
     if value is None or isinstance(value, Path):
         return value
+    kind = "directory" if key == "cache_dir" else "file"
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        kind = "directory" if key == "cache_dir" else "file"
         raise ConfigError(f"{key} must be a {kind} path; got {value!r}", key=key)
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # `~name` of no such user, or `~` without HOME and account
+        text = f"{key} must be a {kind} path; got {value!r}, whose home directory cannot be found: write it in full"
+        raise ConfigError(text, key=key) from None

@@ -133,8 +133,8 @@ class CacheStore:
         with self._opened() as cache_fd:
             return [] if cache_fd is None else survey.survey(self.directory, cache_fd, self._hmac_key, current)
 
-    def verify(self, *, repair: bool = False) -> list[survey.EntryInfo]:
-        """Hash every entry; with `repair` the bad ones go to quarantine.
+    def verify(self, prefix: str = "", *, repair: bool = False) -> list[survey.EntryInfo]:
+        """Hash every entry whose name begins with `prefix`; with `repair` the bad ones among them go to quarantine.
 
         Raises:
             CacheRefusedError: the directory may not be trusted.
@@ -142,7 +142,7 @@ class CacheStore:
         with self._opened() as cache_fd:
             if cache_fd is None:
                 return []
-            found = survey.survey(self.directory, cache_fd, self._hmac_key, None, payload=True)
+            found = survey.survey(self.directory, cache_fd, self._hmac_key, None, payload=True, prefix=prefix)
             if repair:
                 for info in found:
                     if info.status == "corrupt":

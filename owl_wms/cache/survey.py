@@ -62,14 +62,19 @@ class EntryInfo:
 
 
 def survey(
-    cache_path: Path, cache_fd: int, hmac_key: bytes | None, current: Mapping[str, Any] | None, *, payload: bool = False
+    cache_path: Path,
+    cache_fd: int,
+    hmac_key: bytes | None,
+    current: Mapping[str, Any] | None,
+    *,
+    payload: bool = False,
+    prefix: str = "",
 ) -> list[EntryInfo]:
-    """Every entry, most recently used first. `payload` hashes the programs too."""
+    """Every entry whose name begins with `prefix`, most recently used first. `payload` hashes the programs too."""
     marks = evict.last_used(cache_fd)
     found = []
-    for name in sorted(
-        (name for name in fs.listdir(cache_fd) if is_entry_name(name)), key=lambda name: -marks.get(name, 0)
-    ):
+    names = [name for name in fs.listdir(cache_fd) if is_entry_name(name) and name.startswith(prefix)]
+    for name in sorted(names, key=lambda name: -marks.get(name, 0)):
         manifest: Manifest | None = None
         try:
             manifest = inspect(name, cache_path, cache_fd, hmac_key, payload=payload)

@@ -1,7 +1,7 @@
 """`owl-wms doctor`: what would decode on this machine, why, and what to do about it.
 
 Why: "is TensorRT used, and if not, why not" must be answerable in one command, before anything is built or trained.
-Exit code 0 when the compiled path is usable, 1 when PyTorch would decode.
+Exit code 0 when the compiled path is usable, 1 when PyTorch or nothing would decode.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from rich.text import Text
 from owl_wms import env
 from owl_wms.errors import ConfigError
 from owl_wms.settings import TensorRTConfig
+
+_FALLBACK = env.TENSORRT_VARIABLES["fallback_on_error"]
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table.")) -> None:
@@ -58,17 +60,19 @@ def diagnose() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     usable = cuda and status.available and settings.enabled and not refused
     if refused:
-        verdict = f"Nothing decodes: {refused}"
+        verdict = f"Nothing would decode: {refused}"
     elif not settings.enabled:
         verdict = "PyTorch would decode: TENSORRT_ENABLED switches the compiled path off."
     elif not cuda:
-        verdict = "PyTorch would decode: no CUDA device. Remedy: run on a machine with an NVIDIA GPU and driver."
+        verdict = _without_tensorrt(settings, "no CUDA device", "run on a machine with an NVIDIA GPU and driver")
     elif not status.available:
-        verdict = f"PyTorch would decode: {status.reason}. Remedy: {status.remedy}."
-    elif cache["refused"]:
-        verdict = f"TensorRT would decode, built anew in every process: {cache['refused']}."
+        verdict = _without_tensorrt(settings, status.reason, status.remedy)
     else:
-        verdict = "TensorRT would decode: cached program, else built once and kept, else PyTorch."
+        last = "PyTorch" if settings.fallback_on_error else f"an error ({_FALLBACK}=error)"
+        programs = "cached program, else built once and kept"
+        if cache["refused"]:
+            programs = f"built anew in every process, since {cache['refused']}"
+        verdict = f"TensorRT would decode: {programs}, else {last}."
     return {
         "tensorrt": {
             "available": status.available,
@@ -96,6 +100,13 @@ def diagnose() -> dict[str, Any]:
         "usable": usable,
         "verdict": verdict,
     }
+
+
+def _without_tensorrt(settings: TensorRTConfig, reason: str, remedy: str) -> str:
+    if settings.fallback_on_error:
+        return f"PyTorch would decode: {reason}. Remedy: {remedy}."
+    strict = f"{reason}, and {_FALLBACK}=error forbids PyTorch"
+    return f"Nothing would decode: {strict}. Remedy: {remedy}; or unset {_FALLBACK}."
 
 
 def _free_bytes(directory: Path) -> int | str:

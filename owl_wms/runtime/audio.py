@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.errors import ConfigError
-from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, weights_stamp
+from owl_wms.runtime.eager import EagerDecoder, decode_in_memory
 from owl_wms.runtime.latents import check_audio
 
 
@@ -43,12 +43,13 @@ class AudioDecode:
             LatentShapeError: wrong rank or channel count.
             DecodeMemoryError: one clip does not fit into memory.
         """
-        if self._eager is None or self._eager.stamp != weights_stamp(self.decoder):
-            self._eager = EagerDecoder(self.decoder)
-        check_audio(latents, self._eager.channels)
+        eager = self._eager
+        if eager is None or not eager.stamp.matches(self.decoder):
+            eager = self._eager = EagerDecoder(self.decoder)
+        check_audio(latents, eager.channels)
         clips = latents.transpose(1, 2)
         if len(clips) == 0:
-            probe = self._eager(latents.new_zeros((1, *clips.shape[1:])))
+            probe = eager(latents.new_zeros((1, *clips.shape[1:])))
             return torch.empty((0, probe.shape[2], probe.shape[1]), dtype=torch.bfloat16, device=latents.device)
         out: list[Tensor] = []
 
@@ -58,5 +59,5 @@ class AudioDecode:
                 out.append(torch.empty(size, dtype=torch.bfloat16, device=latents.device))
             out[0][start : start + len(decoded)].copy_(decoded)
 
-        decode_in_memory(self._eager, clips, write, self.batch_size)
+        decode_in_memory(eager, clips, write, self.batch_size)
         return out[0].transpose(1, 2)

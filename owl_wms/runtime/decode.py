@@ -14,24 +14,18 @@ import contextlib
 import os
 import threading
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NoDeviceError
-from owl_wms.runtime.eager import (
-    EagerDecoder,
-    decode_in_memory,
-    is_out_of_memory,
-    release_memory,
-    weights_stamp,
-)
+from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, is_out_of_memory, release_memory
+from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.latents import check_video
 from owl_wms.runtime.output import Output
 from owl_wms.runtime.programs import ProgramSource, renew_locks
 from owl_wms.runtime.slot import Slot
-from owl_wms.runtime.stats import DecodeStats, Ledger
+from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
 from owl_wms.runtime.timing import Stopwatch
 from owl_wms.runtime.toolchain import ProgramRequest, Progress, TensorRTToolchain, Toolchain
 from owl_wms.settings import TensorRTConfig
@@ -87,9 +81,7 @@ class VideoDecode:
         self._stopwatch = Stopwatch() if timing else None
         self._ledger = Ledger()
         self._guard = threading.Lock()
-        self._eager: EagerDecoder | None = None
-        self._slots: dict[tuple[int, ...], Slot] = {}
-        self._out_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._generation: Generation | None = None
         self._forked = False
         _LIVE.add(self)
 
@@ -105,59 +97,41 @@ class VideoDecode:
             DecodeMemoryError: the output or a single frame does not fit into memory.
             FastPathError: in strict mode, or in a process forked from one that used the GPU.
         """
-        eager = self._prepared()
+        generation = self._current()
+        eager = generation.eager
         check_video(latents, eager.channels)
         device = latents.device if eager.device is None else eager.device
         leading, one = latents.shape[:2], tuple(latents.shape[2:])
         frames = latents.reshape(-1, *one)
-        slot = self._slot(eager, one, device)
+        slot = self._slot(generation, one, device)
         out = Output(len(frames), latents.device, one)
         if len(frames) == 0:
-            shape = self._out_shapes.get(one) or tuple(eager(latents.new_zeros((1, *one))).shape[1:])
-            self._out_shapes[one] = shape
+            shape = generation.frame_shapes.get(one) or tuple(eager(latents.new_zeros((1, *one))).shape[1:])
+            generation.frame_shapes[one] = shape
             out.allocate(shape)
         else:
             self._decode(eager, slot, frames, out, device)
-            self._out_shapes[one] = tuple(out.tensor.shape[1:])
+            generation.frame_shapes[one] = tuple(out.tensor.shape[1:])
         self._ledger.add("decodes")
         self._ledger.add("frames", len(frames))
         return out.tensor.reshape(*leading, *out.tensor.shape[1:])
 
     def prepare(self, latent_shape: tuple[int, int, int]) -> DecodeStats:
         """Find or build the program for latents `(c, h, w)` now (at start-up, say); returns the state after it."""
-        eager = self._prepared()
-        device = torch.device("cpu") if eager.device is None else eager.device
-        self._ready(eager, self._slot(eager, latent_shape, device))
+        generation = self._current()
+        device = torch.device("cpu") if generation.eager.device is None else generation.eager.device
+        self._ready(generation.eager, self._slot(generation, latent_shape, device))
         return self.stats()
 
     def stats(self) -> DecodeStats:
         """What happened so far. Waits for timed batches that still run; otherwise free."""
-        count = self._ledger.count
-        with self._guard:
-            slots = list(self._slots.values())
-        ready = [slot for slot in slots if slot.state == "ready"]
-        backend = self._source.toolchain.name if ready else "pytorch"
-        reasons = [slot.reason for slot in ready or slots if slot.reason]
-        if not self.settings.enabled:
-            backend, reasons = "pytorch", ["switched off by the settings (enabled=False)"]
-        elif not reasons:
-            backend, reasons = "none", ["nothing was decoded yet"]
-        return DecodeStats(
-            backend=backend,
-            reason=reasons[-1],
-            decodes=count("decodes"),
-            frames=count("frames"),
-            chunks_program=count("chunks_program"),
-            chunks_pytorch=count("chunks_pytorch"),
-            hits=count("hits"),
-            builds=count("builds"),
-            fallbacks=count("fallbacks"),
-            failures=self._ledger.failures(),
+        generation = self._generation
+        return summarise(
+            self._ledger,
+            [] if generation is None else generation.slots(),
+            toolchain=self._source.toolchain.name,
+            enabled=self.settings.enabled,
             latency_ms=None if self._stopwatch is None else self._stopwatch.percentiles(),
-            cache_bytes=sum(loaded.file_bytes for slot in ready if (loaded := slot.loaded) is not None),
-            build_seconds=self._ledger.seconds("build"),
-            load_seconds=self._ledger.seconds("load"),
-            programs=tuple(_describe(slot) for slot in slots),
         )
 
     # ---- the decode loop
@@ -231,46 +205,44 @@ class VideoDecode:
         self._failed_run(slot, FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
 
     def _failed_run(self, slot: Slot, failure: FastPathError, kind: str) -> None:
-        slot.strike(failure.reason)
+        slot.strike(failure)
         self._ledger.failure(failure, kind)
         if self.strict:
             raise failure
 
     # ---- state
 
-    def _prepared(self) -> EagerDecoder:
-        """The PyTorch decoder, made again when the caller's weights changed; programs of the old ones go with it."""
+    def _current(self) -> Generation:
+        """What is made from the weights as they are now. A decode asks once and then uses nothing of another one."""
         if self._forked:
             self._after_fork()
-        stamp = weights_stamp(self.decoder)
+        generation = self._generation
+        if generation is not None and generation.eager.stamp.matches(self.decoder):
+            return generation
         with self._guard:
-            if self._eager is None or self._eager.stamp != stamp:
-                if self._eager is not None:
-                    self._ledger.note(
-                        f"weights {len(self._slots)}", "the decoder's weights changed; programs are dropped"
-                    )
-                self._slots, self._out_shapes = {}, {}
-                self._eager = EagerDecoder(self.decoder)
-            return self._eager
+            generation = self._generation
+            if generation is None or not generation.eager.stamp.matches(self.decoder):
+                if generation is not None:
+                    self._ledger.note("weights", "the decoder's weights changed; programs of the old ones are dropped")
+                generation = self._generation = Generation(self.decoder)
+            return generation
 
-    def _slot(self, eager: EagerDecoder, one: tuple[int, ...], device: torch.device) -> Slot:
-        with self._guard:
-            slot = self._slots.get(one)
-            if slot is None:
-                request = ProgramRequest(
-                    shape=(self.batch_size, *one),  # type: ignore[arg-type]
-                    device=device,
-                    precision=self.settings.precision,
-                    plans=self.settings.plans,
-                    workspace_size=self.settings.workspace_size,
-                    calibration=self.settings.calibration,
-                )
-                slot = self._slots[one] = Slot(request)
-                if not self.settings.enabled:
-                    slot.put_off("switched off by the settings (enabled=False)")
-                elif self._forked:
-                    slot.put_off("this process was forked after the decode function was made")
-            return slot
+    def _slot(self, generation: Generation, one: tuple[int, ...], device: torch.device) -> Slot:
+        request = ProgramRequest(
+            shape=(self.batch_size, *one),  # type: ignore[arg-type]
+            device=device,
+            precision=self.settings.precision,
+            plans=self.settings.plans,
+            workspace_size=self.settings.workspace_size,
+            calibration=self.settings.calibration,
+        )
+        slot = generation.slot(request)
+        if slot.state == "new" and not self.settings.enabled:
+            slot.put_off(SWITCHED_OFF)
+        elif slot.state == "new" and self._forked:
+            reason = "this process was forked after the decode function was made"
+            slot.put_off(reason, FastPathError("run", reason, "make the decode function inside the worker"))
+        return slot
 
     def _ready(self, eager: EagerDecoder, slot: Slot) -> bool:
         """Whether the slot has a program; obtains it on the first call. Other threads wait here meanwhile."""
@@ -278,15 +250,16 @@ class VideoDecode:
             with slot.lock:
                 if slot.state == "new":
                     self._obtain(eager, slot)
-        if slot.state == "off" and self.strict and self.settings.enabled:
-            raise FastPathError("load", slot.reason, "unset strict or TENSORRT_FALLBACK to decode with PyTorch")
+        failure = slot.failure
+        if failure is not None and self.strict:
+            raise failure.again()
         return slot.state == "ready"
 
     def _obtain(self, eager: EagerDecoder, slot: Slot) -> None:
         try:
             loaded = self._source.obtain(eager.module, slot.request)
         except FastPathError as failure:
-            slot.put_off(f"{failure.stage}: {failure.reason}")
+            slot.put_off(f"{failure.stage}: {failure.reason}", failure)
             if isinstance(failure, NoDeviceError):
                 self._ledger.note("cpu", f"PyTorch decodes: {failure.reason}")
             else:
@@ -302,8 +275,8 @@ class VideoDecode:
 
     def _after_fork(self) -> None:
         """In a forked child: CUDA cannot be used, and the thread pool of the parent does not exist here."""
-        eager = self._eager
-        if eager is not None and eager.device is not None and eager.device.type == "cuda":
+        device = None if self._generation is None else self._generation.eager.device
+        if device is not None and device.type == "cuda":
             raise FastPathError(
                 "run",
                 "this process was forked from one that used the GPU, where CUDA does not work",
@@ -315,24 +288,13 @@ class VideoDecode:
         self._guard = threading.Lock()
         self._ledger = Ledger()
         self._stopwatch = None if self._stopwatch is None else Stopwatch()
-        self._slots = {}
+        if self._generation is not None:
+            self._generation.forget_programs()
         self._forked = True
 
 
 def _measured(stopwatch: Stopwatch | None, device: torch.device) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if stopwatch is None else stopwatch.measure(device)
-
-
-def _describe(slot: Slot) -> dict[str, Any]:
-    loaded = slot.loaded
-    return {
-        "shape": list(slot.request.shape),
-        "state": slot.state,
-        "reason": slot.reason,
-        "entry": None if loaded is None else loaded.name,
-        "plan": None if loaded is None else loaded.report.get("plan"),
-        "precision": None if loaded is None else loaded.report.get("precision"),
-    }
 
 
 _LIVE: weakref.WeakSet[VideoDecode] = weakref.WeakSet()

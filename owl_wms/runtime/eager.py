@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 
 from owl_wms.errors import DecodeMemoryError
@@ -32,11 +33,12 @@ class EagerDecoder:
         module: eval-mode module without weight norm.
         device, dtype: of its parameters; input is converted to both.
         channels: latent channels, None when the decoder does not say.
-        stamp: identity of the caller's weights at the time; see `weights_stamp`.
+        stamp: identity of the caller's weights at the time.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
-        self.stamp = weights_stamp(decoder)
+        # Before the weights are read: one that changes meanwhile shows as a difference later, never as none.
+        self.stamp = WeightsStamp(decoder)
         inner = unwrap(decoder)
         folds = any(parametrize.is_parametrized(module) for module in inner.modules())
         if folds:
@@ -70,14 +72,34 @@ def unwrap(decoder: nn.Module) -> nn.Module:
         decoder = inner
 
 
-def weights_stamp(decoder: nn.Module) -> tuple[Any, ...]:
-    """Changes when a weight is updated in place, replaced or moved, or the mode switches; costs microseconds, reads no
-    data.
+class WeightsStamp:
+    """What a decoder's weights were at one moment: matches until one is updated in place, replaced or moved, or the
+    mode switches. Costs microseconds, reads no data, keeps no weight alive.
 
-    Writes through `tensor.data` or a raw pointer do not show; after such, make a new decode function.
+    Writes through `tensor.data` or a raw pointer do not show, nor updates of tensors made in inference mode; after
+    such, make a new decode function.
     """
-    tensors = (*decoder.parameters(), *decoder.buffers())
-    return (decoder.training, *((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors))
+
+    def __init__(self, decoder: nn.Module) -> None:
+        tensors = _tensors(decoder)
+        self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        self._training, self._facts = decoder.training, _facts(tensors)
+
+    def matches(self, decoder: nn.Module) -> bool:
+        """Whether the weights of `decoder` are still those."""
+        if self._training != decoder.training or self._facts != _facts(_tensors(decoder)):
+            return False
+        # An allocator gives the address of a freed weight to the next one of its size, so equal addresses mean the
+        # same weights only where none of the old ones was freed by the time the addresses were read.
+        return not any(storage.expired() for storage in self._storages)
+
+
+def _tensors(decoder: nn.Module) -> tuple[Tensor, ...]:
+    return (*decoder.parameters(), *decoder.buffers())
+
+
+def _facts(tensors: tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors]
 
 
 def decode_in_memory(eager: EagerDecoder, z: Tensor, write: Callable[[int, Tensor], None], step: int) -> int:

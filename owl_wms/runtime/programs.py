@@ -27,7 +27,7 @@ from owl_wms import env
 from owl_wms.cache import CacheStore, Entry, Miss, cache_key
 from owl_wms.errors import FastPathError
 from owl_wms.runtime import turns
-from owl_wms.runtime.eager import is_out_of_memory
+from owl_wms.runtime.eager import WeightsStamp, is_out_of_memory
 from owl_wms.runtime.toolchain import JitToolchain, Program, ProgramRequest, Progress, Toolchain
 from owl_wms.settings import TensorRTConfig
 
@@ -45,7 +45,10 @@ _failed_guard = threading.Lock()
 
 
 class _ChangedError(FastPathError):
-    """A build that was not begun; nothing is wrong with the key it was for."""
+    """A build that was not begun or whose result was thrown away; nothing is wrong with the key it was for."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__("build", f"the decoder changed while it {when}", "decode once more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +58,8 @@ class Loaded:
     Attributes:
         program: `[B, c, h, w] -> [B, C, H, W]`.
         built: built by this call rather than found in the cache.
-        name: entry name `<model>_<16 hex>`, or `uncached`.
+        name: entry name `<model>_<16 hex>`, `uncached`, or `in memory`.
+        not_kept: why the program does not stand in the cache; empty when it does.
         report: what the build said (plan, precision, parity, timings).
         file_bytes: size of the program as a file.
         build_seconds, load_seconds: spent by this call.
@@ -64,10 +68,22 @@ class Loaded:
     program: Program
     built: bool
     name: str
+    not_kept: str
     report: dict[str, Any]
     file_bytes: int
     build_seconds: float
     load_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Read:
+    """A program's verified bytes and what is known of them, as in `Loaded`."""
+
+    data: bytes
+    name: str
+    report: dict[str, Any]
+    built: bool
+    not_kept: str
 
 
 @functools.cache
@@ -123,61 +139,81 @@ class ProgramSource:
                 raise unready
             if isinstance(self.toolchain, JitToolchain):
                 return self._compiled(self.toolchain, decoder, request)
+            stamp = WeightsStamp(decoder)  # before the key reads the weights
             material = dict(_staged("export", self.toolchain.key_material, decoder, request))
         key = (self.toolchain.name, _staged("export", cache_key, material))
         keyed = time.monotonic()
         with turns.one_of(key):
-            return self._obtain(decoder, request, material, key, keyed)
+            return self._obtain(decoder, request, material, key, keyed, stamp)
 
     def _obtain(
-        self, decoder: nn.Module, request: ProgramRequest, material: dict[str, Any], key: tuple[str, str], keyed: float
+        self,
+        decoder: nn.Module,
+        request: ProgramRequest,
+        material: dict[str, Any],
+        key: tuple[str, str],
+        keyed: float,
+        stamp: WeightsStamp,
     ) -> Loaded:
         with _failed_guard:
             remembered = _failed_builds.get(key)
         if remembered is not None:
-            raise FastPathError(remembered.stage, remembered.reason, remembered.remedy)
+            raise remembered.again()
         spent = [0.0]
 
         def build(folder: Path) -> Mapping[str, Any]:
             if time.monotonic() - keyed > STALE_SECONDS:
                 self._still(decoder, request, key)
             begin = time.perf_counter()
+            failure: FastPathError | None = None
             try:
-                return _staged("build", self.toolchain.build, decoder, request, folder, self._progress)
+                report = _staged("build", self.toolchain.build, decoder, request, folder, self._progress)
+            except FastPathError as error:
+                failure = error
             finally:
                 spent[0] += time.perf_counter() - begin
+            # The build read the weights after the key did. Weights that changed since may be in the program and not
+            # in the key, or be what failed; so neither program nor failure is kept under this key.
+            with turns.tracing():  # an export puts stand-ins into a module's place for its weights
+                unchanged = stamp.matches(decoder)
+            if not unchanged:
+                raise _ChangedError("was built") from failure
+            if failure is not None:
+                raise failure
+            return report
 
-        def read() -> tuple[bytes, str, dict[str, Any], bool]:
+        def read() -> _Read:
             try:
                 return self._bytes(model_label(decoder), material, build)
             except _ChangedError:
                 raise
             except FastPathError as error:
                 with _failed_guard:
-                    _failed_builds[key] = error
+                    _failed_builds[key] = error.again()
                 raise
 
-        data, name, report, built = read()
+        found = read()
         begin = time.perf_counter()
         try:
-            program = self._load(data, request, report)
+            program = self._load(found, request)
         except FastPathError as error:
             # Its hash was right and it still cannot be read: the entry is at fault unless memory ran out.
             cause = error.__cause__
-            if built or (cause is not None and is_out_of_memory(cause)):
+            if found.built or (cause is not None and is_out_of_memory(cause)):
                 raise
-            store_of(self.settings).reject(name, str(error))
-            data, name, report, built = read()
+            store_of(self.settings).reject(found.name, str(error))
+            found = read()
             begin = time.perf_counter()
-            program = self._load(data, request, report)
+            program = self._load(found, request)
         with turns.tracing():
             _staged("load", _first_run, program, request)
         return Loaded(
             program=program,
-            built=built,
-            name=name,
-            report=report,
-            file_bytes=len(data),
+            built=found.built,
+            name=found.name,
+            not_kept=found.not_kept,
+            report=found.report,
+            file_bytes=len(found.data),
             build_seconds=spent[0],
             load_seconds=time.perf_counter() - begin,
         )
@@ -190,20 +226,18 @@ class ProgramSource:
         with turns.tracing():
             again = _staged("export", self.toolchain.key_material, decoder, request)
         if _staged("export", cache_key, dict(again)) != key[1]:
-            raise _ChangedError("build", "the decoder changed while it waited for its build", "decode once more")
+            raise _ChangedError("waited for its build")
 
-    def _load(self, data: bytes, request: ProgramRequest, report: dict[str, Any]) -> Program:
+    def _load(self, found: _Read, request: ProgramRequest) -> Program:
         with turns.tracing():
-            return _staged("load", self.toolchain.load, data, request, report)
+            return _staged("load", self.toolchain.load, found.data, request, found.report)
 
-    def _bytes(
-        self, label: str, material: dict[str, Any], build: Callable[[Path], Mapping[str, Any]]
-    ) -> tuple[bytes, str, dict[str, Any], bool]:
+    def _bytes(self, label: str, material: dict[str, Any], build: Callable[[Path], Mapping[str, Any]]) -> _Read:
         if not self.settings.use_cache:
             with turns.building(), tempfile.TemporaryDirectory(prefix="owl_wms_build_") as folder:
                 report = build(Path(folder))
                 data = _staged("save", Path(folder, PROGRAM_FILE).read_bytes)
-            return data, "uncached", dict(report), True
+            return _Read(data, "uncached", dict(report), built=True, not_kept="the settings say use_cache=False")
         store = store_of(self.settings)
         entry = self._look_up(store, label, material)
         if isinstance(entry, Miss):
@@ -212,7 +246,8 @@ class ProgramSource:
             with turns.building():
                 entry = _staged("save", store.get_or_build, label, material, build)
         try:
-            return entry.read(PROGRAM_FILE), entry.name, dict(entry.manifest.report), entry.built
+            report = dict(entry.manifest.report)
+            return _Read(entry.read(PROGRAM_FILE), entry.name, report, built=entry.built, not_kept=entry.reason)
         finally:
             entry.close()  # the bytes are ours now; a loaded program does not need its files any more
 
@@ -236,6 +271,7 @@ class ProgramSource:
             program=program,
             built=True,
             name="in memory",
+            not_kept=f"{toolchain.name} keeps nothing on disk",
             report={
                 "precision": getattr(program, "precision", request.precision),
                 "plan": getattr(program, "plan", ""),

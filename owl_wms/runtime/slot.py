@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from owl_wms.errors import FastPathError
 from owl_wms.runtime.programs import Loaded
 from owl_wms.runtime.toolchain import ProgramRequest
 
@@ -35,6 +36,7 @@ class Slot:
     Attributes:
         state: `new`, `ready` or `off`.
         reason: why it is off, or where the program came from.
+        failure: what a strict caller is told at every call while it is off; None when off by choice.
         failures: run failures so far.
         eager_step: chunk size of the PyTorch path, smaller after memory ran out.
     """
@@ -44,6 +46,7 @@ class Slot:
         self.lock = threading.RLock()
         self.state = "new"
         self.reason = ""
+        self.failure: FastPathError | None = None
         self.loaded: Loaded | None = None
         self.failures = 0
         self.eager_step = request.shape[0]
@@ -55,16 +58,18 @@ class Slot:
         self.loaded, self.state = loaded, "ready"
         self.reason = f"{'built' if loaded.built else 'cached'} program {loaded.name}"
 
-    def put_off(self, reason: str) -> None:
+    def put_off(self, reason: str, failure: FastPathError | None = None) -> None:
         """Drop the program for good."""
+        self.failure = None if failure is None else failure.again()
         self.loaded, self.state, self.reason = None, "off", reason
 
-    def strike(self, reason: str) -> None:
+    def strike(self, failure: FastPathError) -> None:
         """Count a failed run; the third puts the program aside."""
         with self.lock:
             self.failures += 1
             if self.failures >= STRIKES:
-                self.put_off(f"put aside after {STRIKES} failed runs, last: {reason}")
+                reason = f"put aside after {STRIKES} failed runs, last: {failure.reason}"
+                self.put_off(reason, FastPathError(failure.stage, reason, failure.remedy))
 
     def wants_check(self, mode: str) -> bool:
         """Whether this call's output is to be looked at; counts the call."""

@@ -15,13 +15,16 @@ import dataclasses
 import logging
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from owl_wms.errors import FastPathError
 from owl_wms.runtime import metrics
+from owl_wms.runtime.slot import Slot
 
+SWITCHED_OFF = "switched off by the settings (enabled=False)"
 _LOG = logging.getLogger("owl_wms.runtime")
 
 
@@ -41,7 +44,8 @@ class DecodeStats:
         latency_ms: `p50`, `p90`, `p99`, `samples` of one batch; None unless timing was asked for.
         cache_bytes: size of the programs in use, as files.
         build_seconds, load_seconds: spent in this process.
-        programs: one dict per latent shape: `shape`, `state`, `reason`, `entry`, `plan`, `precision`.
+        programs: one dict per latent shape: `shape`, `state`, `reason`, `entry`, `plan`, `precision`, and `not_kept`:
+            why a program does not stand in the cache, empty when it does.
     """
 
     backend: str
@@ -112,6 +116,50 @@ class Ledger:
                 return
             self._said.add(kind)
         _LOG.info("%s%s", rank_prefix(), text)
+
+
+def summarise(
+    ledger: Ledger, slots: Sequence[Slot], *, toolchain: str, enabled: bool, latency_ms: dict[str, float] | None
+) -> DecodeStats:
+    """The state of a decode function with these counters and programs."""
+    count = ledger.count
+    ready = [slot for slot in slots if slot.state == "ready"]
+    backend = toolchain if ready else "pytorch"
+    reasons = [slot.reason for slot in ready or slots if slot.reason]
+    if not enabled:
+        backend, reasons = "pytorch", [SWITCHED_OFF]
+    elif not reasons:
+        backend, reasons = "none", ["nothing was decoded yet"]
+    return DecodeStats(
+        backend=backend,
+        reason=reasons[-1],
+        decodes=count("decodes"),
+        frames=count("frames"),
+        chunks_program=count("chunks_program"),
+        chunks_pytorch=count("chunks_pytorch"),
+        hits=count("hits"),
+        builds=count("builds"),
+        fallbacks=count("fallbacks"),
+        failures=ledger.failures(),
+        latency_ms=latency_ms,
+        cache_bytes=sum(loaded.file_bytes for slot in ready if (loaded := slot.loaded) is not None),
+        build_seconds=ledger.seconds("build"),
+        load_seconds=ledger.seconds("load"),
+        programs=tuple(_describe(slot) for slot in slots),
+    )
+
+
+def _describe(slot: Slot) -> dict[str, Any]:
+    loaded = slot.loaded
+    return {
+        "shape": list(slot.request.shape),
+        "state": slot.state,
+        "reason": slot.reason,
+        "entry": None if loaded is None else loaded.name,
+        "plan": None if loaded is None else loaded.report.get("plan"),
+        "precision": None if loaded is None else loaded.report.get("precision"),
+        "not_kept": None if loaded is None else loaded.not_kept,
+    }
 
 
 def rank_prefix() -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from owl_wms import env
+from owl_wms.cache.key import entry_name, label
 from owl_wms.errors import CacheError, ConfigError
 from owl_wms.runtime import AudioDecode, JitToolchain, Toolchain, VideoDecode, measure_inference_time
 from owl_wms.runtime.programs import PROGRAM_FILE, store_of
@@ -144,7 +145,8 @@ def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision:
     stands for no file.
 
     Args:
-        model_key: model name as in `owl-wms trt list`, for example "dcae".
+        model_key: model name as in `owl-wms trt list`, for example "dcae"; characters that cannot stand in an entry's
+            name are replaced, so the path never leaves the cache directory.
         input_shape: static `(B, c, h, w)`.
         precision: one of `settings.PRECISIONS`.
 
@@ -161,13 +163,13 @@ def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision:
         entries = []  # a refused directory holds nothing that would be used
     for info in entries:
         manifest = info.manifest
-        if info.status != "ok" or manifest is None or manifest.name != model_key:
+        if info.status != "ok" or manifest is None or manifest.name != label(model_key):
             continue
         precisions = (manifest.material.get("precision"), manifest.report.get("precision"))
         if precision in precisions and manifest.material.get("input_shape") == shape:
             return info.path / PROGRAM_FILE
-    digest = hashlib.sha256(json.dumps([model_key, shape, precision]).encode()).hexdigest()[:16]
-    return settings.cache_directory() / f"{model_key}_{digest}" / PROGRAM_FILE
+    digest = hashlib.sha256(json.dumps([model_key, shape, precision]).encode()).hexdigest()
+    return settings.cache_directory() / entry_name(model_key, digest) / PROGRAM_FILE
 
 
 def _own_device() -> torch.device:

@@ -9,30 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from owl_wms.cli import main
+from owl_wms import trt
+from owl_wms.cache import survey
 from owl_wms.cli.doctor import diagnose
 from owl_wms.runtime import VideoDecode
+from owl_wms.trt.plans import PLANS
+from tests.cli.runner import run
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache directory with the entry of a tiny decoder, named by TENSORRT_CACHE_DIR."""
-    VideoDecode(TinyDecoder(), batch_size=2, settings=settings(tmp_path), toolchain=ExportToolchain()).prepare(
-        (4, 3, 3)
-    )
-    monkeypatch.setenv("TENSORRT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "250")
-    return tmp_path / "cache"
-
-
-def run(*arguments: str) -> int:
-    """Exit code of `owl-wms <arguments>`."""
-    try:
-        main(list(arguments))
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 def test_list_and_show(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,51 +53,64 @@ def test_verify_finds_a_flipped_bit(cache: Path, capsys: pytest.CaptureFixture[s
     assert run("trt", "verify", "--all") == 0, "it was moved to quarantine"
 
 
+def test_verify_of_a_name_touches_no_other_entry(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    VideoDecode(TinyDecoder(), batch_size=1, settings=settings(tmp_path), toolchain=ExportToolchain()).prepare(
+        (4, 3, 3)
+    )
+    good, bad = sorted(path.name for path in cache.glob("tiny_*"))
+    (cache / bad / "program.pt2").write_bytes(b"damaged")
+    hashed: list[str] = []
+    inspect = survey.inspect
+
+    def watched(name: str, *rest: Any, **more: Any) -> Any:
+        hashed.append(name)
+        return inspect(name, *rest, **more)
+
+    monkeypatch.setattr(survey, "inspect", watched)
+    assert run("trt", "verify", good, "--repair") == 0
+    assert "1 checked, 0 bad" in capsys.readouterr().out
+    assert hashed == [good]
+    assert (cache / bad).is_dir(), "it was not asked for, so it stays where it is"
+    assert run("trt", "verify", bad, "--repair") == 1
+    assert not (cache / bad).exists()
+    assert run("trt", "verify", bad) == 2
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "-1"])
+def test_prune_to_what_is_no_size_is_one_line(cache: Path, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("trt", "prune", "--max-gib", size) == 2
+    assert "max-gib" in capsys.readouterr().err
+    assert list(cache.glob("tiny_*"))
+
+
+@pytest.mark.parametrize("command", ["list", "prune"])
+def test_an_empty_cache_directory_is_not_the_current_one(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TENSORRT_CACHE_DIR", raising=False)
+    assert run("trt", command, "--cache-dir", "") == 2
+    assert "cache_dir must be a directory path; got ''" in capsys.readouterr().err
+
+
+def test_plans_lists_every_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    assert run("trt", "plans") == 0
+    said = capsys.readouterr().out
+    for plan in PLANS.values():
+        (line,) = [line for line in said.splitlines() if f" {plan.name} " in line]
+        assert plan.summary in line
+        assert ", ".join(plan.precisions) in line
+
+
 def test_prune_to_nothing(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("trt", "prune") == 0
     assert list(cache.glob("tiny_*")), "20 GiB leave room for a small entry"
     assert run("trt", "prune", "--max-gib", "0") == 0
     assert "removed 1" in capsys.readouterr().out
     assert not list(cache.glob("tiny_*"))
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> tuple[str, str]:
-    """A configuration and a checkpoint of the golden decoder."""
-    golden = torch.load("tests/data/dcae_pin_square.pt", weights_only=True)
-    config, checkpoint = tmp_path / "tiny.yml", tmp_path / "tiny.pt"
-    config.write_text(json.dumps({"model": golden["cfg"]}), encoding="utf-8")
-    torch.save(golden["decoder"], checkpoint)
-    return str(config), str(checkpoint)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_build_without_a_gpu_is_one_clear_error(
-    cache: Path, files: tuple[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run("trt", "build", "--vae-config", files[0], "--checkpoint", files[1]) == 2
-    said = capsys.readouterr().err
-    assert "no CUDA device" in said
-    assert "Traceback" not in said
-
-
-def test_bench_compares_in_one_table(
-    cache: Path, files: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ("--batch-size", "2", "--iterations", "2", "--no-compiled")
-    assert run("trt", "bench", "--vae-config", files[0], "--checkpoint", files[1], *arguments) == 0
-    said = capsys.readouterr().out
-    assert "eager" in said
-    assert "owl_wms (" in said
-    assert "relative L2" in said
-
-
-def test_bad_latent_and_bad_precision(cache: Path, files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    base = ("trt", "build", "--vae-config", files[0], "--checkpoint", files[1])
-    assert run(*base, "--latent", "8,8") == 2
-    assert "c,h,w" in capsys.readouterr().err
-    assert run(*base, "--precision", "fp17") == 2
-    assert "fp16" in capsys.readouterr().err
 
 
 def test_doctor_says_what_and_why(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +125,31 @@ def test_doctor_says_what_and_why(cache: Path, capsys: pytest.CaptureFixture[str
     assert facts["verdict"].split(":")[0] in capsys.readouterr().out
     if not torch.cuda.is_available():
         assert "PyTorch would decode: no CUDA device. Remedy:" in facts["verdict"]
+
+
+def test_doctor_says_when_nothing_would_decode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TENSORRT_CACHE_DIR", str(tmp_path / "none"))
+    monkeypatch.setenv("TENSORRT_FALLBACK", "error")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    absent = trt.TensorRTStatus(
+        available=False, flavour="none", version="", reason="not installed", remedy="install it"
+    )
+    monkeypatch.setattr(trt, "status", lambda: absent)
+    said = diagnose()
+    assert said["verdict"].startswith("Nothing would decode: no CUDA device, and TENSORRT_FALLBACK=error forbids")
+    assert not said["usable"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert diagnose()["verdict"] == (
+        "Nothing would decode: not installed, and TENSORRT_FALLBACK=error forbids PyTorch. "
+        "Remedy: install it; or unset TENSORRT_FALLBACK."
+    )
+    monkeypatch.setattr(trt, "status", lambda: trt.TensorRTStatus(available=True, flavour="rtx", version="1"))
+    assert diagnose()["verdict"].endswith("else an error (TENSORRT_FALLBACK=error).")
+    monkeypatch.setenv("TENSORRT_ENABLED", "false")
+    assert diagnose()["verdict"].startswith("PyTorch would decode: TENSORRT_ENABLED")
+    monkeypatch.delenv("TENSORRT_ENABLED")
+    monkeypatch.setenv("TENSORRT_FALLBACK", "pytorch")
+    assert diagnose()["verdict"].endswith("else PyTorch.")
 
 
 def test_doctor_with_a_bad_variable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

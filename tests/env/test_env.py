@@ -112,7 +112,7 @@ def test_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.cache_hmac_key() == b"secret"
     monkeypatch.setenv("TENSORRT_CACHE_KEY", "")
     assert env.cache_hmac_key() is None
-    for text, rank in (("2", 2), ("-1", None), ("two", None), ("", None)):
+    for text, rank in (("2", 2), ("-1", None), ("two", None), ("", None), ("²", None), ("٣", None), ("9" * 5000, None)):
         monkeypatch.setenv("LOCAL_RANK", text)
         assert env.local_rank() == rank
 

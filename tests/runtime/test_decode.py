@@ -140,10 +140,10 @@ def test_folded_weights_are_shared_not_copied() -> None:
     decoder = fold_weight_norm(TinyDecoder()).train()
     decode = VideoDecode(decoder, batch_size=2)
     decode(torch.randn(1, 1, 4, 3, 3))
-    assert decode._eager is not None
-    pairs = zip(decode._eager.module.parameters(), decoder.parameters(), strict=True)
+    assert decode._generation is not None
+    pairs = zip(decode._generation.eager.module.parameters(), decoder.parameters(), strict=True)
     assert all(ours is theirs for ours, theirs in pairs)
-    assert not decode._eager.module.training
+    assert not decode._generation.eager.module.training
 
 
 def test_changed_weights_are_noticed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from owl_wms import trt
-from owl_wms.errors import DecodeMemoryError, FastPathError
+from owl_wms.errors import DecodeMemoryError, FastPathError, NoDeviceError
 from owl_wms.runtime import TensorRTToolchain, VideoDecode
 from owl_wms.trt import importer
 from owl_wms.trt.build import explain_exit
@@ -289,7 +289,7 @@ def test_pytorch_out_of_memory_halves_the_chunk_and_remembers() -> None:
     decode = VideoDecode(decoder, batch_size=8)
     latents = torch.randn(1, 16, 4, 3, 3)
     frames = decode(latents)
-    sizes = decode._eager.module.sizes  # type: ignore[union-attr]
+    sizes = decode._generation.eager.module.sizes  # type: ignore[union-attr]
     assert sizes == [8, 4] + [2] * 8
     reference = TinyDecoder()
     reference.load_state_dict(decoder.state_dict())
@@ -335,5 +335,21 @@ def test_a_cpu_decoder_is_no_fault(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "no CUDA device" in decode.stats().reason
     assert decode.stats().failures == {}
     strict = VideoDecode(TinyDecoder(), batch_size=4, settings=settings(tmp_path), strict=True)
-    with pytest.raises(FastPathError, match="no CUDA device"):
-        strict(torch.randn(LATENTS))
+    for _ in range(3):
+        with pytest.raises(NoDeviceError, match=r"^import: no CUDA device.*\(move the decoder to a GPU\)$"):
+            strict(torch.randn(LATENTS))
+
+
+@pytest.mark.parametrize(("step", "stage"), [("build", "build"), ("load", "load"), ("run", "run")])
+def test_strict_says_the_same_at_every_call(tmp_path: Path, step: str, stage: str) -> None:
+    toolchain = ExportToolchain(fail={step: FastPathError(stage, "boom", "turn it off")})
+    decode = VideoDecode(TinyDecoder(), batch_size=4, settings=settings(tmp_path), toolchain=toolchain, strict=True)
+    raised: list[FastPathError] = []
+    for _ in range(5):
+        with pytest.raises(FastPathError, match="boom") as caught:
+            decode(torch.randn(LATENTS))
+        raised.append(caught.value)
+    assert {error.stage for error in raised} == {stage}
+    assert len({error.remedy for error in raised}) == 1
+    assert "put aside" in str(raised[-1]) if step == "run" else str(raised[-1]) == f"{stage}: boom (turn it off)"
+    assert len({id(error) for error in raised}) == 5, "one that is kept would hold the tensors of its first traceback"

@@ -28,10 +28,10 @@ truth = VideoDecode(decoder, batch_size=4, settings=settings(Path(sys.argv[1]), 
 latents = torch.randn(1, 6, 4, 16, 16)
 expected = truth(latents)
 assert decode(latents).shape == expected.shape and decode.stats().backend == "export"
-slot = next(iter(decode._slots.values()))
+slot = next(iter(decode._generation.slots()))
 held = threading.Event()
 def hold():
-    with slot.lock, decode._guard:
+    with slot.lock, decode._guard, decode._generation._guard:
         held.set(); time.sleep(2)
 threading.Thread(target=hold, daemon=True).start(); held.wait()
 child = os.fork()

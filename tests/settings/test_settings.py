@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from owl_wms import env
 from owl_wms.errors import ConfigError
-from owl_wms.settings import PRECISIONS, TensorRTConfig, default_cache_dir
+from owl_wms.settings import EIGHT_BITS, PRECISIONS, TensorRTConfig, default_cache_dir
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,49 @@ def test_bad_values(field: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         TensorRTConfig(**{field: value})
     assert caught.value.key == field
+
+
+@pytest.mark.parametrize("field", ["cache_dir", "calibration"])
+def test_a_home_that_cannot_be_found_is_named(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} must be a .* path; got '~nobody-of-that-name/x', whose home"):
+        TensorRTConfig(**{field: "~nobody-of-that-name/x"})  # type: ignore[arg-type]
+
+
+def test_a_variable_with_a_home_that_cannot_be_found_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORRT_CACHE_DIR", "~nobody-of-that-name/x")
+    with pytest.raises(ConfigError, match=r"TENSORRT_CACHE_DIR: cache_dir .*'~nobody-of-that-name/x', whose home"):
+        TensorRTConfig.resolve()
+    monkeypatch.setenv("TENSORRT_CACHE_DIR", "~/x")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert TensorRTConfig.resolve().cache_dir == Path("/home/somebody/x")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it answers to a uid without an account
+    with pytest.raises(ConfigError, match=r"TENSORRT_CACHE_DIR: cache_dir .*'~/x', whose home"):
+        TensorRTConfig.resolve()
+
+
+def test_calibration_wants_a_precision_that_is_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Path("latents.safetensors")
+    for precision in ("auto", "bf16"):
+        with pytest.raises(ConfigError, match=f"'{file}' with precision '{precision}'") as caught:
+            TensorRTConfig.resolve(precision=precision, calibration=file)
+        assert caught.value.key == "calibration"
+    with pytest.raises(ConfigError, match="with precision 'auto'"):
+        TensorRTConfig.resolve(calibration=file)
+    for precision in EIGHT_BITS:
+        assert TensorRTConfig.resolve(precision=precision.upper(), calibration=file).calibration == file
+    monkeypatch.setenv("TENSORRT_PRECISION", "fp8")
+    assert TensorRTConfig.resolve(calibration=file).calibration == file
+
+
+def test_who_replaces_an_8_bit_precision_replaces_its_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TensorRTConfig(precision="fp8", calibration=Path("latents.safetensors"))
+    assert TensorRTConfig.resolve(config, precision="int8").calibration == config.calibration
+    assert TensorRTConfig.resolve(config, precision="bf16").calibration is None
+    with pytest.raises(ConfigError, match="with precision 'bf16'"):
+        TensorRTConfig.resolve(config, precision="bf16", calibration=config.calibration)
+    monkeypatch.setenv("TENSORRT_PRECISION", "bf16")
+    assert TensorRTConfig.resolve(config).calibration is None, "an operator's switch needs no other change"
 
 
 def test_unknown_setting_names_the_nearest() -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from owl_wms.cache.key import is_entry_name
 from owl_wms.errors import CheckpointError, ConfigError, LatentShapeError
 from owl_wms.utils import owl_vae_bridge as bridge
 from owl_wms.vae import fold_weight_norm
@@ -139,6 +140,17 @@ def test_cache_path_of_an_unbuilt_program_is_stable(tmp_path: Path, monkeypatch:
     assert not path.exists()
     with pytest.raises(ConfigError, match="bf16"):
         bridge.get_engine_cache_path("dcae", (8, 128, 8, 8), "fp17")
+
+
+@pytest.mark.parametrize("model_key", ["../../etc/x", "/etc/x", "..", "", "a/b", "x" * 300])
+def test_cache_path_stays_in_the_cache_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_key: str
+) -> None:
+    monkeypatch.setenv("TENSORRT_CACHE_DIR", str(tmp_path))
+    path = bridge.get_engine_cache_path(model_key, (8, 128, 8, 8))
+    assert path.parent.parent == tmp_path
+    assert is_entry_name(path.parent.name)
+    assert ".." not in path.parts
 
 
 def test_reading_the_lazy_names_imports_no_tensorrt_without_a_gpu() -> None:

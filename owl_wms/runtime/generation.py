@@ -1,0 +1,54 @@
+"""What was made from one state of the caller's weights: the PyTorch decoder, its programs, the sizes of its frames.
+
+Why one object: weights change while other threads decode and while a program is being built, which takes minutes. A
+decode takes the generation of its moment and puts whatever it makes there; so what was made from old weights goes away
+with them, whenever it is finished, and no program can meet weights that it was not made from.
+
+Usage:
+    generation = Generation(decoder)
+    slot = generation.slot(request)         # made at the first call for a request
+    generation.eager(z)                     # the PyTorch answer of the same weights
+"""
+
+from __future__ import annotations
+
+import threading
+
+from torch import nn
+
+from owl_wms.runtime.eager import EagerDecoder
+from owl_wms.runtime.slot import Slot
+from owl_wms.runtime.toolchain import ProgramRequest
+
+
+class Generation:
+    """One state of a decoder's weights and everything made from it.
+
+    Attributes:
+        eager: the PyTorch decoder; `eager.stamp` says whether the caller's weights are still these.
+        frame_shapes: latent `(c, h, w)` -> frame `(C, H, W)`, as far as decodes have shown.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.eager = EagerDecoder(decoder)
+        self.frame_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._slots: dict[ProgramRequest, Slot] = {}
+        self._guard = threading.Lock()
+
+    def slot(self, request: ProgramRequest) -> Slot:
+        """The one slot of the request."""
+        with self._guard:
+            slot = self._slots.get(request)
+            if slot is None:
+                slot = self._slots[request] = Slot(request)
+            return slot
+
+    def slots(self) -> list[Slot]:
+        """Every slot so far, oldest first."""
+        with self._guard:
+            return list(self._slots.values())
+
+    def forget_programs(self) -> None:
+        """For a forked child, where programs do not run and locks that another thread held stay locked for ever."""
+        self._guard = threading.Lock()
+        self._slots = {}
