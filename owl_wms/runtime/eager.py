@@ -73,33 +73,46 @@ def unwrap(decoder: nn.Module) -> nn.Module:
 
 
 class WeightsStamp:
-    """What a decoder's weights were at one moment: matches until one is updated in place, replaced or moved, or the
-    mode switches. Costs microseconds, reads no data, keeps no weight alive.
+    """What a decoder's weights were at one moment: matches until one is updated in place, replaced or moved, a module
+    is exchanged, or the mode switches. Reads no data, keeps no weight alive that the decoder has let go of.
+
+    Every decode asks, so it must cost little beside half a millisecond of decoding: the tree of modules is walked once,
+    and then only looked at where it could differ.
 
     Writes through `tensor.data` or a raw pointer do not show, nor updates of tensors made in inference mode; after
     such, make a new decode function.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
-        tensors = _tensors(decoder)
-        self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
-        self._training, self._facts = decoder.training, _facts(tensors)
+        modules = list(decoder.modules())
+        self._training = decoder.training
+        self._children = [(module._modules, list(module._modules.values())) for module in modules]
+        self._holders = [held for module in modules for held in (module._parameters, module._buffers)]
+        self._storages = [
+            StorageWeakRef(tensor.untyped_storage())
+            for held in self._holders
+            for tensor in held.values()
+            if tensor is not None
+        ]
+        self._facts = _facts(self._holders)
 
     def matches(self, decoder: nn.Module) -> bool:
-        """Whether the weights of `decoder` are still those."""
-        if self._training != decoder.training or self._facts != _facts(_tensors(decoder)):
+        """Whether the weights of `decoder`, the one it was made of, are still those."""
+        if self._training != decoder.training or any([*now.values()] != then for now, then in self._children):
+            return False
+        if self._facts != _facts(self._holders):
             return False
         # An allocator gives the address of a freed weight to the next one of its size, so equal addresses mean the
         # same weights only where none of the old ones was freed by the time the addresses were read.
         return not any(storage.expired() for storage in self._storages)
 
 
-def _tensors(decoder: nn.Module) -> tuple[Tensor, ...]:
-    return (*decoder.parameters(), *decoder.buffers())
-
-
-def _facts(tensors: tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors]
+def _facts(holders: list[dict[str, Tensor | None]]) -> list[tuple[Any, ...] | None]:
+    return [
+        None if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
+        for held in holders
+        for t in held.values()
+    ]
 
 
 def decode_in_memory(eager: EagerDecoder, z: Tensor, write: Callable[[int, Tensor], None], step: int) -> int:
