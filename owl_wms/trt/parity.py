@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,7 +153,7 @@ class Reference:
 
         Returns:
             `passed`, `reason` (empty when passed), `relative_error` and `absolute_error` (worst scale), and `scales`,
-            one dict each.
+            one dict each. JSON-ready: a number that is not finite is None, and so is the worst of several with one.
         """
         rows = []
         for scale, z, r, eager in zip(self.scales, self.inputs, self.wanted, self.eager, strict=True):
@@ -162,8 +162,8 @@ class Reference:
         return {
             "passed": not bad,
             "reason": bad[0] if bad else "",
-            "relative_error": max(row["relative_error"] for row in rows),
-            "absolute_error": max(row["absolute_error"] for row in rows),
+            "relative_error": _worst(row["relative_error"] for row in rows),
+            "absolute_error": _worst(row["absolute_error"] for row in rows),
             "psnr_db": next((row["psnr_db"] for row in rows if row["scale"] == 1), None),
             "scales": rows,
         }
@@ -183,14 +183,21 @@ class Reference:
         elif not got.absolute <= absolute_limit:
             reason = f"absolute error {got.absolute:.2e} exceeds {absolute_limit:.2e}"
             reason += f" at scale {scale:g} (eager {eager.absolute:.2e})"
-        return {
-            "scale": scale,
+        numbers = {
             "relative_error": got.relative,
             "relative_limit": relative_limit,
             "absolute_error": got.absolute,
             "absolute_limit": absolute_limit,
-            "psnr_db": got.psnr_db if math.isfinite(got.psnr_db) else None,
+            "psnr_db": got.psnr_db,
             "eager_relative_error": eager.relative,
             "eager_absolute_error": eager.absolute,
-            "reason": reason,
         }
+        # The rows go into the manifest, whose JSON has no word for infinity and NaN.
+        told = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+        return {"scale": scale, **told, "reason": reason}
+
+
+def _worst(numbers: Iterable[float | None]) -> float | None:
+    """The largest; None where one of them is None, which stands for a number that is not finite."""
+    known = list(numbers)
+    return None if None in known else max(number for number in known if number is not None)

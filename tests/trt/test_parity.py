@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -60,6 +62,19 @@ def test_non_finite_output_fails(bad: float) -> None:
     result = reference(torch.float16).check(broken)
     assert not result["passed"]
     assert "non-finite" in result["reason"]
+    json.dumps(result, allow_nan=False)
+    assert result["relative_error"] is result["absolute_error"] is result["scales"][0]["relative_error"] is None
+    assert result["scales"][0]["eager_relative_error"] > 0
+
+
+def test_one_scale_that_overflows_leaves_the_others_their_numbers() -> None:
+    def overflows(z: torch.Tensor) -> torch.Tensor:
+        return eager(z) * (float("inf") if z.abs().max() > 3 else 1)
+
+    result = reference(torch.float16).check(overflows)
+    assert [row["relative_error"] is None for row in result["scales"]] == [False, False, True]
+    assert result["relative_error"] is None
+    assert "scale 3" in result["reason"]
 
 
 def test_overflow_of_eager_is_seen() -> None:
