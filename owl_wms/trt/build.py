@@ -123,6 +123,7 @@ class Session:
     """One build over as many child processes as it takes (at most `MAX_RESTARTS` more than one).
 
     `hand_over` puts the decoder into the directory; it and then `meanwhile` run once, while the first child imports.
+    `known` is what failed or killed a child, by attempt; `stage` the last one that a child spoke of.
     """
 
     directory: Path
@@ -136,6 +137,7 @@ class Session:
     meanwhile: Callable[[], None] | None = None
     known: dict[str, str] = field(default_factory=dict)
     restarts: int = 0
+    stage: str = ""
 
     def run(self) -> dict[str, Any]:
         """The report of the child that finished. Raises FastPathError."""
@@ -198,6 +200,7 @@ class Session:
             return last
         reason = explain_exit(finished, self.spec.timeout_seconds, last)
         tail = log.read_text(encoding="utf-8", errors="replace")[-STDERR_TAIL:].strip()
+        reason += f" in stage {self.stage!r}" if self.stage else ""
         reason += f"; last output: {' | '.join(tail.splitlines()[-4:])}" if tail else ""
         return {"event": "died", "reason": reason, "open": open_key if finished is not None else ""}
 
@@ -218,8 +221,8 @@ class Session:
                 _LOG.warning("beside the build: ", exc_info=True)
 
     def _listen(self, fd: int) -> tuple[Event | None, str]:
-        """Messages until the pipe closes or time is up; `(last final message, key of the attempt still open)`."""
-        pending, open_key = b"", ""
+        """Messages until the pipe closes or time is up; `(last final message, key of the innermost open attempt)`."""
+        pending, open_keys = b"", list[str]()
         last: Event | None = None
         with selectors.DefaultSelector() as selector:
             selector.register(fd, selectors.EVENT_READ)
@@ -234,19 +237,20 @@ class Session:
                     message = json.loads(line)
                     event = message["event"]
                     if event == "attempt":
-                        open_key = message["key"]
+                        open_keys.append(message["key"])
                     elif event == "outcome":
-                        open_key = ""
+                        open_keys = [key for key in open_keys if key != message["key"]]
                         if message["reason"]:
                             self.known[message["key"]] = message["reason"]
                             self._tell({"stage": "attempt failed", "key": message["key"], "reason": message["reason"]})
                     elif event in ("done", "failed", "broken"):
                         last = message
                     else:
+                        self.stage = message["stage"]
                         self._tell({key: value for key, value in message.items() if key != "event"})
                 if last is not None and last["event"] != "broken":
                     break
-        return last, open_key
+        return last, open_keys[-1] if open_keys else ""
 
     def _tell(self, event: Event) -> None:
         _LOG.debug("build: %s", event)
