@@ -12,6 +12,7 @@ Usage:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -32,9 +33,10 @@ from torch import nn
 from owl_wms import env
 from owl_wms.errors import FastPathError
 from owl_wms.trt import importer, plans
+from owl_wms.trt.calibration import calibration_digest
 from owl_wms.trt.child import DECODER_NAME, GO, JOB_NAME
 from owl_wms.trt.shapes import copy_with
-from owl_wms.trt.spec import BuildSpec
+from owl_wms.trt.spec import EIGHT_BITS, BuildSpec
 from owl_wms.vae import fold_weight_norm
 
 Event = dict[str, Any]
@@ -62,7 +64,7 @@ def build_program(
     Args:
         decoder: `[B, c, h, w] -> [B, C, H, W]`, any device and float dtype; not changed. Its class must be importable
             by name.
-        spec: what to build.
+        spec: what to build. Where the program is kept under a key, `calibration_digest` should be the key's.
         out_dir: existing directory; `program.pt2` is written into it.
         progress: receives `{"stage", "elapsed", ...}` dicts while the build runs; must not raise.
         meanwhile: called once in this thread when the building process has what it needs; seconds at most, since
@@ -84,6 +86,8 @@ def build_program(
         plans.candidates(
             decoder, spec, precision
         )  # an impossible request fails here, before a process is started for it
+    if spec.precision in EIGHT_BITS and not spec.calibration_digest:
+        spec = dataclasses.replace(spec, calibration_digest=calibration_digest(spec))
     with tempfile.TemporaryDirectory(prefix="owl_trt_job_") as name:  # mode 0700
         directory = Path(name)
         session = Session(
