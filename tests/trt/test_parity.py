@@ -93,6 +93,16 @@ def test_a_cudnn_that_is_wrong_does_not_widen_the_gate(dtype: torch.dtype) -> No
     assert not twice.check(lambda z: eager(z) * 1.4)["passed"]
 
 
+def test_an_eager_that_needs_cudnn_is_measured_once() -> None:
+    def needs_it(z: torch.Tensor) -> torch.Tensor:
+        if not torch.backends.cudnn.enabled:
+            raise NotImplementedError("not implemented for 'BFloat16'")
+        return eager(z)
+
+    known = Reference.measure(fp32, needs_it, SHAPE, torch.bfloat16, "cpu")
+    assert known.eager == reference(torch.bfloat16).eager
+
+
 def test_where_eager_overflows_a_program_must_still_be_near() -> None:
     def overflows(z: torch.Tensor) -> torch.Tensor:
         return eager(z) / torch.zeros(())
