@@ -219,6 +219,7 @@ class Worker:
             ours = kernels.calls_ours(exported)
         except Exception as error:
             candidate.reason = attempts.reason_of(error)
+            attempts.check_context(self.device)  # lowering to 8 bits decodes what it is calibrated on
             return candidate
         settings = {**self.spec.compile_settings(precision), **plan.settings}
 

@@ -18,6 +18,7 @@ from torch import nn
 from owl_wms.cache import CacheStore
 from owl_wms.errors import FastPathError
 from owl_wms.trt import plans, timing, worker
+from owl_wms.trt.attempts import BrokenContext
 from owl_wms.trt.build import folded_copy
 from owl_wms.trt.candidate import Candidate
 from owl_wms.trt.spec import BuildSpec
@@ -167,6 +168,20 @@ def test_eager_that_cannot_be_timed_costs_its_number_alone(build: Any, monkeypat
     report = build(Memory(), lambda good: good)
     assert report["eager_latency_ms"] is None
     assert all(c["usable"] and c["latency_ms"] > 0 for c in report["candidates"])
+
+
+def test_a_context_that_lowering_broke_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def check(_: torch.device) -> None:
+        raise BrokenContext("illegal memory access")
+
+    monkeypatch.setattr(worker, "export_decoder", export)
+    monkeypatch.setattr(worker.attempts, "check_context", check)
+    work = Worker(nn.Conv2d(4, 3, 1), BuildSpec(input_shape=(2, 4, 3, 3)), Memory(), "cpu")
+    with pytest.raises(BrokenContext):
+        work.candidate(plans.PLANS[FIRST], "bf16")
 
 
 def test_no_plan_left_is_an_error_that_names_the_gate(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
