@@ -194,7 +194,7 @@ def render(result: dict[str, Any]) -> str:
             f"{report['program_bytes'] / 2**20:.0f}",
             f"{report['latency_ms']:.2f}",
             "-" if report["graph_latency_ms"] is None else f"{report['graph_latency_ms']:.2f}",
-            f"{report['eager_latency_ms']:.1f}",
+            "-" if report["eager_latency_ms"] is None else f"{report['eager_latency_ms']:.1f}",
             f"{worst['relative_error']:.1e} ({worst['eager_relative_error']:.1e})",
             "yes" if again.get("bit_equal") and row["same_as_built"] else "NO",
             f"{row['first_start_seconds']:.1f}",

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 from owl_wms.cache import evict, fs
 from owl_wms.cache.entry import Expected
-from owl_wms.cache.key import normalise
+from owl_wms.cache.key import MAX_DEPTH, normalise
 from owl_wms.cache.manifest import FILE_NAME, MAX_BYTES, PROGRAM, Manifest, parse
 from owl_wms.cache.staging import ENTRY, Stage
 from owl_wms.errors import CacheCorruptError, CacheError, ConfigError
@@ -60,20 +61,34 @@ def take_program(folder: Path) -> bytes:
 
 
 def describe(expected: Expected, data: bytes, report: Mapping[str, Any] | None) -> Manifest:
-    """The manifest of freshly built bytes. A report that is not JSON is replaced by the reason: it only informs."""
-    try:
-        told = normalise(dict(report or {}), "report")
-    except ConfigError as error:
-        told = {"report_error": str(error)}
+    """The manifest of freshly built bytes. What JSON cannot express in the report is replaced, value by value: one
+    number that is not finite must not cost the others, by which the program is run.
+    """
     return Manifest(
         name=expected.label,
         key=expected.key,
         material=expected.material,
         size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        report=told,
+        report=_expressible(dict(report or {})),
         created_unix=max(0, int(time.time())),
     )
+
+
+def _expressible(value: Any, depth: int = 0) -> Any:
+    """`value` as JSON: numbers that are not finite become None, other objects and what is nested too deep their type's
+    name.
+    """
+    if depth < MAX_DEPTH and isinstance(value, Mapping):
+        return {str(key): _expressible(item, depth + 1) for key, item in value.items()}
+    if depth < MAX_DEPTH and isinstance(value, (list, tuple)):
+        return [_expressible(item, depth + 1) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    try:
+        return normalise(value, "report", depth)
+    except ConfigError:
+        return f"<{type(value).__name__}>"
 
 
 def publish(stage: Stage, name: str, manifest: Manifest, cache_fd: int, *, hmac_key: bytes | None, modes: Modes) -> int:

@@ -12,6 +12,7 @@ Usage:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -32,9 +33,10 @@ from torch import nn
 from owl_wms import env
 from owl_wms.errors import FastPathError
 from owl_wms.trt import importer, plans
+from owl_wms.trt.calibration import calibration_digest
 from owl_wms.trt.child import DECODER_NAME, GO, JOB_NAME
 from owl_wms.trt.shapes import copy_with
-from owl_wms.trt.spec import BuildSpec
+from owl_wms.trt.spec import EIGHT_BITS, BuildSpec
 from owl_wms.vae import fold_weight_norm
 
 Event = dict[str, Any]
@@ -62,7 +64,7 @@ def build_program(
     Args:
         decoder: `[B, c, h, w] -> [B, C, H, W]`, any device and float dtype; not changed. Its class must be importable
             by name.
-        spec: what to build.
+        spec: what to build. Where the program is kept under a key, `calibration_digest` should be the key's.
         out_dir: existing directory; `program.pt2` is written into it.
         progress: receives `{"stage", "elapsed", ...}` dicts while the build runs; must not raise.
         meanwhile: called once in this thread when the building process has what it needs; seconds at most, since
@@ -84,6 +86,8 @@ def build_program(
         plans.candidates(
             decoder, spec, precision
         )  # an impossible request fails here, before a process is started for it
+    if spec.precision in EIGHT_BITS and not spec.calibration_digest:
+        spec = dataclasses.replace(spec, calibration_digest=calibration_digest(spec))
     with tempfile.TemporaryDirectory(prefix="owl_trt_job_") as name:  # mode 0700
         directory = Path(name)
         session = Session(
@@ -123,6 +127,7 @@ class Session:
     """One build over as many child processes as it takes (at most `MAX_RESTARTS` more than one).
 
     `hand_over` puts the decoder into the directory; it and then `meanwhile` run once, while the first child imports.
+    `known` is what failed or killed a child, by attempt; `stage` the last one that a child spoke of.
     """
 
     directory: Path
@@ -136,6 +141,7 @@ class Session:
     meanwhile: Callable[[], None] | None = None
     known: dict[str, str] = field(default_factory=dict)
     restarts: int = 0
+    stage: str = ""
 
     def run(self) -> dict[str, Any]:
         """The report of the child that finished. Raises FastPathError."""
@@ -198,6 +204,7 @@ class Session:
             return last
         reason = explain_exit(finished, self.spec.timeout_seconds, last)
         tail = log.read_text(encoding="utf-8", errors="replace")[-STDERR_TAIL:].strip()
+        reason += f" in stage {self.stage!r}" if self.stage else ""
         reason += f"; last output: {' | '.join(tail.splitlines()[-4:])}" if tail else ""
         return {"event": "died", "reason": reason, "open": open_key if finished is not None else ""}
 
@@ -218,8 +225,8 @@ class Session:
                 _LOG.warning("beside the build: ", exc_info=True)
 
     def _listen(self, fd: int) -> tuple[Event | None, str]:
-        """Messages until the pipe closes or time is up; `(last final message, key of the attempt still open)`."""
-        pending, open_key = b"", ""
+        """Messages until the pipe closes or time is up; `(last final message, key of the innermost open attempt)`."""
+        pending, open_keys = b"", list[str]()
         last: Event | None = None
         with selectors.DefaultSelector() as selector:
             selector.register(fd, selectors.EVENT_READ)
@@ -234,19 +241,20 @@ class Session:
                     message = json.loads(line)
                     event = message["event"]
                     if event == "attempt":
-                        open_key = message["key"]
+                        open_keys.append(message["key"])
                     elif event == "outcome":
-                        open_key = ""
+                        open_keys = [key for key in open_keys if key != message["key"]]
                         if message["reason"]:
                             self.known[message["key"]] = message["reason"]
                             self._tell({"stage": "attempt failed", "key": message["key"], "reason": message["reason"]})
                     elif event in ("done", "failed", "broken"):
                         last = message
                     else:
+                        self.stage = message["stage"]
                         self._tell({key: value for key, value in message.items() if key != "event"})
                 if last is not None and last["event"] != "broken":
                     break
-        return last, open_key
+        return last, open_keys[-1] if open_keys else ""
 
     def _tell(self, event: Event) -> None:
         _LOG.debug("build: %s", event)

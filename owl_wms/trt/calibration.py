@@ -1,11 +1,13 @@
 """The latents that 8-bit plans are calibrated on: the user's file, or seeded ones.
 
 Why a file and not a tensor: the build runs in a child process and the cache key must cover what it was calibrated on,
-so both read the same bytes. Only `.safetensors` is taken, which holds numbers and no code; `owl-wms encode` writes it.
+so both read the same bytes: the child is told the hash that the key holds, and refuses a file that was replaced since.
+Only `.safetensors` is taken, which holds numbers and no code; `owl-wms encode` writes it.
 
 Usage:
-    z = calibration_latents(spec, "cuda:0")      # [N, c, h, w] fp32
     material["calibration"] = calibration_digest(spec)
+    spec = dataclasses.replace(spec, calibration_digest=material["calibration"])
+    z = calibration_latents(spec, "cuda:0")      # [N, c, h, w] fp32, in the building process
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from owl_wms.errors import FastPathError
@@ -35,7 +37,7 @@ def calibration_latents(spec: BuildSpec, device: torch.device | str) -> Tensor:
 
     Raises:
         FastPathError: stage "build" for a file that is missing, not `.safetensors`, without a tensor called `latents`,
-            not finite, or of another latent shape.
+            not finite, nothing but zeros, of another latent shape, or with another hash than `spec.calibration_digest`.
     """
     one = spec.input_shape[1:]
     if not spec.calibration:
@@ -43,7 +45,17 @@ def calibration_latents(spec: BuildSpec, device: torch.device | str) -> Tensor:
     path = Path(spec.calibration)
     remedy = f"write latents [..., {', '.join(map(str, one))}] as {KEY!r} of a .safetensors file (owl-wms encode does)"
     try:
-        found = load_file(path)
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        if spec.calibration_digest not in ("", digest):
+            raise FastPathError(
+                "build",
+                f"calibration file {path} was replaced after the program's key was made",
+                "start the build again; leave the file alone while it runs",
+            )
+        found = load(data)  # from the bytes that were hashed: the file is not opened again
+    except FastPathError:
+        raise
     except Exception as error:  # a missing or damaged file raises OSError or the reader's own SafetensorError
         raise FastPathError("build", f"calibration file {path}: {type(error).__name__}: {error}", remedy) from error
     if KEY not in found:
@@ -55,7 +67,10 @@ def calibration_latents(spec: BuildSpec, device: torch.device | str) -> Tensor:
         raise FastPathError("build", f"calibration file {path} holds values that are not finite", remedy)
     flat = z.reshape(-1, *one)
     step = -(-len(flat) // MOST)
-    return flat[::step].contiguous().to(device)
+    taken = flat[::step]
+    if not taken.any():  # they reach nowhere: any other latent would reach infinitely further
+        raise FastPathError("build", f"calibration file {path} holds nothing but zeros", remedy)
+    return taken.contiguous().to(device)
 
 
 def calibration_digest(spec: BuildSpec) -> str:

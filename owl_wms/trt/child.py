@@ -8,7 +8,8 @@ it a moment ago into a directory of mode 0700 that it had just created, and the 
 
 Messages, one JSON object a line on the file descriptor given as the second argument:
     {"event": "stage", "stage": "compile", "elapsed": 3.2, ...}
-    {"event": "attempt", "key": "build|tensorrt|bf16|"}     then     {"event": "outcome", "key": ..., "reason": ""}
+    {"event": "attempt", "key": "build|tensorrt|bf16|"}     then     {"event": "outcome", "key": ..., "reason": ""},
+        others possibly between
     {"event": "done", "report": {...}}     or     {"event": "failed", "stage": ..., "reason": ..., "remedy": ...}
 
 Usage (by `build.py` alone): python -c <bootstrap> JOB_DIRECTORY FD

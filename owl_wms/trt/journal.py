@@ -4,6 +4,9 @@ Usage:
     journal.stage("compile", plan="tensorrt")
     known = journal.attempt("build|tensorrt|bf16|")      # then, unless known:
     journal.outcome("build|tensorrt|bf16|", "")
+
+Attempts nest: a death is put down to the one that began last of those still open. So `plan|...` may stand around a
+whole plan, and a `build|...` within it still answers for itself.
 """
 
 from __future__ import annotations

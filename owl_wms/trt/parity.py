@@ -8,11 +8,18 @@ error.
 The rule, for seeded latents of several scales (the same rounded latents for all three):
     r = fp32 decoder without TF32 and cuDNN, e = eager at the precision, y = the program
     finite      every element of y is finite wherever r is
-    relative    |y - r| / |r| (L2) <= 2 * max(|e - r| / |r|, FLOOR[precision])
+    relative    |y - r| / |r| (L2) <= 2 * min(|e - r| / |r|, 8 eps of the dtype)
     absolute    max |y - r| over elements with |r| <= 1 is <= max(1e-2, 2 * the same of e)
 The absolute bound thus is 1e-2 wherever the dtype can express it, which is read off eager: where eager itself strays
-further, twice eager. FLOOR matters for fp32 alone, whose eager error is zero by definition: 5e-5 lets a different order
-of summation pass (about 1e-6 per layer) and stops TF32 (about 1e-3).
+further, twice eager; where eager overflows there is nothing to read, and the relative bound stands alone.
+
+What e may be is bounded, for eager runs on a cuDNN that was seen to be wrong (docs/log.md): e is measured once more
+with the reference's arithmetic, which counts instead where e is more than twice as far off; and no e counts for more
+than 8 eps.
+
+fp32 has the same rule with constants in e's place: relative 2 * 5e-5, absolute 1e-2. That lets another order of
+summation pass (about 1e-6 a layer) and stops TF32 (2e-4 to 1e-3), which eager's own convolutions use by default:
+whoever asks for fp32 by name does not ask for that, so eager's error is reported and widens nothing.
 
 fp8 and int8 are another bargain, struck by whoever asks for them by name, and have a rule of their own: finite as
 above, and at scale 1, the one that they are calibrated for,
@@ -28,8 +35,9 @@ Usage:
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,10 +47,15 @@ from torch import Tensor
 SCALES = (0.1, 1.0, 3.0)
 RELATIVE_FACTOR = 2.0
 ABSOLUTE_LIMIT = 1e-2
-FLOOR = {torch.float32: 5e-5}
+FP32_ERROR = 5e-5
+# Independent roundings in a row add up to about 0.29 eps times the root of their number: 8 eps are 760 layers. Every
+# decoder measured has 0.3 to 2.1 eps, at all scales and in both half precisions (benchmarks/results), and the fault of
+# cuDNN gave 15. So this refuses no honest program, and it is what remains where eager overflows and has no error.
+MOST_EPS = 8.0
 PSNR_GATE_DB = {"fp8": 40.0, "int8": 40.0}
 
 Decode = Callable[[Tensor], Tensor]
+_LOG = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -98,6 +111,25 @@ def errors(output: Tensor, reference: Tensor) -> Errors:
     return Errors(relative=relative, absolute=absolute, finite=finite, psnr_db=psnr)
 
 
+def _second_run(eager: Decode, inputs: list[Tensor], wanted: list[Tensor]) -> list[Errors]:
+    """Eager's errors in the arithmetic of now; empty where it cannot run in that, which costs the check of eager alone:
+    not every operator without cuDNN need know every dtype.
+    """
+    try:
+        return [errors(eager(z), r) for z, r in zip(inputs, wanted, strict=True)]
+    except Exception as error:
+        _LOG.info("eager's error is measured once: %s: %s", type(error).__name__, error)
+        return []
+
+
+def _yardstick(usual: Errors, again: Errors) -> Errors:
+    """Which of eager's two runs counts. The same products in another order are as near, give or take; a run that would
+    not pass the gate of the other has a fault of its own. One that overflows stays: that is about the precision.
+    """
+    believed = not usual.finite or not again.finite or usual.relative <= RELATIVE_FACTOR * again.relative
+    return usual if believed else again
+
+
 @dataclass(kw_only=True, slots=True)
 class Reference:
     """fp32 answers and eager's errors at one precision, measured once and compared with every program.
@@ -105,7 +137,7 @@ class Reference:
     Attributes:
         inputs: one latent batch a scale, in the precision's dtype.
         wanted: the fp32 decoder's outputs (float32, same device).
-        eager: eager's errors against them.
+        eager: eager's errors against them, as far as they are believed.
         scales: of the latents, in the order of the lists.
         psnr_gate_db: for the 8-bit rule; None for the other one.
     """
@@ -130,14 +162,17 @@ class Reference:
         scales: tuple[float, ...] = SCALES,
         psnr_gate_db: float | None = None,
     ) -> Reference:
-        """Run both decoders on seeded latents of every scale."""
+        """Run both decoders on seeded latents of every scale, eager twice unless `dtype` is float32."""
         inputs = [latents(shape, scale, dtype, device, seed + i) for i, scale in enumerate(scales)]
         with reference_arithmetic():
             wanted = [fp32(z.float()) for z in inputs]
+            # Not in fp32, where this is the reference itself and its zero would hide what eager's TF32 costs.
+            again = [] if dtype == torch.float32 else _second_run(eager, inputs, wanted)
+        usual = [errors(eager(z), r) for z, r in zip(inputs, wanted, strict=True)]
         return cls(
             inputs=inputs,
             wanted=wanted,
-            eager=[errors(eager(z), r) for z, r in zip(inputs, wanted, strict=True)],
+            eager=[_yardstick(*pair) for pair in zip(usual, again, strict=True)] if again else usual,
             scales=scales,
             dtype=dtype,
             psnr_gate_db=psnr_gate_db,
@@ -153,7 +188,7 @@ class Reference:
 
         Returns:
             `passed`, `reason` (empty when passed), `relative_error` and `absolute_error` (worst scale), and `scales`,
-            one dict each.
+            one dict each. JSON-ready: a number that is not finite is None, and so is the worst of several with one.
         """
         rows = []
         for scale, z, r, eager in zip(self.scales, self.inputs, self.wanted, self.eager, strict=True):
@@ -162,15 +197,23 @@ class Reference:
         return {
             "passed": not bad,
             "reason": bad[0] if bad else "",
-            "relative_error": max(row["relative_error"] for row in rows),
-            "absolute_error": max(row["absolute_error"] for row in rows),
+            "relative_error": _worst(row["relative_error"] for row in rows),
+            "absolute_error": _worst(row["absolute_error"] for row in rows),
             "psnr_db": next((row["psnr_db"] for row in rows if row["scale"] == 1), None),
             "scales": rows,
         }
 
+    def _limits(self, eager: Errors) -> tuple[float, float]:
+        """The largest relative and absolute error that passes."""
+        if self.dtype == torch.float32:
+            return RELATIVE_FACTOR * FP32_ERROR, ABSOLUTE_LIMIT
+        most = MOST_EPS * torch.finfo(self.dtype).eps
+        if not eager.finite:
+            return RELATIVE_FACTOR * most, math.inf
+        return RELATIVE_FACTOR * min(eager.relative, most), max(ABSOLUTE_LIMIT, RELATIVE_FACTOR * eager.absolute)
+
     def _row(self, scale: float, got: Errors, eager: Errors) -> dict[str, Any]:
-        relative_limit = RELATIVE_FACTOR * max(eager.relative, FLOOR.get(self.dtype, 0.0))
-        absolute_limit = max(ABSOLUTE_LIMIT, RELATIVE_FACTOR * eager.absolute)
+        relative_limit, absolute_limit = self._limits(eager)
         reason = ""
         if not got.finite:
             reason = f"non-finite output for latents of scale {scale:g}"
@@ -183,14 +226,21 @@ class Reference:
         elif not got.absolute <= absolute_limit:
             reason = f"absolute error {got.absolute:.2e} exceeds {absolute_limit:.2e}"
             reason += f" at scale {scale:g} (eager {eager.absolute:.2e})"
-        return {
-            "scale": scale,
+        numbers = {
             "relative_error": got.relative,
             "relative_limit": relative_limit,
             "absolute_error": got.absolute,
             "absolute_limit": absolute_limit,
-            "psnr_db": got.psnr_db if math.isfinite(got.psnr_db) else None,
+            "psnr_db": got.psnr_db,
             "eager_relative_error": eager.relative,
             "eager_absolute_error": eager.absolute,
-            "reason": reason,
         }
+        # The rows go into the manifest, whose JSON has no word for infinity and NaN.
+        told = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+        return {"scale": scale, **told, "reason": reason}
+
+
+def _worst(numbers: Iterable[float | None]) -> float | None:
+    """The largest; None where one of them is None, which stands for a number that is not finite."""
+    known = list(numbers)
+    return None if None in known else max(number for number in known if number is not None)

@@ -42,6 +42,8 @@ class BuildSpec:
         isolation_tries: most builds that search may make.
         seed: of the latents that parity and timing use.
         calibration: `.safetensors` file of latents that fp8 and int8 are calibrated on; empty for seeded ones.
+        calibration_digest: what the key says of them (`key_material(...)["calibration"]`); the build refuses a file of
+            which it is not true. Empty: what is true of the file when `build_program` begins.
     """
 
     input_shape: tuple[int, int, int, int]
@@ -56,6 +58,7 @@ class BuildSpec:
     isolation_tries: int = 16
     seed: int = 0
     calibration: str = ""
+    calibration_digest: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "input_shape", tuple(int(size) for size in self.input_shape))

@@ -10,12 +10,20 @@ Usage:
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Measure: TypeAlias = Callable[[str, Callable[[], float]], "float | None"]
+
+
+def _measured(_name: str, run: Callable[[], float]) -> float:
+    return run()
 
 
 @torch.no_grad()
@@ -26,27 +34,34 @@ def interleaved(
     rounds: int = 15,
     warmup: int = 1,
     budget_seconds: float = 3.0,
+    measure: Measure = _measured,
 ) -> dict[str, float]:
-    """Median milliseconds a call of every candidate on `z`.
+    """Median milliseconds a call of every candidate on `z`, without those that were left out.
 
     Args:
         z: latents on the device; every candidate gets the same batch (weights, not latents, dominate memory traffic).
         rounds: timed calls each, cut down (never below 5) so that all of them stay within `budget_seconds`.
         warmup: untimed calls each, >= 0; one suffices where every candidate has run before.
+        measure: every measurement is made as `measure(name, run)`, which returns `run()`, or None to leave the
+            candidate out from then on. What it raises ends the timing.
     """
-    if not candidates:
-        return {}
-    first = {}
-    for name, decode in candidates.items():
+
+    def first(decode: Callable[[Tensor], Tensor]) -> float:
         for _ in range(warmup):
             decode(z)
-        first[name] = _one(decode, z)
-    total = sum(first.values()) / 1e3
+        return _one(decode, z)
+
+    single = {name: measure(name, functools.partial(first, decode)) for name, decode in candidates.items()}
+    samples: dict[str, list[float]] = {name: [] for name, ms in single.items() if ms is not None}
+    total = sum(ms for ms in single.values() if ms is not None) / 1e3
     rounds = max(5, min(rounds, int(budget_seconds / max(total, 1e-6))))
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
-        for name, decode in candidates.items():
-            samples[name].append(_one(decode, z))
+        for name in list(samples):
+            ms = measure(name, functools.partial(_one, candidates[name], z))
+            if ms is None:
+                del samples[name]
+            else:
+                samples[name].append(ms)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 

@@ -10,6 +10,7 @@ Usage (inside the child, on the GPU):
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Worker:
         begin = time.monotonic()
         everything: list[Candidate] = []
         best: Candidate | None = None
-        eager_ms = 0.0
+        eager_ms: float | None = None
         refusals: list[str] = []
         for precision in self.spec.wanted_precisions():
             try:
@@ -67,7 +68,7 @@ class Worker:
                 best = min(usable, key=Candidate.best_ms)
                 break
         if best is None:
-            stage = "parity" if any(c.parity and not c.parity["passed"] for c in everything) else "build"
+            stage = "parity" if any(c.reason.startswith("parity:") for c in everything) else "build"
             raise FastPathError(
                 stage, "; ".join(refusals) or "no plan was built", "see the report's candidates for every attempt"
             )
@@ -76,7 +77,9 @@ class Worker:
             if candidate is not best:
                 candidate.program = None
         attempts.release()
+        self.journal.attempt(_plan_key(best))
         report = {**best.to_json(), **keep(best, out_dir, self.spec, self.journal, self.device)}
+        self.journal.outcome(_plan_key(best), "")
         graph_ms, plain_ms = best.graph_latency_ms, best.latency_ms
         report.update(
             {
@@ -92,8 +95,11 @@ class Worker:
         )
         return report
 
-    def at_precision(self, precision: str) -> tuple[list[Candidate], float]:
-        """All plans at one precision, checked and timed together with eager; `(candidates, eager's median ms)`."""
+    def at_precision(self, precision: str) -> tuple[list[Candidate], float | None]:
+        """All plans at one precision, checked and timed together with eager; `(candidates, eager's median ms)`.
+
+        What fails or dies on the way costs the plan that did; `candidate`, `judge` and `time` say how.
+        """
         chosen = plans.candidates(self.folded, self.spec, precision)
         self.journal.stage("reference", precision=precision)
         dtype = dtype_of(precision)
@@ -116,11 +122,14 @@ class Worker:
                     Candidate(plan=plan.name, precision=precision, reason="not tried: the build's time was spent")
                 )
                 continue
-            candidate = self.candidate(plan, precision)
-            if candidate.program is not None and not candidate.reason:
-                self.journal.stage("parity", plan=plan.name, precision=precision)
-                candidate.parity = reference.check(candidate.program)
-                candidate.reason = "" if candidate.parity["passed"] else f"parity: {candidate.parity['reason']}"
+            candidate = Candidate(plan=plan.name, precision=precision)
+            # Around everything that is done with the plan, so that whatever kills the process is not tried again.
+            candidate.reason = self.journal.attempt(_plan_key(candidate)) or ""
+            if not candidate.reason:
+                candidate = self.candidate(plan, precision)
+                if candidate.program is not None and not candidate.reason:
+                    self.judge(candidate, reference)
+                self.journal.outcome(_plan_key(candidate), candidate.reason)
             if candidate.reason:
                 candidate.program = None
                 attempts.release()
@@ -128,22 +137,72 @@ class Worker:
         z = reference.inputs[min(1, len(reference.inputs) - 1)]
         del reference
         self.journal.stage("timing", precision=precision)
-        return found, self.time(found, eager, z)
+        return found, self.time(found, eager, z, precision)
 
-    def time(self, found: list[Candidate], eager: nn.Module, z: torch.Tensor) -> float:
-        """Fill in latencies of usable candidates, plain and as CUDA graph, interleaved with eager."""
+    def judge(self, candidate: Candidate, reference: Reference) -> None:
+        """Hold a built candidate against the parity gate; its `reason` says what failed, a program that raises
+        included. Raises BrokenContext when the process has to end.
+        """
+        self.journal.stage("parity", plan=candidate.plan, precision=candidate.precision)
+        try:
+            candidate.parity = reference.check(candidate.program)
+            failure = candidate.parity["reason"]
+        except Exception as error:  # out of memory on these latents, say; the next plan may need less
+            failure = attempts.reason_of(error)
+            attempts.check_context(self.device)
+        candidate.reason = f"parity: {failure}" if failure else ""
+
+    def time(self, found: list[Candidate], eager: nn.Module, z: torch.Tensor, precision: str) -> float | None:
+        """Fill in latencies of usable candidates, plain and as CUDA graph, interleaved with eager; eager's is returned.
+
+        Whatever fails or kills the process is left out: a candidate loses its program, or its graph alone, or the
+        comparison loses eager (None). Raises BrokenContext when the process has to end.
+        """
+        timed = [c for c in found if c.program is not None]
         runs: dict[str, Any] = {"eager": eager}
-        for candidate in (c for c in found if c.program is not None):
-            runs[candidate.plan] = candidate.program
-            graphed = GraphedProgram(candidate.program, z)
-            candidate.graph_reason = graphed.reason
-            if graphed.graphed:
-                runs[f"{candidate.plan} graphed"] = graphed
-        times = interleaved(runs, z)
-        for candidate in found:
+        keys = {"eager": f"eager|{precision}"}
+        for candidate in timed:
+            runs[candidate.plan], keys[candidate.plan] = candidate.program, _plan_key(candidate)
+            graphed = self.captured(candidate, z)
+            if graphed is not None:
+                runs[f"{candidate.plan} graphed"], keys[f"{candidate.plan} graphed"] = graphed, _graph_key(candidate)
+        failures: dict[str, str] = {}
+
+        def measure(name: str, run: Callable[[], float]) -> float | None:
+            ms = None
+            failure = self.journal.attempt(keys[name]) or ""
+            if not failure:
+                try:
+                    ms = run()
+                except Exception as error:
+                    failure = attempts.reason_of(error)
+                    attempts.check_context(self.device)
+                self.journal.outcome(keys[name], failure)
+            if failure:
+                failures[name] = failure
+            return ms
+
+        times = interleaved(runs, z, measure=measure)
+        for candidate in timed:
             candidate.latency_ms = times.get(candidate.plan)
             candidate.graph_latency_ms = times.get(f"{candidate.plan} graphed")
-        return times["eager"]
+            candidate.graph_reason = failures.get(f"{candidate.plan} graphed", candidate.graph_reason)
+            if candidate.plan in failures:
+                candidate.reason = f"timing: {failures[candidate.plan]}"
+                candidate.program = None
+        return times.get("eager")
+
+    def captured(self, candidate: Candidate, z: torch.Tensor) -> GraphedProgram | None:
+        """The candidate's program as a CUDA graph; None where it cannot be one, and `graph_reason` says why."""
+        candidate.graph_reason = self.journal.attempt(_graph_key(candidate)) or ""
+        if candidate.graph_reason:
+            return None
+        graphed = GraphedProgram(candidate.program, z)
+        candidate.graph_reason = graphed.reason
+        if not graphed.graphed:
+            attempts.check_context(self.device)
+        self.journal.outcome(_graph_key(candidate), graphed.reason)
+        return graphed if graphed.graphed else None
 
     def candidate(self, plan: plans.Plan, precision: str) -> Candidate:
         """Lower, build and first-run one plan, isolating what fails. Never raises for a failing plan; its `reason` says
@@ -160,6 +219,7 @@ class Worker:
             ours = kernels.calls_ours(exported)
         except Exception as error:
             candidate.reason = attempts.reason_of(error)
+            attempts.check_context(self.device)  # lowering to 8 bits decodes what it is calibrated on
             return candidate
         settings = {**self.spec.compile_settings(precision), **plan.settings}
 
@@ -222,3 +282,11 @@ class Worker:
                 self.journal.stage("tensorrt", plan=plan, phase=phase, step=step, steps=steps)
 
         return tell
+
+
+def _plan_key(candidate: Candidate) -> str:
+    return f"plan|{candidate.plan}|{candidate.precision}"
+
+
+def _graph_key(candidate: Candidate) -> str:
+    return f"graph|{candidate.plan}|{candidate.precision}"

@@ -57,15 +57,34 @@ def test_a_build_without_a_program_is_an_error(tmp_path: Path) -> None:
         CacheStore(tmp_path / "cache").get_or_build(NAME, MATERIAL, lambda folder: {})
 
 
-def test_a_report_that_is_not_json_does_not_fail_the_build(tmp_path: Path) -> None:
+def test_what_is_not_json_in_a_report_costs_that_value_alone(tmp_path: Path) -> None:
+    deep: object = "core"
+    for _ in range(50):
+        deep = [deep]
+
     def build(folder: Path) -> dict[str, object]:
         (folder / PROGRAM).write_bytes(b"program")
         (folder / "timing.cache").write_bytes(b"stray")
-        return {"ms": float("nan")}
+        rows = ({"error": float("inf"), "plan": "b"}, {"error": 1e-3, "plan": "a"})
+        return {
+            "ms": float("nan"),
+            "precision": "fp16",
+            "cuda_graph": True,
+            "rows": rows,
+            "set": {1},
+            3: b"",
+            "deep": deep,
+        }
 
-    entry = CacheStore(tmp_path / "cache").get_or_build(NAME, MATERIAL, build)
+    store = CacheStore(tmp_path / "cache")
+    entry = store.get_or_build(NAME, MATERIAL, build)
     assert entry.cached
-    assert "report.ms" in entry.manifest.report["report_error"]
+    report = entry.manifest.report
+    assert (report["ms"], report["precision"], report["cuda_graph"]) == (None, "fp16", True)
+    assert report["rows"] == [{"error": None, "plan": "b"}, {"error": 1e-3, "plan": "a"}]
+    assert (report["set"], report["3"]) == ("<set>", "<bytes>")
+    assert str(report["deep"]).strip("[]") == "'<list>'"
+    assert store.get_or_build(NAME, MATERIAL, build).manifest.report == report
     assert not (entry_path(tmp_path / "cache") / "timing.cache").exists()
 
 

@@ -16,8 +16,14 @@ import torch
 
 from tests.trt import cuda_stand_in
 
-DEPTHWISE, SEGFAULT, HANG = 1, 2, 3
-FAULTS = {DEPTHWISE: "refuse depthwise", SEGFAULT: "segfault on depthwise", HANG: "sleep"}
+DEPTHWISE, SEGFAULT, HANG, DIE_IN_PARITY, DIE_IN_TIMING = 1, 2, 3, 4, 5
+FAULTS = {
+    DEPTHWISE: "refuse depthwise",
+    SEGFAULT: "segfault on depthwise",
+    HANG: "sleep",
+    DIE_IN_PARITY: "segfault when the second program is held against the gate",
+    DIE_IN_TIMING: "segfault when the second program is timed",
+}
 
 
 def depthwise(subgraph: torch.fx.GraphModule) -> bool:
@@ -44,8 +50,25 @@ def main(arguments: list[str]) -> None:
             return "Unable to create TensorRT execution context"
         return ""
 
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
     cuda_stand_in.install()
     cuda_stand_in.run_engines_in_pytorch(refuse)
+    from owl_wms.trt import worker
     from owl_wms.trt.child import main as child
+
+    if seed in (DIE_IN_PARITY, DIE_IN_TIMING):
+        judge = worker.Worker.judge
+
+        def judged(self: worker.Worker, candidate: worker.Candidate, reference: worker.Reference) -> None:
+            second = candidate.plan == "tensorrt+merged"
+            if second and seed == DIE_IN_PARITY:
+                candidate.program = die
+            judge(self, candidate, reference)
+            if second:
+                candidate.program = die
+
+        worker.Worker.judge = judged  # type: ignore[method-assign]
 
     sys.exit(child(arguments))

@@ -13,7 +13,7 @@ from torch import nn
 
 from owl_wms.errors import FastPathError
 from owl_wms.ops.codes import FORMATS
-from owl_wms.trt import BuildSpec, fused8, key_material, plans
+from owl_wms.trt import BuildSpec, build, fused8, key_material, plans
 from owl_wms.trt.calibration import MOST, SEEDED, calibration_digest, calibration_latents
 from owl_wms.trt.fused import FusedStage
 from owl_wms.trt.fused8 import FusedStage8, fuse8, reaches, supports8
@@ -158,6 +158,7 @@ def test_calibration_comes_from_a_file_and_is_part_of_the_key(tmp_path: Path) ->
         ({"frames": torch.zeros(1, 16, 4, 4)}, "holds frames"),
         ({"latents": torch.zeros(1, 16, 8, 8)}, r"\[1, 16, 8, 8\]"),
         ({"latents": torch.full((1, 16, 4, 4), float("nan"))}, "not finite"),
+        ({"latents": torch.zeros(3, 16, 4, 4)}, "nothing but zeros"),
     ],
 )
 def test_a_bad_calibration_file_is_one_clear_error(content: object, why: str, tmp_path: Path) -> None:
@@ -171,6 +172,46 @@ def test_a_bad_calibration_file_is_one_clear_error(content: object, why: str, tm
         calibration_latents(spec, "cpu")
     assert "safetensors" in caught.value.remedy
     assert calibration_digest(spec)
+
+
+def test_a_file_replaced_after_the_key_was_made_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latents.safetensors"
+    save_file({"latents": torch.randn(3, *SHAPE[1:])}, path)
+    asked = BuildSpec(input_shape=SHAPE, precision="int8", calibration=str(path))
+    spec = dataclasses.replace(asked, calibration_digest=key_material(wide(), asked)["calibration"])
+    assert torch.equal(calibration_latents(spec, "cpu"), calibration_latents(asked, "cpu"))
+    save_file({"latents": torch.full((3, *SHAPE[1:]), 9.0)}, path)
+    with pytest.raises(FastPathError, match=r"latents\.safetensors was replaced"):
+        calibration_latents(spec, "cpu")
+    path.write_bytes(b"no longer readable as latents")
+    with pytest.raises(FastPathError, match="was replaced"):
+        calibration_latents(spec, "cpu")
+    # One that could not be read when the key was made, and can be now.
+    late = dataclasses.replace(asked, calibration_digest="unreadable: No such file or directory")
+    save_file({"latents": torch.randn(3, *SHAPE[1:])}, path)
+    with pytest.raises(FastPathError, match="was replaced"):
+        calibration_latents(late, "cpu")
+    seeded = dataclasses.replace(
+        asked, calibration="", calibration_digest=calibration_digest(dataclasses.replace(asked, calibration=""))
+    )
+    assert len(calibration_latents(seeded, "cpu")) == SEEDED
+
+
+def test_the_child_is_told_what_it_is_calibrated_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "latents.safetensors"
+    save_file({"latents": torch.randn(3, *SHAPE[1:])}, path)
+    told: list[BuildSpec] = []
+
+    def child(self: build.Session) -> dict[str, object]:
+        told.append(BuildSpec.from_json(self.spec.to_json()))
+        return {}
+
+    monkeypatch.setattr(build.Session, "run", child)
+    for precision in ("int8", "bf16"):
+        spec = BuildSpec(input_shape=SHAPE, precision=precision, calibration=str(path))
+        build.build_program(wide(), spec, tmp_path)
+        build.build_program(wide(), dataclasses.replace(spec, calibration_digest="the key's"), tmp_path)
+    assert [spec.calibration_digest for spec in told] == [calibration_digest(told[0]), "the key's", "", "the key's"]
 
 
 def test_parity_of_eight_bits_is_a_matter_of_psnr() -> None:

@@ -43,7 +43,8 @@ def test_build_reload_and_run(family: str, precision: str, tmp_path: Path) -> No
 
 
 def test_fp32_is_fp32_or_refused(tmp_path: Path) -> None:
-    # TensorRT for RTX 1.4 computes in TF32 although it is told not to (docs/log.md). The gate must see that.
+    # TensorRT for RTX 1.4 computes in TF32 although it is told not to (docs/log.md). The gate must see that, also where
+    # eager's convolutions use TF32 themselves.
     decoder, shape = decoders.make("square")
     spec = trt.BuildSpec(input_shape=shape, precision="fp32", timeout_seconds=100)
     report, refusal = None, None
@@ -55,7 +56,7 @@ def test_fp32_is_fp32_or_refused(tmp_path: Path) -> None:
         assert refusal is not None
         assert (refusal.stage, "relative error" in str(refusal)) == ("parity", True), refusal
     else:
-        assert report["parity"]["passed"]
+        assert [row["relative_error"] <= 1e-4 for row in report["parity"]["scales"]] == [True] * 3
 
 
 def test_cuda_graph_repeats_the_program() -> None:
