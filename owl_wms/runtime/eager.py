@@ -13,7 +13,7 @@ Usage:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -87,7 +87,9 @@ class WeightsStamp:
         modules = list(decoder.modules())
         self._training = decoder.training
         self._children = [(module._modules, list(module._modules.values())) for module in modules]
-        self._holders = [held for module in modules for held in (module._parameters, module._buffers)]
+        self._holders: list[Mapping[str, Tensor | None]] = [
+            held for module in modules for held in (module._parameters, module._buffers)
+        ]
         self._storages = [
             StorageWeakRef(tensor.untyped_storage())
             for held in self._holders
@@ -107,7 +109,7 @@ class WeightsStamp:
         return not any(storage.expired() for storage in self._storages)
 
 
-def _facts(holders: list[dict[str, Tensor | None]]) -> list[tuple[Any, ...] | None]:
+def _facts(holders: list[Mapping[str, Tensor | None]]) -> list[tuple[Any, ...] | None]:
     return [
         None if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
         for held in holders

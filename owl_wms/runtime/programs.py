@@ -141,6 +141,7 @@ class ProgramSource:
                 return self._compiled(self.toolchain, decoder, request)
             stamp = WeightsStamp(decoder)  # before the key reads the weights
             material = dict(_staged("export", self.toolchain.key_material, decoder, request))
+        request = dataclasses.replace(request, calibration_digest=str(material.get("calibration", "")))
         key = (self.toolchain.name, _staged("export", cache_key, material))
         keyed = time.monotonic()
         with turns.one_of(key):

@@ -34,6 +34,7 @@ class ProgramRequest:
         shape: static `(B, c, h, w)` of its input.
         device: where it will run.
         precision, plans, workspace_size, calibration: as in TensorRTConfig.
+        calibration_digest: what the key says of the calibration file; the build refuses another file.
     """
 
     shape: tuple[int, int, int, int]
@@ -42,6 +43,7 @@ class ProgramRequest:
     plans: tuple[str, ...]
     workspace_size: int
     calibration: Path | None = None
+    calibration_digest: str = ""
 
 
 class Toolchain(Protocol):
@@ -123,6 +125,7 @@ class TensorRTToolchain:
             device_index=request.device.index or 0,
             workspace_size=request.workspace_size,
             calibration="" if request.calibration is None else str(request.calibration.absolute()),
+            calibration_digest=request.calibration_digest,
         )
 
 

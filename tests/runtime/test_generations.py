@@ -13,6 +13,7 @@ from torch import nn
 
 from owl_wms.runtime import AudioDecode, VideoDecode
 from owl_wms.runtime import decode as decode_module
+from owl_wms.runtime.eager import WeightsStamp
 from owl_wms.vae import fold_weight_norm
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
 
@@ -201,3 +202,36 @@ def test_a_stamp_keeps_no_weight_alive() -> None:
     for module in (decoder.conv_in, decoder.conv_out):
         module.to_empty(device="meta")  # type: ignore[union-attr]
     assert gone.expired()
+
+
+def test_a_module_that_is_exchanged_added_or_left_out_is_noticed() -> None:
+    decoder = TinyDecoder().eval()
+    changes = {
+        "exchanged": lambda: setattr(decoder, "conv_out", nn.Conv2d(8, 3, 1)),
+        "added": lambda: decoder.add_module("more", nn.Identity()),
+        "left out": lambda: delattr(decoder, "more"),
+        "a parameter replaced": lambda: setattr(decoder.conv_out, "bias", nn.Parameter(torch.zeros(3))),
+        "a parameter taken away": lambda: setattr(decoder.conv_out, "bias", None),
+    }
+    for name, change in changes.items():
+        stamp = WeightsStamp(decoder)
+        assert stamp.matches(decoder), name
+        change()
+        assert not stamp.matches(decoder), name
+
+
+def test_the_build_is_told_which_calibration_file_the_key_means(tmp_path: Path) -> None:
+    told = []
+
+    class Calibrated(ExportToolchain):
+        def key_material(self, decoder: nn.Module, request: Any) -> dict[str, Any]:
+            return {**super().key_material(decoder, request), "calibration": "the file's hash"}
+
+        def build(self, decoder: nn.Module, request: Any, *rest: Any) -> dict[str, Any]:
+            told.append(request.calibration_digest)
+            return super().build(decoder, request, *rest)
+
+    VideoDecode(TinyDecoder().eval(), batch_size=2, settings=settings(tmp_path), toolchain=Calibrated())(
+        torch.randn(LATENTS)
+    )
+    assert told == ["the file's hash"]
