@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ def load_array(path: Path | str) -> Tensor:
 
     Raises:
         DataError: missing, unreadable or truncated file, unknown ending, pickled objects, no single tensor.
+    """
+    return _single(read_arrays(path), Path(path))
+
+
+def read_arrays(path: Path | str) -> Any:
+    """What a file holds, on the CPU, as stored: a tensor, or a mapping that has tensors in it.
+
+    Raises:
+        DataError: missing, unreadable or truncated file, unknown ending, pickled objects.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -63,8 +73,19 @@ def load_array(path: Path | str) -> Tensor:
         Exception
     ) as error:  # damaged bytes lead numpy and torch to raise almost anything (TokenError, SyntaxError, ...)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if _lacks_its_end(path):
+            reason = "the file is truncated; copy or write it again"
         raise DataError(f"{path}: cannot be read as {suffix}: {reason}", path=path) from error
-    return _single(value, path)
+    return value
+
+
+def _lacks_its_end(path: Path) -> bool:
+    """Whether a zip archive, as torch writes, breaks off before its directory, which stands last.
+
+    torch then says "[Errno 22] Invalid argument" or speaks of its archive reader, according to where it breaks off.
+    """
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
 
 
 def _single(value: Any, path: Path) -> Tensor:
