@@ -38,6 +38,7 @@ def decode(
     from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture, to_bytes
     from owl_wms.media.video import VideoWriter
     from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
+    from owl_wms.vae.landscape import other_latent_size
 
     console = Console(stderr=True)
     where = shared.choose_device(device)
@@ -54,6 +55,9 @@ def decode(
     if depth and getattr(model, "channels", 3) < 4:
         raise ConfigError(f"--depth: {vae_config} decodes {model.channels} channels, depth is the fourth", key="depth")
     values = load_latents(latents, channels=model.latent_channels) * scale
+    remark = other_latent_size(model, values.shape[3], values.shape[4])
+    if remark is not None:
+        console.print(f"{latents}: {remark}", markup=False, highlight=False, soft_wrap=True)
     decoder = get_decoder_only(None, vae_config, checkpoint, device=where, dtype=precision)
     run = make_batched_decode_fn(shared.quick_on(where, decoder), batch_size, use_tensorrt=tensorrt)
 
