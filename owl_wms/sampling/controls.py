@@ -16,8 +16,9 @@ def check_controls(mouse: Tensor | None, button: Tensor | None) -> None:
     Raises:
         ValueError: one of them is missing, or they differ in b or n; says both shapes.
     """
-    shapes = [list(part.shape) if isinstance(part, Tensor) else part for part in (mouse, button)]
-    if not all(isinstance(shape, list) and len(shape) == 3 for shape in shapes) or shapes[0][:2] != shapes[1][:2]:
+    shapes = [None if part is None else list(part.shape) for part in (mouse, button)]
+    leading = [shape[:2] if shape is not None and len(shape) == 3 else None for shape in shapes]
+    if leading[0] is None or leading[0] != leading[1]:
         raise ValueError(
             f"mouse [b, n, 2] and button [b, n, n_buttons] must share [b, n], got {shapes[0]} and {shapes[1]}"
         )
