@@ -5,7 +5,10 @@ Why: three commands that answer "what decoded this, and why" must answer alike.
 
 from __future__ import annotations
 
+import os
+import re
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,17 +29,16 @@ def choose_device(name: str | None) -> torch.device:
     """The device of that name, by default the first GPU, else the CPU.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: no such device here, or a kind that nothing here was written for (mps, xpu).
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {name!r}", key="device") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    form = re.fullmatch(r"cpu|cuda(?::([0-9]+))?", name)
+    if form is None:
+        raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {name!r}", key="device")
+    if name != "cpu" and int(form[1] or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices", key="device")
-    return device
+    return torch.device(name)
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
@@ -56,12 +58,37 @@ def check_destination(path: Path, *suffixes: str) -> None:
     """Refuse an output file before the work is done rather than after it.
 
     Raises:
-        ConfigError: an ending that cannot be written, or a folder of that name.
+        ConfigError: an ending that cannot be written, a folder of that name, or a place where no file can be made.
     """
     if path.suffix.lower() not in suffixes:
         raise ConfigError(f"{path}: must end in {' or '.join(suffixes)}, got {path.suffix!r}", path=path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"{path}: is a folder", path=path)
+    if not os.path.exists(path):
+        _try_to_write_below(path, path.parent)
+    elif not (os.path.isfile(path) and os.access(path, os.W_OK)):
+        raise ConfigError(f"{path}: cannot be written", path=path)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse an output folder before the work is done; it need not exist.
+
+    Raises:
+        ConfigError: a file of that name, or a place where no file can be made.
+    """
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ConfigError(f"{path}: is a file, a folder is wanted", path=path)
+    _try_to_write_below(path, path)
+
+
+def _try_to_write_below(path: Path, folder: Path) -> None:
+    """Make a file without a name in the nearest folder that exists: permission bits tell root nothing about /proc."""
+    nearest = next((place for place in (folder, *folder.parents) if os.path.exists(place)), Path())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {nearest}: {error.strerror}", path=path) from error
 
 
 def progress(console: Any) -> Progress:

@@ -14,7 +14,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-_DEMO_VAE = Path("examples/demo")
+from owl_wms.utils.paths import EXAMPLES
+
+_DEMO_VAE = EXAMPLES / "demo"
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
@@ -31,19 +33,22 @@ def make(
     fps: int = typer.Option(20, min=1, help="Stored frames a second; must divide 60."),
     seed: int = typer.Option(10_000_000, help="Seed of the first world."),
     batch: int = typer.Option(8, min=1, help="Players at once."),
-    vae_config: Annotated[Path, typer.Option(help="The autoencoder's configuration.")] = _DEMO_VAE / "demo_vae.yml",
-    vae_checkpoint: Annotated[Path, typer.Option(help="Its weights.")] = _DEMO_VAE / "demo_vae.safetensors",
-    device: str = typer.Option("auto", help="cuda, cpu, or auto."),
+    vae_config: Annotated[
+        Path, typer.Option(help="The autoencoder's configuration.", show_default="the demo's")
+    ] = _DEMO_VAE / "demo_vae.yml",
+    vae_checkpoint: Annotated[Path, typer.Option(help="Its weights.", show_default="the demo's")] = (
+        _DEMO_VAE / "demo_vae.safetensors"
+    ),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
 ) -> None:
     """Render the game, encode it, and store latents, mouse and buttons as an .npy table."""
-    import torch
-
+    from owl_wms.cli import _shared as shared
     from owl_wms.data.latent_dataset import make_game_latents
     from owl_wms.vae import load_encoder
 
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    dtype = torch.bfloat16 if place.startswith("cuda") else torch.float32
-    encoder = load_encoder(None, vae_config, vae_checkpoint).to(place, dtype)
+    where = shared.choose_device(device)
+    shared.check_folder(path)
+    encoder = load_encoder(None, vae_config, vae_checkpoint).to(where, shared.choose_dtype(None, where))
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("frames", total=episodes * frames)
         rows = make_game_latents(

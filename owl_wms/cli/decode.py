@@ -35,14 +35,18 @@ def decode(
     from owl_wms.configs import load_vae_config
     from owl_wms.errors import ConfigError
     from owl_wms.media.arrays import load_latents
-    from owl_wms.media.pictures import contact_sheet, depth_bytes, to_bytes
+    from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture, to_bytes
     from owl_wms.media.video import VideoWriter
     from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
+    from owl_wms.vae.landscape import other_latent_size
 
     console = Console(stderr=True)
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
+    depth_out = out.with_stem(out.stem + "_depth")
     shared.check_destination(out, ".mp4")
+    if depth:
+        shared.check_destination(depth_out, ".mp4")
     if png is not None:
         shared.check_destination(png, ".png", ".jpg")
     if not fps > 0:
@@ -51,6 +55,9 @@ def decode(
     if depth and getattr(model, "channels", 3) < 4:
         raise ConfigError(f"--depth: {vae_config} decodes {model.channels} channels, depth is the fourth", key="depth")
     values = load_latents(latents, channels=model.latent_channels) * scale
+    remark = other_latent_size(model, values.shape[3], values.shape[4])
+    if remark is not None:
+        console.print(f"{latents}: {remark}", markup=False, highlight=False, soft_wrap=True)
     decoder = get_decoder_only(None, vae_config, checkpoint, device=where, dtype=precision)
     run = make_batched_decode_fn(shared.quick_on(where, decoder), batch_size, use_tensorrt=tensorrt)
 
@@ -59,7 +66,7 @@ def decode(
     kept, seconds, done = [], 0.0, 0
     with ExitStack() as stack:
         clip = stack.enter_context(VideoWriter(out, fps))
-        depth_clip = stack.enter_context(VideoWriter(out.with_stem(out.stem + "_depth"), fps)) if depth else None
+        depth_clip = stack.enter_context(VideoWriter(depth_out, fps)) if depth else None
         bar = stack.enter_context(shared.progress(console))
         task = bar.add_task("decoding", total=count)
         for frames, took in shared.decode_pieces(run, values, 4 * batch_size):
@@ -75,8 +82,7 @@ def decode(
         rows = {"decoded": to_bytes(pictures[:, :3])}
         if pictures.shape[1] > 3:
             rows["depth"] = depth_bytes(pictures[:, 3])
-        png.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(rows, times=[f"frame {i}" for i in sorted(shown)]).save(png)
+        save_picture(png, contact_sheet(rows, times=[f"frame {i}" for i in sorted(shown)]))
     console.print(f"{out}: {count} frames, {count / seconds:.1f} frames/s decoded", highlight=False, soft_wrap=True)
     for label, text in shared.stats_rows(run.stats()):
         console.print(f"  {label}: {text}", markup=False, highlight=False, soft_wrap=True)

@@ -14,10 +14,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from owl_wms.utils.paths import EXAMPLES
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-_EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "demo"
+_EXAMPLE = EXAMPLES / "demo"
 _HELD_OUT = 1_000_000  # training used seeds from here on
 
 
@@ -41,6 +43,8 @@ def demo(
     config, checkpoint = _EXAMPLE / "demo_vae.yml", _EXAMPLE / "demo_vae.safetensors"
     if not checkpoint.is_file():
         raise DataError(f"{checkpoint}: the demo's weights are missing; run it from a source checkout", path=checkpoint)
+    for name in ("clip.mp4", "sheet.png"):
+        shared.check_destination(out / name, ".mp4", ".png")
     console = Console(stderr=True)
     where = shared.choose_device(device)
     dtype = shared.choose_dtype(None, where)
@@ -97,10 +101,9 @@ def _write(out: Path, source: Tensor, decoded: Tensor, every: int) -> None:
     import torch
 
     from owl_wms.data.game_world import FRAMES_PER_SECOND
-    from owl_wms.media.pictures import contact_sheet, depth_bytes, difference_bytes, to_bytes
+    from owl_wms.media.pictures import contact_sheet, depth_bytes, difference_bytes, save_picture, to_bytes
     from owl_wms.media.video import VideoWriter
 
-    out.mkdir(parents=True, exist_ok=True)
     with VideoWriter(out / "clip.mp4", FRAMES_PER_SECOND / every) as clip:
         clip.write(torch.cat([to_bytes(source[:, :3]), to_bytes(decoded[:, :3])], dim=2))
     chosen = torch.linspace(0, len(source) - 1, min(4, len(source))).round().long()
@@ -112,7 +115,7 @@ def _write(out: Path, source: Tensor, decoded: Tensor, every: int) -> None:
         "difference x4": difference_bytes(a[:, :3], b[:, :3]),
     }
     times = [f"{(i + 1) * every / FRAMES_PER_SECOND:.2f} s" for i in chosen.tolist()]
-    contact_sheet(rows, times=times, width=400).save(out / "sheet.png")
+    save_picture(out / "sheet.png", contact_sheet(rows, times=times, width=400))
 
 
 def _table(source: Tensor, decoded: Tensor, seconds: list[float], stats: Any, device: Any, batch_size: int) -> Table:

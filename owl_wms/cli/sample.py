@@ -30,13 +30,11 @@ def sample(
 ) -> None:
     """Sample a clip from a world model, its context included, under the scripted player's controls."""
     import torch
-    from safetensors.torch import save_file
 
     from owl_wms.cli import _shared as shared
-    from owl_wms.configs import load_world_config
     from owl_wms.data.game_controls import scripted_controls
-    from owl_wms.errors import ConfigError
-    from owl_wms.inference.build import load_core, make_contexts, make_decode
+    from owl_wms.inference.build import load_core, load_video_config, make_contexts, make_decode
+    from owl_wms.media.arrays import save_array
     from owl_wms.media.pictures import to_bytes
     from owl_wms.media.video import VideoWriter
 
@@ -46,9 +44,7 @@ def sample(
         shared.check_destination(latents, ".safetensors")
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
-    world = load_world_config(config)
-    if world.model.model_id != "game_rft":
-        raise ConfigError(f"owl-wms sample makes video only, {config} is {world.model.model_id}", path=config)
+    world = load_video_config(config)
     run = _make_sampler(world.train, sampler, frames, steps, cfg_scale)
     core = load_core(config, checkpoint, where, precision)
     decode = make_decode(world, config, where, precision, tensorrt=tensorrt)
@@ -76,7 +72,7 @@ def sample(
                 bar.advance(task, len(pictures))
     if latents is not None:
         tensors = {"latents": result.latents * world.train.vae_scale, "mouse": result.mouse, "buttons": result.buttons}
-        save_file({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, latents)
+        save_array(latents, {name: tensor.float() for name, tensor in tensors.items()})
     console.print(f"{out}: {begin.latents.shape[1]} frames of context and {frames} sampled", highlight=False)
 
 

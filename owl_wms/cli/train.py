@@ -2,7 +2,7 @@
 
 Usage:
     owl-wms train examples/world/game_rft.yml --set train.max_steps=1000
-    torchrun --nproc-per-node 8 -m owl_wms train configs/world/dit_v4.yml --resume
+    torchrun --nproc-per-node 8 -m owl_wms train configs/dit_v4.yml --resume
 """
 
 from __future__ import annotations
@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+# Files that a training run reads besides its data and its own checkpoints.
+_READ = (
+    *("vae_cfg_path", "vae_ckpt_path", "audio_vae_cfg_path", "audio_vae_ckpt_path"),
+    *("teacher_cfg", "teacher_ckpt", "student_ckpt"),
+)
 
 
 def train(
@@ -48,14 +54,18 @@ def train(
 def load_changed(path: Path, changes: list[str]) -> Any:
     """The file's configuration with `section.key=value` replaced; values are YAML, and everything is validated again.
 
+    Files that it names relative to a folder above itself are found from any working directory.
+
     Raises:
-        ConfigError: a change without `=`, or whatever the changed configuration is refused for.
+        ConfigError: a change without `=` or with a value that is not YAML, or whatever the changed configuration is
+            refused for.
     """
     import yaml
 
     from owl_wms.configs.strict import parse, read_yaml
     from owl_wms.configs.world import WorldConfig
     from owl_wms.errors import ConfigError
+    from owl_wms.utils.paths import find_beside
 
     data = read_yaml(path)
     for change in changes:
@@ -69,5 +79,14 @@ def load_changed(path: Path, changes: list[str]) -> Any:
             if not isinstance(inner, dict):
                 raise ConfigError(f"--set {key}: {name} is a value, not a section", path=path, key=key)
             place = inner
-        place[last] = yaml.safe_load(text)
-    return parse(WorldConfig, data, path=path)
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise ConfigError(f"--set {key}: {text!r} is not YAML: {reason}", path=path, key=key) from error
+    cfg = parse(WorldConfig, data, path=path)
+    # The trainers never hear where the file stands, so what it names beside itself is found here.
+    found = {name: find_beside(getattr(cfg.train, name), path) for name in _READ}
+    return cfg.model_copy(
+        update={"train": cfg.train.model_copy(update={k: None if v is None else str(v) for k, v in found.items()})}
+    )

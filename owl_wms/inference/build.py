@@ -21,21 +21,28 @@ from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.source import GameSource
 from owl_wms.models.load import load_model
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
+from owl_wms.utils.paths import find_beside
 from owl_wms.vae import fold_weight_norm, load_encoder
 
 CONTEXT_FRAMES = 12
 CONTEXTS = 3
 
 
-def find_beside(path: str | None, cfg_path: Path | str) -> Path | None:
-    """A path from a configuration: as it is, or relative to one of the folders above the configuration.
+def load_video_config(cfg_path: Path | str) -> WorldConfig:
+    """A configuration whose model makes pictures alone, which is all that playing and sampling clips can show.
 
-    So a file that says `examples/demo/demo_vae.yml` works from any working directory.
+    Raises:
+        ConfigError: the file cannot be used, or its model makes sound too.
     """
-    if path is None or Path(path).exists():
-        return None if path is None else Path(path)
-    above = (parent / path for parent in Path(cfg_path).resolve().parents)
-    return next((found for found in above if found.exists()), Path(path))
+    config = load_world_config(cfg_path)
+    if config.model.model_id != "game_rft":
+        raise ConfigError(
+            f"{cfg_path}: model.model_id is {config.model.model_id}; only game_rft, which makes video alone, can be "
+            "played or sampled here",
+            path=cfg_path,
+            key="model.model_id",
+        )
+    return config
 
 
 def load_core(cfg_path: Path | str, ckpt_path: Path | str, device: torch.device | str, dtype: torch.dtype) -> Any:
@@ -146,9 +153,9 @@ def build_pipeline(
         seed: of noise and of rendered beginnings.
 
     Raises:
-        ConfigError, CheckpointError, DataError: a file cannot be used.
+        ConfigError, CheckpointError, DataError: a file cannot be used; ConfigError too for a model with sound.
     """
-    config = load_world_config(cfg_path)
+    config = load_video_config(cfg_path)
     given = dict(config.train.sampler_kwargs or {})
     # A CPU takes half a second to encode a frame, and playing should begin soon.
     count = CONTEXTS if torch.device(device).type == "cuda" else 1

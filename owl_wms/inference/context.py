@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from owl_wms.data.game_controls import ScriptedPlayer
 from owl_wms.data.game_world import GameWorld
 from owl_wms.errors import DataError
+from owl_wms.media.arrays import read_arrays
 
 NAMES = ("latents", "mouse", "buttons")
 
@@ -80,14 +79,7 @@ def load_contexts(path: Path | str, *, channels: int, side: int, n_buttons: int,
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file", path=path) from error
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read as tensors: {error}", path=path) from error
-    except Exception as error:  # torch.load raises pickle's own errors for damaged files
-        raise DataError(f"{path}: cannot be read as tensors: {error}", path=path) from error
+    loaded = read_arrays(path)
     if not isinstance(loaded, Mapping):
         raise DataError(f"{path}: must hold a mapping of tensors, got {type(loaded).__name__}", path=path)
     return loaded

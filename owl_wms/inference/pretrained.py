@@ -8,6 +8,7 @@ from typing import Any
 from owl_wms.configs import load_world_config
 from owl_wms.models.load import load_model
 from owl_wms.utils.owl_vae_bridge import get_decoder_only
+from owl_wms.utils.paths import find_beside
 
 
 def from_pretrained(cfg_path: Path | str, ckpt_path: Path | str, return_decoder: bool = False) -> Any:
@@ -16,7 +17,8 @@ def from_pretrained(cfg_path: Path | str, ckpt_path: Path | str, return_decoder:
     Args:
         cfg_path: YAML file with `model` and `train` sections.
         ckpt_path: weights; see `owl_wms.models.load.load_model`.
-        return_decoder: also load the decoder of `train.vae_id`, `vae_cfg_path` and `vae_ckpt_path`.
+        return_decoder: also load the decoder of `train.vae_id`, `vae_cfg_path` and `vae_ckpt_path`, paths being
+            relative to the working directory or to a folder above `cfg_path`.
 
     Returns:
         The model (CPU, fp32, train mode), or (model, decoder) with the decoder as `get_decoder_only` gives it.
@@ -29,4 +31,5 @@ def from_pretrained(cfg_path: Path | str, ckpt_path: Path | str, return_decoder:
     if not return_decoder:
         return model
     train = load_world_config(cfg_path).train
-    return model, get_decoder_only(train.vae_id, train.vae_cfg_path, train.vae_ckpt_path)
+    vae_cfg, vae_ckpt = find_beside(train.vae_cfg_path, cfg_path), find_beside(train.vae_ckpt_path, cfg_path)
+    return model, get_decoder_only(train.vae_id, vae_cfg, vae_ckpt)

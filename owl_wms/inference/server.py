@@ -87,6 +87,7 @@ class PlayServer:
     def app(self) -> web.Application:
         """The aiohttp application."""
         app = web.Application(middlewares=[self._guard])
+        app.router.add_get("/{token}", self._add_slash)
         app.router.add_get("/{token}/ws", self._play)
         app.router.add_get("/{token}/{name:[a-z.]*}", self._page)
         app.on_shutdown.append(self._close)
@@ -105,6 +106,10 @@ class PlayServer:
         if not response.prepared:
             response.headers.update(HEADERS)
         return response
+
+    async def _add_slash(self, request: web.Request) -> web.StreamResponse:
+        """The page asks for its files relative to itself, so the address needs the last slash that people leave out."""
+        return web.Response(status=308, headers={"Location": f"{self._settings.token}/"})
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,6 +36,15 @@ def load_array(path: Path | str) -> Tensor:
 
     Raises:
         DataError: missing, unreadable or truncated file, unknown ending, pickled objects, no single tensor.
+    """
+    return _single(read_arrays(path), Path(path))
+
+
+def read_arrays(path: Path | str) -> Any:
+    """What a file holds, on the CPU, as stored: a tensor, or a mapping that has tensors in it.
+
+    Raises:
+        DataError: missing, unreadable or truncated file, unknown ending, pickled objects.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -62,8 +73,19 @@ def load_array(path: Path | str) -> Tensor:
         Exception
     ) as error:  # damaged bytes lead numpy and torch to raise almost anything (TokenError, SyntaxError, ...)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if _lacks_its_end(path):
+            reason = "the file is truncated; copy or write it again"
         raise DataError(f"{path}: cannot be read as {suffix}: {reason}", path=path) from error
-    return _single(value, path)
+    return value
+
+
+def _lacks_its_end(path: Path) -> bool:
+    """Whether a zip archive, as torch writes, breaks off before its directory, which stands last.
+
+    torch then says "[Errno 22] Invalid argument" or speaks of its archive reader, according to where it breaks off.
+    """
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
 
 
 def _single(value: Any, path: Path) -> Tensor:
@@ -111,24 +133,28 @@ def load_latents(path: Path | str, channels: int | None = None) -> Tensor:
     return latents
 
 
-def save_array(path: Path | str, tensor: Tensor) -> None:
-    """Write one tensor in the form that the name's ending says; folders are made.
+def save_array(path: Path | str, tensor: Tensor | Mapping[str, Tensor]) -> None:
+    """Write one tensor, or several by name, in the form that the path's ending says; folders are made.
 
     Raises:
-        DataError: unknown ending, or the path cannot be written.
+        DataError: unknown ending, several tensors for `.npy`, or the path cannot be written.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in ARRAY_SUFFIXES:
         raise DataError(f"{path}: the ending must be one of {', '.join(ARRAY_SUFFIXES)}, got {suffix!r}", path=path)
-    tensor = tensor.detach().contiguous().cpu()
+    named = {KEY: tensor} if isinstance(tensor, Tensor) else tensor
+    stored = {name: value.detach().contiguous().cpu() for name, value in named.items()}
+    if suffix == ".npy" and len(stored) != 1:
+        raise DataError(f"{path}: .npy holds one tensor, got {', '.join(stored)}", path=path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if suffix == ".pt":
-            torch.save(tensor, path)
+            torch.save(stored[KEY] if isinstance(tensor, Tensor) else stored, path)
         elif suffix == ".npy":
-            np.save(path, tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy())
+            (only,) = stored.values()
+            np.save(path, only.float().numpy() if only.dtype == torch.bfloat16 else only.numpy())
         else:
-            save_file({KEY: tensor}, path)
-    except OSError as error:
+            save_file(stored, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError for a missing folder
         raise DataError(f"{path}: cannot be written: {error}", path=path) from error

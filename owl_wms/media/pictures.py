@@ -2,16 +2,19 @@
 
 Usage:
     sheet = contact_sheet({"source": to_bytes(x[:, :3]), "depth": depth_bytes(x[:, 3])}, times=["0.0 s", "0.5 s"])
-    sheet.save("sheet.png")
+    save_picture("sheet.png", sheet)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from owl_wms.errors import DataError
 
 _MARGIN = 8
 _BAND = 26  # height of the text above a row
@@ -74,3 +77,17 @@ def contact_sheet(rows: Mapping[str, Tensor], times: Sequence[str] = (), width: 
             picture = Image.fromarray(frame.numpy()).resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(picture, (left, top + _BAND))
     return sheet
+
+
+def save_picture(path: Path | str, picture: Image.Image) -> None:
+    """Write a picture in the form that the path's ending says; folders are made.
+
+    Raises:
+        DataError: the path cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error}", path=path) from error

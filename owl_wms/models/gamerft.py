@@ -4,7 +4,7 @@ State-dict keys are upstream's: everything sits under `core.`. Samplers and pipe
 the wrapper.
 
 Usage:
-    model = GameRFT(load_world_config("configs/world/dit_v4.yml").model)
+    model = GameRFT(load_world_config("configs/dit_v4.yml").model)
     loss = model(latents, mouse, buttons)
     v = model.core(noisy, t, mouse, buttons, kv_cache=KVCache(model.config))
 """

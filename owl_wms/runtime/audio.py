@@ -39,6 +39,8 @@ class AudioDecode:
     def __call__(self, latents: Tensor) -> Tensor:
         """`[b, n, c]`, any real dtype, strides or device, to `[b, samples, C]` bf16 on the latents' device.
 
+        No clips or no latents in them give no clips or no samples.
+
         Raises:
             LatentShapeError: wrong rank or channel count.
             DecodeMemoryError: one clip does not fit into memory.
@@ -48,9 +50,11 @@ class AudioDecode:
             eager = self._eager = EagerDecoder(self.decoder)
         check_audio(latents, eager.channels)
         clips = latents.transpose(1, 2)
-        if len(clips) == 0:
-            probe = eager(latents.new_zeros((1, *clips.shape[1:])))
-            return torch.empty((0, probe.shape[2], probe.shape[1]), dtype=torch.bfloat16, device=latents.device)
+        count, channels, length = clips.shape
+        if count == 0 or length == 0:  # the decoder's convolutions refuse nothing, so one latent says the shape
+            probe = eager(latents.new_zeros((1, channels, max(length, 1))))
+            size = (count, probe.shape[2] if length else 0, probe.shape[1])
+            return torch.empty(size, dtype=torch.bfloat16, device=latents.device)
         out: list[Tensor] = []
 
         def write(start: int, decoded: Tensor) -> None:

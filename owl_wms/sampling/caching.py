@@ -16,6 +16,7 @@ from torch import Tensor
 
 from owl_wms.errors import ConfigError
 from owl_wms.nn.kv_cache import KVCache
+from owl_wms.sampling.controls import check_controls
 from owl_wms.sampling.guidance import Guidance, Unconditional
 from owl_wms.sampling.result import SampleResult
 from owl_wms.sampling.schedule import custom_deltas, get_sd3_euler, zlerp
@@ -97,7 +98,9 @@ class AVCachingSampler:
         Raises:
             ConfigError: the clip is longer than the model's n_frames and there is no max_window, or the model is not
                 causal.
+            ValueError: mouse and btn are missing, of different length, or shorter than the context.
         """
+        check_controls(mouse, btn)
         context, n_frames = x.shape[1], model.config.n_frames
         generated = min(self.num_frames, mouse.shape[1] - context)
         if generated < 0:

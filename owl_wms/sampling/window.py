@@ -83,15 +83,18 @@ class AVWindowSampler:
             decode_fn: latents * image_scale to frames.
             audio_decode_fn: audio latents * audio_scale to samples.
             image_scale, audio_scale: what the latents were divided by before the model.
-            generator: source of noise, on the latents' device.
+            generator: source of noise and of the order in which controls are continued, on the latents' device.
             progress: called with (frames done, frames to do).
 
         Returns:
             SampleResult; frame k of every member belongs together.
+
+        Raises:
+            ValueError: mouse and btn are missing, empty, or of different length.
         """
         context = dummy_batch.shape[1]
         total = context + self.num_frames
-        mouse, btn = batch_permute_to_length(mouse, btn, total)
+        mouse, btn = batch_permute_to_length(mouse, btn, total, generator)
         parts: Parts = (dummy_batch,) if audio is None else (dummy_batch, audio)
         whole = tuple(torch.cat([p, p.new_zeros(p.shape[0], self.num_frames, *p.shape[2:])], dim=1) for p in parts)
         guidance = Guidance(model=model, scale=self.cfg_scale)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,12 +119,12 @@ def make_batched_decode_fn(
         toolchain: what compiles; None means TensorRT.
 
     Raises:
-        ConfigError: a setting out of range.
+        ConfigError: a setting out of range, or a batch_size that is not an integer.
     """
     settings = TensorRTConfig.resolve(config, enabled=None if use_tensorrt else False)
     return VideoDecode(
         decoder,
-        batch_size=batch_size,
+        batch_size=_whole(batch_size),
         settings=settings,
         strict=strict,
         timing=timing,
@@ -133,8 +134,12 @@ def make_batched_decode_fn(
 
 
 def make_batched_audio_decode_fn(decoder: nn.Module, batch_size: int = 8) -> AudioDecode:
-    """A function from audio latents `[b, n, c]` to samples `[b, samples, C]` in bf16, `batch_size` clips at a time."""
-    return AudioDecode(decoder, batch_size=batch_size)
+    """A function from audio latents `[b, n, c]` to samples `[b, samples, C]` in bf16, `batch_size` clips at a time.
+
+    Raises:
+        ConfigError: batch_size below 1 or not an integer.
+    """
+    return AudioDecode(decoder, batch_size=_whole(batch_size))
 
 
 def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision: str = "fp16") -> Path:
@@ -170,6 +175,14 @@ def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision:
             return info.path / PROGRAM_FILE
     digest = hashlib.sha256(json.dumps([model_key, shape, precision]).encode()).hexdigest()
     return settings.cache_directory() / entry_name(model_key, digest) / PROGRAM_FILE
+
+
+def _whole(batch_size: Any) -> int:
+    """An int from anything that is one (numpy's too), so that 4.0 and None fail here and not in the first decode."""
+    try:
+        return operator.index(batch_size)
+    except TypeError:
+        raise ConfigError(f"batch_size must be an integer >= 1; got {batch_size!r}", key="batch_size") from None
 
 
 def _own_device() -> torch.device:

@@ -26,12 +26,16 @@ from torch import Tensor, nn
 from owl_wms.errors import CheckpointError
 from owl_wms.vae.dcae import Variant
 
-# Left behind by torch.compile, DDP, and the world model's wrapper. `decoder.` and `encoder.` name a part and stay.
+# Left behind by torch.compile and DDP, which wrap parts as well as whole models: they go, wherever they stand.
 WRAPPERS = ("_orig_mod", "module")
-# ema-pytorch stores the averaged weights, a copy of the trained ones, and two scalars (`initted`, `step`): those go.
+# ema-pytorch stores the averaged weights, a copy of the trained ones, and two scalars: those go.
 EMA = "ema_model"
 ONLINE = "online_model"
+EMA_STATE = ("initted", "step")
+# Names of parts (a world model's core, the halves of an autoencoder), which stay until somebody asks for the part.
+CORE = "core"
 PARTS = ("decoder", "encoder")
+_LEADING = {EMA, ONLINE, CORE, *PARTS}
 # How torch.load(weights_only=True) words a refusal to run code, as opposed to bytes it cannot parse.
 _FORBIDDEN = re.compile(r"[Uu]nsupported (global|GLOBAL|class)|unrecognized function|Can only build|not allowed")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
@@ -43,9 +47,10 @@ LATER_KEY = "residuals.0.proj.bias"
 def read_state_dict(path: Path | str, *, prefer_ema: bool = True) -> dict[str, Tensor]:
     """Flat weights of a `.pt`/`.pth`/`.ckpt` or `.safetensors` file, on the CPU, without wrapper prefixes.
 
-    Understands bare weights, `{"model", "ema", ...}` training checkpoints and any combination of the prefixes
-    `ema_model.`, `_orig_mod.` and `module.`. `core.`, `decoder.` and `encoder.` are names of parts and are kept: see
-    `select_part` and `strip_prefix`.
+    Understands bare weights, `{"model", "ema", ...}` training checkpoints and the prefixes `ema_model.`, `_orig_mod.`
+    and `module.` in any combination and order, also between or behind `core.`, `decoder.` and `encoder.`. Those are
+    names of parts and are kept: see `select_part` and `strip_prefix`. A key that is unlike most others keeps its name,
+    so that loading can report it.
 
     Args:
         prefer_ema: take the averaged weights where the file has both.
@@ -101,15 +106,38 @@ def _flatten(raw: Any, path: Path, prefer_ema: bool) -> dict[str, Tensor]:
     if not weights:
         keys = ", ".join(sorted(map(str, raw))[:5]) or "none"
         raise CheckpointError(f"{path}: holds no weights; its keys are: {keys}", path=path)
-    pairs = [(_unwrap(key), value) for key, value in weights.items()]
-    kinds = {key.split(".", 1)[0] for key, _ in pairs}
-    if EMA in kinds:
-        wanted = EMA if prefer_ema or ONLINE not in kinds else ONLINE
-        pairs = [(key.split(".", 1)[1], value) for key, value in pairs if key.startswith(f"{wanted}.")]
-    flat = dict(pairs)
-    if len(flat) != len(pairs):
-        raise CheckpointError(f"{path}: two keys become one once {' and '.join(WRAPPERS)} are removed", path=path)
+    pairs = _averaged([(_unwrap(key), value) for key, value in weights.items()], prefer_ema)
+    flat: dict[str, Tensor] = {}
+    for key, value in pairs:
+        if key in flat:
+            gone = ", ".join((*WRAPPERS, EMA))
+            raise CheckpointError(f"{path}: two keys become one, {key}, once the prefixes {gone} are gone", path=path)
+        flat[key] = value
     return flat
+
+
+def _averaged(pairs: list[tuple[str, Tensor]], prefer_ema: bool) -> list[tuple[str, Tensor]]:
+    """The averaged weights (or the trained ones beside them) without the average's prefix, part by part.
+
+    A decoder may have been averaged while its encoder was frozen, so every part decides for itself.
+    """
+    leads = [_lead(key)[0] for key, _ in pairs]
+    present = [name for name in (EMA, ONLINE) if any(name in lead for lead in leads)]
+    if not present:
+        return pairs
+    wanted = present[0 if prefer_ema else -1]
+    of_part = {part: [lead for lead in leads if _part(lead) == part] for part in map(_part, leads)}
+    averaged = {part for part, own in of_part.items() if _mostly([EMA in lead or ONLINE in lead for lead in own])}
+    kept = []
+    for (key, value), lead in zip(pairs, leads, strict=True):
+        if averaged and value.numel() == 1 and _lead(key)[1] in EMA_STATE:
+            continue
+        if _part(lead) in averaged and (EMA in lead or ONLINE in lead):
+            if wanted not in lead:
+                continue
+            key = _drop(key, wanted)
+        kept.append((key, value))
+    return kept
 
 
 def _tensors(source: Any) -> dict[str, Tensor]:
@@ -119,32 +147,54 @@ def _tensors(source: Any) -> dict[str, Tensor]:
 
 
 def _unwrap(key: str) -> str:
-    """Drop `_orig_mod` and `module` wherever they stand: compile and DDP wrap parts as well as whole models."""
     return ".".join(piece for piece in key.split(".") if piece not in WRAPPERS)
 
 
-def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """`state` without `prefix.` if every key has it, else a copy.
+def _lead(key: str) -> tuple[tuple[str, ...], str]:
+    """The prefixes that a key begins with, in whatever order, and the rest of it, never empty."""
+    pieces = key.split(".")
+    count = next((i for i, piece in enumerate(pieces) if piece not in _LEADING), len(pieces) - 1)
+    return tuple(pieces[:count]), ".".join(pieces[count:])
 
-    `core.` weights of a world model load into its core.
+
+def _part(lead: tuple[str, ...]) -> str | None:
+    return next((name for name in lead if name in PARTS), None)
+
+
+def _drop(key: str, prefix: str) -> str:
+    lead, rest = _lead(key)
+    return ".".join((*(name for name in lead if name != prefix), rest))
+
+
+def _mostly(answers: list[bool]) -> bool:
+    return 2 * sum(answers) > len(answers)
+
+
+def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """`state` without `prefix` (`core`, `decoder` or `encoder`) if most keys have it among their prefixes, else a copy.
+
+    A key without it, and one whose shorter name is taken, stay as they are: loading reports them.
     """
-    dotted = f"{prefix}."
-    if state and all(key.startswith(dotted) for key in state):
-        return {key[len(dotted) :]: value for key, value in state.items()}
-    return dict(state)
+    if not _mostly([prefix in _lead(key)[0] for key in state]):
+        return dict(state)
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        short = _drop(key, prefix)
+        out[key if short in state or short in out else short] = value
+    return out
 
 
 def select_part(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """The weights of one half of an autoencoder: from a full model by prefix, from a bare half as they are.
 
+    Most keys decide which of the two it is. What belongs to neither half of a full model is left out.
+
     Args:
         part: "decoder" or "encoder".
     """
-    state = strip_prefix(state, "core")
-    if any(key.startswith(tuple(f"{name}." for name in PARTS)) for key in state):
-        dotted = f"{part}."
-        return {key[len(dotted) :]: value for key, value in state.items() if key.startswith(dotted)}
-    return dict(state)
+    if _mostly([_part(_lead(key)[0]) is not None for key in state]):
+        state = strip_prefix({key: value for key, value in state.items() if _part(_lead(key)[0]) == part}, part)
+    return strip_prefix(state, CORE)
 
 
 def detect_variant(part: Mapping[str, Tensor], *, skip_residuals: bool = False) -> Variant:
@@ -189,17 +239,18 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
 def first_mismatch(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
     """First disagreement in the module's own key order, or None.
 
-    A wrong shape, then a missing key, then a foreign one.
+    A wrong shape, then a foreign key, then a missing one: a name that nothing was made of explains why the names that
+    it should have had are missing.
     """
     for key, value in own.items():
         if key in given and given[key].shape != value.shape:
             return f"{key} is {list(given[key].shape)} in the file and {list(value.shape)} in the configured model"
-    for key, value in own.items():
-        if key not in given:
-            return f"{key} {list(value.shape)} is missing from the file"
     for key, value in given.items():
         if key not in own:
             return f"{key} {list(value.shape)} is in the file and not in the configured model"
+    for key, value in own.items():
+        if key not in given:
+            return f"{key} {list(value.shape)} is missing from the file"
     return None
 
 

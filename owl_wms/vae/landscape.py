@@ -48,6 +48,24 @@ def nearest_landscape(height: int, width: int) -> tuple[int, int]:
     return min(LANDSCAPE_SIZES, key=lambda size: abs(size[0] * size[1] - height * width))
 
 
+def other_latent_size(config: object, height: int, width: int) -> str | None:
+    """What to say of latents of another size than a configuration's `latent_size`, or None when there is nothing.
+
+    They are decoded all the same, as upstream does: its decoders are convolutional up to the resize, which stretches
+    every square and non-square to the same wide frame.
+
+    Args:
+        config: a model section, or anything; without `latent_size` there is nothing to compare with.
+        height, width: of the latents.
+    """
+    side = getattr(config, "latent_size", None)
+    if not isinstance(side, int) or (height, width) == (side, side):
+        return None
+    size = getattr(config, "sample_size", None)
+    fate = f"stretched to {size[0]}x{size[1]}" if size is not None and is_wide(size) else "of another size too"
+    return f"latents are {height}x{width}, the autoencoder's own are {side}x{side}: frames will be {fate}"
+
+
 class SquareToLandscape(nn.Module):
     """3x3 projection on the square, then a bicubic resize: `[B, c_in, S, S] -> [B, c_out, H, W]`.
 

@@ -72,6 +72,15 @@ def test_decode_writes_clip_sheet_and_depth(place: Path, capsys: pytest.CaptureF
     assert "decoded by: pytorch" in said
 
 
+def test_latents_of_another_size_are_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "sized.yml").write_text(CONFIG + "  latent_size: 8\n")
+    torch.save(torch.randn(1, 16, 8, 12), place / "oblong.pt")
+    for name, said in (("latents.pt", 0), ("oblong.pt", 1)):
+        assert call(place, "decode", name, "--out", str(place / "o.mp4"), config="sized.yml") == 0
+        error = capsys.readouterr().err
+        assert error.count("latents are 8x12, the autoencoder's own are 8x8: frames will be stretched to 36x64") == said
+
+
 def test_encode_inverts_shapes_and_scales(place: Path) -> None:
     arguments = ("encode", "clip.mp4", "--depth", str(place / "depth.mp4"), "--batch-size", "2")
     assert call(place, *arguments, "--out", str(place / "z.npy")) == 0

@@ -54,6 +54,7 @@ def test_the_game_is_served_until_interrupted(tmp_path: Path) -> None:
         (["--game", "--token", "short"], "at least 16"),
         (["--game", "--fps", "0"], "fps must be"),
         (["absent.yml", "absent.pt"], "absent.yml"),
+        ([str(Path(__file__).parents[2] / "configs" / "av_v4_8x8.yml"), "absent.pt"], "only game_rft"),
         (["--game", "--device", "cuda:77"], "CUDA devices"),
     ],
 )

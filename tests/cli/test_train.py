@@ -46,6 +46,26 @@ def test_changes_are_validated(tmp_path: Path) -> None:
     assert run("train", str(file), "--set", "train.opt=AdamX", "--set", "train.max_steps=1") == 2
 
 
+def test_files_named_beside_the_configuration_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config(tmp_path, "rft")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "w.pt").write_bytes(b"")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    changes = ["train.vae_ckpt_path=vae/w.pt", "train.teacher_ckpt=absent.pt"]
+    train = load_changed(tmp_path / "rft.yml", changes).train
+    assert train.vae_ckpt_path == str(tmp_path / "vae" / "w.pt")
+    assert (train.teacher_ckpt, train.vae_cfg_path) == ("absent.pt", None)
+
+
+def test_the_demo_autoencoder_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr("owl_wms.data.latent_dataset.make_game_latents", lambda path, *a, **k: made.append(path) or 16)
+    monkeypatch.chdir(tmp_path)
+    assert run("data", "make", "table", "--device", "cpu") == 0
+    assert made == [Path("table")]
+
+
 class Mean(nn.Module):
     """An encoder to 4 channels of 2x2, for speed."""
 

@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 
 import owl_wms
 from owl_wms.errors import ConfigError, DataError
-from owl_wms.inference.build import build_pipeline, find_beside
+from owl_wms.inference.build import build_pipeline
 from owl_wms.inference.context import Context, load_contexts, render_context
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.pixels import encode_image, to_uint8
 from owl_wms.inference.source import GameSource
 from owl_wms.sampling import AVCachingSampler
+from owl_wms.utils.paths import find_beside
 from tests.world import inputs, tiny_config, tiny_core
 
 SCALE = 0.5
@@ -199,6 +200,22 @@ def test_from_pretrained_and_pipeline_from_files(tmp_path: Path) -> None:
     assert not decoder.training
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = owl_wms.nothing_here
+
+
+def test_the_shipped_model_loads_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Path(__file__).resolve().parents[2] / "examples" / "world"
+    monkeypatch.chdir(tmp_path)
+    model, decoder = owl_wms.from_pretrained(world / "game_rft.yml", world / "game_rft.safetensors", True)
+    assert model.core.config.sample_size == 8
+    assert decoder.latent_channels == 128
+
+
+def test_a_model_with_sound_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    model = vars(tiny_config(model_id="game_rft_audio"))
+    (tmp_path / "world.yml").write_text(yaml.safe_dump({"model": model, "train": {}, "wandb": {}}))
+    with pytest.raises(ConfigError, match="game_rft_audio; only game_rft") as caught:
+        build_pipeline(tmp_path / "world.yml", tmp_path / "absent.pt")
+    assert (caught.value.path, caught.value.key) == (tmp_path / "world.yml", "model.model_id")
 
 
 @pytest.mark.gpu

@@ -272,3 +272,20 @@ def test_settings_are_safe_by_default_and_checked() -> None:
     for bad in ({"token": "short"}, {"token": "with/slash/in/it/0000"}, {"max_clients": 0}, {"pace": Pace(fps=0)}):
         with pytest.raises(ConfigError):
             ServerSettings(**bad)
+
+
+def test_the_address_without_its_last_slash_leads_to_the_page() -> None:
+    async def test() -> None:
+        async with serve() as (client, address, _):
+            answer = await client.get(f"{address}/{TOKEN}", allow_redirects=False)
+            assert (answer.status, answer.headers["Location"]) == (308, f"{TOKEN}/")
+            assert answer.headers["Cache-Control"] == "no-store"
+            page = await client.get(f"{address}/{TOKEN}")
+            assert (page.status, page.url.path) == (200, f"/{TOKEN}/")
+            assert "play.js" in await page.text()
+            for path in (TOKEN[:-1], f"{TOKEN}x", ""):
+                wrong = await client.get(f"{address}/{path}", allow_redirects=False)
+                assert wrong.status == 403
+                assert TOKEN not in str(wrong.headers) + await wrong.text()
+
+    run(test)

@@ -48,7 +48,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     (folder / "x.txt").write_text("no")
     return {
         "missing": (folder / "nowhere.pt", "no such file"),
-        "cut pt": (folder / "cut.pt", "cannot be read|damaged"),
+        "cut pt": (folder / "cut.pt", "cannot be read as .pt: the file is truncated"),
         "cut safetensors": (folder / "cut.safetensors", "cannot be read as .safetensors"),
         "pickled numpy": (folder / "object.npy", "cannot be read as .npy"),
         "pickled code": (folder / "code.pt", "pickled code is not run"),
@@ -70,6 +70,17 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
             load_latents(path, channels=4)
         assert caught.value.path == path, name
         assert str(path) in str(caught.value)
+
+
+def test_a_truncated_file_says_so_wherever_it_breaks_off(tmp_path: Path) -> None:
+    path = tmp_path / "cut.pt"
+    torch.save(torch.randn(64, 4, 8, 8), path)
+    whole = path.read_bytes()
+    for size in (5, 500, len(whole) // 2, 40_000, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError, match="truncated") as caught:
+            load_latents(path)
+        assert "Errno" not in str(caught.value)
 
 
 def test_unwritable_places_are_refused(tmp_path: Path) -> None:

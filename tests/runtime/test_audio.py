@@ -51,6 +51,12 @@ def test_strides_no_clips_and_wrong_shapes() -> None:
         AudioDecode(TinyAudio(), batch_size=0)
 
 
+@pytest.mark.parametrize(("shape", "expected"), [((2, 0, 3), (2, 0, 2)), ((0, 0, 3), (0, 0, 2))])
+def test_no_latents_are_no_samples(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    samples = AudioDecode(TinyAudio().eval(), batch_size=4)(torch.zeros(shape))
+    assert (tuple(samples.shape), samples.dtype) == (expected, torch.bfloat16)
+
+
 def test_one_clip_too_large() -> None:
     class Full(TinyAudio):
         def forward(self, z: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owl_wms.errors import ConfigError
-from owl_wms.sampling import AVCachingSampler, SampleResult, zlerp
+from owl_wms.sampling import AVCachingSampler, AVWindowSampler, SampleResult, zlerp
 from tests.world import inputs, relative, tiny_core
 
 
@@ -86,6 +86,19 @@ def test_short_controls_end_the_clip() -> None:
     assert AVCachingSampler(1, 1.0, 50)(core, x[:, :4], mouse, btn).latents.shape[1] == 6
     with pytest.raises(ValueError, match="cover the 7 context frames"):
         AVCachingSampler(1, 1.0, 50)(core, inputs(1, 7)[0], mouse, btn)
+
+
+def test_controls_that_do_not_belong_together_are_refused() -> None:
+    core = tiny_core()
+    x, _, mouse, btn = inputs(2, 6)
+    pairs = [(mouse, btn[:, :5]), (mouse[:, :4], btn), (mouse[:1], btn), (None, btn), (mouse, None), (mouse[0], btn[0])]
+    for first, second in pairs:
+        with pytest.raises(ValueError, match=r"must share \[b, n\], got") as caught:
+            AVCachingSampler(1, 1.0, 2)(core, x[:, :4], first, second)
+        for part in (first, second):
+            assert str(None if part is None else list(part.shape)) in str(caught.value)
+        with pytest.raises(ValueError, match=r"must share \[b, n\], got"):
+            AVWindowSampler(1, 1.0, 2, 2)(core, x[:, :4], None, first, second)
 
 
 def test_zero_controls_are_the_form_of_old() -> None:

@@ -99,6 +99,26 @@ def test_sound_and_controls_come_back_in_step() -> None:
     assert result.audio.shape == (2, 6 * 735, 2)
 
 
+def test_the_seed_decides_the_continued_controls_too() -> None:
+    x, _, mouse, btn = inputs(8, 2)
+    sampler = AVWindowSampler(1, 1.0, 2, 30)
+    one, two, other = (
+        sampler(Recorder(), x, None, mouse, btn, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+    )
+    assert torch.equal(one.mouse, two.mouse)
+    assert torch.equal(one.buttons, two.buttons)
+    assert torch.equal(one.latents, two.latents)
+    assert not torch.equal(one.mouse, other.mouse)
+
+
+@pytest.mark.gpu
+def test_a_gpus_generator_orders_controls_too() -> None:
+    x, _, mouse, btn = (a.cuda() for a in inputs(4, 2))
+    generators = [torch.Generator("cuda").manual_seed(3) for _ in range(2)]
+    runs = [AVWindowSampler(1, 1.0, 2, 6)(Recorder(), x, None, mouse, btn, generator=g) for g in generators]
+    assert torch.equal(runs[0].mouse, runs[1].mouse)
+
+
 def test_what_cannot_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="window_length >= 1"):
         AVWindowSampler(window_length=0)

@@ -7,7 +7,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -61,6 +63,17 @@ def test_get_decoder_only_gives_upstreams_module(files: tuple[Path, Path]) -> No
     wide = bridge.get_decoder_only(None, *map(str, files), device="cpu", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(wide(golden["z"]), golden["y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [bridge.make_batched_decode_fn, bridge.make_batched_audio_decode_fn])
+def test_a_batch_size_is_an_integer(make: Any) -> None:
+    for wrong in (4.0, None, "8", torch.ones(2), 0, -1):
+        with pytest.raises(ValueError, match="batch_size must be"):
+            make(DECODER, wrong)
+    for right in (np.int64(3), np.uint8(3), torch.tensor(3), 3):
+        decode = make(DECODER, right)
+        assert type(decode.batch_size) is int
+        assert decode.batch_size == 3
 
 
 def test_get_decoder_only_takes_this_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

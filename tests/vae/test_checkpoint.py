@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from owl_wms.errors import CheckpointError
 from owl_wms.vae import build_autoencoder, build_decoder, load_weights, read_state_dict, save_weights, select_part
-from owl_wms.vae.checkpoint import detect_variant, strip_prefix
+from owl_wms.vae.checkpoint import _flatten, detect_variant, strip_prefix
 from tests.vae.helpers import randomize, small_dcae
 
 MODEL = randomize(build_autoencoder(small_dcae()))
@@ -45,20 +45,62 @@ def test_any_combination_of_prefixes(tmp_path: Path, prefix: str, full: bool, su
     assert _same(select_part(read_state_dict(path), "decoder"))
 
 
-@given(
-    order=st.permutations(["ema_model", "_orig_mod", "module", "core"]),
-    size=st.integers(0, 4),
-    inner=st.booleans(),
+PIECES = ["ema_model", "_orig_mod", "module", "core", "decoder"]
+
+
+@given(order=st.permutations(PIECES), size=st.integers(0, 5), again=st.sampled_from(["", "_orig_mod.", "module."]))
+@settings(max_examples=60, deadline=None)
+def test_prefixes_in_any_order(order: list[str], size: int, again: str) -> None:
+    prefix = "".join(f"{name}." for name in order[:size]) + again
+    state = {f"{prefix}{k}": v for k, v in DECODER.items()}
+    assert _same(select_part(_flatten(state, Path("x.pt"), True), "decoder"))
+    # The two scalars of an average stand beside the weights that it averaged, whatever wraps both.
+    if "ema_model." in prefix:
+        outside = prefix.split("ema_model.")[0]
+        state |= {f"{outside}initted": torch.tensor(True), f"{outside}step": torch.tensor(3)}
+        state |= {k.replace("ema_model.", "online_model."): v + 1 for k, v in state.items() if "ema_model." in k}
+        assert _same(select_part(_flatten(state, Path("x.pt"), True), "decoder"))
+        trained = {k: v + 1 for k, v in DECODER.items()}
+        assert _same(select_part(_flatten(state, Path("x.pt"), False), "decoder"), trained)
+
+
+@given(order=st.permutations(["ema_model", "module", "core"]), size=st.integers(0, 3), place=st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_the_half_may_stand_anywhere_among_them_in_a_full_model(order: list[str], size: int, place: int) -> None:
+    state = {}
+    for key, value in FULL.items():
+        part, rest = key.split(".", 1)
+        pieces = [*order[:size]]
+        pieces.insert(place, part)
+        state[".".join([*pieces, rest])] = value
+    read = _flatten(state, Path("x.pt"), True)
+    assert _same(select_part(read, "decoder"))
+    assert _same(select_part(read, "encoder"), MODEL.encoder.state_dict())
+
+
+def test_an_averaged_decoder_beside_a_plain_encoder() -> None:
+    state: dict[str, Any] = {k: v for k, v in FULL.items() if k.startswith("encoder.")}
+    state |= {f"decoder.ema_model.{k}": v for k, v in DECODER.items()}
+    state |= {f"decoder.online_model.{k}": v + 1 for k, v in DECODER.items()}
+    read = _flatten(state, Path("x.pt"), True)
+    assert _same(select_part(read, "decoder"))
+    assert _same(select_part(read, "encoder"), MODEL.encoder.state_dict())
+
+
+@pytest.mark.parametrize(
+    "foreign", ["other.weight", "encoder.extra", "decoder.core.extra", "core.conv_in.bias", "ema_model.x"]
 )
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_prefixes_in_any_order_and_between_parts(tmp_path: Path, order: list[str], size: int, inner: bool) -> None:
-    prefix = "".join(f"{name}." for name in order[:size])
-    # An EMA wraps what it averages: only compile and DDP may stand outside it.
-    if "core." in prefix and "ema_model." in prefix.split("core.")[1]:
-        prefix = prefix.replace("ema_model.", "")
-    part = "decoder._orig_mod." if inner else "decoder."
-    torch.save({f"{prefix}{part}{k}": v for k, v in DECODER.items()}, tmp_path / "x.pt")
-    assert _same(select_part(read_state_dict(tmp_path / "x.pt"), "decoder"))
+@pytest.mark.parametrize("prefix", ["", "core.", "core.ema_model.", "ema_model._orig_mod."])
+def test_one_foreign_key_is_the_mismatch(foreign: str, prefix: str) -> None:
+    """Most keys decide what the prefixes are; the one that is unlike them is named, not the keys that are fine."""
+    state = {f"{prefix}{k}": v for k, v in DECODER.items()}
+    if foreign in state:
+        foreign = "conv_in.bias"  # the same weight twice, once in a core and once not
+    state[foreign] = torch.ones(3)
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(build_decoder(small_dcae()), select_part(_flatten(state, Path("x.pt"), True), "decoder"), "x.pt")
+    assert foreign.rsplit(".", 1)[1] in str(caught.value)
+    assert "missing" not in str(caught.value)
 
 
 def _training_checkpoint(prefix: str) -> dict[str, Any]:
@@ -174,6 +216,8 @@ def test_another_architecture_names_the_first_mismatch(tmp_path: Path) -> None:
     deeper = build_decoder(small_dcae(decoder_blocks_per_stage=[2, 1, 2]))
     with pytest.raises(CheckpointError, match=r"blocks\.2\.blocks\.1\.conv1\.bias \[32\] is missing"):
         load_weights(deeper, DECODER, "x.pt")
+    with pytest.raises(CheckpointError, match=r"x\.blocks\.0.*is in the file and not .*the first of"):
+        load_weights(build_decoder(small_dcae()), {f"x.{key}": value for key, value in sorted(DECODER.items())}, "x.pt")
     shallower = build_decoder(small_dcae(decoder_blocks_per_stage=[1, 1, 1]))
     with pytest.raises(CheckpointError, match="is in the file and not in the configured model"):
         load_weights(shallower, DECODER, "x.pt")

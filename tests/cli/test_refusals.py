@@ -1,0 +1,127 @@
+"""What cannot be written, parsed or run on is one line and exit code 2, said before the work and not after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from owl_wms.cli import _shared, main
+from owl_wms.errors import ConfigError, DataError
+from owl_wms.media.arrays import load_array, save_array
+from tests.cli.test_decode import call, place  # noqa: F401 (a fixture)
+from tests.cli.test_sample import files  # noqa: F401 (a fixture)
+from tests.trainers.helpers import config
+
+NOWHERE = Path("/proc/x")  # not even root makes files there
+
+
+def refuse(message: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> None:
+    """The command ends with one error line that holds the message."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2, error
+    assert message in error.replace("\n", " ")
+    assert error.count("error:") == 1
+
+
+def worked(*_: Any, **__: Any) -> Any:
+    raise AssertionError("the work began")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("decode", "latents.pt", "--out", f"{NOWHERE}/c.mp4"),
+        ("decode", "latents.pt", "--png", f"{NOWHERE}/s.png"),
+        ("encode", "clip.mp4", "--out", f"{NOWHERE}.pt"),
+        ("encode", "clip.mp4", "--out", "/dev/null/z.safetensors"),
+    ],
+)
+def test_destinations_are_tried_first(
+    place: Path,  # noqa: F811
+    arguments: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("owl_wms.vae.load_encoder", worked)
+    monkeypatch.setattr("owl_wms.utils.owl_vae_bridge.get_decoder_only", worked)
+    monkeypatch.chdir(place)
+    assert call(place, *arguments) == 2
+    error = capsys.readouterr().err
+    assert f"{arguments[-1]}: cannot be written" in error.replace("\n", " ")
+    assert error.count("error:") == 1
+
+
+def test_depth_clip_is_tried_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    (place / "o_depth.mp4").mkdir()
+    assert call(place, "decode", "latents.pt", "--depth", "--out", str(place / "o.mp4")) == 2
+    assert "o_depth.mp4: is a folder" in capsys.readouterr().err.replace("\n", " ")
+    assert not (place / "o.mp4").exists()
+
+
+def test_sample_and_demo_try_theirs(
+    files: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("owl_wms.inference.build.load_core", worked)
+    monkeypatch.setattr("owl_wms.vae.load_encoder", worked)
+    call = ["sample", str(files / "world.yml"), str(files / "world.pt"), "--out", str(tmp_path / "c.mp4")]
+    refuse("/proc/x.safetensors: cannot be written", capsys, *call, "--latents", f"{NOWHERE}.safetensors")
+    (tmp_path / "file").write_text("")
+    refuse("cannot be written", capsys, "demo", "--out", str(tmp_path / "file"))
+    refuse("file: is a file", capsys, "data", "make", str(tmp_path / "file"))
+    refuse("cannot be written", capsys, "data", "make", f"{NOWHERE}/table")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "trying leaves nothing behind"
+
+
+def test_trying_leaves_a_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    path.write_text("kept")
+    _shared.check_destination(path, ".pt")
+    _shared.check_destination(tmp_path / "deep" / "er" / "b.pt", ".pt")
+    assert path.read_text() == "kept"
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy", ".safetensors"])
+def test_a_failed_write_is_one_error(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(DataError, match="cannot be written"):
+        save_array(Path(f"{NOWHERE}{suffix}"), torch.zeros(2))
+    (tmp_path / f"folder{suffix}").mkdir()
+    with pytest.raises(DataError, match="cannot be written"):
+        save_array(tmp_path / f"folder{suffix}", torch.zeros(2))
+
+
+def test_several_tensors_go_into_one_file(tmp_path: Path) -> None:
+    named = {"latents": torch.randn(2, 3), "mouse": torch.randn(4)}
+    for suffix in (".pt", ".safetensors"):
+        save_array(tmp_path / f"x{suffix}", named)
+        assert torch.equal(load_array(tmp_path / f"x{suffix}"), named["latents"])
+    with pytest.raises(DataError, match="one tensor, got latents, mouse"):
+        save_array(tmp_path / "x.npy", named)
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "cpu:0", "cuda:-1", "cuda:x", "tpu", ""])
+def test_only_the_cpu_and_cuda_are_devices(name: str) -> None:
+    with pytest.raises(ConfigError, match="must be cpu, cuda or cuda:N"):
+        _shared.choose_device(name)
+
+
+def test_devices_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert _shared.choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="CUDA devices"):
+        _shared.choose_device("cuda:99999999999999999999")
+    refuse("CUDA devices", capsys, "data", "make", str(tmp_path / "t"), "--device", "cuda:77")
+
+
+def test_a_change_that_is_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config(tmp_path, "rft")
+    for text in ("[1,", "{a: b", "\t- x", "*nothing"):
+        refuse("is not YAML", capsys, "train", str(tmp_path / "rft.yml"), "--set", f"train.seed={text}")
