@@ -5,6 +5,7 @@
 | `cod` | `NpyTable`, windows side by side | the columns, [b, W, ...] each |
 | `sequence_packing` | `NpyTable`, clips end to end, reordered each epoch | the columns, then doc_id int64 [1, W] |
 | `cod_s3` | tars in a bucket | latents float32 [b, W, c, h, w], mouse [b, W, 2], buttons [b, W, 11] |
+| `cod_s3_audio` | tars in a bucket | latents, audio [b, W, d], mouse, buttons |
 | `cod_s3_mixed` | labelled and unlabelled tars | latents, audio [b, W, d], mouse, buttons, has_controls bool [b] |
 
 Usage:
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from owl_wms.data.loading import WORKERS, Batch, ResumableLoader, collate
+from owl_wms.data.loading import WORKERS, Batch, CarriedCollate, CarriedStream, ResumableLoader, collate, raised, stack
 from owl_wms.data.packing import PackedDataset
 from owl_wms.data.s3 import TarBucket
 from owl_wms.data.s3_windows import FILE_SHARE_MAX, MixedS3Windows, S3Windows
@@ -58,15 +59,15 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         loader = DataLoader(
-            self._make(self._seen),
+            CarriedStream(self._make(self._seen)),
             batch_size=self._batch_size,
             num_workers=self._workers,
             prefetch_factor=2 if self._workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self._seen),
-            collate_fn=_stack,
+            collate_fn=CarriedCollate(_stack),
         )
-        for batch in loader:
+        for batch in raised(loader):
             self._seen += 1
             yield batch
 
@@ -195,12 +196,13 @@ def _s3(
     bucket_name: str = _S3_BUCKET,
     prefix: str = "",
     file_share_max: int = FILE_SHARE_MAX,
+    members: tuple[str, ...],
 ) -> Loader:
     def make(salt: int) -> S3Windows:
         return S3Windows(
             TarBucket(bucket_name, prefix),
             window_length,
-            ("latent", "mouse", "buttons"),
+            members,
             seed=seed + salt * world_size,
             rank=rank,
             file_share_max=file_share_max,
@@ -227,7 +229,12 @@ def _s3_mixed(
         def stream(prefix: str, members: tuple[str, ...]) -> S3Windows:
             bucket = TarBucket(bucket_name, prefix)
             return S3Windows(
-                bucket, window_length, members, seed=seed + salt * world_size, rank=rank, file_share_max=file_share_max
+                bucket,
+                window_length,
+                members,
+                seed=seed + salt * world_size,
+                rank=rank,
+                file_share_max=file_share_max,
             )
 
         labelled = stream(labelled_prefix, ("latent", "audiolatent", "mouse", "buttons"))
@@ -237,12 +244,13 @@ def _s3_mixed(
 
 
 def _stack(samples: Sequence[Sequence[Tensor]]) -> Batch:
-    return tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+    return tuple(stack(parts, f"part {index}") for index, parts in enumerate(zip(*samples, strict=True)))
 
 
 _BUILDERS: dict[str, Callable[..., Loader]] = {
     "cod": _windows,
     "sequence_packing": _packed,
-    "cod_s3": _s3,
+    "cod_s3": partial(_s3, members=("latent", "mouse", "buttons")),
+    "cod_s3_audio": partial(_s3, members=("latent", "audiolatent", "mouse", "buttons")),
     "cod_s3_mixed": _s3_mixed,
 }

@@ -1,9 +1,9 @@
 """From a data set to batches whose position can be written down and found again.
 
 Why: a run that was killed must see the batches it would have seen. The order of samples is a function of (seed,
-    epoch), ranks take
-every world-th sample of it, and the loader counts the batches its reader has received, not those that workers fetched
-ahead.
+epoch), ranks take every world-th sample of it, and the loader counts the batches its reader has received, not those
+that workers fetched ahead. Our errors leave a worker as values: torch would raise a text of tracebacks in their place,
+without path and index.
 
 Usage:
     loader = ResumableLoader(dataset, batch_size=4, seed=0, rank=0, world_size=1)
@@ -13,17 +13,83 @@ Usage:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from owl_wms.errors import DataError
+from owl_wms.errors import ConfigError, DataError, OwlError
 
 WORKERS = 2  # upstream's number: reading memory-mapped arrays is light
 Batch = tuple[Tensor, ...]
+
+
+def positive(value: Any, name: str) -> int:
+    """`value`, when it is a whole number above 0.
+
+    Args:
+        name: key of `data_kwargs` it belongs to.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if type(value) is not int or value < 1:
+        raise ConfigError(
+            f"{name} must be a whole number and at least 1, got {value!r} ({type(value).__name__})", key=name
+        )
+    return value
+
+
+class Carried(Dataset[Any]):
+    """A map-style data set that returns our errors as samples instead of raising them."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.dataset[index]
+        except OwlError as error:
+            return error
+
+
+class CarriedStream(IterableDataset[Any]):
+    """The same for a stream, which ends with its error."""
+
+    def __init__(self, dataset: IterableDataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.dataset
+        except OwlError as error:
+            yield error
+
+
+class CarriedCollate:
+    """Collates samples, or hands on the first error among them or of the collation."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Batch]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, samples: list[Any]) -> Batch | OwlError:
+        for sample in samples:
+            if isinstance(sample, OwlError):
+                return sample
+        try:
+            return self.collate_fn(samples)
+        except OwlError as error:
+            return error
+
+
+def raised(batches: Iterable[Batch | OwlError]) -> Iterator[Batch]:
+    """The batches, until one is an error, which is raised with its path and index."""
+    for batch in batches:
+        if isinstance(batch, OwlError):
+            raise batch
+        yield batch
 
 
 def collate(samples: Sequence[Sequence[Tensor]], columns: Sequence[str]) -> Batch:
@@ -35,12 +101,23 @@ def collate(samples: Sequence[Sequence[Tensor]], columns: Sequence[str]) -> Batc
 
     Returns:
         One tensor [b, ...] per column.
+
+    Raises:
+        DataError: samples of different shapes; names the column.
     """
     batch = []
     for name, parts in zip(columns, zip(*samples, strict=True), strict=True):
-        stacked = torch.stack(parts)
+        stacked = stack(parts, name)
         batch.append(stacked.bfloat16() if stacked.dtype == torch.float32 or name == "buttons" else stacked)
     return tuple(batch)
+
+
+def stack(parts: Sequence[Tensor], name: str) -> Tensor:
+    """Samples of one shape as one tensor [b, ...]; DataError naming `name` when their shapes differ."""
+    shapes = {tuple(part.shape) for part in parts}
+    if len(shapes) > 1:
+        raise DataError(f"samples of {name!r} differ in shape: {', '.join(map(str, sorted(shapes)))}")
+    return torch.stack(tuple(parts))
 
 
 class _EpochOrder(Sampler[list[Any]]):
@@ -106,9 +183,9 @@ class ResumableLoader:
                 "shrink the batch or add data"
             )
         self._loader = DataLoader(
-            dataset,
+            Carried(dataset),
             batch_sampler=self._order,
-            collate_fn=collate_fn,
+            collate_fn=CarriedCollate(collate_fn),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             prefetch_factor=2 if num_workers > 0 else None,
@@ -126,7 +203,7 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._order.epoch, self._order.first = self._epoch, self._seen
-        for batch in self._loader:
+        for batch in raised(self._loader):
             self._seen += 1
             yield batch
         self._epoch, self._seen = self._epoch + 1, 0

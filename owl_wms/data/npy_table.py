@@ -49,7 +49,8 @@ class NpyTable:
     """Read access to such a folder; rows marked `missing` are left out, truncated ones kept unless asked otherwise."""
 
     def __init__(self, path: Path | str, columns: Sequence[str] | None = None, *, keep_truncated: bool = True) -> None:
-        """Read schema and manifest and check that the arrays of every row exist and agree on their length.
+        """Read schema and manifest and check that the arrays of every row exist and agree on their length, and that a
+        column has one shape of frame in all rows.
 
         Args:
             path: the folder.
@@ -57,8 +58,8 @@ class NpyTable:
             keep_truncated: whether rows marked `truncated` count.
 
         Raises:
-            DataError: no such folder, broken JSON, an unknown column, a missing or unreadable array, lengths that
-                differ.
+            DataError: no such folder, broken JSON, an unknown column, a missing or unreadable array, lengths or shapes
+                that differ.
         """
         self.path = Path(path)
         schema = _read_json(self.path / "schema.json", dict)
@@ -73,6 +74,9 @@ class NpyTable:
             if column not in known:
                 raise DataError(f"{self.path}: no array column {column!r}; it has {', '.join(known)}", path=self.path)
         self.rows: list[Row] = []
+        self._frames: dict[
+            str, tuple[tuple[int, ...], int]
+        ] = {}  # column -> shape of a frame, and the row that says so
         for index, fields in enumerate(manifest):
             if not isinstance(fields, dict):
                 raise DataError(
@@ -86,7 +90,7 @@ class NpyTable:
         """Frames `start` to `stop` of a column of `rows[row]`, copied out of the map: [stop - start, ...].
 
         Raises:
-            DataError: the range leaves the clip, or the file cannot be read.
+            DataError: the range leaves the clip, the file cannot be read, or a value is NaN or infinite.
         """
         entry = self.rows[row]
         if not 0 <= start < stop <= entry.length:
@@ -95,10 +99,39 @@ class NpyTable:
                 path=self.path,
                 index=entry.index,
             )
-        return np.array(self._map(entry.index, entry.fields, column)[start:stop])
+        values = np.array(self._map(entry.index, entry.fields, column)[start:stop])
+        # One such value in a batch makes every weight NaN, and nothing on the way there complains.
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+            file = self.path / entry.fields[column]
+            raise DataError(
+                f"{file}: frame {start + int(bad.argmax())} of {column!r} in row {entry.index} holds NaN or infinity; "
+                "store the clip anew, or mark its row as missing in manifest.json",
+                path=file,
+                index=entry.index,
+            )
+        return values
 
     def _length(self, index: int, fields: Mapping[str, Any]) -> int:
-        lengths = {column: len(self._map(index, fields, column)) for column in self.columns}
+        arrays = {column: self._map(index, fields, column) for column in self.columns}
+        for column, array in arrays.items():
+            shape, first = self._frames.setdefault(column, (array.shape[1:], index))
+            if array.shape[1:] != shape:
+                file = self.path / fields[column]
+                raise DataError(
+                    f"{file}: frames of {column!r} in row {index} are {list(array.shape[1:])}, "
+                    f"those of row {first} are {list(shape)}; a column has one shape",
+                    path=file,
+                    index=index,
+                )
+            if array.dtype.kind not in "biuf":
+                file = self.path / fields[column]
+                raise DataError(
+                    f"{file}: array {column!r} of row {index} must hold numbers, found {array.dtype}",
+                    path=file,
+                    index=index,
+                )
+        lengths = {column: len(array) for column, array in arrays.items()}
         if len(set(lengths.values())) > 1:
             raise DataError(
                 f"{self.path}: arrays of row {index} differ in length: {lengths}", path=self.path, index=index

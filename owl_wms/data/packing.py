@@ -1,9 +1,8 @@
 """Clips laid end to end and cut into windows, each frame tagged with its clip (`data_id: sequence_packing`).
 
 Why: long windows would otherwise waste every clip shorter than the window. The order of the clips is drawn anew for
-    each epoch;
-the epoch travels inside the sample's index, because worker processes hold copies of the data set that a `set_epoch`
-call in the main process never reaches.
+each epoch; the epoch travels inside the sample's index, because worker processes hold copies of the data set that a
+`set_epoch` call in the main process never reaches.
 
 Usage:
     dataset = PackedDataset("data/game", window_length=1536, batch_columns=("depth_latent", "mouse", "buttons"))
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from owl_wms.data.loading import positive
 from owl_wms.data.npy_table import NpyTable
 from owl_wms.data.windows import DEFAULT_COLUMNS
-from owl_wms.errors import ConfigError, DataError
+from owl_wms.errors import DataError
 
 
 class PackedDataset(Dataset[tuple[Tensor, ...]]):
@@ -48,12 +48,10 @@ class PackedDataset(Dataset[tuple[Tensor, ...]]):
             include_truncated: whether clips that were cut short count.
 
         Raises:
-            ConfigError: window_length below 1.
+            ConfigError: window_length that is no whole number above 0.
             DataError: a table that cannot be read, or fewer frames in all than one window.
         """
-        if window_length < 1:
-            raise ConfigError(f"window_length must be at least 1, got {window_length}", key="window_length")
-        self.window_length = window_length
+        self.window_length = positive(window_length, "window_length")
         self.columns = tuple(batch_columns)
         self.seed = seed
         self.table = NpyTable(dataset_path, self.columns, keep_truncated=include_truncated)

@@ -30,7 +30,17 @@ SHARDS, SUBDIRS, TARS = 2, 1, 9  # how upstream's buckets are laid out
 ATTEMPTS = 5
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 8.0
+# What another try cannot change: botocore's classes for credentials that are absent, and S3's codes for refusals.
+_FINAL_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "InvalidRegionError"}
+_FINAL_CODES = {
+    "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "NoSuchBucket", "SignatureDoesNotMatch",
+    "401", "403",
+}  # fmt: skip
 _log = logging.getLogger(__name__)
+
+
+class BucketError(DataError):
+    """A bucket that cannot be read at all, whichever of its objects is asked for."""
 
 
 def tar_key(shard: int, subdir: int, tar: int) -> str:
@@ -86,6 +96,7 @@ class TarBucket:
         """The object's bytes, tried `attempts` times with doubling waits.
 
         Raises:
+            BucketError: the bucket refuses these credentials or does not exist; said after the first try.
             DataError: the last try failed; the message names bucket, key and reason.
             ConfigError: boto3 is missing.
         """
@@ -97,6 +108,12 @@ class TarBucket:
             try:
                 return self._client.get_object(Bucket=self.bucket_name, Key=full)["Body"].read()
             except Exception as error:  # botocore makes its exception classes at run time: there is no base to name
+                if _is_final(error):
+                    raise BucketError(
+                        f"s3://{self.bucket_name}: cannot be read: {error}; "
+                        "check bucket_name, AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                        path=self.bucket_name,
+                    ) from error
                 if attempt == self.attempts:
                     raise DataError(
                         f"s3://{self.bucket_name}/{full}: not read after {attempt} tries: {error}; "
@@ -109,6 +126,15 @@ class TarBucket:
             self._sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
         raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again, or trying another key, would meet the same refusal."""
+    response = getattr(error, "response", None)  # of botocore's ClientError
+    found = response if isinstance(response, dict) else {}
+    code = str(found.get("Error", {}).get("Code", ""))
+    status = str(found.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    return type(error).__name__ in _FINAL_ERRORS or code in _FINAL_CODES or status in _FINAL_CODES
 
 
 def read_clips(data: bytes, *, source: str, members: Sequence[str]) -> list[dict[str, Tensor]]:

@@ -1,5 +1,5 @@
 """Endless random windows from tars in a bucket: labelled ones (`cod_s3`), or labelled mixed with unlabelled
-(`cod_s3_mixed`).
+(`cod_s3_mixed`). With sound, labelled ones are `cod_s3_audio`.
 
 Each rank and each worker draws from a generator of its own, seeded by (seed, rank, worker), so runs repeat and ranks
 differ. One tar is shared by up to `file_share_max` windows a clip, and windows of several tars are mixed in a bounded
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from owl_wms.data.s3 import SHARDS, SUBDIRS, TARS, TarBucket, read_clips, tar_key
+from owl_wms.data.loading import positive
+from owl_wms.data.s3 import SHARDS, SUBDIRS, TARS, BucketError, TarBucket, read_clips, tar_key
 from owl_wms.errors import ConfigError, DataError
 
 FILE_SHARE_MAX = 20
@@ -59,18 +60,14 @@ class S3Windows(IterableDataset[tuple[Tensor, ...]]):
             layout: shards, folders in a shard, tars in a folder.
 
         Raises:
-            ConfigError: a number below 1.
+            ConfigError: window_length, file_share_max or pool_windows that is no whole number above 0.
         """
-        for name, value in {
-            "window_length": window_length,
-            "file_share_max": file_share_max,
-            "pool_windows": pool_windows,
-        }.items():
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}", key=name)
-        self.bucket, self.window_length, self.members = bucket, window_length, tuple(members)
+        self.window_length = positive(window_length, "window_length")
+        self.file_share_max = positive(file_share_max, "file_share_max")
+        self.pool_windows = positive(pool_windows, "pool_windows")
+        self.bucket, self.members = bucket, tuple(members)
+        self.finite_only = True  # leave out clips with NaN or infinity; a reader that mends them says False
         self.seed, self.rank, self.layout = seed, rank, layout
-        self.file_share_max, self.pool_windows = file_share_max, pool_windows
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         worker = get_worker_info()
@@ -89,25 +86,35 @@ class S3Windows(IterableDataset[tuple[Tensor, ...]]):
         last: DataError | None = None
         for _ in range(_FAILED_TARS_IN_A_ROW):
             key = tar_key(*(rng.randrange(n) for n in self.layout))
+            source = f"s3://{self.bucket.bucket_name}/{key}"
             try:
-                clips = read_clips(
-                    self.bucket.fetch(key), source=f"s3://{self.bucket.bucket_name}/{key}", members=self.members
-                )
+                clips = read_clips(self.bucket.fetch(key), source=source, members=self.members)
+            except BucketError:
+                raise  # no other tar would fare better
             except DataError as error:
                 _log.warning("skipped: %s", error)
                 last = error
                 continue
+            if self.finite_only:
+                clips = self._finite(clips, source)
             windows = [window for clip in clips for window in self._cut(clip, rng)]
             if windows:
                 return windows
             last = DataError(
-                f"s3://{self.bucket.bucket_name}/{key}: no clip has all of {self.members} and "
-                f"{self.window_length} frames",
+                f"{source}: no usable clip has all of {self.members} and {self.window_length} frames",
                 path=key,
             )
         raise DataError(
             f"{_FAILED_TARS_IN_A_ROW} tars in a row gave no window; the last: {last}", path=self.bucket.bucket_name
         ) from last
+
+    def _finite(self, clips: list[dict[str, Tensor]], source: str) -> list[dict[str, Tensor]]:
+        kept = [clip for clip in clips if all(bool(clip[member].isfinite().all()) for member in self.members)]
+        if len(kept) < len(clips):
+            _log.warning(
+                "%s: %d of %d clips hold NaN or infinity and are left out", source, len(clips) - len(kept), len(clips)
+            )
+        return kept
 
     def _cut(self, clip: dict[str, Tensor], rng: random.Random) -> list[tuple[Tensor, ...]]:
         starts = len(clip[self.members[0]]) - self.window_length + 1
@@ -136,6 +143,7 @@ class MixedS3Windows(IterableDataset[tuple[Tensor, ...]]):
         if not 0 <= unlabelled_frac <= 1:
             raise ConfigError(f"unlabelled_frac must lie in [0, 1], got {unlabelled_frac}", key="unlabelled_frac")
         self.labelled, self.unlabelled, self.unlabelled_frac = labelled, unlabelled, unlabelled_frac
+        labelled.finite_only = unlabelled.finite_only = False  # they are mended here, as upstream does
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         worker = get_worker_info()

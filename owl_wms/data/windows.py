@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from owl_wms.data.loading import positive
 from owl_wms.data.npy_table import NpyTable
-from owl_wms.errors import ConfigError, DataError
+from owl_wms.errors import DataError
 
 DEFAULT_COLUMNS = ("video", "mouse", "buttons")
 
@@ -42,11 +43,11 @@ class WindowDataset(Dataset[tuple[Tensor, ...]]):
             include_truncated: whether clips that were cut short count.
 
         Raises:
-            ConfigError: window_length or stride below 1.
+            ConfigError: window_length or stride that is no whole number above 0.
             DataError: a table that cannot be read or holds no window.
         """
-        self.window_length = _positive(window_length, "window_length")
-        step = self.window_length if stride is None else _positive(stride, "stride")
+        self.window_length = positive(window_length, "window_length")
+        step = self.window_length if stride is None else positive(stride, "stride")
         self.columns = tuple(batch_columns)
         self.table = NpyTable(dataset_path, self.columns, keep_truncated=include_truncated)
         self.windows = [
@@ -69,9 +70,3 @@ class WindowDataset(Dataset[tuple[Tensor, ...]]):
         row, start = self.windows[index]
         stop = start + self.window_length
         return tuple(torch.from_numpy(self.table.slice(row, column, start, stop)) for column in self.columns)
-
-
-def _positive(value: int, name: str) -> int:
-    if value < 1:
-        raise ConfigError(f"{name} must be at least 1, got {value}", key=name)
-    return value

@@ -50,7 +50,12 @@ def test_written_rows_come_back(tmp_path: Path) -> None:
     assert table.slice(2, "depth_latent", 3, 5).ravel().tolist() == [203, 203, 204, 204]
     assert (tmp_path / "mouse_1.npy").exists()
     NpyTableWriter(tmp_path, COLUMNS, columns=("seed",)).append(
-        {name: np.zeros((3, 1), np.float32) for name in COLUMNS}, seed=9
+        {
+            "depth_latent": np.zeros((3, 2, 1, 1), np.float32),
+            "mouse": np.zeros((3, 2), np.float32),
+            "buttons": np.zeros((3, 11), np.uint8),
+        },
+        seed=9,
     )
     assert len(NpyTable(tmp_path).rows) == 4
 

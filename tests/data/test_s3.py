@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from owl_wms.data.s3 import TarBucket, read_clips
+from owl_wms.data.loaders import get_loader
+from owl_wms.data.s3 import BucketError, TarBucket, read_clips
 from owl_wms.data.s3_windows import MixedS3Windows, S3Windows
 from owl_wms.errors import DataError
 
@@ -122,3 +123,67 @@ def test_mixed_samples_are_tamed_and_say_whether_they_have_controls() -> None:
         assert latent.isfinite().all()
         assert latent.abs().max() <= 8
         assert buttons.dtype == torch.float32
+
+
+class NoCredentialsError(Exception):
+    """As botocore names it."""
+
+
+class ClientError(Exception):
+    """As botocore builds it."""
+
+    def __init__(self, code: str, status: int) -> None:
+        super().__init__(f"An error occurred ({code})")
+        self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [NoCredentialsError("no credentials"), ClientError("NoSuchBucket", 404), ClientError("AccessDenied", 403)],
+    ids=["credentials", "bucket", "access"],
+)
+def test_what_no_other_try_can_change_is_said_at_once(refusal: Exception) -> None:
+    asked, waits = [], []
+
+    class Refusing:
+        def get_object(self, Bucket: str, Key: str) -> dict[str, Any]:
+            asked.append(Key)
+            raise refusal
+
+    with pytest.raises(BucketError, match=r"s3://b: cannot be read: .*AWS_ACCESS_KEY_ID"):
+        next(iter(S3Windows(bucket(Refusing(), waits), 4, MEMBERS)))  # type: ignore[arg-type]
+    assert (len(asked), waits) == (1, [])
+
+
+def test_an_absent_tar_is_not_an_absent_bucket() -> None:
+    class Sparse(FakeClient):
+        def get_object(self, Bucket: str, Key: str) -> dict[str, Any]:
+            if len(self.keys) < 3:
+                self.keys.append(Key)
+                raise ClientError("NoSuchKey", 404)
+            return super().get_object(Bucket, Key)
+
+    client = Sparse(make_tar({"a": clip(4)}))
+    assert next(iter(S3Windows(bucket(client), 4, MEMBERS, pool_windows=2)))
+    assert len(client.keys) > 3
+
+
+def test_clips_that_are_not_finite_are_left_out() -> None:
+    wild = clip(8, value=50.0)
+    wild["mouse"][3] = float("inf")
+    stream = S3Windows(bucket(FakeClient(make_tar({"good": clip(8), "wild": wild}))), 4, MEMBERS, pool_windows=4)
+    assert all(latent.max() < 50 for latent, *_ in itertools.islice(stream, 20))
+
+
+def test_audio_comes_in_the_order_that_trainers_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FakeClient(make_tar({"a": clip(8)}))
+    monkeypatch.setattr("owl_wms.data.loaders.TarBucket", lambda *_: bucket(client))
+    parts = next(iter(get_loader("cod_s3_audio", 2, window_length=4, num_workers=0)))
+    assert [tuple(part.shape) for part in parts] == [(2, 4, 4, 2, 2), (2, 4, 3), (2, 4, 2), (2, 4, 11)]
+
+
+def test_an_error_of_a_stream_leaves_its_worker_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("owl_wms.data.loaders.TarBucket", lambda *_: bucket(FakeClient(b"not a tar")))
+    with pytest.raises(DataError, match=r"^8 tars in a row") as caught:
+        next(iter(get_loader("cod_s3", 2, window_length=4, num_workers=1)))
+    assert caught.value.path == Path("b")
