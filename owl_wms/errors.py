@@ -69,6 +69,18 @@ class DataError(OwlError, ValueError):
         self.index = index
 
 
+class TrainingError(OwlError, RuntimeError):
+    """A training run that cannot go on: its numbers are no longer finite, or another rank gave up.
+
+    Attributes:
+        step: optimiser steps done when it was noticed.
+    """
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class FastPathError(OwlError, RuntimeError):
     """The compiled path failed at a stage; the caller normally gets PyTorch's answer instead of this.
 

@@ -20,6 +20,9 @@ from owl_wms.configs.vae import WandbConfig
 from owl_wms.errors import ConfigError
 
 TrainerId = Literal["rft", "av", "mixed_av", "causvid_vid", "sforce_vid", "ode_distill_vid"]
+# Spelt out as well as registered, because reading a configuration must not import torch; a test compares the two.
+DataId = Literal["cod", "sequence_packing", "cod_s3", "cod_s3_audio", "cod_s3_mixed"]
+SamplerId = Literal["av_window", "av_causal", "av_causal_no_cfg", "av_caching"]
 
 _ALWAYS = ("data_id", "data_kwargs", "sample_data_id", "sample_data_kwargs", "sampler_id", "sampler_kwargs")
 _AUDIO = (*_ALWAYS, "audio_vae_scale")
@@ -104,13 +107,14 @@ class TrainingConfig(StrictModel):
     """The `train` section of all six trainers; None means "not said". Intervals are in optimiser steps.
 
     `loss_weights`, `ts_shift`, `uncond` and `audio_vae_batch_size` are accepted because shipped files have them;
-    nothing reads them.
+    nothing reads them. `log_predictions` is read by `causvid_vid` and `sforce_vid`: evaluations then also decode a clip
+    of the student and what teacher and critic make of it.
     """
 
     trainer_id: TrainerId | None = None
-    data_id: str | None = None
+    data_id: DataId | None = None
     data_kwargs: Kwargs | None = None
-    sample_data_id: str | None = None
+    sample_data_id: DataId | None = None
     sample_data_kwargs: Kwargs | None = None
     target_batch_size: PositiveInt = 128
     batch_size: PositiveInt = 2
@@ -126,7 +130,7 @@ class TrainingConfig(StrictModel):
     sample_interval: PositiveInt = 1000
     save_interval: PositiveInt = 1000
     n_samples: PositiveInt = 8
-    sampler_id: str | None = None
+    sampler_id: SamplerId | None = None
     sampler_kwargs: Kwargs | None = None
     eval_sample_dir: str | None = None
     seed: int = 0
@@ -174,6 +178,9 @@ class TrainingConfig(StrictModel):
                 close = nearest(key, known)
                 hint = f"did you mean {close!r}?" if close else f"valid are {', '.join(known)}"
                 rule(key in known, f"{name}.{key}", f"unknown key for {optimiser}; {hint}")
+        for name in ("vae_scale", "audio_vae_scale"):
+            value = getattr(self, name)
+            rule(value is None or value > 0, name, f"latents are divided by it: must be above 0, received {value}")
         for name in ("subsample", "gen_p"):
             value = getattr(self, name)
             rule(value is None or 0.0 <= value <= 1.0, name, f"must be within 0..1, received {value}")

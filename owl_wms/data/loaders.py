@@ -254,3 +254,4 @@ _BUILDERS: dict[str, Callable[..., Loader]] = {
     "cod_s3_audio": partial(_s3, members=("latent", "audiolatent", "mouse", "buttons")),
     "cod_s3_mixed": _s3_mixed,
 }
+DATA_IDS = tuple(_BUILDERS)

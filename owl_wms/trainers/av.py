@@ -20,6 +20,7 @@ class AVRFTTrainer(BaseTrainer):
     """Batches (latents, audio, mouse, buttons); reports `diffusion_loss`, `video_loss`, `audio_loss`."""
 
     trainer_id = "av"
+    batch_parts: tuple[str, ...] = ("latents", "audio", "mouse", "buttons")
 
     def build_model(self) -> nn.Module:
         return get_model_cls(self.model_cfg.model_id)(self.model_cfg)

@@ -2,7 +2,9 @@
 
 A step's random numbers are a function of (seed, step, rank), and the loader's position is stored, so a run that was
 killed and resumed repeats the losses of one that was not. SIGTERM ends the loop after the current step with a
-checkpoint; all ranks agree on it.
+checkpoint; all ranks agree on it. A run that fails saves its last whole step first. Nothing that is not finite is ever
+applied to the weights or saved. Evaluation samples on all ranks and decodes on rank 0, the only one that has, and
+compiles, the decoder (see `evaluation`).
 
 Usage:
     trainer = get_trainer_cls("rft")(cfg.train, cfg.wandb, cfg.model, rank, local_rank, world_size)
@@ -28,23 +30,26 @@ from owl_wms.configs.vae import WandbConfig
 from owl_wms.configs.world import TrainingConfig, WorldModelConfig, require_trainer_keys
 from owl_wms.data.loaders import Loader, get_loader
 from owl_wms.data.loading import Batch
-from owl_wms.errors import CheckpointError
+from owl_wms.errors import CheckpointError, TrainingError
 from owl_wms.sampling import SampleResult, batch_permute_to_length
+from owl_wms.trainers.batches import BatchRule, endless
 from owl_wms.trainers.checkpoints import (
+    averaged_weights,
     checkpoint_path,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
     strip_wrappers,
-    weights_of,
 )
 from owl_wms.trainers.distributed import barrier, choose_device
 from owl_wms.trainers.ema import EMA
 from owl_wms.trainers.evaluation import Evaluator
+from owl_wms.trainers.guards import REMEDY, broken_weight, require_finite, rescue
 from owl_wms.trainers.journal import Journal
 from owl_wms.trainers.metrics import Metrics
 from owl_wms.trainers.optimisers import build_optimiser, build_schedule
 from owl_wms.trainers.phases import Loss, Phase
+from owl_wms.trainers.progress import Progress
 
 _log = logging.getLogger(__name__)
 LATEST = "latest"
@@ -56,10 +61,12 @@ class BaseTrainer(ABC):
     Attributes:
         model: what is trained and averaged.
         step: optimiser steps done.
+        saved_step: steps that are on disk.
         losses: means of every step of this process, oldest first.
     """
 
     trainer_id: str
+    batch_parts: tuple[str, ...] = ("latents", "mouse", "buttons")
     ema_beta = 0.999
     clip: float | None = 10.0
     stops_by_epochs = True
@@ -95,7 +102,7 @@ class BaseTrainer(ABC):
         self.train_cfg, self.wandb_cfg, self.model_cfg = train_cfg, wandb_cfg, model_cfg
         self.rank, self.local_rank, self.world_size = global_rank, local_rank, world_size
         self.folder = Path(train_cfg.checkpoint_dir)
-        self.step = 0
+        self.step = self.saved_step = 0
         self.losses: list[dict[str, float]] = []
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._stop = False
@@ -104,7 +111,8 @@ class BaseTrainer(ABC):
         self.ema = EMA(self.model, self.ema_beta)
         self.phases = self.build_phases()
         self.loader = loader or self.make_loader(train_cfg.data_id, train_cfg.data_kwargs, train_cfg.batch_size)
-        self._batches = self.endless(self.loader)
+        self._batches = self.endless(self.loader, "data_kwargs")
+        self._position = self.loader.state_dict()
         self.evaluator = Evaluator(self, sample_loader)
         self.metrics = Metrics(self.device)
 
@@ -127,6 +135,10 @@ class BaseTrainer(ABC):
         video, mouse, btn = batch[:3]
         mouse, btn = batch_permute_to_length(mouse, btn, video.shape[1] + sampler.num_frames)
         return sampler(core, self.to_latents(video), mouse, btn)
+
+    def predictions(self) -> dict[str, Tensor]:
+        """Further clips [b, n, c, h, w] in the model's scale that an evaluation shows, by name; most have none."""
+        return {}
 
     def extra_state(self) -> dict[str, Any]:
         """Further entries of the checkpoint."""
@@ -155,25 +167,37 @@ class BaseTrainer(ABC):
         )
 
     def train(self) -> None:
-        """Run until epochs, `max_steps`, `max_seconds` or a signal end it; the last state is saved."""
+        """Run until epochs, `max_steps`, `max_seconds` or a signal end it; the last state is saved.
+
+        Raises:
+            ConfigError, DataError, CheckpointError: before the first step, what evaluation needs cannot be used.
+            TrainingError: a loss, gradient or weight is no longer finite; nothing was saved over.
+            DataError: a row that cannot be used; the steps before it are saved.
+        """
         self.resume()
+        self.evaluator.prepare()
         config = {"train": self.train_cfg.model_dump(mode="json"), "model": self.model_cfg.model_dump(mode="json")}
         journal = Journal(self.folder, self.wandb_cfg, config) if self.rank == 0 else None
-        saved = self.step
+        self.saved_step = self.step
         try:
-            with self._listening():
+            progress = Progress(total=self.train_cfg.max_steps, done=self.step, enabled=self.rank == 0)
+            with self._listening(), progress:
                 while not self._finished():
                     self.evaluate(journal)
                     values = self.train_step()
+                    progress.show(self.step, values)
                     if journal is not None:
                         journal.log(self.step, values)
+                    require_finite(self.step, values)
                     if self.step % self.train_cfg.save_interval == 0:
                         self.save()
-                        saved = self.step
-            if self.step != saved:
+            if self.step != self.saved_step:
                 self.save()
             if not self._stop:
                 self.evaluate(journal)
+        except Exception:
+            rescue(self)
+            raise
         finally:
             if journal is not None:
                 journal.close()
@@ -190,6 +214,7 @@ class BaseTrainer(ABC):
         self.step += 1
         late = self._deadline is not None and time.monotonic() > self._deadline
         values, self._stop = self.metrics.pop(stop=self._stop or late)
+        self._position = self.loader.state_dict()
         self.losses.append(values)
         return {**values, "time": time.perf_counter() - started}
 
@@ -200,17 +225,31 @@ class BaseTrainer(ABC):
             "ema": self.ema.state_dict(),
             "opt": self.phases[-1].optimiser.state_dict(),
             "steps": self.step,
-            "data": self.loader.state_dict(),
+            "data": self._position,
             **self.extra_state(),
         }
 
     def save(self) -> None:
-        """Write `step_{n}.pt`, and the averaged weights alone to `output_path`; by rank 0, the others wait."""
+        """Write `step_{n}.pt`, and the averaged weights alone to `output_path`; by rank 0, the others wait.
+
+        Raises:
+            TrainingError: weights that are not finite, on all ranks alike; the files stay as they are.
+        """
+        broken = broken_weight(self.checkpoint())
+        if broken is not None:
+            raise TrainingError(
+                f"step {self.step}: weight {broken!r} is NaN or infinite and nothing is saved; {REMEDY}", step=self.step
+            )
         if self.rank == 0:
-            save_checkpoint(checkpoint_path(self.folder, self.step), self.checkpoint())
-            if self.train_cfg.output_path is not None:
-                save_checkpoint(Path(self.train_cfg.output_path), weights_of({"ema": self.ema.state_dict()}))
+            self.write_checkpoint()
         barrier()
+        self.saved_step = self.step
+
+    def write_checkpoint(self) -> None:
+        """What `save` does, on this rank alone and without a look at the weights."""
+        save_checkpoint(checkpoint_path(self.folder, self.step), self.checkpoint())
+        if self.train_cfg.output_path is not None:
+            save_checkpoint(Path(self.train_cfg.output_path), averaged_weights(self.ema.state_dict()))
 
     def resume(self) -> None:
         """Continue from `resume_ckpt`; `latest` means the newest in the checkpoint folder, if there is one.
@@ -231,7 +270,8 @@ class BaseTrainer(ABC):
             self.step = int(state["steps"])
             if "data" in state:  # upstream's checkpoints have no data position
                 self.loader.load_state_dict(state["data"])
-        except (KeyError, RuntimeError, ValueError) as error:
+                self._position = self.loader.state_dict()
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: does not continue this run: {error}", path=path) from error
         _log.info("resumed from %s at step %d", path, self.step)
 
@@ -248,10 +288,11 @@ class BaseTrainer(ABC):
     def evaluate(self, journal: Journal | None) -> None:
         if self.step % self.train_cfg.sample_interval != 0:
             return
-        paths = self.evaluator.run()
-        if journal is not None and paths:
-            journal.clips(self.step, paths, self.evaluator.decoded_by)
-        barrier()
+        result = self.evaluator.run()
+        if journal is not None and result.paths:
+            journal.clips(self.step, result.paths, result.decoded_by)
+        if journal is not None and result.error is not None:
+            journal.log(self.step, {"evaluation_error": result.error})
 
     def make_loader(self, data_id: str | None, kwargs: dict[str, Any] | None, batch_size: int) -> Loader:
         """A loader for this rank."""
@@ -259,12 +300,10 @@ class BaseTrainer(ABC):
         settings = {"seed": cfg.seed, "rank": self.rank, "world_size": self.world_size, **(kwargs or {})}
         return get_loader(data_id or "", batch_size, **settings)
 
-    def endless(self, loader: Loader) -> Iterator[Batch]:
-        """Batches on the device, floats as float32: autocast decides what is bf16; noise and loss are not."""
-        while True:
-            for batch in loader:
-                moved = (part.to(self.device, non_blocking=True) for part in batch)
-                yield tuple(part.float() if part.is_floating_point() else part for part in moved)
+    def endless(self, loader: Loader, section: str) -> Iterator[Batch]:
+        """Batches on the device, each compared with the model; `section` is the key of `train` they come from."""
+        rule = BatchRule(self.batch_parts, self.model_cfg, f"train.{section}", getattr(self.train_cfg, section))
+        return endless(loader, rule, self.device)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

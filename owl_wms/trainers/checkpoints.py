@@ -8,7 +8,9 @@ Usage:
 from __future__ import annotations
 
 import os
+import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ import torch
 from torch import nn
 
 from owl_wms.errors import CheckpointError
+from owl_wms.vae import load_weights, read_state_dict, strip_prefix
+from owl_wms.vae.checkpoint import WRAPPERS
 
-_WRAPPERS = {"_orig_mod", "module"}
 _NAME = re.compile(r"step_(\d+)\.pt")
 
 
@@ -53,10 +56,23 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, not readable, or not a dictionary.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: cannot read this checkpoint: no such file", path=path)
+    if path.suffix == ".safetensors":
+        raise CheckpointError(
+            f"{path}: cannot read this checkpoint: .safetensors holds weights alone, and a run continues from a "
+            "step_N.pt with its optimiser and position",
+            path=path,
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever zip, pickle or torch trip over
-        raise CheckpointError(f"{path}: cannot read this checkpoint: {error}", path=path) from error
+        # torch's own text is not repeated: it advises to switch off the protection that refused the file.
+        reason = "it is truncated, or no PyTorch checkpoint; use an earlier one"
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+            reason = "it holds Python objects that would run code when unpickled, which is refused"
+        raise CheckpointError(f"{path}: cannot read this checkpoint: {reason}", path=path) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: a checkpoint must hold a dictionary, found {type(state).__name__}", path=path)
     return state
@@ -64,32 +80,18 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
 
 def strip_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
     """Keys without the parts that torch.compile (`_orig_mod`) and data parallelism (`module`) put between names."""
-    return {".".join(part for part in key.split(".") if part not in _WRAPPERS): value for key, value in state.items()}
+    return {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in state.items()}
 
 
-def weights_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights to use out of a training checkpoint or a bare dictionary: the average if any, else the model."""
-    if isinstance(ema := state.get("ema"), Mapping):
-        return {k.removeprefix("ema_model."): v for k, v in strip_wrappers(ema).items() if k.startswith("ema_model.")}
-    model = state.get("model")
-    return strip_wrappers(model if isinstance(model, Mapping) else state)
+def averaged_weights(ema: Mapping[str, Any]) -> dict[str, Any]:
+    """The averaged model's weights, by the model's own keys, out of the state of an `EMA`."""
+    return {k.removeprefix("ema_model."): v for k, v in strip_wrappers(ema).items() if k.startswith("ema_model.")}
 
 
 def load_core_weights(core: nn.Module, path: Path | str) -> None:
-    """Load a core from a checkpoint of a core or of its wrapper (`core.*`).
+    """Load a core from whatever `owl_wms.models.load_model` reads: `.pt` or `.safetensors`, of a core or its wrapper.
 
     Raises:
         CheckpointError: unreadable, or weights of another architecture; names the first key that disagrees.
     """
-    weights = weights_of(load_checkpoint(path))
-    if any(key.startswith("core.") for key in weights):
-        weights = {key.removeprefix("core."): value for key, value in weights.items() if key.startswith("core.")}
-    expected = core.state_dict()
-    for key in sorted(set(expected) ^ set(weights)):
-        side = "lacks" if key in expected else "has unexpected"
-        raise CheckpointError(f"{path}: {side} weight {key!r} for this model configuration", path=path, mismatch=key)
-    for key, value in expected.items():
-        if weights[key].shape != value.shape:
-            shapes = f"{tuple(weights[key].shape)} where the configuration wants {tuple(value.shape)}"
-            raise CheckpointError(f"{path}: weight {key!r} is {shapes}", path=path, mismatch=key)
-    core.load_state_dict(weights)
+    load_weights(core, strip_prefix(read_state_dict(path), "core"), path)

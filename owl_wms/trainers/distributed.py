@@ -12,9 +12,8 @@ Usage:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from owl_wms import env
 from owl_wms.errors import ConfigError
 
-_TIMEOUT_SECONDS = 1800.0  # the first step of a rank may wait for another to compile a decoder
+_TIMEOUT_SECONDS = 1800.0  # the other ranks wait while rank 0 compiles a decoder and decodes
 
 
 def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
@@ -87,11 +86,20 @@ def barrier() -> None:
         dist.barrier()
 
 
-@contextmanager
-def rank_zero_first(local_rank: int) -> Iterator[None]:
-    """Run the body on the node's first rank before the others, so that what it builds is in the cache for them."""
-    if local_rank > 0:
-        barrier()
-    yield
-    if local_rank == 0:
-        barrier()
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether any rank says so; all ranks must ask, and none waits for one that failed and said it here."""
+    if not is_distributed():
+        return flag
+    votes = torch.tensor(float(flag), device=device)
+    dist.all_reduce(votes)
+    return bool(votes > 0)
+
+
+def gather_to_first(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on rank 0; nothing on the others. Tensors must lie on the CPU."""
+    if not is_distributed():
+        return [value]
+    first = dist.get_rank() == 0
+    values: list[Any] | None = [None] * dist.get_world_size() if first else None
+    dist.gather_object(value, values)
+    return values or []

@@ -30,6 +30,7 @@ from owl_wms.trainers.checkpoints import load_core_weights, strip_wrappers
 from owl_wms.trainers.phases import Phase
 
 CFG_SCALE = 1.5  # upstream's fixed value, used when the configuration says nothing
+PREDICTION_FRAMES = 16  # of a clip that `log_predictions` shows, upstream's number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +87,7 @@ class DMDTrainer(BaseTrainer):
 
     ema_beta = 0.99
     stops_by_epochs = False
+    _predictions: dict[str, Tensor] | None = None
 
     def build_model(self) -> nn.Module:
         cfg = self.train_cfg
@@ -135,7 +137,16 @@ class DMDTrainer(BaseTrainer):
             (v_teacher,) = Guidance(model=self.teacher, scale=scale).velocity((noisy,), t, made.mouse, made.btn)
             v_critic = self.critic(noisy, t, made.mouse, made.btn)
             clean_teacher, clean_critic = noisy - expand(t) * v_teacher, noisy - expand(t) * v_critic
+        # Kept only by the step that an evaluation follows: it is what the next clips show.
+        if self.train_cfg.log_predictions and (self.step + 1) % self.train_cfg.sample_interval == 0:
+            shown = {"student": made.x, "teacher": clean_teacher, "critic": clean_critic}
+            self._predictions = {name: x[:1, -PREDICTION_FRAMES:].detach().float() for name, x in shown.items()}
         return dmd_loss(made.x, clean_teacher, clean_critic, made.generated)
+
+    def predictions(self) -> dict[str, Tensor]:
+        """The last frames of a clip of the student, and the clean clips that teacher and critic made of it."""
+        found, self._predictions = self._predictions, None
+        return found or {}
 
     def extra_state(self) -> dict[str, Any]:
         return {"critic": self.critic.state_dict(), "critic_opt": self.phases[0].optimiser.state_dict()}

@@ -1,19 +1,26 @@
 """Clips during training: the averaged model continues held-out latents, the bridge decodes them, they are written to
 disk.
 
-Every rank samples its share and writes its own files, so there is nothing to gather and shapes need not agree. Random
-numbers are forked: how often a run is looked at does not change what it learns. With `use_tensorrt` the decoder runs
-through `torch.compile(backend="tensorrt")`; the first rank of a node builds it before the others start.
+Every rank samples its share. Rank 0 alone has the decoder: the others send it their latents, so with `use_tensorrt` the
+decoder is compiled once, by one rank, through `torch.compile(backend="tensorrt")`, and the others spend no memory on
+it. Random numbers are forked: how often a run is looked at does not change what it learns.
+
+What is configured is tried before the first step (`prepare`), where a mistake costs nothing. What fails later costs the
+clips of that step: a warning and a line in the journal, and training goes on. Only a decoder that was told not to fall
+back (`tensorrt_fallback: false`) ends the run. All ranks take part in the same exchanges whatever fails on one of them.
 
 Usage:
     evaluator = Evaluator(trainer, sample_loader=None)
-    paths = evaluator.run()          # [.../samples/step_1000_0.mp4, ...]
+    evaluator.prepare()
+    result = evaluator.run()          # result.paths == [.../samples/step_1000_0.mp4, ...] on rank 0
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +29,9 @@ from torch import Tensor, nn
 
 from owl_wms.data.loaders import Loader
 from owl_wms.data.loading import Batch
-from owl_wms.errors import ConfigError
-from owl_wms.sampling import SampleResult, get_sampler_cls
-from owl_wms.trainers.distributed import rank_zero_first
+from owl_wms.errors import ConfigError, FastPathError, TrainingError
+from owl_wms.sampling import get_sampler_cls
+from owl_wms.trainers.distributed import any_rank, gather_to_first
 from owl_wms.trainers.output import write_clip
 
 if TYPE_CHECKING:
@@ -36,15 +43,26 @@ _log = logging.getLogger(__name__)
 _SEED = 20_000_003  # apart from the seeds of training steps
 
 
-class Evaluator:
-    """Samples, decodes and writes clips for one trainer.
+@dataclass(kw_only=True, slots=True)
+class Evaluation:
+    """What became of one evaluation on this rank.
 
     Attributes:
-        decoded_by: backend of the last clips, and why; empty before the first and where nothing is decoded.
+        paths: clips written; empty where nothing is decoded.
+        decoded_by: backend of the clips, and why; empty without clips.
+        error: what failed on this rank, or None.
     """
 
+    paths: list[Path] = field(default_factory=list)
+    decoded_by: str = ""
+    error: str | None = None
+
+
+class Evaluator:
+    """Samples, decodes and writes clips for one trainer."""
+
     def __init__(self, trainer: BaseTrainer, sample_loader: Loader | None) -> None:
-        """Build the sampler and, on first use, loader and decoders.
+        """Build the sampler.
 
         Raises:
             ConfigError: an unknown sampler or arguments that it does not take.
@@ -52,23 +70,81 @@ class Evaluator:
         self._trainer = trainer
         self._given_loader = sample_loader
         self._batches: Iterator[Batch] | None = None
-        self._decoders: tuple[VideoDecode | None, Decode | None] | None = None
-        self.decoded_by = ""
+        self._decode: VideoDecode | None = None
+        self._decode_audio: Decode | None = None
         cfg = trainer.train_cfg
         try:
             self.sampler = get_sampler_cls(cfg.sampler_id or "")(**(cfg.sampler_kwargs or {}))
         except TypeError as error:
             raise ConfigError(f"sampler {cfg.sampler_id!r}: {error}", key="train.sampler_kwargs") from error
 
+    def prepare(self) -> None:
+        """Read the first batch of the evaluation's data on every rank, and load the decoders on rank 0.
+
+        Raises:
+            ConfigError, DataError, CheckpointError: data or decoder that cannot be used.
+            TrainingError: that happened on another rank.
+        """
+        error: Exception | None = None
+        try:
+            batches = self._open_batches()
+            self._batches = chain((next(batches),), batches)  # read, compared with the model, and not lost
+            if self._trainer.rank == 0:
+                self._load_decoders()
+        except Exception as caught:
+            error = caught
+        self._stop_together(error)
+
+    def run(self) -> Evaluation:
+        """Sample on every rank, decode and write on rank 0; all ranks must call it.
+
+        Returns:
+            What was written, or what failed.
+
+        Raises:
+            FastPathError: the compiled decoder failed and must not fall back.
+            TrainingError: that happened on rank 0.
+        """
+        result, fatal = Evaluation(), None
+        sampled: tuple[Tensor, Tensor | None] | None = None
+        try:
+            sampled = self._sample()
+        except Exception as error:  # whatever it is, the run is worth more than a clip
+            result.error = _described(error)
+            self._batches = None  # a generator that raised is at its end
+        # Kept on the CPU meanwhile: the first rank would otherwise hold everyone's latents on its device.
+        gathered = gather_to_first(sampled)
+        try:
+            if self._decode is not None:
+                self._write_all(gathered, result)
+        except FastPathError as error:
+            fatal = error
+        except Exception as error:
+            result.error = _described(error)
+        self._stop_together(fatal)
+        if result.error is not None:
+            _log.warning(
+                "step %d: evaluation failed on rank %d, training goes on: %s",
+                self._trainer.step,
+                self._trainer.rank,
+                result.error,
+            )
+        return result
+
+    def _stop_together(self, error: Exception | None) -> None:
+        """Raise `error`, and a TrainingError on the ranks that have none; also where they wait for each other."""
+        failed = any_rank(error is not None, self._trainer.device)
+        if error is not None:
+            raise error
+        if failed:
+            raise TrainingError("evaluation cannot run on another rank, whose error says why", step=self._trainer.step)
+
     @torch.no_grad()
-    def run(self) -> list[Path]:
-        """Write this rank's clips of the current step; returns their paths."""
+    def _sample(self) -> tuple[Tensor, Tensor | None]:
+        """This rank's latents [b, n, c, h, w] and, for a model with sound, [b, n, c_a], as stored, on the CPU."""
         trainer, cfg = self._trainer, self._trainer.train_cfg
         if self._batches is None:
-            loader = self._given_loader or trainer.make_loader(
-                cfg.sample_data_id, cfg.sample_data_kwargs, -(-cfg.n_samples // trainer.world_size)
-            )
-            self._batches = trainer.endless(loader)
+            self._batches = self._open_batches()
         batch = next(self._batches)
         cuda = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
@@ -76,31 +152,51 @@ class Evaluator:
             core = core_of(trainer.ema.model)
             with torch.autocast(trainer.device.type, torch.bfloat16):
                 result = trainer.sample(self.sampler, core, batch)
-        latents = result.latents.float() * cfg.vae_scale
+        latents = (result.latents.float() * cfg.vae_scale).cpu()
         sound = None
         if result.latents_audio is not None and cfg.audio_vae_scale is not None:
-            sound = result.latents_audio.float() * cfg.audio_vae_scale
+            sound = (result.latents_audio.float() * cfg.audio_vae_scale).cpu()
         self._keep_latents(latents, sound)
-        if self._decoders is None:
-            self._decoders = self._make_decoders(latents)
-        decode, decode_audio = self._decoders
-        if decode is None:
-            return []
-        video = decode(latents.bfloat16())
-        stats = decode.stats()
-        self.decoded_by = f"{stats.backend}: {stats.reason}"
-        audio = decode_audio(sound.bfloat16()) if decode_audio is not None and sound is not None else None
-        return self._write(video, audio, result)
+        return latents, sound
 
-    def _write(self, video: Tensor, audio: Tensor | None, result: SampleResult) -> list[Path]:
+    def _open_batches(self) -> Iterator[Batch]:
+        trainer, cfg = self._trainer, self._trainer.train_cfg
+        share = -(-cfg.n_samples // trainer.world_size)
+        loader = self._given_loader or trainer.make_loader(cfg.sample_data_id, cfg.sample_data_kwargs, share)
+        return trainer.endless(loader, "sample_data_kwargs")
+
+    @torch.no_grad()
+    def _write_all(self, gathered: list[tuple[Tensor, Tensor | None] | None], result: Evaluation) -> None:
+        """Decode and write what every rank sampled, and the trainer's predictions, on rank 0."""
         trainer = self._trainer
-        suffix = "" if trainer.world_size == 1 else f"_rank{trainer.rank}"
-        stem = trainer.folder / "samples" / f"step_{trainer.step}{suffix}"
-        paths = []
-        for index, clip in enumerate(video):
-            sound = None if audio is None else audio[index]
-            paths.append(write_clip(stem.with_name(f"{stem.name}_{index}"), clip, sound, fps=trainer.train_cfg.fps))
-        return paths
+        stem = f"step_{trainer.step}"
+        for rank, sampled in enumerate(gathered):
+            if sampled is not None:
+                name = stem if trainer.world_size == 1 else f"{stem}_rank{rank}"
+                result.paths += self._write(name, *sampled)
+        for name, latents in trainer.predictions().items():
+            result.paths += self._write(f"{stem}_{name}", latents * trainer.train_cfg.vae_scale, None)
+        if result.paths and self._decode is not None:
+            stats = self._decode.stats()
+            result.decoded_by = f"{stats.backend}: {stats.reason}"
+
+    def _write(self, name: str, latents: Tensor, sound: Tensor | None) -> list[Path]:
+        trainer = self._trainer
+        assert self._decode is not None  # asked for by `run`
+        video = self._decode(latents.to(trainer.device, torch.bfloat16))
+        audio = None
+        if self._decode_audio is not None and sound is not None:
+            audio = self._decode_audio(sound.to(trainer.device, torch.bfloat16))
+        stem = trainer.folder / "samples" / name
+        return [
+            write_clip(
+                stem.with_name(f"{name}_{index}"),
+                clip,
+                None if audio is None else audio[index],
+                fps=trainer.train_cfg.fps,
+            )
+            for index, clip in enumerate(video)
+        ]
 
     def _keep_latents(self, latents: Tensor, sound: Tensor | None) -> None:
         """`vid.{step}.pt` and `aud.{step}.pt` in `eval_sample_dir`, when there is one."""
@@ -112,14 +208,14 @@ class Evaluator:
         rank = "" if trainer.rank == 0 else f".rank{trainer.rank}"
         for name, value in (("vid", latents), ("aud", sound)):
             if value is not None:
-                torch.save(value.cpu(), folder / f"{name}.{trainer.step}{rank}.pt")
+                torch.save(value, folder / f"{name}.{trainer.step}{rank}.pt")
 
-    def _make_decoders(self, latents: Tensor) -> tuple[VideoDecode | None, Decode | None]:
-        """The video decoder and, where configured, the sound's; None for what has no checkpoint."""
+    def _load_decoders(self) -> None:
+        """The video decoder and, where configured, the sound's; what has no checkpoint stays None."""
         cfg, trainer = self._trainer.train_cfg, self._trainer
         if cfg.vae_ckpt_path is None and cfg.vae_id is None:
             _log.warning("train.vae_ckpt_path is not set: evaluation keeps latents only, no clips are decoded")
-            return None, None
+            return
         # Imported here: a run without a decoder needs none of it.
         from owl_wms.utils.owl_vae_bridge import (
             get_decoder_only,
@@ -130,19 +226,18 @@ class Evaluator:
         decoder = get_decoder_only(cfg.vae_id, cfg.vae_cfg_path, cfg.vae_ckpt_path, device=trainer.device)
         decoder.requires_grad_(False)
         # The training configuration's tensorrt_* fields hold here; a call's own use_tensorrt would outrank them.
-        decode = make_batched_decode_fn(
+        self._decode = make_batched_decode_fn(
             decoder, cfg.vae_batch_size, use_tensorrt=cfg.use_tensorrt, config=cfg, jit=True
         )
-        if trainer.world_size > 1 and cfg.use_tensorrt:
-            with rank_zero_first(trainer.local_rank):
-                decode(latents[:1, :1].bfloat16())
-        decode_audio = None
         if cfg.audio_vae_ckpt_path is not None:
             audio = get_decoder_only(
                 cfg.audio_vae_id, cfg.audio_vae_cfg_path, cfg.audio_vae_ckpt_path, device=trainer.device
             )
-            decode_audio = make_batched_audio_decode_fn(audio.requires_grad_(False), cfg.vae_batch_size)
-        return decode, decode_audio
+            self._decode_audio = make_batched_audio_decode_fn(audio.requires_grad_(False), cfg.vae_batch_size)
+
+
+def _described(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__
 
 
 def core_of(model: nn.Module) -> nn.Module:

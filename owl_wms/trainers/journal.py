@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,9 +45,13 @@ class Journal:
         self._run = _start_wandb(wandb_cfg, config)
 
     def log(self, step: int, values: Mapping[str, float | str | None]) -> None:
-        """Record the values of a step; a later line for the same step, after a resume, supersedes the earlier one."""
+        """Record the values of a step; a later line for the same step, after a resume, supersedes the earlier one.
+
+        JSON has no NaN and no infinity: such values are written as the strings "nan", "inf" and "-inf".
+        """
+        values = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._run is not None:
             self._run.log(dict(values), step=step)

@@ -29,6 +29,10 @@ class Metrics:
         self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
         self._counts[name] = self._counts.get(name, 0) + 1
 
+    def shown(self) -> str:
+        """This rank's means so far, for a message."""
+        return ", ".join(f"{name} {float(self._sums[name]) / self._counts[name]:.4g}" for name in sorted(self._sums))
+
     def pop(self, *, stop: bool = False) -> tuple[dict[str, float], bool]:
         """Means of all names, and whether any rank said stop; everything is forgotten afterwards.
 

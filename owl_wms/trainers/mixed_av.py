@@ -16,6 +16,7 @@ class MixedAVRFTTrainer(AVRFTTrainer):
     """Batches (latents, audio, mouse, buttons, has_controls bool [b]); also reports `unlabelled_proportion`."""
 
     trainer_id = "mixed_av"
+    batch_parts = ("latents", "audio", "mouse", "buttons", "has_controls")
     clip = 1.0
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

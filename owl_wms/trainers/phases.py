@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from owl_wms.data.loading import Batch
+from owl_wms.errors import TrainingError
 from owl_wms.trainers.distributed import is_distributed
+from owl_wms.trainers.guards import REMEDY
 from owl_wms.trainers.metrics import Metrics
 from owl_wms.trainers.optimisers import Optimiser
 
@@ -78,7 +80,11 @@ class Phase:
     def update(self, batches: Iterator[Batch], metrics: Metrics, step: int) -> None:
         """All updates of this phase in a step, each over `accumulation` fresh batches.
 
-        Gradients cross ranks only with an update's last micro-batch.
+        Gradients cross ranks only with an update's last micro-batch. Their norm is looked at before they are applied:
+        it is the same on all ranks, so all of them stop together, with the weights still whole.
+
+        Raises:
+            TrainingError: a gradient is NaN or infinite; nothing of this update was applied.
         """
         for _ in range(self.repeats):
             self.schedule(step)
@@ -91,8 +97,16 @@ class Phase:
                     (loss / self.accumulation).backward()
                 for name, value in reports.items():
                     metrics.add(name, value)
+            given = [p for p in self.model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
+            if not torch.isfinite(norm):
+                raise TrainingError(
+                    f"step {step + 1}: the gradient of the {self.name} is {float(norm)} ({metrics.shown()}), so it is "
+                    f"not applied and the run ends here; {REMEDY}",
+                    step=step,
+                )
             if self.clip is not None:
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+                torch.nn.utils.clip_grads_with_norm_(given, self.clip, norm)
                 metrics.add("g_norm" if self.name == "model" else f"{self.name}_g_norm", norm)
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)

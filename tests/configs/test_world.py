@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,15 +21,46 @@ from owl_wms.configs import (
 from owl_wms.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = [*sorted(CONFIGS.glob("*.yml")), *sorted((CONFIGS.parent / "examples" / "world").glob("*.yml"))]
 DIT_V4 = yaml.safe_load((CONFIGS / "dit_v4.yml").read_text())
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_files_load_and_satisfy_their_trainer(path: Path) -> None:
     cfg = load_world_config(path)
     require_trainer_keys(cfg.train, path=path)
     for name in (cfg.train.vae_cfg_path, cfg.train.audio_vae_cfg_path, cfg.train.teacher_cfg):
         assert name is None or (CONFIGS.parent / name).is_file()
+
+
+def test_known_ids_are_the_registered_ones() -> None:
+    from owl_wms.configs.world import DataId, SamplerId, TrainerId
+    from owl_wms.data.loaders import DATA_IDS
+    from owl_wms.models import MODELS
+    from owl_wms.sampling import SAMPLERS
+    from owl_wms.trainers import TRAINERS
+
+    assert set(get_args(DataId)) == set(DATA_IDS)
+    assert set(get_args(SamplerId)) == set(SAMPLERS)
+    assert set(get_args(TrainerId)) == set(TRAINERS)
+    assert set(get_args(WorldModelConfig.model_fields["model_id"].annotation)) == set(MODELS)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_loader_and_sampler_of_shipped_files_take_their_arguments(path: Path) -> None:
+    from owl_wms.data.loaders import get_loader
+    from owl_wms.errors import DataError
+    from owl_wms.sampling import get_sampler_cls
+
+    train = load_world_config(path).train
+    get_sampler_cls(str(train.sampler_id))(**(train.sampler_kwargs or {}))
+    for data_id, kwargs in ((train.data_id, train.data_kwargs), (train.sample_data_id, train.sample_data_kwargs)):
+        problem = ""
+        try:
+            get_loader(str(data_id), train.batch_size, **(kwargs or {}))
+        except DataError as error:  # the data itself is not shipped
+            problem = str(error)
+        assert not problem or "schema.json" in problem
 
 
 def test_values_and_tensorrt_defaults() -> None:
@@ -77,6 +108,10 @@ MISTAKES = [
     (_changed("train", "opt_kwargs", {"momentun": 1}), "train.opt_kwargs.momentun", "did you mean 'momentum'?"),
     (_changed("train", "opt_kwargs", 3), "train.opt_kwargs", "valid dictionary"),
     (_changed("train", "gen_p", 1.5), "train.gen_p", "within 0..1"),
+    (_changed("train", "data_id", "cod_s3_audi"), "train.data_id", "did you mean 'cod_s3_audio'?"),
+    (_changed("train", "sample_data_id", "cods"), "train.sample_data_id", "did you mean 'cod'?"),
+    (_changed("train", "sampler_id", "av_cachin"), "train.sampler_id", "did you mean 'av_caching'?"),
+    (_changed("train", "vae_scale", 0.0), "train.vae_scale", "must be above 0, received 0.0"),
     (_changed("train", "vae_scale", "0.63"), "train.vae_scale", "valid number"),
 ]
 

@@ -1,0 +1,87 @@
+"""Batches on their way into a trainer: compared with the model's configuration, then moved to the device.
+
+Why it exists: columns in another order, or latents of another encoder, otherwise end deep inside the model as a matrix
+product that does not fit, without a word of the file or the key that is wrong.
+
+Usage:
+    rule = BatchRule(("latents", "mouse", "buttons"), cfg.model, "train.data_kwargs", cfg.train.data_kwargs)
+    batches = endless(loader, rule, device)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from owl_wms.configs.world import WorldModelConfig
+from owl_wms.data.loaders import Loader
+from owl_wms.data.loading import Batch
+from owl_wms.errors import DataError
+
+MOUSE_AXES = 2
+
+
+class BatchRule:
+    """What a trainer's batches look like.
+
+    Attributes:
+        parts: names of the tensors that the trainer reads, in order; a batch may bring more behind them.
+    """
+
+    def __init__(
+        self, parts: Sequence[str], model: WorldModelConfig, key: str, kwargs: Mapping[str, Any] | None
+    ) -> None:
+        """Derive the shapes.
+
+        Args:
+            parts: among latents, audio, mouse, buttons, has_controls.
+            model: says channels, sides and numbers of buttons.
+            key: dotted key of the configuration that the batches come from, for messages.
+            kwargs: its value.
+        """
+        frames: dict[str, tuple[int, ...]] = {
+            "latents": (model.channels, model.sample_size, model.sample_size),
+            "audio": (model.audio_channels,),
+            "mouse": (MOUSE_AXES,),
+            "buttons": (model.n_buttons,),
+        }
+        self.parts = tuple(parts)
+        self._frames = {name: frames[name] for name in parts if name in frames}
+        self._key = key
+        settings = kwargs or {}
+        self._source = settings.get("dataset_path") or settings.get("bucket_name")
+        self._columns = settings.get("batch_columns")
+
+    def check(self, batch: Batch) -> None:
+        """Compare shapes; nothing is read from the device.
+
+        Raises:
+            DataError: a part that is absent or of another shape; names key, part, wanted and got.
+        """
+        shapes = [tuple(part.shape) for part in batch]
+        if len(batch) < len(self.parts):
+            self._refuse(f"has {len(batch)} parts, and the trainer reads {', '.join(self.parts)}")
+        for name, shape in zip(self.parts, shapes, strict=False):
+            if name in self._frames and (shape[:2] != shapes[0][:2] or shape[2:] != self._frames[name]):
+                wanted = ", ".join(map(str, (*shapes[0][:2], *self._frames[name])))
+                self._refuse(f"gives {list(shape)} as {name}, and the model wants [{wanted}]")
+
+    def _refuse(self, problem: str) -> None:
+        source = "" if self._source is None else f"{self._source}: "
+        columns = "" if self._columns is None else f" (batch_columns: {', '.join(self._columns)})"
+        raise DataError(f"{source}a batch of {self._key} {problem}{columns}", path=self._source)
+
+
+def endless(loader: Loader, rule: BatchRule, device: torch.device) -> Iterator[Batch]:
+    """Batches on the device, floats as float32: autocast decides what is bf16; noise and loss are not.
+
+    Raises:
+        DataError: a batch that does not keep the rule.
+    """
+    while True:
+        for batch in loader:
+            rule.check(batch)
+            moved = (part.to(device, non_blocking=True) for part in batch)
+            yield tuple(part.float() if part.is_floating_point() else part for part in moved)

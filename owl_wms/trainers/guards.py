@@ -1,0 +1,76 @@
+"""What keeps a run's files whole when its numbers, its data or its machine fail.
+
+Usage:
+    require_finite(step, values)                 # after a step, before anything is saved
+    broken = broken_weight(trainer.checkpoint()) # None, or the key that must not be saved
+    rescue(trainer)                              # in the handler of whatever ended the loop
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from owl_wms.errors import TrainingError
+
+if TYPE_CHECKING:
+    from owl_wms.trainers.base import BaseTrainer
+
+REMEDY = (
+    "look for extreme values in the data, lower the learning rate or lengthen the warm-up, and continue from the last "
+    "checkpoint with --resume"
+)
+_log = logging.getLogger(__name__)
+
+
+def require_finite(step: int, values: Mapping[str, float]) -> None:
+    """Check what a step reports.
+
+    Raises:
+        TrainingError: a value is NaN or infinite; names step and values.
+    """
+    bad = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
+    if bad:
+        raise TrainingError(f"step {step}: {bad}, so the run ends here; {REMEDY}", step=step)
+
+
+def broken_weight(state: Mapping[str, Any]) -> str | None:
+    """Key of the first weight in a checkpoint's parts (`model`, `ema`, ...) that holds NaN or infinity, or None.
+
+    One synchronisation with the device in all.
+    """
+    floats = {
+        f"{name}.{key}": value
+        for name, part in state.items()
+        if isinstance(part, Mapping)
+        for key, value in part.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    if not floats:
+        return None
+    fine = torch.stack([value.isfinite().all() for value in floats.values()]).tolist()
+    return next((key for key, ok in zip(floats, fine, strict=True) if not ok), None)
+
+
+def rescue(trainer: BaseTrainer) -> None:
+    """After a failure: save the steps since the last checkpoint, unless the weights themselves are broken.
+
+    By rank 0 without waiting for anyone, as other ranks may be gone. Never raises: the failure that led here is the one
+    to report.
+    """
+    if trainer.rank != 0 or trainer.step == trainer.saved_step:
+        return
+    try:
+        broken = broken_weight(trainer.checkpoint())
+        if broken is None:
+            trainer.write_checkpoint()
+            _log.warning("the run failed; step %d was saved to %s first", trainer.step, trainer.folder)
+        else:
+            _log.warning("the run failed; step %d is not saved: weight %r is not finite", trainer.step, broken)
+    except Exception as error:
+        _log.warning("the run failed, and step %d could not be saved: %s", trainer.step, error)

@@ -1,0 +1,56 @@
+"""A line that says how far a run is, for people: shown by rank 0 when stderr is a terminal, and nothing otherwise.
+
+Usage:
+    with Progress(total=1000, done=trainer.step) as progress:
+        progress.show(step, {"diffusion_loss": 0.9, "time": 0.2})
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+_SMOOTHING = 0.1  # share of a new step in the shown steps a second
+
+
+class Progress:
+    """Steps, losses and steps a second."""
+
+    def __init__(self, *, total: int | None, done: int = 0, enabled: bool = True) -> None:
+        """Prepare the line; it appears on entry.
+
+        Args:
+            total: steps of the whole run, or None when epochs or a time end it.
+            done: steps done before.
+            enabled: False shows nothing even on a terminal.
+        """
+        self._bar: Any = None
+        self._seconds = 0.0
+        if enabled and sys.stderr.isatty():
+            # Imported here: a run without a terminal needs none of it.
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self._bar = Bar(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """A step is done: `values` are what it reports, with its seconds as `time`."""
+        if self._bar is None:
+            return
+        took = max(values.get("time", 0.0), 1e-9)
+        self._seconds = took if self._seconds == 0 else self._seconds + _SMOOTHING * (took - self._seconds)
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name.endswith("loss"))
+        self._bar.update(self._task, completed=step, description=f"{losses}  {1 / self._seconds:.2f} steps/s")
