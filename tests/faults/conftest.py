@@ -6,22 +6,31 @@ import io
 import os
 import pickle
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
-from tests.faults.ledger import ROWS, Ledger
+from tests.faults.ledger import Ledger
+from tests.faults.rows import ROWS
 
+Case = TypeVar("Case")
 _LEDGER = Ledger()
 # Tests of one session may run in part; the table is only written when all of them ran.
 _ROWS_WITHOUT_GPU = {name for name, row in ROWS.items() if not row.gpu}
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if session.config.getoption("--full-counts") and exitstatus == 0 and set(_LEDGER.outcomes) >= _ROWS_WITHOUT_GPU:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    if not config.getoption("--full-counts") or exitstatus != 0:
+        return
+    missing = _ROWS_WITHOUT_GPU - set(_LEDGER.outcomes)
+    if missing:
+        terminalreporter.write_line(f"docs/faults.md is not written: no outcome for {', '.join(sorted(missing))}")
+    else:
         _LEDGER.write()
+        terminalreporter.write_line("docs/faults.md is written")
 
 
 class Fault:
@@ -29,13 +38,20 @@ class Fault:
 
     def __init__(self, full: bool) -> None:
         self.full = full
+        self._reduced = False
 
-    def count(self, full: int, small: int | None = None) -> int:
-        """`full` in a full-count run, else `small` (a tenth when not said)."""
-        return full if self.full else max(1, full // 10 if small is None else small)
+    def count(self, full: int) -> int:
+        """`full` in a full-count run, else a tenth."""
+        self._reduced = True
+        return full if self.full else max(1, full // 10)
+
+    def some(self, cases: Sequence[Case]) -> Sequence[Case]:
+        """All of the cases in a full-count run, else every tenth."""
+        self._reduced = True
+        return cases if self.full else cases[::10]
 
     def record(self, identifier: str, outcome: str) -> None:
-        _LEDGER.record(identifier, outcome)
+        _LEDGER.record(identifier, outcome, self._reduced)
 
 
 @pytest.fixture

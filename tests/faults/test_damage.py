@@ -78,7 +78,7 @@ def test_the_good_entry_loads(victim: Victim, deserializers: Spy) -> None:
 
 @pytest.mark.timeout(900)
 def test_single_bit_flips(fault: Fault, victim: Victim, deserializers: Spy) -> None:
-    flips, chance = fault.count(10_000, 500), random.Random(5)
+    flips, chance = fault.count(10_000), random.Random(5)
     bits = {name: 8 * len(data) for name, data in victim.good.items()}
     # Every bit of the manifest that the count allows, the rest over the program.
     places = [
@@ -98,11 +98,10 @@ def test_single_bit_flips(fault: Fault, victim: Victim, deserializers: Spy) -> N
 @pytest.mark.timeout(900)
 def test_truncation(fault: Fault, victim: Victim, deserializers: Spy) -> None:
     chance, cases = random.Random(6), 0
-    step, extra = (1, 1000) if fault.full else (41, 60)
     for name in FILES:
         size = len(victim.good[name])
-        lengths = [length for length in range(0, 4097, step) if length < size]
-        lengths += [chance.randrange(size) for _ in range(extra)]
+        lengths = [length for length in fault.some(range(4097)) if length < size]
+        lengths += [chance.randrange(size) for _ in range(fault.count(1000))]
         for length in lengths:
             victim.attack({name: victim.good[name][:length]})
             victim.good["manifest.json"] = (victim.path / "manifest.json").read_bytes()
@@ -115,12 +114,12 @@ def test_truncation(fault: Fault, victim: Victim, deserializers: Spy) -> None:
 def test_appended_bytes_and_zero_pages(fault: Fault, victim: Victim, deserializers: Spy) -> None:
     chance, cases = random.Random(8), 0
     for name in FILES:
-        for length in range(1, 4097, 8 if fault.full else 256):
+        for length in fault.some(range(1, 4097, 8)):
             victim.attack({name: victim.good[name] + chance.randbytes(length)})
             victim.good["manifest.json"] = (victim.path / "manifest.json").read_bytes()
             cases += 1
     data = victim.program
-    for start in range(0, len(data), max(1, len(data) // (400 if fault.full else 20))):
+    for start in fault.some(range(0, len(data), max(1, len(data) // 400))):
         hole = data[:start] + bytes(min(4096, len(data) - start)) + data[start + 4096 :]
         if hole != data:
             victim.attack({"program.pt2": hole})

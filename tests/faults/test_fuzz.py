@@ -64,24 +64,25 @@ def mutations(seeds: list[bytes], count: int, chance: random.Random) -> Iterable
 def slowest_of(
     parse_one: Callable[[bytes], object], inputs: Iterable[bytes], allowed: type[Exception]
 ) -> tuple[int, int, float]:
-    """Inputs tried, inputs accepted, seconds of the slowest; anything but `allowed` propagates."""
+    """Inputs tried, inputs accepted, seconds of the slowest; anything but `allowed` propagates.
+
+    Seconds of this thread on a core, the best of three where they are many: a busy machine is not the parser's fault.
+    """
     tried = accepted = 0
     slowest = 0.0
     for data in inputs:
-        began = time.perf_counter()
+        began = time.thread_time()
         try:
             parse_one(data)
             accepted += 1
         except allowed:
             pass
-        took = time.perf_counter() - began
-        for _ in range(
-            2 if took > SECONDS else 0
-        ):  # a busy machine is not the parser's fault: the best of three counts
-            began = time.perf_counter()
+        took = time.thread_time() - began
+        for _ in range(2 if took > SECONDS else 0):
+            began = time.thread_time()
             with contextlib.suppress(allowed):
                 parse_one(data)
-            took = min(took, time.perf_counter() - began)
+            took = min(took, time.thread_time() - began)
         slowest = max(slowest, took)
         tried += 1
     return tried, accepted, slowest
@@ -191,7 +192,7 @@ def test_any_report_comes_back(report: dict[str, object]) -> None:
 @pytest.mark.timeout(900)
 def test_manifest_mutations(fault: Fault) -> None:
     seeds = [good_manifest(), good_manifest({"plans": [{"name": "tensorrt", "ms": 1.5}] * 5, "why": "x" * 200})]
-    count = fault.count(1_000_000, 15_000)
+    count = fault.count(1_000_000)
 
     def only_what_was_written(data: bytes) -> None:
         _manifest(data)
