@@ -85,7 +85,11 @@ def _lacks_its_end(path: Path) -> bool:
     torch then says "[Errno 22] Invalid argument" or speaks of its archive reader, according to where it breaks off.
     """
     with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
+        begins = file.read(4) == b"PK\x03\x04"
+    try:
+        return begins and not zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it has a directory, a damaged one
+        return False
 
 
 def _single(value: Any, path: Path) -> Tensor:

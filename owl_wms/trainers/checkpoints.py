@@ -70,12 +70,20 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     except Exception as error:  # a damaged file raises whatever zip, pickle or torch trip over
         # torch's own text is not repeated: it advises to switch off the protection that refused the file.
         reason = "it is truncated, or no PyTorch checkpoint; use an earlier one"
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        if isinstance(error, pickle.UnpicklingError) and _is_archive(path):
             reason = "it holds Python objects that would run code when unpickled, which is refused"
         raise CheckpointError(f"{path}: cannot read this checkpoint: {reason}", path=path) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: a checkpoint must hold a dictionary, found {type(state).__name__}", path=path)
     return state
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether the file is a whole zip archive, as torch writes; a damaged directory may raise instead of saying no."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def strip_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
