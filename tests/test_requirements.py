@@ -27,6 +27,8 @@ WITH_TORCH = {"triton"}  # torch's own wheels for Linux bring it; elsewhere ther
 TENSORRT = {"torch-tensorrt", "tensorrt", "tensorrt-rtx", "torch-tensorrt-rtx"}  # one of two sets, never both
 # Modules that one command or one id imports when it is used, so an extra may bring what stands at their top.
 BEHIND_A_COMMAND = {"inference/server.py", "inference/session.py"}
+# Sixteen distributions for a log that is off unless asked for: the extra `train` brings it, and the warning says so.
+OPTIONAL = {"wandb"}
 # Needed without an import of ours: a plugin of pytest, and what diffusers downloads checkpoints with.
 NOT_IMPORTED = {"pytest-timeout", "huggingface-hub"}
 
@@ -77,7 +79,7 @@ REQUIRED, EXTRAS = declared()
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_import_is_installed_by_setup(path: Path) -> None:
     wanted = set(imports(path, top=False))
-    assert wanted - COMMON - TENSORRT <= {"torch"}, "`make setup` installs requirements-common.txt, torch and TensorRT"
+    assert wanted - COMMON - TENSORRT - OPTIONAL <= {"torch"}, "`make setup` installs requirements-common.txt, torch and TensorRT"
     assert wanted <= REQUIRED.union(*EXTRAS.values()), "setup.py declares it, if only in an extra"
     if str(path.relative_to(ROOT / "owl_wms")) not in BEHIND_A_COMMAND:
         assert set(imports(path, top=True)) <= REQUIRED, "importing the module needs it, so an extra is not enough"

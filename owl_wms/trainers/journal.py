@@ -84,5 +84,6 @@ def _start_wandb(cfg: WandbSection | None, config: Mapping[str, Any]) -> Any:
 
         return wandb.init(entity=cfg.name, project=cfg.project, name=cfg.run_name, config=dict(config))
     except Exception as error:  # not installed, refused or unreachable: its errors share no base class
-        _log.warning("Weights & Biases is not available (%s): logging to disk only", error)
+        remedy = "if it is not installed: pip install 'owl_wms[train]'"
+        _log.warning("Weights & Biases is not available (%s): logging to disk only; %s", error, remedy)
         return None
