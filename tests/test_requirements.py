@@ -79,7 +79,9 @@ REQUIRED, EXTRAS = declared()
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_import_is_installed_by_setup(path: Path) -> None:
     wanted = set(imports(path, top=False))
-    assert wanted - COMMON - TENSORRT - OPTIONAL <= {"torch"}, "`make setup` installs requirements-common.txt, torch and TensorRT"
+    assert wanted - COMMON - TENSORRT - OPTIONAL <= {"torch"}, (
+        "`make setup` installs requirements-common.txt, torch and TensorRT"
+    )
     assert wanted <= REQUIRED.union(*EXTRAS.values()), "setup.py declares it, if only in an extra"
     if str(path.relative_to(ROOT / "owl_wms")) not in BEHIND_A_COMMAND:
         assert set(imports(path, top=True)) <= REQUIRED, "importing the module needs it, so an extra is not enough"
