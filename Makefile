@@ -29,6 +29,7 @@ test-gpu: $(STAMP)
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest -q tests/faults --full-counts
+	$(BIN)/python -m pytest -q tests/trt -m slow --full-counts
 	$(BIN)/python -m tests.faults.ledger
 
 bench: $(STAMP)

@@ -151,6 +151,16 @@ def test_a_decoder_that_is_not_there_is_said_before_the_first_step(tmp_path: Pat
     assert trainer.step == 0
 
 
+def test_a_resumed_run_looks_for_its_decoder_before_it_trains_on(tmp_path: Path) -> None:
+    # Resumed between two evaluations: the next one is steps away, and those steps would be lost with it.
+    build(tmp_path, "rft", max_steps=1).train()
+    files = {**decoder_files(tmp_path), "vae_ckpt_path": str(tmp_path / "gone.pt")}
+    trainer = build(tmp_path, "rft", max_steps=6, sample_interval=4, resume_ckpt="latest", **files)
+    with pytest.raises(CheckpointError, match=r"gone\.pt"):
+        trainer.train()
+    assert (trainer.step, trainer.losses) == (1, [])
+
+
 def test_evaluation_data_that_does_not_fit_is_said_before_the_first_step(tmp_path: Path) -> None:
     cfg = config(tmp_path, "rft", max_steps=2)
     video, mouse, buttons = batch_for("rft")
