@@ -12,6 +12,7 @@ Usage:
 
 from __future__ import annotations
 
+import gc
 from datetime import timedelta
 from typing import Any
 
@@ -56,6 +57,9 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
 def cleanup() -> None:
     """Leave the process group, if there is one; a second call does nothing."""
     if dist.is_initialized():
+        # A trainer and its evaluator hold each other, so one that was let go still lives; and gloo may abort the
+        # process when its group goes before the reducers of data parallelism do.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -18,6 +18,7 @@ import sys, torch
 from owl_wms.configs.world import load_world_config
 from owl_wms.errors import CheckpointError, TrainingError
 from owl_wms.trainers import get_trainer_cls, setup, cleanup
+from owl_wms.trainers.distributed import barrier
 torch.set_num_threads(1)
 rank, local_rank, world = setup(60)
 cfg = load_world_config(sys.argv[1])
@@ -52,7 +53,8 @@ failing.sample, failing.evaluator._write_all = sampled, written
 failing.train()
 assert failing.step == 3
 assert (failing.evaluator._decode is not None) == (rank == 0), "only the first rank holds a decoder"
-del failing
+del failing, sample, decode  # each holds the trainer, which must go before the group does
+barrier()
 cleanup()
 """
 
