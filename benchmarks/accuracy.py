@@ -25,6 +25,12 @@ class Accuracy:
     finite: bool
 
 
+def relative_l2(x: Tensor, reference: Tensor) -> float:
+    """||x - reference|| / ||reference|| of two tensors of one shape and any real dtype, in float64."""
+    wanted = reference.double()
+    return float((x.double() - wanted).norm() / wanted.norm())
+
+
 def accuracy(x_BCHW: Tensor, reference_BCHW: Tensor) -> Accuracy:
     """Compare an output [B, C, H, W] of any dtype with its fp32 reference of that shape; 3 channels first are RGB."""
     x, reference = x_BCHW.float(), reference_BCHW.float()
@@ -32,7 +38,7 @@ def accuracy(x_BCHW: Tensor, reference_BCHW: Tensor) -> Accuracy:
     mse = (rgb - rgb_reference).square().mean().item()
     as_uint8 = [((frame / 2 + 0.5) * 255).round() for frame in (rgb, rgb_reference)]
     return Accuracy(
-        relative_l2=((x - reference).norm() / reference.norm()).item(),
+        relative_l2=relative_l2(x, reference),
         psnr_db=float("inf") if mse == 0 else 10 * torch.log10(torch.tensor(4.0 / mse)).item(),
         max_uint8=int((as_uint8[0] - as_uint8[1]).abs().max().item()),
         finite=bool(torch.isfinite(x).all().item()),

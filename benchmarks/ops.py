@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.accuracy import relative_l2
 from benchmarks.case import Case
 from benchmarks.harness import console, document, finish, machine_line, measure_ceilings, measure_interleaved
 from benchmarks.ops8 import code_cases
@@ -133,8 +134,7 @@ def error_of(case: Case) -> float:
         return case.compare(case.make(1))
     values = case.make(1)
     wide = tuple(value.float() if isinstance(value, Tensor) else value for value in values)
-    want = case.reference(*wide).double()
-    return float((case.run(*values).double() - want).norm() / want.norm())
+    return relative_l2(case.run(*values), case.reference(*wide))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

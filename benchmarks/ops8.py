@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from benchmarks.accuracy import relative_l2
 from benchmarks.case import Case
 from owl_wms.ops import codes, grouped_conv8, linear8
 from owl_wms.ops.grouped_conv import pack
@@ -20,11 +21,6 @@ LIMIT = 2e-2
 STAGES = ((512, 256), (256, 512), (128, 1024), (64, 2048))
 # Random codes of all magnitudes that seldom saturate.
 SPREAD = {torch.int8: 40.0, torch.float8_e4m3fn: 60.0}
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    """Relative L2."""
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def code_cases(batch: int, device: str, stages: tuple[tuple[int, int], ...] = STAGES) -> Iterator[Case]:
@@ -59,7 +55,7 @@ def _products(batch: int, device: str, side: int, width: int, name: str, dtype: 
         reference=linear8.reference,
         bytes_moved=pixels * 3 * width,
         flops=4 * pixels * width * width,
-        compare=lambda values: distance(torch.ops.owl_wms.linear8(*values), linear8.reference(*values)),
+        compare=lambda values: relative_l2(torch.ops.owl_wms.linear8(*values), linear8.reference(*values)),
         limit=LIMIT,
     )
     down, down_scale = weights(width, 2 * width)
@@ -70,7 +66,7 @@ def _products(batch: int, device: str, side: int, width: int, name: str, dtype: 
         got = linear8.add_linear8_(*values)
         assert got is not None
         assert made is not None
-        return max(distance(got, made), distance(values[0], total))
+        return max(relative_l2(got, made), relative_l2(values[0], total))
 
     yield Case(
         name=f"linear8 down {name} {side}x{side} {2 * width} to {width}, residual and codes",
@@ -114,6 +110,6 @@ def _convolutions(batch: int, device: str, side: int, channels: int, name: str, 
             reference=reference,
             bytes_moved=pixels * channels + pixels // factor**2 * channels * (2 if up2 else 1),
             flops=pixels * channels * 2 * 9 * 16,
-            compare=lambda values: distance(run(*values), reference(*values)),
+            compare=lambda values: relative_l2(run(*values), reference(*values)),
             limit=LIMIT * (2 if up2 else 1),
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import decoders
+from benchmarks.accuracy import relative_l2
 from benchmarks.harness import console, finish, measure_interleaved
 from owl_wms.ops import conv3x3 as conv3x3_op
 from owl_wms.trt.fused_sana import Conv3x3, fuse
@@ -26,11 +27,6 @@ from owl_wms.trt.spec import dtype_of
 
 ROUNDS = 7
 NAMES = {-1: "library", -2: "library fused"}
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """|got - wanted| / |wanted|, L2, in fp32."""
-    return (torch.linalg.vector_norm(got.float() - wanted) / torch.linalg.vector_norm(wanted)).item()
 
 
 def milliseconds(call: Callable[[Tensor], object], x: Tensor, rounds: int = ROUNDS) -> float:
@@ -62,7 +58,7 @@ def convolutions(fused: nn.Module, z: Tensor) -> list[dict]:
                 got = run(x).float()
                 wanted = got if wanted is None else wanted
                 ms = milliseconds(run, x, 5)
-                ways[name] = {"ms": ms, "tflops": tflop / ms * 1e3, "stray": relative_error(got, wanted)}
+                ways[name] = {"ms": ms, "tflops": tflop / ms * 1e3, "stray": relative_l2(got, wanted)}
             except Exception as error:
                 ways[name] = {"reason": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
         row["ways"] = ways
@@ -89,7 +85,7 @@ def stages(eager: nn.Module, fused: nn.Module, z: Tensor) -> list[dict]:
             rows[-1]["times"] += 1
             continue
         nhwc = x.permute(0, 2, 3, 1).contiguous()
-        error = relative_error(ours(nhwc).permute(0, 3, 1, 2), block(x).float())
+        error = relative_l2(ours(nhwc).permute(0, 3, 1, 2), block(x).float())
         rows.append({"name": name, "times": 1, "eager_ms": milliseconds(block, x), "ours_ms": milliseconds(ours, nhwc)})
         rows[-1]["difference"] = error
     rows.append({"name": "input", "times": 1, "ours_ms": milliseconds(lambda q: latent(fused, q), z)})
@@ -136,7 +132,7 @@ def measure(precision: str, live: nn.Module, z: Tensor, compiled: bool, profiled
         runs["torch.compile channels_last"] = torch.compile(copy.deepcopy(eager), dynamic=False)
     tflop = decoders.gigaflop(eager, narrow) / 1e3
     whole = {}
-    errors = {name: relative_error(run(narrow), wanted) for name, run in runs.items()}
+    errors = {name: relative_l2(run(narrow), wanted) for name, run in runs.items()}
     for name, timing in measure_interleaved(runs, [narrow, narrow.flip(0)], rounds=10, warmup=2).items():
         whole[name] = {"ms": timing.median_ms, "tflops": tflop / timing.median_ms * 1e3, "error": errors[name]}
         row = whole[name]

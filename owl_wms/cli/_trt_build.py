@@ -52,9 +52,7 @@ def build(
     from owl_wms.runtime import VideoDecode
     from owl_wms.utils.owl_vae_bridge import get_decoder_only
 
-    settings = TensorRTConfig.resolve(
-        precision=precision, plans=tuple(plan or ()) or None, calibration=calibration, cache_dir=cache_dir
-    )
+    settings = _settings(precision, plan, calibration, cache_dir)
     if not settings.enabled:
         variable = env.TENSORRT_VARIABLES["enabled"]
         raise ConfigError(f"{variable} switches the compiled path off, so nothing is built; unset it", key=variable)
@@ -102,9 +100,7 @@ def bench(
     from owl_wms.trt.parity import reference_arithmetic
     from owl_wms.utils.owl_vae_bridge import get_decoder_only
 
-    settings = TensorRTConfig.resolve(
-        precision=precision, plans=tuple(plan or ()) or None, calibration=calibration, cache_dir=cache_dir
-    )
+    settings = _settings(precision, plan, calibration, cache_dir)
     shape = _latent_shape(latent, vae_config)
     decoder = get_decoder_only(vae_id, vae_config, checkpoint)
     decode = VideoDecode(decoder, batch_size=batch_size, settings=settings)
@@ -131,6 +127,13 @@ def bench(
     console = Console()
     console.print(table)
     console.print(Text(decode.stats().reason), soft_wrap=True)
+
+
+def _settings(
+    precision: str | None, plan: list[str] | None, calibration: str | None, cache_dir: str | None
+) -> TensorRTConfig:
+    plans = tuple(plan or ()) or None
+    return TensorRTConfig.resolve(precision=precision, plans=plans, calibration=calibration, cache_dir=cache_dir)
 
 
 def open_store(settings: TensorRTConfig) -> CacheStore:

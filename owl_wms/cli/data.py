@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from owl_wms.utils.paths import EXAMPLES
+from owl_wms.configs.paths import EXAMPLES
 
 _DEMO_VAE = EXAMPLES / "demo"
 app = typer.Typer(no_args_is_help=True, add_completion=False)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from owl_wms.utils.paths import EXAMPLES
+from owl_wms.configs.paths import EXAMPLES
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -62,10 +62,10 @@ def load_changed(path: Path, changes: list[str]) -> Any:
     """
     import yaml
 
+    from owl_wms.configs.paths import find_beside
     from owl_wms.configs.strict import parse, read_yaml
     from owl_wms.configs.world import WorldConfig
     from owl_wms.errors import ConfigError
-    from owl_wms.utils.paths import find_beside
 
     data = read_yaml(path)
     for change in changes:

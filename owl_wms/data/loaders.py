@@ -229,12 +229,7 @@ def _s3_mixed(
         def stream(prefix: str, members: tuple[str, ...]) -> S3Windows:
             bucket = TarBucket(bucket_name, prefix)
             return S3Windows(
-                bucket,
-                window_length,
-                members,
-                seed=seed + salt * world_size,
-                rank=rank,
-                file_share_max=file_share_max,
+                bucket, window_length, members, seed=seed + salt * world_size, rank=rank, file_share_max=file_share_max
             )
 
         labelled = stream(labelled_prefix, ("latent", "audiolatent", "mouse", "buttons"))

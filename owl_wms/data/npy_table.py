@@ -74,9 +74,8 @@ class NpyTable:
             if column not in known:
                 raise DataError(f"{self.path}: no array column {column!r}; it has {', '.join(known)}", path=self.path)
         self.rows: list[Row] = []
-        self._frames: dict[
-            str, tuple[tuple[int, ...], int]
-        ] = {}  # column -> shape of a frame, and the row that says so
+        # Column -> shape of a frame, and the row that says so.
+        self._frames: dict[str, tuple[tuple[int, ...], int]] = {}
         for index, fields in enumerate(manifest):
             if not isinstance(fields, dict):
                 raise DataError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.configs import WorldConfig, load_vae_config, load_world_config
+from owl_wms.configs.paths import find_beside
 from owl_wms.data.game_world import FRAMES_PER_SECOND
 from owl_wms.errors import ConfigError
 from owl_wms.inference.context import Context, load_contexts, render_context
@@ -21,7 +22,6 @@ from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.source import GameSource
 from owl_wms.models.load import load_model
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
-from owl_wms.utils.paths import find_beside
 from owl_wms.vae import fold_weight_norm, load_encoder
 
 CONTEXT_FRAMES = 12

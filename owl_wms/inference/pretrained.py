@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from owl_wms.configs import load_world_config
+from owl_wms.configs.paths import find_beside
 from owl_wms.models.load import load_model
 from owl_wms.utils.owl_vae_bridge import get_decoder_only
-from owl_wms.utils.paths import find_beside
 
 
 def from_pretrained(cfg_path: Path | str, ckpt_path: Path | str, return_decoder: bool = False) -> Any:

@@ -20,7 +20,7 @@ from torch import nn
 
 from owl_wms.errors import CheckpointError
 from owl_wms.vae import load_weights, read_state_dict, strip_prefix
-from owl_wms.vae.checkpoint import WRAPPERS
+from owl_wms.vae.checkpoint import CORE, without_wrappers
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 
@@ -88,7 +88,7 @@ def _is_archive(path: Path) -> bool:
 
 def strip_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
     """Keys without the parts that torch.compile (`_orig_mod`) and data parallelism (`module`) put between names."""
-    return {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in state.items()}
+    return {without_wrappers(key): value for key, value in state.items()}
 
 
 def averaged_weights(ema: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,4 +102,4 @@ def load_core_weights(core: nn.Module, path: Path | str) -> None:
     Raises:
         CheckpointError: unreadable, or weights of another architecture; names the first key that disagrees.
     """
-    load_weights(core, strip_prefix(read_state_dict(path), "core"), path)
+    load_weights(core, strip_prefix(read_state_dict(path), CORE), path)

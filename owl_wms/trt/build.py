@@ -32,11 +32,12 @@ from torch import nn
 
 from owl_wms import env
 from owl_wms.errors import FastPathError
+from owl_wms.settings import EIGHT_BITS
 from owl_wms.trt import importer, plans
 from owl_wms.trt.calibration import calibration_digest
 from owl_wms.trt.child import DECODER_NAME, GO, JOB_NAME
 from owl_wms.trt.shapes import copy_with
-from owl_wms.trt.spec import EIGHT_BITS, BuildSpec
+from owl_wms.trt.spec import BuildSpec
 from owl_wms.vae import fold_weight_norm
 
 Event = dict[str, Any]

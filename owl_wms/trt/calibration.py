@@ -24,7 +24,7 @@ from owl_wms.trt.parity import latents
 from owl_wms.trt.spec import BuildSpec
 
 SEEDED = 16
-"""Seeded normal latents drawn where no file is given: more changed nothing (docs/log.md)."""
+"""Seeded normal latents drawn where no file is given."""
 MOST = 64
 """Of a file with more, this many are taken, evenly spaced: each costs one fp32 decode."""
 # Parity and timing use the seeds from `spec.seed` on; steps must not be judged by the latents they were made from.

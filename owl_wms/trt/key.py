@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from owl_wms import env
+from owl_wms.settings import EIGHT_BITS
 from owl_wms.trt import plans
 from owl_wms.trt.calibration import calibration_digest
 from owl_wms.trt.digest import weights_digest
@@ -32,7 +33,7 @@ from owl_wms.trt.export import export_decoder, graph_text
 from owl_wms.trt.importer import installed_flavour
 from owl_wms.trt.record import record
 from owl_wms.trt.shapes import meta_copy, module_dtype
-from owl_wms.trt.spec import EIGHT_BITS, BuildSpec
+from owl_wms.trt.spec import BuildSpec
 from owl_wms.vae import fold_weight_norm
 
 SCHEMA = 2

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from owl_wms.errors import ConfigError
+from owl_wms.settings import PRECISIONS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Precision -> dtype of the module's activations; fp8 and int8 plans compute inside a bf16 program."""
-PRECISIONS = ("auto", "fp16", "bf16", "fp32", "fp8", "int8")
-EIGHT_BITS = ("fp8", "int8")
 AUTO_ORDER = ("fp16", "bf16")
 """fp16 is nearer to fp32 than bf16 but can overflow, so it comes first and must prove itself."""
 

@@ -106,7 +106,7 @@ def _flatten(raw: Any, path: Path, prefer_ema: bool) -> dict[str, Tensor]:
     if not weights:
         keys = ", ".join(sorted(map(str, raw))[:5]) or "none"
         raise CheckpointError(f"{path}: holds no weights; its keys are: {keys}", path=path)
-    pairs = _averaged([(_unwrap(key), value) for key, value in weights.items()], prefer_ema)
+    pairs = _averaged([(without_wrappers(key), value) for key, value in weights.items()], prefer_ema)
     flat: dict[str, Tensor] = {}
     for key, value in pairs:
         if key in flat:
@@ -146,7 +146,8 @@ def _tensors(source: Any) -> dict[str, Tensor]:
     return {str(key): value for key, value in source.items() if isinstance(value, Tensor)}
 
 
-def _unwrap(key: str) -> str:
+def without_wrappers(key: str) -> str:
+    """A key without the names that `WRAPPERS` put between its own."""
     return ".".join(piece for piece in key.split(".") if piece not in WRAPPERS)
 
 

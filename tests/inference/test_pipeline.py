@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 import owl_wms
+from owl_wms.configs.paths import find_beside
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.inference.build import build_pipeline
 from owl_wms.inference.context import Context, load_contexts, render_context
@@ -19,7 +20,6 @@ from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.pixels import encode_image, to_uint8
 from owl_wms.inference.source import GameSource
 from owl_wms.sampling import AVCachingSampler
-from owl_wms.utils.paths import find_beside
 from tests.world import inputs, tiny_config, tiny_core
 
 SCALE = 0.5

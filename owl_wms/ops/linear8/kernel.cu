@@ -7,7 +7,7 @@
 // a thread. A third warpgroup feeds them: warp 0 copies tiles of 64 pixels of x into a ring of slots, warp 1 (ADDS) the
 // residual and the shortcut into another, whose slots also take the results; warps 2 and 3 write these out in whole rows.
 // While one multiplies the other finishes results, and within a tile a block's product is begun before the one before is
-// finished. Products that ran on from tile to tile measured up to a fifth slower (docs/log.md). Barriers in shared memory are
+// finished. Products that ran on from tile to tile measured up to a third slower (docs/log.md). Barriers in shared memory are
 // all the synchronisation there is after the start.
 //
 // A tile never leaves its image, so gain is one number a tile: it is two segments of up to 32 pixels, one after the other
