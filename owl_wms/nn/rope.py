@@ -127,7 +127,10 @@ class RotaryTable(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
         """Follow moves between devices and ignore casts; coming from the meta device, compute the table anew."""
-        target = fn(torch.empty(0)).device
+        try:
+            target = fn(torch.empty(0, device=self.cos.device)).device  # a cast leaves it where it is
+        except NotImplementedError:  # nothing can be moved off the meta device, but this can be computed elsewhere
+            target = fn(torch.empty(0)).device
         if self.cos.is_meta and target.type != "meta":
             self._fill(target)
         else:

@@ -11,9 +11,11 @@ Usage:
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -285,11 +287,12 @@ class VideoDecode:
         torch.set_num_threads(1)  # OpenMP's worker threads were not forked; waiting for them would never end
 
     def _reset_in_child(self) -> None:
+        _ABANDONED.append(self._stopwatch)  # its events belong to the parent's GPU too
         self._guard = threading.Lock()
         self._ledger = Ledger()
         self._stopwatch = None if self._stopwatch is None else Stopwatch()
         if self._generation is not None:
-            self._generation.forget_programs()
+            _ABANDONED.extend(self._generation.forget_programs())
         self._forked = True
 
 
@@ -298,9 +301,13 @@ def _measured(stopwatch: Stopwatch | None, device: torch.device) -> contextlib.A
 
 
 _LIVE: weakref.WeakSet[VideoDecode] = weakref.WeakSet()
+# What a forked child may neither use nor destroy: an engine's destructor aborts the process that has no GPU, which took
+# a training run's data loading down.
+_ABANDONED: list[Any] = []
 
 
 def _forget_in_child() -> None:
+    gc.freeze()  # the parent's garbage may hold engines as well; the child must not collect it
     renew_locks()
     for decode in list(_LIVE):
         decode._reset_in_child()

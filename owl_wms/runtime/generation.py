@@ -48,7 +48,12 @@ class Generation:
         with self._guard:
             return list(self._slots.values())
 
-    def forget_programs(self) -> None:
-        """For a forked child, where programs do not run and locks that another thread held stay locked for ever."""
+    def forget_programs(self) -> list[Slot]:
+        """For a forked child, where programs do not run and locks that another thread held stay locked for ever.
+
+        Returns:
+            What was forgotten, to be kept: TensorRT aborts the process that destroys an engine without its GPU.
+        """
         self._guard = threading.Lock()
-        self._slots = {}
+        forgotten, self._slots = list(self._slots.values()), {}
+        return forgotten

@@ -12,6 +12,7 @@ Usage:
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import Any
 
@@ -48,6 +49,7 @@ class TrainingDecoder(nn.Module):
         self.strict = strict
         self.reason = ""
         self._compiled: dict[tuple[int, ...], Any] = {}
+        self._process = os.getpid()
         self._lock = threading.Lock()
 
     @torch.no_grad()
@@ -100,7 +102,8 @@ class TrainingDecoder(nn.Module):
             raise error
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         self.reason = str(error) if isinstance(error, FastPathError) else f"{type(error).__name__}: {first}"
-        self._compiled.clear()
+        if os.getpid() == self._process:  # destroying an engine in a forked child, which has no GPU, aborts it
+            self._compiled.clear()
         _LOG.warning("decoding with PyTorch from now on: %s", self.reason)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -61,6 +63,19 @@ def test_casts_leave_the_one_table_alone() -> None:
     assert tables[0].cos.dtype == torch.float32
     assert torch.equal(tables[0].cos, before)
     assert not any("rope" in key for key in core.state_dict())
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.bfloat16, torch.nn.Module.half, lambda m: m.to(torch.bfloat16)])
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_cast_after_a_move_leaves_the_table_on_its_device(
+    cast: Callable[[torch.nn.Module], torch.nn.Module], device: str
+) -> None:
+    """`.to(device).bfloat16()` once sent the table back to the CPU; meta stands for a GPU here."""
+    with torch.device(device):
+        table = RotaryTable(tiny_config())
+    for buffer in (cast(table).cos, table.sin, table.step):
+        assert buffer.device.type == device
+        assert buffer.dtype in (torch.float32, torch.float64)
 
 
 def test_a_model_from_the_meta_device_gets_a_table() -> None:

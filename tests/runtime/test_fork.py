@@ -59,6 +59,44 @@ def test_child_decodes_with_pytorch_although_locks_were_held(tmp_path: Path) -> 
     assert ran.stdout.splitlines() == ["child 0", "parent export"], ran.stdout + ran.stderr
 
 
+# What a TensorRT engine does when it is destroyed in a process that has no GPU.
+ABORTING = """
+import gc, os, sys, torch
+from pathlib import Path
+from owl_wms.runtime import VideoDecode
+from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
+parent = os.getpid()
+class Engine:
+    def __init__(self, inner): self.inner = inner
+    def __call__(self, z): return self.inner(z)
+    def __del__(self):
+        if os.getpid() != parent: os.abort()
+class Toolchain(ExportToolchain):
+    def load(self, *arguments): return Engine(super().load(*arguments))
+def make():
+    decode = VideoDecode(TinyDecoder(), batch_size=4, settings=settings(Path(sys.argv[1])), toolchain=Toolchain())
+    decode.prepare((4, 3, 3))
+    assert decode.stats().backend == "export"
+    return decode
+gc.disable()
+dropped = make(); dropped.itself = dropped; del dropped    # garbage that nobody has collected yet
+decode = make()
+child = os.fork()
+if child == 0:
+    decode.prepare((4, 3, 3)); del decode; gc.collect(); os._exit(0)
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+from torch.utils.data import DataLoader
+print("workers", sum(len(batch) for batch in DataLoader(range(8), num_workers=2)))
+"""
+
+
+def test_no_child_destroys_an_engine_of_its_parent(tmp_path: Path) -> None:
+    """A trainer that had decoded lost its data loader's workers to this."""
+    command = [sys.executable, "-W", "ignore", "-c", ABORTING, str(tmp_path)]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.splitlines() == ["child 0", "workers 8"], ran.stdout + ran.stderr
+
+
 @pytest.mark.gpu
 def test_child_of_a_gpu_process_says_why_it_cannot(tmp_path: Path) -> None:
     decode = VideoDecode(TinyDecoder().cuda(), batch_size=2, settings=settings(tmp_path, enabled=False))
