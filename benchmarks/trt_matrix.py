@@ -8,7 +8,7 @@ Usage (on a GPU):
     python -m benchmarks.trt_matrix --out benchmarks/results/trt_matrix.json [--only dist sana] [--precision auto]
     [--seconds 90] python -m benchmarks.trt_matrix --render benchmarks/results/trt_matrix.json        # the Markdown
     table, anywhere
-Rows are `name` or `name:precision` (`sana:bf16` is the live case of isolation).
+Rows are `name`, `name:precision` or `name:precision:plan` (`sana:bf16:tensorrt` is the live case of isolation).
 """
 
 from __future__ import annotations
@@ -28,24 +28,27 @@ import torch
 from benchmarks import decoders, harness
 from owl_wms import trt
 from owl_wms.cache import CacheStore, Miss
-from owl_wms.trt.keep import output_digest
+from owl_wms.trt.answer import output_digest
 from owl_wms.trt.parity import latents
 
-ROWS = ("dist", "distill_vae", "demo", "sana:bf16", "dist_learned", "base", "sana", "base_learned")
+ROWS = (
+    *("dist", "distill_vae", "demo", "dist_learned", "base", "sana", "sana:bf16", "base_learned"),
+    "sana:bf16:tensorrt",
+)
 LONG_RUN_ROW = "dist"
 LONG_RUN_CALLS = 1000
 PROGRAM = "program.pt2"
 
 
 def spec_of(row: str, args: argparse.Namespace) -> tuple[decoders.Subject, trt.BuildSpec]:
-    """The subject of `name[:precision]` and what is asked for it."""
-    name, _, own = row.partition(":")
+    """The subject of `name[:precision[:plan]]` and what is asked for it."""
+    name, own, plan, *_ = [*row.split(":"), "", ""]
     subject = decoders.subject(name)
     shape = (args.batch, *subject.latent_shape)
     return subject, trt.BuildSpec(
         input_shape=shape,
         precision=own or args.precision,
-        plans=tuple(args.plans),
+        plans=(plan,) if plan else tuple(args.plans),
         timeout_seconds=args.seconds,
     )
 

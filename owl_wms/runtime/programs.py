@@ -198,9 +198,10 @@ class ProgramSource:
         try:
             program = self._load(found, request)
         except FastPathError as error:
-            # Its hash was right and it still cannot be read: the entry is at fault unless memory ran out.
+            # Its hash was right and it still cannot be read: the entry is at fault, unless memory ran out, or it could
+            # be read and computes something else here, where a new one would as well.
             cause = error.__cause__
-            if found.built or (cause is not None and is_out_of_memory(cause)):
+            if found.built or error.stage == "parity" or (cause is not None and is_out_of_memory(cause)):
                 raise
             store_of(self.settings).reject(found.name, str(error))
             found = read()

@@ -23,6 +23,7 @@ import owl_wms.ops  # noqa: F401  registers torch.ops.owl_wms
 from owl_wms.ops.conv_out import MAX_OUT, padded
 from owl_wms.ops.conv_out import pack as pack_conv_out
 from owl_wms.ops.grouped_conv import pack as pack_grouped
+from owl_wms.trt.convolution import Conv3x3, choose
 from owl_wms.vae.dcae import DCAEDecoder
 from owl_wms.vae.distill import DistillDecoder
 from owl_wms.vae.landscape import SquareToLandscape, nearest_landscape
@@ -39,14 +40,27 @@ def supports(decoder: nn.Module) -> tuple[bool, str]:
     return True, ""
 
 
-def fuse(decoder: nn.Module, dtype: torch.dtype) -> nn.Module:
+def fuse(decoder: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | None = None) -> nn.Module:
     """The fused form of a folded decoder, with weights cast to `dtype` once, on the decoder's device.
+
+    Args:
+        decoder: folded; not changed.
+        dtype: of weights and activations.
+        input_shape: `(B, c, h, w)`; on a GPU, learned shortcuts of that shape are timed and the fastest way kept.
 
     Raises:
         ValueError: `supports` says no, or weight norm has not been folded.
     """
     with torch.no_grad():
-        return FusedDecoder(fusible(decoder), dtype).eval()
+        return chosen(FusedDecoder(fusible(decoder), dtype).eval(), dtype, input_shape)
+
+
+def chosen(fused: FusedDecoder, dtype: torch.dtype, input_shape: tuple[int, ...] | None) -> FusedDecoder:
+    """`fused` with every dense convolution computed the fastest way for that shape, on a GPU."""
+    device = fused.out_weight.device
+    if input_shape is not None and device.type == "cuda":
+        choose(fused, torch.randn(input_shape, device=device).to(dtype))
+    return fused
 
 
 def fusible(decoder: nn.Module) -> DCAEDecoder | DistillDecoder:
@@ -75,8 +89,6 @@ class FusedStage(nn.Module):
     """
 
     proj: Tensor | None
-    shortcut_weight: Tensor | None
-    shortcut_bias: Tensor | None
 
     def __init__(
         self,
@@ -91,9 +103,9 @@ class FusedStage(nn.Module):
         self.tiled = shortcut == "tiled"
         self.register_buffer("proj", matrix(proj, dtype) if isinstance(proj, nn.Conv2d) else None)
         learned = shortcut if isinstance(shortcut, nn.Conv2d) else None
-        bias = None if learned is None else learned.bias
-        self.register_buffer("shortcut_weight", None if learned is None else learned.weight.detach().to(dtype))
-        self.register_buffer("shortcut_bias", None if bias is None else bias.detach().to(dtype))
+        # Not left to TensorRT: its half-precision sums fail the parity gate, and its engines hold weights in a form
+        # that takes a minute to write and twenty seconds to read (docs/log.md).
+        self.shortcut = None if learned is None else Conv3x3(learned.weight, learned.bias, dtype)
         self.take(blocks, dtype)
 
     def take(self, blocks: nn.ModuleList | list, dtype: torch.dtype) -> None:
@@ -111,10 +123,9 @@ class FusedStage(nn.Module):
 
     def shortcut_of(self, x: Tensor) -> Tensor | None:
         """What is shuffled onto the stage's result, if anything."""
-        if self.shortcut_weight is None:
+        if self.shortcut is None:
             return x if self.tiled else None
-        image = F.conv2d(x.permute(0, 3, 1, 2), self.shortcut_weight, self.shortcut_bias, padding=1)
-        return image.permute(0, 2, 3, 1).contiguous()
+        return self.shortcut(x)
 
     def forward(self, x: Tensor, gain: Tensor | None) -> Tensor:
         weights = (self._all(name) for name in ("w1", "b1", "w2", "b2", "w3"))

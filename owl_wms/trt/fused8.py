@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from owl_wms.ops.codes import LARGEST, quantise_rows
 from owl_wms.ops.grouped_conv import pack as pack_grouped
 from owl_wms.ops.grouped_conv8 import GROUP, pack_codes
-from owl_wms.trt.fused import FusedDecoder, FusedStage, fusible, matrix, supports
+from owl_wms.trt.fused import FusedDecoder, FusedStage, chosen, fusible, matrix, supports
 from owl_wms.vae.blocks import ResBlock
 
 # Narrower stages are bound by memory, and those of one block have `stage_tail`: 8 bits measured slower there
@@ -137,7 +137,13 @@ def _suits(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def fuse8(decoder: nn.Module, dtype: torch.dtype, codes: torch.dtype, latents: Tensor) -> FusedDecoder:
+def fuse8(
+    decoder: nn.Module,
+    dtype: torch.dtype,
+    codes: torch.dtype,
+    latents: Tensor,
+    input_shape: tuple[int, ...] | None = None,
+) -> FusedDecoder:
     """The fused form with 8-bit products in every stage of at least `LEAST_CHANNELS` channels.
 
     Args:
@@ -145,6 +151,7 @@ def fuse8(decoder: nn.Module, dtype: torch.dtype, codes: torch.dtype, latents: T
         dtype: of residuals and of everything that is not a code, float16 or bfloat16.
         codes: torch.int8 or torch.float8_e4m3fn.
         latents: `[N, c, h, w]` fp32 on the same device: what the steps are calibrated on.
+        input_shape: as in `fuse`.
 
     Raises:
         ValueError: `supports8` says no, or weight norm has not been folded.
@@ -160,4 +167,5 @@ def fuse8(decoder: nn.Module, dtype: torch.dtype, codes: torch.dtype, latents: T
             return FusedStage8(list(blocks), proj, scale, shortcut, dtype, found, codes)
         return FusedStage(blocks, proj, scale, shortcut, dtype)
 
-    return FusedDecoder(plain, dtype, make, float(latents.abs().max())).eval()
+    fused = FusedDecoder(plain, dtype, make, float(latents.abs().max())).eval()
+    return chosen(fused, dtype, input_shape)

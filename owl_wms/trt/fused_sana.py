@@ -17,9 +17,6 @@ Usage:
 from __future__ import annotations
 
 import copy
-import functools
-import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,16 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import owl_wms.ops  # noqa: F401  registers torch.ops.owl_wms
-from owl_wms.ops import conv3x3 as conv3x3_op
-from owl_wms.ops.conv3x3 import LIBRARY, pack
+from owl_wms.ops.conv3x3 import pack
 from owl_wms.ops.depthwise_gate import pack as pack_depthwise
 from owl_wms.ops.shuffle_add import phases_first
+from owl_wms.trt.convolution import Conv3x3, choose
 from owl_wms.trt.sana import UpBlock, channel_norm, is_sana_decoder
 
 PADDED_CHANNELS = 16  # what three colours times four phases are padded to: tensor cores take multiples of 8
-TIMED_CALLS = 5
-# A way to compute a convolution that strays further than rounding can from the library's result is wrong, not fast.
-MOST_STRAY = 2e-2
 
 
 def supports(decoder: Any) -> tuple[bool, str]:
@@ -82,7 +76,7 @@ def fuse(
         fused = FusedSana(decoder, dtype, hybrid).eval()
         device = next(decoder.parameters()).device
         if input_shape is not None and device.type == "cuda":
-            fused.choose(torch.randn(input_shape, device=device).to(dtype))
+            choose(fused, torch.randn(input_shape, device=device).to(dtype))
     return fused
 
 
@@ -92,56 +86,6 @@ def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
     bias = 0.0 if conv.bias is None else conv.bias.detach().float()
     shifted = (bias - norm.running_mean.float()) * scale + norm.bias.detach().float()
     return conv.weight.detach().float() * scale[:, None, None, None], shifted
-
-
-class Conv3x3(nn.Module):
-    """`relu(conv(x) + bias) + residual` on `[B, H, W, C]`; `how` as in `owl_wms.ops.conv3x3`."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, relu: bool = False) -> None:
-        super().__init__()
-        self.register_buffer("weight", pack(weight.detach()).to(dtype))
-        self.register_buffer("bias", bias.detach().float())  # added to fp32 sums
-        self.relu, self.how = relu, LIBRARY
-        self.choices: dict[tuple, int] | None = None
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.choices is not None:
-            key = (tuple(x.shape), tuple(self.weight.shape), self.relu, residual is None)
-            if key not in self.choices:
-                self.choices[key] = fastest(x, self.weight, self.bias, residual, self.relu)
-            self.how = self.choices[key]
-        return torch.ops.owl_wms.conv3x3(x, self.weight, self.bias, residual, self.relu, self.how)
-
-
-def fastest(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> int:
-    """The quickest `how` for this shape on this GPU, among those that run and agree with the library."""
-    run = torch.ops.owl_wms.conv3x3
-    wanted = run(x, weight, bias, residual, relu, LIBRARY).float()
-    times: dict[int, float] = {}
-    for how in conv3x3_op.ways(x, weight, residual is not None, relu):
-        try:
-            stray = torch.linalg.vector_norm(run(x, weight, bias, residual, relu, how).float() - wanted)
-        except Exception:  # a kernel this driver or GPU refuses: the library remains
-            continue
-        if how == LIBRARY or stray <= MOST_STRAY * torch.linalg.vector_norm(wanted):
-            times[how] = _milliseconds(functools.partial(run, x, weight, bias, residual, relu, how))
-    return min(times, key=times.__getitem__)
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
-    call()
-    times = []
-    for _ in range(TIMED_CALLS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
 
 
 class Norm(nn.Module):
@@ -261,20 +205,3 @@ class FusedSana(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.body(torch.ops.owl_wms.latent_conv(z, self.in_weight, self.in_bias, self.repeats))
         return self.tail(x.permute(0, 3, 1, 2)) if self.output is None else self.output(x)
-
-    def choose(self, z: Tensor) -> dict[tuple, int]:
-        """Time every way to compute each convolution for latents like `z` (on the GPU) and keep the fastest.
-
-        Returns:
-            `(input shape, weight shape, relu, no residual) -> how`.
-        """
-        choices: dict[tuple, int] = {}
-        convs = [module for module in self.modules() if isinstance(module, Conv3x3)]
-        for conv in convs:
-            conv.choices = choices
-        try:
-            self(z)
-        finally:
-            for conv in convs:
-                conv.choices = None
-        return choices

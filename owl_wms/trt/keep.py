@@ -6,7 +6,6 @@ Usage:
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import attempts, kernels, lower
+from owl_wms.trt import answer, attempts, kernels, lower
 from owl_wms.trt.candidate import Candidate
 from owl_wms.trt.journal import Journal
 from owl_wms.trt.load import load_program
@@ -33,6 +32,8 @@ def keep(best: Candidate, out_dir: Path, spec: BuildSpec, journal: Journal, devi
     z = latents(spec.input_shape, 1.0, dtype_of(best.precision), device, spec.seed)
     with kernels.collected(z) as files:
         wanted = attempts.run(best.program, z)
+    found = answer.Answer.of(wanted, best.parity, seed=spec.seed)
+    files[answer.FILE] = found.pack()
     path = out_dir / PROGRAM_NAME
     journal.stage("save", plan=best.plan)
     begin = time.monotonic()
@@ -54,15 +55,10 @@ def keep(best: Candidate, out_dir: Path, spec: BuildSpec, journal: Journal, devi
     return {
         "save_seconds": round(save_seconds, 3),
         "load_seconds": round(load_seconds, 3),
-        "kernel_bytes": sum(map(len, files.values())),
+        "kernel_bytes": len(files.get(kernels.FILE, "")),
         "program_bytes": path.stat().st_size,
         "reload_bit_equal": equal,
-        "output_sha256": output_digest(wanted),
+        "output_sha256": found.sha256,
         "output_shape": list(wanted.shape),
         "output_dtype": str(wanted.dtype).removeprefix("torch."),
     }
-
-
-def output_digest(x: torch.Tensor) -> str:
-    """SHA-256 of an output's bytes, by which another process can tell that it computes the same."""
-    return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -4,6 +4,8 @@ Why bytes: `torch.export.load` runs code from a crafted file and does not notice
 reads the file hashes it first and hands over those same bytes. Never `torch_tensorrt.load`, which tries other
 unpicklers when the first one fails.
 
+A program counts as loaded when it has repeated the answer of its build (`answer.py`).
+
 Usage:
     program = load_program(entry.read("program.pt2"), "cuda:0")
     x = program(z)        # z of program.input_shape; cast to program.input_dtype
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import logging
 import warnings
 from collections.abc import Callable
 
@@ -21,7 +24,10 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import engines, kernels
+from owl_wms.trt import answer, engines, kernels
+from owl_wms.trt.parity import latents
+
+_LOG = logging.getLogger(__name__)
 
 
 class Program:
@@ -62,7 +68,8 @@ def load_program(data: bytes, device: torch.device | str) -> Program:
         device: where it is to run.
 
     Raises:
-        FastPathError: stage "import" when Torch-TensorRT is missing, else "load".
+        FastPathError: stage "import" when Torch-TensorRT is missing, "parity" when the program does not repeat the
+            answer of its build, else "load".
     """
     register_operators()
     device = torch.device(device)
@@ -82,7 +89,7 @@ def load_program(data: bytes, device: torch.device | str) -> Program:
 
 
 def _load(data: bytes, device: torch.device) -> Program:
-    extra: dict[str, str] = {kernels.FILE: ""}  # an empty dict would be replaced, not filled
+    extra: dict[str, str] = {kernels.FILE: "", answer.FILE: ""}  # an empty dict would be replaced, not filled
     exported = torch.export.load(io.BytesIO(data), extra_files=extra)
     kernels.adopt(extra)
     inputs = exported.graph_signature.user_inputs
@@ -96,7 +103,18 @@ def _load(data: bytes, device: torch.device) -> Program:
         from torch.export.passes import move_to_device_pass
 
         exported = move_to_device_pass(exported, str(device))
-    return Program(exported.module(), tuple(example.shape), example.dtype, device)
+    program = Program(exported.module(), tuple(example.shape), example.dtype, device)
+    if extra[answer.FILE]:
+        confirm(program, answer.Answer.unpack(extra[answer.FILE]))
+    return program
+
+
+def confirm(program: Program, built: answer.Answer) -> None:
+    """Decode the latents of the build once more. Raises FastPathError, stage "parity", for another answer."""
+    z = latents(program.input_shape, 1.0, program.input_dtype, program.device, built.seed)
+    strays = built.compare(program(z))
+    if strays:
+        _LOG.info("a loaded program answers within what its build allows, but not with its bits: %s", strays)
 
 
 def register_operators() -> None:

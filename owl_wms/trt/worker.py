@@ -32,9 +32,9 @@ from owl_wms.trt.timing import interleaved
 
 # A graph costs memory and a copy of the output; it is recommended where it saves at least this share of the time.
 GRAPH_GAIN = 0.03
-# Once a plan is usable, no further one is begun after this share of the time: a late build must not cost the program
-# that exists.
-ENOUGH_SHARE = 0.5
+# Once a plan is usable, no further one is begun after this share of the time, or these seconds, and none is searched
+# for what fails in it: a late build must not cost the program that exists, nor make a user wait for two minutes.
+ENOUGH_SHARE, ENOUGH_SECONDS = 0.5, 60.0
 
 
 class Worker:
@@ -45,7 +45,8 @@ class Worker:
         self.journal = journal
         self.device = torch.device(device)
         self.prober = Prober(spec, journal, self.device)
-        self.enough = time.monotonic() + ENOUGH_SHARE * spec.timeout_seconds
+        self.enough = time.monotonic() + min(ENOUGH_SHARE * spec.timeout_seconds, ENOUGH_SECONDS)
+        self.usable = False
         self.folded = folded.to(self.device).eval().requires_grad_(False)
 
     def build(self, out_dir: Path) -> dict[str, Any]:
@@ -117,7 +118,7 @@ class Worker:
             raise FastPathError("parity", f"eager PyTorch overflows at {precision}", "use bf16")
         found: list[Candidate] = []
         for plan in chosen:
-            if time.monotonic() > self.enough and any(not done.reason for done in found):
+            if time.monotonic() > self.enough and self.usable:
                 found.append(
                     Candidate(plan=plan.name, precision=precision, reason="not tried: the build's time was spent")
                 )
@@ -133,6 +134,8 @@ class Worker:
             if candidate.reason:
                 candidate.program = None
                 attempts.release()
+            else:
+                self.usable = True
             found.append(candidate)
         z = reference.inputs[min(1, len(reference.inputs) - 1)]
         del reference
@@ -254,11 +257,12 @@ class Worker:
             groups = like_units(module, exported)
             candidate.probes = self.prober.probe(module, groups, precision, settings)
             self.journal.stage("isolation", plan=plan.name, precision=precision, suspects=len(candidate.probes))
+            deadline = time.monotonic() + self.spec.isolation_seconds
             candidate.isolation = smallest_kept(
                 groups,
                 works,
                 max_tries=self.spec.isolation_tries,
-                deadline=time.monotonic() + self.spec.isolation_seconds,
+                deadline=min(deadline, self.enough) if self.usable else deadline,
                 suspects=candidate.probes,
                 reason=failure,
             )

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from owl_wms.trt import plans
-from owl_wms.trt.fused_sana import Conv3x3, fold_batch_norm, fuse, supports
+from owl_wms.trt.convolution import Conv3x3
+from owl_wms.trt.fused_sana import fold_batch_norm, fuse, supports
 from owl_wms.trt.spec import BuildSpec
 
 pytest.importorskip("diffusers")

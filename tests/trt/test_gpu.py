@@ -11,7 +11,7 @@ import torch
 
 from owl_wms import trt
 from owl_wms.errors import FastPathError
-from owl_wms.trt.keep import output_digest
+from owl_wms.trt.answer import output_digest
 from owl_wms.trt.parity import latents
 from tests.trt import decoders
 
@@ -93,7 +93,7 @@ import sys
 from pathlib import Path
 from owl_wms import trt
 from owl_wms.ops import nvrtc
-from owl_wms.trt.keep import output_digest
+from owl_wms.trt.answer import output_digest
 from owl_wms.trt.parity import latents
 def compiled(kernel, architecture): raise AssertionError(f"{kernel} was compiled again")
 nvrtc._compile = compiled

@@ -21,6 +21,7 @@ from owl_wms.trt import plans, timing, worker
 from owl_wms.trt.attempts import BrokenContext
 from owl_wms.trt.build import folded_copy
 from owl_wms.trt.candidate import Candidate
+from owl_wms.trt.isolate import Isolation
 from owl_wms.trt.spec import BuildSpec
 from owl_wms.trt.worker import Worker
 from tests.trt import build_child
@@ -224,3 +225,39 @@ def test_a_real_death_in_parity_or_timing_costs_the_plan(tmp_path: Path, fault: 
     assert report["plan"] == FIRST
     row = next(c for c in report["candidates"] if c["plan"] == SECOND)
     assert f"SIGSEGV (a segmentation fault) in stage '{stage}'" in row["reason"]
+
+
+def test_no_further_plan_is_begun_when_one_is_usable_and_time_is_spent(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "ENOUGH_SECONDS", 0.0)
+    journal = Memory()
+    report = build(journal, lambda good: good)
+    assert report["plan"] == FIRST
+    assert [c["reason"] for c in report["candidates"]] == ["", "not tried: the build's time was spent"]
+    assert ("made", SECOND) not in journal.stages
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_usable_plan_bounds_the_search_for_what_fails_in_the_next(
+    usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute of isolation is well spent where nothing else works, and keeps a user waiting where something does."""
+    asked: list[float] = []
+
+    def smallest_kept(*_: Any, deadline: float, **__: Any) -> Isolation:
+        asked.append(deadline)
+        return Isolation(kept=None, minimal=False, attempts=())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(worker, "smallest_kept", smallest_kept)
+    monkeypatch.setattr(worker.lower, "compile_exported", fail)
+    spec = BuildSpec(input_shape=(2, 4, 3, 3), isolation_seconds=1000.0)
+    work = Worker(folded_copy(nn.Conv2d(4, 3, 1)), spec, Memory(), "cpu")
+    monkeypatch.setattr(work.prober, "probe", lambda *_: {})
+    work.usable = usable
+    assert "no kernel" in work.candidate(plans.PLANS["tensorrt"], "bf16").reason
+    (deadline,) = asked
+    assert (deadline <= work.enough) == usable

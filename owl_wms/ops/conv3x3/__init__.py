@@ -4,7 +4,7 @@ Why it exists: nine tenths of the sana decoder are these, and what a library lea
 is passes over the largest tensors. `how` says who computes: -1 the library (cuDNN, on a channels_last view, no copy)
 with what it cannot fuse as one pass, -2 the library's own fused convolution + bias + ReLU, n >= 0 our kernel with
 TILES[n]. `ways(...)` lists what applies to a shape; which is fastest is measured when a program is built, not guessed
-here.
+here, and stays what it was then.
 
 Usage:
     y = conv3x3(x, pack(weight), bias, residual, relu=False, how=-1)     # [B, H, W, C] -> [B, H, W, O]
@@ -43,9 +43,10 @@ def ways(x: Tensor, weight: Tensor, residual: bool, relu: bool) -> list[int]:
 
 
 @contextmanager
-def _measured_library() -> Iterator[None]:
-    # cuDNN's own heuristic misses by up to a factor on these shapes; its timing run happens once a shape and process.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
+def _library_choice() -> Iterator[None]:
+    # cuDNN may choose its algorithm by shape or by a timing run. The latter differs from process to process, and with
+    # it the bits of a frame and whether the parity gate ever saw that algorithm.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
         yield
 
 
@@ -59,7 +60,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
     if how >= 0:
         return kernel.launch(x, weight, bias, residual, relu, kernel.TILES[how])
     image, taps = x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2)
-    with _measured_library():
+    with _library_choice():
         if how == LIBRARY_FUSED and relu and residual is None:
             narrow = None if bias is None else bias.to(x.dtype)
             fused = torch.ops.aten.cudnn_convolution_relu(image, taps, narrow, [1, 1], [1, 1], [1, 1], 1)
@@ -76,7 +77,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
 
 
 def _run_latent(z: Tensor, weight: Tensor, bias: Tensor, repeats: int) -> Tensor:
-    with _measured_library():
+    with _library_choice():
         return latent_reference(z, weight, bias, repeats)
 
 

@@ -1,0 +1,124 @@
+"""What a program answered when it was built, kept inside its file, so that whoever loads it can see that it still does.
+
+Why it exists: the hash of a file says that its bytes are those that were checked, not that this process computes with
+them what the checking one did. A library may choose another algorithm, a driver may compile an engine anew, a GPU may
+be faulty: cuDNN was seen to give wrong channels in some processes and not in others (docs/log.md). So the first thing a
+loaded program does is to decode the latents of its build once more. The same bits, or bits as near as the parity gate
+allows, and it may be used; anything else, and PyTorch decodes.
+
+Usage:
+    files[FILE] = Answer.of(program(z), parity, seed=0).pack()      # at build; z = parity.latents(shape, 1.0, ...)
+    Answer.unpack(files[FILE]).compare(loaded(z))                   # "", or how far it strays; FastPathError
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from owl_wms.errors import FastPathError
+
+FILE = "owl_wms_answer.json"
+# One value in 1,800 of a batch of 8 frames at 360x640: a wrong tile of 64x64 holds two of them, and a wrong channel of
+# any layer is in all.
+SAMPLES = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """An output in short.
+
+    Attributes:
+        sha256: of its bytes.
+        shape: of the output.
+        sample: fp32, up to `SAMPLES` of its values, spread over it.
+        relative, absolute: how far another right answer may be: L2 over L2 of the sample, and the largest difference
+            where its magnitude is at most 1.
+        seed: of the latents, of scale 1 (`parity.latents`).
+    """
+
+    sha256: str
+    shape: tuple[int, ...]
+    sample: Tensor
+    relative: float
+    absolute: float
+    seed: int
+
+    @classmethod
+    def of(cls, output: Tensor, parity: dict[str, Any], *, seed: int) -> Answer:
+        """What `output` is in short; `parity` is what `Reference.check` said of the program, whose limits hold here."""
+        row = next((row for row in parity.get("scales", ()) if row["scale"] == 1), {})
+        relative, absolute = row.get("relative_limit"), row.get("absolute_limit")
+        return cls(
+            sha256=output_digest(output),
+            shape=tuple(output.shape),
+            sample=sample_of(output),
+            # Without limits, the same bits are all that will do; without an absolute one (eager overflowed), any.
+            relative=0.0 if relative is None else relative,
+            absolute=torch.finfo(torch.float32).max if absolute is None else absolute,
+            seed=seed,
+        )
+
+    def pack(self) -> str:
+        """JSON text."""
+        told = {name: getattr(self, name) for name in ("sha256", "shape", "relative", "absolute", "seed")}
+        sample = base64.b64encode(self.sample.numpy().astype("<f4").tobytes()).decode()
+        return json.dumps({**told, "sample": sample})
+
+    @classmethod
+    def unpack(cls, text: str) -> Answer:
+        """Inverse of `pack`. Raises whatever a text that `pack` did not write makes it raise."""
+        told = json.loads(text)
+        sample = torch.frombuffer(bytearray(base64.b64decode(told["sample"])), dtype=torch.float32)
+        return cls(**{**told, "shape": tuple(told["shape"]), "sample": sample})
+
+    def compare(self, output: Tensor) -> str:
+        """Hold the output of the loaded program against it.
+
+        Returns:
+            Empty for the same bits, else how far the output strays.
+
+        Raises:
+            FastPathError: stage "parity", when it strays further than another right answer may.
+        """
+        if tuple(output.shape) == self.shape and output_digest(output) == self.sha256:
+            return ""
+        problem = f"its frames are {list(output.shape)}, not {list(self.shape)}"
+        if tuple(output.shape) == self.shape:
+            strays = (sample_of(output) - self.sample).double()
+            relative = (strays.norm() / self.sample.double().norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+            absolute = torch.where(self.sample.abs() <= 1, strays.abs(), 0.0).max().item()
+            if relative <= self.relative and absolute <= self.absolute:  # neither for a NaN
+                return f"other bits, relative distance {relative:.1e}"
+            problem = (
+                f"relative distance {relative:.2e} (at most {self.relative:.2e}), "
+                f"largest {absolute:.2e} (at most {self.absolute:.2e})"
+            )
+        raise FastPathError(
+            "parity",
+            f"the program does not repeat the answer of its build: {problem}",
+            "the file is as it was written, so look at this GPU, its driver and libraries; PyTorch decodes meanwhile",
+        )
+
+
+def sample_of(output: Tensor) -> Tensor:
+    """fp32 on the CPU: values of `output` at steps of the golden ratio, which no row length divides."""
+    flat = output.detach().reshape(-1)
+    count = min(SAMPLES, flat.numel())
+    step = max(1, int(flat.numel() * (math.sqrt(5) - 1) / 2))
+    while math.gcd(step, flat.numel()) != 1:
+        step += 1
+    index = torch.arange(count, dtype=torch.int64) * step % flat.numel()
+    return flat[index.to(flat.device)].float().cpu()
+
+
+def output_digest(x: Tensor) -> str:
+    """SHA-256 of an output's bytes, by which another process can tell that it computes the same."""
+    return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

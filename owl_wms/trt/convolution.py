@@ -1,0 +1,97 @@
+"""Dense 3x3 convolutions of a fused decoder, each computed the way that was fastest when its program was built.
+
+Why measured: which of library, fused library and our tiles wins depends on shape and GPU. The choice is made once, at
+build, and is part of the program.
+
+Usage:
+    conv = Conv3x3(weight, bias, torch.bfloat16)        # a module of the fused decoder
+    choose(fused, z)                                    # sets `how` of every Conv3x3 in it
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.ops import conv3x3 as conv3x3_op
+from owl_wms.ops.conv3x3 import LIBRARY, pack
+from owl_wms.trt import kernels
+
+TIMED_CALLS = 5
+# A way to compute a convolution that strays further than rounding can from the library's result is wrong, not fast.
+MOST_STRAY = 2e-2
+
+
+class Conv3x3(nn.Module):
+    """`relu(conv(x) + bias) + residual` on `[B, H, W, C]`; `how` as in `owl_wms.ops.conv3x3`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, relu: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("weight", pack(weight.detach()).to(dtype))
+        self.register_buffer("bias", None if bias is None else bias.detach().float())  # added to fp32 sums
+        self.relu, self.how = relu, LIBRARY
+        self.choices: dict[tuple, int] | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.choices is not None:
+            key = (tuple(x.shape), tuple(self.weight.shape), self.relu, residual is None)
+            if key not in self.choices:
+                self.choices[key] = fastest(x, self.weight, self.bias, residual, self.relu)
+            self.how = self.choices[key]
+        return torch.ops.owl_wms.conv3x3(x, self.weight, self.bias, residual, self.relu, self.how)
+
+
+def fastest(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> int:
+    """The quickest `how` for this shape on this GPU, among those that run and agree with the library."""
+    run = torch.ops.owl_wms.conv3x3
+    wanted = run(x, weight, bias, residual, relu, LIBRARY).float()
+    times: dict[int, float] = {}
+    for how in conv3x3_op.ways(x, weight, residual is not None, relu):
+        try:
+            stray = torch.linalg.vector_norm(run(x, weight, bias, residual, relu, how).float() - wanted)
+        except Exception:  # a kernel this driver or GPU refuses: the library remains
+            continue
+        if how == LIBRARY or stray <= MOST_STRAY * torch.linalg.vector_norm(wanted):
+            times[how] = _milliseconds(functools.partial(run, x, weight, bias, residual, relu, how))
+    return min(times, key=times.__getitem__)
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    call()
+    times = []
+    for _ in range(TIMED_CALLS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def choose(fused: nn.Module, z: Tensor) -> dict[tuple, int]:
+    """Time every way to compute each convolution of `fused` for latents like `z` (on the GPU) and keep the fastest.
+
+    Returns:
+        `(input shape, weight shape, relu, no residual) -> how`.
+    """
+    choices: dict[tuple, int] = {}
+    convs = [module for module in fused.modules() if isinstance(module, Conv3x3)]
+    if not convs:
+        return choices
+    kernels.compile_ahead(fused, z)  # in threads; the run below needs all of them
+    for conv in convs:
+        conv.choices = choices
+    try:
+        fused(z)
+    finally:
+        for conv in convs:
+            conv.choices = None
+    return choices
