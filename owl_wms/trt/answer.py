@@ -54,7 +54,7 @@ class Answer:
     @classmethod
     def of(cls, output: Tensor, parity: dict[str, Any], *, seed: int) -> Answer:
         """What `output` is in short; `parity` is what `Reference.check` said of the program, whose limits hold here."""
-        row = next((row for row in parity.get("scales", ()) if row["scale"] == 1), {})
+        row: dict[str, Any] = next((row for row in parity.get("scales", ()) if row["scale"] == 1), {})
         relative, absolute = row.get("relative_limit"), row.get("absolute_limit")
         return cls(
             sha256=output_digest(output),
