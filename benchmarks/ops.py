@@ -1,6 +1,7 @@
 """The decoder's ops one by one: GPU time against the bytes they must move and against plain PyTorch.
 
 Run: python -m benchmarks.ops [--out results.json] [--batch 8]
+     python -m benchmarks.ops --render results.json      # the Markdown beside it, anywhere
 
 Each op is captured into a CUDA graph of several calls on rotated inputs, so that launch gaps and caches stay out of the
 number. The floor is bytes (every input once, every output once) over this card's measured copy rate. A row is reported
@@ -10,9 +11,11 @@ only after its parity check: relative L2 error against the same function in fp32
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -137,20 +140,53 @@ def error_of(case: Case) -> float:
     return relative_l2(case.run(*values), case.reference(*wide))
 
 
+TITLES = ("op", "ms", "floor ms", "% of floor", "TB/s", "TFLOP/s", "PyTorch ms", "error")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row as text, in the order of `TITLES`."""
+    ms, floor = row["latency_ms"], row["floor_ms"]
+    rates = f"{row['tbps']:.2f}", f"{row['tflops']:.0f}" if row["tflops"] else ""
+    reference = f"{row['pytorch_ms']:.2f}", f"{row['error']:.1e}"
+    return row["op"], f"{ms:.3f}", f"{floor:.3f}", f"{100 * floor / ms:.0f}", *rates, *reference
+
+
+def render(result: dict[str, Any]) -> str:
+    """The document as Markdown."""
+    machine, ceilings = result["machine"], result["ceilings"]
+    lines = [
+        "# Each kernel alone, bf16 and codes",
+        "",
+        f"{machine['gpu']}, driver {machine['driver']}, {machine['torch']}; commit {result['commit']}; batch "
+        f"{result['batch']}. Read in the same run: copy {ceilings['copy_tbps']:.2f} TB/s.",
+        "",
+        "A floor is the bytes of arguments and result over that rate. `PyTorch` is the plain reference, which shows what an",
+        "op replaces and is no rival; the error is against it in fp32.",
+        "",
+        f"| {' | '.join(TITLES)} |",
+        "|---|" + "---:|" * (len(TITLES) - 1),
+        *(f"| {' | '.join(cells(row))} |" for row in result["rows"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--render", type=Path, help="write a result's Markdown beside it, and measure nothing")
     options = parser.parse_args(argv)
+    if options.render is not None:
+        text = render(json.loads(options.render.read_text(encoding="utf-8")))
+        options.render.with_suffix(".md").write_text(text, encoding="utf-8")
+        return
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")
     dtype = torch.bfloat16
     torch.backends.cudnn.allow_tf32 = False
     ceilings = measure_ceilings(dtype)
     console.print(machine_line(describe_machine(), ceilings))
-    table = Table(
-        "op", "ms", "floor ms", "% of floor", "TB/s", "TFLOP/s", "PyTorch ms", "error", title="ops, bf16 and codes"
-    )
+    table = Table(*TITLES, title="ops, bf16 and codes")
     rows = []
     for case in (*cases(options.batch, dtype), *code_cases(options.batch, "cuda")):
         error, limit = error_of(case), case.limit or ERROR_LIMIT[dtype]
@@ -173,10 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "error": error,
         }
         rows.append(row)
-        table.add_row(
-            case.name, f"{mine:.3f}", f"{floor:.3f}", f"{100 * floor / mine:.0f}", f"{row['tbps']:.2f}",
-            f"{row['tflops']:.0f}" if case.flops else "", f"{plain:.2f}", f"{error:.1e}",
-        )  # fmt: skip
+        table.add_row(*cells(row))
     console.print(table)
     finish(document("ops", ceilings, rows, batch=options.batch), options.out)
 

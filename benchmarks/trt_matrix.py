@@ -6,8 +6,9 @@ latency, error. Results are written after every row, so that a time limit costs 
 
 Usage (on a GPU):
     python -m benchmarks.trt_matrix --out benchmarks/results/trt_matrix.json [--only dist sana] [--precision auto]
-    [--seconds 90] python -m benchmarks.trt_matrix --render benchmarks/results/trt_matrix.json        # the Markdown
-    table, anywhere
+    [--seconds 90]
+    python -m benchmarks.trt_matrix --render benchmarks/results/trt_matrix.json              # the Markdown table, anywhere
+    python -m benchmarks.trt_matrix --render all.json --merge first.json second.json         # rows of several runs
 Rows are `name`, `name:precision` or `name:precision:plan` (`sana:bf16:tensorrt` is the live case of isolation).
 """
 
@@ -20,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +166,22 @@ def second(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, A
     }
 
 
+def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One document out of runs on one kind of machine; of a row that several have, the last one's.
+
+    Raises:
+        ValueError: the runs do not belong together.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for result in results:
+        for key in ("theme", "machine", "batch"):
+            if result[key] != results[0][key]:
+                raise ValueError(f"runs differ in {key}: {results[0][key]} and {result[key]}")
+        rows |= {row["row"]: {"commit": result["commit"], **row} for row in result["rows"]}
+    commits = dict.fromkeys(row["commit"] for row in rows.values())
+    return {**results[0], "commit": ", ".join(commits), "rows": list(rows.values())}
+
+
 def render(result: dict[str, Any]) -> str:
     """The Markdown table of a result document."""
     machine = result["machine"]
@@ -210,7 +229,13 @@ def render(result: dict[str, Any]) -> str:
             else f"{c['plan']} at {c['precision']}: {c['reason'][:160]}"
             for c in report["candidates"]
         ]
-        notes.append(f"- `{row['row']}`: {'; '.join(others)}.")
+        of = f" (commit {row['commit']})" if "commit" in row else ""
+        notes.append(f"- `{row['row']}`{of}: {'; '.join(others)}.")
+        left = Counter(operator.removeprefix("torch.ops.") for operator, _ in report["pytorch_operators"])
+        told = ", ".join(f"{count} {name}" for name, count in left.most_common())
+        if told:
+            why = "ours" if all(name.startswith("owl_wms.") for name in left) else "ours, or no converter takes them"
+            notes.append(f"  Left in PyTorch ({why}): {told}.")
         if report["kept_modules"]:
             tries = len(report["attempts"])
             notes.append(
@@ -235,7 +260,10 @@ def main() -> None:
     parser.add_argument("--cache", default="", help="cache directory; a temporary one unless given")
     parser.add_argument("--second", help=argparse.SUPPRESS)
     parser.add_argument("--render", type=Path)
+    parser.add_argument("--merge", type=Path, nargs="+", help="write the document to render out of these first")
     args = parser.parse_args()
+    if args.merge and args.render:
+        harness.write(merge([json.loads(path.read_text(encoding="utf-8")) for path in args.merge]), args.render)
     if args.render:
         text = render(json.loads(args.render.read_text(encoding="utf-8")))
         args.render.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import baselines, ops8, report
+from benchmarks import baselines, kernels, ops, ops8, report, trt_matrix
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RENDERED = {"decoder": report.report, "kernels": kernels.render, "ops": ops.render, "trt_matrix": trt_matrix.render}
 
 
 def test_a_time_limit_holds_although_the_interrupted_code_wraps_it() -> None:
@@ -69,3 +75,33 @@ def test_cases_of_8_bit_ops_run_and_agree_with_themselves() -> None:
         out = case.run(*case.make(2))
         assert out is not None
         assert 3 < out.float().abs().mean() < 100, f"{case.name}: codes say little"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.md")), ids=lambda path: path.stem)
+def test_no_figure_of_a_report_was_typed(path: Path) -> None:
+    document = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert RENDERED[document["theme"]](document) == path.read_text(encoding="utf-8")
+
+
+def matrix(commit: str, *rows: str, gpu: str = "card") -> dict[str, Any]:
+    failed = [{"row": row, "error": f"failed at {commit}"} for row in rows]
+    return {"theme": "trt_matrix", "machine": {"gpu": gpu}, "commit": commit, "batch": 8, "rows": failed}
+
+
+def test_rows_of_several_matrices_become_one_and_the_last_counts() -> None:
+    merged = trt_matrix.merge([matrix("aaa", "dist", "sana"), matrix("bbb", "sana", "base")])
+    assert [(row["row"], row["commit"]) for row in merged["rows"]] == [("dist", "aaa"), ("sana", "bbb"), ("base", "bbb")]
+    assert merged["commit"] == "aaa, bbb"
+    with pytest.raises(ValueError, match="runs differ in machine"):
+        trt_matrix.merge([matrix("aaa", "dist"), matrix("aaa", "base", gpu="another")])
+
+
+def test_a_row_names_decoder_precision_and_plan() -> None:
+    asked = {"batch": 2, "precision": "auto", "plans": ["tensorrt+ops"], "seconds": 9.0}
+    for row, precision, plans in (
+        ("demo", "auto", ("tensorrt+ops",)),
+        ("demo:bf16", "bf16", ("tensorrt+ops",)),
+        ("demo:bf16:tensorrt", "bf16", ("tensorrt",)),
+    ):
+        _, spec = trt_matrix.spec_of(row, argparse.Namespace(**asked))
+        assert (spec.precision, spec.plans, spec.input_shape) == (precision, plans, (2, 128, 8, 8))

@@ -36,6 +36,7 @@ ATTACKED = {
     "cache": ["owl_wms/cache"],
     "runtime": ["owl_wms/runtime"],
     "building child": [f"owl_wms/trt/{name}.py" for name in ("build", "child", "worker", "isolate", "attempts")],
+    "loading": ["owl_wms/trt/load.py", "owl_wms/trt/answer.py"],
     "readers": [
         "owl_wms/configs",
         "owl_wms/inference/messages.py",

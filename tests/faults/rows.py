@@ -134,7 +134,15 @@ ROWS: dict[str, Row] = {
         f"all kinds, {TENTH} of the frames",
     ),
     "runtime-threads": Row("16 threads decode at once", "no cross-talk", TENTH),
-    "runtime-fork": Row("fork after a program is loaded", "the child decodes or says why not", TENTH),
+    "runtime-fork": Row(
+        "fork after a program is loaded, whose engine aborts the process that destroys it without its GPU",
+        "the child decodes or says why not, and destroys nothing",
+        TENTH,
+    ),
+    "answer": Row(
+        "a verified program computes something else in this process than when it was built",
+        "refused before its first frame: PyTorch's answer, one warning; the entry stays, nothing is rebuilt",
+    ),
     "run-failures": Row(
         "the program raises, returns NaN where PyTorch does not, runs out of memory",
         "PyTorch's answer, put aside after three",
