@@ -160,8 +160,8 @@ def render(result: dict[str, Any]) -> str:
         f"{machine['gpu']}, driver {machine['driver']}, {machine['torch']}; commit {result['commit']}; batch "
         f"{result['batch']}. Read in the same run: copy {ceilings['copy_tbps']:.2f} TB/s.",
         "",
-        "A floor is the bytes of arguments and result over that rate. `PyTorch` is the plain reference, which shows what an",
-        "op replaces and is no rival; the error is against it in fp32.",
+        "A floor is the bytes of arguments and result over that rate. `PyTorch` is the plain reference, which shows",
+        "what an op replaces and is no rival; the error is against it in fp32.",
         "",
         f"| {' | '.join(TITLES)} |",
         "|---|" + "---:|" * (len(TITLES) - 1),

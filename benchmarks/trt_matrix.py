@@ -7,8 +7,8 @@ latency, error. Results are written after every row, so that a time limit costs 
 Usage (on a GPU):
     python -m benchmarks.trt_matrix --out benchmarks/results/trt_matrix.json [--only dist sana] [--precision auto]
     [--seconds 90]
-    python -m benchmarks.trt_matrix --render benchmarks/results/trt_matrix.json              # the Markdown table, anywhere
-    python -m benchmarks.trt_matrix --render all.json --merge first.json second.json         # rows of several runs
+    python -m benchmarks.trt_matrix --render result.json                                  # the Markdown, anywhere
+    python -m benchmarks.trt_matrix --render all.json --merge first.json second.json      # rows of several runs
 Rows are `name`, `name:precision` or `name:precision:plan` (`sana:bf16:tensorrt` is the live case of isolation).
 """
 

@@ -90,7 +90,7 @@ def matrix(commit: str, *rows: str, gpu: str = "card") -> dict[str, Any]:
 
 def test_rows_of_several_matrices_become_one_and_the_last_counts() -> None:
     merged = trt_matrix.merge([matrix("aaa", "dist", "sana"), matrix("bbb", "sana", "base")])
-    assert [(row["row"], row["commit"]) for row in merged["rows"]] == [("dist", "aaa"), ("sana", "bbb"), ("base", "bbb")]
+    assert {row["row"]: row["commit"] for row in merged["rows"]} == {"dist": "aaa", "sana": "bbb", "base": "bbb"}
     assert merged["commit"] == "aaa, bbb"
     with pytest.raises(ValueError, match="runs differ in machine"):
         trt_matrix.merge([matrix("aaa", "dist"), matrix("aaa", "base", gpu="another")])
