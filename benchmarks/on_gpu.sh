@@ -8,7 +8,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 total=${1:-3600}; shift || true
-steps=${*:-tests bridge train matrix batches codes sana ops kernels play soak}
+steps=${*:-tests bridge world train matrix batches codes sana ops kernels play soak}
 out=${OUT:-build/gpu}; mkdir -p "$out"
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 begin=$(date +%s)
@@ -26,6 +26,7 @@ run() { # run NAME LIMIT_SECONDS command...
 for step in $steps; do
   case $step in
     tests)   run tests 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trt tests/ops tests/runtime tests/data_game ;;
+    world)   run world 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/nn tests/inference tests/sampling ;;
     train)   run train 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trainers ;;
     bridge)  run bridge 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_tensorrt_integration.py ;;
     matrix)  run matrix 900 "$python" -m benchmarks.trt_matrix --seconds 150 --out "$out/trt_matrix.json" ;;

@@ -15,14 +15,14 @@ class StageClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._marks: list[Any] = []
 
     def mark(self) -> None:
         """The next point."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))  # by itself it takes the current device's stream
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())

@@ -38,3 +38,9 @@ def has_kernel(x: torch.Tensor) -> bool:
 def dtype_defines(x: torch.Tensor) -> tuple[str, ...]:
     """Preprocessor symbols that select the element type of `x`."""
     return ("FP16",) if x.dtype == torch.float16 else ()
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x`, contiguous and at an address that sixteen-byte copies can start from."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -133,6 +133,11 @@ class ProgramSource:
 
     def obtain(self, decoder: nn.Module, request: ProgramRequest) -> Loaded:
         """The program for `decoder`, from the cache or built now. Raises FastPathError only."""
+        # A surrounding autocast is the caller's context: neither what is built nor what it is called depends on it.
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return self._found(decoder, request)
+
+    def _found(self, decoder: nn.Module, request: ProgramRequest) -> Loaded:
         with turns.tracing():
             unready = _staged("import", self.toolchain.ready, request.device)
             if unready is not None:

@@ -92,7 +92,8 @@ def measure_inference_time(
         raise ConfigError(f"warmup must be >= 0 and iterations >= 1; got {warmup} and {iterations}", key="iterations")
     cuda = latents.device.type == "cuda"
     samples = []
-    with torch.no_grad():
+    on_device = torch.cuda.device(latents.device) if cuda else contextlib.nullcontext()  # events are of its stream
+    with torch.no_grad(), on_device:
         for _ in range(warmup):
             decode(latents)
         for _ in range(iterations):

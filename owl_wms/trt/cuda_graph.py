@@ -53,21 +53,25 @@ class GraphedProgram:
     def graphed(self) -> bool:
         return self._graph is not None
 
+    @torch.inference_mode(False)  # buffers made in a caller's inference mode could not be written outside of it
     @torch.no_grad()
     def _capture(self, example: Tensor) -> None:
         with torch.cuda.device(example.device):
             self._input = example.detach().clone()
+            # A stream of this device: the one that torch.cuda.graph takes by itself belongs to the device that captured
+            # first in this process. Entering it here also leaves it whatever becomes of the capture.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARMUP_CALLS):
                     self.program(self._input)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                # thread_local: another thread's allocation (a data loader pinning memory) must not break the capture.
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                    self._output = self.program(self._input)
             torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: another thread's allocation (a data loader pinning memory) must not break the capture.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._output = self.program(self._input)
+            self._input.add_(0.5)  # other latents than those captured: a graph that does nothing must not pass
             graph.replay()
             torch.cuda.synchronize()
             # A graph with breaks has been seen to return zeros; the captured answer must be the plain one.

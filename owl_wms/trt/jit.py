@@ -11,6 +11,7 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -58,10 +59,13 @@ class TrainingDecoder(nn.Module):
             return self.decoder(z)
         try:
             shape = tuple(z.shape)
-            with self._lock:
-                if shape not in self._compiled:
-                    self._compiled[shape] = self._compile(z)
-            return self._compiled[shape](z.to(DTYPES[self.precision])).to(module_dtype(self.decoder))
+            # Torch-TensorRT builds for the current device, and a caller's autocast would change what is traced and run.
+            on_device = torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext()
+            with torch.autocast(z.device.type, enabled=False), on_device:
+                with self._lock:
+                    if shape not in self._compiled:
+                        self._compiled[shape] = self._compile(z)
+                return self._compiled[shape](z.to(DTYPES[self.precision])).to(module_dtype(self.decoder))
         except Exception as error:
             self._give_up(error)
             return self.decoder(z)

@@ -52,11 +52,10 @@ class Program:
                 "run", f"this program takes latents {list(self.input_shape)}; got {list(z.shape)}", "pad to that shape"
             )
         z = z.to(device=self.device, dtype=self.input_dtype).contiguous()
-        if self.device.type != "cuda":
-            with torch.no_grad():
-                return self._module(z)
-        # Engines run on the current device and stream, whichever device their weights are on.
-        with torch.no_grad(), torch.cuda.device(self.device):
+        # Engines run on the current device and stream, whichever device their weights are on; and a caller's autocast
+        # would cast what the program was built without.
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), on_device:
             return self._module(z)
 
 

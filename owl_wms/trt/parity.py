@@ -44,6 +44,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from owl_wms import cudnn
+
 SCALES = (0.1, 1.0, 3.0)
 RELATIVE_FACTOR = 2.0
 ABSOLUTE_LIMIT = 1e-2
@@ -68,7 +70,7 @@ def reference_arithmetic() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        with torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
+        with cudnn.flags(enabled=False, allow_tf32=False):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = matmul

@@ -83,3 +83,18 @@ def test_a_program_that_answers_otherwise_is_not_used(
     assert (healed.backend, healed.hits, toolchain.builds) == ("plain", 1, 1)
     assert len(CacheStore(folder / "cache").entries()) == 1
     fault.record("answer", f"{len(FAULTS)} kinds of wrong frames refused at loading; the entry served the next process")
+
+
+def test_a_decode_inside_autocast_costs_no_sound_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs once ran under the caller's autocast, computed something else, and their entries went to quarantine."""
+    monkeypatch.setattr(engines, "attached", lambda: True)
+    decoder, toolchain = small_decoder(), AnsweringToolchain()
+    settings = TensorRTConfig(cache_dir=folder / "cache", precision="fp32")
+    z = torch.randn(1, 5, 4, 2, 2)
+    for _ in range(2):
+        decode = VideoDecode(decoder, batch_size=4, settings=settings, toolchain=toolchain, strict=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            frames = decode(z)
+        assert same(frames, z, decoder)
+        assert decode.stats().backend == "plain"
+    assert toolchain.builds == 1

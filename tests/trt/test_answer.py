@@ -43,7 +43,16 @@ def _library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_bits_are_loaded_in_silence(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "owl_wms"):
         assert load_program(packed(), "cpu")(torch.zeros(SHAPE)).shape == (2, 3, 48, 80)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("owl_wms")]
+
+
+def test_a_callers_autocast_changes_neither_loading_nor_frames(caplog: pytest.LogCaptureFixture) -> None:
+    z, data = latents(SHAPE, 1.0, torch.float32, "cpu", seed=1), packed()
+    with caplog.at_level(logging.INFO, "owl_wms"), torch.autocast("cpu", torch.bfloat16):
+        program = load_program(data, "cpu")
+        inside = program(z)
+    assert not [record for record in caplog.records if record.name.startswith("owl_wms")]
+    assert torch.equal(inside, program(z))
 
 
 def test_another_order_of_summation_is_loaded_and_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -72,6 +72,32 @@ def test_cuda_graph_repeats_the_program() -> None:
     assert torch.equal(first, wanted), "an answer that was handed out must not change with the next call"
 
 
+def test_a_graph_captured_in_inference_mode_serves_outside_of_it() -> None:
+    decoder, shape = decoders.make("square")
+    decoder = decoder.cuda().half()
+    z = latents(shape, 1.0, torch.float16, "cuda")
+    with torch.inference_mode():
+        graphed = trt.GraphedProgram(decoder, z)
+    assert graphed.graphed, graphed.reason
+    with torch.no_grad():
+        assert torch.equal(graphed(z), decoder(z))
+
+
+def test_graphs_on_two_gpus_of_one_process() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    stream = torch.cuda.current_stream()
+    for index in range(2):
+        decoder, shape = decoders.make("square")
+        decoder = decoder.to(f"cuda:{index}").half()
+        graphed = trt.GraphedProgram(decoder, latents(shape, 1.0, torch.float16, f"cuda:{index}"))
+        assert graphed.graphed, graphed.reason
+        z = latents(shape, 0.5, torch.float16, f"cuda:{index}", seed=5)
+        with torch.no_grad():
+            assert torch.equal(graphed(z), decoder(z))
+    assert torch.cuda.current_stream() == stream
+
+
 def test_jit_form_compiles_and_agrees() -> None:
     decoder, shape = decoders.make("tiled")
     decoder = decoder.cuda()

@@ -56,6 +56,22 @@ def test_a_failed_import_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         wrapped._compile(z)
 
 
+def test_a_callers_autocast_is_kept_out() -> None:
+    decoder, shape = decoders.make("square")
+    wrapped = compile_for_training(decoder, precision="bf16", strict=True)
+    seen: list[bool] = []
+
+    def program(z: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return z
+
+    wrapped._compiled[tuple(shape)] = program
+    with torch.autocast("cpu", torch.bfloat16):
+        wrapped(torch.randn(shape))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]
+
+
 @pytest.mark.parametrize("precision", ["auto", "fp8", "half"])
 def test_other_precisions_are_refused(precision: str) -> None:
     with pytest.raises(ConfigError, match="fp16, bf16, fp32"):

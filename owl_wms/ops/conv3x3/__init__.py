@@ -4,7 +4,7 @@ Why it exists: nine tenths of the sana decoder are these, and what a library lea
 is passes over the largest tensors. `how` says who computes: -1 the library (cuDNN, on a channels_last view, no copy)
 with what it cannot fuse as one pass, -2 the library's own fused convolution + bias + ReLU, n >= 0 our kernel with
 TILES[n]. `ways(...)` lists what applies to a shape; which is fastest is measured when a program is built, not guessed
-here, and stays what it was then.
+here, and stays what it was then. cuDNN chooses its algorithm by shape (`owl_wms.cudnn`).
 
 Usage:
     y = conv3x3(x, pack(weight), bias, residual, relu=False, how=-1)     # [B, H, W, C] -> [B, H, W, O]
@@ -12,14 +12,11 @@ Usage:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from owl_wms.ops.conv3x3.reference import latent_reference, pack, reference
+from owl_wms import cudnn
+from owl_wms.ops.conv3x3.reference import latent_reference, latent_rows, pack, reference
 from owl_wms.ops.register import define, has_kernel
 
 __all__ = ["LIBRARY", "LIBRARY_FUSED", "conv3x3", "latent_conv", "latent_reference", "pack", "reference", "ways"]
@@ -42,14 +39,6 @@ def ways(x: Tensor, weight: Tensor, residual: bool, relu: bool) -> list[int]:
     return found
 
 
-@contextmanager
-def _library_choice() -> Iterator[None]:
-    # cuDNN may choose its algorithm by shape or by a timing run. The latter differs from process to process, and with
-    # it the bits of a frame and whether the parity gate ever saw that algorithm.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
-        yield
-
-
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, how: int) -> Tensor:
     if not has_kernel(x):
         return reference(x, weight, bias, residual, relu)
@@ -60,12 +49,10 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
     if how >= 0:
         return kernel.launch(x, weight, bias, residual, relu, kernel.TILES[how])
     image, taps = x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2)
-    with _library_choice():
-        if how == LIBRARY_FUSED and relu and residual is None:
-            narrow = None if bias is None else bias.to(x.dtype)
-            fused = torch.ops.aten.cudnn_convolution_relu(image, taps, narrow, [1, 1], [1, 1], [1, 1], 1)
-            return fused.permute(0, 2, 3, 1).contiguous()
-        y = F.conv2d(image, taps, padding=1).permute(0, 2, 3, 1).contiguous()
+    if how == LIBRARY_FUSED and relu and residual is None:
+        fused = cudnn.convolution_relu(image, taps, None if bias is None else bias.to(x.dtype))
+        return fused.permute(0, 2, 3, 1).contiguous()
+    y = cudnn.convolution(image, taps).permute(0, 2, 3, 1).contiguous()
     if bias is None and residual is None and not relu:
         return y
     return kernel.finish_(y, bias, residual, relu)
@@ -77,8 +64,8 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
 
 
 def _run_latent(z: Tensor, weight: Tensor, bias: Tensor, repeats: int) -> Tensor:
-    with _library_choice():
-        return latent_reference(z, weight, bias, repeats)
+    rows, shortcut = latent_rows(z, weight, repeats)
+    return _run(rows, weight, bias, shortcut, False, LIBRARY)
 
 
 def _fake_latent(z: Tensor, weight: Tensor, bias: Tensor, repeats: int) -> Tensor:

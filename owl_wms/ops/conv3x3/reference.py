@@ -29,8 +29,13 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
     return (y if residual is None else y + residual).contiguous()
 
 
+def latent_rows(z: Tensor, weight: Tensor, repeats: int) -> tuple[Tensor, Tensor | None]:
+    """Latents `[B, c, h, w]` as NHWC rows in the weights' dtype, and every channel `repeats` times, None for 0."""
+    rows = z.to(weight.dtype).permute(0, 2, 3, 1).contiguous()
+    return rows, rows.repeat_interleave(repeats, dim=-1) if repeats else None
+
+
 def latent_reference(z: Tensor, weight: Tensor, bias: Tensor, repeats: int) -> Tensor:
     """`z [B, c, h, w]` to `[B, h, w, O]`: 3x3 convolution plus every latent channel `repeats` times."""
-    rows = z.to(weight.dtype).permute(0, 2, 3, 1).contiguous()
-    shortcut = rows.repeat_interleave(repeats, dim=-1) if repeats else None
+    rows, shortcut = latent_rows(z, weight, repeats)
     return reference(rows, weight, bias, shortcut, False)

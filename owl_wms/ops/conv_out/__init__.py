@@ -14,7 +14,7 @@ from torch import Tensor
 
 from owl_wms.ops.conv_out.reference import BLOCK, MAX_OUT, pack, padded, reference, unpack
 from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import define, has_kernel
+from owl_wms.ops.register import aligned, define, has_kernel
 
 __all__ = ["MAX_OUT", "conv_out", "kernel_of", "pack", "padded", "reference", "unpack"]
 
@@ -34,7 +34,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
         return reference(x, weight, bias, silu)
     _check(x, weight, bias)
     # A module cast as a whole hands over a 16-bit bias; the kernel reads fp32.
-    x, bias = x.contiguous(), bias.float()
+    x, weight, bias = aligned(x), aligned(weight), bias.float()
     batch, height, width, channels = x.shape
     out = x.new_empty(batch, height, width, bias.shape[0], dtype=torch.float32)
     kernel_of(x.dtype, pad=bias.shape[0], blocks=weight.shape[0], silu=silu).launch(

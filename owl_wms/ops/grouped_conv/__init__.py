@@ -16,9 +16,9 @@ from owl_wms.ops import enlarging
 from owl_wms.ops.codes import DEFINES
 from owl_wms.ops.grouped_conv.reference import GROUP, enlarge, pack, reference, unpack
 from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import define, has_kernel
+from owl_wms.ops.register import aligned, define, has_kernel
 
-__all__ = ["aligned", "enlarge", "grid_of", "grouped_conv", "kernel_of", "launch", "pack", "reference", "unpack"]
+__all__ = ["enlarge", "grid_of", "grouped_conv", "kernel_of", "launch", "pack", "reference", "unpack"]
 
 STRIP = 32
 CHANNELS_PER_BLOCK = 64
@@ -63,15 +63,9 @@ def launch(
         x.device,
         grid=blocks,
         block=256,
-        arguments=(out, x, weight, bias, gain, height, width, channels, rows),
+        arguments=(out, x, aligned(weight), bias, gain, height, width, channels, rows),
     )
     return out
-
-
-def aligned(x: Tensor) -> Tensor:
-    """`x`, contiguous and at an address that sixteen-byte copies can start from."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:

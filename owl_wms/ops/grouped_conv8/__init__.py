@@ -20,7 +20,7 @@ from owl_wms.ops.grouped_conv import grid_of
 from owl_wms.ops.grouped_conv import launch as launch_wide
 from owl_wms.ops.grouped_conv8.reference import GROUP, pack_codes, reference, unpack_codes
 from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import define, has_kernel
+from owl_wms.ops.register import aligned, define, has_kernel
 
 __all__ = ["GROUP", "grouped_conv8", "kernel_of", "pack_codes", "reference", "unpack_codes"]
 
@@ -44,7 +44,7 @@ def _run(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, gain: Te
         return reference(x, weight, scale, bias, gain, up2, codes)
     if not x.is_cuda:
         return reference(x, weight, scale, bias, gain, up2, codes)
-    x = x.contiguous()
+    x, weight = aligned(x), aligned(weight)
     batch, height, width, channels = x.shape
     out = torch.empty_like(x)
     blocks, rows = grid_of(batch, height, width, -(-channels // CHANNELS_PER_BLOCK))

@@ -40,7 +40,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache  # never let go: a CUDA graph that was captured with a matrix goes on reading it where it is
 def enlarge_matrix(size: int, scale: int, device: torch.device) -> Tensor:
     """Bicubic enlargement of one axis as a constant fp32 matrix `[scale * size, size]`, read off `F.interpolate`."""
     unit = torch.eye(size).view(1, size, size, 1).expand(1, size, size, 4).contiguous()

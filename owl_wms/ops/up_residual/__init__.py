@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import define, has_kernel
+from owl_wms.ops.register import aligned, define, has_kernel
 from owl_wms.ops.up_residual.reference import reference, shuffle
 
 __all__ = ["add_shortcut_", "kernel_of", "reference", "shuffle", "up_residual"]
@@ -32,7 +32,7 @@ def _run(low: Tensor, shortcut: Tensor | None) -> Tensor:
     if not has_kernel(low):
         return reference(low, shortcut)
     _check(low, shortcut)
-    low = low.contiguous()
+    low = aligned(low)
     batch, height, width, channels = low.shape
     out = low.new_empty(batch, 2 * height, 2 * width, channels)
     threads = batch * -(-height // BAND) * width * (channels // 4)
@@ -42,7 +42,7 @@ def _run(low: Tensor, shortcut: Tensor | None) -> Tensor:
         low.device,
         grid=-(-threads // 128),
         block=128,
-        arguments=(out, low, None if shortcut is None else shortcut.contiguous(), *tail),
+        arguments=(out, low, None if shortcut is None else aligned(shortcut), *tail),
     )
     return out
 
@@ -57,7 +57,7 @@ def add_shortcut_(base: Tensor, shortcut: Tensor) -> Tensor:
         base.device,
         grid=-(-threads // 256),
         block=256,
-        arguments=(base, base, shortcut.contiguous(), batch, height, width, base.shape[-1], shortcut_channels),
+        arguments=(base, base, aligned(shortcut), batch, height, width, base.shape[-1], shortcut_channels),
     )
     return base
 

@@ -1,0 +1,55 @@
+"""cuDNN's global flags, changed by one thread at a time, and convolutions that do not depend on them.
+
+Why it exists: `torch.backends.cudnn.flags` saves and restores settings of the whole process. Two threads that use it at
+once restore each other's values, and one beside a parity check once left cuDNN switched off for good. And a
+convolution whose algorithm is chosen by a timing run in every process gives other bits in the next one, from an
+algorithm that no parity gate ever saw; so ours say themselves how cuDNN is to choose: by shape.
+
+Usage:
+    with flags(enabled=False, allow_tf32=False): ...
+    y = convolution(image, taps)             # CUDA, 16-bit, NCHW view of channels_last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_lock = threading.RLock()
+_ONES = [1, 1]
+BY_SHAPE: dict[str, Any] = {"enabled": True, "benchmark": False, "deterministic": False, "allow_tf32": False}
+
+
+@contextlib.contextmanager
+def flags(**wanted: Any) -> Iterator[None]:
+    """`torch.backends.cudnn.flags(**wanted)`, while no other thread of this package changes them."""
+    with _lock, torch.backends.cudnn.flags(**wanted):
+        yield
+
+
+def convolution(image: Tensor, taps: Tensor) -> Tensor:
+    """3x3, padding 1, without bias: `[B, C, H, W]` and `[O, C, 3, 3]` on CUDA to `[B, O, H, W]`; flags do not count."""
+    return torch.ops.aten.cudnn_convolution(image, taps, _ONES, _ONES, _ONES, 1, False, False, False)
+
+
+def convolution_relu(image: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+    """The same with bias and ReLU in cuDNN's own epilogue, which takes no word but the flags'."""
+    backend = torch.backends.cudnn
+    if all(getattr(backend, name) == value for name, value in BY_SHAPE.items() if name != "allow_tf32"):
+        return torch.ops.aten.cudnn_convolution_relu(image, taps, bias, _ONES, _ONES, _ONES, 1)
+    with flags(**BY_SHAPE):
+        return torch.ops.aten.cudnn_convolution_relu(image, taps, bias, _ONES, _ONES, _ONES, 1)
+
+
+def _renew() -> None:
+    global _lock
+    _lock = threading.RLock()  # one that another thread held at the fork would stay locked for ever
+
+
+os.register_at_fork(after_in_child=_renew)
