@@ -39,6 +39,7 @@ from owl_wms.trainers.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    set_aside,
     strip_wrappers,
 )
 from owl_wms.trainers.distributed import barrier, choose_device
@@ -176,6 +177,12 @@ class BaseTrainer(ABC):
         """
         self.resume()
         self.evaluator.prepare()
+        aside = set_aside(self.folder, self.step) if self.rank == 0 else None
+        if aside is not None:
+            _log.warning(
+                "%s held checkpoints of another run, with steps after %d: they are in %s now; --resume continues a run",
+                *(self.folder, self.step, aside.name),
+            )
         config = {"train": self.train_cfg.model_dump(mode="json"), "model": self.model_cfg.model_dump(mode="json")}
         journal = Journal(self.folder, self.wandb_cfg, config) if self.rank == 0 else None
         self.saved_step = self.step

@@ -7,6 +7,7 @@ Usage:
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import re
@@ -22,6 +23,7 @@ from owl_wms.errors import CheckpointError
 from owl_wms.vae import load_weights, read_state_dict, strip_prefix
 from owl_wms.vae.checkpoint import CORE, without_wrappers
 
+LOG = "log.jsonl"
 _NAME = re.compile(r"step_(\d+)\.pt")
 
 
@@ -30,10 +32,33 @@ def checkpoint_path(folder: Path | str, step: int) -> Path:
     return Path(folder) / f"step_{step}.pt"
 
 
+def _checkpoints(folder: Path | str) -> dict[int, Path]:
+    return {int(match[1]): path for path in Path(folder).glob("step_*.pt") if (match := _NAME.fullmatch(path.name))}
+
+
 def latest_checkpoint(folder: Path | str) -> Path | None:
     """The checkpoint of the highest step in `folder`, or None."""
-    found = {int(match[1]): path for path in Path(folder).glob("step_*.pt") if (match := _NAME.fullmatch(path.name))}
+    found = _checkpoints(folder)
     return found[max(found)] if found else None
+
+
+def set_aside(folder: Path, step: int) -> Path | None:
+    """Move checkpoints of later steps than `step` to `{folder}/set_aside_{n}`, and with them the log of a run that
+    starts at 0.
+
+    A run that is at `step` did not write them, and the next `--resume` would take the latest one for its own.
+
+    Returns:
+        Where they are now; None when there were none.
+    """
+    others = [path for number, path in sorted(_checkpoints(folder).items()) if number > step]
+    if not others:
+        return None
+    place = next(place for n in itertools.count(1) if not (place := folder / f"set_aside_{n}").exists())
+    place.mkdir()
+    for path in [*others, *([folder / LOG] if step == 0 and (folder / LOG).exists() else [])]:
+        path.rename(place / path.name)
+    return place
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -233,3 +234,43 @@ def test_unknown_names_list_what_there_is(tmp_path: Path) -> None:
     cfg = config(tmp_path, "rft", scheduler="Cosine")
     with pytest.raises(ConfigError, match="LinearWarmup"):
         get_trainer_cls("rft")(training(cfg), None, cfg.model)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the log's lines that report a loss."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "diffusion_loss" in line]
+
+
+def test_a_fresh_run_and_its_resume_leave_an_earlier_run_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """--resume once went on from the latest step in the folder, which was another run's."""
+    folder = tmp_path / "run"
+
+    def run(steps: int, **changes: Any) -> list[dict[str, float]]:
+        trainer = build(tmp_path, "rft", max_steps=steps, checkpoint_dir=str(folder), **changes)
+        trainer.train()
+        return [{k: v for k, v in loss.items() if k != "time"} for loss in trainer.losses]
+
+    run(5)
+    first = run(3, seed=9)
+    assert "held checkpoints of another run, with steps after 0: they are in set_aside_1" in caplog.text
+    assert {path.name for path in (folder / "set_aside_1").iterdir()} >= {"step_5.pt", "log.jsonl"}
+    caplog.clear()
+    rest = run(6, seed=9, resume_ckpt="latest")
+    assert "held checkpoints" not in caplog.text
+    assert steps_in(folder) == [1, 2, 3, 4, 5, 6]
+    whole = build(tmp_path, "rft", max_steps=6, checkpoint_dir=str(tmp_path / "whole"), seed=9)
+    whole.train()
+    assert first + rest == [{k: v for k, v in loss.items() if k != "time"} for loss in whole.losses]
+    assert steps_in(folder / "set_aside_1") == [1, 2, 3, 4, 5]
+
+
+def test_going_back_to_an_earlier_step_sets_the_later_ones_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    build(tmp_path, "rft", max_steps=4, checkpoint_dir=str(folder), save_interval=2).train()
+    back = {"resume_ckpt": str(folder / "step_2.pt"), "save_interval": 100}
+    build(tmp_path, "rft", max_steps=3, checkpoint_dir=str(folder), **back).train()
+    assert sorted(path.name for path in folder.glob("step_*.pt")) == ["step_2.pt", "step_3.pt"]
+    assert [path.name for path in (folder / "set_aside_1").iterdir()] == ["step_4.pt"]
