@@ -42,7 +42,7 @@ def plot_rows(rows: list[dict[str, Any]], out: Path, caption: str) -> None:
             text = f" {times[index]:.2f} ms · {row['figures']['over_eager']:.1f}×"
             axes.text(times[index], index, text, va="center", fontsize=8)
         floor = own[0]["figures"]["floor_ms"]
-        axes.axvline(floor, color=FLOOR, linewidth=1.5, label=f"matrix floor {floor:.2f} ms")
+        axes.axvline(floor, color=FLOOR, linewidth=1.5, label=f"bf16 floor {floor:.2f} ms")
         axes.set_xlim(0, max(times) * 1.35)
         axes.set_title(f"{decoder}, batch {batch}", fontsize=10)
         axes.set_xlabel("ms a batch (lower is better)", fontsize=8)

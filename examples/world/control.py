@@ -4,7 +4,7 @@ Nothing that judges is learnt: turns are seen by block matching of consecutive f
 depth channel says that the world came. The same measures on the real game under the same commands are the ceiling.
 
 Usage:
-    bench = Bench(decode, encode, device, settings, reader_players=160, reader_steps=600)
+    bench = Bench(decode, encode, device, settings)
     seen, clips = bench.roll(core, {"n_steps": 8, "cfg_scale": 1.0})
 """
 

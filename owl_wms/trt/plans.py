@@ -1,6 +1,6 @@
 """The named ways to lower a decoder.
 
-Why names: which way is fastest depends on decoder, precision and GPU, so every plan that applies is built and timed,
+Why names: which way is fastest depends on decoder, precision and GPU, so the plans that apply are built and timed,
 and the name of the one that won stands in the manifest. A plan says beforehand whether it applies and which precisions
 it offers; none is ever silently replaced.
 
