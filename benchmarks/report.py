@@ -59,7 +59,8 @@ def report(result: dict[str, Any]) -> str:
     for decoder, batch in dict.fromkeys((row["decoder"], row["batch"]) for row in rows):
         own = [row for row in rows if (row["decoder"], row["batch"]) == (decoder, batch)]
         floor = next((row["figures"]["floor_ms"] for row in own if "floor_ms" in row["figures"]), None)
-        lines += ["", f"## {decoder}, batch {batch}" + ("" if floor is None else f" (floor of bf16 products {floor:.2f} ms)"), ""]
+        beside = "" if floor is None else f" (floor of bf16 products {floor:.2f} ms)"
+        lines += ["", f"## {decoder}, batch {batch}{beside}", ""]
         lines.append("| candidate | " + " | ".join(title for title, _, _ in COLUMNS) + " |")
         lines.append("|---|" + "---|" * len(COLUMNS))
         for row in own:
