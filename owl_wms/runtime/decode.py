@@ -31,6 +31,7 @@ from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
 from owl_wms.runtime.timing import Stopwatch
 from owl_wms.runtime.toolchain import ProgramRequest, Progress, TensorRTToolchain, Toolchain
 from owl_wms.settings import TensorRTConfig
+from owl_wms.vae.landscape import other_latent_size
 
 CHECKS = ("auto", "always", "sampled", "off")
 
@@ -239,6 +240,10 @@ class VideoDecode:
             calibration=self.settings.calibration,
         )
         slot = generation.slot(request)
+        if slot.state == "new":
+            remark = other_latent_size(getattr(self.decoder, "config", None), *one[1:])
+            if remark is not None:
+                self._ledger.note(f"size {one}", remark)
         if slot.state == "new" and not self.settings.enabled:
             slot.put_off(SWITCHED_OFF)
         elif slot.state == "new" and self._forked:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,6 +175,18 @@ def test_autocast_around_does_not_change_the_answer() -> None:
     expected = decode(latents)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(decode(latents), expected)
+
+
+def test_latents_of_another_size_than_the_autoencoders_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    decoder = TinyDecoder()
+    decoder.config = SimpleNamespace(latent_size=3, sample_size=[360, 640])
+    decode = VideoDecode(decoder, batch_size=2)
+    with caplog.at_level(logging.INFO, "owl_wms"):
+        decode(torch.randn(1, 2, 4, 3, 3))
+        assert "latents are" not in caplog.text
+        for _ in range(2):
+            decode(torch.randn(1, 2, 4, 5, 3))
+    assert caplog.text.count("latents are 5x3, the autoencoder's own are 3x3") == 1
 
 
 def test_batch_size_is_capped_by_the_settings(tmp_path: Path) -> None:
