@@ -64,10 +64,10 @@ def check_destination(path: Path, *suffixes: str) -> None:
         raise ConfigError(f"{path}: must end in {' or '.join(suffixes)}, got {path.suffix!r}", path=path)
     if os.path.isdir(path):
         raise ConfigError(f"{path}: is a folder", path=path)
-    if not os.path.exists(path):
-        _try_to_write_below(path, path.parent)
-    elif not (os.path.isfile(path) and os.access(path, os.W_OK)):
+    if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
         raise ConfigError(f"{path}: cannot be written", path=path)
+    # Also where the file exists: a new one is made beside it and takes its place at the end.
+    _try_to_write_below(path, Path(os.path.realpath(path)).parent)
 
 
 def check_folder(path: Path) -> None:

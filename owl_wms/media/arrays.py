@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from owl_wms.errors import DataError
+from owl_wms.media.whole import why_unwritten, written_whole
 
 ARRAY_SUFFIXES = (".pt", ".npy", ".safetensors")
 KEY = "latents"  # of a file that holds several tensors, the one that is meant
@@ -141,7 +142,8 @@ def save_array(path: Path | str, tensor: Tensor | Mapping[str, Tensor]) -> None:
     """Write one tensor, or several by name, in the form that the path's ending says; folders are made.
 
     Raises:
-        DataError: unknown ending, several tensors for `.npy`, or the path cannot be written.
+        DataError: unknown ending, several tensors for `.npy`, or the path cannot be written; what stood there
+            then stays as it was.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -152,13 +154,14 @@ def save_array(path: Path | str, tensor: Tensor | Mapping[str, Tensor]) -> None:
     if suffix == ".npy" and len(stored) != 1:
         raise DataError(f"{path}: .npy holds one tensor, got {', '.join(stored)}", path=path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if suffix == ".pt":
-            torch.save(stored[KEY] if isinstance(tensor, Tensor) else stored, path)
-        elif suffix == ".npy":
-            (only,) = stored.values()
-            np.save(path, only.float().numpy() if only.dtype == torch.bfloat16 else only.numpy())
-        else:
-            save_file(stored, path)
+        with written_whole(path) as draft:
+            if suffix == ".pt":
+                torch.save(stored[KEY] if isinstance(tensor, Tensor) else stored, draft)
+            elif suffix == ".npy":
+                (only,) = stored.values()
+                with draft.open("wb") as file:  # given a name, numpy would add to one that ends in .NPY
+                    np.save(file, only.float().numpy() if only.dtype == torch.bfloat16 else only.numpy())
+            else:
+                save_file(stored, draft)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError for a missing folder
-        raise DataError(f"{path}: cannot be written: {error}", path=path) from error
+        raise DataError(f"{path}: cannot be written: {why_unwritten(error)}", path=path) from error
