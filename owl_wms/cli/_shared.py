@@ -23,6 +23,14 @@ from owl_wms.runtime.stats import DecodeStats
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MIB = 1024**2
+FPS = (1, 240)
+"""Frames a second that clips and the page in the browser may have."""
+SCALES = (1e-6, 1e6)
+"""Factors on latents: those of autoencoders in use lie near 1, and beyond this range float16 and bfloat16 lose them."""
+GUIDANCE = (-100, 100)
+TIMEOUT_SECONDS = (1, 10**6)
+SEEDS = (-(2**62), 2**62)
+"""Worlds are numbered in int64, counted up from the seed."""
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -52,6 +60,18 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name not in _DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, got {name!r}", key="dtype")
     return _DTYPES[name]
+
+
+def check_number(option: str, value: float | None, bounds: tuple[float, float]) -> None:
+    """Refuse a number outside of its bounds, both included; None, an option left out, is not one.
+
+    Raises:
+        ConfigError: too small, too large, infinite, or not a number.
+    """
+    low, high = bounds
+    if value is not None and not low <= value <= high:  # NaN compares false
+        key = option.removeprefix("--").replace("-", "_")
+        raise ConfigError(f"{option} must be a number from {low} to {high}, got {value}", key=key)
 
 
 def check_destination(path: Path, *suffixes: str) -> None:

@@ -46,6 +46,7 @@ def make(
     from owl_wms.data.latent_dataset import make_game_latents
     from owl_wms.vae import load_encoder
 
+    shared.check_number("--seed", seed, shared.SEEDS)
     where = shared.choose_device(device)
     shared.check_folder(path)
     encoder = load_encoder(None, vae_config, vae_checkpoint).to(where, shared.choose_dtype(None, where))

@@ -39,8 +39,7 @@ def encode(
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
     shared.check_destination(out, *ARRAY_SUFFIXES)
-    if scale == 0:
-        raise ConfigError("--scale divides the latents and must not be 0", key="scale")
+    shared.check_number("--scale", scale, shared.SCALES)
     model = load_vae_config(vae_config).model
     size = getattr(model, "sample_size", None)
     if size is None or model.model_id == "audio_ae":

@@ -48,13 +48,14 @@ class VideoWriter:
 
         Raises:
             DataError: the name does not end in `.mp4`, or PyAV is missing.
-            ValueError: fps of 0 or less.
+            ValueError: fps that is not a number, not finite, or below the smallest rate that is written, 1/1001.
         """
         self.path = Path(path)
         if self.path.suffix.lower() != ".mp4":
             raise DataError(f"{path}: clips are written as .mp4, got the ending {self.path.suffix!r}", path=path)
-        if not fps > 0:
-            raise ValueError(f"fps must be above 0, got {fps}")
+        # A smaller rate would be rounded to 0, for which the encoder takes 24.
+        if not 1 / 1001 <= fps < float("inf"):
+            raise ValueError(f"fps must be finite and at least 1/1001, got {fps}")
         self._av, self._fps = _av(path), Fraction(fps).limit_denominator(1001)
         self._draft = draft_beside(self.path)
         self._container: Any = None
