@@ -1,7 +1,8 @@
 """The `owl-wms` command: a thin layer over the package, and the only place that prints or configures logging.
 
 Each command lives in a module of its own under `owl_wms/cli/` and is imported when it is called: `owl-wms --help`
-needs neither torch nor TensorRT. Errors that the package raises on purpose end as one line and exit code 2.
+needs neither torch nor TensorRT. Errors that the package raises on purpose, and a full disk, end as one line and exit
+code 2.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from owl_wms import __version__
+from owl_wms.cli._disk import described, disk_failure
 from owl_wms.errors import OwlError
 
 # name -> (module, attribute, one-line help). The attribute is a function with typer annotations, or a typer app.
@@ -94,6 +96,15 @@ def main(argv: list[str] | None = None) -> None:
     try:
         build_app(requested)(args=arguments, prog_name="owl-wms")
     except OwlError as error:
-        # Text, not markup: messages hold shapes such as [b, n, c, h, w], which markup would swallow.
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-        sys.exit(2)
+        _end(str(error))
+    except (OSError, RuntimeError) as error:
+        failure = disk_failure(error)
+        if failure is None:
+            raise
+        _end(f"the disk refused what was written: {described(failure)}")
+
+
+def _end(message: str) -> NoReturn:
+    # Text, not markup: messages hold shapes such as [b, n, c, h, w], which markup would swallow.
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    sys.exit(2)

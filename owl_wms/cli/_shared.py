@@ -74,41 +74,52 @@ def check_number(option: str, value: float | None, bounds: tuple[float, float]) 
         raise ConfigError(f"{option} must be a number from {low} to {high}, got {value}", key=key)
 
 
-def check_destination(path: Path, *suffixes: str) -> None:
+def check_destination(path: Path, *suffixes: str, key: str = "") -> None:
     """Refuse an output file before the work is done rather than after it.
+
+    Args:
+        path: the file.
+        suffixes: endings that can be written; none means any.
+        key: of the configuration that names it, for the message.
 
     Raises:
         ConfigError: an ending that cannot be written, a folder of that name, or a place where no file can be made.
     """
-    if path.suffix.lower() not in suffixes:
-        raise ConfigError(f"{path}: must end in {' or '.join(suffixes)}, got {path.suffix!r}", path=path)
+    said = f"{key}: {path}" if key else str(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{said}: must end in {' or '.join(suffixes)}, got {path.suffix!r}", path=path, key=key)
     if os.path.isdir(path):
-        raise ConfigError(f"{path}: is a folder", path=path)
+        raise ConfigError(f"{said}: is a folder", path=path, key=key)
     if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
-        raise ConfigError(f"{path}: cannot be written", path=path)
+        raise ConfigError(f"{said}: cannot be written", path=path, key=key)
     # Also where the file exists: a new one is made beside it and takes its place at the end.
-    _try_to_write_below(path, Path(os.path.realpath(path)).parent)
+    _try_to_write_below(said, Path(os.path.realpath(path)).parent)
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, *, key: str = "") -> None:
     """Refuse an output folder before the work is done; it need not exist.
+
+    Args:
+        path: the folder.
+        key: of the configuration that names it, for the message.
 
     Raises:
         ConfigError: a file of that name, or a place where no file can be made.
     """
+    said = f"{key}: {path}" if key else str(path)
     if os.path.exists(path) and not os.path.isdir(path):
-        raise ConfigError(f"{path}: is a file, a folder is wanted", path=path)
-    _try_to_write_below(path, path)
+        raise ConfigError(f"{said}: is a file, a folder is wanted", path=path, key=key)
+    _try_to_write_below(said, path)
 
 
-def _try_to_write_below(path: Path, folder: Path) -> None:
+def _try_to_write_below(said: str, folder: Path) -> None:
     """Make a file without a name in the nearest folder that exists: permission bits tell root nothing about /proc."""
     nearest = next((place for place in (folder, *folder.parents) if os.path.exists(place)), Path())
     try:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {nearest}: {error.strerror}", path=path) from error
+        raise ConfigError(f"{said}: cannot be written: {nearest}: {error.strerror}", path=folder) from error
 
 
 def progress(console: Any) -> Progress:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,11 +171,12 @@ class NpyTableWriter:
             columns: further columns of plain values.
 
         Raises:
-            DataError: the folder already holds a table of other columns.
+            DataError: the folder already holds a table of other columns, or cannot be written.
         """
         self.path = Path(path)
         self.array_columns = tuple(array_columns)
-        self.path.mkdir(parents=True, exist_ok=True)
+        with _writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         schema = {"columns": [*array_columns, *columns, *_OWN_COLUMNS], "array_columns": list(array_columns)}
         self._rows: list[dict[str, Any]] = []
         if (self.path / "schema.json").exists():
@@ -185,8 +187,9 @@ class NpyTableWriter:
                 )
             self._rows = _read_json(self.path / "manifest.json", list)
         self._plain = tuple(columns)
-        _replace_json(self.path / "schema.json", schema)
-        _replace_json(self.path / "manifest.json", self._rows)
+        with _writing(self.path):
+            _replace_json(self.path / "schema.json", schema)
+            _replace_json(self.path / "manifest.json", self._rows)
 
     def append(self, arrays: Mapping[str, np.ndarray], *, truncated: bool = False, **fields: Any) -> int:
         """Store one clip.
@@ -200,7 +203,7 @@ class NpyTableWriter:
             The row's index.
 
         Raises:
-            DataError: columns or lengths that do not fit.
+            DataError: columns or lengths that do not fit, or a full disk; the table is then as it was.
         """
         index = len(self._rows)
         if set(arrays) != set(self.array_columns) or set(fields) != set(self._plain):
@@ -223,11 +226,18 @@ class NpyTableWriter:
             "truncated": truncated,
             "seq_len": next(iter(lengths.values())),
         }
-        for column, array in arrays.items():
+        for column in arrays:
             row[column] = f"{column}_{index}.npy"
-            np.save(self.path / row[column], array, allow_pickle=False)
+        try:
+            with _writing(self.path, index):
+                for column, array in arrays.items():
+                    np.save(self.path / row[column], array, allow_pickle=False)
+                _replace_json(self.path / "manifest.json", [*self._rows, row])
+        except DataError:
+            for column in arrays:  # no row names them, and the space may be what is missing
+                (self.path / row[column]).unlink(missing_ok=True)
+            raise
         self._rows.append(row)
-        _replace_json(self.path / "manifest.json", self._rows)
         return index
 
     def __len__(self) -> int:
@@ -246,5 +256,19 @@ def _read_json(path: Path, kind: type) -> Any:
 
 def _replace_json(path: Path, value: Any) -> None:
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text(json.dumps(value), encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path, index: int | None = None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # numpy's own, for an array that does not fit, has no strerror
+        what = "" if index is None else f"row {index} "
+        raise DataError(
+            f"{path}: {what}cannot be written: {error.strerror or error}", path=path, index=index
+        ) from error
