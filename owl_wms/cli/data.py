@@ -27,7 +27,7 @@ def _group() -> None:
 
 @app.command()
 def make(
-    path: Annotated[Path, typer.Argument(help="Folder of the table; appended to when it exists.")],
+    path: Annotated[Path, typer.Argument(help="Folder of the table; new worlds are appended to one that exists.")],
     episodes: int = typer.Option(16, min=1, help="Episodes to play, each in a world of its own."),
     frames: int = typer.Option(240, min=1, help="Stored frames in each episode."),
     fps: int = typer.Option(20, min=1, help="Stored frames a second; must divide 60."),
@@ -60,6 +60,7 @@ def make(
             fps=fps,
             first_seed=seed,
             batch=batch,
+            encoder_name=vae_checkpoint.name,
             progress=lambda done, total: bar.update(task, completed=done),
         )
     typer.echo(f"{path}: {rows} episodes of {frames} frames at {fps} a second")

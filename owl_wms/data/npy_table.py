@@ -6,6 +6,7 @@ touches, and a half-written row is never in the manifest. Layout of the folder:
     schema.json    {"columns": [...], "array_columns": [...]}
     manifest.json  [{"depth_latent": "depth_latent_0.npy", "seq_len": 900, "missing": false, ...}, ...]
     depth_latent_0.npy, mouse_0.npy, ...
+    source.json    what made the rows, where their maker says so; no reader needs it
 
 Usage:
     writer = NpyTableWriter(folder, array_columns=("depth_latent", "mouse", "buttons"), columns=("seed",))
@@ -239,6 +240,30 @@ class NpyTableWriter:
             raise
         self._rows.append(row)
         return index
+
+    @property
+    def rows(self) -> tuple[Mapping[str, Any], ...]:
+        """The manifest's entries so far, those of earlier writers included."""
+        return tuple(self._rows)
+
+    @property
+    def source(self) -> dict[str, Any] | None:
+        """What `set_source` kept in this folder, or None.
+
+        Raises:
+            DataError: the file is not a JSON object.
+        """
+        file = self.path / "source.json"
+        return _read_json(file, dict) if file.exists() else None
+
+    def set_source(self, source: Mapping[str, Any]) -> None:
+        """Keep what makes the rows, JSON-ready, for whoever appends to them.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        with _writing(self.path):
+            _replace_json(self.path / "source.json", dict(source))
 
     def __len__(self) -> int:
         return len(self._rows)
