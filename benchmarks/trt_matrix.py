@@ -274,6 +274,8 @@ def main() -> None:
         args.render.with_suffix(".md").write_text(text, encoding="utf-8")
         print(text)
         return
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: this benchmark measures a GPU; nothing was measured")
     if args.second:
         print(json.dumps(second(args.second, CacheStore(args.cache), args)), flush=True)
         return

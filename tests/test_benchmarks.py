@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import baselines, kernels, ops, ops8, plot, report, trt_matrix
+from benchmarks import baselines, decoder, kernels, ops, ops8, plot, report, sana_parts, trt_matrix
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 RENDERED = {"decoder": report.report, "kernels": kernels.render, "ops": ops.render, "trt_matrix": trt_matrix.render}
@@ -156,3 +156,19 @@ def test_merging_what_does_not_belong_together_is_one_line(
             module.main()
         assert "error: runs differ in machine" in capsys.readouterr().err
     assert not (tmp_path / "o.json").exists()
+
+
+@pytest.mark.parametrize("module", [decoder, kernels, ops, sana_parts, trt_matrix], ids=lambda module: module.__name__)
+def test_without_a_gpu_nothing_is_measured_or_written(
+    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = tmp_path / "o.json"
+    out.write_text("kept")
+    monkeypatch.setattr("sys.argv", ["benchmark", *([] if module is sana_parts else ["--out", str(out)])])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert "CUDA device" in capsys.readouterr().err
+    assert out.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [out]
