@@ -2,7 +2,7 @@
 
 Each command lives in a module of its own under `owl_wms/cli/` and is imported when it is called: `owl-wms --help`
 needs neither torch nor TensorRT. Errors that the package raises on purpose, and a full disk, end as one line and exit
-code 2.
+code 2. Help texts are rich markup: a bracket that opens a shape is written `\\[`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from rich.console import Console
 
 
 def decode(
-    latents: Annotated[Path, typer.Argument(help="Latents [b,n,c,h,w] or [n,c,h,w]: .pt, .npy or .safetensors.")],
+    latents: Annotated[Path, typer.Argument(help="Latents \\[b,n,c,h,w] or \\[n,c,h,w]: .pt, .npy or .safetensors.")],
     vae_config: Annotated[Path, typer.Option(help="YAML of the autoencoder.")],
     checkpoint: Annotated[Path, typer.Option(help="Its weights: decoder, full model or training checkpoint.")],
     out: Annotated[Path, typer.Option(help="The clip to write, .mp4.")] = Path("clip.mp4"),
