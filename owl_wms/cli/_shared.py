@@ -18,6 +18,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from owl_wms import env
 from owl_wms.errors import ConfigError
 from owl_wms.runtime.stats import DecodeStats
 
@@ -37,9 +38,11 @@ def choose_device(name: str | None) -> torch.device:
     """The device of that name, by default the first GPU, else the CPU.
 
     Raises:
-        ConfigError: no such device here, or a kind that nothing here was written for (mps, xpu).
+        ConfigError: no such device here, or a kind that nothing here was written for (mps, xpu); a LOCAL_RANK that is
+            no number, when no name is given.
     """
     if name is None:
+        env.local_rank()  # a command runs on the first GPU, and a bad value is an error all the same
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     form = re.fullmatch(r"cpu|cuda(?::([0-9]+))?", name)
     if form is None:

@@ -122,6 +122,16 @@ def test_devices_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path
     refuse("CUDA devices", capsys, "data", "make", str(tmp_path / "t"), "--device", "cuda:77")
 
 
+def test_a_local_rank_that_is_no_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config(tmp_path, "rft")
+    monkeypatch.setenv("LOCAL_RANK", "abc")
+    for arguments in (("data", "make", str(tmp_path / "t")), ("demo",), ("train", str(tmp_path / "rft.yml"))):
+        refuse("LOCAL_RANK must be a whole number >= 0, as torchrun sets it; got 'abc'", capsys, *arguments)
+    assert _shared.choose_device("cpu") == torch.device("cpu")
+
+
 def test_a_change_that_is_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config(tmp_path, "rft")
     for text in ("[1,", "{a: b", "\t- x", "*nothing"):
