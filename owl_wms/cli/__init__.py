@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
-from owl_wms import __version__
+from owl_wms import __version__, env
 from owl_wms.cli._disk import described, disk_failure
-from owl_wms.errors import OwlError
+from owl_wms.errors import FastPathError, OwlError
 
 # name -> (module, attribute, one-line help). The attribute is a function with typer annotations, or a typer app.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -96,12 +96,21 @@ def main(argv: list[str] | None = None) -> None:
     try:
         build_app(requested)(args=arguments, prog_name="owl-wms")
     except OwlError as error:
-        _end(str(error))
+        _end(f"{error}{_who_forbids_pytorch(error, requested)}")
     except (OSError, RuntimeError) as error:
         failure = disk_failure(error)
         if failure is None:
             raise
         _end(f"the disk refused what was written: {described(failure)}")
+
+
+def _who_forbids_pytorch(error: OwlError, requested: str | None) -> str:
+    """What to change where a variable made an error of what PyTorch would have answered; `trt` wants no such answer."""
+    variable = env.TENSORRT_VARIABLES["fallback_on_error"]
+    forbids = (env.read(variable) or "").lower() == "error"
+    if not isinstance(error, FastPathError) or not forbids or requested == "trt":
+        return ""
+    return f"; {variable}=error forbids PyTorch: unset it, or set it to pytorch"
 
 
 def _end(message: str) -> NoReturn:
