@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import decoders, harness
+from benchmarks.report import read_result
 from owl_wms.ops.codes import FORMATS, LARGEST
 from owl_wms.ops.nvrtc import Kernel
 from owl_wms.trt.calibration import SEEDED
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--render", type=Path)
     args = parser.parse_args()
     if args.render is not None:
-        text = render(json.loads(args.render.read_text(encoding="utf-8")))
+        text = render(read_result(args.render, parser))
         args.render.with_suffix(".md").write_text(text, encoding="utf-8")
         return
     if not torch.cuda.is_available():

@@ -11,7 +11,6 @@ only after its parity check: relative L2 error against the same function in fp32
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from benchmarks.accuracy import relative_l2
 from benchmarks.case import Case
 from benchmarks.harness import console, document, finish, machine_line, measure_ceilings, measure_interleaved
 from benchmarks.ops8 import code_cases
+from benchmarks.report import read_result
 from owl_wms.env import describe_machine
 from owl_wms.ops import conv_out, grouped_conv, resize, stage_tail, up_residual
 
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--render", type=Path, help="write a result's Markdown beside it, and measure nothing")
     options = parser.parse_args(argv)
     if options.render is not None:
-        text = render(json.loads(options.render.read_text(encoding="utf-8")))
+        text = render(read_result(options.render, parser))
         options.render.with_suffix(".md").write_text(text, encoding="utf-8")
         return
     if not torch.cuda.is_available():

@@ -5,10 +5,11 @@ Usage: python -m benchmarks.plot result.json result.png
 
 from __future__ import annotations
 
-import json
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
+
+from benchmarks.report import read_result
 
 OURS, THEIRS, FLOOR = "#1b9e77", "#8da0cb", "#d95f02"
 
@@ -56,7 +57,16 @@ def plot_rows(rows: list[dict[str, Any]], out: Path, caption: str) -> None:
     pyplot.close(figure)
 
 
-if __name__ == "__main__":
-    source = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+def main() -> None:
+    """Parse arguments, read the result, draw it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("picture", type=Path)
+    args = parser.parse_args()
+    source = read_result(args.result, parser)
     machine = source["machine"]
-    plot_rows(source["rows"], Path(sys.argv[2]), f"{machine['gpu']} · {machine['torch']} · commit {source['commit']}")
+    plot_rows(source["rows"], args.picture, f"{machine['gpu']} · {machine['torch']} · commit {source['commit']}")
+
+
+if __name__ == "__main__":
+    main()

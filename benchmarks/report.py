@@ -32,6 +32,19 @@ COLUMNS = (
 )
 
 
+def read_result(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """A benchmark's JSON document; the parser ends the program in one line when there is none in the file."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"{path}: cannot be read: {error.strerror}")
+    except ValueError as error:  # not JSON, or not text
+        parser.error(f"{path}: is not JSON: {error}")
+    if not isinstance(result, dict) or any(key not in result for key in ("theme", "machine", "commit", "rows")):
+        parser.error(f"{path}: is not the result of a benchmark: it needs theme, machine, commit and rows")
+    return result
+
+
 def cell(figures: dict[str, Any], key: str | None, form: str) -> str:
     """One figure as text, a dash where it was not measured; no key means the 20th to 80th percentile."""
     if key is None:
@@ -134,9 +147,12 @@ def main() -> None:
     parser.add_argument("--merge", type=Path, nargs="+", help="write the result out of these first")
     args = parser.parse_args()
     if args.merge:
-        merged = merge([json.loads(path.read_text(encoding="utf-8")) for path in args.merge])
+        try:
+            merged = merge([read_result(path, parser) for path in args.merge])
+        except ValueError as error:
+            parser.error(str(error))
         args.result.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    result = json.loads(args.result.read_text(encoding="utf-8"))
+    result = read_result(args.result, parser)
     readme = ROOT / "README.md"
     wanted = {
         args.result.with_suffix(".md"): report(result),

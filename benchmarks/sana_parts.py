@@ -172,6 +172,8 @@ def main() -> None:
     parser.add_argument("--compile", default="whole", choices=["none", "whole"], help="in the first precision only")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: this benchmark measures a GPU; nothing was measured")
     subject = decoders.subject("sana")
     with torch.device("cuda"):
         live = subject.make().eval().requires_grad_(False)

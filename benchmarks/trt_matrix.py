@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks import decoders, harness
+from benchmarks.report import read_result
 from owl_wms import trt
 from owl_wms.cache import CacheStore, Miss
 from owl_wms.trt.answer import output_digest
@@ -263,12 +264,18 @@ def main() -> None:
     parser.add_argument("--merge", type=Path, nargs="+", help="write the document to render out of these first")
     args = parser.parse_args()
     if args.merge and args.render:
-        harness.write(merge([json.loads(path.read_text(encoding="utf-8")) for path in args.merge]), args.render)
+        try:
+            merged = merge([read_result(path, parser) for path in args.merge])
+        except ValueError as error:
+            parser.error(str(error))
+        harness.write(merged, args.render)
     if args.render:
-        text = render(json.loads(args.render.read_text(encoding="utf-8")))
+        text = render(read_result(args.render, parser))
         args.render.with_suffix(".md").write_text(text, encoding="utf-8")
         print(text)
         return
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: this benchmark measures a GPU; nothing was measured")
     if args.second:
         print(json.dumps(second(args.second, CacheStore(args.cache), args)), flush=True)
         return

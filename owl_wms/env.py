@@ -24,6 +24,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from owl_wms.errors import ConfigError
+
 TENSORRT_VARIABLES = {
     "enabled": "TENSORRT_ENABLED",
     "precision": "TENSORRT_PRECISION",
@@ -65,12 +67,19 @@ def cache_hmac_key() -> bytes | None:
 
 
 def local_rank() -> int | None:
-    """This process's GPU number as a launcher such as torchrun states it (`LOCAL_RANK`); None when absent or not a
-    number.
+    """This process's GPU number as a launcher such as torchrun states it (`LOCAL_RANK`); None when absent.
+
+    Raises:
+        ConfigError: not a whole number of at most nine digits.
     """
     text = read("LOCAL_RANK")
+    if text is None:
+        return None
     # Not str.isdigit: superscripts are digits too, and int() refuses them and very long numbers.
-    return int(text) if text is not None and re.fullmatch("[0-9]{1,9}", text) else None
+    if not re.fullmatch("[0-9]{1,9}", text):
+        rule = "LOCAL_RANK must be a whole number >= 0, as torchrun sets it"
+        raise ConfigError(f"{rule}; got {text!r}", key="LOCAL_RANK")
+    return int(text)
 
 
 def describe_machine(device_index: int | None = None) -> dict[str, str | int]:

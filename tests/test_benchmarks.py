@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import baselines, kernels, ops, ops8, report, trt_matrix
+from benchmarks import baselines, decoder, kernels, ops, ops8, plot, report, sana_parts, trt_matrix
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 RENDERED = {"decoder": report.report, "kernels": kernels.render, "ops": ops.render, "trt_matrix": trt_matrix.render}
@@ -105,3 +105,70 @@ def test_a_row_names_decoder_precision_and_plan() -> None:
     ):
         _, spec = trt_matrix.spec_of(row, argparse.Namespace(**asked))
         assert (spec.precision, spec.plans, spec.input_shape) == (precision, plans, (2, 128, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (plot, ["FILE", "o.png"]),
+        (report, ["FILE"]),
+        (report, ["o.json", "--merge", "FILE"]),
+        (kernels, ["--render", "FILE"]),
+        (ops, ["--render", "FILE"]),
+        (trt_matrix, ["--render", "FILE"]),
+        (trt_matrix, ["--render", "o.json", "--merge", "FILE"]),
+    ],
+    ids=lambda value: value.__name__ if hasattr(value, "__name__") else " ".join(value),
+)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read: No such file"), ("{", "is not JSON"), ("[1]", "is not the result of a benchmark")],
+)
+def test_a_result_that_cannot_be_read_is_one_line(
+    module: Any,
+    arguments: list[str],
+    content: str | None,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "FILE").write_text(content)
+    monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert f"error: FILE: {message}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ([] if content is None else ["FILE"])
+
+
+def test_merging_what_does_not_belong_together_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, gpu in zip(files, ("card", "another"), strict=True):
+        path.write_text(json.dumps(matrix("aaa", "dist", gpu=gpu)))
+    for module, out in ((report, []), (trt_matrix, ["--render"])):
+        monkeypatch.setattr("sys.argv", ["x", *out, str(tmp_path / "o.json"), "--merge", *map(str, files)])
+        with pytest.raises(SystemExit):
+            module.main()
+        assert "error: runs differ in machine" in capsys.readouterr().err
+    assert not (tmp_path / "o.json").exists()
+
+
+@pytest.mark.parametrize("module", [decoder, kernels, ops, sana_parts, trt_matrix], ids=lambda module: module.__name__)
+def test_without_a_gpu_nothing_is_measured_or_written(
+    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = tmp_path / "o.json"
+    out.write_text("kept")
+    monkeypatch.setattr("sys.argv", ["benchmark", *([] if module is sana_parts else ["--out", str(out)])])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert "CUDA device" in capsys.readouterr().err
+    assert out.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [out]

@@ -1,7 +1,8 @@
 """The `owl-wms` command: a thin layer over the package, and the only place that prints or configures logging.
 
 Each command lives in a module of its own under `owl_wms/cli/` and is imported when it is called: `owl-wms --help`
-needs neither torch nor TensorRT. Errors that the package raises on purpose end as one line and exit code 2.
+needs neither torch nor TensorRT. Errors that the package raises on purpose, and a full disk, end as one line and exit
+code 2. Help texts are rich markup: a bracket that opens a shape is written `\\[`.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
-from owl_wms import __version__
-from owl_wms.errors import OwlError
+from owl_wms import __version__, env
+from owl_wms.cli._disk import described, disk_failure
+from owl_wms.errors import FastPathError, OwlError
 
 # name -> (module, attribute, one-line help). The attribute is a function with typer annotations, or a typer app.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -94,6 +96,24 @@ def main(argv: list[str] | None = None) -> None:
     try:
         build_app(requested)(args=arguments, prog_name="owl-wms")
     except OwlError as error:
-        # Text, not markup: messages hold shapes such as [b, n, c, h, w], which markup would swallow.
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-        sys.exit(2)
+        _end(f"{error}{_who_forbids_pytorch(error, requested)}")
+    except (OSError, RuntimeError) as error:
+        failure = disk_failure(error)
+        if failure is None:
+            raise
+        _end(f"the disk refused what was written: {described(failure)}")
+
+
+def _who_forbids_pytorch(error: OwlError, requested: str | None) -> str:
+    """What to change where a variable made an error of what PyTorch would have answered; `trt` wants no such answer."""
+    variable = env.TENSORRT_VARIABLES["fallback_on_error"]
+    forbids = (env.read(variable) or "").lower() == "error"
+    if not isinstance(error, FastPathError) or not forbids or requested == "trt":
+        return ""
+    return f"; {variable}=error forbids PyTorch: unset it, or set it to pytorch"
+
+
+def _end(message: str) -> NoReturn:
+    # Text, not markup: messages hold shapes such as [b, n, c, h, w], which markup would swallow.
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    sys.exit(2)

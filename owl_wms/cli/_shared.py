@@ -18,20 +18,31 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from owl_wms import env
 from owl_wms.errors import ConfigError
 from owl_wms.runtime.stats import DecodeStats
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MIB = 1024**2
+FPS = (1, 240)
+"""Frames a second that clips and the page in the browser may have."""
+SCALES = (1e-6, 1e6)
+"""Factors on latents: those of autoencoders in use lie near 1, and beyond this range float16 and bfloat16 lose them."""
+GUIDANCE = (-100, 100)
+TIMEOUT_SECONDS = (1, 10**6)
+SEEDS = (-(2**62), 2**62)
+"""Worlds are numbered in int64, counted up from the seed."""
 
 
 def choose_device(name: str | None) -> torch.device:
     """The device of that name, by default the first GPU, else the CPU.
 
     Raises:
-        ConfigError: no such device here, or a kind that nothing here was written for (mps, xpu).
+        ConfigError: no such device here, or a kind that nothing here was written for (mps, xpu); a LOCAL_RANK that is
+            no number, when no name is given.
     """
     if name is None:
+        env.local_rank()  # a command runs on the first GPU, and a bad value is an error all the same
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     form = re.fullmatch(r"cpu|cuda(?::([0-9]+))?", name)
     if form is None:
@@ -54,41 +65,64 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def check_destination(path: Path, *suffixes: str) -> None:
+def check_number(option: str, value: float | None, bounds: tuple[float, float]) -> None:
+    """Refuse a number outside of its bounds, both included; None, an option left out, is not one.
+
+    Raises:
+        ConfigError: too small, too large, infinite, or not a number.
+    """
+    low, high = bounds
+    if value is not None and not low <= value <= high:  # NaN compares false
+        key = option.removeprefix("--").replace("-", "_")
+        raise ConfigError(f"{option} must be a number from {low} to {high}, got {value}", key=key)
+
+
+def check_destination(path: Path, *suffixes: str, key: str = "") -> None:
     """Refuse an output file before the work is done rather than after it.
+
+    Args:
+        path: the file.
+        suffixes: endings that can be written; none means any.
+        key: of the configuration that names it, for the message.
 
     Raises:
         ConfigError: an ending that cannot be written, a folder of that name, or a place where no file can be made.
     """
-    if path.suffix.lower() not in suffixes:
-        raise ConfigError(f"{path}: must end in {' or '.join(suffixes)}, got {path.suffix!r}", path=path)
+    said = f"{key}: {path}" if key else str(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{said}: must end in {' or '.join(suffixes)}, got {path.suffix!r}", path=path, key=key)
     if os.path.isdir(path):
-        raise ConfigError(f"{path}: is a folder", path=path)
-    if not os.path.exists(path):
-        _try_to_write_below(path, path.parent)
-    elif not (os.path.isfile(path) and os.access(path, os.W_OK)):
-        raise ConfigError(f"{path}: cannot be written", path=path)
+        raise ConfigError(f"{said}: is a folder", path=path, key=key)
+    if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
+        raise ConfigError(f"{said}: cannot be written", path=path, key=key)
+    # Also where the file exists: a new one is made beside it and takes its place at the end.
+    _try_to_write_below(said, Path(os.path.realpath(path)).parent)
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, *, key: str = "") -> None:
     """Refuse an output folder before the work is done; it need not exist.
+
+    Args:
+        path: the folder.
+        key: of the configuration that names it, for the message.
 
     Raises:
         ConfigError: a file of that name, or a place where no file can be made.
     """
+    said = f"{key}: {path}" if key else str(path)
     if os.path.exists(path) and not os.path.isdir(path):
-        raise ConfigError(f"{path}: is a file, a folder is wanted", path=path)
-    _try_to_write_below(path, path)
+        raise ConfigError(f"{said}: is a file, a folder is wanted", path=path, key=key)
+    _try_to_write_below(said, path)
 
 
-def _try_to_write_below(path: Path, folder: Path) -> None:
+def _try_to_write_below(said: str, folder: Path) -> None:
     """Make a file without a name in the nearest folder that exists: permission bits tell root nothing about /proc."""
     nearest = next((place for place in (folder, *folder.parents) if os.path.exists(place)), Path())
     try:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {nearest}: {error.strerror}", path=path) from error
+        raise ConfigError(f"{said}: cannot be written: {nearest}: {error.strerror}", path=folder) from error
 
 
 def progress(console: Any) -> Progress:

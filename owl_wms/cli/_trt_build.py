@@ -29,7 +29,7 @@ CHECKPOINT = typer.Option(
 BATCH = typer.Option(8, "--batch-size", min=1, help="Frames a batch.")
 LATENT = typer.Option("", "--latent", help="c,h,w of one latent frame; from the configuration when not said.")
 PRECISION = typer.Option(None, "--precision", help="auto, fp16, bf16, fp32, fp8 or int8.")
-PLANS = typer.Option(None, "--plan", help="Only this plan (owl-wms trt plans); may be repeated.")
+PLAN = typer.Option(None, "--plan", help="Only this plan (owl-wms trt plans); may be repeated.")
 # Text, not Path: Path("") is the current directory, and the settings would not see that nothing was said.
 CALIBRATION = typer.Option(None, "--calibration", help=".safetensors of latents that fp8 and int8 are calibrated on.")
 CACHE = typer.Option(None, "--cache-dir", help="Cache directory; TENSORRT_CACHE_DIR overrides it.")
@@ -44,7 +44,7 @@ def build(
     batch_size: int = BATCH,
     latent: str = LATENT,
     precision: str | None = PRECISION,
-    plan: list[str] | None = PLANS,
+    plan: list[str] | None = PLAN,
     calibration: str | None = CALIBRATION,
     cache_dir: str | None = CACHE,
 ) -> None:
@@ -87,7 +87,7 @@ def bench(
     batch_size: int = BATCH,
     latent: str = LATENT,
     precision: str | None = PRECISION,
-    plan: list[str] | None = PLANS,
+    plan: list[str] | None = PLAN,
     calibration: str | None = CALIBRATION,
     cache_dir: str | None = CACHE,
     iterations: int = typer.Option(20, min=1),
@@ -132,8 +132,17 @@ def bench(
 def _settings(
     precision: str | None, plan: list[str] | None, calibration: str | None, cache_dir: str | None
 ) -> TensorRTConfig:
+    """The settings of these options, whose plans and files exist: without a GPU nothing else would look at them."""
+    from owl_wms.trt.plans import PLANS
+
+    for name in plan or ():
+        if name not in PLANS:
+            raise ConfigError(f"--plan must be one of {', '.join(PLANS)}; got {name!r}", key="plans")
     plans = tuple(plan or ()) or None
-    return TensorRTConfig.resolve(precision=precision, plans=plans, calibration=calibration, cache_dir=cache_dir)
+    settings = TensorRTConfig.resolve(precision=precision, plans=plans, calibration=calibration, cache_dir=cache_dir)
+    if settings.calibration is not None and not settings.calibration.is_file():
+        raise ConfigError(f"--calibration {settings.calibration}: no such file", key="calibration")
+    return settings
 
 
 def open_store(settings: TensorRTConfig) -> CacheStore:

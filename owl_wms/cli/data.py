@@ -27,7 +27,7 @@ def _group() -> None:
 
 @app.command()
 def make(
-    path: Annotated[Path, typer.Argument(help="Folder of the table; appended to when it exists.")],
+    path: Annotated[Path, typer.Argument(help="Folder of the table; new worlds are appended to one that exists.")],
     episodes: int = typer.Option(16, min=1, help="Episodes to play, each in a world of its own."),
     frames: int = typer.Option(240, min=1, help="Stored frames in each episode."),
     fps: int = typer.Option(20, min=1, help="Stored frames a second; must divide 60."),
@@ -46,6 +46,7 @@ def make(
     from owl_wms.data.latent_dataset import make_game_latents
     from owl_wms.vae import load_encoder
 
+    shared.check_number("--seed", seed, shared.SEEDS)
     where = shared.choose_device(device)
     shared.check_folder(path)
     encoder = load_encoder(None, vae_config, vae_checkpoint).to(where, shared.choose_dtype(None, where))
@@ -59,6 +60,7 @@ def make(
             fps=fps,
             first_seed=seed,
             batch=batch,
+            encoder_name=vae_checkpoint.name,
             progress=lambda done, total: bar.update(task, completed=done),
         )
     typer.echo(f"{path}: {rows} episodes of {frames} frames at {fps} a second")

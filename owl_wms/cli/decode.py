@@ -15,14 +15,14 @@ from rich.console import Console
 
 
 def decode(
-    latents: Annotated[Path, typer.Argument(help="Latents [b,n,c,h,w] or [n,c,h,w]: .pt, .npy or .safetensors.")],
+    latents: Annotated[Path, typer.Argument(help="Latents \\[b,n,c,h,w] or \\[n,c,h,w]: .pt, .npy or .safetensors.")],
     vae_config: Annotated[Path, typer.Option(help="YAML of the autoencoder.")],
     checkpoint: Annotated[Path, typer.Option(help="Its weights: decoder, full model or training checkpoint.")],
     out: Annotated[Path, typer.Option(help="The clip to write, .mp4.")] = Path("clip.mp4"),
     png: Annotated[Path | None, typer.Option(help="Also write a contact sheet of up to eight frames.")] = None,
     depth: Annotated[bool, typer.Option(help="Also write the depth channel, grey, as OUT_depth.mp4.")] = False,
     scale: Annotated[float, typer.Option(help="Multiply latents by this first (upstream's vae_scale).")] = 1.0,
-    fps: Annotated[float, typer.Option(help="Frames a second of the clip.")] = 60,
+    fps: Annotated[float, typer.Option(help="Frames a second of the clip, 1 to 240.")] = 60,
     batch_size: Annotated[int, typer.Option(min=1, help="Frames decoded at once.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
@@ -49,8 +49,8 @@ def decode(
         shared.check_destination(depth_out, ".mp4")
     if png is not None:
         shared.check_destination(png, ".png", ".jpg")
-    if not fps > 0:
-        raise ConfigError(f"--fps must be above 0, got {fps}", key="fps")
+    shared.check_number("--scale", scale, shared.SCALES)
+    shared.check_number("--fps", fps, shared.FPS)
     model = load_vae_config(vae_config).model
     if depth and getattr(model, "channels", 3) < 4:
         raise ConfigError(f"--depth: {vae_config} decodes {model.channels} channels, depth is the fourth", key="depth")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import typer
 from rich.console import Console
@@ -50,17 +50,24 @@ def diagnose() -> dict[str, Any]:
 
     status = trt.status()
     machine = env.describe_machine()
-    try:
-        settings = TensorRTConfig.resolve()
-        refused = ""
-    except ConfigError as error:
-        settings, refused = TensorRTConfig(), str(error)
+    settings, refused = _from_environment()
+    used = ", ".join(key for key in env.tensorrt_overrides() if key not in refused) or "-"
+    values = {
+        "enabled": settings.enabled,
+        "precision": settings.precision,
+        "fallback": "pytorch" if settings.fallback_on_error else "error",
+    }
+    # A value that is not used is not told as if it were: neither the bad one nor the default.
+    shown = {"fallback_on_error": "fallback"}
+    values |= {shown.get(key, key): f"refused: {text}" for key, text in refused.items() if key != "cache_dir"}
     directory = settings.cache_directory()
     cache = CacheStore(directory, settings.cache_max_bytes, env.cache_hmac_key()).stats()
+    if "cache_dir" in refused:
+        cache = {"entries": "-", "cache_bytes": "-", "refused": refused["cache_dir"]}
     cuda = torch.cuda.is_available()
     usable = cuda and status.available and settings.enabled and not refused
     if refused:
-        verdict = f"Nothing would decode: {refused}"
+        verdict = f"Nothing would decode: {'; '.join(refused.values())}"
     elif not settings.enabled:
         verdict = "PyTorch would decode: TENSORRT_ENABLED switches the compiled path off."
     elif not cuda:
@@ -83,23 +90,37 @@ def diagnose() -> dict[str, Any]:
         },
         "machine": machine,
         "cache": {
-            "directory": str(directory),
+            "directory": "-" if "cache_dir" in refused else str(directory),
             "entries": cache["entries"],
             "cache_bytes": cache["cache_bytes"],
             "max_bytes": settings.cache_max_bytes,
-            "free_bytes": _free_bytes(directory),
+            "free_bytes": "-" if "cache_dir" in refused else _free_bytes(directory),
             "refused": cache["refused"] or "-",
             "signed": env.cache_hmac_key() is not None,
         },
-        "settings": {
-            "enabled": settings.enabled,
-            "precision": settings.precision,
-            "fallback": "pytorch" if settings.fallback_on_error else "error",
-            "from_environment": ", ".join(env.tensorrt_overrides()) or "-",
-        },
+        "settings": {**values, "from_environment": used},
         "usable": usable,
         "verdict": verdict,
     }
+
+
+def _from_environment() -> tuple[TensorRTConfig, dict[str, str]]:
+    """The settings of the variables that can be used; and by setting, or variable where it is none, what is wrong with
+    the others.
+    """
+    good: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for key, text in env.tensorrt_overrides().items():
+        try:
+            TensorRTConfig(**cast(Any, {key: text}))
+            good[key] = text
+        except ConfigError as error:
+            refused[key] = f"{env.TENSORRT_VARIABLES[key]}: {error}"
+    try:
+        env.local_rank()
+    except ConfigError as error:
+        refused["LOCAL_RANK"] = str(error)
+    return TensorRTConfig(**good), refused
 
 
 def _without_tensorrt(settings: TensorRTConfig, reason: str, remedy: str) -> str:

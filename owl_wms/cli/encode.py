@@ -14,7 +14,7 @@ from rich.console import Console
 
 
 def encode(
-    frames: Annotated[Path, typer.Argument(help="Video, folder of pictures, or an array file of frames [n,C,H,W].")],
+    frames: Annotated[Path, typer.Argument(help="Video, folder of pictures, or an array file of frames \\[n,C,H,W].")],
     vae_config: Annotated[Path, typer.Option(help="YAML of the autoencoder.")],
     checkpoint: Annotated[Path, typer.Option(help="Its weights, with the encoder's among them.")],
     out: Annotated[Path, typer.Option(help="Latents to write: .pt, .npy or .safetensors.")] = Path("latents.pt"),
@@ -25,7 +25,7 @@ def encode(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
 ) -> None:
-    """Encode a clip or frames to latents [n, c, h, w], float32."""
+    """Encode a clip or frames to latents \\[n, c, h, w], float32."""
     import torch
 
     from owl_wms.cli import _shared as shared
@@ -39,8 +39,7 @@ def encode(
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
     shared.check_destination(out, *ARRAY_SUFFIXES)
-    if scale == 0:
-        raise ConfigError("--scale divides the latents and must not be 0", key="scale")
+    shared.check_number("--scale", scale, shared.SCALES)
     model = load_vae_config(vae_config).model
     size = getattr(model, "sample_size", None)
     if size is None or model.model_id == "audio_ae":

@@ -62,6 +62,9 @@ def play(
     console = Console(stderr=True)
     if (config is None) != (checkpoint is None):
         raise ConfigError("give both a config and a checkpoint, or neither", key="checkpoint")
+    shared.check_number("--cfg-scale", cfg_scale, shared.GUIDANCE)
+    shared.check_number("--seed", seed, shared.SEEDS)
+    shared.check_number("--fps", fps, shared.FPS)
     if vae and not game:
         raise ConfigError("--vae goes with --game: a model always decodes", key="vae")
     if config is None and not game:

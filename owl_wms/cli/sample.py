@@ -42,6 +42,8 @@ def sample(
     shared.check_destination(out, ".mp4")
     if latents is not None:
         shared.check_destination(latents, ".safetensors")
+    shared.check_number("--cfg-scale", cfg_scale, shared.GUIDANCE)
+    shared.check_number("--seed", seed, shared.SEEDS)
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
     world = load_video_config(config)

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from owl_wms.cli._disk import described, disk_failure
+
 # Files that a training run reads besides its data and its own checkpoints.
 _READ = (
     *("vae_cfg_path", "vae_ckpt_path", "audio_vae_cfg_path", "audio_vae_ckpt_path"),
@@ -29,22 +31,37 @@ def train(
     nccl_timeout: float = typer.Option(1800.0, min=1, help="Seconds that ranks wait for each other."),
 ) -> None:
     """Train a world model; a killed run continues with --resume and repeats the losses it would have had."""
+    from owl_wms.cli import _shared as shared
+
+    shared.check_number("--nccl-timeout", nccl_timeout, shared.TIMEOUT_SECONDS)
     cfg = load_changed(config, changes or [])
-    from owl_wms.errors import ConfigError
+    from owl_wms.errors import ConfigError, OwlError, TrainingError
     from owl_wms.trainers import cleanup, get_trainer_cls, setup
     from owl_wms.trainers.distributed import barrier
 
     if cfg.train.trainer_id is None:
         raise ConfigError(f"{config}: train.trainer_id is missing", path=config, key="train.trainer_id")
     section = cfg.train.model_copy(update={"resume_ckpt": "latest"}) if resume else cfg.train
+    folder = Path(section.checkpoint_dir)
+    shared.check_folder(folder, key="train.checkpoint_dir")
+    if section.output_path is not None:
+        shared.check_destination(Path(section.output_path), key="train.output_path")
     rank, local_rank, world_size = setup(nccl_timeout)
     try:
         trainer = get_trainer_cls(cfg.train.trainer_id)(section, cfg.wandb, cfg.model, rank, local_rank, world_size)
-        trainer.train()
+        try:
+            trainer.train()
+        except (OSError, RuntimeError) as error:
+            failure = None if isinstance(error, OwlError) else disk_failure(error)
+            if failure is None:
+                raise
+            reason = f"{folder}: step {trainer.step} cannot be saved: {described(failure)}"
+            remedy = "checkpoints of earlier steps are whole: make room, then go on with --resume"
+            raise TrainingError(f"{reason}; {remedy}", step=trainer.step) from error
         last = trainer.losses[-1] if trainer.losses else {}
         values = "".join(f", {name} {value:.4f}" for name, value in last.items())
         if rank == 0:
-            typer.echo(f"{section.checkpoint_dir}: step {trainer.step}{values}")
+            typer.echo(f"{folder}: step {trainer.step}{values}")
         del trainer  # data parallelism's reducers must go before the process group does
         barrier()
     finally:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.data.game_maps import GRID_SIZE, bake_floor_light, hash_unit, make_grid
+from owl_wms.errors import ConfigError
 
 BUTTONS = ("W", "A", "S", "D", "LSHIFT", "SPACE", "R", "F", "E", "LMB", "RMB")
 FRAMES_PER_SECOND = 60
@@ -103,15 +104,18 @@ class GameWorld:
         """Make the maps and put everybody at the start.
 
         Args:
-            seed: first seed; any int.
+            seed: first seed; it and the last one fit into int64.
             batch: number of players, at least 1.
             device: where the tensors live.
 
         Raises:
             ValueError: batch below 1.
+            ConfigError: seeds that do not fit.
         """
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
+        if not -(2**63) <= seed < 2**63 - batch:
+            raise ConfigError(f"seeds of worlds must fit into int64, got {seed} for the first of {batch}", key="seed")
         self.seeds = seed + torch.arange(batch, device=device)
         self.grid = make_grid(self.seeds)
         angle = 2 * math.pi * hash_unit(self.seeds, 0, 10)

@@ -10,6 +10,7 @@ Usage:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from owl_wms.data.game_controls import ScriptedPlayer
 from owl_wms.data.game_world import FRAMES_PER_SECOND, GameWorld
 from owl_wms.data.npy_table import NpyTableWriter
-from owl_wms.errors import ConfigError
+from owl_wms.errors import ConfigError, DataError
 
 LATENT_COLUMN = "depth_latent"  # upstream's name for latents of colour and depth
 _WARM_UP = 20  # game frames before the first stored one
@@ -37,9 +38,13 @@ def make_game_latents(
     first_seed: int = 10_000_000,
     batch: int = 8,
     size: tuple[int, int] = (360, 640),
+    encoder_name: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Append episodes of scripted play to a table with columns depth_latent, mouse, buttons, seed, fps.
+
+    A table holds every world once, at one frame rate, through one autoencoder. The last is kept as a digest in
+    source.json; a table with rows and without that file may be appended to, and stays without it.
 
     Args:
         path: the table's folder; created when absent.
@@ -50,6 +55,7 @@ def make_game_latents(
         first_seed: seed of the first world; episode i plays in world first_seed + i.
         batch: players at once.
         size: height and width of rendered frames.
+        encoder_name: for messages, beside the digest of its weights.
         progress: called with (frames done, frames in all).
 
     Returns:
@@ -57,7 +63,8 @@ def make_game_latents(
 
     Raises:
         ConfigError: a number below 1, or fps that does not divide 60.
-        DataError: the folder holds a table of other columns.
+        DataError: the folder holds a table of other columns, one of these worlds, another frame rate, or latents of
+            another autoencoder; or it cannot be written.
     """
     for name, value in {"episodes": episodes, "frames": frames, "fps": fps, "batch": batch}.items():
         if value < 1:
@@ -65,6 +72,8 @@ def make_game_latents(
     if FRAMES_PER_SECOND % fps:
         raise ConfigError(f"fps must divide {FRAMES_PER_SECOND}, got {fps}", key="fps")
     writer = NpyTableWriter(path, (LATENT_COLUMN, "mouse", "buttons"), columns=("seed", "fps"))
+    _require_new_worlds(writer, first_seed, episodes, fps)
+    _require_one_encoder(writer, encoder, encoder_name)
     for start in range(0, episodes, batch):
         players = min(batch, episodes - start)
         done = start * frames
@@ -78,6 +87,55 @@ def make_game_latents(
             arrays = {LATENT_COLUMN: latents[player], "mouse": mouse[player], "buttons": buttons[player]}
             writer.append(arrays, seed=first_seed + start + player, fps=fps)
     return episodes
+
+
+def _require_new_worlds(writer: NpyTableWriter, first_seed: int, episodes: int, fps: int) -> None:
+    present = [row for row in writer.rows if not row.get("missing")]  # a clip that was marked so may be made anew
+    rates = sorted({row["fps"] for row in present if "fps" in row} - {fps})
+    if rates:
+        held = " and ".join(map(str, rates))
+        raise DataError(
+            f"{writer.path}: holds episodes at {held} frames a second, got fps (--fps) {fps}; ask for {rates[0]}, or "
+            "choose another folder",
+            path=writer.path,
+        )
+    seeds = sorted(row["seed"] for row in present if "seed" in row)
+    taken = [seed for seed in seeds if first_seed <= seed < first_seed + episodes]
+    if taken:
+        raise DataError(
+            f"{writer.path}: holds {len(taken)} of the worlds {first_seed} to {first_seed + episodes - 1} already, "
+            f"{taken[0]} to {taken[-1]}; first_seed (--seed) {seeds[-1] + 1} is the next that is free, or choose "
+            "another folder",
+            path=writer.path,
+        )
+
+
+def _require_one_encoder(writer: NpyTableWriter, encoder: nn.Module, name: str) -> None:
+    own = {"autoencoder": name, "sha256": _digest(encoder)}
+    if not len(writer):
+        writer.set_source(own)
+        return
+    held = writer.source
+    if held is not None and held.get("sha256") != own["sha256"]:
+        raise DataError(
+            f"{writer.path}: holds latents of {_named(held)}, got {_named(own)} (--vae-config, --vae-checkpoint); "
+            "give the same weights, or choose another folder",
+            path=writer.path,
+        )
+
+
+def _digest(encoder: nn.Module) -> str:
+    """SHA-256 of the weights in bfloat16, to which both precisions of the command round: a CPU and a GPU agree."""
+    found = hashlib.sha256()
+    for key, value in sorted(encoder.state_dict().items()):
+        rounded = value.detach().cpu().to(torch.bfloat16).contiguous()
+        found.update(f"{key} {list(rounded.shape)} ".encode())
+        found.update(rounded.view(torch.uint8).numpy().tobytes() if rounded.dim() else str(rounded.item()).encode())
+    return found.hexdigest()
+
+
+def _named(source: dict[str, str]) -> str:
+    return f"{source.get('autoencoder') or 'an autoencoder'} with weights {str(source.get('sha256'))[:12]}"
 
 
 def _play(

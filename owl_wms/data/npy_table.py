@@ -6,6 +6,7 @@ touches, and a half-written row is never in the manifest. Layout of the folder:
     schema.json    {"columns": [...], "array_columns": [...]}
     manifest.json  [{"depth_latent": "depth_latent_0.npy", "seq_len": 900, "missing": false, ...}, ...]
     depth_latent_0.npy, mouse_0.npy, ...
+    source.json    what made the rows, where their maker says so; no reader needs it
 
 Usage:
     writer = NpyTableWriter(folder, array_columns=("depth_latent", "mouse", "buttons"), columns=("seed",))
@@ -18,7 +19,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,11 +172,12 @@ class NpyTableWriter:
             columns: further columns of plain values.
 
         Raises:
-            DataError: the folder already holds a table of other columns.
+            DataError: the folder already holds a table of other columns, or cannot be written.
         """
         self.path = Path(path)
         self.array_columns = tuple(array_columns)
-        self.path.mkdir(parents=True, exist_ok=True)
+        with _writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         schema = {"columns": [*array_columns, *columns, *_OWN_COLUMNS], "array_columns": list(array_columns)}
         self._rows: list[dict[str, Any]] = []
         if (self.path / "schema.json").exists():
@@ -185,8 +188,9 @@ class NpyTableWriter:
                 )
             self._rows = _read_json(self.path / "manifest.json", list)
         self._plain = tuple(columns)
-        _replace_json(self.path / "schema.json", schema)
-        _replace_json(self.path / "manifest.json", self._rows)
+        with _writing(self.path):
+            _replace_json(self.path / "schema.json", schema)
+            _replace_json(self.path / "manifest.json", self._rows)
 
     def append(self, arrays: Mapping[str, np.ndarray], *, truncated: bool = False, **fields: Any) -> int:
         """Store one clip.
@@ -200,7 +204,7 @@ class NpyTableWriter:
             The row's index.
 
         Raises:
-            DataError: columns or lengths that do not fit.
+            DataError: columns or lengths that do not fit, or a full disk; the table is then as it was.
         """
         index = len(self._rows)
         if set(arrays) != set(self.array_columns) or set(fields) != set(self._plain):
@@ -223,12 +227,43 @@ class NpyTableWriter:
             "truncated": truncated,
             "seq_len": next(iter(lengths.values())),
         }
-        for column, array in arrays.items():
+        for column in arrays:
             row[column] = f"{column}_{index}.npy"
-            np.save(self.path / row[column], array, allow_pickle=False)
+        try:
+            with _writing(self.path, index):
+                for column, array in arrays.items():
+                    np.save(self.path / row[column], array, allow_pickle=False)
+                _replace_json(self.path / "manifest.json", [*self._rows, row])
+        except DataError:
+            for column in arrays:  # no row names them, and the space may be what is missing
+                (self.path / row[column]).unlink(missing_ok=True)
+            raise
         self._rows.append(row)
-        _replace_json(self.path / "manifest.json", self._rows)
         return index
+
+    @property
+    def rows(self) -> tuple[Mapping[str, Any], ...]:
+        """The manifest's entries so far, those of earlier writers included."""
+        return tuple(self._rows)
+
+    @property
+    def source(self) -> dict[str, Any] | None:
+        """What `set_source` kept in this folder, or None.
+
+        Raises:
+            DataError: the file is not a JSON object.
+        """
+        file = self.path / "source.json"
+        return _read_json(file, dict) if file.exists() else None
+
+    def set_source(self, source: Mapping[str, Any]) -> None:
+        """Keep what makes the rows, JSON-ready, for whoever appends to them.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        with _writing(self.path):
+            _replace_json(self.path / "source.json", dict(source))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -246,5 +281,19 @@ def _read_json(path: Path, kind: type) -> Any:
 
 def _replace_json(path: Path, value: Any) -> None:
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text(json.dumps(value), encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path, index: int | None = None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # numpy's own, for an array that does not fit, has no strerror
+        what = "" if index is None else f"row {index} "
+        raise DataError(
+            f"{path}: {what}cannot be written: {error.strerror or error}", path=path, index=index
+        ) from error

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from owl_wms.errors import DataError
+from owl_wms.media.whole import why_unwritten, written_whole
+from owl_wms.vae.checkpoint import not_from_torch
 
 ARRAY_SUFFIXES = (".pt", ".npy", ".safetensors")
 KEY = "latents"  # of a file that holds several tensors, the one that is meant
@@ -64,19 +66,25 @@ def read_arrays(path: Path | str) -> Any:
             value = torch.from_numpy(np.array(np.load(path, allow_pickle=False, mmap_mode="r")))
         else:
             value = load_file(path)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path}: holds more than tensors (or is damaged), and pickled code is not run; save the tensor alone",
-            path=path,
-        ) from error
-    except (
-        Exception
-    ) as error:  # damaged bytes lead numpy and torch to raise almost anything (TokenError, SyntaxError, ...)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if _lacks_its_end(path):
-            reason = "the file is truncated; copy or write it again"
-        raise DataError(f"{path}: cannot be read as {suffix}: {reason}", path=path) from error
+    except Exception as error:  # damaged bytes lead numpy and torch to raise almost anything (TokenError, SyntaxError)
+        raise DataError(f"{path}: {_why_unreadable(path, suffix, error)}", path=path) from error
     return value
+
+
+def _why_unreadable(path: Path, suffix: str, error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return f"cannot be read: {error.strerror}"
+    foreign = not_from_torch(path) if suffix == ".pt" else None
+    if isinstance(error, pickle.UnpicklingError) and foreign is None:
+        return "holds more than tensors (or is damaged), and pickled code is not run; save the tensor alone"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if foreign is not None:
+        reason = foreign
+    elif _lacks_its_end(path):
+        reason = "the file is truncated; copy or write it again"
+    elif isinstance(error, LookupError):  # its text is a key alone
+        reason = f"the file is damaged ({type(error).__name__}: {reason})"
+    return f"cannot be read as {suffix}: {reason}"
 
 
 def _lacks_its_end(path: Path) -> bool:
@@ -141,7 +149,8 @@ def save_array(path: Path | str, tensor: Tensor | Mapping[str, Tensor]) -> None:
     """Write one tensor, or several by name, in the form that the path's ending says; folders are made.
 
     Raises:
-        DataError: unknown ending, several tensors for `.npy`, or the path cannot be written.
+        DataError: unknown ending, several tensors for `.npy`, or the path cannot be written; what stood there
+            then stays as it was.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -152,13 +161,14 @@ def save_array(path: Path | str, tensor: Tensor | Mapping[str, Tensor]) -> None:
     if suffix == ".npy" and len(stored) != 1:
         raise DataError(f"{path}: .npy holds one tensor, got {', '.join(stored)}", path=path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if suffix == ".pt":
-            torch.save(stored[KEY] if isinstance(tensor, Tensor) else stored, path)
-        elif suffix == ".npy":
-            (only,) = stored.values()
-            np.save(path, only.float().numpy() if only.dtype == torch.bfloat16 else only.numpy())
-        else:
-            save_file(stored, path)
+        with written_whole(path) as draft:
+            if suffix == ".pt":
+                torch.save(stored[KEY] if isinstance(tensor, Tensor) else stored, draft)
+            elif suffix == ".npy":
+                (only,) = stored.values()
+                with draft.open("wb") as file:  # given a name, numpy would add to one that ends in .NPY
+                    np.save(file, only.float().numpy() if only.dtype == torch.bfloat16 else only.numpy())
+            else:
+                save_file(stored, draft)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError for a missing folder
-        raise DataError(f"{path}: cannot be written: {error}", path=path) from error
+        raise DataError(f"{path}: cannot be written: {why_unwritten(error)}", path=path) from error

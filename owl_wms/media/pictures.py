@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from owl_wms.errors import DataError
+from owl_wms.media.whole import why_unwritten, written_whole
 
 _MARGIN = 8
 _BAND = 26  # height of the text above a row
@@ -83,11 +84,11 @@ def save_picture(path: Path | str, picture: Image.Image) -> None:
     """Write a picture in the form that the path's ending says; folders are made.
 
     Raises:
-        DataError: the path cannot be written.
+        DataError: the path cannot be written; what stood there stays as it was.
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        with written_whole(path) as draft:
+            picture.save(draft)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error}", path=path) from error
+        raise DataError(f"{path}: cannot be written: {why_unwritten(error)}", path=path) from error

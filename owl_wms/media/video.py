@@ -12,6 +12,7 @@ Usage:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import DataError
+from owl_wms.media.whole import draft_beside, keep_draft, why_unwritten
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 _QUALITY = "16"  # x264's constant rate factor: 0 is lossless, 18 looks so
@@ -37,7 +39,8 @@ def _av(path: Path | str) -> ModuleType:
 class VideoWriter:
     """An H.264 clip, made at the first frame, whose size every later frame must have.
 
-    Used as a context manager; leaving it writes the end of the file.
+    Used as a context manager; leaving it writes the end of the file and gives it its name. When the body raises, what
+    stood under that name stays as it was.
     """
 
     def __init__(self, path: Path | str, fps: float = 60) -> None:
@@ -45,14 +48,16 @@ class VideoWriter:
 
         Raises:
             DataError: the name does not end in `.mp4`, or PyAV is missing.
-            ValueError: fps of 0 or less.
+            ValueError: fps that is not a number, not finite, or below the smallest rate that is written, 1/1001.
         """
         self.path = Path(path)
         if self.path.suffix.lower() != ".mp4":
             raise DataError(f"{path}: clips are written as .mp4, got the ending {self.path.suffix!r}", path=path)
-        if not fps > 0:
-            raise ValueError(f"fps must be above 0, got {fps}")
+        # A smaller rate would be rounded to 0, for which the encoder takes 24.
+        if not 1 / 1001 <= fps < float("inf"):
+            raise ValueError(f"fps must be finite and at least 1/1001, got {fps}")
         self._av, self._fps = _av(path), Fraction(fps).limit_denominator(1001)
+        self._draft = draft_beside(self.path)
         self._container: Any = None
         self._stream: Any = None
         self.frames = 0
@@ -61,16 +66,26 @@ class VideoWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._container is not None:
+        if self._container is None:
+            return
+        try:
             if kind is None:
-                self._container.mux(self._stream.encode())
-            self._container.close()
+                with self._naming_the_clip():
+                    self._container.mux(self._stream.encode())
+                    self._container.close()
+                    keep_draft(self._draft, self.path)
+            else:
+                with suppress(OSError, self._av.FFmpegError):  # the body's own error says more
+                    self._container.close()
+        finally:
+            self._draft.unlink(missing_ok=True)
 
     def write(self, frames: Tensor) -> None:
         """Append uint8 [N, H, W, 3] frames.
 
         Raises:
-            DataError: another shape or dtype, odd sides (H.264 stores colour for pixel pairs), or an unwritable path.
+            DataError: another shape or dtype, odd sides (H.264 stores colour for pixel pairs), an unwritable path, or
+                a full disk.
         """
         if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[3] != 3:
             got = f"{frames.dtype} {list(frames.shape)}"
@@ -82,21 +97,27 @@ class VideoWriter:
             size = f"{self._stream.height}x{self._stream.width}"
             raise DataError(f"{self.path}: the clip is {size}, got a frame of {height}x{width}", path=self.path)
         for frame in frames.cpu().numpy():
-            self._container.mux(self._stream.encode(self._av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            with self._naming_the_clip():
+                self._container.mux(self._stream.encode(self._av.VideoFrame.from_ndarray(frame, format="rgb24")))
             self.frames += 1
 
     def _open(self, height: int, width: int) -> None:
         if height % 2 or width % 2:
             raise DataError(f"{self.path}: H.264 needs even sides, got {height}x{width}", path=self.path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._container = self._av.open(str(self.path), mode="w")
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be written: {error}", path=self.path) from error
+        with self._naming_the_clip():
+            self._draft.parent.mkdir(parents=True, exist_ok=True)
+            self._container = self._av.open(str(self._draft), mode="w")
         self._stream = self._container.add_stream("libx264", rate=self._fps)
         self._stream.height, self._stream.width = height, width
         self._stream.pix_fmt = "yuv420p"
         self._stream.options = {"crf": _QUALITY, "preset": "veryfast"}
+
+    @contextmanager
+    def _naming_the_clip(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, self._av.FFmpegError) as error:
+            raise DataError(f"{self.path}: cannot be written: {why_unwritten(error)}", path=self.path) from error
 
 
 def read_video(path: Path | str) -> Iterator[Tensor]:

@@ -35,11 +35,12 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
         (global rank, local rank, world size); (0, 0, 1) when no launcher is at work.
 
     Raises:
-        ConfigError: incomplete launcher variables, or a local rank without a GPU.
+        ConfigError: incomplete launcher variables, a LOCAL_RANK that is no number, or a local rank without a GPU.
         RuntimeError: whatever the process group raises; nothing is swallowed.
     """
     found = {name: env.read(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     if found["WORLD_SIZE"] is None:
+        env.local_rank()  # without a launcher it has no effect, and a bad value is an error all the same
         return 0, 0, 1
     numbers = [int(value) for value in found.values() if value is not None and value.isdigit()]
     if len(numbers) != len(found):

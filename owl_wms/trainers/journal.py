@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from owl_wms import env
+from owl_wms.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -38,9 +39,17 @@ class Journal:
     """Reports of one run, written by rank 0."""
 
     def __init__(self, folder: Path, wandb_cfg: WandbSection | None, config: Mapping[str, Any]) -> None:
-        """Open `{folder}/log.jsonl` for appending, and W&B when a project and WANDB_API_KEY are given."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "log.jsonl").open("a", encoding="utf-8")
+        """Open `{folder}/log.jsonl` for appending, and W&B when a project and WANDB_API_KEY are given.
+
+        Raises:
+            ConfigError: the folder cannot be made, or the file not be opened.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "log.jsonl").open("a", encoding="utf-8")
+        except OSError as error:
+            key = "train.checkpoint_dir"
+            raise ConfigError(f"{key}: {folder}: cannot be written: {error.strerror}", path=folder, key=key) from error
         self._start = time.monotonic()
         self._run = _start_wandb(wandb_cfg, config)
 

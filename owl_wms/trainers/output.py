@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from owl_wms.media.whole import written_whole
+
 _log = logging.getLogger(__name__)
 
 
@@ -37,11 +39,12 @@ def write_clip(stem: Path, video: Tensor, audio: Tensor | None, *, fps: int) -> 
     except ImportError:
         _log.warning("PyAV is not installed (pip install 'owl_wms[media]'): writing %s.pt instead of a video", stem)
         path = stem.with_name(stem.name + ".pt")
-        torch.save(frames, path)
+        with written_whole(path) as draft:
+            torch.save(frames, draft)
         return path
     path = stem.with_name(stem.name + ".mp4")
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2  # H.264's 4:2:0 wants even sides
-    with av.open(str(path), "w") as container:
+    with written_whole(path) as draft, av.open(str(draft), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames[:, :height, :width].contiguous().numpy():

@@ -82,7 +82,7 @@ def get_decoder_only(
         nn.Module `[B, c, h, w] -> [B, C, H, W]`.
 
     Raises:
-        ConfigError: the configuration is missing or wrong.
+        ConfigError: the configuration is missing or wrong, or LOCAL_RANK is no number and no device is given.
         CheckpointError: the file cannot be read or belongs to another architecture.
     """
     decoder = fold_weight_norm(load_decoder(vae_id, cfg_path, ckpt_path))
@@ -186,9 +186,10 @@ def _whole(batch_size: Any) -> int:
 
 
 def _own_device() -> torch.device:
+    rank = env.local_rank()  # first: a bad value is an error without a GPU too
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    current, rank = torch.cuda.current_device(), env.local_rank()
+    current = torch.cuda.current_device()
     # Upstream loads decoders before `set_device`, which would put every rank's decoder on GPU 0.
     if current == 0 and rank is not None and rank < torch.cuda.device_count():
         return torch.device("cuda", rank)

@@ -85,7 +85,7 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # damaged bytes lead torch.load to raise almost anything
-        reason = str(err).strip() or type(err).__name__
+        reason = not_from_torch(path) or str(err).strip() or type(err).__name__
         if isinstance(err, pickle.UnpicklingError) and _FORBIDDEN.search(reason):
             named = _GLOBAL.search(reason)
             what = f" ({named[1]})" if named else ""
@@ -95,6 +95,25 @@ def _read_torch(path: Path) -> Any:
             raise CheckpointError(f"{path}: {text}", path=path) from err
         reason = reason.split("WeightsUnpickler error:")[-1].strip().splitlines()[0][:200]
         raise CheckpointError(f"{path}: truncated or not a PyTorch checkpoint: {reason}", path=path) from err
+
+
+def not_from_torch(path: Path) -> str | None:
+    """Why a file cannot be one that `torch.save` wrote (a zip archive, formerly a pickle), or None when it may be.
+
+    By its first bytes: torch.load takes any other for a pickle, and reports `101` for a text.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError:  # torch.load has said so
+        return None
+    if not head:
+        return "it is empty"
+    if head.startswith((b"PK", b"\x80")):
+        return None
+    words = " ".join(head.decode("ascii", errors="replace").split())
+    begins = f" and begins with {words!r}" if words.isprintable() and words.isascii() else ""
+    return f"torch.save did not write this file: it is neither a zip archive nor a pickle{begins}"
 
 
 def _flatten(raw: Any, path: Path, prefer_ema: bool) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ def load_decoder(
     """
     if vae_id == HUB_VAE_ID:
         return load_hub_decoder(ckpt_path)
+    _require_known(vae_id, cfg_path)
     return _load_part("decoder", cfg_path, ckpt_path, prefer_ema)
 
 
@@ -51,7 +52,17 @@ def load_encoder(
     """The encoder of a configuration; arguments, state and errors as for `load_decoder`."""
     if vae_id == HUB_VAE_ID:
         return load_hub_encoder(ckpt_path)
+    _require_known(vae_id, cfg_path)
     return _load_part("encoder", cfg_path, ckpt_path, prefer_ema)
+
+
+def _require_known(vae_id: str | None, cfg_path: Path | str | None) -> None:
+    if vae_id is not None and cfg_path is None:
+        raise ConfigError(
+            f"vae_id {vae_id!r} is not known: only {HUB_VAE_ID!r} needs no configuration; any other id needs "
+            "vae_cfg_path, which describes the autoencoder",
+            key="train.vae_id",
+        )
 
 
 def _load_part(part: str, cfg_path: Path | str | None, ckpt_path: Path | str | None, prefer_ema: bool) -> nn.Module:

@@ -121,3 +121,28 @@ def test_bad_input_is_one_line_and_exit_code_2(place: Path, capsys: pytest.Captu
         assert message in error, (arguments, error)
         assert "Traceback" not in error
         assert error.count("error:") == 1
+
+
+def test_an_error_that_a_variable_asked_for_names_it(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ("--out", str(place / "o.mp4"))
+    monkeypatch.setenv("TENSORRT_FALLBACK", "Error")
+    assert call(place, "decode", "latents.pt", *out) == 2
+    error = capsys.readouterr().err
+    assert "the decoder is on the CPU" in error
+    assert "TENSORRT_FALLBACK=error forbids PyTorch: unset it, or set it to pytorch" in error
+    monkeypatch.setenv("TENSORRT_FALLBACK", "pytorch")
+    assert call(place, "decode", "latents.pt", *out) == 0
+
+
+def test_a_text_is_no_checkpoint_and_no_latents(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "text.pt").write_text("hello world")
+    for arguments, weights in ((("decode", "text.pt"), "vae.safetensors"), (("decode", "latents.pt"), "text.pt")):
+        assert call(place, *arguments, weights=weights) == 2
+        error = capsys.readouterr().err
+        assert "text.pt: " in error
+        assert (
+            "torch.save did not write this file: it is neither a zip archive nor a pickle and begins with 'hello world'"
+            in error.replace("\n", " ")
+        )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from owl_wms.cli import _shared, main
+from owl_wms.data.game_world import GameWorld
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.media.arrays import load_array, save_array
 from tests.cli.test_decode import call, place  # noqa: F401 (a fixture)
@@ -121,7 +122,74 @@ def test_devices_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path
     refuse("CUDA devices", capsys, "data", "make", str(tmp_path / "t"), "--device", "cuda:77")
 
 
+def test_a_local_rank_that_is_no_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config(tmp_path, "rft")
+    monkeypatch.setenv("LOCAL_RANK", "abc")
+    for arguments in (("data", "make", str(tmp_path / "t")), ("demo",), ("train", str(tmp_path / "rft.yml"))):
+        refuse("LOCAL_RANK must be a whole number >= 0, as torchrun sets it; got 'abc'", capsys, *arguments)
+    assert _shared.choose_device("cpu") == torch.device("cpu")
+
+
 def test_a_change_that_is_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config(tmp_path, "rft")
     for text in ("[1,", "{a: b", "\t- x", "*nothing"):
         refuse("is not YAML", capsys, "train", str(tmp_path / "rft.yml"), "--set", f"train.seed={text}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        *(
+            ((command, source, "--out", out, "--scale", text), "--scale")
+            for command, source, out in (("decode", "latents.pt", "o.mp4"), ("encode", "clip.mp4", "z.pt"))
+            for text in ("nan", "inf", "-inf", "0", "1e30")
+        ),
+        *((("decode", "latents.pt", "--fps", text), "--fps") for text in ("inf", "nan", "0.0001", "0", "1e9")),
+    ],
+)
+def test_numbers_out_of_range(
+    place: Path,  # noqa: F811
+    arguments: tuple[str, ...],
+    option: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("owl_wms.vae.load_encoder", worked)
+    monkeypatch.setattr("owl_wms.utils.owl_vae_bridge.get_decoder_only", worked)
+    monkeypatch.chdir(place)
+    before = sorted(place.iterdir())
+    assert call(place, *arguments) == 2
+    error = capsys.readouterr().err
+    assert f"error: {option} must be a number from " in error
+    assert f"got {float(arguments[-1])}" in error.replace("\n", " ")
+    assert sorted(place.iterdir()) == before
+
+
+def test_numbers_out_of_range_for_world_models(
+    files: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("owl_wms.inference.build.load_core", worked)
+    monkeypatch.setattr("owl_wms.inference.build.build_pipeline", worked)
+    monkeypatch.setattr("owl_wms.vae.load_encoder", worked)
+    model = (str(files / "world.yml"), str(files / "world.pt"))
+    huge = "9" * 23
+    for text in ("nan", "inf", "1e9"):
+        refuse("--cfg-scale must be a number from -100 to 100", capsys, "sample", *model, "--cfg-scale", text)
+        refuse("--cfg-scale must be a number from -100 to 100", capsys, "play", *model, "--cfg-scale", text)
+    for text in ("nan", "inf", "0.1", "241"):
+        refuse("--fps must be a number from 1 to 240", capsys, "play", *model, "--fps", text)
+    refuse("--nccl-timeout must be a number from 1 to", capsys, "train", model[0], "--nccl-timeout", "inf")
+    for arguments in (("sample", *model), ("play", *model), ("data", "make", str(tmp_path / "table"))):
+        refuse(f"got {huge}", capsys, *arguments, "--seed", huge)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_worlds_have_numbers_of_64_bits() -> None:
+    assert GameWorld(2**62).batch == 1
+    with pytest.raises(ConfigError, match="must fit into int64, got 9223372036854775807 for the first of 2"):
+        GameWorld(2**63 - 1, 2)

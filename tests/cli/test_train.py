@@ -5,7 +5,10 @@ Run: python -m pytest tests/cli/test_train.py
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from owl_wms.cli import main
 from owl_wms.cli.train import load_changed
 from owl_wms.data.latent_dataset import make_game_latents
 from owl_wms.data.npy_table import NpyTable
-from owl_wms.errors import ConfigError
+from owl_wms.errors import ConfigError, DataError
 from tests.trainers.helpers import config, write_table
 
 
@@ -93,3 +96,60 @@ def test_the_game_becomes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "3 clips, 12 frames" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="divide 60"):
         make_game_latents(tmp_path / "no", Mean(), **{**settings, "fps": 25})
+
+
+SMALL: dict[str, Any] = {"episodes": 2, "frames": 2, "fps": 20, "size": (36, 64)}
+
+
+def other() -> Mean:
+    encoder = Mean()
+    encoder.scale.data.fill_(2.0)
+    return encoder
+
+
+@pytest.mark.parametrize(
+    ("encoder", "changes", "message"),
+    [
+        (Mean, {}, r"holds 2 of the worlds 7 to 8 already, 7 to 8; first_seed \(--seed\) 9 is the next that is free"),
+        (Mean, {"first_seed": 8}, "holds 1 of the worlds 8 to 9 already, 8 to 8;"),
+        (Mean, {"first_seed": 6}, "holds 1 of the worlds 6 to 7 already, 7 to 7;"),
+        (Mean, {"first_seed": 9, "fps": 30}, r"holds episodes at 20 frames a second, got fps \(--fps\) 30; ask for 20"),
+        (other, {"first_seed": 9}, r"holds latents of first.pt with weights \w{12}, got second.pt .*--vae-checkpoint"),
+    ],
+)
+def test_a_table_holds_every_world_once_in_one_way(
+    tmp_path: Path, encoder: Callable[[], Mean], changes: dict[str, int], message: str
+) -> None:
+    make_game_latents(tmp_path, Mean(), first_seed=7, encoder_name="first.pt", **SMALL)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match=message):
+        make_game_latents(tmp_path, encoder(), encoder_name="second.pt", **{"first_seed": 7, **SMALL, **changes})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_new_worlds_are_appended_in_either_precision(tmp_path: Path) -> None:
+    make_game_latents(tmp_path, Mean(), first_seed=7, **SMALL)
+    make_game_latents(tmp_path, Mean().bfloat16(), first_seed=9, **SMALL)
+    assert [row.fields["seed"] for row in NpyTable(tmp_path).rows] == [7, 8, 9, 10]
+
+
+def test_a_row_marked_missing_may_be_made_anew_and_old_tables_appended_to(tmp_path: Path) -> None:
+    make_game_latents(tmp_path, Mean(), first_seed=7, **SMALL)
+    (tmp_path / "source.json").unlink()  # as before there was one
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest[1]["missing"] = True
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    make_game_latents(tmp_path, other(), first_seed=8, **SMALL)
+    assert [row.fields["seed"] for row in NpyTable(tmp_path).rows] == [7, 8, 9]
+    assert not (tmp_path / "source.json").exists(), "nobody knows what made the first rows"
+
+
+def test_making_a_table_twice_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("owl_wms.vae.load_encoder", lambda *_: Mean())
+    call = ("data", "make", str(tmp_path / "t"), "--episodes", "1", "--frames", "1", "--device", "cpu")
+    assert run(*call) == 0
+    assert run(*call) == 2
+    assert "error: " in (error := capsys.readouterr().err)
+    assert "(--seed) 10000001 is the next that is free" in error.replace("\n", " ")

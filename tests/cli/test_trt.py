@@ -156,3 +156,31 @@ def test_doctor_with_a_bad_variable(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setenv("TENSORRT_PRECISION", "half")
     assert run("doctor") == 1
     assert "TENSORRT_PRECISION" in capsys.readouterr().out
+
+
+def test_doctor_claims_no_value_that_a_bad_variable_replaced(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORRT_ENABLED", "maybe")
+    monkeypatch.setenv("TENSORRT_FALLBACK", "never")
+    monkeypatch.setenv("TENSORRT_PRECISION", "bf16")
+    facts = diagnose()
+    assert facts["settings"]["enabled"].startswith("refused: TENSORRT_ENABLED: ")
+    assert facts["settings"]["enabled"].endswith("got 'maybe'")
+    assert facts["settings"]["fallback"].startswith("refused: TENSORRT_FALLBACK: ")
+    assert facts["settings"]["precision"] == "bf16"
+    assert facts["settings"]["from_environment"] == "precision, cache_dir"
+    assert facts["cache"]["directory"] == str(cache)
+    assert "'maybe'" in facts["verdict"]
+    assert "'never'" in facts["verdict"]
+    assert not facts["usable"]
+
+
+def test_doctor_names_a_bad_directory_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORRT_CACHE_DIR", "~nobody-of-that-name/cache")
+    monkeypatch.setenv("LOCAL_RANK", "abc")
+    facts = diagnose()
+    assert facts["cache"]["directory"] == facts["cache"]["entries"] == "-"
+    assert "~nobody-of-that-name" in facts["cache"]["refused"]
+    assert facts["settings"]["LOCAL_RANK"].endswith("got 'abc'")
+    assert facts["settings"]["from_environment"] == "-"
+    assert "LOCAL_RANK" in facts["verdict"]
+    assert "TENSORRT_CACHE_DIR" in facts["verdict"]

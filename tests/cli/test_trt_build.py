@@ -26,6 +26,24 @@ def test_build_without_a_gpu_is_one_clear_error(
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("command", ["build", "bench"])
+def test_options_are_checked_before_the_device(
+    command: str, cache: Path, files: tuple[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    call = ("trt", command, "--vae-config", files[0], "--checkpoint", files[1])
+    absent = str(tmp_path / "none.safetensors")
+    for more, message in (
+        (("--plan", "tensorrt", "--plan", "nope"), "--plan must be one of "),
+        (("--precision", "int8", "--calibration", absent), f"--calibration {absent}: no such file"),
+    ):
+        assert run(*call, *more) == 2
+        said = capsys.readouterr().err.replace("\n", " ")
+        assert message in said
+        assert "no CUDA device" not in said
+    assert run("trt", command, "--vae-id", "foo", "--latent", "4,8,8") == 2
+    assert "vae_id 'foo' is not known: only 'dcae' needs no configuration" in capsys.readouterr().err
+
+
 @pytest.fixture
 def build_here(monkeypatch: pytest.MonkeyPatch, files: tuple[str, str]) -> tuple[str, ...]:
     """`trt build` of the golden decoder, by a toolchain that needs no GPU."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from owl_wms import env
+from owl_wms.errors import ConfigError
 
 KEYS = {
     "python", "os", "torch", "triton", "torch_tensorrt", "tensorrt", "cuda", "cudnn", "driver", "gpu",
@@ -112,9 +113,13 @@ def test_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.cache_hmac_key() == b"secret"
     monkeypatch.setenv("TENSORRT_CACHE_KEY", "")
     assert env.cache_hmac_key() is None
-    for text, rank in (("2", 2), ("-1", None), ("two", None), ("", None), ("²", None), ("٣", None), ("9" * 5000, None)):
+    for text, rank in (("2", 2), (" 3 ", 3), ("", None)):
         monkeypatch.setenv("LOCAL_RANK", text)
         assert env.local_rank() == rank
+    for text in ("-1", "abc", "1.5", "²", "٣", "9" * 5000):
+        monkeypatch.setenv("LOCAL_RANK", text)
+        with pytest.raises(ConfigError, match=f"LOCAL_RANK must be a whole number >= 0.* got '{text}'"):
+            env.local_rank()
 
 
 def test_describing_imports_no_tensorrt_and_importing_touches_no_cuda() -> None:

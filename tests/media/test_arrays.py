@@ -36,6 +36,9 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     np.save(folder / "object.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     torch.save(Path, folder / "code.pt")
     (folder / "empty.npy").write_bytes(b"")
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "text.pt").write_text("version https://example.org")
+    (folder / "key.pt").write_bytes(b"\x80\x02e")
     torch.save(torch.zeros(3, 4), folder / "rank.pt")
     torch.save(torch.zeros(0, 4, 2, 2), folder / "none.pt")
     torch.save(torch.zeros(2, 4, 2, 2, dtype=torch.int64), folder / "ints.pt")
@@ -53,6 +56,12 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "pickled numpy": (folder / "object.npy", "cannot be read as .npy"),
         "pickled code": (folder / "code.pt", "pickled code is not run"),
         "empty": (folder / "empty.npy", "cannot be read as .npy"),
+        "empty pt": (folder / "empty.pt", "cannot be read as .pt: it is empty"),
+        "text": (
+            folder / "text.pt",
+            "torch.save did not write this file: it is neither a zip archive nor a pickle and begins with 'version https://'",
+        ),
+        "damaged pickle": (folder / "key.pt", "the file is damaged|or is damaged"),
         "rank": (folder / "rank.pt", r"got \[3, 4\]"),
         "no frames": (folder / "none.pt", "has no frames"),
         "integers": (folder / "ints.pt", "floating point, got torch.int64"),

@@ -38,8 +38,9 @@ def test_clip_round_trip(tmp_path: Path) -> None:
 def test_bad_frames_and_names(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="are written as"):
         VideoWriter(tmp_path / "clip.gif")
-    with pytest.raises(ValueError, match="above 0"):
-        VideoWriter(tmp_path / "clip.mp4", fps=0)
+    for fps in (0, 0.0001, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="at least 1/1001"):
+            VideoWriter(tmp_path / "clip.mp4", fps=fps)
     with pytest.raises(DataError, match="uint8"), VideoWriter(tmp_path / "clip.mp4") as clip:
         clip.write(torch.zeros(1, 3, 36, 64))
     with pytest.raises(DataError, match="even sides"), VideoWriter(tmp_path / "clip.mp4") as clip:

@@ -77,7 +77,7 @@ def test_a_batch_size_is_an_integer(make: Any) -> None:
 
 
 def test_get_decoder_only_takes_this_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = {(0, None): 0, (0, "3"): 3, (0, "9"): 0, (2, "3"): 2, (0, "x"): 0}
+    cases = {(0, None): 0, (0, "3"): 3, (0, "9"): 0, (2, "3"): 2}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for (current, rank), expected in cases.items():
@@ -88,6 +88,11 @@ def test_get_decoder_only_takes_this_ranks_gpu(monkeypatch: pytest.MonkeyPatch) 
         assert bridge._own_device() == torch.device("cuda", expected)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bridge._own_device() == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "abc")
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        with pytest.raises(ConfigError, match=r"LOCAL_RANK must be a whole number >= 0, .* got 'abc'"):
+            bridge._own_device()
 
 
 def test_bad_files_are_named(files: tuple[Path, Path], tmp_path: Path) -> None:
