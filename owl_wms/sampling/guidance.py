@@ -13,6 +13,7 @@ Usage:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ class Guidance:
             raise ConfigError(
                 f"unconditional must be 'dropped' or 'zero_controls', got {self.unconditional!r}", key="unconditional"
             )
+        if not math.isfinite(self.scale):
+            raise ConfigError(f"cfg_scale must be finite, got {self.scale}", key="cfg_scale")
 
     @property
     def _doubles(self) -> bool:

@@ -42,7 +42,8 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
     if found["WORLD_SIZE"] is None:
         env.local_rank()  # without a launcher it has no effect, and a bad value is an error all the same
         return 0, 0, 1
-    numbers = [int(value) for value in found.values() if value is not None and value.isdigit()]
+    # Superscripts are digits too, and int() refuses them.
+    numbers = [int(value) for value in found.values() if value is not None and value.isascii() and value.isdigit()]
     if len(numbers) != len(found):
         raise ConfigError(
             f"a launcher must set RANK, LOCAL_RANK and WORLD_SIZE to whole numbers, got {found}; use torchrun"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owl_wms.errors import ConfigError
-from owl_wms.sampling import AVWindowSampler, CausalAVWindowSampler, CausalAVWindowSamplerNoCFG
+from owl_wms.sampling import AVWindowSampler, CausalAVWindowSampler, CausalAVWindowSamplerNoCFG, Guidance
 from tests.world import inputs, relative, tiny_core
 
 
@@ -126,3 +126,9 @@ def test_what_cannot_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="causal"):
         CausalAVWindowSampler(1, 1.0, 3, 1)(tiny_core(causal=False), x, None, mouse, btn)
     assert AVWindowSampler(1, 1.0, 3, 1)(tiny_core(causal=False), x, None, mouse, btn).latents.shape[1] == 5
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_guidance_that_is_not_finite_is_refused(scale: float) -> None:
+    with pytest.raises(ConfigError, match="cfg_scale must be finite"):
+        Guidance(model=None, scale=scale)
