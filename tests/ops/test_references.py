@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from owl_wms.ops import conv_out, grouped_conv, stage, up_residual
+from owl_wms.ops.register import aligned
+from owl_wms.ops.stage import enlarge_matrix
 
 
 def test_grouped_packing_is_a_permutation() -> None:
@@ -124,3 +126,18 @@ def test_ops_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.owl_wms.resize, (square, 3, 3, 5, torch.float32))
     torch.library.opcheck(torch.ops.owl_wms.frames, (square, 3, 3, 5))
     torch.library.opcheck(torch.ops.owl_wms.stage, arguments(2, 2, True))
+
+
+def test_operands_start_where_sixteen_byte_copies_can() -> None:
+    flat = torch.arange(33, dtype=torch.float16)
+    shifted = flat[1:].view(4, 8)
+    moved = aligned(shifted)
+    assert moved.data_ptr() % 16 == 0
+    assert torch.equal(moved, shifted)
+    whole = torch.zeros(4, 8)
+    assert aligned(whole) is whole, "what is aligned is not copied"
+    assert aligned(whole.t()).is_contiguous()
+
+
+def test_matrices_that_captured_graphs_read_are_never_let_go() -> None:
+    assert enlarge_matrix.cache_info().maxsize is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -70,6 +72,39 @@ def test_a_callers_autocast_is_kept_out() -> None:
         wrapped(torch.randn(shape))
         assert torch.is_autocast_enabled("cpu")
     assert seen == [False]
+
+
+class OnTheSecondGPU(torch.Tensor):
+    """A CPU tensor that says it is on cuda:1."""
+
+    device = torch.device("cuda", 1)  # type: ignore[assignment]
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_the_latents_gpu_is_current_while_it_builds_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch-TensorRT builds for the current device, Triton launches on it."""
+    decoder, shape = decoders.make("square")
+    wrapped = compile_for_training(decoder, precision="bf16", strict=True)
+    current, seen = [torch.device("cuda", 0)], list[tuple[str, torch.device]]()
+
+    @contextlib.contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def program(z: torch.Tensor) -> torch.Tensor:
+        seen.append(("run", current[-1]))
+        return z
+
+    def build(z: torch.Tensor) -> object:
+        seen.append(("build", current[-1]))
+        return program
+
+    monkeypatch.setattr(torch.cuda, "device", on_device)
+    monkeypatch.setattr(wrapped, "_compile", build)
+    wrapped(torch.randn(shape).as_subclass(OnTheSecondGPU))
+    assert seen == [("build", torch.device("cuda", 1)), ("run", torch.device("cuda", 1))]
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp8", "half"])
