@@ -165,8 +165,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: this benchmark measures a GPU; nothing was measured")
+    harness.require_gpu(parser)
 
     ceilings = harness.measure_ceilings()
     harness.console.print(harness.machine_line(harness.describe_machine(), ceilings))

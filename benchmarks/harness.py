@@ -6,6 +6,7 @@ inputs rotated, so that no candidate finds its input in the cache; medians with 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -76,6 +77,12 @@ def measure_interleaved(
             events[name].append((begin, end))
         torch.cuda.synchronize()
     return {name: timing_of([begin.elapsed_time(end) for begin, end in pairs]) for name, pairs in events.items()}
+
+
+def require_gpu(parser: argparse.ArgumentParser) -> None:
+    """The parser ends the program in one line where there is no GPU; before anything is written."""
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: this benchmark measures a GPU; nothing was measured")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

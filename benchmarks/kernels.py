@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import decoders, harness
-from benchmarks.report import read_result
+from benchmarks.report import write_markdown
 from owl_wms.ops.codes import FORMATS, LARGEST
 from owl_wms.ops.nvrtc import Kernel
 from owl_wms.trt.calibration import SEEDED
@@ -220,11 +220,9 @@ def main() -> None:
     parser.add_argument("--render", type=Path)
     args = parser.parse_args()
     if args.render is not None:
-        text = render(read_result(args.render, parser))
-        args.render.with_suffix(".md").write_text(text, encoding="utf-8")
+        write_markdown(args.render, render, parser)
         return
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: this benchmark measures a GPU; nothing was measured")
+    harness.require_gpu(parser)
     ceilings = harness.measure_ceilings()
     rows = []
     for name in args.decoder:

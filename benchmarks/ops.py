@@ -22,9 +22,17 @@ from torch import Tensor
 
 from benchmarks.accuracy import relative_l2
 from benchmarks.case import Case
-from benchmarks.harness import console, document, finish, machine_line, measure_ceilings, measure_interleaved
+from benchmarks.harness import (
+    console,
+    document,
+    finish,
+    machine_line,
+    measure_ceilings,
+    measure_interleaved,
+    require_gpu,
+)
 from benchmarks.ops8 import code_cases
-from benchmarks.report import read_result
+from benchmarks.report import write_markdown
 from owl_wms.env import describe_machine
 from owl_wms.ops import conv_out, grouped_conv, resize, stage_tail, up_residual
 
@@ -177,11 +185,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--render", type=Path, help="write a result's Markdown beside it, and measure nothing")
     options = parser.parse_args(argv)
     if options.render is not None:
-        text = render(read_result(options.render, parser))
-        options.render.with_suffix(".md").write_text(text, encoding="utf-8")
+        write_markdown(options.render, render, parser)
         return
-    if not torch.cuda.is_available():
-        parser.error("this benchmark needs a CUDA device")
+    require_gpu(parser)
     dtype = torch.bfloat16
     torch.backends.cudnn.allow_tf32 = False
     ceilings = measure_ceilings(dtype)

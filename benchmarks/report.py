@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,35 @@ def read_result(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     if not isinstance(result, dict) or any(key not in result for key in ("theme", "machine", "commit", "rows")):
         parser.error(f"{path}: is not the result of a benchmark: it needs theme, machine, commit and rows")
     return result
+
+
+def write_markdown(path: Path, render: Callable[[dict[str, Any]], str], parser: argparse.ArgumentParser) -> str:
+    """Render the result in `path` beside it, as .md; the text."""
+    text = render(read_result(path, parser))
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
+
+
+def write_merged(
+    out: Path,
+    parts: Sequence[Path],
+    merge: Callable[[Sequence[dict[str, Any]]], dict[str, Any]],
+    parser: argparse.ArgumentParser,
+) -> None:
+    """Write one document out of several; the parser ends the program in one line when they do not belong together."""
+    try:
+        merged = merge([read_result(path, parser) for path in parts])
+    except ValueError as error:
+        parser.error(str(error))
+    out.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def require_alike(results: Sequence[dict[str, Any]], *keys: str) -> None:
+    """Raises ValueError where documents differ in one of the keys: they are not of one run's kind."""
+    for result in results[1:]:
+        for key in keys:
+            if result[key] != results[0][key]:
+                raise ValueError(f"runs differ in {key}: {results[0][key]} and {result[key]}")
 
 
 def cell(figures: dict[str, Any], key: str | None, form: str) -> str:
@@ -91,18 +120,14 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: the runs do not belong together.
     """
-    first = results[0]
-    for other in results[1:]:
-        for key in ("theme", "machine"):
-            if other[key] != first[key]:
-                raise ValueError(f"runs differ in {key}: {first[key]} and {other[key]}")
+    require_alike(results, "theme", "machine")
     parts = []
     for result in results:
         panels = dict.fromkeys(f"{row['decoder']} at batch {row['batch']}" for row in result["rows"])
         parts.append({"ceilings": result["ceilings"], "commit": result["commit"], "decoders": list(panels)})
     commits = dict.fromkeys(result["commit"] for result in results)
     rows = [row for result in results for row in result["rows"]]
-    return {**first, "commit": ", ".join(commits), "rows": rows, "parts": parts}
+    return {**results[0], "commit": ", ".join(commits), "rows": rows, "parts": parts}
 
 
 def readme_table(result: dict[str, Any]) -> str:
@@ -147,11 +172,7 @@ def main() -> None:
     parser.add_argument("--merge", type=Path, nargs="+", help="write the result out of these first")
     args = parser.parse_args()
     if args.merge:
-        try:
-            merged = merge([read_result(path, parser) for path in args.merge])
-        except ValueError as error:
-            parser.error(str(error))
-        args.result.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_merged(args.result, args.merge, merge, parser)
     result = read_result(args.result, parser)
     readme = ROOT / "README.md"
     wanted = {

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import decoders
 from benchmarks.accuracy import relative_l2
-from benchmarks.harness import console, finish, measure_interleaved
+from benchmarks.harness import console, finish, measure_interleaved, require_gpu
 from owl_wms.ops import conv3x3 as conv3x3_op
 from owl_wms.trt.convolution import Conv3x3
 from owl_wms.trt.fused_sana import fuse
@@ -172,8 +172,7 @@ def main() -> None:
     parser.add_argument("--compile", default="whole", choices=["none", "whole"], help="in the first precision only")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: this benchmark measures a GPU; nothing was measured")
+    require_gpu(parser)
     subject = decoders.subject("sana")
     with torch.device("cuda"):
         live = subject.make().eval().requires_grad_(False)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks import decoders, harness
-from benchmarks.report import read_result
+from benchmarks.report import require_alike, write_markdown, write_merged
 from owl_wms import trt
 from owl_wms.cache import CacheStore, Miss
 from owl_wms.trt.answer import output_digest
@@ -174,10 +174,8 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ValueError: the runs do not belong together.
     """
     rows: dict[str, dict[str, Any]] = {}
+    require_alike(results, "theme", "machine", "batch")
     for result in results:
-        for key in ("theme", "machine", "batch"):
-            if result[key] != results[0][key]:
-                raise ValueError(f"runs differ in {key}: {results[0][key]} and {result[key]}")
         rows |= {row["row"]: {"commit": result["commit"], **row} for row in result["rows"]}
     commits = dict.fromkeys(row["commit"] for row in rows.values())
     return {**results[0], "commit": ", ".join(commits), "rows": list(rows.values())}
@@ -263,19 +261,14 @@ def main() -> None:
     parser.add_argument("--render", type=Path)
     parser.add_argument("--merge", type=Path, nargs="+", help="write the document to render out of these first")
     args = parser.parse_args()
-    if args.merge and args.render:
-        try:
-            merged = merge([read_result(path, parser) for path in args.merge])
-        except ValueError as error:
-            parser.error(str(error))
-        harness.write(merged, args.render)
+    if args.merge:
+        if not args.render:
+            parser.error("--merge writes the document that --render names: give both")
+        write_merged(args.render, args.merge, merge, parser)
     if args.render:
-        text = render(read_result(args.render, parser))
-        args.render.with_suffix(".md").write_text(text, encoding="utf-8")
-        print(text)
+        print(write_markdown(args.render, render, parser))
         return
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: this benchmark measures a GPU; nothing was measured")
+    harness.require_gpu(parser)
     if args.second:
         print(json.dumps(second(args.second, CacheStore(args.cache), args)), flush=True)
         return

@@ -38,7 +38,7 @@ def test_the_autoencoder_is_found_from_any_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = WORLD / "game_rft.yml"
-    cfg = script.beside(load_world_config(path), path)
+    cfg = script.with_files_found(load_world_config(path), path)
     encode, decode = script.make_codec(cfg, torch.device("cpu"))
     with torch.no_grad():
         assert decode(encode(torch.zeros(1, 4, 360, 640))).shape == (1, 4, 360, 640)

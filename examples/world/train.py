@@ -28,8 +28,7 @@ from episodes import Episodes, MemoryLoader, record
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from owl_wms.configs.paths import find_beside
-from owl_wms.configs.world import WorldConfig, load_world_config
+from owl_wms.configs.world import WorldConfig, load_world_config, with_files_found
 from owl_wms.media.pictures import contact_sheet, to_bytes
 from owl_wms.models import GameRFT
 from owl_wms.trainers.rft import RFTTrainer
@@ -116,13 +115,6 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
 
 
-def beside(cfg: WorldConfig, path: Path) -> WorldConfig:
-    """The autoencoder's files found from any working directory: the configuration names them from above itself."""
-    names = ("vae_cfg_path", "vae_ckpt_path")
-    found = {name: str(find_beside(getattr(cfg.train, name), path)) for name in names if getattr(cfg.train, name)}
-    return cfg.model_copy(update={"train": cfg.train.model_copy(update=found)})
-
-
 def smaller(cfg: WorldConfig) -> WorldConfig:
     """A toy of the same shape for a CPU."""
     model = cfg.model.model_copy(
@@ -150,7 +142,7 @@ def main() -> None:
     if args.small:
         args.players, args.frames = 4, 16
     args.out.mkdir(parents=True, exist_ok=True)
-    cfg = beside(load_world_config(args.config), args.config)
+    cfg = with_files_found(load_world_config(args.config), args.config)
     cfg = smaller(cfg) if args.small else cfg
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -14,12 +14,6 @@ import typer
 
 from owl_wms.cli._disk import described, disk_failure
 
-# Files that a training run reads besides its data and its own checkpoints.
-_READ = (
-    *("vae_cfg_path", "vae_ckpt_path", "audio_vae_cfg_path", "audio_vae_ckpt_path"),
-    *("teacher_cfg", "teacher_ckpt", "student_ckpt"),
-)
-
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file with the sections model, train and wandb.")],
@@ -79,9 +73,8 @@ def load_changed(path: Path, changes: list[str]) -> Any:
     """
     import yaml
 
-    from owl_wms.configs.paths import find_beside
     from owl_wms.configs.strict import parse, read_yaml
-    from owl_wms.configs.world import WorldConfig
+    from owl_wms.configs.world import WorldConfig, with_files_found
     from owl_wms.errors import ConfigError
 
     data = read_yaml(path)
@@ -101,9 +94,4 @@ def load_changed(path: Path, changes: list[str]) -> Any:
         except yaml.YAMLError as error:
             reason = getattr(error, "problem", None) or str(error).splitlines()[0]
             raise ConfigError(f"--set {key}: {text!r} is not YAML: {reason}", path=path, key=key) from error
-    cfg = parse(WorldConfig, data, path=path)
-    # The trainers never hear where the file stands, so what it names beside itself is found here.
-    found = {name: find_beside(getattr(cfg.train, name), path) for name in _READ}
-    return cfg.model_copy(
-        update={"train": cfg.train.model_copy(update={k: None if v is None else str(v) for k, v in found.items()})}
-    )
+    return with_files_found(parse(WorldConfig, data, path=path), path)

@@ -15,6 +15,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from owl_wms.configs.paths import find_beside
 from owl_wms.configs.strict import Kwargs, PositiveInt, StrictModel, nearest, parse, read_yaml, rule
 from owl_wms.configs.vae import WandbConfig
 from owl_wms.errors import ConfigError
@@ -24,6 +25,11 @@ TrainerId = Literal["rft", "av", "mixed_av", "causvid_vid", "sforce_vid", "ode_d
 DataId = Literal["cod", "sequence_packing", "cod_s3", "cod_s3_audio", "cod_s3_mixed"]
 SamplerId = Literal["av_window", "av_causal", "av_causal_no_cfg", "av_caching"]
 
+# Files that a training run reads besides its data and its own checkpoints.
+_READ = (
+    *("vae_cfg_path", "vae_ckpt_path", "audio_vae_cfg_path", "audio_vae_ckpt_path"),
+    *("teacher_cfg", "teacher_ckpt", "student_ckpt"),
+)
 _ALWAYS = ("data_id", "data_kwargs", "sample_data_id", "sample_data_kwargs", "sampler_id", "sampler_kwargs")
 _AUDIO = (*_ALWAYS, "audio_vae_scale")
 _DISTILL = (*_ALWAYS, "teacher_cfg", "teacher_ckpt", "rollout_steps")
@@ -202,6 +208,16 @@ def load_world_config(path: Path | str) -> WorldConfig:
         ConfigError: naming the file, the dotted key and, for a misspelling, the nearest valid key.
     """
     return parse(WorldConfig, read_yaml(path), path=path)
+
+
+def with_files_found(cfg: WorldConfig, path: Path | str) -> WorldConfig:
+    """The configuration with the files of `_READ` found from any working directory (`find_beside`).
+
+    The trainers never hear where the configuration stands.
+    """
+    found = {name: find_beside(getattr(cfg.train, name), path) for name in _READ}
+    update = {name: None if file is None else str(file) for name, file in found.items()}
+    return cfg.model_copy(update={"train": cfg.train.model_copy(update=update)})
 
 
 def missing_trainer_keys(train: TrainingConfig, trainer_id: str | None = None) -> tuple[str, ...]:

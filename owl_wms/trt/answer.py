@@ -88,24 +88,27 @@ class Answer:
         Raises:
             FastPathError: stage "parity", when it strays further than another right answer may.
         """
-        if tuple(output.shape) == self.shape and output_digest(output) == self.sha256:
+        if tuple(output.shape) != self.shape:
+            raise _otherwise(f"its frames are {list(output.shape)}, not {list(self.shape)}")
+        if output_digest(output) == self.sha256:
             return ""
-        problem = f"its frames are {list(output.shape)}, not {list(self.shape)}"
-        if tuple(output.shape) == self.shape:
-            strays = (sample_of(output) - self.sample).double()
-            relative = (strays.norm() / self.sample.double().norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
-            absolute = torch.where(self.sample.abs() <= 1, strays.abs(), 0.0).max().item()
-            if relative <= self.relative and absolute <= self.absolute:  # neither for a NaN
-                return f"other bits, relative distance {relative:.1e}"
-            problem = (
-                f"relative distance {relative:.2e} (at most {self.relative:.2e}), "
-                f"largest {absolute:.2e} (at most {self.absolute:.2e})"
-            )
-        raise FastPathError(
-            "parity",
-            f"the program does not repeat the answer of its build: {problem}",
-            "the file is as it was written, so look at this GPU, its driver and libraries; PyTorch decodes meanwhile",
+        strays = (sample_of(output) - self.sample).double()
+        relative = (strays.norm() / self.sample.double().norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+        absolute = torch.where(self.sample.abs() <= 1, strays.abs(), 0.0).max().item()
+        if relative <= self.relative and absolute <= self.absolute:  # neither for a NaN
+            return f"other bits, relative distance {relative:.1e}"
+        raise _otherwise(
+            f"relative distance {relative:.2e} (at most {self.relative:.2e}), "
+            f"largest {absolute:.2e} (at most {self.absolute:.2e})"
         )
+
+
+def _otherwise(problem: str) -> FastPathError:
+    return FastPathError(
+        "parity",
+        f"the program does not repeat the answer of its build: {problem}",
+        "the file is as it was written, so look at this GPU, its driver and libraries; PyTorch decodes meanwhile",
+    )
 
 
 def sample_of(output: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ build, and is part of the program.
 
 Usage:
     conv = Conv3x3(weight, bias, torch.bfloat16)        # a module of the fused decoder
-    choose(fused, z)                                    # sets `how` of every Conv3x3 in it
+    choose(fused, torch.bfloat16, (8, 128, 8, 8))       # sets `how` of every Conv3x3 in it
 """
 
 from __future__ import annotations
@@ -76,17 +76,17 @@ def _milliseconds(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def choose(fused: nn.Module, z: Tensor) -> dict[tuple, int]:
-    """Time every way to compute each convolution of `fused` for latents like `z` (on the GPU) and keep the fastest.
+def choose(fused: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | None) -> None:
+    """Time every way to compute each convolution of `fused` for latents of that shape and keep the fastest.
 
-    Returns:
-        `(input shape, weight shape, relu, no residual) -> how`.
+    Nothing happens without a shape, off a GPU, and where there is no such convolution.
     """
-    choices: dict[tuple, int] = {}
     convs = [module for module in fused.modules() if isinstance(module, Conv3x3)]
-    if not convs:
-        return choices
+    if input_shape is None or not convs or not convs[0].weight.is_cuda:
+        return
+    z = torch.randn(input_shape, device=convs[0].weight.device).to(dtype)
     kernels.compile_ahead(fused, z)  # in threads; the run below needs all of them
+    choices: dict[tuple, int] = {}  # (input shape, weight shape, relu, no residual) -> how
     for conv in convs:
         conv.choices = choices
     try:
@@ -94,4 +94,3 @@ def choose(fused: nn.Module, z: Tensor) -> dict[tuple, int]:
     finally:
         for conv in convs:
             conv.choices = None
-    return choices

@@ -52,14 +52,8 @@ def fuse(decoder: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | 
         ValueError: `supports` says no, or weight norm has not been folded.
     """
     with torch.no_grad():
-        return chosen(FusedDecoder(fusible(decoder), dtype).eval(), dtype, input_shape)
-
-
-def chosen(fused: FusedDecoder, dtype: torch.dtype, input_shape: tuple[int, ...] | None) -> FusedDecoder:
-    """`fused` with every dense convolution computed the fastest way for that shape, on a GPU."""
-    device = fused.out_weight.device
-    if input_shape is not None and device.type == "cuda":
-        choose(fused, torch.randn(input_shape, device=device).to(dtype))
+        fused = FusedDecoder(fusible(decoder), dtype).eval()
+        choose(fused, dtype, input_shape)
     return fused
 
 

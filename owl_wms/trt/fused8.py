@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from owl_wms.ops.codes import LARGEST, quantise_rows
 from owl_wms.ops.grouped_conv import pack as pack_grouped
 from owl_wms.ops.grouped_conv8 import GROUP, pack_codes
-from owl_wms.trt.fused import FusedDecoder, FusedStage, chosen, fusible, matrix, supports
+from owl_wms.trt.convolution import choose
+from owl_wms.trt.fused import FusedDecoder, FusedStage, fusible, matrix, supports
 from owl_wms.vae.blocks import ResBlock
 
 # Narrower stages are bound by memory, and those of one block have `stage_tail`: 8 bits measured slower there
@@ -168,4 +169,5 @@ def fuse8(
         return FusedStage(blocks, proj, scale, shortcut, dtype)
 
     fused = FusedDecoder(plain, dtype, make, float(latents.abs().max())).eval()
-    return chosen(fused, dtype, input_shape)
+    choose(fused, dtype, input_shape)
+    return fused

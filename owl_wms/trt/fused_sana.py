@@ -74,9 +74,7 @@ def fuse(
         raise ValueError(reason)
     with torch.no_grad():
         fused = FusedSana(decoder, dtype, hybrid).eval()
-        device = next(decoder.parameters()).device
-        if input_shape is not None and device.type == "cuda":
-            choose(fused, torch.randn(input_shape, device=device).to(dtype))
+        choose(fused, dtype, input_shape)
     return fused
 
 

@@ -34,6 +34,18 @@ def worked(*_: Any, **__: Any) -> Any:
     raise AssertionError("the work began")
 
 
+@pytest.fixture
+def nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command may read weights: that is where its work begins."""
+    for first in (
+        "owl_wms.vae.load_encoder",
+        "owl_wms.utils.owl_vae_bridge.get_decoder_only",
+        "owl_wms.inference.build.load_core",
+        "owl_wms.inference.build.build_pipeline",
+    ):
+        monkeypatch.setattr(first, worked)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -43,14 +55,13 @@ def worked(*_: Any, **__: Any) -> Any:
         ("encode", "clip.mp4", "--out", "/dev/null/z.safetensors"),
     ],
 )
+@pytest.mark.usefixtures("nothing_begins")
 def test_destinations_are_tried_first(
     place: Path,  # noqa: F811
     arguments: tuple[str, ...],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("owl_wms.vae.load_encoder", worked)
-    monkeypatch.setattr("owl_wms.utils.owl_vae_bridge.get_decoder_only", worked)
     monkeypatch.chdir(place)
     assert call(place, *arguments) == 2
     error = capsys.readouterr().err
@@ -65,14 +76,12 @@ def test_depth_clip_is_tried_too(place: Path, capsys: pytest.CaptureFixture[str]
     assert not (place / "o.mp4").exists()
 
 
+@pytest.mark.usefixtures("nothing_begins")
 def test_sample_and_demo_try_theirs(
     files: Path,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("owl_wms.inference.build.load_core", worked)
-    monkeypatch.setattr("owl_wms.vae.load_encoder", worked)
     call = ["sample", str(files / "world.yml"), str(files / "world.pt"), "--out", str(tmp_path / "c.mp4")]
     refuse("/proc/x.safetensors: cannot be written", capsys, *call, "--latents", f"{NOWHERE}.safetensors")
     (tmp_path / "file").write_text("")
@@ -149,6 +158,7 @@ def test_a_change_that_is_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture
         *((("decode", "latents.pt", "--fps", text), "--fps") for text in ("inf", "nan", "0.0001", "0", "1e9")),
     ],
 )
+@pytest.mark.usefixtures("nothing_begins")
 def test_numbers_out_of_range(
     place: Path,  # noqa: F811
     arguments: tuple[str, ...],
@@ -156,8 +166,6 @@ def test_numbers_out_of_range(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("owl_wms.vae.load_encoder", worked)
-    monkeypatch.setattr("owl_wms.utils.owl_vae_bridge.get_decoder_only", worked)
     monkeypatch.chdir(place)
     before = sorted(place.iterdir())
     assert call(place, *arguments) == 2
@@ -167,15 +175,12 @@ def test_numbers_out_of_range(
     assert sorted(place.iterdir()) == before
 
 
+@pytest.mark.usefixtures("nothing_begins")
 def test_numbers_out_of_range_for_world_models(
     files: Path,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("owl_wms.inference.build.load_core", worked)
-    monkeypatch.setattr("owl_wms.inference.build.build_pipeline", worked)
-    monkeypatch.setattr("owl_wms.vae.load_encoder", worked)
     model = (str(files / "world.yml"), str(files / "world.pt"))
     huge = "9" * 23
     for text in ("nan", "inf", "1e9"):
