@@ -28,6 +28,7 @@ from owl_wms.ops import images
 
 ROOT = Path(__file__).parent
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES of cuda.h
+STREAM_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING of cuda.h
 DEFAULT_SHARED_BYTES = 48 * 1024
 
 _lock = threading.Lock()
@@ -85,6 +86,18 @@ class Kernel:
                 function, grid, 1, 1, block, 1, 1, self.shared_bytes, stream, pointers, ctypes.c_void_p(None)
             )
             _check_driver(status, f"launching {self}")
+
+
+def new_stream() -> int:
+    """A new CUDA stream of the current device, apart from torch's pool and not ordered with the legacy default stream.
+
+    Raises:
+        KernelError: the driver made none.
+    """
+    torch.cuda.current_stream().synchronize()  # makes the device's primary context current in this thread
+    stream = ctypes.c_void_p()
+    _check_driver(_driver().cuStreamCreate(ctypes.byref(stream), STREAM_NON_BLOCKING), "making a stream")
+    return stream.value or 0
 
 
 def _function(kernel: Kernel, index: int) -> ctypes.c_void_p:

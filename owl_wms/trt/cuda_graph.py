@@ -18,8 +18,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from owl_wms.ops import nvrtc
+
 _LOG = logging.getLogger(__name__)
 WARMUP_CALLS = 3
+
+
+def own_stream() -> torch.cuda.Stream:
+    """A stream of the current device that nothing else in this process runs on, before or after.
+
+    torch keeps one cuBLAS workspace for each handle and stream, and a captured product keeps that workspace's address.
+    The streams that torch hands out are shared, and have a workspace as soon as anything was multiplied on them: memory
+    outside of the graph, which `torch.compile(mode="reduce-overhead")` anywhere in the process frees when it records
+    (torch._inductor.cudagraph_trees.clear_cublass_cache). A replay then reads and writes what is no longer its own. On
+    a stream of its own the capture's first product takes its workspace from the graph's memory, where it stays.
+
+    Never destroyed: a later stream could get its address, and with it the workspace of a graph that is gone.
+    """
+    return torch.cuda.ExternalStream(nvrtc.new_stream(), device=torch.cuda.current_device())
 
 
 class GraphedProgram:
@@ -58,19 +74,21 @@ class GraphedProgram:
     def _capture(self, example: Tensor) -> None:
         with torch.cuda.device(example.device):
             self._input = example.detach().clone()
-            # A stream of this device: the one that torch.cuda.graph takes by itself belongs to the device that captured
-            # first in this process. Entering it here also leaves it whatever becomes of the capture.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARMUP_CALLS):
                     self.program(self._input)
                 torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                # thread_local: another thread's allocation (a data loader pinning memory) must not break the capture.
-                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                    self._output = self.program(self._input)
-            torch.cuda.current_stream().wait_stream(side)
+            graph, own = torch.cuda.CUDAGraph(), own_stream()
+            # Entering the stream here also leaves it whatever becomes of the capture. thread_local: another thread's
+            # allocation (a data loader pinning memory) must not break the capture.
+            with (
+                torch.cuda.stream(own),
+                torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"),
+            ):
+                self._output = self.program(self._input)
+            torch.cuda.current_stream().wait_stream(own)
             self._input.add_(0.5)  # other latents than those captured: a graph that does nothing must not pass
             graph.replay()
             torch.cuda.synchronize()

@@ -1,12 +1,14 @@
 """Capture as this machine can watch it: torch.cuda's devices, streams and graphs replaced by what they promise.
 
 The stand-in keeps one current stream a device, records on which one a capture begins, and lets a replay compute the
-program anew into the static output, as a right capture would.
+program anew into the static output, as a right capture would. It also keeps cuBLAS workspaces as torch does: one a
+stream, made by the first product on it, out of the graph's memory while that stream is being captured.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from owl_wms.ops import nvrtc
 from owl_wms.trt.cuda_graph import GraphedProgram
 
 Decode = Callable[[Tensor], Tensor]
@@ -32,9 +35,9 @@ class Latents(Tensor):
 class Stream:
     """A stream of the device that was current when it was made."""
 
-    def __init__(self, cuda: Cuda) -> None:
+    def __init__(self, cuda: Cuda, name: str) -> None:
         self.device = cuda.device
-        self.name = f"side of {cuda.device}"
+        self.name = f"{name} of {cuda.device}"
 
     def wait_stream(self, other: Any) -> None:
         pass
@@ -47,13 +50,14 @@ class Cuda:
         self.device = 0
         self.streams: dict[int, Any] = {}
         self.captures: list[str] = []
-        self.broken = self.empty = False
+        self.workspaces: dict[str, str] = {}
+        self.read: list[str] = []  # whose memory the products of each capture work in
+        self.capturing = self.broken = self.empty = False
         self.rerun: Callable[[], None] = lambda: None
 
     def current(self) -> Any:
         if self.device not in self.streams:
-            self.streams[self.device] = Stream(self)
-            self.streams[self.device].name = f"main of {self.device}"
+            self.streams[self.device] = Stream(self, "main")
         return self.streams[self.device]
 
     @contextlib.contextmanager
@@ -76,9 +80,18 @@ class Cuda:
         assert stream is not None, "torch would take the stream of the device that captured first"
         self.streams[stream.device] = stream
         self.captures.append(stream.name)
+        self.capturing = True
         yield
+        self.capturing = False
         if self.broken:
             raise RuntimeError("operation failed due to a previous error during capture")
+
+    def product(self) -> None:
+        """A product on the current stream."""
+        name = self.current().name
+        self.workspaces.setdefault(name, "the graph's" if self.capturing else "everybody's")
+        if self.capturing:
+            self.read.append(self.workspaces[name])
 
 
 @pytest.fixture
@@ -95,11 +108,15 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         "stream": stand_in.on_stream,
         "graph": stand_in.graph,
         "current_stream": stand_in.current,
-        "Stream": lambda: Stream(stand_in),
+        "Stream": lambda: Stream(stand_in, "pooled"),
+        "ExternalStream": lambda number, device: Stream(stand_in, f"own {number}"),
+        "current_device": lambda: stand_in.device,
         "CUDAGraph": Graph,
         "synchronize": lambda *_: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    numbers = itertools.count(1)
+    monkeypatch.setattr(nvrtc, "new_stream", lambda: next(numbers))
     return stand_in
 
 
@@ -113,7 +130,12 @@ def captured(cuda: Cuda, device: int = 0) -> GraphedProgram:
     cuda.rerun = rerun
     example = torch.zeros(2, 3).as_subclass(Latents)
     example.on = device
-    graphed.__init__(lambda z: z.as_subclass(Tensor) * 2, example)  # type: ignore[misc]
+
+    def program(z: Tensor) -> Tensor:
+        cuda.product()
+        return z.as_subclass(Tensor) * 2
+
+    graphed.__init__(program, example)  # type: ignore[misc]
     return graphed
 
 
@@ -121,7 +143,14 @@ def test_every_device_captures_on_a_stream_of_its_own(cuda: Cuda) -> None:
     for device in (0, 1):
         cuda.device = 0
         assert captured(cuda, device).graphed
-    assert cuda.captures == ["side of 0", "side of 1"]
+    assert cuda.captures == ["own 1 of 0", "own 2 of 1"]
+
+
+def test_every_graph_holds_its_own_workspace(cuda: Cuda) -> None:
+    # Whoever records a graph with torch.compile frees all workspaces that torch knows; those in a graph's memory stay.
+    for _ in range(2):
+        assert captured(cuda).graphed
+    assert cuda.read == ["the graph's"] * 2
 
 
 def test_a_capture_that_fails_leaves_the_callers_stream(cuda: Cuda) -> None:

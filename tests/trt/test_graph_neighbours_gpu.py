@@ -1,0 +1,62 @@
+"""A captured program beside others that capture: its workspace is not freed under it, and it writes to its own memory.
+
+In processes of their own, because what goes wrong here ends a process's use of its GPU.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+# Deep products over few rows, which cuBLAS cuts into parts that it sums up in its workspace.
+CHILD = """
+import sys, torch
+from torch import nn
+from owl_wms.trt.cuda_graph import GraphedProgram
+
+def draw(*shape):
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+torch.manual_seed(0)
+down, up = draw(16384, 256) / 128, draw(256, 16384) / 16
+graphed = GraphedProgram(lambda z: (z @ down).relu() @ up @ down, draw(256, 16384))
+assert graphed.graphed, graphed.reason
+z = draw(256, 16384)
+wanted = graphed(z)
+
+def clear():
+    torch._C._cuda_clearCublasWorkspaces()
+
+module = nn.Sequential(nn.Linear(4096, 64), nn.ReLU(), nn.Linear(64, 4096)).cuda()
+neighbour = torch.compile(module, mode="reduce-overhead")
+
+@torch.no_grad()
+def record():
+    torch.compiler.cudagraph_mark_step_begin()
+    neighbour(torch.ones(64, 4096, device="cuda"))
+
+disturb = {"clear": clear, "reduce-overhead": record}[sys.argv[1]]
+for unmap in (False, True, False, False):
+    disturb()
+    if unmap:
+        torch.cuda.empty_cache()
+    # Whatever was freed just now is somebody else's from here on.
+    others = [torch.full((mib << 18,), 7.0, device="cuda") for mib in (1, 2, 4, 8, 16, 32) for _ in range(8)]
+    assert torch.equal(graphed(z), wanted), "another answer"
+    torch.cuda.synchronize()
+    assert all(bool((other == 7).all()) for other in others), "wrote to memory of others"
+    del others
+print("whole")
+"""
+
+
+@pytest.mark.parametrize("disturbance", ["clear", "reduce-overhead"])
+@pytest.mark.timeout(150)
+def test_a_graph_does_not_depend_on_workspaces_of_others(disturbance: str) -> None:
+    command = [sys.executable, "-c", CHILD, disturbance]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=140)
+    assert done.stdout.split() == ["whole"], done.stderr[-2000:]
