@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NoDeviceError
+from owl_wms.runtime import recording
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, is_out_of_memory, release_memory
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.latents import check_video
@@ -41,7 +42,8 @@ class VideoDecode:
 
     Thread-safe. A chunk shorter than the batch is padded for the program and sliced. Each latent shape has its own
     program. Weights that change in place drop the programs made from the old ones. A run that fails is answered by
-    PyTorch and counted; after three the program is put aside.
+    PyTorch and counted; after three the program is put aside. What a caller records in a CUDA graph of its own is
+    PyTorch's decode.
 
     Args:
         decoder: `[B, c, h, w] -> [B, C, H, W]`; never changed; computes on its own device.
@@ -100,6 +102,8 @@ class VideoDecode:
             DecodeMemoryError: the output or a single frame does not fit into memory.
             FastPathError: in strict mode, or in a process forked from one that used the GPU.
         """
+        if recording.underway():
+            return self._recorded(latents)
         generation = self._current()
         eager = generation.eager
         check_video(latents, eager.channels)
@@ -136,6 +140,15 @@ class VideoDecode:
             enabled=self.settings.enabled,
             latency_ms=None if self._stopwatch is None else self._stopwatch.percentiles(),
         )
+
+    def _recorded(self, latents: Tensor) -> Tensor:
+        if self.strict and self.settings.enabled:
+            raise FastPathError("run", "a CUDA graph is being recorded around it", "decode outside of the graph")
+        frames = recording.decode(self.decoder, latents, self.batch_size)
+        self._ledger.add("decodes")
+        self._ledger.add("frames", len(frames.flatten(0, 1)))
+        self._ledger.note("recording", "PyTorch decodes inside a CUDA graph that the caller records")
+        return frames
 
     # ---- the decode loop
 

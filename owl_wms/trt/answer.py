@@ -118,7 +118,7 @@ def sample_of(output: Tensor) -> Tensor:
     step = max(1, int(flat.numel() * (math.sqrt(5) - 1) / 2))
     while math.gcd(step, flat.numel()) != 1:
         step += 1
-    index = torch.arange(count, dtype=torch.int64) * step % flat.numel()
+    index = torch.arange(count, dtype=torch.int64, device="cpu") * step % flat.numel()
     return flat[index.to(flat.device)].float().cpu()
 
 

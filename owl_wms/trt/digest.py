@@ -77,7 +77,7 @@ class _Buffers:
     def free(self) -> Tensor:
         """A buffer that nobody reads; the oldest, waited for, once there are enough."""
         if len(self._buffers) < 2 * MAX_THREADS:
-            self._buffers.append(torch.empty(PIECE_BYTES, dtype=torch.uint8))
+            self._buffers.append(torch.empty(PIECE_BYTES, dtype=torch.uint8, device="cpu"))
         else:
             self._jobs.pop(0).result()
             self._buffers.append(self._buffers.pop(0))

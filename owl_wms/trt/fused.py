@@ -207,7 +207,7 @@ class FusedDecoder(nn.Module):
         last: Any = end.proj if wide else end
         self.wide: bool = wide
         self.size: tuple[int, int] | None = end.size if wide else None
-        bias = torch.zeros(padded(self.out_channels), device=last.weight.device)
+        bias = torch.zeros(padded(self.out_channels), dtype=torch.float32, device=last.weight.device)
         if last.bias is not None:
             bias[: self.out_channels] = last.bias.detach().float()
         self.register_buffer("out_weight", pack_conv_out(last.weight.detach()).to(dtype))

@@ -82,8 +82,10 @@ def latents(
     """Seeded normal latents `shape` times `scale`, drawn on the CPU in float32 so that every machine gets the same
     ones.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(device)
+    # The process's own defaults (torch.set_default_dtype, set_default_device) would draw other ones.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return (drawn * scale).to(dtype).to(device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,7 @@ CUBIC_A = -0.75
 
 def bicubic_matrix(size_in: int, size_out: int) -> Tensor:
     """`[size_out, size_in]` float64; row i holds the weights of output i. Both sizes >= 1."""
-    matrix = torch.zeros(size_out, size_in, dtype=torch.float64)
+    matrix = torch.zeros(size_out, size_in, dtype=torch.float64, device="cpu")
     scale = size_in / size_out
     for row in range(size_out):
         centre = (row + 0.5) * scale - 0.5

@@ -127,7 +127,7 @@ def merged_conv(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
         dtype=conv.weight.dtype,
     ).requires_grad_(False)
     blocks = conv.weight.detach().reshape(groups // factor, factor, outside, inside, *conv.kernel_size)
-    wide = torch.zeros(groups // factor, factor, outside, factor, inside, *conv.kernel_size).to(blocks)
+    wide = blocks.new_zeros(groups // factor, factor, outside, factor, inside, *conv.kernel_size)
     for place in range(factor):
         wide[:, place, :, place] = blocks[:, place]
     merged.weight.data.copy_(wide.reshape(merged.weight.shape))

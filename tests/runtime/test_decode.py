@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from owl_wms.errors import ConfigError, DataError, LatentShapeError
+from owl_wms.errors import ConfigError, DataError, FastPathError, LatentShapeError
 from owl_wms.runtime import VideoDecode
 from owl_wms.vae import fold_weight_norm
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
@@ -256,3 +256,22 @@ def test_two_decode_functions_build_once(tmp_path: Path) -> None:
     assert toolchain.builds == 1
     assert sum(f.stats().builds for f in functions) == 1
     assert sum(f.stats().hits for f in functions) == 5
+
+
+@pytest.mark.parametrize("frames", [5, 0])
+def test_what_a_caller_records_is_pytorchs_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int) -> None:
+    decoder, latents, toolchain = TinyDecoder().eval(), torch.randn(2, frames, 4, 3, 5), ExportToolchain()
+    decode = VideoDecode(decoder, batch_size=4, settings=settings(tmp_path), toolchain=toolchain, timing=True)
+    with monkeypatch.context() as recording:
+        recording.setattr(torch.cuda, "is_initialized", lambda: True)
+        recording.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        recorded = decode(latents)
+        # Nothing that was computed while recording may serve later: in a capture it was never computed.
+        assert decode._generation is None
+        strict = VideoDecode(decoder, batch_size=4, settings=settings(tmp_path), toolchain=toolchain, strict=True)
+        with pytest.raises(FastPathError, match="decode outside of the graph"):
+            strict(latents)
+    assert (toolchain.builds, toolchain.runs) == (0, 0)
+    torch.testing.assert_close(recorded.float(), plain(decoder, latents).float(), rtol=1e-2, atol=1e-3)
+    assert recorded.shape == decode(latents).shape
+    assert (decode.stats().decodes, decode.stats().frames) == (2, 4 * frames)

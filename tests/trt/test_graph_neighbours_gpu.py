@@ -9,6 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from owl_wms.runtime import VideoDecode
+from owl_wms.settings import TensorRTConfig
+from owl_wms.trt.parity import latents
+from tests.trt import decoders
 
 pytestmark = pytest.mark.gpu
 
@@ -60,3 +66,19 @@ def test_a_graph_does_not_depend_on_workspaces_of_others(disturbance: str) -> No
     command = [sys.executable, "-c", CHILD, disturbance]
     done = subprocess.run(command, capture_output=True, text=True, timeout=140)
     assert done.stdout.split() == ["whole"], done.stderr[-2000:]
+
+
+def test_a_callers_own_graph_holds_pytorchs_decode() -> None:
+    decoder, shape = decoders.make("tiled")
+    decoder = decoder.cuda().half()
+    plain = VideoDecode(decoder, batch_size=2, settings=TensorRTConfig(enabled=False))
+    decode = VideoDecode(decoder, batch_size=2)
+    z = latents(shape, 1.0, torch.float16, "cuda")[None]
+    plain(z)  # what is made once, cuDNN's plans for one, must not be made in a recording
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        frames = decode(z)
+    z.copy_(latents(shape, 0.5, torch.float16, "cuda", seed=5)[None])
+    graph.replay()
+    assert torch.allclose(frames, plain(z), atol=0.02)
+    assert decode.stats().builds == 0

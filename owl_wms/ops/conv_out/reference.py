@@ -28,7 +28,7 @@ def fragment_order() -> tuple[Tensor, Tensor]:
     Lane 4g + t loads channels 8t..8t+7 of its pixel; in step s it feeds 8t + 4s + {0, 1} as k = 2t + e and
     8t + 4s + {2, 3} as k = 2t + 8 + e. Eight values are step s, register r, half e.
     """
-    lane, s, r, e = torch.meshgrid(*(torch.arange(size) for size in (32, 2, 2, 2)), indexing="ij")
+    lane, s, r, e = torch.meshgrid(*(torch.arange(size, device="cpu") for size in (32, 2, 2, 2)), indexing="ij")
     g, t = lane // 4, lane % 4
     return g.reshape(32, 8), (8 * t + 4 * s + 2 * r + e).reshape(32, 8)
 

@@ -22,7 +22,7 @@ def fragment_order() -> tuple[Tensor, Tensor]:
     register r, half e. Column j of tile n stands for output channel 4 (j // 2) + 2 n + j % 2, so that a thread's
     results in both tiles are four neighbouring channels.
     """
-    lane, n, r, e = torch.meshgrid(*(torch.arange(size) for size in (32, 2, 2, 2)), indexing="ij")
+    lane, n, r, e = torch.meshgrid(*(torch.arange(size, device="cpu") for size in (32, 2, 2, 2)), indexing="ij")
     g, t = lane // 4, lane % 4
     return (4 * (g // 2) + 2 * n + g % 2).reshape(32, 8), (2 * t + 8 * r + e).reshape(32, 8)
 

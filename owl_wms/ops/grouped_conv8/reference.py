@@ -24,10 +24,10 @@ def _fragment_channels() -> tuple[Tensor, Tensor]:
     Lane 4g + t holds column g of a tile and channels 4t..4t+3. Columns are dealt out as in grouped_conv, so that a
     thread ends with four neighbouring output channels.
     """
-    lane = torch.arange(32)
+    lane, byte = torch.arange(32, device="cpu"), torch.arange(4, device="cpu")
     g, t = lane // 4, lane % 4
-    tile = torch.arange(2)[:, None]
-    return 4 * (g // 2) + 2 * tile + g % 2, 4 * t[:, None] + torch.arange(4)
+    tile = torch.arange(2, device="cpu")[:, None]
+    return 4 * (g // 2) + 2 * tile + g % 2, 4 * t[:, None] + byte
 
 
 def pack_codes(weight: Tensor, step: Tensor, codes: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -70,10 +70,10 @@ def unpack_codes(taps: Tensor) -> Tensor:
     groups = taps.shape[0]
     if taps.dtype == torch.int8:
         picked = taps.view(groups, 3, 2, 3, 32, 4).permute(0, 2, 4, 5, 1, 3)
-        found = torch.empty(groups, GROUP, GROUP, 3, 3, device=taps.device)
+        found = torch.empty(groups, GROUP, GROUP, 3, 3, dtype=torch.float32, device=taps.device)
     else:
         picked = taps.permute(0, 2, 4, 3, 5, 1).reshape(groups, 2, 32, 4, 3, 3)
-        found = torch.empty(groups, GROUP, GROUP, 3, 3, device=taps.device)
+        found = torch.empty(groups, GROUP, GROUP, 3, 3, dtype=torch.float32, device=taps.device)
     found[:, out_channel[:, :, None], in_channel[None]] = picked.float()
     return found.view(groups * GROUP, GROUP, 3, 3)
 
