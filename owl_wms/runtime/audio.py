@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory
 from owl_wms.runtime.latents import check_audio
@@ -35,6 +36,7 @@ class AudioDecode:
         self.batch_size = batch_size
         self._eager: EagerDecoder | None = None
 
+    @uncompiled
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """`[b, n, c]`, any real dtype, strides or device, to `[b, samples, C]` bf16 on the latents' device.

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NoDeviceError
 from owl_wms.runtime import recording
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, is_out_of_memory, release_memory
@@ -90,6 +91,7 @@ class VideoDecode:
         self._forked = False
         _LIVE.add(self)
 
+    @uncompiled
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """Decode `[b, n, c, h, w]`, any real dtype, strides or device; zero frames allowed.
@@ -123,6 +125,7 @@ class VideoDecode:
         self._ledger.add("frames", len(frames))
         return out.tensor.reshape(*leading, *out.tensor.shape[1:])
 
+    @uncompiled
     def prepare(self, latent_shape: tuple[int, int, int]) -> DecodeStats:
         """Find or build the program for latents `(c, h, w)` now (at start-up, say); returns the state after it."""
         generation = self._current()

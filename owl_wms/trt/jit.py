@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError, FastPathError
 from owl_wms.trt import importer, plans
 from owl_wms.trt.parity import Reference
@@ -53,6 +54,7 @@ class TrainingDecoder(nn.Module):
         self._process = os.getpid()
         self._lock = threading.Lock()
 
+    @uncompiled
     @torch.no_grad()
     def forward(self, z: Tensor) -> Tensor:
         if self.reason:
