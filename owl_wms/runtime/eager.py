@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 
-from owl_wms.errors import DecodeMemoryError
+from owl_wms.errors import ConfigError, DecodeMemoryError
 from owl_wms.runtime.latents import latent_channels
 from owl_wms.vae import fold_weight_norm
+from owl_wms.vae.fold import shared_hooks
 
 
 class EagerDecoder:
@@ -34,22 +35,20 @@ class EagerDecoder:
         device, dtype: of its parameters; input is converted to both.
         channels: latent channels, None when the decoder does not say.
         stamp: identity of the caller's weights at the time.
+
+    Raises:
+        ConfigError: the weights have no values yet, or a decoder in train mode cannot be copied.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
         # Before the weights are read: one that changes meanwhile shows as a difference later, never as none.
         self.stamp = WeightsStamp(decoder)
         inner = unwrap(decoder)
-        folds = any(parametrize.is_parametrized(module) for module in inner.modules())
-        if folds:
-            self.module = fold_weight_norm(inner).eval()
-        elif inner.training:
-            shared = {id(tensor): tensor for tensor in (*inner.parameters(), *inner.buffers())}
-            self.module = copy.deepcopy(inner, shared).eval()  # the structure is copied, the tensors are not
-        else:
-            self.module = inner
+        self.module = _runnable(inner)
         tensor = next((t for t in (*inner.parameters(), *inner.buffers()) if t.is_floating_point()), None)
         self.device: torch.device | None = None if tensor is None else tensor.device
+        if self.device is not None and self.device.type == "meta":
+            raise ConfigError("the decoder is on the meta device, where weights have no values: load them first")
         self.dtype: torch.dtype | None = None if tensor is None else tensor.dtype
         self.channels = latent_channels(inner)
 
@@ -59,6 +58,22 @@ class EagerDecoder:
         # A surrounding autocast would make the answer depend on the caller's context.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             return self.module(z)
+
+
+def _runnable(inner: nn.Module) -> nn.Module:
+    """`inner` in eval mode without weight norm: itself where it is that already, else a copy."""
+    try:
+        if any(parametrize.is_parametrized(module) for module in inner.modules()):
+            return fold_weight_norm(inner).eval()
+        if inner.training:
+            shared = {id(tensor): tensor for tensor in (*inner.parameters(), *inner.buffers())}
+            # The structure is copied, the tensors are not.
+            return copy.deepcopy(inner, {**shared_hooks(inner), **shared}).eval()
+    except Exception as error:  # what a module holds decides what copying it raises
+        if inner.training:
+            reason = f"the decoder is in train mode, and no copy of it can be made to run in eval mode: {error}"
+            raise ConfigError(f"{reason}; call decoder.eval()") from error
+    return inner
 
 
 def unwrap(decoder: nn.Module) -> nn.Module:
@@ -74,19 +89,23 @@ def unwrap(decoder: nn.Module) -> nn.Module:
 
 class WeightsStamp:
     """What a decoder's weights were at one moment: matches until one is updated in place, replaced or moved, a module
-    is exchanged, or the mode switches. Reads no data, keeps no weight alive that the decoder has let go of.
+    is exchanged or its forward replaced, a hook comes or goes, or the mode switches. Reads no data, keeps no weight
+    alive that the decoder has let go of.
 
     Every decode asks, so it must cost little beside half a millisecond of decoding: the tree of modules is walked once,
     and then only looked at where it could differ.
 
-    Writes through `tensor.data` or a raw pointer do not show, nor updates of tensors made in inference mode; after
-    such, make a new decode function.
+    Writes through `tensor.data` or a raw pointer do not show, nor updates of tensors made in inference mode, nor plain
+    attributes that a forward reads (some count their calls in one); after such, make a new decode function.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
         modules = list(decoder.modules())
         self._training = decoder.training
         self._children = [(module._modules, list(module._modules.values())) for module in modules]
+        self._hooks = [held for module in modules for held in (module._forward_hooks, module._forward_pre_hooks)]
+        self._own = [module.__dict__ for module in modules]
+        self._added = self._count()
         self._holders: list[Mapping[str, Tensor | None]] = [
             held for module in modules for held in (module._parameters, module._buffers)
         ]
@@ -102,11 +121,15 @@ class WeightsStamp:
         """Whether the weights of `decoder`, the one it was made of, are still those."""
         if self._training != decoder.training or any([*now.values()] != then for now, then in self._children):
             return False
-        if self._facts != _facts(self._holders):
+        if self._facts != _facts(self._holders) or self._added != self._count():
             return False
         # An allocator gives the address of a freed weight to the next one of its size, so equal addresses mean the
         # same weights only where none of the old ones was freed by the time the addresses were read.
         return not any(storage.expired() for storage in self._storages)
+
+    def _count(self) -> tuple[int, list[Any]]:
+        """Hooks, and forwards that stand in a module itself and not in its class."""
+        return sum(map(len, self._hooks)), [own["forward"] for own in self._own if "forward" in own]
 
 
 def _facts(holders: list[Mapping[str, Tensor | None]]) -> list[tuple[Any, ...] | None]:

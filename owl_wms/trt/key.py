@@ -54,8 +54,10 @@ def key_material(decoder: nn.Module, spec: BuildSpec) -> dict[str, Any]:
         spec: the request.
 
     Raises:
-        FastPathError: stage "export" when the decoder cannot be traced; such a decoder has no program anyway.
+        FastPathError: stage "export" when the decoder cannot be traced or carries hooks; such a decoder has no program
+            anyway.
     """
+    plans.require_unaltered(decoder)
     machine = env.describe_machine(spec.device_index)
     return {
         "schema": SCHEMA,

@@ -254,13 +254,31 @@ register(
 )
 
 
+def require_unaltered(decoder: nn.Module) -> None:
+    """Plans take a decoder's weights and put other modules in place of its own, so what somebody hung onto one of those
+    would not be called, or only at times.
+
+    Raises:
+        FastPathError: stage "export"; a module has a forward hook, or a forward that is not its class's.
+    """
+    for name, module in decoder.named_modules():
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if hooked or "forward" in vars(module):
+            what = "a forward hook" if hooked else "a forward of its own"
+            where = f"its module {name}" if name else "the decoder"
+            raise FastPathError(
+                "export", f"{where} has {what}, which a compiled decoder would not call", "remove it to be compiled"
+            )
+
+
 def candidates(decoder: nn.Module, spec: BuildSpec, precision: str) -> list[Plan]:
     """The plans to build at `precision`, in registry order.
 
     Raises:
         FastPathError: stage "build" for a plan name that does not exist, or when no plan that applies offers the
-            precision; the message says why each one was left out.
+            precision; the message says why each one was left out. Stage "export" as `require_unaltered`.
     """
+    require_unaltered(decoder)
     for name in spec.plans:
         if name not in PLANS:
             raise FastPathError("build", f"no plan is called {name!r}", f"known: {', '.join(PLANS)}")

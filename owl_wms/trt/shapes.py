@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.trt.meta import QuickShapes
+from owl_wms.vae.fold import shared_hooks
 
 
 def copy_with(module: nn.Module, convert: Any) -> nn.Module:
@@ -27,7 +28,7 @@ def copy_with(module: nn.Module, convert: Any) -> nn.Module:
 
     Tensors kept as plain attributes are converted too, so that the copy lives on one device.
     """
-    memo: dict[int, Any] = {}
+    memo = shared_hooks(module)
     for child in module.modules():
         for parameter in child._parameters.values():
             if parameter is not None and id(parameter) not in memo:

@@ -16,24 +16,47 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
 
 
 def fold_weight_norm(module: nn.Module) -> nn.Module:
     """A copy of `module` without weight-norm parametrizations.
 
     The weights are computed in float32 (bit-identical to the live ones for a float32 module) and then take the dtype
-    the module has. Works for Conv1d and Conv2d, on any device including meta; a module without weight norm is copied.
+    the module has. Works for Conv1d and Conv2d normed over all but the first dimension, on any device including meta;
+    whatever else the module has is copied, its hooks shared.
+
+    Raises:
+        Exception: whatever `copy.deepcopy` raises for a module that cannot be copied (one that holds a lock, say).
     """
-    memo: dict[int, nn.Module] = {}
+    memo = shared_hooks(module)
     for child in module.modules():
-        if isinstance(child, (nn.Conv1d, nn.Conv2d)) and _is_weight_normed(child):
-            memo[id(child)] = _plain(child)
+        if _is_weight_normed(child):
+            memo[id(child)] = _plain(cast(Any, child), memo)
     # deepcopy takes the prepared convolutions from its memo, so the unfolded ones are never copied.
     return copy.deepcopy(module, memo)
 
 
+def shared_hooks(module: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy` with which a copy calls the very hooks of the original, and has its own list of them.
+
+    A hook may belong to anything: an object that cannot be copied, or one that is to see what the copy does.
+    """
+    return {
+        id(value): value.copy()
+        for child in module.modules()
+        for name, value in vars(child).items()
+        if isinstance(value, dict) and name.startswith("_") and "hooks" in name
+    }
+
+
 def _is_weight_normed(conv: nn.Module) -> bool:
-    return parametrize.is_parametrized(conv, "weight") and hasattr(_parametrization(conv), "original1")
+    # A subclass may compute something else with its weight, and a parametrized bias or a second parametrization of the
+    # weight is more than a norm: such stay as they are.
+    if type(conv).__bases__ not in ((nn.Conv1d,), (nn.Conv2d,)) or not parametrize.is_parametrized(conv, "weight"):
+        return False
+    alone = len(cast(Any, conv).parametrizations) == 1 and len(_parametrization(conv)) == 1
+    return alone and isinstance(_parametrization(conv)[0], _WeightNorm) and _parametrization(conv)[0].dim == 0
 
 
 def _parametrization(conv: nn.Module) -> Any:
@@ -55,7 +78,7 @@ class _Bare2d(nn.Conv2d):
 
 
 @torch.no_grad()
-def _plain(conv: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
+def _plain(conv: nn.Conv1d | nn.Conv2d, hooks: dict[int, Any]) -> nn.Conv1d | nn.Conv2d:
     bare = _Bare1d if isinstance(conv, nn.Conv1d) else _Bare2d
     with torch.device("meta"):
         plain = bare(
@@ -75,6 +98,9 @@ def _plain(conv: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
     plain.weight = _parameter(weight_norm_product(gain, direction), direction.requires_grad)
     if conv.bias is not None:
         plain.bias = _parameter(conv.bias.detach().clone(), conv.bias.requires_grad)
+    # Those of the forward: weight norm itself hangs one onto the loading of checkpoints, which nobody needs here.
+    forward = {name: value for name, value in vars(conv).items() if id(value) in hooks and "forward" in name}
+    vars(plain).update({name: hooks[id(value)] for name, value in forward.items()})
     return plain.train(conv.training)
 
 

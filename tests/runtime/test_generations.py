@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from owl_wms.errors import ConfigError
 from owl_wms.runtime import AudioDecode, VideoDecode
 from owl_wms.runtime import decode as decode_module
 from owl_wms.runtime.eager import WeightsStamp
@@ -212,12 +215,88 @@ def test_a_module_that_is_exchanged_added_or_left_out_is_noticed() -> None:
         "left out": lambda: delattr(decoder, "more"),
         "a parameter replaced": lambda: setattr(decoder.conv_out, "bias", nn.Parameter(torch.zeros(3))),
         "a parameter taken away": lambda: setattr(decoder.conv_out, "bias", None),
+        "a hook": lambda: decoder.conv_in.register_forward_hook(lambda module, inputs, output: output * 2),
+        "a hook before": lambda: decoder.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,)),
+        "hooks gone": lambda: (decoder.conv_in._forward_hooks.clear(), decoder._forward_pre_hooks.clear()),
+        "a forward of its own": lambda: setattr(decoder, "forward", lambda z: z),
+        "another one": lambda: setattr(decoder, "forward", lambda z: z + 1),
     }
     for name, change in changes.items():
         stamp = WeightsStamp(decoder)
         assert stamp.matches(decoder), name
         change()
         assert not stamp.matches(decoder), name
+
+
+def doubled(decoder: nn.Module) -> None:
+    decoder.conv_out.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def shifted(decoder: nn.Module) -> None:
+    decoder.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+
+
+def replaced(decoder: nn.Module) -> None:
+    decoder.forward = types.MethodType(lambda self, z: 3 * TinyDecoder.forward(self, z), decoder)  # type: ignore
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("change", [doubled, shifted, replaced])
+@pytest.mark.parametrize("before", [True, False])
+def test_what_a_caller_adds_to_a_decoder_is_in_its_frames(
+    tmp_path: Path, enabled: bool, change: Callable[[nn.Module], None], before: bool
+) -> None:
+    decoder, latents = TinyDecoder().eval().requires_grad_(False), torch.randn(LATENTS)
+    chosen = settings(tmp_path, enabled=enabled, use_cache=False)
+    decode = VideoDecode(decoder, batch_size=4, settings=chosen, toolchain=ExportToolchain())
+    if before:
+        change(decoder)
+    plain = decode(latents)
+    if not before:
+        change(decoder)
+    with torch.no_grad():
+        wanted = decoder(latents.flatten(0, 1)).reshape(*LATENTS[:2], 3, *plain.shape[-2:])
+    torch.testing.assert_close(decode(latents).float(), wanted, rtol=1e-2, atol=2e-2)
+
+
+class Guarded(TinyDecoder):
+    """Cannot be copied, as anything that holds a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_decoder_that_cannot_be_copied_decodes_as_it_is(tmp_path: Path, enabled: bool) -> None:
+    decoder, latents = Guarded().eval().requires_grad_(False), torch.randn(LATENTS)
+    chosen = settings(tmp_path, enabled=enabled)
+    frames = VideoDecode(decoder, batch_size=4, settings=chosen, toolchain=ExportToolchain())(latents)
+    wanted = decoder(latents.flatten(0, 1)).reshape(frames.shape)
+    torch.testing.assert_close(frames.float(), wanted, rtol=1e-2, atol=2e-2)
+    with pytest.raises(ConfigError, match=r"train mode.*call decoder.eval\(\)"):
+        VideoDecode(decoder.train(), batch_size=4, settings=chosen)(latents)
+
+
+def test_hooks_belong_to_whoever_they_belong_to(tmp_path: Path) -> None:
+    # A hook that is a method of something that cannot be copied, on a convolution that is folded.
+    owner = Guarded()
+    owner.seen = []
+
+    def look(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        with owner.lock:
+            owner.seen.append(output.shape)
+
+    decoder = TinyDecoder().eval()
+    decoder.conv_in.register_forward_hook(look)
+    VideoDecode(decoder, batch_size=4, settings=settings(tmp_path, enabled=False))(torch.randn(LATENTS))
+    assert len(owner.seen) == 1
+    assert len(decoder.conv_in._forward_hooks) == 1
+
+
+def test_weights_without_values_are_an_error_that_says_so() -> None:
+    with pytest.raises(ConfigError, match="meta device"):
+        VideoDecode(TinyDecoder().to("meta"), batch_size=2)(torch.randn(LATENTS))
 
 
 def test_the_build_is_told_which_calibration_file_the_key_means(tmp_path: Path) -> None:

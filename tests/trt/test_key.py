@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from owl_wms.cache import cache_key
-from owl_wms.trt import key
+from owl_wms.errors import FastPathError
+from owl_wms.trt import key, plans
 from owl_wms.trt.spec import BuildSpec
 from tests.trt import decoders
 
@@ -164,3 +166,35 @@ def test_machine_is_asked_for_the_right_device(monkeypatch: pytest.MonkeyPatch) 
     material = key.key_material(Net(), BuildSpec(input_shape=(1, 4, 5, 5), device_index=3))
     assert asked == [3]
     assert material["machine"] == MACHINE
+
+
+def hooked(decoder: nn.Module) -> None:
+    decoder.conv_in.register_forward_hook(lambda module, inputs, output: output.clamp(-9, 9))  # type: ignore[union-attr]
+
+
+def hooked_before(decoder: nn.Module) -> None:
+    decoder.register_forward_pre_hook(lambda module, inputs: None)
+
+
+def replaced(decoder: nn.Module) -> None:
+    original = decoder.forward
+    decoder.forward = lambda z: original(z).clamp(-9, 9)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (hooked, "its module conv_in has a forward hook"),
+        (hooked_before, "the decoder has a forward hook"),
+        (replaced, "the decoder has a forward of its own"),
+    ],
+)
+def test_a_decoder_with_additions_has_no_program(change: Callable[[nn.Module], None], says: str) -> None:
+    # A clamp that the latents of the parity gate never reach would otherwise be lost without a sign.
+    decoder, shape = decoders.make("tiled")
+    change(decoder)
+    spec = BuildSpec(input_shape=shape, precision="fp16")
+    with pytest.raises(FastPathError, match=says):
+        key.key_material(decoder, spec)
+    with pytest.raises(FastPathError, match=says):
+        plans.candidates(decoder, spec, "fp16")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from owl_wms.configs import load_vae_config
 from owl_wms.vae import build_decoder, fold_weight_norm
@@ -61,3 +62,43 @@ def test_counts_of_folded_decoders_and_conv1d() -> None:
     folded = fold_weight_norm(conv)
     assert type(folded) is nn.Conv1d
     assert torch.equal(folded(x), conv(x))
+
+
+class Doubling(nn.Conv2d):
+    """Does more with its weight than a convolution does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        weight_norm(Doubling(3, 4, 3)),
+        weight_norm(nn.Conv2d(3, 4, 3), dim=1),
+        weight_norm(nn.Conv2d(3, 4, 3), dim=None),
+        spectral_norm(weight_norm(nn.Conv2d(3, 4, 3))),
+        spectral_norm(nn.Conv2d(3, 4, 3)),
+        weight_norm(nn.Linear(6, 4)),
+    ],
+    ids=["subclass", "another dimension", "no dimension", "two", "another norm", "linear"],
+)
+def test_what_is_not_an_ordinary_weight_norm_is_left_as_it_is(conv: nn.Module) -> None:
+    module = nn.Sequential(conv).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 6, 6)
+    folded = fold_weight_norm(module)
+    assert torch.equal(folded(x), module(x))
+    assert parametrize.is_parametrized(folded[0])
+
+
+def test_hooks_of_a_folded_convolution_stay() -> None:
+    conv = weight_norm(nn.Conv2d(3, 4, 3)).requires_grad_(False)
+    module = nn.Sequential(conv).eval()
+    conv.register_forward_hook(lambda module, inputs, output: output + 1)
+    conv.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] * 2,), kwargs), with_kwargs=True)
+    x = torch.randn(2, 3, 6, 6)
+    folded = fold_weight_norm(module)
+    assert torch.equal(folded(x), module(x))
+    assert not parametrize.is_parametrized(folded[0])
+    folded[0]._forward_hooks.clear()
+    assert len(conv._forward_hooks) == 1, "the copy's list of hooks is its own"
