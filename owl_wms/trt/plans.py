@@ -22,6 +22,7 @@ from torch import nn
 
 from owl_wms.errors import FastPathError
 from owl_wms.trt.calibration import calibration_latents
+from owl_wms.trt.ordinary import is_ordinary
 from owl_wms.trt.rewrites import apply_rewrites
 from owl_wms.trt.sana import is_sana_decoder
 from owl_wms.trt.shapes import copy_with
@@ -135,7 +136,11 @@ def _fusible(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
     if module is None:
         return False, "our fused operators cannot be imported"
     yes, why = module.supports(decoder)
-    return bool(yes), str(why)
+    return _ordinary(decoder, spec) if yes else (False, str(why))
+
+
+def _ordinary(decoder: Any, spec: BuildSpec) -> tuple[bool, str]:
+    return is_ordinary(decoder, spec.input_shape), "it does not do what its configuration says, or does more"
 
 
 def _lower_fused(folded: nn.Module, spec: BuildSpec, precision: str) -> tuple[nn.Module, dict[str, int]]:
@@ -160,7 +165,7 @@ def _eight_bits(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
         if capability < EIGHT_BIT_CAPABILITY:
             has = ".".join(map(str, capability))
             return False, f"8-bit products need compute capability 9.0 (H100, H200); this GPU has {has}"
-    return yes, why
+    return _ordinary(decoder, spec) if yes else (False, why)
 
 
 def _lower_eight_bits(folded: nn.Module, spec: BuildSpec, precision: str) -> tuple[nn.Module, dict[str, int]]:

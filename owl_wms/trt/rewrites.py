@@ -72,7 +72,7 @@ def replace_bicubic(module: nn.Module, shapes: Shapes, dtype: torch.dtype) -> in
     """Every x2 (or x4) enlargement of a DCAE stage becomes its projection and two constant matrices."""
 
     def enlarge(name: str, child: nn.Module) -> nn.Module | None:
-        if not isinstance(child, Upsample) or name not in shapes:
+        if type(child) is not Upsample or name not in shapes:
             return None
         height, width = shapes[name][-2:]
         size = (height * child.stride, width * child.stride)
@@ -85,7 +85,7 @@ def replace_landscape_operations(module: nn.Module, shapes: Shapes, dtype: torch
     """The final stretch from the square grid to wide frames becomes its projection and two constant matrices."""
 
     def stretch(name: str, child: nn.Module) -> nn.Module | None:
-        if not isinstance(child, SquareToLandscape) or name not in shapes:
+        if type(child) is not SquareToLandscape or name not in shapes:
             return None
         height, width = shapes[name][-2:]
         size = child.size or nearest_landscape(height, width)
@@ -98,7 +98,7 @@ def merge_groups(module: nn.Module, shapes: Shapes, dtype: torch.dtype) -> int:
     """Pairs of 16-channel groups of a 3x3 convolution become one group of 32 with zero blocks off the diagonal."""
 
     def merge(name: str, child: nn.Module) -> nn.Module | None:
-        if not isinstance(child, nn.Conv2d) or child.groups < 2 or child.kernel_size == (1, 1):
+        if type(child) is not nn.Conv2d or child.groups < 2 or child.kernel_size == (1, 1):
             return None
         inside = child.in_channels // child.groups
         factor = MERGED_GROUP_CHANNELS // inside if inside else 0
