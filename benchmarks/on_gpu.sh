@@ -8,7 +8,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 total=${1:-3600}; shift || true
-steps=${*:-tests bridge world train matrix batches codes sana ops kernels play soak}
+steps=${*:-tests trt bridge world train matrix batches codes sana ops kernels play soak}
 out=${OUT:-build/gpu}; mkdir -p "$out"
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 begin=$(date +%s)
@@ -25,7 +25,8 @@ run() { # run NAME LIMIT_SECONDS command...
 
 for step in $steps; do
   case $step in
-    tests)   run tests 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trt tests/ops tests/runtime tests/data_game ;;
+    tests)   run tests 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/ops tests/runtime tests/data_game ;;
+    trt)     run trt 480 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trt ;;
     world)   run world 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/nn tests/inference tests/sampling ;;
     train)   run train 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trainers ;;
     bridge)  run bridge 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_tensorrt_integration.py ;;
@@ -34,8 +35,7 @@ for step in $steps; do
                --max-autotune-seconds 120 --out "$out/decoder.json" --plot "$out/decoder.png" ;;
     codes)   run codes 400 "$python" -m benchmarks.decoder --decoder base --precision bf16 fp8 int8 --plans tensorrt+ops \
                tensorrt+ops8 --out "$out/codes.json" ;;
-    sana)    run sana 400 "$python" -m benchmarks.decoder --decoder sana --precision auto --plans tensorrt+ops tensorrt+vit \
-               --out "$out/sana.json" ;;
+    sana)    run sana 500 "$python" -m benchmarks.decoder --decoder sana --batch 8 1 4 --plans tensorrt+ops --out "$out/sana.json" ;;
     ops)     run ops 120 "$python" -m benchmarks.ops --out "$out/ops.json" ;;
     kernels) run kernels 200 "$python" -m benchmarks.kernels --precision bf16 fp8 int8 --out "$out/kernels.json" ;;
     play)    run play 200 "$python" -m benchmarks.play --checkpoint examples/world/game_rft.safetensors --out "$out/play.json" ;;

@@ -143,6 +143,18 @@ ROWS: dict[str, Row] = {
         "a verified program computes something else in this process than when it was built",
         "refused before its first frame: PyTorch's answer, one warning; the entry stays, nothing is rebuilt",
     ),
+    "process-state": Row(
+        "the caller's process has other defaults (dtype, device), gradient modes or arithmetic than the one that built",
+        "the cached program is used, the same frames",
+    ),
+    "odd-decoders": Row(
+        "decoders with hooks, forwards of their own, other weight norms, locks, wrappers; before and after a frame",
+        "what the decoder's own forward gives",
+    ),
+    "compiled-caller": Row(
+        "the function that decodes is compiled by torch.compile, and weights change between its calls",
+        "nothing of a decode is traced, frames follow the weights",
+    ),
     "run-failures": Row(
         "the program raises, returns NaN where PyTorch does not, runs out of memory",
         "PyTorch's answer, put aside after three",

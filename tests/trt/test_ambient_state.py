@@ -1,16 +1,10 @@
-"""What a caller's process may have set for all of torch does not reach us: default dtype and device, gradient modes.
-
-Research code sets `torch.set_default_dtype(torch.bfloat16)` and `torch.set_default_device("cuda")`; here the meta
-device stands for the latter, where a tensor that strayed shows.
-"""
+"""What a caller's process has set for all of torch does not reach a key, a lowered form or a load."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,34 +21,10 @@ from owl_wms.trt.load import load_program
 from owl_wms.trt.parity import latents
 from owl_wms.trt.resize import bicubic_matrix
 from owl_wms.vae import fold_weight_norm
+from tests.process_state import STATES, set_in_process
 from tests.trt import decoders
 
 SHAPE = (2, 4, 3, 5)
-STATES = ["bfloat16", "float16", "float64", "meta", "inference", "gradients off", "deterministic", "tf32"]
-
-
-@contextlib.contextmanager
-def set_in_process(state: str) -> Iterator[None]:
-    """The state inside the block, what was before after it."""
-    matmul = torch.get_float32_matmul_precision()
-    with contextlib.ExitStack() as stack:
-        if state in ("bfloat16", "float16", "float64"):
-            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(getattr(torch, state))
-        elif state == "meta":
-            stack.callback(torch.set_default_device, None)
-            torch.set_default_device("meta")
-        elif state == "inference":
-            stack.enter_context(torch.inference_mode())
-        elif state == "gradients off":
-            stack.enter_context(torch.no_grad())
-        elif state == "deterministic":
-            stack.callback(torch.use_deterministic_algorithms, False)
-            torch.use_deterministic_algorithms(True)
-        else:
-            stack.callback(torch.set_float32_matmul_precision, matmul)
-            torch.set_float32_matmul_precision("medium")
-        yield
 
 
 def digest(*tensors: Tensor) -> str:
