@@ -44,7 +44,9 @@ def plans() -> None:
 
 
 @app.command("list")
-def list_entries(cache_dir: str | None = CACHE, as_json: bool = typer.Option(False, "--json")) -> None:
+def list_entries(
+    cache_dir: str | None = CACHE, as_json: bool = typer.Option(False, "--json", help="Print a JSON list.")
+) -> None:
     """Every entry, most recently used first, and why one would not be used on this machine."""
     store = open_store(TensorRTConfig.resolve(cache_dir=cache_dir))
     entries = store.entries(env.describe_machine())

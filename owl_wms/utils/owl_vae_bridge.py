@@ -119,7 +119,7 @@ def make_batched_decode_fn(
         toolchain: what compiles; None means TensorRT.
 
     Raises:
-        ConfigError: a setting out of range, or a batch_size that is not an integer.
+        ConfigError: an unknown setting or check, one out of range, or a batch_size that is no integer >= 1.
     """
     settings = TensorRTConfig.resolve(config, enabled=None if use_tensorrt else False)
     return VideoDecode(
