@@ -1,7 +1,7 @@
 """Train the small world model of the game by the clock, and measure whether it obeys its controls.
 
-Episodes are rendered and encoded on the device, kept in memory, and given to the `rft` trainer. A third of
-`--seconds` makes data, the rest trains; measuring comes on top (about half a minute on an H200). The learning rate
+Episodes are rendered and encoded on the device, kept in memory, and given to the `rft` trainer. 38 % of
+`--seconds` make data, the rest trains; measuring comes on top (about half a minute on an H200). The learning rate
 follows the share of the time that has passed.
 
 Usage:
