@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=HERE / "game_rft.yml")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--small", action="store_true", help="a toy run for a CPU")
+    parser.add_argument("--small", action="store_true", help="a toy run for a CPU, measured on 4 worlds and 16 frames")
     parser.add_argument("--measure", type=Path, help="measure these weights instead of training")
     parser.add_argument("--players", type=int, default=48, help="held-out worlds to measure in; even")
     parser.add_argument("--frames", type=int, default=60, help="frames to generate in each")
