@@ -187,10 +187,11 @@ class NpyTableWriter:
                     f"{self.path}: holds a table of other columns: {present}; choose another folder", path=self.path
                 )
             self._rows = _read_json(self.path / "manifest.json", list)
+        else:
+            with _writing(self.path):
+                _replace_json(self.path / "manifest.json", self._rows)
+                _replace_json(self.path / "schema.json", schema)  # last: it is what says that there is a table
         self._plain = tuple(columns)
-        with _writing(self.path):
-            _replace_json(self.path / "schema.json", schema)
-            _replace_json(self.path / "manifest.json", self._rows)
 
     def append(self, arrays: Mapping[str, np.ndarray], *, truncated: bool = False, **fields: Any) -> int:
         """Store one clip.
