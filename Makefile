@@ -4,9 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu faults lint bench play clean
+.PHONY: help setup demo test test-gpu faults lint bench play clean
 
-setup: $(STAMP)
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## install into .venv
 
 $(STAMP): setup.py requirements.txt requirements-rtx.txt requirements-common.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,29 +21,29 @@ $(STAMP): setup.py requirements.txt requirements-rtx.txt requirements-common.txt
 	$(BIN)/python -m pip install -q -r $$set && $(BIN)/python -m pip install -q --no-deps -e .
 	@touch $@
 
-demo: $(STAMP)
+demo: $(STAMP) ## render a game clip, encode it, decode it through the bridge; writes demo/
 	$(BIN)/owl-wms demo
 
-test: $(STAMP)
+test: $(STAMP) ## everything that needs no GPU
 	$(BIN)/python -m pytest -q
 
-test-gpu: $(STAMP)
+test-gpu: $(STAMP) ## the tests that need one
 	$(BIN)/python -m pytest -q -m gpu
 
-faults: $(STAMP)
+faults: $(STAMP) ## the fault suite at full counts; writes docs/faults.md
 	$(BIN)/python -m pytest -q tests/faults --full-counts
 	$(BIN)/python -m pytest -q tests/trt -m slow --full-counts
 	$(BIN)/python -m tests.faults.ledger
 
-bench: $(STAMP)
+bench: $(STAMP) ## the decoder benchmark, on a GPU
 	$(BIN)/python -m benchmarks.decoder
 
-play: $(STAMP)
+play: $(STAMP) ## the shipped world model in the browser
 	$(BIN)/owl-wms play
 
-lint: $(STAMP)
+lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m pip install -q 'ruff>=0.9,<1' 'mypy>=1.13,<3' types-PyYAML
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy
 
-clean:
+clean: ## remove .venv, demo and build
 	rm -rf $(VENV) demo build *.egg-info

@@ -5,7 +5,7 @@ One row a decoder: plan chosen, engines, operators left in PyTorch and why, buil
 latency, error. Results are written after every row, so that a time limit costs the rows not reached and nothing else.
 
 Usage (on a GPU):
-    python -m benchmarks.trt_matrix --out benchmarks/results/trt_matrix.json [--only dist sana] [--precision auto]
+    python -m benchmarks.trt_matrix --out build/trt_matrix.json [--only dist sana] [--precision auto]
     [--seconds 90]
     python -m benchmarks.trt_matrix --render result.json                                  # the Markdown, anywhere
     python -m benchmarks.trt_matrix --render all.json --merge first.json second.json      # rows of several runs

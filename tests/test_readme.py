@@ -26,14 +26,14 @@ def test_table_and_report_are_made_from_the_result() -> None:
     assert RESULT.with_suffix(".md").read_text(encoding="utf-8") == report.report(result)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/cache.md", "docs/trt.md", "docs/environment.md"]
-)
-def test_links_lead_somewhere(page: str) -> None:
-    path = ROOT / page
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md"), ROOT / "benchmarks/README.md"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
-            assert (path.parent / target).exists(), f"{page}: {target}"
+            assert (path.parent / target).exists(), target
 
 
 def test_named_commands_exist() -> None:

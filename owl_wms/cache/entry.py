@@ -5,7 +5,7 @@ SHA-256 are compared with a manifest that proved itself first, and `read` return
 deserialized here.
 
 Usage:
-    entry = load("dcae_0123456789abcdef", cache_fd, expected)
+    entry = load("dcae_0123456789abcdef", cache_path, cache_fd, expected)
     with entry.in_use():
         data = entry.read("program.pt2")
 """

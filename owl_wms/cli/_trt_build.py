@@ -56,6 +56,7 @@ def build(
     if not settings.enabled:
         variable = env.TENSORRT_VARIABLES["enabled"]
         raise ConfigError(f"{variable} switches the compiled path off, so nothing is built; unset it", key=variable)
+    _check_named(vae_id, vae_config, checkpoint)
     shape = _latent_shape(latent, vae_config)
     console = Console()
     # No markup: the names of TensorRT's phases hold brackets.
@@ -90,7 +91,7 @@ def bench(
     plan: list[str] | None = PLAN,
     calibration: str | None = CALIBRATION,
     cache_dir: str | None = CACHE,
-    iterations: int = typer.Option(20, min=1),
+    iterations: int = typer.Option(20, min=1, help="Timed runs of each; the median is shown."),
     compiled: bool = typer.Option(True, help="Also time torch.compile, the baseline that counts."),
 ) -> None:
     """Time eager PyTorch, torch.compile and the program in one run, each with its error against fp32."""
@@ -101,6 +102,7 @@ def bench(
     from owl_wms.utils.owl_vae_bridge import get_decoder_only
 
     settings = _settings(precision, plan, calibration, cache_dir)
+    _check_named(vae_id, vae_config, checkpoint)
     shape = _latent_shape(latent, vae_config)
     decoder = get_decoder_only(vae_id, vae_config, checkpoint)
     decode = VideoDecode(decoder, batch_size=batch_size, settings=settings)
@@ -143,6 +145,13 @@ def _settings(
     if settings.calibration is not None and not settings.calibration.is_file():
         raise ConfigError(f"--calibration {settings.calibration}: no such file", key="calibration")
     return settings
+
+
+def _check_named(vae_id: str | None, vae_config: Path | None, checkpoint: str | None) -> None:
+    """Refuse what names no decoder in words of this command; what the loader says names keys of configurations."""
+    if vae_id is None and (vae_config is None or checkpoint is None):
+        missing = "--vae-config" if vae_config is None else "--checkpoint"
+        raise ConfigError(f"{missing} is missing: give --vae-config and --checkpoint, or --vae-id dcae", key=missing)
 
 
 def open_store(settings: TensorRTConfig) -> CacheStore:

@@ -73,8 +73,8 @@ def load_changed(path: Path, changes: list[str]) -> Any:
     """
     import yaml
 
-    from owl_wms.configs.strict import parse, read_yaml
-    from owl_wms.configs.world import WorldConfig, with_files_found
+    from owl_wms.configs.strict import read_yaml
+    from owl_wms.configs.world import parse_world, with_files_found
     from owl_wms.errors import ConfigError
 
     data = read_yaml(path)
@@ -94,4 +94,4 @@ def load_changed(path: Path, changes: list[str]) -> Any:
         except yaml.YAMLError as error:
             reason = getattr(error, "problem", None) or str(error).splitlines()[0]
             raise ConfigError(f"--set {key}: {text!r} is not YAML: {reason}", path=path, key=key) from error
-    return with_files_found(parse(WorldConfig, data, path=path), path)
+    return with_files_found(parse_world(data, path=path), path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 from typing import Any
 
 import typer
@@ -44,9 +45,11 @@ def plans() -> None:
 
 
 @app.command("list")
-def list_entries(cache_dir: str | None = CACHE, as_json: bool = typer.Option(False, "--json")) -> None:
+def list_entries(
+    cache_dir: str | None = CACHE, as_json: bool = typer.Option(False, "--json", help="Print a JSON list.")
+) -> None:
     """Every entry, most recently used first, and why one would not be used on this machine."""
-    store = open_store(TensorRTConfig.resolve(cache_dir=cache_dir))
+    store = _store_to_look_at(cache_dir)
     entries = store.entries(env.describe_machine())
     if as_json:
         typer.echo(json.dumps([_as_dict(info) for info in entries], indent=2))
@@ -86,7 +89,7 @@ def verify(
     """Hash entries against their manifests; exit code 1 when one is bad."""
     if bool(name) == every:
         raise ConfigError("verify takes the name of an entry, or --all", key="name")
-    store = open_store(TensorRTConfig.resolve(cache_dir=cache_dir))
+    store = _store_to_look_at(cache_dir)
     chosen = store.verify(name, repair=repair)
     if name and not chosen:
         raise CacheError(f"no entry begins with {name!r}; see owl-wms trt list", path=store.directory)
@@ -109,7 +112,7 @@ def prune(
     """Sweep leftovers and evict least recently used entries."""
     if max_gib is not None and not math.isfinite(max_gib):
         raise ConfigError(f"--max-gib must be a number of GiB >= 0; got {max_gib}", key="max_gib")
-    store = open_store(TensorRTConfig.resolve(cache_dir=cache_dir))
+    store = _store_to_look_at(cache_dir)
     result = store.prune(None if max_gib is None else int(max_gib * 1024**3))
     console = Console()
     console.print(f"removed {len(result.removed)} ({mib(result.freed_bytes)}), left {mib(result.left_bytes)}")
@@ -118,6 +121,14 @@ def prune(
 
 
 app.command()(bench)
+
+
+def _store_to_look_at(cache_dir: str | None) -> CacheStore:
+    """The cache, and a word where there is none yet: a misspelt path would otherwise look like an empty cache."""
+    store = open_store(TensorRTConfig.resolve(cache_dir=cache_dir))
+    if not os.path.lexists(store.directory):
+        Console(stderr=True).print(Text(f"{store.directory}: there is no such directory yet"), soft_wrap=True)
+    return store
 
 
 def _find(store: CacheStore, name: str) -> EntryInfo:

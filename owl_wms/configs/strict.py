@@ -163,16 +163,19 @@ def read_yaml(path: Path | str, *, optional_env: tuple[str, ...] = ("wandb",)) -
             raise ConfigError(f"{path}: more than {MAX_BRACKETS} brackets, which no configuration has", path=path)
         text = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path}: cannot read this configuration: {err}", path=path) from err
+        reason = (err.strerror or err) if isinstance(err, OSError) else "it is no text in UTF-8"
+        raise ConfigError(f"{path}: cannot read this configuration: {reason}", path=path) from err
     try:
         data = yaml.load(text, Loader=_Loader)
     except RecursionError as err:
         raise ConfigError(f"{path}: nested too deeply", path=path) from err
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError, LookupError) as err:
         # PyYAML lets a few plain exceptions through, for example for impossible dates.
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(err).split())}", path=path) from err
+        said = " ".join(str(err).replace('in "<unicode string>", ', "at ").split())  # the file is named already
+        raise ConfigError(f"{path}: not valid YAML: {said}", path=path) from err
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold a mapping of sections, found {type(data).__name__}", path=path)
+        found = "nothing" if data is None else type(data).__name__
+        raise ConfigError(f"{path}: must hold a mapping of sections, found {found}", path=path)
     return _Resolver(path, optional_env).resolve(data, "", 0)
 
 

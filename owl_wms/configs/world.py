@@ -10,14 +10,15 @@ Usage:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
 from owl_wms.configs.paths import find_beside
 from owl_wms.configs.strict import Kwargs, PositiveInt, StrictModel, nearest, parse, read_yaml, rule
-from owl_wms.configs.vae import WandbConfig
+from owl_wms.configs.vae import MODEL_CONFIGS, WandbConfig
 from owl_wms.errors import ConfigError
 
 TrainerId = Literal["rft", "av", "mixed_av", "causvid_vid", "sforce_vid", "ode_distill_vid"]
@@ -207,7 +208,22 @@ def load_world_config(path: Path | str) -> WorldConfig:
     Raises:
         ConfigError: naming the file, the dotted key and, for a misspelling, the nearest valid key.
     """
-    return parse(WorldConfig, read_yaml(path), path=path)
+    return parse_world(read_yaml(path), path=path)
+
+
+def parse_world(data: Mapping[str, Any], *, path: Path | str | None = None) -> WorldConfig:
+    """A world model's sections as one configuration.
+
+    Raises:
+        ConfigError: as `load_world_config`; an autoencoder's file is told as what it is, not key by key.
+    """
+    model = data.get("model")
+    model_id = model.get("model_id") if isinstance(model, Mapping) else None
+    if isinstance(model_id, str) and model_id in MODEL_CONFIGS:
+        where = f"{path}: " if path is not None else ""
+        text = f"model.model_id: {model_id!r} is an autoencoder; a world model's configuration is wanted"
+        raise ConfigError(where + text, path=path, key="model.model_id")
+    return parse(WorldConfig, data, path=path)
 
 
 def with_files_found(cfg: WorldConfig, path: Path | str) -> WorldConfig:

@@ -6,7 +6,7 @@ that workers fetched ahead. Our errors leave a worker as values: torch would rai
 without path and index.
 
 Usage:
-    loader = ResumableLoader(dataset, batch_size=4, seed=0, rank=0, world_size=1)
+    loader = ResumableLoader(dataset, batch_size=4, collate_fn=stack, seed=0, rank=0, world_size=1)
     for batch in loader: ...                 # one epoch; the next `for` is the next epoch
     loader.load_state_dict(state)            # continue after the batch that `state_dict()` saw last
 """

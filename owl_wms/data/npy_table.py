@@ -187,10 +187,11 @@ class NpyTableWriter:
                     f"{self.path}: holds a table of other columns: {present}; choose another folder", path=self.path
                 )
             self._rows = _read_json(self.path / "manifest.json", list)
+        else:
+            with _writing(self.path):
+                _replace_json(self.path / "manifest.json", self._rows)
+                _replace_json(self.path / "schema.json", schema)  # last: it is what says that there is a table
         self._plain = tuple(columns)
-        with _writing(self.path):
-            _replace_json(self.path / "schema.json", schema)
-            _replace_json(self.path / "manifest.json", self._rows)
 
     def append(self, arrays: Mapping[str, np.ndarray], *, truncated: bool = False, **fields: Any) -> int:
         """Store one clip.
@@ -272,8 +273,12 @@ class NpyTableWriter:
 def _read_json(path: Path, kind: type) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        made = "`owl-wms data make` makes a table of the rendered game"
+        raise DataError(f"{path}: no such file, so this is no table; {made}", path=path) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: cannot read this part of a table: {error}", path=path) from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot read this part of a table: {reason}", path=path) from error
     if not isinstance(value, kind):
         raise DataError(f"{path}: must hold a JSON {kind.__name__}, found {type(value).__name__}", path=path)
     return value

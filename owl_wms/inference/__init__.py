@@ -2,6 +2,7 @@
 
 Usage:
     model, decoder = owl_wms.from_pretrained("config.yml", "model.pt", return_decoder=True)
-    pipeline = InteractivePipeline(model.core, decoder, context=latents, image_scale=0.63)
-    frame = pipeline(mouse, buttons).image
+    decode = make_batched_decode_fn(decoder, 1)
+    pipeline = InteractivePipeline(model.core.eval(), decode, [context], image_scale=0.63)
+    frame = pipeline(mouse, buttons)       # Frame: uint8 picture and timings; build_pipeline does all four lines
 """

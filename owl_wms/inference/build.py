@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs import WorldConfig, load_vae_config, load_world_config
+from owl_wms.configs import TrainingConfig, WorldConfig, load_vae_config, load_world_config
 from owl_wms.configs.paths import find_beside
 from owl_wms.data.game_world import FRAMES_PER_SECOND
 from owl_wms.errors import ConfigError
@@ -23,6 +23,7 @@ from owl_wms.inference.source import GameSource
 from owl_wms.models.load import load_model
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
 from owl_wms.vae import fold_weight_norm, load_encoder
+from owl_wms.vae.load import HUB_VAE_ID
 
 CONTEXT_FRAMES = 12
 CONTEXTS = 3
@@ -50,12 +51,21 @@ def load_core(cfg_path: Path | str, ckpt_path: Path | str, device: torch.device 
     return load_model(cfg_path, ckpt_path).core.eval().requires_grad_(False).to(device=device, dtype=dtype)
 
 
+def _named(train: TrainingConfig, key: str, cfg_path: Path | str) -> Path | None:
+    """A file of the autoencoder that the configuration names; whoever plays a copy of it has not named that file."""
+    found = find_beside(getattr(train, key), cfg_path)
+    if found is not None and not found.exists() and train.vae_id != HUB_VAE_ID:  # what is no folder is a hub id there
+        text = f"{cfg_path}: train.{key}: {found}: no such file, from here or from a folder above the configuration"
+        raise ConfigError(text, path=cfg_path, key=f"train.{key}")
+    return found
+
+
 def make_decode(
     config: WorldConfig, cfg_path: Path | str, device: torch.device | str, dtype: torch.dtype, *, tensorrt: bool = True
 ) -> Callable[[Tensor], Tensor]:
     """The configuration's decoder behind the bridge, one frame at a time; its program is found or built here."""
     train, model = config.train, config.model
-    cfg, ckpt = find_beside(train.vae_cfg_path, cfg_path), find_beside(train.vae_ckpt_path, cfg_path)
+    cfg, ckpt = _named(train, "vae_cfg_path", cfg_path), _named(train, "vae_ckpt_path", cfg_path)
     decoder = _quick(get_decoder_only(train.vae_id, cfg, ckpt, device=device, dtype=dtype), device)
     decode = make_batched_decode_fn(decoder, 1, use_tensorrt=tensorrt and train.use_tensorrt, config=train)
     decode.prepare((model.channels, model.sample_size, model.sample_size))
@@ -72,13 +82,13 @@ def make_encode(
         CheckpointError: the file has no encoder; give a context file instead.
     """
     train = config.train
-    vae_path = find_beside(train.vae_cfg_path, cfg_path)
+    vae_path = _named(train, "vae_cfg_path", cfg_path)
     channels = 3 if vae_path is None else getattr(load_vae_config(vae_path).model, "channels", 3)
     if channels > 4:
         raise ConfigError(
             f"{vae_path}: encodes {channels} channels, the game has 4; give a context file", path=vae_path
         )
-    encoder = load_encoder(train.vae_id, vae_path, find_beside(train.vae_ckpt_path, cfg_path))
+    encoder = load_encoder(train.vae_id, vae_path, _named(train, "vae_ckpt_path", cfg_path))
     encoder = _quick(fold_weight_norm(encoder).requires_grad_(False).to(device=device, dtype=dtype), device)
 
     def encode(frames: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def read_arrays(path: Path | str) -> Any:
     if suffix not in ARRAY_SUFFIXES:
         raise DataError(f"{path}: the ending must be one of {', '.join(ARRAY_SUFFIXES)}, got {suffix!r}", path=path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file", path=path)
+        raise DataError(f"{path}: {'is a folder, a file is wanted' if path.is_dir() else 'no such file'}", path=path)
     try:
         if suffix == ".pt":
             with (
@@ -80,6 +80,8 @@ def _why_unreadable(path: Path, suffix: str, error: Exception) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if foreign is not None:
         reason = foreign
+    elif path.stat().st_size == 0:
+        reason = "it is empty"
     elif _lacks_its_end(path):
         reason = "the file is truncated; copy or write it again"
     elif isinstance(error, LookupError):  # its text is a key alone

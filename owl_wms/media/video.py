@@ -139,4 +139,7 @@ def read_video(path: Path | str) -> Iterator[Tensor]:
                 yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
                 index += 1
     except av.FFmpegError as error:
-        raise DataError(f"{path}: cannot be read as video at frame {index}: {error}", path=path, index=index) from error
+        reason = error.strerror or error
+        raise DataError(
+            f"{path}: cannot be read as video at frame {index}: {reason}", path=path, index=index
+        ) from error

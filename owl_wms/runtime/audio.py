@@ -45,6 +45,7 @@ class AudioDecode:
 
         Raises:
             LatentShapeError: wrong rank or channel count.
+            DataError: no tensor, or not a dense one of real numbers.
             DecodeMemoryError: one clip does not fit into memory.
         """
         eager = self._eager

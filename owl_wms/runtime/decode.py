@@ -25,7 +25,7 @@ from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NoDevi
 from owl_wms.runtime import recording
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, is_out_of_memory, release_memory
 from owl_wms.runtime.generation import Generation
-from owl_wms.runtime.latents import check_video
+from owl_wms.runtime.latents import check_video, check_video_shape
 from owl_wms.runtime.output import Output
 from owl_wms.runtime.programs import ProgramSource, renew_locks
 from owl_wms.runtime.slot import Slot
@@ -101,6 +101,7 @@ class VideoDecode:
 
         Raises:
             LatentShapeError: wrong rank or channel count.
+            DataError: no tensor, or not a dense one of real numbers.
             DecodeMemoryError: the output or a single frame does not fit into memory.
             FastPathError: in strict mode, or in a process forked from one that used the GPU.
         """
@@ -127,8 +128,14 @@ class VideoDecode:
 
     @uncompiled
     def prepare(self, latent_shape: tuple[int, int, int]) -> DecodeStats:
-        """Find or build the program for latents `(c, h, w)` now (at start-up, say); returns the state after it."""
+        """Find or build the program for latents `(c, h, w)` now (at start-up, say); returns the state after it.
+
+        Raises:
+            LatentShapeError: a shape that the decoder cannot take, before anything is built for it.
+            FastPathError: in strict mode.
+        """
         generation = self._current()
+        check_video_shape((1, 1, *latent_shape), generation.eager.channels)
         device = torch.device("cpu") if generation.eager.device is None else generation.eager.device
         self._ready(generation.eager, self._slot(generation, latent_shape, device))
         return self.stats()

@@ -28,15 +28,23 @@ def check_video(latents: Tensor, channels: int | None) -> None:
     """Raise LatentShapeError unless `latents` is `[b, n, channels, h, w]` with h, w >= 1; DataError unless real
     numbers.
     """
-    expected = f"[b, n, {'c' if channels is None else channels}, h, w]"
-    _check_tensor(latents, expected)
-    shape = tuple(latents.shape)
+    _check_tensor(latents, _video(channels))
+    check_video_shape(tuple(latents.shape), channels)
+
+
+def check_video_shape(shape: tuple[int, ...], channels: int | None) -> None:
+    """The same for a shape alone."""
+    expected = _video(channels)
     if len(shape) != 5:
         _refuse(shape, expected, f"rank 5, got rank {len(shape)}")
     if channels is not None and shape[2] != channels:
         _refuse(shape, expected, f"{channels} channels, got {shape[2]}")
     if min(shape[2:]) < 1:
         _refuse(shape, expected, "c, h and w of at least 1")
+
+
+def _video(channels: int | None) -> str:
+    return f"[b, n, {'c' if channels is None else channels}, h, w]"
 
 
 def check_audio(latents: Tensor, channels: int | None) -> None:

@@ -5,8 +5,8 @@ streams apart; a TensorRT execution context has scratch memory that two runs at 
 
 Usage:
     slot = Slot(request)
-    with slot.lock:
-        slot.run(z, accept)
+    slot.accept(loaded)                          # of ProgramSource.obtain
+    finite = slot.run(z, write, check=True)      # write([k, C, H, W]) is called before another thread may run it
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ class TensorRTToolchain:
 
     def ready(self, device: torch.device) -> FastPathError | None:
         if device.type != "cuda":
-            return NoDeviceError("no CUDA device: the decoder is on the CPU", "move the decoder to a GPU")
+            remedy = "move the decoder to a GPU" if torch.cuda.is_available() else "run on a machine with an NVIDIA GPU"
+            return NoDeviceError("no CUDA device: the decoder is on the CPU", remedy)
         from owl_wms import trt
 
         status = trt.run_status()  # a cached program needs no more; a build imports the rest in a process of its own

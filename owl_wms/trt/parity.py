@@ -28,7 +28,7 @@ above, and at scale 1, the one that they are calibrated for,
 reported all the same.
 
 Usage:
-    reference = Reference.measure(folded_fp32, eager, spec.input_shape, dtype)
+    reference = Reference.measure(folded_fp32, eager, spec.input_shape, dtype, "cuda:0")
     result = reference.check(program)        # result["passed"], result["reason"], numbers per scale
 """
 

@@ -76,7 +76,7 @@ def get_decoder_only(
         ckpt_path: `.pt` or `.safetensors`.
         device: None means this process's GPU (the current device; under a launcher that set none, the one of
             LOCAL_RANK), or the CPU when there is no GPU.
-        dtype: of the weights.
+        dtype: of the weights, a floating one.
 
     Returns:
         nn.Module `[B, c, h, w] -> [B, C, H, W]`.
@@ -119,7 +119,7 @@ def make_batched_decode_fn(
         toolchain: what compiles; None means TensorRT.
 
     Raises:
-        ConfigError: a setting out of range, or a batch_size that is not an integer.
+        ConfigError: an unknown setting or check, one out of range, or a batch_size that is no integer >= 1.
     """
     settings = TensorRTConfig.resolve(config, enabled=None if use_tensorrt else False)
     return VideoDecode(
@@ -152,16 +152,21 @@ def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision:
     Args:
         model_key: model name as in `owl-wms trt list`, for example "dcae"; characters that cannot stand in an entry's
             name are replaced, so the path never leaves the cache directory.
-        input_shape: static `(B, c, h, w)`.
+        input_shape: static `(B, c, h, w)`, integers.
         precision: one of `settings.PRECISIONS`.
 
     Raises:
-        ConfigError: an unknown precision.
+        ConfigError: an unknown precision, or a shape of anything else.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}", key="precision")
     settings = TensorRTConfig.resolve()
-    shape = [int(size) for size in input_shape]
+    try:
+        shape = [operator.index(size) for size in input_shape]
+    except TypeError:
+        raise ConfigError(
+            f"input_shape must be integers (B, c, h, w); got {input_shape!r}", key="input_shape"
+        ) from None
     try:
         entries = store_of(settings).entries(env.describe_machine())
     except CacheError:

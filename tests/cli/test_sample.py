@@ -63,3 +63,16 @@ def test_bad_calls_end_in_one_line(files: Path, tmp_path: Path, capsys: pytest.C
             main([*call, *extra])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_autoencoder_that_a_copied_configuration_lacks_is_named_with_its_key(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = yaml.safe_load((files / "world.yml").read_text())
+    document["train"]["vae_cfg_path"] = "gone/vae.yml"
+    (tmp_path / "copy.yml").write_text(yaml.safe_dump(document))
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", "copy.yml", str(files / "world.pt"), "--device", "cpu"])
+    assert ended.value.code == 2
+    assert "copy.yml: train.vae_cfg_path: gone/vae.yml: no such file" in capsys.readouterr().err.replace("\n", " ")

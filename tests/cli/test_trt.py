@@ -95,6 +95,15 @@ def test_an_empty_cache_directory_is_not_the_current_one(
     assert "cache_dir must be a directory path; got ''" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [("list",), ("verify", "--all"), ("prune",)])
+def test_a_directory_that_is_not_there_is_told(
+    tmp_path: Path, command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("trt", *command, "--cache-dir", str(tmp_path / "misspelt")) == 0
+    assert "misspelt: there is no such directory yet" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_plans_lists_every_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     assert run("trt", "plans") == 0

@@ -44,6 +44,22 @@ def test_options_are_checked_before_the_device(
     assert "vae_id 'foo' is not known: only 'dcae' needs no configuration" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["build", "bench"])
+def test_no_decoder_and_latents_of_another_are_one_line(
+    command: str, cache: Path, files: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for call, message in (
+        ((), "--vae-config is missing: give --vae-config and --checkpoint, or --vae-id dcae"),
+        (("--vae-config", files[0]), "--checkpoint is missing"),
+        (
+            ("--vae-config", files[0], "--checkpoint", files[1], "--latent", "5,8,8"),
+            "latents must be [b, n, 8, h, w] (8 channels, got 5)",
+        ),
+    ):
+        assert run("trt", command, *call) == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
+
+
 @pytest.fixture
 def build_here(monkeypatch: pytest.MonkeyPatch, files: tuple[str, str]) -> tuple[str, ...]:
     """`trt build` of the golden decoder, by a toolchain that needs no GPU."""

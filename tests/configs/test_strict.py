@@ -19,12 +19,12 @@ BOMB = "a0: &a0 [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
 )
 FILES = {
     "list": (b"- 1\n", "mapping of sections, found list"),
-    "empty": (b"", "found NoneType"),
-    "syntax": (b"model: [1,\n", "not valid YAML"),
+    "empty": (b"", "found nothing"),
+    "syntax": (b"model: [1,\n", "not valid YAML: while parsing a flow node .* at line 2"),
     "twice": (b"model: 1\nmodel: 2\n", "the key 'model' appears twice"),
     "code": (b"model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
     "date": (b"model: 2020-99-99\n", "not valid YAML"),
-    "binary": (b"\xff\xfe\x00\x01", "cannot read"),
+    "binary": (b"\xff\xfe\x00\x01", "cannot read this configuration: it is no text in UTF-8"),
     "nul": (b"\x00", "not valid YAML"),
     "deep": (b"- " * 5000, "nested too deeply"),
     "brackets": (b"[" * 5000, "brackets"),
@@ -49,8 +49,8 @@ def test_hostile_files(tmp_path: Path, name: str) -> None:
 
 
 def test_no_file_and_a_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.yml", tmp_path):
-        with pytest.raises(ConfigError, match="cannot read this configuration"):
+    for path, reason in ((tmp_path / "absent.yml", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(ConfigError, match=f"{path}: cannot read this configuration: {reason}$"):
             load_vae_config(path)
 
 

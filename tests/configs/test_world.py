@@ -94,6 +94,7 @@ def _changed(section: str, key: str, value: Any) -> dict[str, Any]:
 
 
 MISTAKES = [
+    (_changed("model", "model_id", "dcae"), "model.model_id", "'dcae' is an autoencoder; a world model's"),
     (_changed("model", "n_layer", 2), "model.n_layer", "did you mean 'n_layers'?"),
     (_changed("model", "uncond", ...), "model.uncond", "is missing"),
     (_changed("model", "global_window", ...), "model.global_window", "is missing"),

@@ -60,6 +60,13 @@ def test_written_rows_come_back(tmp_path: Path) -> None:
     assert len(NpyTable(tmp_path).rows) == 4
 
 
+def test_a_writer_that_adds_nothing_leaves_a_table_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(NpyTableWriter(tmp_path, COLUMNS, columns=("seed",))) == 3
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
 def test_missing_rows_are_skipped_and_truncated_ones_kept_on_request(tmp_path: Path) -> None:
     write(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

@@ -67,3 +67,10 @@ def test_a_window_length_is_a_whole_number(tmp_path: Path, window: object, data_
     with pytest.raises(ConfigError, match="window_length must be a whole number and at least 1") as caught:
         next(iter(get_loader(data_id, 1, **{**given, "num_workers": 0})))
     assert caught.value.key == "window_length"
+
+
+def test_a_folder_without_a_table_says_how_to_make_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "none", tmp_path / "file"):
+        with pytest.raises(DataError, match=r"schema\.json: no such file, so this is no table; `owl-wms data make`"):
+            NpyTable(path)

@@ -35,7 +35,9 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     (folder / "cut.safetensors").write_bytes((folder / "cut.safetensors").read_bytes()[:-40])
     np.save(folder / "object.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     torch.save(Path, folder / "code.pt")
+    (folder / "folder.pt").mkdir()
     (folder / "empty.npy").write_bytes(b"")
+    (folder / "empty.safetensors").write_bytes(b"")
     (folder / "empty.pt").write_bytes(b"")
     (folder / "text.pt").write_text("version https://example.org")
     (folder / "key.pt").write_bytes(b"\x80\x02e")
@@ -55,7 +57,9 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "cut safetensors": (folder / "cut.safetensors", "cannot be read as .safetensors"),
         "pickled numpy": (folder / "object.npy", "cannot be read as .npy"),
         "pickled code": (folder / "code.pt", "pickled code is not run"),
-        "empty": (folder / "empty.npy", "cannot be read as .npy"),
+        "folder": (folder / "folder.pt", "is a folder, a file is wanted"),
+        "empty": (folder / "empty.npy", "cannot be read as .npy: it is empty"),
+        "empty safetensors": (folder / "empty.safetensors", "cannot be read as .safetensors: it is empty"),
         "empty pt": (folder / "empty.pt", "cannot be read as .pt: it is empty"),
         "text": (
             folder / "text.pt",

@@ -96,6 +96,15 @@ def test_wrong_shapes_show_both(tmp_path: Path, shape: tuple[int, ...], word: st
     assert "[b, n, 4, h, w]" in str(caught.value)
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (5, 3, 3), (4, 0, 3), (4, -1, 3)])
+def test_nothing_is_built_for_a_shape_that_cannot_be_decoded(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    toolchain = ExportToolchain()
+    decode = VideoDecode(TinyDecoder(), batch_size=4, settings=settings(tmp_path), toolchain=toolchain)
+    with pytest.raises(LatentShapeError, match=r"must be \[b, n, 4, h, w\]"):
+        decode.prepare(shape)
+    assert toolchain.builds == 0
+
+
 def test_what_is_no_latent_is_refused(tmp_path: Path) -> None:
     decode = VideoDecode(TinyDecoder(), batch_size=4, settings=settings(tmp_path, enabled=False))
     with pytest.raises(DataError, match=r"torch\.Tensor"):

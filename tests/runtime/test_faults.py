@@ -336,8 +336,18 @@ def test_a_cpu_decoder_is_no_fault(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert decode.stats().failures == {}
     strict = VideoDecode(TinyDecoder(), batch_size=4, settings=settings(tmp_path), strict=True)
     for _ in range(3):
-        with pytest.raises(NoDeviceError, match=r"^import: no CUDA device.*\(move the decoder to a GPU\)$"):
+        with pytest.raises(NoDeviceError, match=r"^import: no CUDA device: the decoder is on the CPU \(.*GPU\)$"):
             strict(torch.randn(LATENTS))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "remedy"), [(True, "move the decoder to a GPU"), (False, "run on a machine with an NVIDIA GPU")]
+)
+def test_the_remedy_is_one_that_this_machine_allows(gpus: bool, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    error = TensorRTToolchain().ready(torch.device("cpu"))
+    assert error is not None
+    assert error.remedy == remedy
 
 
 @pytest.mark.parametrize(("step", "stage"), [("build", "build"), ("load", "load"), ("run", "run")])

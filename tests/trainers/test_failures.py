@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from owl_wms.configs import load_vae_config
 from owl_wms.errors import CheckpointError, ConfigError, DataError, FastPathError, TrainingError
@@ -273,6 +273,9 @@ def test_the_shipped_weights_can_be_a_teacher() -> None:
     with torch.device("meta"):
         net = get_model_cls("game_rft")(load_world_config(world / "game_rft.yml").model).core
     load_core_weights(net.to_empty(device="cpu"), world / "game_rft.safetensors")
+    stored = {key.removeprefix("core."): value for key, value in load_file(world / "game_rft.safetensors").items()}
+    assert set(stored) == set(net.state_dict())
+    assert all(torch.equal(value, stored[key].to(value.dtype)) for key, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("read", [load_checkpoint, lambda path: load_core_weights(torch.nn.Linear(1, 1), path)])

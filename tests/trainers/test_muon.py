@@ -24,6 +24,7 @@ def test_singular_values_come_near_one(shape: tuple[int, int, int]) -> None:
 def test_matrices_of_one_shape_step_as_they_would_alone() -> None:
     first, second = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(8, 4))
     alone = nn.Parameter(first.detach().clone())
+    start = first.detach().clone()
     both, single = Muon([first, second], lr=0.1), Muon([alone], lr=0.1)
     for _ in range(3):
         gradient = torch.randn(8, 4)
@@ -31,6 +32,7 @@ def test_matrices_of_one_shape_step_as_they_would_alone() -> None:
         both.step()
         single.step()
     torch.testing.assert_close(first, alone, atol=2e-3, rtol=0)
+    assert (first - start).abs().max() > 0.02, "they did step"
 
 
 def test_named_parameters_and_vectors_go_to_adamw() -> None:

@@ -196,7 +196,6 @@ def test_evaluation_keeps_latents_and_leaves_training_alone(tmp_path: Path, trai
 
 
 def test_evaluation_writes_decoded_clips(tmp_path: Path) -> None:
-    pytest.importorskip("owl_wms.utils.owl_vae_bridge")
     from owl_wms.configs import load_vae_config
     from owl_wms.vae import build_decoder
 

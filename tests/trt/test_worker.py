@@ -157,7 +157,8 @@ def test_a_graph_that_kills_is_left_out_and_its_program_stays(build: Any, monkey
         assert journal.open == [f"graph|{plan}|bf16"]
         journal.died()
     report = build(journal, lambda good: good)
-    assert all(c["usable"] and c["graph_reason"] == "SIGSEGV" for c in report["candidates"])
+    told = [(c["plan"], c["usable"], c["graph_reason"]) for c in report["candidates"]]
+    assert told == [(FIRST, True, "SIGSEGV"), (SECOND, True, "SIGSEGV")]
     assert not report["cuda_graph"]
 
 
@@ -168,6 +169,7 @@ def test_eager_that_cannot_be_timed_costs_its_number_alone(build: Any, monkeypat
     monkeypatch.setattr(worker, "interleaved", interleaved)
     report = build(Memory(), lambda good: good)
     assert report["eager_latency_ms"] is None
+    assert [c["plan"] for c in report["candidates"]] == [FIRST, SECOND]
     assert all(c["usable"] and c["latency_ms"] > 0 for c in report["candidates"])
 
 

@@ -158,6 +158,9 @@ def test_cache_path_of_an_unbuilt_program_is_stable(tmp_path: Path, monkeypatch:
     assert not path.exists()
     with pytest.raises(ConfigError, match="bf16"):
         bridge.get_engine_cache_path("dcae", (8, 128, 8, 8), "fp17")
+    for shape in ("8x128", (8, None), 8):
+        with pytest.raises(ConfigError, match="input_shape must be integers"):
+            bridge.get_engine_cache_path("dcae", shape)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model_key", ["../../etc/x", "/etc/x", "..", "", "a/b", "x" * 300])

@@ -1,7 +1,7 @@
 """Reference of `grouped_conv8` in plain PyTorch, and the layouts its weights are packed in.
 
 Usage:
-    taps, scale = pack_codes(conv.weight * step_in[None...], step_out, torch.int8)
+    taps, scale = pack_codes(weight, step_out, torch.int8)     # [C, 16, 3, 3], the steps of its inputs folded in
     y = reference(x, taps, scale, conv.bias / step_out, gain, False, torch.int8)     # codes [B, H, W, C]
 """
 
