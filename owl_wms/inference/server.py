@@ -21,7 +21,6 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
-from urllib.parse import urlsplit
 
 from aiohttp import WSCloseCode, web
 
@@ -98,7 +97,8 @@ class PlayServer:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        token = request.path.split("/")[1]
+        # "OPTIONS *" and the target of a proxy have no path, and no token either.
+        token = request.path.removeprefix("/").partition("/")[0]
         # compare_digest takes as long for a wrong first letter as for a wrong last one.
         if not hmac.compare_digest(token.encode(), self._settings.token.encode()):
             return web.Response(status=403, text="wrong or missing token: open the address that the server printed\n")
@@ -121,11 +121,8 @@ class PlayServer:
 
     def _same_origin(self, request: web.Request) -> bool:
         """A browser always says where a page came from; a page from elsewhere must not drive this one."""
-        origin = request.headers.get("Origin")
-        if origin is None:
-            return False
-        own = urlsplit(origin).netloc == request.host and urlsplit(origin).scheme == request.scheme
-        return own or origin in self._settings.origins
+        allowed = (f"{request.scheme}://{request.host}", *self._settings.origins)
+        return request.headers.get("Origin") in allowed
 
     async def _play(self, request: web.Request) -> web.StreamResponse:
         if not self._same_origin(request):
