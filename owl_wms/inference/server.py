@@ -31,6 +31,7 @@ from owl_wms.inference.source import Source
 
 _LOG = logging.getLogger("owl_wms.inference")
 PAGE = {"": ("play.html", "text/html"), "play.js": ("play.js", "text/javascript"), "play.css": ("play.css", "text/css")}
+GOODBYE_SECONDS = 2
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -161,8 +162,10 @@ class PlayServer:
             self._sources.append(source)
 
     async def _close(self, app: web.Application) -> None:
-        for socket in set(self._sockets):
-            await socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server is stopping")
+        closing = [s.close(code=WSCloseCode.GOING_AWAY, message=b"the server is stopping") for s in self._sockets]
+        # A client that reads nothing delays its own goodbye, or ends it in CancelledError; the others still get theirs.
+        limited = [asyncio.wait_for(close, GOODBYE_SECONDS) for close in closing]
+        await asyncio.gather(*limited, return_exceptions=True)
 
     async def _stop(self, app: web.Application) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from typing import Any
 
+import numpy as np
 import pytest
 from aiohttp import WSServerHandshakeError
 
-from tests.inference.serving import connect, serve
+from owl_wms.inference.source import Frame
+from tests.inference.serving import TOKEN, BarSource, connect, serve
 
 
 async def answer(address: str, request: bytes) -> bytes:
@@ -38,3 +42,31 @@ def test_an_origin_that_is_no_address_is_refused(origin: str) -> None:
             assert caught.value.status == 403
 
     asyncio.run(asyncio.wait_for(test(), 20))
+
+
+class NoisySource(BarSource):
+    """Pictures of about 2 MB, which the buffers of a connection do not swallow."""
+
+    def __call__(self, mouse: Any, buttons: Any) -> Frame:
+        noise = np.random.default_rng(0).integers(0, 255, (1200, 1600, 3), dtype=np.uint8)
+        return Frame(image=noise, index=super().__call__(mouse, buttons).index, model_ms=0, decode_ms=0)
+
+
+def test_a_client_that_reads_nothing_neither_breaks_off_stopping_nor_delays_it() -> None:
+    async def test() -> None:
+        source = NoisySource()
+        async with serve(source) as (_, address, _made):
+            port = int(address.rsplit(":", 1)[1])
+            key = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + "A" * 22
+            head = f"GET /{TOKEN}/ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: {address}\r\n{key}==\r\n\r\n"
+            silent = socket.socket()
+            silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            silent.connect(("127.0.0.1", port))
+            silent.sendall(head.encode())
+            while source.index < 5:
+                await asyncio.sleep(0.05)
+            stopped = asyncio.get_running_loop().time()
+        assert asyncio.get_running_loop().time() - stopped < 15
+        silent.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
