@@ -2,7 +2,8 @@
 
 Three tasks share a few variables of one event loop. The reader keeps the controls; the maker runs the source, and
 compresses, on the worker thread; the sender sends what the maker made last. A slow client costs dropped frames, never
-a growing queue: at most `IN_FLIGHT` frames are on their way without being acknowledged.
+a growing queue: at most `IN_FLIGHT` frames are on their way without being acknowledged. A client that has drawn
+nothing for `UNSEEN_SECONDS` (a hidden page, a dead link) stops the source until it draws again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _LOG = logging.getLogger("owl_wms.inference")
 # Two: one being drawn while the next is on the wire. More would only add latency.
 IN_FLIGHT = 2
 STATUS_SECONDS = 0.5
+UNSEEN_SECONDS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,7 @@ class Session:
         self._room = asyncio.Event()
         self._room.set()
         self._waiting: list[int] = []
+        self._drawn = time.perf_counter()
         self._dropped = 0
 
     async def run(self) -> None:
@@ -99,6 +102,7 @@ class Session:
             elif isinstance(parsed, CommandMessage):
                 self._commands = [*self._commands, parsed.name][-8:]
             else:
+                self._drawn = time.perf_counter()
                 self._waiting = [index for index in self._waiting if index > parsed.index]
                 if len(self._waiting) < IN_FLIGHT:
                     self._room.set()
@@ -115,6 +119,8 @@ class Session:
         loop = asyncio.get_running_loop()
         due = time.perf_counter()
         while True:
+            if time.perf_counter() - self._drawn > UNSEEN_SECONDS:
+                await self._room.wait()
             commands, self._commands = self._commands, []
             mouse, buttons, sent = self._take_controls()
             made = await loop.run_in_executor(self._worker, self._work, commands, mouse, buttons)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from aiohttp import WSServerHandshakeError
 
+from owl_wms.inference import session
+from owl_wms.inference.messages import unpack_header
 from owl_wms.inference.source import Frame
-from tests.inference.serving import TOKEN, BarSource, connect, serve
+from tests.inference.serving import TOKEN, BarSource, connect, next_frame, serve
 
 
 async def answer(address: str, request: bytes) -> bytes:
@@ -70,3 +72,22 @@ def test_a_client_that_reads_nothing_neither_breaks_off_stopping_nor_delays_it()
         silent.close()
 
     asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_nothing_is_made_for_a_client_that_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        monkeypatch.setattr(session, "UNSEEN_SECONDS", 0.2)
+        async with serve() as (client, address, made):
+            player = await connect(client, address)
+            frames = [unpack_header(await next_frame(player)) for _ in range(session.IN_FLIGHT)]
+            before = -1
+            while before != made[0].index:  # until it rests for a second: a hundred frames at this pace
+                before = made[0].index
+                await asyncio.sleep(1)
+            await player.send_json({"type": "ack", "index": int(frames[-1]["index"])})
+            await next_frame(player)
+            while made[0].index == before:
+                await asyncio.sleep(0.05)
+            await player.close()
+
+    asyncio.run(asyncio.wait_for(test(), 20))
