@@ -68,14 +68,15 @@ def parse_message(text: str) -> InputMessage | AckMessage | CommandMessage:
     """Check a client's message.
 
     Raises:
-        MessageError: says what is wrong in at most 100 characters, which is what a close frame has room for.
+        MessageError: says what is wrong in at most 100 ASCII characters, which is what a close frame has room for. What
+            the client wrote is escaped: it may hold control characters, and the text goes to a terminal.
     """
     try:
         return _CLIENT.validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise MessageError(f"bad message: {where}: {first['msg']}"[:100]) from error
+        raise MessageError(ascii(f"bad message: {where}: {first['msg']}")[1:-1][:100]) from error
 
 
 def pack_frame(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from aiohttp import WSServerHandshakeError
+from aiohttp import WSCloseCode, WSMsgType, WSServerHandshakeError
 
 from owl_wms.inference import session
 from owl_wms.inference.messages import unpack_header
@@ -89,5 +89,20 @@ def test_nothing_is_made_for_a_client_that_draws_nothing(monkeypatch: pytest.Mon
             while made[0].index == before:
                 await asyncio.sleep(0.05)
             await player.close()
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+
+
+@pytest.mark.parametrize("name", ["\u001b[2J\n", "\u65e5\u672c" * 60])
+def test_what_a_client_wrote_reaches_log_and_close_frame_escaped(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with serve() as (client, address, _):
+            player = await connect(client, address)
+            await player.send_json({"type": "ack", "index": 0, name: 1})
+            errors = [m.json()["reason"] async for m in player if m.type == WSMsgType.TEXT and "error" in m.data]
+            assert player.close_code == WSCloseCode.POLICY_VIOLATION
+            assert [text.isascii() and text.isprintable() for text in errors] == [True]
+        assert errors[0] in caplog.text
+        assert "\x1b" not in caplog.text
 
     asyncio.run(asyncio.wait_for(test(), 20))
