@@ -41,6 +41,9 @@ def play(
         str, typer.Option(help="Interface to listen on; anything but loopback is seen by others.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="Address of a proxy in front, such as https://play.example.org; repeatable.")
+    ] = None,
     token: Annotated[str | None, typer.Option(help="Part of the address; random if left out.")] = None,
     max_clients: Annotated[int, typer.Option(min=1, help="Players at once, each with a history of its own.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
@@ -81,6 +84,7 @@ def play(
         port=port,
         token=new_token() if token is None else token,
         max_clients=max_clients,
+        origins=tuple(origin or ()),
         pace=Pace(fps=rate, kind="webp" if webp else "jpeg", quality=quality),
     )
     common: dict[str, Any] = {"device": where, "dtype": precision, "tensorrt": tensorrt, "seed": seed}
@@ -105,7 +109,7 @@ def _own_rate(config: Path | None) -> float:
 
 
 def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, open_page: bool) -> None:
-    """Load the first source, then listen until interrupted."""
+    """Load a source for every player, then listen until interrupted."""
     import asyncio
 
     from aiohttp import web
@@ -113,9 +117,10 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
     from owl_wms.errors import ConfigError
     from owl_wms.inference.server import make_app, page_address
 
-    # Loaded before the address is shown: what is wrong with files is said here, not in the browser.
+    # Loaded before the address is shown: what is wrong with files is said here, not in the browser. All of them: one
+    # thread loads and plays, so that a load would stop whoever plays already.
     with console.status("loading"):
-        ready = [new_source()]
+        ready = [new_source() for _ in range(settings.max_clients)]
 
     async def run() -> None:
         app = make_app(lambda: ready.pop() if ready else new_source(), settings)
@@ -126,11 +131,10 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
         site = web.TCPSite(runner, settings.host, settings.port)
         try:
             await site.start()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
             await runner.cleanup()
-            raise ConfigError(
-                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", key="port"
-            ) from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {reason}", key="port") from error
         address = page_address(settings, runner.addresses[0][1])
         console.print(f"play at {address}", highlight=False, soft_wrap=True)
         console.print("Ctrl-C stops.", highlight=False)

@@ -67,6 +67,8 @@ class ServerSettings:
     origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.host:
+            raise ConfigError("host must name an interface, for example 127.0.0.1 or 0.0.0.0", key="host")
         if len(self.token) < 16 or not all(c.isalnum() or c in "-_" for c in self.token):
             raise ConfigError("token must be at least 16 letters, digits, - or _", key="token")
         if self.max_clients < 1:
@@ -183,6 +185,7 @@ def make_app(new_source: Callable[[], Source], settings: ServerSettings) -> web.
 
 def page_address(settings: ServerSettings, port: int | None = None) -> str:
     """What to open in a browser."""
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    # A listener on :: takes IPv6 alone.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host else host
     return f"http://{host}:{settings.port if port is None else port}/{settings.token}/"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from rich.console import Console
+
 from owl_wms.cli import main
+from owl_wms.cli.play import serve
+from owl_wms.errors import ConfigError
+from owl_wms.inference.server import ServerSettings
 
 COMMAND = [sys.executable, "-c", "from owl_wms.cli import main; main()", "play"]
 
@@ -56,6 +62,7 @@ def test_the_game_is_served_until_interrupted(tmp_path: Path) -> None:
         (["absent.yml", "absent.pt"], "absent.yml"),
         ([str(Path(__file__).parents[2] / "configs" / "av_v4_8x8.yml"), "absent.pt"], "only game_rft"),
         (["--game", "--device", "cuda:77"], "CUDA devices"),
+        (["--game", "--host", "a..b", "--device", "cpu"], "cannot listen on a..b:8080"),
     ],
 )
 def test_bad_calls_end_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,3 +70,21 @@ def test_bad_calls_end_in_one_line(arguments: list[str], message: str, capsys: p
         main(["play", *arguments])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_source_for_every_player_is_loaded_before_anybody_plays() -> None:
+    """One thread loads and plays: what it loads later stops the players who are there."""
+    made: list[object] = []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = ServerSettings(port=taken.getsockname()[1], max_clients=3)
+        with pytest.raises(ConfigError, match="cannot listen on .* in use"):
+            serve(lambda: made.append(object()), settings, Console(stderr=True), open_page=False)
+    assert len(made) == 3
+
+
+def test_a_proxy_in_front_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[ServerSettings] = []
+    monkeypatch.setattr("owl_wms.cli.play.serve", lambda _new, settings, *_a, **_k: given.append(settings))
+    with pytest.raises(SystemExit):
+        main(["play", "--game", "--device", "cpu", "--origin", "https://a.example", "--origin", "https://b.example"])
+    assert given[0].origins == ("https://a.example", "https://b.example")
