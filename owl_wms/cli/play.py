@@ -42,7 +42,7 @@ def play(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     origin: Annotated[
-        list[str] | None, typer.Option(help="Address of a proxy in front, such as https://play.example.org; repeatable.")
+        list[str] | None, typer.Option(help="Address of a proxy in front, such as https://play.example.org; repeats.")
     ] = None,
     token: Annotated[str | None, typer.Option(help="Part of the address; random if left out.")] = None,
     max_clients: Annotated[int, typer.Option(min=1, help="Players at once, each with a history of its own.")] = 1,

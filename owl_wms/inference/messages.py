@@ -6,9 +6,9 @@ and binary frames, a fixed header before the compressed picture:
     uint32 index | uint32 dropped | float64 sent | float32 model_ms | float32 decode_ms | float32 encode_ms
     little-endian
 
-`sent` is the client's own clock, echoed from the last input that the frame has seen: the page subtracts it from its
-clock when the picture is drawn and has the time from hand to eye without comparing two clocks. It is 0 before the
-first input.
+`sent` is the client's own clock, echoed from the last input that the frame has seen: when the first picture with it is
+drawn, the page subtracts it from its clock and has the time from hand to eye without comparing two clocks. It is 0
+before the first input.
 """
 
 from __future__ import annotations

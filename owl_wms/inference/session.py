@@ -119,7 +119,8 @@ class Session:
         loop = asyncio.get_running_loop()
         due = time.perf_counter()
         while True:
-            if time.perf_counter() - self._drawn > UNSEEN_SECONDS:
+            if not self._room.is_set() and time.perf_counter() - self._drawn > UNSEEN_SECONDS:
+                self._newest = None  # too old to be seen by a client that comes back
                 await self._room.wait()
             commands, self._commands = self._commands, []
             mouse, buttons, sent = self._take_controls()

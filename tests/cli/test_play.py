@@ -14,7 +14,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-
 from rich.console import Console
 
 from owl_wms.cli import main
@@ -77,7 +76,7 @@ def test_a_source_for_every_player_is_loaded_before_anybody_plays() -> None:
     made: list[object] = []
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = ServerSettings(port=taken.getsockname()[1], max_clients=3)
-        with pytest.raises(ConfigError, match="cannot listen on .* in use"):
+        with pytest.raises(ConfigError, match=r"cannot listen on .* in use"):
             serve(lambda: made.append(object()), settings, Console(stderr=True), open_page=False)
     assert len(made) == 3
 

@@ -59,12 +59,12 @@ def test_a_client_that_reads_nothing_neither_breaks_off_stopping_nor_delays_it()
         source = NoisySource()
         async with serve(source) as (_, address, _made):
             port = int(address.rsplit(":", 1)[1])
-            key = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + "A" * 22
-            head = f"GET /{TOKEN}/ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: {address}\r\n{key}==\r\n\r\n"
+            lines = [f"GET /{TOKEN}/ws HTTP/1.1", f"Host: 127.0.0.1:{port}", f"Origin: {address}", "Upgrade: websocket"]
+            lines += ["Connection: Upgrade", "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {'A' * 22}=="]
             silent = socket.socket()
             silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             silent.connect(("127.0.0.1", port))
-            silent.sendall(head.encode())
+            silent.sendall("\r\n".join([*lines, "", ""]).encode())
             while source.index < 5:
                 await asyncio.sleep(0.05)
             stopped = asyncio.get_running_loop().time()
