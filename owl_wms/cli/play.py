@@ -45,7 +45,7 @@ def play(
         list[str] | None, typer.Option(help="Address of a proxy in front, such as https://play.example.org; repeats.")
     ] = None,
     token: Annotated[str | None, typer.Option(help="Part of the address; random if left out.")] = None,
-    max_clients: Annotated[int, typer.Option(min=1, help="Players at once, each with a history of its own.")] = 1,
+    max_clients: Annotated[int, typer.Option(min=1, help="Players at once, each with a model of its own.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
     tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,

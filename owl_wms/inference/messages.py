@@ -1,6 +1,6 @@
 """What goes over the wire between the page and the server: strict, small, and checked before it is used.
 
-Client to server: JSON text, one `ClientMessage`. Server to client: JSON text (`hello`, `status`, `refused`, `error`)
+Client to server: JSON text, one `ClientMessage`. Server to client: JSON text (`status`, `refused`, `error`)
 and binary frames, a fixed header before the compressed picture:
 
     uint32 index | uint32 dropped | float64 sent | float32 model_ms | float32 decode_ms | float32 encode_ms
