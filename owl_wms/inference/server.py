@@ -83,6 +83,7 @@ class PlayServer:
     def __init__(self, new_source: Callable[[], Source], settings: ServerSettings) -> None:
         self._new_source, self._settings = new_source, settings
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="owl-play")
+        self._turn = asyncio.Lock()
         self._sockets: set[web.WebSocketResponse] = set()
         self._sources: list[Source] = []
 
@@ -159,7 +160,7 @@ class PlayServer:
             await socket.close(code=WSCloseCode.INTERNAL_ERROR)
             return
         try:
-            await Session(socket, source, self._worker, self._settings.pace).run()
+            await Session(socket, source, self._worker, self._turn, self._settings.pace).run()
         finally:
             self._sources.append(source)
 

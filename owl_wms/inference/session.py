@@ -49,8 +49,10 @@ class Pace:
 class Session:
     """A connection that plays; `run` returns when it is over."""
 
-    def __init__(self, socket: web.WebSocketResponse, source: Source, worker: Executor, pace: Pace) -> None:
-        self._socket, self._source, self._worker, self._pace = socket, source, worker, pace
+    def __init__(
+        self, socket: web.WebSocketResponse, source: Source, worker: Executor, turn: asyncio.Lock, pace: Pace
+    ) -> None:
+        self._socket, self._source, self._worker, self._turn, self._pace = socket, source, worker, turn, pace
         self._held: frozenset[str] = frozenset()
         self._tapped: set[str] = set()
         self._moved = [0.0, 0.0]
@@ -122,9 +124,11 @@ class Session:
             if not self._room.is_set() and time.perf_counter() - self._drawn > UNSEEN_SECONDS:
                 self._newest = None  # too old to be seen by a client that comes back
                 await self._room.wait()
-            commands, self._commands = self._commands, []
-            mouse, buttons, sent = self._take_controls()
-            made = await loop.run_in_executor(self._worker, self._work, commands, mouse, buttons)
+            # In the worker's queue, behind other players' frames, controls would age: they are taken when it is free.
+            async with self._turn:
+                commands, self._commands = self._commands, []
+                mouse, buttons, sent = self._take_controls()
+                made = await loop.run_in_executor(self._worker, self._work, commands, mouse, buttons)
             if self._newest is not None:
                 self._dropped += 1
             self._newest = {**made, "sent": sent}
