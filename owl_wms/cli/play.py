@@ -8,6 +8,7 @@ Usage:
 
 from __future__ import annotations
 
+import signal
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -124,9 +125,11 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
 
     async def run() -> None:
         app = make_app(lambda: ready.pop() if ready else new_source(), settings)
-        runner = web.AppRunner(
-            app, access_log=None, handle_signals=True, shutdown_timeout=3
-        )  # a log would hold the token
+        # aiohttp's own signal handling ends the event loop, which cuts players off before they are told why.
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=3)  # a log would hold the token
         await runner.setup()
         site = web.TCPSite(runner, settings.host, settings.port)
         try:
@@ -143,13 +146,9 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
         if open_page:
             webbrowser.open(address)
         try:
-            await asyncio.Event().wait()
-        except web.GracefulExit:
-            pass
+            await stop.wait()
         finally:
             await runner.cleanup()
 
-    try:
-        asyncio.run(run())
-    except (KeyboardInterrupt, web.GracefulExit):
-        console.print("stopped", highlight=False)
+    asyncio.run(run())
+    console.print("stopped", highlight=False)

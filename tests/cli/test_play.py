@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -11,9 +12,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType
 from rich.console import Console
 
 from owl_wms.cli import main
@@ -24,10 +28,15 @@ from owl_wms.inference.server import ServerSettings
 COMMAND = [sys.executable, "-c", "from owl_wms.cli import main; main()", "play"]
 
 
-def test_the_game_is_served_until_interrupted(tmp_path: Path) -> None:
+@contextmanager
+def playing(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, and the address that it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     process = subprocess.Popen(
-        [*COMMAND, "--game", "--port", "0", "--device", "cpu"], stderr=subprocess.PIPE, text=True, env=environment
+        [*COMMAND, "--game", "--port", "0", "--device", "cpu", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     try:
         assert process.stderr is not None
@@ -37,18 +46,52 @@ def test_the_game_is_served_until_interrupted(tmp_path: Path) -> None:
             assert line, "it ended before it listened"
             found = re.search(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", line)
         assert found is not None
-        with urllib.request.urlopen(found[0], timeout=10) as answer:
-            assert "owl-wms play" in answer.read().decode()
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(found[0][:-2] + "_/", timeout=10)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(15) == 0
-        rest = process.stderr.read()
-        assert "Traceback" not in rest
-        assert "stopped" in rest
+        yield process, found[0]
     finally:
         process.kill()
         process.wait()
+
+
+def assert_stops(process: subprocess.Popen[str]) -> None:
+    assert process.wait(15) == 0
+    assert process.stderr is not None
+    rest = process.stderr.read()
+    assert "Traceback" not in rest
+    assert "stopped" in rest
+
+
+def test_the_game_is_served_until_interrupted() -> None:
+    with playing() as (process, address):
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            assert "owl-wms play" in answer.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(address[:-2] + "_/", timeout=10)
+        process.send_signal(signal.SIGINT)
+        assert_stops(process)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_every_player_is_told_that_the_server_stops(number: signal.Signals) -> None:
+    async def play(address: str, process: subprocess.Popen[str]) -> list[str | None]:
+        async with ClientSession() as client:
+            players = [
+                await client.ws_connect(f"{address}ws", origin=address.rsplit("/", 2)[0], autoclose=False)
+                for _ in range(3)
+            ]
+            for player in players:
+                await player.receive(timeout=30)
+            process.send_signal(number)
+            return await asyncio.gather(*map(last_words, players))
+
+    async def last_words(player: ClientWebSocketResponse) -> str | None:
+        while (message := await player.receive(timeout=15)).type in (WSMsgType.TEXT, WSMsgType.BINARY):
+            pass
+        await player.close()
+        return message.extra
+
+    with playing("--max-clients", "3") as (process, address):
+        assert asyncio.run(play(address, process)) == ["the server is stopping"] * 3
+        assert_stops(process)
 
 
 @pytest.mark.parametrize(
