@@ -8,6 +8,7 @@ Usage:
 
 from __future__ import annotations
 
+import signal
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +42,11 @@ def play(
         str, typer.Option(help="Interface to listen on; anything but loopback is seen by others.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="Address of a proxy in front, such as https://play.example.org; repeats.")
+    ] = None,
     token: Annotated[str | None, typer.Option(help="Part of the address; random if left out.")] = None,
-    max_clients: Annotated[int, typer.Option(min=1, help="Players at once, each with a history of its own.")] = 1,
+    max_clients: Annotated[int, typer.Option(min=1, help="Players at once, each with a model of its own.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
     tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
@@ -81,6 +85,7 @@ def play(
         port=port,
         token=new_token() if token is None else token,
         max_clients=max_clients,
+        origins=tuple(origin or ()),
         pace=Pace(fps=rate, kind="webp" if webp else "jpeg", quality=quality),
     )
     common: dict[str, Any] = {"device": where, "dtype": precision, "tensorrt": tensorrt, "seed": seed}
@@ -105,7 +110,7 @@ def _own_rate(config: Path | None) -> float:
 
 
 def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, open_page: bool) -> None:
-    """Load the first source, then listen until interrupted."""
+    """Load a source for every player, then listen until interrupted."""
     import asyncio
 
     from aiohttp import web
@@ -113,24 +118,26 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
     from owl_wms.errors import ConfigError
     from owl_wms.inference.server import make_app, page_address
 
-    # Loaded before the address is shown: what is wrong with files is said here, not in the browser.
+    # Loaded before the address is shown: what is wrong with files is said here, not in the browser. All of them: one
+    # thread loads and plays, so that a load would stop whoever plays already.
     with console.status("loading"):
-        ready = [new_source()]
+        ready = [new_source() for _ in range(settings.max_clients)]
 
     async def run() -> None:
         app = make_app(lambda: ready.pop() if ready else new_source(), settings)
-        runner = web.AppRunner(
-            app, access_log=None, handle_signals=True, shutdown_timeout=3
-        )  # a log would hold the token
+        # aiohttp's own signal handling ends the event loop, which cuts players off before they are told why.
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=3)  # a log would hold the token
         await runner.setup()
         site = web.TCPSite(runner, settings.host, settings.port)
         try:
             await site.start()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
             await runner.cleanup()
-            raise ConfigError(
-                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", key="port"
-            ) from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {reason}", key="port") from error
         address = page_address(settings, runner.addresses[0][1])
         console.print(f"play at {address}", highlight=False, soft_wrap=True)
         console.print("Ctrl-C stops.", highlight=False)
@@ -139,13 +146,9 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
         if open_page:
             webbrowser.open(address)
         try:
-            await asyncio.Event().wait()
-        except web.GracefulExit:
-            pass
+            await stop.wait()
         finally:
             await runner.cleanup()
 
-    try:
-        asyncio.run(run())
-    except (KeyboardInterrupt, web.GracefulExit):
-        console.print("stopped", highlight=False)
+    asyncio.run(run())
+    console.print("stopped", highlight=False)

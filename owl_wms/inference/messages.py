@@ -1,14 +1,14 @@
 """What goes over the wire between the page and the server: strict, small, and checked before it is used.
 
-Client to server: JSON text, one `ClientMessage`. Server to client: JSON text (`hello`, `status`, `refused`, `error`)
+Client to server: JSON text, one `ClientMessage`. Server to client: JSON text (`status`, `refused`, `error`)
 and binary frames, a fixed header before the compressed picture:
 
     uint32 index | uint32 dropped | float64 sent | float32 model_ms | float32 decode_ms | float32 encode_ms
     little-endian
 
-`sent` is the client's own clock, echoed from the last input that the frame has seen: the page subtracts it from its
-clock when the picture is drawn and has the time from hand to eye without comparing two clocks. It is 0 before the
-first input.
+`sent` is the client's own clock, echoed from the last input that the frame has seen: when the first picture with it is
+drawn, the page subtracts it from its clock and has the time from hand to eye without comparing two clocks. It is 0
+before the first input.
 """
 
 from __future__ import annotations
@@ -68,14 +68,15 @@ def parse_message(text: str) -> InputMessage | AckMessage | CommandMessage:
     """Check a client's message.
 
     Raises:
-        MessageError: says what is wrong in at most 100 characters, which is what a close frame has room for.
+        MessageError: says what is wrong in at most 100 ASCII characters, which is what a close frame has room for. What
+            the client wrote is escaped: it may hold control characters, and the text goes to a terminal.
     """
     try:
         return _CLIENT.validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise MessageError(f"bad message: {where}: {first['msg']}"[:100]) from error
+        raise MessageError(ascii(f"bad message: {where}: {first['msg']}")[1:-1][:100]) from error
 
 
 def pack_frame(

@@ -21,7 +21,6 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
-from urllib.parse import urlsplit
 
 from aiohttp import WSCloseCode, web
 
@@ -32,6 +31,7 @@ from owl_wms.inference.source import Source
 
 _LOG = logging.getLogger("owl_wms.inference")
 PAGE = {"": ("play.html", "text/html"), "play.js": ("play.js", "text/javascript"), "play.css": ("play.css", "text/css")}
+GOODBYE_SECONDS = 2
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -67,6 +67,8 @@ class ServerSettings:
     origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.host:
+            raise ConfigError("host must name an interface, for example 127.0.0.1 or 0.0.0.0", key="host")
         if len(self.token) < 16 or not all(c.isalnum() or c in "-_" for c in self.token):
             raise ConfigError("token must be at least 16 letters, digits, - or _", key="token")
         if self.max_clients < 1:
@@ -81,6 +83,7 @@ class PlayServer:
     def __init__(self, new_source: Callable[[], Source], settings: ServerSettings) -> None:
         self._new_source, self._settings = new_source, settings
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="owl-play")
+        self._turn = asyncio.Lock()
         self._sockets: set[web.WebSocketResponse] = set()
         self._sources: list[Source] = []
 
@@ -98,7 +101,8 @@ class PlayServer:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        token = request.path.split("/")[1]
+        # "OPTIONS *" and the target of a proxy have no path, and no token either.
+        token = request.path.removeprefix("/").partition("/")[0]
         # compare_digest takes as long for a wrong first letter as for a wrong last one.
         if not hmac.compare_digest(token.encode(), self._settings.token.encode()):
             return web.Response(status=403, text="wrong or missing token: open the address that the server printed\n")
@@ -121,11 +125,8 @@ class PlayServer:
 
     def _same_origin(self, request: web.Request) -> bool:
         """A browser always says where a page came from; a page from elsewhere must not drive this one."""
-        origin = request.headers.get("Origin")
-        if origin is None:
-            return False
-        own = urlsplit(origin).netloc == request.host and urlsplit(origin).scheme == request.scheme
-        return own or origin in self._settings.origins
+        allowed = (f"{request.scheme}://{request.host}", *self._settings.origins)
+        return request.headers.get("Origin") in allowed
 
     async def _play(self, request: web.Request) -> web.StreamResponse:
         if not self._same_origin(request):
@@ -159,13 +160,15 @@ class PlayServer:
             await socket.close(code=WSCloseCode.INTERNAL_ERROR)
             return
         try:
-            await Session(socket, source, self._worker, self._settings.pace).run()
+            await Session(socket, source, self._worker, self._turn, self._settings.pace).run()
         finally:
             self._sources.append(source)
 
     async def _close(self, app: web.Application) -> None:
-        for socket in set(self._sockets):
-            await socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server is stopping")
+        closing = [s.close(code=WSCloseCode.GOING_AWAY, message=b"the server is stopping") for s in self._sockets]
+        # A client that reads nothing delays its own goodbye, or ends it in CancelledError; the others still get theirs.
+        limited = [asyncio.wait_for(close, GOODBYE_SECONDS) for close in closing]
+        await asyncio.gather(*limited, return_exceptions=True)
 
     async def _stop(self, app: web.Application) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
@@ -183,6 +186,7 @@ def make_app(new_source: Callable[[], Source], settings: ServerSettings) -> web.
 
 def page_address(settings: ServerSettings, port: int | None = None) -> str:
     """What to open in a browser."""
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    # A listener on :: takes IPv6 alone.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host else host
     return f"http://{host}:{settings.port if port is None else port}/{settings.token}/"

@@ -2,7 +2,8 @@
 
 Three tasks share a few variables of one event loop. The reader keeps the controls; the maker runs the source, and
 compresses, on the worker thread; the sender sends what the maker made last. A slow client costs dropped frames, never
-a growing queue: at most `IN_FLIGHT` frames are on their way without being acknowledged.
+a growing queue: at most `IN_FLIGHT` frames are on their way without being acknowledged. A client that has drawn
+nothing for `UNSEEN_SECONDS` (a hidden page, a dead link) stops the source until it draws again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _LOG = logging.getLogger("owl_wms.inference")
 # Two: one being drawn while the next is on the wire. More would only add latency.
 IN_FLIGHT = 2
 STATUS_SECONDS = 0.5
+UNSEEN_SECONDS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +49,10 @@ class Pace:
 class Session:
     """A connection that plays; `run` returns when it is over."""
 
-    def __init__(self, socket: web.WebSocketResponse, source: Source, worker: Executor, pace: Pace) -> None:
-        self._socket, self._source, self._worker, self._pace = socket, source, worker, pace
+    def __init__(
+        self, socket: web.WebSocketResponse, source: Source, worker: Executor, turn: asyncio.Lock, pace: Pace
+    ) -> None:
+        self._socket, self._source, self._worker, self._turn, self._pace = socket, source, worker, turn, pace
         self._held: frozenset[str] = frozenset()
         self._tapped: set[str] = set()
         self._moved = [0.0, 0.0]
@@ -59,6 +63,7 @@ class Session:
         self._room = asyncio.Event()
         self._room.set()
         self._waiting: list[int] = []
+        self._drawn = time.perf_counter()
         self._dropped = 0
 
     async def run(self) -> None:
@@ -99,6 +104,7 @@ class Session:
             elif isinstance(parsed, CommandMessage):
                 self._commands = [*self._commands, parsed.name][-8:]
             else:
+                self._drawn = time.perf_counter()
                 self._waiting = [index for index in self._waiting if index > parsed.index]
                 if len(self._waiting) < IN_FLIGHT:
                     self._room.set()
@@ -115,9 +121,14 @@ class Session:
         loop = asyncio.get_running_loop()
         due = time.perf_counter()
         while True:
-            commands, self._commands = self._commands, []
-            mouse, buttons, sent = self._take_controls()
-            made = await loop.run_in_executor(self._worker, self._work, commands, mouse, buttons)
+            if not self._room.is_set() and time.perf_counter() - self._drawn > UNSEEN_SECONDS:
+                self._newest = None  # too old to be seen by a client that comes back
+                await self._room.wait()
+            # In the worker's queue, behind other players' frames, controls would age: they are taken when it is free.
+            async with self._turn:
+                commands, self._commands = self._commands, []
+                mouse, buttons, sent = self._take_controls()
+                made = await loop.run_in_executor(self._worker, self._work, commands, mouse, buttons)
             if self._newest is not None:
                 self._dropped += 1
             self._newest = {**made, "sent": sent}

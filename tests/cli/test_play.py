@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType
+from rich.console import Console
 
 from owl_wms.cli import main
+from owl_wms.cli.play import serve
+from owl_wms.errors import ConfigError
+from owl_wms.inference.server import ServerSettings
 
 COMMAND = [sys.executable, "-c", "from owl_wms.cli import main; main()", "play"]
 
 
-def test_the_game_is_served_until_interrupted(tmp_path: Path) -> None:
+@contextmanager
+def playing(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, and the address that it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     process = subprocess.Popen(
-        [*COMMAND, "--game", "--port", "0", "--device", "cpu"], stderr=subprocess.PIPE, text=True, env=environment
+        [*COMMAND, "--game", "--port", "0", "--device", "cpu", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     try:
         assert process.stderr is not None
@@ -32,18 +46,52 @@ def test_the_game_is_served_until_interrupted(tmp_path: Path) -> None:
             assert line, "it ended before it listened"
             found = re.search(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", line)
         assert found is not None
-        with urllib.request.urlopen(found[0], timeout=10) as answer:
-            assert "owl-wms play" in answer.read().decode()
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(found[0][:-2] + "_/", timeout=10)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(15) == 0
-        rest = process.stderr.read()
-        assert "Traceback" not in rest
-        assert "stopped" in rest
+        yield process, found[0]
     finally:
         process.kill()
         process.wait()
+
+
+def assert_stops(process: subprocess.Popen[str]) -> None:
+    assert process.wait(15) == 0
+    assert process.stderr is not None
+    rest = process.stderr.read()
+    assert "Traceback" not in rest
+    assert "stopped" in rest
+
+
+def test_the_game_is_served_until_interrupted() -> None:
+    with playing() as (process, address):
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            assert "owl-wms play" in answer.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(address[:-2] + "_/", timeout=10)
+        process.send_signal(signal.SIGINT)
+        assert_stops(process)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_every_player_is_told_that_the_server_stops(number: signal.Signals) -> None:
+    async def play(address: str, process: subprocess.Popen[str]) -> list[str | None]:
+        async with ClientSession() as client:
+            players = [
+                await client.ws_connect(f"{address}ws", origin=address.rsplit("/", 2)[0], autoclose=False)
+                for _ in range(3)
+            ]
+            for player in players:
+                await player.receive(timeout=30)
+            process.send_signal(number)
+            return await asyncio.gather(*map(last_words, players))
+
+    async def last_words(player: ClientWebSocketResponse) -> str | None:
+        while (message := await player.receive(timeout=15)).type in (WSMsgType.TEXT, WSMsgType.BINARY):
+            pass
+        await player.close()
+        return message.extra
+
+    with playing("--max-clients", "3") as (process, address):
+        assert asyncio.run(play(address, process)) == ["the server is stopping"] * 3
+        assert_stops(process)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +104,7 @@ def test_the_game_is_served_until_interrupted(tmp_path: Path) -> None:
         (["absent.yml", "absent.pt"], "absent.yml"),
         ([str(Path(__file__).parents[2] / "configs" / "av_v4_8x8.yml"), "absent.pt"], "only game_rft"),
         (["--game", "--device", "cuda:77"], "CUDA devices"),
+        (["--game", "--host", "a..b", "--device", "cpu"], "cannot listen on a..b:8080"),
     ],
 )
 def test_bad_calls_end_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,3 +112,21 @@ def test_bad_calls_end_in_one_line(arguments: list[str], message: str, capsys: p
         main(["play", *arguments])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_source_for_every_player_is_loaded_before_anybody_plays() -> None:
+    """One thread loads and plays: what it loads later stops the players who are there."""
+    made: list[object] = []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = ServerSettings(port=taken.getsockname()[1], max_clients=3)
+        with pytest.raises(ConfigError, match=r"cannot listen on .* in use"):
+            serve(lambda: made.append(object()), settings, Console(stderr=True), open_page=False)
+    assert len(made) == 3
+
+
+def test_a_proxy_in_front_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[ServerSettings] = []
+    monkeypatch.setattr("owl_wms.cli.play.serve", lambda _new, settings, *_a, **_k: given.append(settings))
+    with pytest.raises(SystemExit):
+        main(["play", "--game", "--device", "cpu", "--origin", "https://a.example", "--origin", "https://b.example"])
+    assert given[0].origins == ("https://a.example", "https://b.example")

@@ -49,12 +49,14 @@ class BarSource:
 
 
 @asynccontextmanager
-async def serve(source: Any = None, **changes: Any) -> AsyncIterator[tuple[ClientSession, str, list[Any]]]:
+async def serve(
+    source: Any = None, kind: type[BarSource] = BarSource, **changes: Any
+) -> AsyncIterator[tuple[ClientSession, str, list[Any]]]:
     """A client session, the server's address and the sources made so far."""
     made: list[Any] = []
 
     def new_source() -> Any:
-        made.append(BarSource() if source is None else source)
+        made.append(kind() if source is None else source)
         return made[-1]
 
     settings = ServerSettings(token=TOKEN, **{"pace": Pace(fps=100), **changes})

@@ -269,7 +269,9 @@ def test_settings_are_safe_by_default_and_checked() -> None:
     assert len(settings.token) >= 32
     assert new_token() != new_token()
     assert page_address(ServerSettings(host="0.0.0.0", token=TOKEN), 9) == f"http://127.0.0.1:9/{TOKEN}/"
-    for bad in ({"token": "short"}, {"token": "with/slash/in/it/0000"}, {"max_clients": 0}, {"pace": Pace(fps=0)}):
+    assert page_address(ServerSettings(host="::", token=TOKEN), 9) == f"http://[::1]:9/{TOKEN}/"
+    bad_tokens = [{"token": "short"}, {"token": "with/slash/in/it/0000"}]
+    for bad in ({"host": ""}, *bad_tokens, {"max_clients": 0}, {"pace": Pace(fps=0)}):
         with pytest.raises(ConfigError):
             ServerSettings(**bad)
 

@@ -22,6 +22,7 @@ let changed = true;
 let lastSent = 0;
 let frames = 0;
 let latest = -1;
+let heard = 0; // the input that the last picture had seen
 
 const scheme = location.protocol === "https:" ? "wss:" : "ws:";
 const socket = new WebSocket(`${scheme}//${location.host}${location.pathname}ws`);
@@ -29,6 +30,7 @@ socket.binaryType = "arraybuffer";
 
 function show(state, title, hint) {
   document.body.dataset.state = state;
+  if (state !== "playing" && document.pointerLockElement === view) document.exitPointerLock();
   at("start").hidden = state === "playing";
   at("title").textContent = title;
   at("hint").textContent = hint;
@@ -38,9 +40,9 @@ function send(message) {
   if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message));
 }
 
-function sendInput() {
+function sendInput(atOnce = false) {
   const now = performance.now();
-  if (!changed || now - lastSent < SEND_MS) return;
+  if (!atOnce && (!changed || now - lastSent < SEND_MS)) return;
   const bounded = moved.map((value) => Math.max(-100, Math.min(100, value)));
   send({ type: "input", buttons: [...held], mouse: bounded, sent: now });
   moved = [0, 0];
@@ -53,7 +55,16 @@ function median(values) {
   return sorted.length ? sorted[sorted.length >> 1] : NaN;
 }
 
+// The server rests while nothing is drawn, so a hidden page costs no GPU.
+async function untilVisible() {
+  while (document.hidden) {
+    await new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
+  }
+}
+
 async function draw(buffer) {
+  const hidden = document.hidden;
+  await untilVisible();
   const header = new DataView(buffer, 0, HEADER_BYTES);
   const index = header.getUint32(0, true);
   const sent = header.getFloat64(8, true);
@@ -75,7 +86,9 @@ async function draw(buffer) {
   frames += 1;
   document.body.dataset.frames = frames;
   drawn.push(now);
-  if (sent > 0) delays.push({ now, ms: now - sent });
+  // Only the first picture that has seen an input measures it: later ones carry its time too, and it ages.
+  if (sent !== heard && !hidden) delays.push({ now, ms: now - sent });
+  heard = sent;
   at("dropped").textContent = header.getUint32(4, true);
   at("model").textContent = header.getFloat32(16, true).toFixed(1);
   at("decode").textContent = header.getFloat32(20, true).toFixed(1);
@@ -112,7 +125,9 @@ socket.onmessage = (event) => {
   else if (message.type === "error") show("closed", "The game ended", message.reason);
 };
 socket.onclose = (event) => {
-  if (!["refused", "closed"].includes(document.body.dataset.state)) {
+  if (document.body.dataset.state === "connecting") {
+    show("closed", "No connection", "The server has stopped, or was not told of this address (--origin).");
+  } else if (!["refused", "closed"].includes(document.body.dataset.state)) {
     show("closed", "Connection lost", event.reason || "Reload the page to play again.");
   }
 };
@@ -129,11 +144,12 @@ function hold(name, down) {
 
 function release() {
   for (const name of [...held]) hold(name, false);
+  sendInput(true); // a page that is being hidden has slow timers, and keys would stay down until the next
 }
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.code === "Backspace") send({ type: "command", name: "restart" });
+  if (event.code === "Backspace" && !event.repeat) send({ type: "command", name: "restart" });
   if (event.code in KEYS) {
     event.preventDefault();
     hold(KEYS[event.code], true);
@@ -174,5 +190,5 @@ for (const button of document.querySelectorAll("[data-command]")) {
   });
 }
 
-setInterval(sendInput, SEND_MS);
+setInterval(() => sendInput(), SEND_MS);
 setInterval(refresh, 250);
