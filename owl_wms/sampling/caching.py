@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
 from owl_wms.nn.kv_cache import KVCache
 from owl_wms.sampling.controls import check_controls
@@ -65,6 +66,7 @@ class AVCachingSampler:
         self.only_return_generated = only_return_generated
         self.unconditional: Unconditional = unconditional
 
+    @uncompiled
     @torch.no_grad()
     def __call__(
         self,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
 from owl_wms.sampling.controls import batch_permute_to_length
 from owl_wms.sampling.guidance import Guidance, Parts
@@ -56,6 +57,7 @@ class AVWindowSampler:
         self.noise_prev = noise_prev
         self.only_return_generated = only_return_generated
 
+    @uncompiled
     @torch.no_grad()
     def __call__(
         self,
