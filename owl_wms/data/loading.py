@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from owl_wms.data.workers import keep_reading
 from owl_wms.errors import ConfigError, DataError, OwlError
 
 WORKERS = 2  # upstream's number: reading memory-mapped arrays is light
@@ -187,6 +188,7 @@ class ResumableLoader:
             batch_sampler=self._order,
             collate_fn=CarriedCollate(collate_fn),
             num_workers=num_workers,
+            worker_init_fn=keep_reading,
             persistent_workers=num_workers > 0,
             prefetch_factor=2 if num_workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
