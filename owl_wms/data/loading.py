@@ -85,8 +85,10 @@ class CarriedCollate:
             return error
 
 
-def raised(batches: Iterable[Batch | OwlError]) -> Iterator[Batch]:
-    """The batches, until one is an error, which is raised with its path and index."""
+def raised(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """Its batches, until one is an error, which is raised with its path and index."""
+    with torch.device("cpu"):  # it draws its workers' seed on the default device, from a generator of the CPU
+        batches: Iterable[Batch | OwlError] = iter(loader)
     for batch in batches:
         if isinstance(batch, OwlError):
             raise batch
@@ -138,7 +140,7 @@ class _EpochOrder(Sampler[list[Any]]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        mine = torch.randperm(self.count, generator=generator)[self.rank :: self.world_size].tolist()
+        mine = torch.randperm(self.count, generator=generator, device="cpu")[self.rank :: self.world_size].tolist()
         epoch = self.epoch
         for batch in range(self.first, self.batches()):
             picked = mine[batch * self.batch_size : (batch + 1) * self.batch_size]

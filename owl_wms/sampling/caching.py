@@ -157,7 +157,7 @@ def remember(
     for first in range(0, x.shape[1], chunk):
         part = noisy[:, first : first + chunk]
         span = slice(first, first + part.shape[1])
-        t = torch.full(part.shape[:2], noise, device=x.device)
+        t = torch.full(part.shape[:2], noise, dtype=torch.float32, device=x.device)
         guidance.velocity((part,), t, mouse[:, span], btn[:, span], cache)
     cache.disable_cache_updates()
 
@@ -183,7 +183,7 @@ def denoise(
     """
     cache.disable_cache_updates()
     frame = torch.randn(like.shape, device=like.device, dtype=like.dtype, generator=generator)
-    t = torch.ones(frame.shape[:2], device=frame.device)
+    t = torch.ones(frame.shape[:2], dtype=torch.float32, device=frame.device)
     for delta in deltas.tolist():
         (velocity,) = guidance.velocity((frame,), t, mouse, btn, cache)
         frame = frame - delta * velocity

@@ -38,7 +38,7 @@ def batch_permute(
     Returns:
         [b, n * 2^factor, 2] and [b, n * 2^factor, n_buttons].
     """
-    device = None if generator is None else generator.device
+    device = "cpu" if generator is None else generator.device
     for _ in range(factor):
         order = torch.randperm(mouse.shape[0], generator=generator, device=device).to(mouse.device)
         mouse = torch.cat([mouse, mouse[order]], dim=1)

@@ -126,7 +126,7 @@ class AVWindowSampler:
             torch.cat([zlerp(p[:, :-1], self.noise_prev, generator), zlerp(p[:, -1:], 1.0, generator)], dim=1)
             for p in parts
         )
-        t = torch.full(parts[0].shape[:2], self.noise_prev, device=parts[0].device)
+        t = torch.full(parts[0].shape[:2], self.noise_prev, dtype=torch.float32, device=parts[0].device)
         t[:, -1] = 1.0
         return noisy, t
 
