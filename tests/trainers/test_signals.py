@@ -17,6 +17,7 @@ import pytest
 from owl_wms.data.loaders import get_loader
 from owl_wms.trainers.checkpoints import latest_checkpoint, load_checkpoint
 from tests.trainers.helpers import config, train_section, write_table
+from tests.trainers.test_trainers import build
 
 ROOT = Path(__file__).parents[2]
 TRAIN = """
@@ -83,6 +84,42 @@ def test_a_group_that_is_told_to_end_saves_and_ends_in_order(tmp_path: Path) -> 
     last = latest_checkpoint(tmp_path / "run")
     assert last is not None
     assert load_checkpoint(last)["steps"] == log.read_text().count('"diffusion_loss"')
+
+
+def test_a_signal_while_the_ranks_agree_is_not_forgotten(tmp_path: Path) -> None:
+    """On a GPU nearly all of a step is this wait; what arrives in it must count at the end of the next step."""
+    trainer = build(tmp_path, "rft", max_steps=6)
+    pop = trainer.metrics.pop
+
+    def popped(*, stop: bool = False) -> tuple[dict[str, float], bool]:
+        agreed = pop(stop=stop)
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agreed
+
+    trainer.metrics.pop = popped  # type: ignore[method-assign]
+    trainer.train()
+    assert trainer.step == 3
+
+
+def test_a_signal_between_steps_waits_for_the_other_ranks(tmp_path: Path) -> None:
+    """A rank that left the loop by itself would leave the others waiting for it in their next step."""
+    trainer = build(tmp_path, "rft", max_steps=6, save_interval=2)
+    said: list[bool] = []
+    pop, save = trainer.metrics.pop, trainer.save
+
+    def popped(*, stop: bool = False) -> tuple[dict[str, float], bool]:
+        said.append(stop)
+        return pop(stop=stop)
+
+    def saved() -> None:
+        save()
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.metrics.pop, trainer.save = popped, saved  # type: ignore[method-assign]
+    trainer.train()
+    assert said == [False, False, True]
 
 
 def test_workers_do_not_outlive_a_reader_that_dies_of_the_signal(tmp_path: Path) -> None:
