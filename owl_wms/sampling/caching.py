@@ -100,9 +100,9 @@ class AVCachingSampler:
         Raises:
             ConfigError: the clip is longer than the model's n_frames and there is no max_window, or the model is not
                 causal.
-            ValueError: mouse and btn are missing, of different length, or shorter than the context.
+            ValueError: mouse and btn are missing, of different length or batch, or shorter than the context.
         """
-        check_controls(mouse, btn)
+        check_controls(mouse, btn, x.shape[0])
         context, n_frames = x.shape[1], model.config.n_frames
         generated = min(self.num_frames, mouse.shape[1] - context)
         if generated < 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
-from owl_wms.sampling.controls import batch_permute_to_length
+from owl_wms.sampling.controls import batch_permute_to_length, check_controls
 from owl_wms.sampling.guidance import Guidance, Parts
 from owl_wms.sampling.result import SampleResult
 from owl_wms.sampling.schedule import get_sd3_euler, zlerp
@@ -92,8 +92,9 @@ class AVWindowSampler:
             SampleResult; frame k of every member belongs together.
 
         Raises:
-            ValueError: mouse and btn are missing, empty, or of different length.
+            ValueError: mouse and btn are missing, empty, or of different length or batch.
         """
+        check_controls(mouse, btn, dummy_batch.shape[0])
         context = dummy_batch.shape[1]
         total = context + self.num_frames
         mouse, btn = batch_permute_to_length(mouse, btn, total, generator)
