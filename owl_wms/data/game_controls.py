@@ -26,17 +26,17 @@ class ScriptedPlayer:
 
     def __init__(self, world: GameWorld) -> None:
         self._world = world
-        self._mouse = torch.zeros(world.batch, 2, device=world.device)
-        self._side = torch.ones(world.batch, device=world.device)
+        self._mouse = torch.zeros(world.batch, 2, dtype=torch.float32, device=world.device)
+        self._side = torch.ones(world.batch, dtype=torch.float32, device=world.device)
 
     def controls(self) -> tuple[Tensor, Tensor]:
         """Mouse [B, 2] in [-1, 1] and buttons bool [B, 11] for the world's next step."""
         state = self._world.state
-        angles = state.yaw[:, None] + torch.tensor(_FEELERS, device=self._world.device)
+        angles = state.yaw[:, None] + state.yaw.new_tensor(_FEELERS)
         rays = torch.stack([torch.cos(angles), torch.sin(angles)], dim=-1)
         left, ahead, right = self._world.cast(state.position, rays)[0].unbind(dim=1)
         # Keep to the chosen side while close, or it would tremble in a corner.
-        open_side = torch.where(right > left, 1.0, -1.0)
+        open_side = (right > left).float() * 2 - 1
         self._side = torch.where(ahead > _NEAR, open_side, self._side)
         near = ((_NEAR - ahead) / _NEAR).clamp(0, 1)
         target = torch.stack(
@@ -88,7 +88,8 @@ def scripted_controls(seed: int, n: int) -> tuple[Tensor, Tensor]:
     """
     world = GameWorld(seed)
     player = ScriptedPlayer(world)
-    mouse, buttons = torch.zeros(n, 2), torch.zeros(n, len(BUTTONS), dtype=torch.bool)
+    mouse = torch.zeros(n, 2, dtype=torch.float32, device=world.device)
+    buttons = torch.zeros(n, len(BUTTONS), dtype=torch.bool, device=world.device)
     for frame in range(n):
         moved, held = player.controls()
         mouse[frame], buttons[frame] = moved[0], held[0]

@@ -49,7 +49,7 @@ def draw_hand(state: GameState, view: View, colour: Tensor) -> None:
     patch = colour[:, :, rows, columns]
     light = (view.sunlight + view.ambient) * 0.85 + 0.25 * state.flash[:, None]
     for start, end, radius, tint in _RODS:
-        _rod(patch, x, y, (start, end, radius), torch.tensor(tint, device=colour.device) * light, height)
+        _rod(patch, x, y, (start, end, radius), colour.new_tensor(tint) * light, height)
     squared = (x - _MUZZLE[0]) ** 2 + (y - _MUZZLE[1]) ** 2
     for channel, (core, halo) in enumerate(((1.0, 0.55), (0.9, 0.36), (0.6, 0.14))):
         glow = core * torch.exp(squared * -900) + halo * torch.exp(squared * -60)
@@ -86,7 +86,7 @@ def _crosshair(state: GameState, colour: Tensor) -> None:
     height, width = colour.shape[-2:]
     half = max(2, height // 24)
     middle = colour[:, :, height // 2 - half : height // 2 + half, width // 2 - half : width // 2 + half]
-    axis = (torch.arange(2 * half, device=colour.device) + 0.5 - half) / height
+    axis = (torch.arange(2 * half, dtype=colour.dtype, device=colour.device) + 0.5 - half) / height
     distance = (axis * axis + axis[:, None] ** 2).sqrt()
     radius = (0.020 - 0.009 * state.zoom)[:, None, None]
     ring = 0.6 * torch.exp(-(((distance - radius) * 280) ** 2))

@@ -88,7 +88,7 @@ def bake_floor_light(grid: Tensor, sun: Tensor) -> Tensor:
     solid = (grid > 0).float()[:, None]
     solid = F.interpolate(solid, scale_factor=LIGHT_TEXELS, mode="nearest")
     side = solid.shape[-1]
-    axis = (torch.arange(side, device=grid.device) + 0.5) / side * 2 - 1
+    axis = (torch.arange(side, dtype=torch.float32, device=grid.device) + 0.5) / side * 2 - 1
     ys, xs = torch.meshgrid(axis, axis, indexing="ij")
     base = torch.stack([xs, ys], dim=-1)[None]
     shadow = torch.zeros_like(solid)

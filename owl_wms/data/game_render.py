@@ -81,14 +81,14 @@ def make_view(world: GameWorld, state: GameState, height: int, width: int) -> Vi
     """The camera of a state for frames of `height` x `width` pixels."""
     device = world.device
     focal = width / 2 / _HALF_WIDTH * (1 + _ZOOM * state.zoom)
-    table = torch.tensor(_SKY, device=device)
+    table = torch.tensor(_SKY, dtype=torch.float32, device=device)
     along = world.daytime * (len(_SKY) - 1)
     first = along.floor().long().clamp(max=len(_SKY) - 2)
     mix = (along - first)[:, None, None]
     zenith, horizon_colour, sunlight, ambient = (table[first] * (1 - mix) + table[first + 1] * mix).unbind(dim=1)
     return View(
-        rows=torch.arange(height, device=device) + 0.5,
-        columns=torch.arange(width, device=device) + 0.5,
+        rows=torch.arange(height, dtype=torch.float32, device=device) + 0.5,
+        columns=torch.arange(width, dtype=torch.float32, device=device) + 0.5,
         focal=focal,
         horizon=height / 2 + focal * torch.tan(state.pitch) + 0.02 * height * state.recoil * (1 - state.zoom),
         eye=state.eye(),
@@ -158,7 +158,8 @@ def _ground_and_sky(world: GameWorld, state: GameState, view: View, rays: Tensor
     light = F.grid_sample(world.floor_light[:, None], where, align_corners=False, padding_mode="border")
     fog = _fog(floor_depth)
     sun = view.sunlight[:, :, None] + view.ambient[:, :, None]
-    base = torch.tensor([0.62, 0.58, 0.52], device=world.device)[:, None] * (sun + _lights(state, floor_depth)[:, None])
+    paving_colour = torch.tensor([0.62, 0.58, 0.52], dtype=torch.float32, device=world.device)
+    base = paving_colour[:, None] * (sun + _lights(state, floor_depth)[:, None])
     base = base * (1 - fog)[:, None]  # [B, 3, H]
     shade = light[:, 0] * (1 + 0.16 * paving)
     colour = base[..., None] * shade[:, None]
@@ -180,7 +181,7 @@ def _sun_and_clouds(world: GameWorld, view: View, rays: Tensor, rise: Tensor, ab
     sun_azimuth = torch.atan2(world.sun[:, 1], world.sun[:, 0])[:, None]
     aside = torch.remainder(azimuth - sun_azimuth + math.pi, 2 * math.pi) - math.pi
     over = rise - (0.42 - 0.24 * world.daytime)[:, None]
-    light = torch.zeros(len(rays), rise.shape[1], rays.shape[1], device=world.device)
+    light = rise.new_zeros(len(rays), rise.shape[1], rays.shape[1])
     for spread, strength in ((0.055, 0.7), (0.3, 0.25)):
         light += (strength * above * torch.exp(-((over / spread) ** 2)))[..., None] * torch.exp(
             -((aside / spread) ** 2)
@@ -226,8 +227,8 @@ def _walls(
     joint = (0.5 + 0.5 * courses) ** 3 * fade_high * 0.8 + 0.5 * (0.5 + 0.5 * shift * blocks) ** 3
     joint.clamp_(0, 1)
 
-    base = torch.tensor(_WALL, device=device)[kind - 1].movedim(-1, 1)  # [B, 3, W]
-    line = torch.tensor(_JOINT, device=device)[kind - 1].movedim(-1, 1)
+    base = torch.tensor(_WALL, dtype=torch.float32, device=device)[kind - 1].movedim(-1, 1)  # [B, 3, W]
+    line = torch.tensor(_JOINT, dtype=torch.float32, device=device)[kind - 1].movedim(-1, 1)
     facing = torch.where(
         along_y, -rays[..., 0].sign() * world.sun[:, 0, None], -rays[..., 1].sign() * world.sun[:, 1, None]
     )

@@ -40,8 +40,8 @@ def draw_creatures(
     offset = state.creatures - view.position[:, None]
     ahead = (offset * view.forward[:, None]).sum(dim=-1)
     aside = (offset * view.right[:, None]).sum(dim=-1)
-    who = torch.arange(CREATURES, device=device)
-    hover = 0.42 + 0.06 * torch.sin(0.06 * state.frame[:, None] + 1.7 * who)
+    who = torch.arange(CREATURES, dtype=torch.float32, device=device)
+    hover = 0.42 + 0.06 * torch.sin(0.06 * state.frame[:, None].float() + 1.7 * who)
     present = (1 - state.gone / 12).clamp(0, 1)  # grows back during its last frames of absence
     order = torch.where((ahead > 0.3) & (present > 0), ahead, torch.inf)
     nearest, index = order.topk(_DRAWN, largest=False, dim=1, sorted=True)
@@ -62,7 +62,7 @@ def draw_creatures(
             view,
             (rows, columns),
             (centre_x[one], centre_y[one], radius[one], ahead[one]),
-            torch.tensor(_COLOURS, device=device)[tint[one]],
+            torch.tensor(_COLOURS, dtype=torch.float32, device=device)[tint[one]],
             wall_distance,
             colour[:, :, rows, columns],
             depth[:, rows, columns],

@@ -135,14 +135,14 @@ class GameWorld:
     def spawn(self, salt: int) -> GameState:
         """A fresh state: players and creatures at random free cells, drawn from the seed and `salt`."""
         batch, device = self.batch, self.device
-        zero = torch.zeros(batch, device=device)
+        zero = torch.zeros(batch, dtype=torch.float32, device=device)
         who = torch.arange(CREATURES, device=device)[None] + 100 * salt
         creature_angle = 2 * math.pi * hash_unit(self.seeds[:, None], who, 22)
         pace = 0.4 + 0.8 * hash_unit(self.seeds[:, None], who, 23)
         heading = torch.stack([torch.cos(creature_angle), torch.sin(creature_angle)], dim=-1)
         return GameState(
             position=self._free_cell(torch.tensor([[100 * salt]], device=device), 20)[:, 0],
-            velocity=torch.zeros(batch, 2, device=device),
+            velocity=torch.zeros_like(heading[:, 0]),
             yaw=2 * math.pi * hash_unit(self.seeds, salt, 21),
             pitch=zero,
             height=zero,
@@ -159,7 +159,7 @@ class GameWorld:
             held=torch.zeros(batch, len(BUTTONS), dtype=torch.bool, device=device),
             creatures=self._free_cell(who, 24),
             creature_velocity=heading * pace[..., None],
-            gone=torch.zeros(batch, CREATURES, device=device),
+            gone=torch.zeros_like(pace),
             frame=torch.zeros(batch, dtype=torch.long, device=device),
         )
 
@@ -288,7 +288,7 @@ class GameWorld:
         pace = _WALK * (1 + (_SPRINT - 1) * down["LSHIFT"]) * (1 - 0.4 * old.zoom)
         velocity = old.velocity + 0.18 * (wish * pace[:, None] - old.velocity)
         position = old.position
-        corners = _RADIUS * torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]], device=self.device)
+        corners = _RADIUS * torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]], dtype=torch.float32, device=self.device)
         for axis in (0, 1):
             move = torch.zeros_like(position)
             move[:, axis] = velocity[:, axis] * _DT

@@ -30,6 +30,7 @@ from owl_wms.data.packing import PackedDataset
 from owl_wms.data.s3 import TarBucket
 from owl_wms.data.s3_windows import FILE_SHARE_MAX, MixedS3Windows, S3Windows
 from owl_wms.data.windows import DEFAULT_COLUMNS, WindowDataset
+from owl_wms.data.workers import keep_reading
 from owl_wms.errors import ConfigError
 
 _S3_BUCKET = "cod-data-latent-360x640to5x8"
@@ -62,6 +63,7 @@ class StreamLoader:
             CarriedStream(self._make(self._seen)),
             batch_size=self._batch_size,
             num_workers=self._workers,
+            worker_init_fn=keep_reading,
             prefetch_factor=2 if self._workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self._seen),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from owl_wms.data.workers import keep_reading
 from owl_wms.errors import ConfigError, DataError, OwlError
 
 WORKERS = 2  # upstream's number: reading memory-mapped arrays is light
@@ -84,8 +85,10 @@ class CarriedCollate:
             return error
 
 
-def raised(batches: Iterable[Batch | OwlError]) -> Iterator[Batch]:
-    """The batches, until one is an error, which is raised with its path and index."""
+def raised(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """Its batches, until one is an error, which is raised with its path and index."""
+    with torch.device("cpu"):  # it draws its workers' seed on the default device, from a generator of the CPU
+        batches: Iterable[Batch | OwlError] = iter(loader)
     for batch in batches:
         if isinstance(batch, OwlError):
             raise batch
@@ -137,7 +140,7 @@ class _EpochOrder(Sampler[list[Any]]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        mine = torch.randperm(self.count, generator=generator)[self.rank :: self.world_size].tolist()
+        mine = torch.randperm(self.count, generator=generator, device="cpu")[self.rank :: self.world_size].tolist()
         epoch = self.epoch
         for batch in range(self.first, self.batches()):
             picked = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
@@ -187,6 +190,7 @@ class ResumableLoader:
             batch_sampler=self._order,
             collate_fn=CarriedCollate(collate_fn),
             num_workers=num_workers,
+            worker_init_fn=keep_reading,
             persistent_workers=num_workers > 0,
             prefetch_factor=2 if num_workers > 0 else None,
             pin_memory=torch.cuda.is_available(),

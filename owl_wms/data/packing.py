@@ -81,7 +81,7 @@ class PackedDataset(Dataset[tuple[Tensor, ...]]):
             take = min(stop, int(ends[place])) - at
             for column in self.columns:
                 pieces[column].append(self.table.slice(row, column, offset, offset + take))
-            docs.append(torch.full((take,), self.table.rows[row].index, dtype=torch.int64))
+            docs.append(torch.full((take,), self.table.rows[row].index, dtype=torch.int64, device="cpu"))
             at += take
         return (*(torch.from_numpy(np.concatenate(pieces[column])) for column in self.columns), torch.cat(docs))
 

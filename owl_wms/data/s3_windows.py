@@ -152,12 +152,12 @@ class MixedS3Windows(IterableDataset[tuple[Tensor, ...]]):
         while True:
             if rng.random() < self.unlabelled_frac:
                 latent, audio = next(unlabelled)
-                mouse = torch.zeros(len(latent), _MOUSE_AXES)
-                buttons = torch.zeros(len(latent), _BUTTONS)
-                has_controls = torch.tensor(False)
+                mouse = torch.zeros(len(latent), _MOUSE_AXES, dtype=torch.float32, device="cpu")
+                buttons = torch.zeros(len(latent), _BUTTONS, dtype=torch.float32, device="cpu")
+                has_controls = torch.tensor(False, device="cpu")
             else:
                 latent, audio, mouse, buttons = next(labelled)
-                has_controls = torch.tensor(True)
+                has_controls = torch.tensor(True, device="cpu")
             yield _tame(latent), _tame(audio), mouse.float(), buttons.float(), has_controls
 
 

@@ -105,7 +105,7 @@ class InteractivePipeline:
             which: index of the beginning; None draws one.
         """
         if which is None:
-            which = int(torch.randint(len(self._contexts), (), generator=self._choice))
+            which = int(torch.randint(len(self._contexts), (), generator=self._choice, device="cpu"))
         context = self._contexts[which].to(self.device, self.dtype)
         self._like = torch.empty_like(context.latents[:, :1])
         self._cache.reset()

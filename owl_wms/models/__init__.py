@@ -7,6 +7,7 @@ Usage:
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from owl_wms.errors import ConfigError
 from owl_wms.models.gamerft import GameRFT, GameRFTCore
@@ -14,7 +15,7 @@ from owl_wms.models.gamerft_audio import GameRFTAudio, GameRFTAudioCore
 
 MODELS: dict[str, type[GameRFT] | type[GameRFTAudio]] = {"game_rft": GameRFT, "game_rft_audio": GameRFTAudio}
 
-__all__ = ["MODELS", "GameRFT", "GameRFTAudio", "GameRFTAudioCore", "GameRFTCore", "get_model_cls"]
+__all__ = ["MODELS", "GameRFT", "GameRFTAudio", "GameRFTAudioCore", "GameRFTCore", "get_model_cls", "make_model"]
 
 
 def get_model_cls(model_id: str) -> type[GameRFT] | type[GameRFTAudio]:
@@ -30,3 +31,12 @@ def get_model_cls(model_id: str) -> type[GameRFT] | type[GameRFTAudio]:
     raise ConfigError(
         f"unknown model_id {model_id!r}; {hint}valid are {', '.join(sorted(MODELS))}", key="model.model_id"
     )
+
+
+def make_model(config: Any) -> GameRFT | GameRFTAudio:
+    """The model of a `model` section, its weights in fp32.
+
+    A class of its own takes the process's default dtype, as torch's modules do. In bf16 an optimiser's small updates
+    and an average's would be rounded away.
+    """
+    return get_model_cls(config.model_id)(config).float()

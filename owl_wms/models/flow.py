@@ -21,7 +21,7 @@ def frame_times(x: Tensor) -> Tensor:
     Returns:
         [b, n] fp32 in (0, 1). In bf16 the levels near 1 would collapse onto a few values.
     """
-    return torch.randn(x.shape[:2], device=x.device).sigmoid()
+    return torch.randn(x.shape[:2], dtype=torch.float32, device=x.device).sigmoid()
 
 
 def noised(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,8 @@ def drop_controls(has_controls: Tensor, probability: float) -> Tensor:
     present = has_controls.float().mean()
     # p(drop | present) with which the share without controls, 1 - present, rises to `probability`.
     drop = ((probability - (1 - present)) / present.clamp(min=1e-9)).clamp(0, 1)
-    return has_controls & (torch.rand(has_controls.shape, device=has_controls.device) >= drop)
+    drawn = torch.rand(has_controls.shape, dtype=torch.float32, device=has_controls.device)
+    return has_controls & (drawn >= drop)
 
 
 def require_dit(config: object) -> None:

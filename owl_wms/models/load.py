@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from owl_wms.configs import load_world_config
-from owl_wms.models import GameRFT, GameRFTAudio, get_model_cls
+from owl_wms.models import GameRFT, GameRFTAudio, make_model
 from owl_wms.vae import load_weights, read_state_dict, strip_prefix
 from owl_wms.vae.checkpoint import CORE
 
@@ -32,7 +32,7 @@ def load_model(cfg_path: Path | str, ckpt_path: Path | str, *, prefer_ema: bool 
     config = load_world_config(cfg_path).model
     # On meta nothing is initialised only to be overwritten; the file's tensors become the parameters.
     with torch.device("meta"):
-        model = get_model_cls(config.model_id)(config)
+        model = make_model(config)
     weights = strip_prefix(read_state_dict(ckpt_path, prefer_ema=prefer_ema), CORE)
     load_weights(model.core, weights, ckpt_path, assign=True)
     return model.to("cpu")

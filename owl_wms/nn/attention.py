@@ -110,7 +110,8 @@ class Attention(nn.Module):
         k = rope.rotate(F.rms_norm(k, (k.shape[-1],)), position)
         window, keys = self.window, n
         if cache is not None:
-            window = min((w for w in (window, cache.max_window) if w is not None), default=None)
+            if cache.max_window is not None:
+                window = cache.max_window if window is None else min(window, cache.max_window)
             k, v = cache.extend(self.layer, k, v, window)
             keys = k.shape[2] // t
         mask = FrameMask(queries=n, keys=keys, tokens=t, window=window, causal=self.causal, doc_id=doc_id)

@@ -99,6 +99,7 @@ class KVCache:
         if not 0 <= frames <= len(self):
             raise ValueError(f"can drop 0 to {len(self)} frames, got {frames}")
 
+    @torch.inference_mode(False)  # see _allocate
     def clone(self) -> KVCache:
         """An independent copy, storage included."""
         twin = copy.copy(self)
@@ -171,6 +172,7 @@ class KVCache:
         keys[:, :, place] = k
         values[:, :, place] = v
 
+    @torch.inference_mode(False)  # what is made in inference mode could not be written outside of it
     def _allocate(self, k: Tensor) -> None:
         b, heads, _, width = k.shape
         shape = (self._layers, b, heads, self.capacity * self._tokens, width)

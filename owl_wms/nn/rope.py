@@ -130,7 +130,7 @@ class RotaryTable(nn.Module):
         try:
             target = fn(torch.empty(0, device=self.cos.device)).device  # a cast leaves it where it is
         except NotImplementedError:  # nothing can be moved off the meta device, but this can be computed elsewhere
-            target = fn(torch.empty(0)).device
+            target = fn(torch.empty(0, device="cpu")).device
         if self.cos.is_meta and target.type != "meta":
             self._fill(target)
         else:

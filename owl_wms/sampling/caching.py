@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
 from owl_wms.nn.kv_cache import KVCache
 from owl_wms.sampling.controls import check_controls
@@ -65,6 +66,7 @@ class AVCachingSampler:
         self.only_return_generated = only_return_generated
         self.unconditional: Unconditional = unconditional
 
+    @uncompiled
     @torch.no_grad()
     def __call__(
         self,
@@ -98,9 +100,9 @@ class AVCachingSampler:
         Raises:
             ConfigError: the clip is longer than the model's n_frames and there is no max_window, or the model is not
                 causal.
-            ValueError: mouse and btn are missing, of different length, or shorter than the context.
+            ValueError: mouse and btn are missing, of different length or batch, or shorter than the context.
         """
-        check_controls(mouse, btn)
+        check_controls(mouse, btn, x.shape[0])
         context, n_frames = x.shape[1], model.config.n_frames
         generated = min(self.num_frames, mouse.shape[1] - context)
         if generated < 0:
@@ -155,7 +157,7 @@ def remember(
     for first in range(0, x.shape[1], chunk):
         part = noisy[:, first : first + chunk]
         span = slice(first, first + part.shape[1])
-        t = torch.full(part.shape[:2], noise, device=x.device)
+        t = torch.full(part.shape[:2], noise, dtype=torch.float32, device=x.device)
         guidance.velocity((part,), t, mouse[:, span], btn[:, span], cache)
     cache.disable_cache_updates()
 
@@ -181,7 +183,7 @@ def denoise(
     """
     cache.disable_cache_updates()
     frame = torch.randn(like.shape, device=like.device, dtype=like.dtype, generator=generator)
-    t = torch.ones(frame.shape[:2], device=frame.device)
+    t = torch.ones(frame.shape[:2], dtype=torch.float32, device=frame.device)
     for delta in deltas.tolist():
         (velocity,) = guidance.velocity((frame,), t, mouse, btn, cache)
         frame = frame - delta * velocity

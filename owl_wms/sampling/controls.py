@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 
-def check_controls(mouse: Tensor | None, button: Tensor | None) -> None:
+def check_controls(mouse: Tensor | None, button: Tensor | None, batch: int | None = None) -> None:
     """Refuse controls that do not belong to each other.
 
     Args:
         mouse: [b, n, 2].
         button: [b, n, n_buttons].
+        batch: b of the latents that they steer; None is any.
 
     Raises:
         ValueError: one of them is missing, or they differ in b or n; says both shapes.
@@ -21,6 +22,10 @@ def check_controls(mouse: Tensor | None, button: Tensor | None) -> None:
     if leading[0] is None or leading[0] != leading[1]:
         raise ValueError(
             f"mouse [b, n, 2] and button [b, n, n_buttons] must share [b, n], got {shapes[0]} and {shapes[1]}"
+        )
+    if batch is not None and leading[0][0] != batch:
+        raise ValueError(
+            f"mouse and button must have the {batch} items of the latents, got {leading[0][0]}; repeat the shorter"
         )
 
 
@@ -38,7 +43,7 @@ def batch_permute(
     Returns:
         [b, n * 2^factor, 2] and [b, n * 2^factor, n_buttons].
     """
-    device = None if generator is None else generator.device
+    device = "cpu" if generator is None else generator.device
     for _ in range(factor):
         order = torch.randperm(mouse.shape[0], generator=generator, device=device).to(mouse.device)
         mouse = torch.cat([mouse, mouse[order]], dim=1)

@@ -26,7 +26,7 @@ def get_sd3_euler(n_steps: int) -> Tensor:
     """
     if n_steps < 1:
         raise ConfigError(f"n_steps must be at least 1, got {n_steps}", key="n_steps")
-    u = torch.arange(n_steps, -1, -1, dtype=torch.float64) / n_steps
+    u = torch.arange(n_steps, -1, -1, dtype=torch.float64, device="cpu") / n_steps
     levels = _SHIFT * u / (1 + (_SHIFT - 1) * u)
     return (levels[:-1] - levels[1:]).float()
 
@@ -45,7 +45,7 @@ def custom_deltas(schedule: Sequence[float]) -> Tensor:
         levels.append(0.0)
     if len(levels) < 2 or levels[0] != 1.0 or any(a <= b for a, b in pairwise(levels)):
         raise ConfigError(f"custom_schedule must fall strictly from 1.0, got {list(schedule)}", key="custom_schedule")
-    exact = torch.tensor(levels, dtype=torch.float64)
+    exact = torch.tensor(levels, dtype=torch.float64, device="cpu")
     return (exact[:-1] - exact[1:]).float()
 
 

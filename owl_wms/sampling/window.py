@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
-from owl_wms.sampling.controls import batch_permute_to_length
+from owl_wms.sampling.controls import batch_permute_to_length, check_controls
 from owl_wms.sampling.guidance import Guidance, Parts
 from owl_wms.sampling.result import SampleResult
 from owl_wms.sampling.schedule import get_sd3_euler, zlerp
@@ -56,6 +57,7 @@ class AVWindowSampler:
         self.noise_prev = noise_prev
         self.only_return_generated = only_return_generated
 
+    @uncompiled
     @torch.no_grad()
     def __call__(
         self,
@@ -90,8 +92,9 @@ class AVWindowSampler:
             SampleResult; frame k of every member belongs together.
 
         Raises:
-            ValueError: mouse and btn are missing, empty, or of different length.
+            ValueError: mouse and btn are missing, empty, or of different length or batch.
         """
+        check_controls(mouse, btn, dummy_batch.shape[0])
         context = dummy_batch.shape[1]
         total = context + self.num_frames
         mouse, btn = batch_permute_to_length(mouse, btn, total, generator)
@@ -124,7 +127,7 @@ class AVWindowSampler:
             torch.cat([zlerp(p[:, :-1], self.noise_prev, generator), zlerp(p[:, -1:], 1.0, generator)], dim=1)
             for p in parts
         )
-        t = torch.full(parts[0].shape[:2], self.noise_prev, device=parts[0].device)
+        t = torch.full(parts[0].shape[:2], self.noise_prev, dtype=torch.float32, device=parts[0].device)
         t[:, -1] = 1.0
         return noisy, t
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from owl_wms.data.loading import Batch
-from owl_wms.models import get_model_cls
+from owl_wms.models import make_model
 from owl_wms.sampling import SampleResult
 from owl_wms.trainers.base import BaseTrainer
 
@@ -23,7 +23,7 @@ class AVRFTTrainer(BaseTrainer):
     batch_parts: tuple[str, ...] = ("latents", "audio", "mouse", "buttons")
 
     def build_model(self) -> nn.Module:
-        return get_model_cls(self.model_cfg.model_id)(self.model_cfg)
+        return make_model(self.model_cfg)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         video, audio, mouse, btn = batch

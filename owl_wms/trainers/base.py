@@ -106,7 +106,8 @@ class BaseTrainer(ABC):
         self.step = self.saved_step = 0
         self.losses: list[dict[str, float]] = []
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
-        self._stop = False
+        self._asked_to_stop = False  # by a signal, on this rank, at any moment
+        self._stop = False  # agreed by all ranks, between two steps
         torch.manual_seed(train_cfg.seed)
         self.model = self.build_model().to(self.device).train()
         self.ema = EMA(self.model, self.ema_beta)
@@ -220,7 +221,7 @@ class BaseTrainer(ABC):
         self.ema.update(self.model)
         self.step += 1
         late = self._deadline is not None and time.monotonic() > self._deadline
-        values, self._stop = self.metrics.pop(stop=self._stop or late)
+        values, self._stop = self.metrics.pop(stop=self._asked_to_stop or late)
         self._position = self.loader.state_dict()
         self.losses.append(values)
         return {**values, "time": time.perf_counter() - started}
@@ -314,13 +315,13 @@ class BaseTrainer(ABC):
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """SIGTERM sets the stop flag while the body runs; handlers exist in the main thread only."""
+        """SIGTERM asks for the stop while the body runs; handlers exist in the main thread only."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def stop(number: int, frame: object) -> None:
-            self._stop = True
+            self._asked_to_stop = True
 
         previous = signal.signal(signal.SIGTERM, stop)
         try:

@@ -32,9 +32,9 @@ class CausVidTrainer(DMDTrainer):
         video, mouse, btn = batch[:3]
         x = self.to_latents(video)
         b, n = x.shape[:2]
-        generated = torch.rand(b, n, device=x.device) < GENERATED_SHARE
+        generated = torch.rand(b, n, dtype=torch.float32, device=x.device) < GENERATED_SHARE
         generated[:, -1] |= ~generated.any(dim=1)  # a clip without a generated frame would teach nothing
-        levels = torch.tensor(LEVELS, device=x.device)
+        levels = torch.tensor(LEVELS, dtype=torch.float32, device=x.device)
         t = torch.where(generated, levels[torch.randint(len(LEVELS), (b, n), device=x.device)], CONTEXT_NOISE)
         noisy = x.lerp(torch.randn_like(x), expand(t))
         v = self.model(noisy, t, mouse, btn)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from owl_wms.configs.world import load_world_config
 from owl_wms.data.loading import Batch
-from owl_wms.models import get_model_cls
+from owl_wms.models import make_model
 from owl_wms.models.flow import frame_times, noised
 from owl_wms.sampling import Guidance
 from owl_wms.trainers.base import BaseTrainer
@@ -92,10 +92,10 @@ class DMDTrainer(BaseTrainer):
     def build_model(self) -> nn.Module:
         cfg = self.train_cfg
         teacher_cfg = load_world_config(str(cfg.teacher_cfg)).model
-        self.teacher = get_model_cls(teacher_cfg.model_id)(teacher_cfg).core
+        self.teacher = make_model(teacher_cfg).core
         load_core_weights(self.teacher, str(cfg.teacher_ckpt))
         self.teacher.to(self.device).eval().requires_grad_(False)
-        student = get_model_cls(self.model_cfg.model_id)(self.model_cfg).core
+        student = make_model(self.model_cfg).core
         load_core_weights(student, str(cfg.student_ckpt))
         # The critic starts as the student, whose clips it has to know.
         self.critic = copy.deepcopy(student).to(self.device).train()

@@ -58,7 +58,7 @@ class EMA:
     def state_dict(self) -> dict[str, Tensor]:
         """`initted`, `step` and `ema_model.*`, as ema-pytorch names them."""
         weights = {_PREFIX + key: value for key, value in self.model.state_dict().items()}
-        return {"initted": torch.tensor(True), "step": torch.tensor(self.steps), **weights}
+        return {"initted": torch.tensor(True, device="cpu"), "step": torch.tensor(self.steps, device="cpu"), **weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take such a state; an `online_model.*` part, which ema-pytorch writes, is ignored.

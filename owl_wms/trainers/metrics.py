@@ -40,7 +40,7 @@ class Metrics:
         """
         names = sorted(self._sums)
         parts = [self._sums[name] / self._counts[name] for name in names]
-        flag = torch.tensor(float(stop), device=self._device)
+        flag = torch.tensor(float(stop), dtype=torch.float32, device=self._device)
         packed = torch.stack([*parts, flag])
         world = 1
         if is_distributed():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from owl_wms.configs.world import load_world_config
 from owl_wms.data.loading import Batch
 from owl_wms.errors import ConfigError
-from owl_wms.models import get_model_cls
+from owl_wms.models import make_model
 from owl_wms.sampling import Guidance
 from owl_wms.trainers.base import BaseTrainer
 from owl_wms.trainers.checkpoints import load_core_weights
@@ -57,9 +57,9 @@ class DistillODETrainer(BaseTrainer):
     def build_model(self) -> nn.Module:
         cfg = self.train_cfg
         teacher_cfg = load_world_config(str(cfg.teacher_cfg)).model
-        self.teacher = get_model_cls(teacher_cfg.model_id)(teacher_cfg).core
+        self.teacher = make_model(teacher_cfg).core
         load_core_weights(self.teacher, str(cfg.teacher_ckpt))
-        student = get_model_cls(self.model_cfg.model_id)(self.model_cfg).core
+        student = make_model(self.model_cfg).core
         cut_student(self.teacher, student, kept_layers(teacher_cfg.n_layers, self.model_cfg.n_layers))
         self.teacher.to(self.device).eval().requires_grad_(False)
         return student
@@ -68,7 +68,7 @@ class DistillODETrainer(BaseTrainer):
         video, mouse, btn = batch[:3]
         assert self.train_cfg.gen_p is not None
         clean = self.to_latents(video)
-        generated = torch.rand(clean.shape[:2], device=clean.device) < self.train_cfg.gen_p
+        generated = torch.rand(clean.shape[:2], dtype=torch.float32, device=clean.device) < self.train_cfg.gen_p
         generated[:, -1] |= ~generated.any(dim=1)
         states = self._teacher_path(clean, generated, mouse, btn)
         losses = [
@@ -87,7 +87,9 @@ class DistillODETrainer(BaseTrainer):
         assert cfg.cfg_scale is not None
         guidance = Guidance(model=self.teacher, scale=cfg.cfg_scale)
         delta = 1 / cfg.rollout_steps
-        t = torch.where(generated, 1.0, CONTEXT_NOISE)
+        t = torch.full(generated.shape, CONTEXT_NOISE, dtype=torch.float32, device=clean.device).masked_fill(
+            generated, 1.0
+        )
         x = clean.lerp(torch.randn_like(clean), expand(t))
         path = []
         for _ in range(cfg.rollout_steps):
@@ -101,4 +103,4 @@ class DistillODETrainer(BaseTrainer):
         """A random share `subsample` of the states, at least one."""
         assert self.train_cfg.subsample is not None
         count = max(1, round(self.train_cfg.subsample * len(states)))
-        return [states[i] for i in torch.randperm(len(states))[:count].tolist()]
+        return [states[i] for i in torch.randperm(len(states), device="cpu")[:count].tolist()]

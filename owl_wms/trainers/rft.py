@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from owl_wms.data.loading import Batch
-from owl_wms.models import get_model_cls
+from owl_wms.models import make_model
 from owl_wms.trainers.base import BaseTrainer
 
 
@@ -19,7 +19,7 @@ class RFTTrainer(BaseTrainer):
     trainer_id = "rft"
 
     def build_model(self) -> nn.Module:
-        return get_model_cls(self.model_cfg.model_id)(self.model_cfg)
+        return make_model(self.model_cfg)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         video, mouse, btn, *doc_id = batch

@@ -40,8 +40,8 @@ class SelfForceTrainer(DMDTrainer):
         window = x.shape[1]
         shared = torch.Generator().manual_seed(cfg.seed * 1_000_003 + self.step)
         most = max(window, cfg.min_rollout_frames)
-        frames = int(torch.randint(cfg.min_rollout_frames, most + 1, (), generator=shared))
-        steps = torch.randint(1, cfg.rollout_steps + 1, (frames,), generator=shared).tolist()
+        frames = int(torch.randint(cfg.min_rollout_frames, most + 1, (), generator=shared, device="cpu"))
+        steps = torch.randint(1, cfg.rollout_steps + 1, (frames,), generator=shared, device="cpu").tolist()
         mouse, btn = batch_permute_to_length(mouse, btn, window + frames)
         cache = KVCache(self.model_cfg, max_window=min(window, self.model_cfg.n_frames))
         self._remember(x, mouse[:, :window], btn[:, :window], cache)
@@ -63,7 +63,7 @@ class SelfForceTrainer(DMDTrainer):
         assert self.train_cfg.rollout_steps is not None
         delta = 1 / self.train_cfg.rollout_steps
         cache.disable_cache_updates()
-        x, t = torch.randn_like(like), torch.ones(like.shape[:2], device=like.device)
+        x, t = torch.randn_like(like), torch.ones(like.shape[:2], dtype=torch.float32, device=like.device)
         with torch.no_grad():
             for _ in range(steps - 1):
                 x = x - delta * self.model(x, t, mouse, btn, kv_cache=cache).float()
@@ -77,6 +77,5 @@ class SelfForceTrainer(DMDTrainer):
         for start in range(0, x.shape[1], cache.largest_pass):
             part = slice(start, start + cache.largest_pass)
             piece = x[:, part]
-            self.model(
-                piece, torch.zeros(piece.shape[:2], device=x.device), mouse[:, part], btn[:, part], kv_cache=cache
-            )
+            clean = torch.zeros(piece.shape[:2], dtype=torch.float32, device=x.device)
+            self.model(piece, clean, mouse[:, part], btn[:, part], kv_cache=cache)

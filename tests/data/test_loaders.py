@@ -16,6 +16,7 @@ from owl_wms.data.loaders import get_loader
 from owl_wms.data.npy_table import NpyTable, NpyTableWriter
 from owl_wms.data.packing import PackedDataset
 from owl_wms.errors import ConfigError, DataError
+from tests.trt.test_ambient_state import set_in_process
 
 COLUMNS = ("depth_latent", "mouse", "buttons")
 
@@ -192,3 +193,17 @@ def test_a_writer_refuses_rows_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="other columns"):
         NpyTableWriter(tmp_path, ("video",))
     assert NpyTable(tmp_path).rows == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("data_id", ["cod", "sequence_packing"])
+def test_batches_stay_on_the_cpu_beside_another_default_device(tmp_path: Path, data_id: str, workers: int) -> None:
+    write(tmp_path)
+    wanted = list(get_loader(data_id, 1, **kwargs(tmp_path)))
+    with set_in_process("meta"):
+        loader = get_loader(data_id, 1, **kwargs(tmp_path, num_workers=workers))
+        got = list(loader)
+        again = list(loader)
+    assert len(again) == len(got) == len(wanted)
+    for batch, other in zip(got, wanted, strict=True):
+        assert all(torch.equal(part, whole) for part, whole in zip(batch, other, strict=True))

@@ -18,6 +18,7 @@ from owl_wms.data.loaders import get_loader
 from owl_wms.data.s3 import BucketError, TarBucket, read_clips
 from owl_wms.data.s3_windows import MixedS3Windows, S3Windows
 from owl_wms.errors import DataError
+from tests.trt.test_ambient_state import set_in_process
 
 MEMBERS = ("latent", "mouse", "buttons")
 
@@ -123,6 +124,17 @@ def test_mixed_samples_are_tamed_and_say_whether_they_have_controls() -> None:
         assert latent.isfinite().all()
         assert latent.abs().max() <= 8
         assert buttons.dtype == torch.float32
+
+
+def test_streams_stay_on_the_cpu_beside_another_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FakeClient(make_tar({"a": clip(4)}))
+    monkeypatch.setattr("owl_wms.data.loaders.TarBucket", lambda *_: bucket(client))
+    loader = get_loader("cod_s3_mixed", 8, window_length=4, num_workers=0, unlabelled_frac=0.5)
+    with set_in_process("meta"):
+        batch = next(iter(loader))
+    assert [part.device.type for part in batch] == ["cpu"] * 5
+    assert batch[-1].any()
+    assert not batch[-1].all()
 
 
 class NoCredentialsError(Exception):

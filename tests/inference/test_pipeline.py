@@ -35,6 +35,15 @@ def context(frames: int = 4, seed: int = 1) -> Context:
     return Context(latents=x, mouse=mouse, buttons=btn)
 
 
+def test_a_pipeline_built_in_inference_mode_plays_outside_of_it() -> None:
+    frames = []
+    for built_in_inference_mode in (False, True):
+        with torch.inference_mode(built_in_inference_mode):
+            pipeline = InteractivePipeline(tiny_core(), decode, [context()], image_scale=SCALE, steps=2, max_window=6)
+        frames.append([pipeline(torch.zeros(2), torch.ones(11)).image for _ in range(10)])
+    np.testing.assert_array_equal(frames[1], frames[0])
+
+
 def test_play_is_the_caching_sampler_one_frame_at_a_time() -> None:
     """Same noise, same controls, same pictures; for far more frames than there are positions."""
     core, begin, frames, window = tiny_core(n_frames=12), context(), 30, 6

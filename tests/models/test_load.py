@@ -10,6 +10,7 @@ import yaml
 
 from owl_wms.errors import CheckpointError
 from owl_wms.models.load import load_model
+from tests.trt.test_ambient_state import set_in_process
 from tests.world import golden
 
 
@@ -43,3 +44,18 @@ def test_weights_of_another_model_are_named(tmp_path: Path, cfg_path: Path) -> N
     torch.save(weights, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"proj_in.weight is \[64, 5\]"):
         load_model(cfg_path, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("state", ["bfloat16", "float64", "meta"])
+def test_a_loaded_model_is_fp32_on_the_cpu_whatever_the_process_defaults_to(
+    tmp_path: Path, cfg_path: Path, state: str
+) -> None:
+    torch.save(golden()["state_dict"], tmp_path / "model.pt")
+    wanted = load_model(cfg_path, tmp_path / "model.pt")
+    with set_in_process(state):
+        model = load_model(cfg_path, tmp_path / "model.pt")
+    own = [*model.core.named_parameters(), *model.core.named_buffers()]
+    others = dict([*wanted.core.named_parameters(), *wanted.core.named_buffers()])
+    for name, value in own:
+        assert (value.dtype, value.device.type) == (others[name].dtype, "cpu")
+        assert torch.equal(value, others[name])

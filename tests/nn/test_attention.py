@@ -66,3 +66,24 @@ def test_flex_is_for_large_masks_on_a_gpu_only() -> None:
     assert not Masks(torch.device("cpu")).uses_flex(mask)
     assert Masks(torch.device("cuda")).uses_flex(mask)
     assert not Masks(torch.device("cuda")).uses_flex(FrameMask(queries=8, keys=8, tokens=64, causal=True))
+
+
+def test_a_kept_mask_can_be_saved_for_a_backward_pass_wherever_it_was_built() -> None:
+    mask = FrameMask(queries=5, keys=5, tokens=2, causal=True)
+    with torch.inference_mode():
+        kept = mask.block_mask(torch.device("cpu"))
+    assert mask.block_mask(torch.device("cpu")) is kept
+    assert not kept.kv_indices.is_inference()
+    assert not kept.kv_num_blocks.is_inference()
+
+
+@pytest.mark.gpu
+def test_a_model_that_sampled_in_inference_mode_trains_on_a_gpu() -> None:
+    core = tiny_core(sample_size=8, tokens_per_frame=64, n_frames=32, local_window=5).cuda()
+    core.transformer.attention_backend = "flex"
+    x, t, mouse, buttons = (a.cuda() for a in inputs(2, 24, side=8))
+    with torch.inference_mode():
+        sampled = core(x, t, mouse, buttons)
+    trained = core(x, t, mouse, buttons)
+    trained.square().mean().backward()
+    assert relative(trained.detach(), sampled) < 1e-5

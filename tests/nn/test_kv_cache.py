@@ -151,3 +151,20 @@ def test_what_cannot_be_cached_is_refused(core, sequence) -> None:
         run(tiny_core(causal=False), KVCache(core.config), data, 0, 1)
     with pytest.raises(ValueError, match="one document"):
         core(*data, torch.zeros(2, 24), kv_cache=KVCache(core.config))
+
+
+@pytest.mark.parametrize("first", ["made", "cloned"])
+def test_a_cache_made_in_inference_mode_goes_on_outside_of_it(core, sequence, first: str) -> None:
+    data, whole = sequence
+    cache = KVCache(core.config)
+    if first == "cloned":
+        run(core, cache, data, 0, 3)
+    with torch.inference_mode():
+        cache = cache.clone()
+        if first == "made":
+            run(core, cache, data, 0, 3)
+    assert relative(run(core, cache, data, 3, 6), whole[:, 3:6]) < TOLERANCE
+    trained = core(*(a[:, 6:8] for a in data), kv_cache=cache)
+    trained.sum().backward()
+    core.zero_grad()
+    assert relative(trained.detach(), whole[:, 6:8]) < TOLERANCE

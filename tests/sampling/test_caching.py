@@ -101,6 +101,18 @@ def test_controls_that_do_not_belong_together_are_refused() -> None:
             AVWindowSampler(1, 1.0, 2, 2)(core, x[:, :4], None, first, second)
 
 
+@pytest.mark.parametrize(("clips", "players"), [(2, 1), (1, 2)])
+def test_controls_of_another_batch_are_refused_and_named(clips: int, players: int) -> None:
+    core = tiny_core(n_layers=1)
+    x, _, mouse, btn = inputs(2, 6)
+    context, controls = x[:clips, :4], (mouse[:players], btn[:players])
+    message = f"must have the {clips} items of the latents, got {players}"
+    with pytest.raises(ValueError, match=message):
+        AVCachingSampler(1, 1.0, 2)(core, context, *controls)
+    with pytest.raises(ValueError, match=message):
+        AVWindowSampler(1, 1.0, 2, 2)(core, context, None, *controls)
+
+
 def test_zero_controls_are_the_form_of_old() -> None:
     """One history, the conditional one; the unconditional branch sees zero mouse and buttons in the new frame only."""
     core = tiny_core()
