@@ -141,7 +141,7 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
         address = page_address(settings, runner.addresses[0][1])
         console.print(f"play at {address}", highlight=False, soft_wrap=True)
         console.print("Ctrl-C stops.", highlight=False)
-        if settings.host not in ("127.0.0.1", "::1", "localhost"):
+        if not settings.host.startswith("127.") and settings.host not in ("::1", "localhost"):
             console.print("Others can reach this server: the address is the only key, and nothing is encrypted.")
         if open_page:
             webbrowser.open(address)

@@ -17,7 +17,7 @@ def sample(
     config: Annotated[Path, typer.Argument(help="YAML of the world model.")],
     checkpoint: Annotated[Path, typer.Argument(help="Its weights.")],
     out: Annotated[Path, typer.Option(help="The clip to write, .mp4.")] = Path("sample.mp4"),
-    frames: Annotated[int, typer.Option(min=1, help="Frames to generate.")] = 60,
+    frames: Annotated[int, typer.Option(min=1, max=1_000_000, help="Frames to generate.")] = 60,
     context: Annotated[Path | None, typer.Option(help="File of latents, mouse and buttons to begin from.")] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler id; the configuration's if left out.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps a frame.")] = None,

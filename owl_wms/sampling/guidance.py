@@ -7,7 +7,7 @@ samplers instead feed zero controls, which is a different input (buttons at zero
 conditional history; `unconditional="zero_controls"` reproduces them.
 
 Usage:
-    guidance = Guidance(model.core, scale=1.3)
+    guidance = Guidance(model=model.core, scale=1.3)
     (v,) = guidance.velocity((x,), t, mouse, buttons)
 """
 

@@ -6,7 +6,7 @@ often the loss calls the model, and the model itself keeps clean names.
 
 Usage:
     phase = Phase("model", model, loss, optimiser, accumulation=4)
-    phase.update(batches, metrics)
+    phase.update(batches, metrics, step)
 """
 
 from __future__ import annotations
