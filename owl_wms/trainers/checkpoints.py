@@ -7,10 +7,12 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
 import re
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,7 @@ from owl_wms.vae import load_weights, read_state_dict, strip_prefix
 from owl_wms.vae.checkpoint import CORE, without_wrappers
 
 LOG = "log.jsonl"
+DRAFT_SECONDS = 3600
 _NAME = re.compile(r"step_(\d+)\.pt")
 
 
@@ -62,8 +65,11 @@ def set_aside(folder: Path, step: int) -> Path | None:
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` beside `path`, flush it and rename it: a kill at any moment leaves the old file or the new one."""
+    """Write `state` beside `path`, flush it and rename it: a kill at any moment leaves the old file or the new one, and
+    a draft that a later save removes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_dead_drafts(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with draft.open("wb") as file:
@@ -73,6 +79,14 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _remove_dead_drafts(folder: Path) -> None:
+    """Drafts of killed processes, each as large as a checkpoint. Whoever still writes one has touched it lately."""
+    for draft in folder.glob(".step_*.pt.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - draft.stat().st_mtime > DRAFT_SECONDS:
+                draft.unlink()
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:

@@ -167,6 +167,16 @@ def test_a_failing_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step_1.pt"]
 
 
+def test_drafts_of_killed_processes_go_with_a_later_save(tmp_path: Path) -> None:
+    dead, living = tmp_path / ".step_3.pt.77.tmp", tmp_path / ".step_4.pt.78.tmp"
+    for draft in (dead, living):
+        draft.write_bytes(b"half")
+    two_hours_ago = dead.stat().st_mtime - 7200
+    os.utime(dead, (two_hours_ago, two_hours_ago))
+    save_checkpoint(tmp_path / "step_5.pt", {"steps": 5})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [living.name, "step_5.pt"]
+
+
 def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     trainer = build(tmp_path, "rft")
     done = trainer.train_step
