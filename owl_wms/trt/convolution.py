@@ -11,7 +11,6 @@ Usage:
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from owl_wms.ops import conv3x3 as conv3x3_op
 from owl_wms.ops.conv3x3 import LIBRARY, pack
 from owl_wms.trt import kernels
+from owl_wms.trt.timing import interleaved
 
-TIMED_CALLS = 5
+TIMING_SECONDS = 0.3  # of each distinct convolution; sana has a dozen
 # A way to compute a convolution that strays further than rounding can from the library's result is wrong, not fast.
 MOST_STRAY = 2e-2
 
@@ -49,31 +49,31 @@ class Conv3x3(nn.Module):
 
 
 def fastest(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> int:
-    """The quickest `how` for this shape on this GPU, among those that run and agree with the library."""
-    run = torch.ops.owl_wms.conv3x3
-    wanted = run(x, weight, bias, residual, relu, LIBRARY).float()
-    times: dict[int, float] = {}
+    """The quickest `how` for this shape on this GPU, among those that run and agree with the library.
+
+    Ways are timed in turns: some differ by less than the clock drifts from one to the next.
+    """
+
+    def way(how: int) -> Callable[[Tensor], Tensor]:
+        return functools.partial(_compute, weight=weight, bias=bias, residual=residual, relu=relu, how=how)
+
+    wanted = way(LIBRARY)(x).float()
+    sound = {str(LIBRARY): way(LIBRARY)}
     for how in conv3x3_op.ways(x, weight, residual is not None, relu):
         try:
-            stray = torch.linalg.vector_norm(run(x, weight, bias, residual, relu, how).float() - wanted)
+            stray = torch.linalg.vector_norm(way(how)(x).float() - wanted)
         except Exception:  # a kernel this driver or GPU refuses: the library remains
             continue
-        if how == LIBRARY or stray <= MOST_STRAY * torch.linalg.vector_norm(wanted):
-            times[how] = _milliseconds(functools.partial(run, x, weight, bias, residual, relu, how))
-    return min(times, key=times.__getitem__)
+        if stray <= MOST_STRAY * torch.linalg.vector_norm(wanted):
+            sound[str(how)] = way(how)
+    times = interleaved(sound, x, budget_seconds=TIMING_SECONDS)
+    return int(min(times, key=times.__getitem__))
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
-    call()
-    times = []
-    for _ in range(TIMED_CALLS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+def _compute(
+    x: Tensor, *, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, how: int
+) -> Tensor:
+    return torch.ops.owl_wms.conv3x3(x, weight, bias, residual, relu, how)
 
 
 def choose(fused: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | None) -> None:
