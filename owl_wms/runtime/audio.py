@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
+from owl_wms.runtime import recording
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory
 from owl_wms.runtime.latents import check_audio
 
@@ -48,9 +49,7 @@ class AudioDecode:
             DataError: no tensor, or not a dense one of real numbers.
             DecodeMemoryError: one clip does not fit into memory.
         """
-        eager = self._eager
-        if eager is None or not eager.stamp.matches(self.decoder):
-            eager = self._eager = EagerDecoder(self.decoder)
+        eager = self._current()
         check_audio(latents, eager.channels)
         clips = latents.transpose(1, 2)
         count, channels, length = clips.shape
@@ -68,3 +67,11 @@ class AudioDecode:
 
         decode_in_memory(eager, clips, write, self.batch_size)
         return out[0].transpose(1, 2)
+
+    def _current(self) -> EagerDecoder:
+        if recording.underway():  # what is folded while a caller records a CUDA graph exists in its replays only
+            return EagerDecoder(self.decoder)
+        eager = self._eager
+        if eager is None or not eager.stamp.matches(self.decoder):
+            eager = self._eager = EagerDecoder(self.decoder)
+        return eager

@@ -64,3 +64,14 @@ def test_one_clip_too_large() -> None:
 
     with pytest.raises(DecodeMemoryError):
         AudioDecode(Full(), batch_size=4)(torch.zeros(2, 7, 3))
+
+
+def test_nothing_is_kept_from_a_graph_that_the_caller_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, latents = AudioDecode(TinyAudio().eval(), batch_size=4), torch.randn(3, 7, 3)
+    with monkeypatch.context() as while_recording:
+        while_recording.setattr(torch.cuda, "is_initialized", lambda: True)
+        while_recording.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        recorded = decode(latents)
+    assert decode._eager is None
+    assert torch.equal(decode(latents), recorded)
+    assert decode._eager is not None
