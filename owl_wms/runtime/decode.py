@@ -105,8 +105,6 @@ class VideoDecode:
             DecodeMemoryError: the output or a single frame does not fit into memory.
             FastPathError: in strict mode, or in a process forked from one that used the GPU.
         """
-        if recording.underway():
-            return self._recorded(latents)
         generation = self._current()
         eager = generation.eager
         check_video(latents, eager.channels)
@@ -150,15 +148,6 @@ class VideoDecode:
             enabled=self.settings.enabled,
             latency_ms=None if self._stopwatch is None else self._stopwatch.percentiles(),
         )
-
-    def _recorded(self, latents: Tensor) -> Tensor:
-        if self.strict and self.settings.enabled:
-            raise FastPathError("run", "a CUDA graph is being recorded around it", "decode outside of the graph")
-        frames = recording.decode(self.decoder, latents, self.batch_size)
-        self._ledger.add("decodes")
-        self._ledger.add("frames", len(frames.flatten(0, 1)))
-        self._ledger.note("recording", "PyTorch decodes inside a CUDA graph that the caller records")
-        return frames
 
     # ---- the decode loop
 
@@ -242,6 +231,8 @@ class VideoDecode:
         """What is made from the weights as they are now. A decode asks once and then uses nothing of another one."""
         if self._forked:
             self._after_fork()
+        if recording.underway():
+            return self._while_recording()
         generation = self._generation
         if generation is not None and generation.eager.stamp.matches(self.decoder):
             return generation
@@ -272,6 +263,8 @@ class VideoDecode:
         elif slot.state == "new" and self._forked:
             reason = "this process was forked after the decode function was made"
             slot.put_off(reason, FastPathError("run", reason, "make the decode function inside the worker"))
+        elif slot.state == "new" and recording.underway():
+            slot.put_off("a CUDA graph is being recorded")
         return slot
 
     def _ready(self, eager: EagerDecoder, slot: Slot) -> bool:
@@ -302,6 +295,13 @@ class VideoDecode:
         self._ledger.spend("build", loaded.build_seconds)
         self._ledger.spend("load", loaded.load_seconds)
         self._ledger.note(f"ready {slot.request.shape}", f"{slot.reason} decodes {list(slot.request.shape)}")
+
+    def _while_recording(self) -> Generation:
+        """One without programs, and not kept: what is folded while recording exists in the replays only."""
+        if self.strict and self.settings.enabled:
+            raise FastPathError("run", "a CUDA graph is being recorded around it", "decode outside of the graph")
+        self._ledger.note("recording", "PyTorch decodes inside a CUDA graph that the caller records")
+        return Generation(self.decoder)
 
     def _after_fork(self) -> None:
         """In a forked child: CUDA cannot be used, and the thread pool of the parent does not exist here."""

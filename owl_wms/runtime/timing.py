@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import ConfigError
+from owl_wms.runtime import recording
 
 KEPT_SAMPLES = 1024
 
@@ -38,7 +39,10 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
-        """Time the block on `device`; an exception inside leaves no sample."""
+        """Time the block on `device`; an exception inside leaves no sample, nor does a block that is only recorded."""
+        if recording.underway():
+            yield
+            return
         if device.type != "cuda":
             begin = time.perf_counter()
             yield
