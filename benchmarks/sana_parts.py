@@ -27,7 +27,7 @@ from owl_wms.trt.parity import reference_arithmetic
 from owl_wms.trt.spec import dtype_of
 
 ROUNDS = 7
-NAMES = {-1: "library", -2: "library fused"}
+NAMES = {-1: "library", -2: "library fused", -3: "resident", 0: "narrow"}
 
 
 def milliseconds(call: Callable[[Tensor], object], x: Tensor, rounds: int = ROUNDS) -> float:
@@ -50,7 +50,7 @@ def convolutions(fused: nn.Module, z: Tensor) -> list[dict]:
         ways = {}
         wanted = None
         for how in conv3x3_op.ways(x, conv.weight, residual is not None, conv.relu):
-            name = NAMES.get(how, f"tile {how}")
+            name = NAMES[how]
 
             def run(rows: Tensor, how: int = how) -> Tensor:
                 return torch.ops.owl_wms.conv3x3(rows, conv.weight, conv.bias, residual, conv.relu, how)

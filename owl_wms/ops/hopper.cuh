@@ -1,4 +1,5 @@
-// What kernels for compute capability 9.0 add to device.cuh: barriers in shared memory, matrix stores, warpgroup products.
+// What kernels for compute capability 9.0 add to device.cuh: barriers in shared memory, matrix stores,
+// registers moved between warpgroups, warpgroup products.
 //
 // wgmma needs machine code for sm_90a. A wait that never ends costs a whole session on the GPU: with WATCHDOG defined, a
 // barrier polled that often raises a trap, which the host sees as a launch failure.
@@ -27,6 +28,11 @@ DEVICE void copy16(u32 target, const void* source) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 
+// Registers of a thread from here on; every warp of a warpgroup runs it, and the block's sum must not grow.
+template <int N> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+DEVICE void trap() { asm volatile("trap;"); }
+
 DEVICE void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -49,6 +55,14 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
 #endif
     } while (!done);
 }
+// Position in a ring of slots that are filled and emptied in turn.
+template <int LENGTH> struct Place {
+    int slot;
+    u32 parity;
+    DEVICE void next() {
+        if (++slot == LENGTH) slot = 0, parity ^= 1;
+    }
+};
 // A barrier among `threads` threads, whole warps; number 0 is __syncthreads.
 DEVICE void named_barrier(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
 
@@ -74,7 +88,7 @@ DEVICE void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :
 #define PRODUCT_TYPES "f32.bf16.bf16"
 #endif
 template <int N> DEVICE void product(float (&d)[N / 2], u64 a, u64 b, bool add) {
-    static_assert(N == 32 || N == 64 || N == 96, "columns");
+    static_assert(N == 32 || N == 64 || N == 96 || N == 128, "columns");
     if constexpr (N == 32)
         asm volatile("{.reg .pred p; setp.ne.s32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16." PRODUCT_TYPES
                      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0;}"
@@ -94,6 +108,14 @@ template <int N> DEVICE void product(float (&d)[N / 2], u64 a, u64 b, bool add) 
                      " %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45,"
                      " %46, %47}, %48, %49, p, 1, 1, 0, 0;}"
                      : LIST16(d, 0), LIST16(d, 16), LIST16(d, 32)
+                     : "l"(a), "l"(b), "r"((int)add)
+                     : "memory");
+    if constexpr (N == 128)
+        asm volatile("{.reg .pred p; setp.ne.s32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16." PRODUCT_TYPES
+                     " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23,"
+                     " %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45,"
+                     " %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;}"
+                     : LIST16(d, 0), LIST16(d, 16), LIST16(d, 32), LIST16(d, 48)
                      : "l"(a), "l"(b), "r"((int)add)
                      : "memory");
 }

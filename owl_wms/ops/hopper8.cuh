@@ -1,7 +1,4 @@
-// What kernels with roles and 8-bit operands add to hopper.cuh: copies that report to a barrier, registers moved between
-// warpgroups, matrix stores of columns, products of codes whose first operand stays in registers.
-
-DEVICE void trap() { asm volatile("trap;"); }
+// What kernels with roles and 8-bit operands add to hopper.cuh: copies that report to a barrier, matrix stores of columns, products of codes whose first operand stays in registers.
 
 DEVICE u32 load_shared4(u32 address) {
     u32 v;
@@ -41,10 +38,6 @@ DEVICE void copy16_if(bool condition, u32 target, const void* source) {
 DEVICE void barrier_arrive_after_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
-
-// Registers of a thread from here on; every warp of a warpgroup runs it, and the block's sum must not grow.
-template <int N> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 
 #ifdef INT8
 typedef int Sum;

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops import images
+from owl_wms.ops.driver import KernelError, check_driver, driver
+from owl_wms.ops.tensor_maps import TensorMap
 
 ROOT = Path(__file__).parent
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES of cuda.h
@@ -33,10 +35,6 @@ DEFAULT_SHARED_BYTES = 48 * 1024
 
 _lock = threading.Lock()
 _functions: dict[tuple[Kernel, int], ctypes.c_void_p] = {}
-
-
-class KernelError(RuntimeError):
-    """A kernel that did not compile, load or launch; the message carries the compiler's or driver's own words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +62,36 @@ class Kernel:
         files = ("device.cuh", *self.headers, f"{self.op}/kernel.cu")
         return "".join((ROOT / file).read_text("utf-8") for file in files)
 
-    def launch(self, device: torch.device, *, grid: int, block: int, arguments: Sequence[Tensor | int | None]) -> None:
-        """Enqueue on torch's current stream of `device`; tensors are passed as pointers, ints as 32-bit integers.
+    def launch(
+        self, device: torch.device, *, grid: int, block: int, arguments: Sequence[Tensor | TensorMap | int | None]
+    ) -> None:
+        """Enqueue on torch's current stream of `device`; tensors are passed as pointers, ints as 32-bit integers,
+        tensor maps as they are.
 
         Raises:
             KernelError: compilation, loading or launching failed.
         """
         if images.noted(self):
             return
-        values: list[Any] = []
+        values: list[Any] = []  # keeps what `places` points to
+        places: list[int] = []
         for argument in arguments:
+            if isinstance(argument, TensorMap):
+                places.append(argument.address)
+                continue
             if isinstance(argument, int):
                 values.append(ctypes.c_int(argument))
             else:
                 values.append(ctypes.c_void_p(None if argument is None else argument.data_ptr()))
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+            places.append(ctypes.addressof(values[-1]))
+        pointers = (ctypes.c_void_p * len(places))(*places)
         with torch.cuda.device(device):
             function = _function(self, torch.cuda.current_device())
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            status = _driver().cuLaunchKernel(
+            status = driver().cuLaunchKernel(
                 function, grid, 1, 1, block, 1, 1, self.shared_bytes, stream, pointers, ctypes.c_void_p(None)
             )
-            _check_driver(status, f"launching {self}")
+            check_driver(status, f"launching {self}")
 
 
 def new_stream() -> int:
@@ -96,7 +102,7 @@ def new_stream() -> int:
     """
     torch.cuda.current_stream().synchronize()  # makes the device's primary context current in this thread
     stream = ctypes.c_void_p()
-    _check_driver(_driver().cuStreamCreate(ctypes.byref(stream), STREAM_NON_BLOCKING), "making a stream")
+    check_driver(driver().cuStreamCreate(ctypes.byref(stream), STREAM_NON_BLOCKING), "making a stream")
     return stream.value or 0
 
 
@@ -109,14 +115,14 @@ def _function(kernel: Kernel, index: int) -> ctypes.c_void_p:
         if key not in _functions:
             torch.cuda.current_stream().synchronize()  # also makes the device's primary context current in this thread
             image = compile_kernel(kernel, architecture_of(kernel, index))
-            driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
-            _check_driver(driver.cuModuleLoadData(ctypes.byref(module), image), f"loading {kernel}")
-            _check_driver(
-                driver.cuModuleGetFunction(ctypes.byref(function), module, kernel.entry.encode()), f"finding {kernel}"
+            library, module, function = driver(), ctypes.c_void_p(), ctypes.c_void_p()
+            check_driver(library.cuModuleLoadData(ctypes.byref(module), image), f"loading {kernel}")
+            check_driver(
+                library.cuModuleGetFunction(ctypes.byref(function), module, kernel.entry.encode()), f"finding {kernel}"
             )
             if kernel.shared_bytes > DEFAULT_SHARED_BYTES:
-                status = driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, kernel.shared_bytes)
-                _check_driver(status, f"reserving {kernel.shared_bytes} bytes of shared memory for {kernel}")
+                status = library.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, kernel.shared_bytes)
+                check_driver(status, f"reserving {kernel.shared_bytes} bytes of shared memory for {kernel}")
             _functions[key] = function
     return _functions[key]
 
@@ -188,21 +194,6 @@ def _nvrtc() -> ctypes.CDLL:
     raise KernelError("libnvrtc was not found (it comes with torch's CUDA wheels): pip install nvidia-cuda-nvrtc")
 
 
-@functools.lru_cache(maxsize=1)
-def _driver() -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise KernelError(f"no NVIDIA driver: {error}") from error
-
-
 def _check_nvrtc(status: int, step: str) -> None:
     if status:
         raise KernelError(f"NVRTC failed to {step} a program: error {status}")
-
-
-def _check_driver(status: int, doing: str) -> None:
-    if status:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise KernelError(f"{doing}: CUDA error {status}, {(text.value or b'unknown').decode()}")

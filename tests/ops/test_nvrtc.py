@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from owl_wms.ops import conv_out, enlarging, grouped_conv, resize, up_residual
+from owl_wms.ops.conv3x3 import resident
 from owl_wms.ops.nvrtc import Kernel, KernelError, _nvrtc, compile_kernel
 from owl_wms.ops.stage_tail import plan_of
 
@@ -24,6 +25,7 @@ def variants() -> list[Kernel]:
             assert plan is not None
             found += [plan.projection(dtype)]
         found += [enlarging.kernel_of(dtype, 384, codes) for codes in (None, torch.int8, torch.float8_e4m3fn)]
+        found += [resident.kernel_of(dtype, bias, relu, not relu) for bias in (False, True) for relu in (False, True)]
         found += [conv_out.kernel_of(dtype, pad=pad, blocks=8, silu=silu) for pad in (4, 8) for silu in (False, True)]
     found += [resize.kernel_of(dtype, pad=4) for dtype in (torch.bfloat16, torch.float16, torch.uint8)]
     return found

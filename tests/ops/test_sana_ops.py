@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from owl_wms.ops import channel_norm, conv3x3, depthwise_gate, linear_attention, pointwise, shuffle_add
+from owl_wms.ops.conv3x3 import resident
 from owl_wms.ops.nvrtc import compile_kernel, nvrtc_library_names
 
 pytest.importorskip("triton")
@@ -136,7 +137,7 @@ def test_packed_weights_refuse_other_shapes() -> None:
 def test_gate_kernel_compiles_for_hopper(dtype: torch.dtype) -> None:
     if not any(Path(name).exists() for name in nvrtc_library_names()):
         pytest.skip("no NVRTC here")
-    assert len(compile_kernel(depthwise_gate.kernel_of(dtype), "sm_90")) > 1000
+    assert len(compile_kernel(depthwise_gate.kernel_of(dtype, 64, 17, 32), "sm_90")) > 1000
 
 
 def cases(device: str, dtype: torch.dtype) -> list[tuple]:
@@ -200,6 +201,46 @@ def test_convolution_tiles_on_the_gpu(dtype: torch.dtype, out: int, residual: bo
     for how in ways:
         torch.full((1 << 24,), float("nan"), device="cuda", dtype=dtype)
         close(OPS.conv3x3(*arguments, how), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bias", "relu", "residual"), [(1, 1, 0), (1, 0, 1), (0, 0, 0), (0, 0, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape",  # one tile, few and many channels, several heights, widths and channel tiles, more tiles than processors
+    [(1, 16, 16, 64, 128), (3, 48, 16, 128, 256), (2, 16, 48, 192, 384), (1, 80, 80, 64, 640), (2, 128, 128, 320, 256)],
+)
+def test_resident_pixels_on_the_gpu(
+    shape: tuple[int, ...], bias: int, relu: int, residual: int, dtype: torch.dtype
+) -> None:
+    batch, height, width, channels, out = shape
+    to = {"device": "cuda", "dtype": dtype}
+    x = torch.randn(batch, height, width, channels, **to)
+    weight = conv3x3.pack(torch.randn(out, channels, 3, 3, device="cuda") * channels**-0.5 / 3).to(dtype)
+    added = torch.randn(batch, height, width, out, **to) if residual else None
+    arguments = (x, weight, torch.randn(out, device="cuda") if bias else None, added, bool(relu))
+    if torch.cuda.get_device_capability()[0] != conv3x3.CAPABILITY_WITH_TENSOR_COPIES:
+        pytest.skip("needs compute capability 9.0")
+    assert conv3x3.RESIDENT in conv3x3.ways(x, weight, bool(residual), bool(relu))
+    wanted = reference_of(OPS.conv3x3.default, (*arguments, -1)).to(dtype)
+    torch.full((1 << 24,), float("nan"), device="cuda", dtype=dtype)
+    close(OPS.conv3x3(*arguments, conv3x3.RESIDENT), wanted)
+
+
+@pytest.mark.parametrize(
+    ("shape", "out", "fits"),
+    [
+        ((1, 16, 16, 64), 128, True),
+        ((3, 32, 640, 128), 384, True),
+        ((1, 24, 16, 64), 128, False),
+        ((1, 16, 8, 64), 128, False),
+        ((1, 16, 16, 32), 128, False),
+        ((1, 16, 16, 64), 64, False),
+    ],
+)
+def test_what_resident_pixels_take(shape: tuple[int, ...], out: int, fits: bool) -> None:
+    x = torch.empty(shape, device="meta")
+    assert resident.fits(x, torch.empty(out, 3, 3, shape[-1], device="meta")) is fits
 
 
 def test_pointwise_is_a_linear_layer() -> None:

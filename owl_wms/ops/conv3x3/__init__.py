@@ -1,13 +1,13 @@
 """`owl_wms::conv3x3` and `owl_wms::latent_conv`: dense 3x3 convolutions on NHWC with everything that follows them.
 
 Why it exists: nine tenths of the sana decoder are these, and what a library leaves behind them (bias, ReLU, residual)
-is passes over the largest tensors. `how` says who computes: -1 the library (cuDNN, on a channels_last view, no copy)
-with what it cannot fuse as one pass, -2 the library's own fused convolution + bias + ReLU, n >= 0 our kernel with
-TILES[n]. `ways(...)` lists what applies to a shape; which is fastest is measured when a program is built, not guessed
-here, and stays what it was then. cuDNN chooses its algorithm by shape (`owl_wms.cudnn`).
+is passes over the largest tensors. `how` says who computes: LIBRARY (cuDNN, on a channels_last view, no copy) with what
+it cannot fuse as one pass, LIBRARY_FUSED its own convolution + bias + ReLU, RESIDENT our CUDA kernel, NARROW our Triton
+kernel for few output channels. `ways(...)` lists what applies to a shape; the fastest is measured when a program is
+built, not guessed here, and stays what it was then. cuDNN chooses its algorithm by shape (`owl_wms.cudnn`).
 
 Usage:
-    y = conv3x3(x, pack(weight), bias, residual, relu=False, how=-1)     # [B, H, W, C] -> [B, H, W, O]
+    y = conv3x3(x, pack(weight), bias, residual, relu=False, how=LIBRARY)     # [B, H, W, C] -> [B, H, W, O]
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from owl_wms import cudnn
 from owl_wms.ops.conv3x3.reference import latent_reference, latent_rows, pack, reference
 from owl_wms.ops.register import define, has_kernel
 
-__all__ = ["LIBRARY", "LIBRARY_FUSED", "conv3x3", "latent_conv", "latent_reference", "pack", "reference", "ways"]
+__all__ = [
+    "LIBRARY", "LIBRARY_FUSED", "NARROW", "RESIDENT",
+    "conv3x3", "latent_conv", "latent_reference", "pack", "reference", "ways",
+]  # fmt: skip
 
-LIBRARY, LIBRARY_FUSED = -1, -2
+LIBRARY, LIBRARY_FUSED, RESIDENT, NARROW = -1, -2, -3, 0
 CAPABILITY_WITH_TENSOR_COPIES = 9
 
 
@@ -33,21 +36,24 @@ def ways(x: Tensor, weight: Tensor, residual: bool, relu: bool) -> list[int]:
     if relu and not residual:
         found.append(LIBRARY_FUSED)
     if torch.cuda.get_device_capability(x.device)[0] == CAPABILITY_WITH_TENSOR_COPIES:
-        from owl_wms.ops.conv3x3.kernel import TILES, fits
+        from owl_wms.ops.conv3x3 import kernel, resident
 
-        found += [n for n, tile in enumerate(TILES) if fits(x, weight, tile)]
+        found += [RESIDENT] if resident.fits(x, weight) else []
+        found += [NARROW] if weight.shape[0] == kernel.NARROW.channels and kernel.fits(x, weight, kernel.NARROW) else []
     return found
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, how: int) -> Tensor:
     if not has_kernel(x):
         return reference(x, weight, bias, residual, relu)
-    from owl_wms.ops.conv3x3 import kernel
+    from owl_wms.ops.conv3x3 import kernel, resident
 
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
-    if how >= 0:
-        return kernel.launch(x, weight, bias, residual, relu, kernel.TILES[how])
+    if how == NARROW:
+        return kernel.launch(x, weight, bias, residual, relu, kernel.NARROW)
+    if how == RESIDENT:
+        return resident.launch(x, weight, bias, residual, relu)
     image, taps = x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2)
     if how == LIBRARY_FUSED and relu and residual is None:
         fused = cudnn.convolution_relu(image, taps, None if bias is None else bias.to(x.dtype))

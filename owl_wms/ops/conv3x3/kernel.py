@@ -1,12 +1,11 @@
-"""Triton kernels behind `conv3x3`: an implicit matrix product with the epilogue inside, and that epilogue alone.
+"""Triton kernels behind `conv3x3`: a product for few output channels with the epilogue inside, and that epilogue alone.
 
 Why it exists: the tensor copy engine fetches a shifted rectangle of an NHWC image, zeros past the border included, as
 one tile of a matrix product. So a 3x3 convolution is a product over 9 C with nothing unrolled in memory, and bias,
-ReLU and residual are applied to the fp32 sums where the library would need another pass over the largest tensors of
-the decoder.
+ReLU and residual are applied to the fp32 sums. For many channels kernel.cu does better.
 
 Usage:
-    y = launch(x, weight, bias, residual, True, TILES[0])     # CUDA, 16-bit, `fits(x, weight, TILES[0])`
+    y = launch(x, weight, bias, residual, True, NARROW)     # CUDA, 16-bit, `fits(x, weight, NARROW)`
     finish_(y, bias, residual, False)                         # y += bias + residual, in place
 """
 
@@ -31,11 +30,7 @@ class Tile:
     stages: int
 
 
-# The widest tile Hopper's registers hold, with deeper and shallower prefetch, and one of which two share a
-# multiprocessor, so that one stores while the other computes.
-# The last is for the output convolution alone.
-TILES = (Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 3), Tile(128, 16, 64, 4, 4))
-NARROW = 16
+NARROW = Tile(128, 16, 64, 4, 4)  # the output convolution's
 GROUP = 16
 
 

@@ -19,17 +19,15 @@ from owl_wms.ops.register import define, has_kernel
 __all__ = ["depthwise_gate", "kernel_of", "pack", "reference"]
 
 ROWS = 4
-SPAN = 32
+SPANS = (64, 32)  # columns that a thread walks: the longer, which reads less twice, where that leaves enough threads
+ENOUGH_THREADS = 1 << 16
 BLOCK = 128
 
 
-def kernel_of(dtype: torch.dtype) -> Kernel:
-    """The variant for an element type."""
-    return Kernel(
-        "depthwise_gate",
-        "depthwise_gate",
-        (f"ROWS={ROWS}", f"SPAN={SPAN}", *(("FP16",) if dtype == torch.float16 else ())),
-    )
+def kernel_of(dtype: torch.dtype, channels: int, width: int, span: int) -> Kernel:
+    """The variant for an element type, channels of the result, the width of an image and the columns of a thread."""
+    defines = (f"ROWS={ROWS}", f"SPAN={span}", f"CHANNELS={channels}", f"WIDTH={width}")
+    return Kernel("depthwise_gate", "depthwise_gate", (*defines, *(("FP16",) if dtype == torch.float16 else ())))
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -38,12 +36,15 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x = x.contiguous()
     batch, height, width, channels = x.shape
     out = x.new_empty(batch, height, width, channels // 2)
-    threads = batch * -(-height // ROWS) * -(-width // SPAN) * (channels // 4)
-    kernel_of(x.dtype).launch(
+    for span in SPANS:
+        threads = batch * -(-height // ROWS) * -(-width // span) * (channels // 4)
+        if threads >= ENOUGH_THREADS:
+            break
+    kernel_of(x.dtype, channels // 2, width, span).launch(
         x.device,
         grid=-(-threads // BLOCK),
         block=BLOCK,
-        arguments=(out, x, weight, bias, batch, height, width, channels // 2),
+        arguments=(out, x, weight, bias, batch, height),
     )
     return out
 

@@ -59,14 +59,7 @@ DEVICE Tile tile_at(const Work& w, int index) {
     return t;
 }
 
-// Position in a ring.
-template <int SLOTS> struct Place {
-    int slot;
-    u32 parity;
-    DEVICE void next() {
-        if (++slot == SLOTS) slot = 0, parity ^= 1;
-    }
-};
+// Positions in them.
 typedef Place<X_SLOTS> XPlace;
 typedef Place<OUT_SLOTS> OutPlace;
 

@@ -1,0 +1,250 @@
+// Dense 3x3 convolution, NHWC, padding 1: out = relu(conv(x) + bias) + residual, each of the three optional.
+//
+// A tile is 16 x 16 pixels by 128 channels; two warpgroups multiply, 8 x 16 pixels each, as two products of 8 x 8 pixels by
+// 128 channels whose sums stay in registers. Of 64 input channels at a time the 18 x 18 pixels around the tile are copied to
+// shared memory once, and the nine taps read them there: an operand of wgmma is eight groups of eight rows any distance
+// apart, here eight pixels of eight image rows, and may start at any row of the swizzled box, since the swizzle goes by
+// address. So a tap asks the L2 for 21 KB, 16 of them weights, where a product of the same size that fetches both operands
+// for every tap asks for 48. Hopper's clock follows its power, and what is not fetched is power.
+//
+// One thread of a third warpgroup fetches everything, in the order in which it is wanted: pixels of the next 64 channels and
+// the residual piece by piece between the taps' weights. Two more threads store results, one for each half. Blocks walk over
+// tiles; the rings fill for the next tile while results of this one are finished.
+//
+// BIAS, RELU, RESIDUAL: what follows the sums. FP16: element type.
+#define COLUMNS 128  // channels of a tile
+#define DEPTH 64     // input channels at a time: 128 bytes, a row of the operand
+#define X_PITCH (18 * 128)
+#define X_BYTES (18 * X_PITCH)
+#define X_PIECES 3  // of six rows of pixels
+#define W_BYTES (COLUMNS * 128)
+#define PARTS (COLUMNS / 64)
+#define PART_BYTES (128 * 128)  // 8 x 16 pixels, 64 channels
+#define OUT_BYTES (PARTS * PART_BYTES)
+#define X_SLOTS 2
+#define W_SLOTS 4
+#define WARPS 8  // that multiply
+
+struct Layout {
+    u32 x, w, out, full_x, empty_x, full_w, empty_w, room, ready, done;
+};
+
+struct Work {
+    int down, across, column_tiles, tiles, chunks, first, stride;
+};
+struct Tile {
+    int image, y, x, n;
+};
+
+// Channel tiles of the same pixels run together.
+DEVICE Tile tile_at(const Work& w, int index) {
+    Tile t;
+    int pixels = (u32)index / (u32)w.column_tiles;
+    t.n = (index - pixels * w.column_tiles) * COLUMNS;
+    int row = (u32)pixels / (u32)w.across;
+    t.x = (pixels - row * w.across) * 16;
+    t.image = (u32)row / (u32)w.down;
+    t.y = (row - t.image * w.down) * 16;
+    return t;
+}
+
+// Pixels come after the taps that may have to wait for their slot: it is free once the first tap has been multiplied.
+#if 9 - X_PIECES < W_SLOTS + 1
+#error "weights would wait for pixels"
+#endif
+
+struct Maps {
+    const TensorMap &x, &weight, &out, &residual;
+};
+
+// Pixels, 64 channels after 64; runs ahead of the weights.
+struct Pixels {
+    Place<X_SLOTS> p;
+    Tile t;
+    int index, chunk;
+
+    DEVICE Pixels(const Work& w) : p{0, 1}, t(tile_at(w, w.first)), index(w.first), chunk(0) {}
+    DEVICE void load_piece(const Work& w, const Layout& at, const TensorMap& map, int i) {
+        if (index >= w.tiles) return;
+        u32 full = at.full_x + p.slot * 8;
+        if (i == 0) {
+            barrier_wait(at.empty_x + p.slot * 8, p.parity);
+            barrier_expect(full, X_BYTES);
+        }
+        copy_box(at.x + p.slot * X_BYTES + 6 * i * X_PITCH, map, full, chunk * DEPTH, t.x - 1, t.y - 1 + 6 * i, t.image);
+        if (i < X_PIECES - 1) return;
+        p.next();
+        if (++chunk == w.chunks) {
+            chunk = 0, index += w.stride;
+            if (index < w.tiles) t = tile_at(w, index);
+        }
+    }
+};
+
+// Piece i of a tile's residual: 64 channels of one half, into the place of its results.
+DEVICE void load_residual(const Layout& at, const TensorMap& map, const Tile& t, int i, u32 parity) {
+    int g = i & 1, part = i >> 1;
+    if (part == 0) {
+        barrier_wait(at.room + g * 8, parity);
+        barrier_expect(at.ready + g * 8, OUT_BYTES);
+    }
+    copy_box(at.out + g * OUT_BYTES + part * PART_BYTES, map, at.ready + g * 8, t.n + part * 64, t.x, t.y + 8 * g, t.image);
+}
+
+DEVICE void load(const Work& w, const Layout& at, const Maps& maps) {
+    Place<W_SLOTS> p{0, 1};
+    Pixels pixels(w);
+    for (int i = 0; i < X_PIECES; ++i) pixels.load_piece(w, at, maps.x, i);
+    // The place of results is free some taps into the next tile; by the last taps the residual should be there.
+    int begin = w.chunks > 1 ? 9 : 1, step = w.chunks > 2 ? 3 : 1;
+    u32 parity = 0;
+    for (int index = w.first; index < w.tiles; index += w.stride, parity ^= 1) {
+        Tile t = tile_at(w, index);
+        int count = 0, next = begin, piece = 0;
+        for (int chunk = 0; chunk < w.chunks; ++chunk)
+#pragma unroll 1
+            for (int tap = 0; tap < 9; ++tap, ++count) {
+                u32 full = at.full_w + p.slot * 8;
+                barrier_wait(at.empty_w + p.slot * 8, p.parity);
+                barrier_expect(full, W_BYTES);
+                copy_box(at.w + p.slot * W_BYTES, maps.weight, full, (tap * w.chunks + chunk) * DEPTH, t.n);
+                p.next();
+                if (tap >= 9 - X_PIECES) pixels.load_piece(w, at, maps.x, tap - (9 - X_PIECES));
+                if (RESIDUAL && count == next && piece < 2 * PARTS) {
+                    load_residual(at, maps.residual, t, piece, parity);
+                    ++piece, next += step;
+                }
+            }
+    }
+}
+
+// Half g of every tile, once its results are there.
+DEVICE void store_results(const Work& w, const Layout& at, const TensorMap& map, int g) {
+    u32 place = at.out + g * OUT_BYTES, room = (RESIDUAL ? at.room : at.ready) + g * 8, parity = 0;
+    barrier_arrive(room);
+    for (int index = w.first; index < w.tiles; index += w.stride, parity ^= 1) {
+        Tile t = tile_at(w, index);
+        barrier_wait(at.done + g * 8, parity);
+#pragma unroll 1
+        for (int i = 0; i < PARTS; ++i) {
+            store_box(map, place + i * PART_BYTES, t.n + i * 64, t.x, t.y + 8 * g, t.image);
+            store_commit();
+            stores_have_read();  // one after the other: weights pass between
+        }
+        barrier_arrive(room);
+    }
+    stores_wait();
+}
+
+DEVICE float after(float sum, float bias) {
+    float y = BIAS ? sum + bias : sum;
+    return RELU ? fmaxf(y, 0.f) : y;
+}
+
+// Sums of 8 x 8 pixels, the left or the right of a half, to results. Warp w has rows 2 w and 2 w + 1 of the pixels; lane
+// 8 m + r gives the address of pixel r of block m: the two rows' pixels for eight channels, then for the next eight.
+DEVICE void finish(const float (&d)[64], const float* bias, u32 place, int right, int warp, int lane) {
+    int row = (2 * warp + (lane >> 3 & 1)) * 16 + 8 * right + (lane & 7);
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            u32 address = place + i * PART_BYTES + swizzled(row, 2 * j + (lane >> 4));
+            u32 word[4], old[4];
+            if (RESIDUAL) load_matrix(old, address);
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int n = 8 * i + 2 * j + k;
+                float2 b = {0, 0};
+                if (BIAS) b = __ldg((const float2*)(bias + 8 * n) + (lane & 3));
+                float v[4] = {after(d[4 * n], b.x), after(d[4 * n + 1], b.y), after(d[4 * n + 2], b.x), after(d[4 * n + 3], b.y)};
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    if (RESIDUAL) v[2 * h] += low_float(old[2 * k + h]), v[2 * h + 1] += high_float(old[2 * k + h]);
+                    word[2 * k + h] = pack(v[2 * h], v[2 * h + 1]);
+                }
+            }
+            store_matrix(address, word[0], word[1], word[2], word[3]);
+        }
+}
+
+// `matrix_descriptor` with groups of eight rows one row of pixels apart.
+DEVICE u64 pixel_descriptor(u32 address) { return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(X_PITCH / 16) << 32 | (u64)1 << 62; }
+
+DEVICE void multiply(const Work& w, const Layout& at, const float* bias, int g, int warp, int lane) {
+    Place<X_SLOTS> x{0, 0};
+    Place<W_SLOTS> p{0, 0};
+    float left[64], right[64];
+    u32 parity = 0;
+    for (int index = w.first; index < w.tiles; index += w.stride) {
+        int before = -1;  // slot of weights whose products are not known to be over
+#pragma unroll 1
+        for (int c = 0; c < w.chunks; ++c) {
+            barrier_wait(at.full_x + x.slot * 8, x.parity);
+            u32 pixels = at.x + x.slot * X_BYTES + g * 8 * X_PITCH;
+#pragma unroll
+            for (int tap = 0; tap < 9; ++tap) {
+                u64 a = pixel_descriptor(pixels + tap / 3 * X_PITCH + tap % 3 * 128), b = matrix_descriptor(at.w + p.slot * W_BYTES);
+                barrier_wait(at.full_w + p.slot * 8, p.parity);
+                product_begin();
+#pragma unroll
+                for (int k = 0; k < DEPTH / 16; ++k) {
+                    bool add = c > 0 || tap > 0 || k > 0;
+                    product<128>(left, a + 2 * k, b + 2 * k, add);
+                    product<128>(right, a + 8 * 128 / 16 + 2 * k, b + 2 * k, add);
+                }
+                product_commit();
+                products_left<1>();
+                if (before >= 0 && lane == 0) barrier_arrive(at.empty_w + before * 8);
+                if (tap == 0 && c > 0 && lane == 0) barrier_arrive(at.empty_x + (x.slot ^ 1) * 8);
+                before = p.slot;
+                p.next();
+            }
+            x.next();
+        }
+        product_wait(left), product_wait(right);
+        if (lane == 0) barrier_arrive(at.empty_w + before * 8), barrier_arrive(at.empty_x + (x.slot ^ 1) * 8);
+        barrier_wait(at.ready + g * 8, parity);
+        const float* first = bias + tile_at(w, index).n;
+        finish(left, first, at.out + g * OUT_BYTES, 0, warp, lane);
+        finish(right, first, at.out + g * OUT_BYTES, 1, warp, lane);
+        async_fence();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(at.done + g * 8);
+        parity ^= 1;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+conv3x3(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap out,
+        const __grid_constant__ TensorMap residual, const float* bias, int down, int across, int column_tiles, int tiles, int chunks) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    Layout at;
+    at.x = shared_address(memory);
+    at.w = at.x + X_SLOTS * X_BYTES, at.out = at.w + W_SLOTS * W_BYTES;
+    at.full_x = at.out + 2 * OUT_BYTES, at.empty_x = at.full_x + X_SLOTS * 8;
+    at.full_w = at.empty_x + X_SLOTS * 8, at.empty_w = at.full_w + W_SLOTS * 8;
+    at.room = at.empty_w + W_SLOTS * 8, at.ready = at.room + 2 * 8, at.done = at.ready + 2 * 8;
+    if (at.x & 1023) trap();  // the swizzle goes by address bits
+    Work w = {down, across, column_tiles, tiles, chunks, (int)blockIdx.x, (int)gridDim.x};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < X_SLOTS; ++i) barrier_init(at.full_x + i * 8, 1), barrier_init(at.empty_x + i * 8, WARPS);
+        for (int i = 0; i < W_SLOTS; ++i) barrier_init(at.full_w + i * 8, 1), barrier_init(at.empty_w + i * 8, WARPS);
+        for (int i = 0; i < 2; ++i)
+            barrier_init(at.room + i * 8, 1), barrier_init(at.ready + i * 8, 1), barrier_init(at.done + i * 8, WARPS / 2);
+        async_fence();
+        fetch_map(x), fetch_map(weight), fetch_map(out);
+    }
+    __syncthreads();
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    if (warp < 4) {
+        fewer_registers<40>();
+        if (lane == 0) {
+            if (warp == 0) load(w, at, {x, weight, out, residual});
+            else if (warp < 3) store_results(w, at, out, warp - 1);
+        }
+    } else {
+        more_registers<232>();
+        multiply(w, at, bias, (warp >> 2) - 1, warp & 3, lane);
+    }
+}

@@ -1,0 +1,72 @@
+"""The CUDA kernel behind `conv3x3`: pixels stay in shared memory for all nine taps (kernel.cu says how).
+
+Why CUDA C++: a product's operand that starts anywhere in a box of pixels is what Triton cannot say.
+
+Usage:
+    if fits(x, weight):
+        y = launch(x, weight, bias, residual, relu=True)      # sm_90, 16-bit
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from owl_wms.ops.enlarging import processors
+from owl_wms.ops.nvrtc import Kernel
+from owl_wms.ops.register import aligned
+from owl_wms.ops.tensor_maps import tensor_map
+
+HEADERS = ("hopper.cuh", "tensor_copies.cuh")
+THREADS = 384
+# As in kernel.cu: a tile, the pieces that are copied of it, and its rings in shared memory.
+ROWS, WIDTH, COLUMNS, DEPTH = 16, 16, 128, 64
+X_PIECE, PIECE = (1, 6, WIDTH + 2, DEPTH), (1, ROWS // 2, WIDTH, DEPTH)
+X_SLOTS, W_SLOTS = 2, 4
+SHARED_BYTES = (
+    X_SLOTS * (ROWS + 2) * (WIDTH + 2) * 128
+    + W_SLOTS * COLUMNS * 128
+    + ROWS * WIDTH * COLUMNS * 2
+    + 8 * (2 * X_SLOTS + 2 * W_SLOTS + 3 * 2)
+)
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether tiles divide `x [B, H, W, C]` and the channels of `weight [O, 3, 3, C]`."""
+    height, width, channels = x.shape[1:]
+    return height % ROWS == 0 and width % WIDTH == 0 and channels % DEPTH == 0 and weight.shape[0] % COLUMNS == 0
+
+
+def kernel_of(dtype: torch.dtype, bias: bool, relu: bool, residual: bool) -> Kernel:
+    """The variant for what follows the sums."""
+    defines: tuple[str, ...] = (f"BIAS={bias:d}", f"RELU={relu:d}", f"RESIDUAL={residual:d}")
+    defines += ("FP16",) if dtype == torch.float16 else ()
+    return Kernel("conv3x3", "conv3x3", defines, SHARED_BYTES, HEADERS, "a")
+
+
+def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+    """The convolution of contiguous `x [B, H, W, C]`; weight `[O, 3, 3, C]`, bias `[O]` fp32, residual like the result.
+
+    Raises:
+        KernelError: compilation, loading or launching failed.
+    """
+    x, weight = aligned(x), aligned(weight)
+    batch, height, width, channels = x.shape
+    out_channels = weight.shape[0]
+    out = x.new_empty(batch, height, width, out_channels)
+    across, column_tiles = width // WIDTH, out_channels // COLUMNS
+    tiles = batch * (height // ROWS) * across * column_tiles
+    kernel_of(x.dtype, bias is not None, relu, residual is not None).launch(
+        x.device,
+        grid=min(tiles, processors(x.device)),
+        block=THREADS,
+        arguments=(
+            tensor_map(x, X_PIECE),
+            tensor_map(weight.view(out_channels, 9 * channels), (COLUMNS, DEPTH)),
+            tensor_map(out, PIECE),
+            tensor_map(out if residual is None else aligned(residual), PIECE),
+            None if bias is None else aligned(bias.float()),
+            height // ROWS, across, column_tiles, tiles, channels // DEPTH,
+        ),
+    )  # fmt: skip
+    return out
