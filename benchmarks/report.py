@@ -1,9 +1,9 @@
-"""Results as Markdown: the report beside each JSON document and README's first table; no figure is typed by hand.
+"""Results as Markdown: the report beside each JSON document and README's first tables; no figure is typed by hand.
 
 Usage:
-    python -m benchmarks.report results/decoder_h100_202611.json      # writes the .md and README's table
-    python -m benchmarks.report --check results/decoder_h100_202611.json
-    python -m benchmarks.report results/decoder_h100_202611.json --merge first.json second.json   # made side by side
+    python -m benchmarks.report results/decoder_h200_202611.json      # writes the .md and README's tables
+    python -m benchmarks.report --check results/decoder_h200_202611.json
+    python -m benchmarks.report results/decoder_h200_202611.json --merge first.json second.json   # made side by side
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def report(result: dict[str, Any]) -> str:
 
 
 def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One document out of runs of one theme and kind of machine, each of which had a card to itself.
+    """One document out of runs of one theme and kind of machine, each of which had a card to itself; a document made here
+    may take further runs.
 
     Raises:
         ValueError: the runs do not belong together.
@@ -124,14 +125,35 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     parts = []
     for result in results:
         panels = dict.fromkeys(f"{row['decoder']} at batch {row['batch']}" for row in result["rows"])
-        parts.append({"ceilings": result["ceilings"], "commit": result["commit"], "decoders": list(panels)})
-    commits = dict.fromkeys(result["commit"] for result in results)
+        own = {"ceilings": result["ceilings"], "commit": result["commit"], "decoders": list(panels)}
+        parts += result.get("parts", [own])
+    commits = dict.fromkeys(part["commit"] for part in parts)
     rows = [row for result in results for row in result["rows"]]
     return {**results[0], "commit": ", ".join(commits), "rows": rows, "parts": parts}
 
 
-def readme_table(result: dict[str, Any]) -> str:
-    """README's first table: batch 8, the best of ours a decoder beside eager and the best compiled PyTorch."""
+def readme_tables(result: dict[str, Any]) -> str:
+    """README's first tables: batch 8 beside eager and the best compiled PyTorch, and ours at every batch."""
+    return f"{_batch_8(result)}\n\n{_batches(result)}"
+
+
+def _batches(result: dict[str, Any]) -> str:
+    ours = [row for row in result["rows"] if row["candidate"].startswith("ours") and "median_ms" in row["figures"]]
+    batches = sorted({row["batch"] for row in ours}, reverse=True)
+    lines = [
+        "| ours, × over `torch.compile` | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
+        "|---" * (1 + len(batches)) + "|",
+    ]
+    for key in dict.fromkeys((row["decoder"], row["candidate"].removeprefix("ours ")) for row in ours):
+        found = {r["batch"]: r["figures"] for r in ours if (r["decoder"], r["candidate"].removeprefix("ours ")) == key}
+        cells = [
+            f"{found[b]['median_ms']:.2f} ms, {found[b]['over_compiled']:.2f}×" if b in found else "–" for b in batches
+        ]
+        lines.append(f"| {', '.join(key)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _batch_8(result: dict[str, Any]) -> str:
     lines = [
         "| decoder, batch 8 | eager | `torch.compile` | ours | over eager | over compiled | error: eager → ours |",
         "|---|---|---|---|---|---|---|",
@@ -165,7 +187,7 @@ def with_table(readme: str, table: str) -> str:
 
 
 def main() -> None:
-    """Write (or with --check compare) the report and README's table."""
+    """Write (or with --check compare) the report and README's tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
     parser.add_argument("--check", action="store_true")
@@ -177,7 +199,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     wanted = {
         args.result.with_suffix(".md"): report(result),
-        readme: with_table(readme.read_text(encoding="utf-8"), readme_table(result)),
+        readme: with_table(readme.read_text(encoding="utf-8"), readme_tables(result)),
     }
     for path, text in wanted.items():
         if args.check and path.read_text(encoding="utf-8") != text:

@@ -52,6 +52,9 @@ def test_runs_side_by_side_become_one_document() -> None:
     merged = report.merge([result("aaa", "dist"), result("bbb", "base")])
     assert merged["commit"] == "aaa, bbb"
     assert [row["decoder"] for row in merged["rows"]] == ["dist", "dist", "base", "base"]
+    later = report.merge([merged, result("aaa", "sana")])
+    assert later["parts"] == [*merged["parts"], {**later["parts"][0], "decoders": ["sana at batch 8"]}]
+    assert later["commit"] == "aaa, bbb"
     text = report.report(merged)
     assert "copy 3.00 TB/s (dist at batch 8); " in text
     assert "| ours fp8 | refused: PSNR is low |" in text

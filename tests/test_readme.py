@@ -17,12 +17,12 @@ from owl_wms.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULT = ROOT / "benchmarks" / "results" / "decoder_h100_202611.json"
+RESULT = ROOT / "benchmarks" / "results" / "decoder_h200_202611.json"
 
 
 def test_table_and_report_are_made_from_the_result() -> None:
     result = json.loads(RESULT.read_text(encoding="utf-8"))
-    assert report.with_table(README, report.readme_table(result)) == README
+    assert report.with_table(README, report.readme_tables(result)) == README
     assert RESULT.with_suffix(".md").read_text(encoding="utf-8") == report.report(result)
 
 
