@@ -11,6 +11,7 @@ only after its parity check: relative L2 error against the same function in fp32
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from benchmarks.harness import (
     require_gpu,
 )
 from benchmarks.ops8 import code_cases
+from benchmarks.ops_sana import sana_cases
 from benchmarks.report import write_markdown
 from owl_wms.env import describe_machine
 from owl_wms.ops import conv_out, grouped_conv, resize, stage_tail, up_residual
@@ -194,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(machine_line(describe_machine(), ceilings))
     table = Table(*TITLES, title="ops, bf16 and codes")
     rows = []
-    for case in (*cases(options.batch, dtype), *code_cases(options.batch, "cuda")):
+    batch = options.batch
+    for case in itertools.chain(cases(batch, dtype), code_cases(batch, "cuda"), sana_cases(batch, "cuda", dtype)):
         error, limit = error_of(case), case.limit or ERROR_LIMIT[dtype]
         if not error < limit:
             console.print(f"{case.name}: error {error:.1e} is over {limit:.0e}; not timed")

@@ -115,8 +115,8 @@ def report(result: dict[str, Any]) -> str:
 
 
 def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One document out of runs of one theme and kind of machine, each of which had a card to itself; a document made here
-    may take further runs.
+    """One document out of runs of one theme and kind of machine, each of which had a card to itself; a document made
+    here may take further runs.
 
     Raises:
         ValueError: the runs do not belong together.

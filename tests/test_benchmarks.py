@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import baselines, decoder, kernels, ops, ops8, plot, report, sana_parts, trt_matrix
+from benchmarks import baselines, decoder, kernels, ops, ops8, ops_sana, plot, report, sana_parts, trt_matrix
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 RENDERED = {"decoder": report.report, "kernels": kernels.render, "ops": ops.render, "trt_matrix": trt_matrix.render}
@@ -78,6 +79,19 @@ def test_cases_of_8_bit_ops_run_and_agree_with_themselves() -> None:
         out = case.run(*case.make(2))
         assert out is not None
         assert 3 < out.float().abs().mean() < 100, f"{case.name}: codes say little"
+
+
+def test_cases_of_sana_run_and_are_what_they_say() -> None:
+    found = list(ops_sana.sana_cases(2, "cpu", torch.float32, ((4, 8, 16, False), (6, 8, 8, True)), ((4, 8),)))
+    assert len({case.name for case in found}) == len(found) == 7
+    for case in found:
+        assert ops.error_of(case) < 1e-6, case.name
+        values = case.make(2)
+        out = case.run(*values)
+        assert out is not None
+        tensors = [out, *(value for value in values if isinstance(value, torch.Tensor) and value.dim() == 4)]
+        moved = sum(2 * tensor.numel() for tensor in tensors)  # of 16-bit elements
+        assert case.bytes_moved == pytest.approx(moved, rel=0.2), case.name
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.md")), ids=lambda path: path.stem)
