@@ -46,7 +46,7 @@ def play(
         list[str] | None, typer.Option(help="Address of a proxy in front, such as https://play.example.org; repeats.")
     ] = None,
     token: Annotated[str | None, typer.Option(help="Part of the address; random if left out.")] = None,
-    max_clients: Annotated[int, typer.Option(min=1, help="Players at once, each with a model of its own.")] = 1,
+    max_clients: Annotated[int, typer.Option(min=1, help="Players at once; they share the model.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
     tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
@@ -110,34 +110,39 @@ def _own_rate(config: Path | None) -> float:
 
 
 def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, open_page: bool) -> None:
-    """Load a source for every player, then listen until interrupted."""
+    """Take the port, load a source for every player, then listen until interrupted."""
     import asyncio
 
     from aiohttp import web
 
-    from owl_wms.errors import ConfigError
+    from owl_wms.inference import listen
     from owl_wms.inference.server import make_app, page_address
 
-    # Loaded before the address is shown: what is wrong with files is said here, not in the browser. All of them: one
-    # thread loads and plays, so that a load would stop whoever plays already.
-    with console.status("loading"):
-        ready = [new_source() for _ in range(settings.max_clients)]
+    sockets = listen.bind(settings.host, settings.port)
+    # Loaded before the address is shown: what is wrong with files is said here, not in the browser. One for every
+    # player: one thread prepares and plays, so that a beginning made later would stop whoever plays already.
+    try:
+        with console.status("loading"):
+            first = new_source()
+            ready = [first, *(first.twin(number) for number in range(1, settings.max_clients))]
+    except BaseException:
+        listen.close(sockets)
+        raise
 
     async def run() -> None:
-        app = make_app(lambda: ready.pop() if ready else new_source(), settings)
+        app = make_app(lambda: ready.pop(0) if ready else new_source(), settings)
         # aiohttp's own signal handling ends the event loop, which cuts players off before they are told why.
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=3)  # a log would hold the token
         await runner.setup()
-        site = web.TCPSite(runner, settings.host, settings.port)
         try:
-            await site.start()
-        except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
+            for bound in sockets:
+                await web.SockSite(runner, bound).start()
+        except OSError as error:  # two servers may take a port as long as neither listens
             await runner.cleanup()
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {reason}", key="port") from error
+            raise listen.cannot_listen(settings.host, settings.port, error) from error
         address = page_address(settings, runner.addresses[0][1])
         console.print(f"play at {address}", highlight=False, soft_wrap=True)
         console.print("Ctrl-C stops.", highlight=False)
@@ -150,5 +155,8 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
         finally:
             await runner.cleanup()
 
-    asyncio.run(run())
+    try:
+        asyncio.run(run())
+    finally:
+        listen.close(sockets)
     console.print("stopped", highlight=False)

@@ -66,6 +66,10 @@ class InteractivePipeline:
         seed: int = 0,
         bgr: bool = False,
     ) -> None:
+        self._numbers: dict[str, Any] = {
+            "image_scale": image_scale, "schedule": schedule, "cfg_scale": cfg_scale, "noise_prev": noise_prev,
+            "max_window": max_window, "bgr": bgr,
+        }  # fmt: skip
         if not core.config.causal:
             raise ConfigError("playing needs a causal model", key="model.causal")
         if not contexts:
@@ -80,7 +84,7 @@ class InteractivePipeline:
         window = min(core.config.n_frames, DEFAULT_WINDOW) if max_window is None else max_window
         self._cache = KVCache(core.config, max_window=window)
         self._schedule = None if schedule is None else custom_deltas(schedule)
-        self._steps = steps
+        self._steps, self._seed = steps, seed
         self._random = torch.Generator(self.device).manual_seed(seed)
         self._choice = torch.Generator().manual_seed(seed)
         self._host: Tensor | None = None
@@ -148,6 +152,16 @@ class InteractivePipeline:
         if self._host is None or self._host.shape != image.shape:
             self._host = torch.empty(image.shape, dtype=image.dtype, pin_memory=True)
         return self._host.copy_(image, non_blocking=True)
+
+    def twin(self, number: int) -> InteractivePipeline:
+        """Another player's pipeline: model, decoder and beginnings are shared, history and noise are its own.
+
+        Args:
+            number: added to the seed. Frames of twins must not be made by two threads at once.
+        """
+        return InteractivePipeline(
+            self._core, self._decode, self._contexts, steps=self._steps, seed=self._seed + number, **self._numbers
+        )
 
     def change_steps(self, by: int) -> int:
         """More or fewer Euler steps, kept in 1 to 20; a custom schedule stays as it is."""

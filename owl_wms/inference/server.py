@@ -32,6 +32,7 @@ from owl_wms.inference.source import Source
 _LOG = logging.getLogger("owl_wms.inference")
 PAGE = {"": ("play.html", "text/html"), "play.js": ("play.js", "text/javascript"), "play.css": ("play.css", "text/css")}
 GOODBYE_SECONDS = 2
+HEARTBEAT_SECONDS = 8  # a player who vanished holds the place for one and a half of these
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -131,7 +132,7 @@ class PlayServer:
     async def _play(self, request: web.Request) -> web.StreamResponse:
         if not self._same_origin(request):
             return web.Response(status=403, text="this Origin may not connect\n")
-        socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, heartbeat=15, compress=False)
+        socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, heartbeat=HEARTBEAT_SECONDS, compress=False)
         await socket.prepare(request)
         if len(self._sockets) >= self._settings.max_clients:
             reason = f"somebody is playing: this server takes {self._settings.max_clients} at a time"

@@ -51,6 +51,9 @@ class Source(Protocol):
     def change_steps(self, by: int) -> int:
         """More or fewer sampling steps; returns how many there are now (0 where there are none)."""
 
+    def twin(self, number: int) -> Source:
+        """Another player's source, the `number`-th (from 1): what is large is shared, what is played is its own."""
+
     def describe(self) -> dict[str, Any]:
         """What runs, as JSON: `source`, `backend`, `reason`, `steps`, `width`, `height`."""
 
@@ -120,6 +123,19 @@ class GameSource:
         self._seed += 1
         self._index = 0
         self._world = self._enter()
+
+    def twin(self, number: int) -> GameSource:
+        """Another world behind the same autoencoder; see `Source`."""
+        height, width = self._size
+        return GameSource(
+            self._seed + number,
+            repeat=self._repeat,
+            height=height,
+            width=width,
+            encode=self._encode,
+            decode=self._decode,
+            device=self._device,
+        )
 
     def change_steps(self, by: int) -> int:
         """The game has none."""

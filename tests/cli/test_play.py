@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -114,14 +116,68 @@ def test_bad_calls_end_in_one_line(arguments: list[str], message: str, capsys: p
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_a_source_for_every_player_is_loaded_before_anybody_plays() -> None:
-    """One thread loads and plays: what it loads later stops the players who are there."""
-    made: list[object] = []
+class Loaded:
+    """Counts what is made of it."""
+
+    def __init__(self) -> None:
+        self.twins: list[int] = []
+
+    def twin(self, number: int) -> Loaded:
+        self.twins.append(number)
+        return self
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded() -> None:
+    made: list[Loaded] = []
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        settings = ServerSettings(port=taken.getsockname()[1], max_clients=3)
+        settings = ServerSettings(port=taken.getsockname()[1])
         with pytest.raises(ConfigError, match=r"cannot listen on .* in use"):
-            serve(lambda: made.append(object()), settings, Console(stderr=True), open_page=False)
-    assert len(made) == 3
+            serve(lambda: made.append(Loaded()), settings, Console(stderr=True), open_page=False)
+    assert made == []
+
+
+def test_one_model_is_loaded_and_every_player_has_a_twin_before_anybody_plays() -> None:
+    """One thread prepares and plays: what it prepared later would stop the players who are there."""
+    made: list[Loaded] = []
+
+    def new_source() -> Loaded:
+        with pytest.raises(ConnectionRefusedError):  # ours already, but nobody is served by half a model
+            socket.create_connection(("127.0.0.1", settings.port), timeout=5).close()
+        made.append(Loaded())
+        return made[-1]
+
+    def stop_once_it_listens() -> None:
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", settings.port), timeout=5).close()
+                break
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            settings = ServerSettings(port=free.getsockname()[1], max_clients=3)
+        threading.Thread(target=stop_once_it_listens).start()
+        serve(new_source, settings, Console(stderr=True), open_page=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [source.twins for source in made] == [[1, 2]]
+    with socket.create_server(("127.0.0.1", settings.port)):
+        pass  # given back
+
+
+def test_the_port_is_given_back_when_loading_fails() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        settings = ServerSettings(port=free.getsockname()[1])
+
+    def new_source() -> Loaded:
+        raise ConfigError("no such model")
+
+    with pytest.raises(ConfigError, match="no such model"):
+        serve(new_source, settings, Console(stderr=True), open_page=False)
+    with socket.socket() as plain:  # without SO_REUSEADDR
+        plain.bind(("127.0.0.1", settings.port))
 
 
 def test_a_proxy_in_front_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:

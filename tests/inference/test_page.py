@@ -70,6 +70,22 @@ def test_a_refused_player_reads_the_reason(tmp_path: Path) -> None:
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
+def test_a_refused_page_joins_once_the_place_is_free(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serve() as (client, address, made):
+            first = await connect(client, address)
+            await next_frame(first)
+            async with open_page(f"{address}/{TOKEN}/") as page:
+                await page.until("document.body.dataset.state === 'refused'")
+                assert "tries again" in await page.value("document.getElementById('hint').textContent")
+                await first.close()
+                await page.until("document.body && Number(document.body.dataset.frames) > 1")
+                assert await page.value("document.body.dataset.state") == "ready"
+            assert len(made) == 1
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
 def test_the_rendered_game_is_seen(tmp_path: Path) -> None:
     """The game itself through page, codec and network; the picture is real and turns when told to."""
 

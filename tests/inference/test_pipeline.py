@@ -180,6 +180,45 @@ def test_paths_of_a_configuration_are_found_from_anywhere(tmp_path: Path, monkey
     assert find_beside(None, tmp_path / "cfg.yml") is None
 
 
+def test_twins_share_a_model_and_nothing_of_what_is_played() -> None:
+    core, frames = tiny_core(), [torch.full((2,), value) for value in (0.1, -0.7, 0.4)]
+    x, _, mouse, btn = inputs(1, 3)
+    begin = Context(latents=x, mouse=mouse, buttons=btn)
+    options = {"image_scale": 0.5, "cfg_scale": 1.3, "noise_prev": 0.1, "max_window": 4, "steps": 2}
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return latents[:, :, :3].repeat(1, 1, 1, 4, 4)
+
+    def play(pipeline: InteractivePipeline, moves: list[torch.Tensor]) -> list[np.ndarray]:
+        return [pipeline(move, torch.zeros(11)).image for move in moves]
+
+    def alone(seed: int) -> list[np.ndarray]:
+        return play(InteractivePipeline(core, decode, [begin], seed=seed, **options), frames)
+
+    first = InteractivePipeline(core, decode, [begin], seed=5, **options)
+    second = first.twin(2)
+    assert second._core is core
+    taken: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for move in frames:  # in turns
+        for images, pipeline in zip(taken, (first, second), strict=True):
+            images += play(pipeline, [move])
+    for images, wanted in zip(taken, (alone(5), alone(7)), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(images, wanted, strict=True))
+    assert not np.array_equal(taken[0][0], taken[1][0])
+    second.change_steps(3)
+    assert (first.steps, second.steps) == (2, 5)
+
+
+def test_twins_of_the_game_are_in_worlds_of_their_own() -> None:
+    first = GameSource(5, height=36, width=64, encode=lambda x: x, decode=lambda z: z.clamp(-1, 1))
+    second = first.twin(1)
+    still = torch.zeros(2), torch.zeros(11)
+    images = [source(*still).image for source in (first, second, GameSource(6, height=36, width=64))]
+    assert images[1].shape == images[0].shape
+    assert not np.array_equal(images[0], images[1])
+    assert np.abs(images[1].astype(int) - images[2]).max() <= 1
+
+
 def test_from_pretrained_and_pipeline_from_files(tmp_path: Path) -> None:
     """A tiny model over the shipped demo autoencoder, from files to a frame, and the same through owl_wms itself."""
     changes = {"sample_size": 8, "tokens_per_frame": 64, "channels": 128, "n_layers": 1, "n_frames": 16}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from owl_wms.inference import session
+from owl_wms.inference import server, session
 from owl_wms.inference.source import Frame
 from tests.inference.serving import BarSource, connect, next_frame, serve
 from tests.inference.test_server import INPUT
@@ -25,6 +25,29 @@ class GatedSource(BarSource):
         self.gate.wait(30)
         self.inside = False
         return super().__call__(mouse, buttons)
+
+
+def test_a_player_who_vanished_gives_the_place_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEARTBEAT_SECONDS", 0.4)
+
+    async def test() -> None:
+        async with serve() as (client, address, _):
+            gone = await connect(client, address, autoping=False)  # answers no ping, as if its cable were pulled
+            await next_frame(gone)
+            refused = await connect(client, address)
+            assert (await refused.receive(timeout=5)).json()["type"] == "refused"
+            for _ in range(50):
+                await asyncio.sleep(0.1)
+                player = await connect(client, address)
+                if (await player.receive(timeout=5)).json()["type"] != "refused":
+                    break
+                await player.close()
+            else:
+                pytest.fail("the place was never given up")
+            await next_frame(player)
+            await player.close()
+
+    asyncio.run(asyncio.wait_for(test(), 30))
 
 
 def test_a_frame_that_waited_for_its_turn_hears_the_newest_controls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ const KEYS = {
 const POINTERS = { 0: "LMB", 2: "RMB" };
 const MOUSE_SCALE = 0.04; // one unit is a full frame's turn; 25 pixels in a frame reach it
 const SEND_MS = 1000 / 120;
+const RETRY_MS = 3000;
 
 const at = (id) => document.getElementById(id);
 const view = at("view");
@@ -60,6 +61,13 @@ async function untilVisible() {
   while (document.hidden) {
     await new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
   }
+}
+
+async function waitForTurn(reason) {
+  show("refused", "Not now", `${reason}. This page tries again by itself.`);
+  await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+  await untilVisible();
+  location.reload();
 }
 
 async function draw(buffer) {
@@ -121,7 +129,7 @@ socket.onmessage = (event) => {
   }
   const message = JSON.parse(event.data);
   if (message.type === "status") status(message);
-  else if (message.type === "refused") show("refused", "Not now", message.reason);
+  else if (message.type === "refused") waitForTurn(message.reason);
   else if (message.type === "error") show("closed", "The game ended", message.reason);
 };
 socket.onclose = (event) => {
