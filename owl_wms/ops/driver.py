@@ -27,6 +27,22 @@ def driver() -> ctypes.CDLL:
         raise KernelError(f"no NVIDIA driver: {error}") from error
 
 
+def ensure_context(index: int) -> None:
+    """Make the primary context of CUDA device `index` current in this thread unless some context is.
+
+    torch does so at a thread's first call of the CUDA runtime, which memory out of its cache does not need.
+
+    Raises:
+        KernelError: the driver refuses.
+    """
+    current, device = ctypes.c_void_p(), ctypes.c_int()
+    check_driver(driver().cuCtxGetCurrent(ctypes.byref(current)), "asking for a context")
+    if current.value is None:
+        check_driver(driver().cuDeviceGet(ctypes.byref(device), index), f"asking for device {index}")
+        check_driver(driver().cuDevicePrimaryCtxRetain(ctypes.byref(current), device), "taking a context")
+        check_driver(driver().cuCtxSetCurrent(current), "setting a context")
+
+
 def check_driver(status: int, doing: str) -> None:
     """Raises KernelError with the driver's words unless `status` is success."""
     if status:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops import images
-from owl_wms.ops.driver import KernelError, check_driver, driver
+from owl_wms.ops.driver import KernelError, check_driver, driver, ensure_context
 from owl_wms.ops.tensor_maps import TensorMap
 
 ROOT = Path(__file__).parent
@@ -86,6 +86,7 @@ class Kernel:
             places.append(ctypes.addressof(values[-1]))
         pointers = (ctypes.c_void_p * len(places))(*places)
         with torch.cuda.device(device):
+            ensure_context(torch.cuda.current_device())
             function = _function(self, torch.cuda.current_device())
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             status = driver().cuLaunchKernel(

@@ -11,12 +11,14 @@ Usage:
 from __future__ import annotations
 
 import ctypes
+import itertools
+import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from owl_wms.ops.driver import check_driver, driver
+from owl_wms.ops.driver import check_driver, driver, ensure_context
 
 BYTES, ALIGNMENT = 128, 64  # CU_TENSOR_MAP_NUM_QWORDS of cuda.h, and what it asks for
 FORMATS = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
@@ -57,8 +59,12 @@ def tensor_map(x: Tensor, box: tuple[int, ...]) -> TensorMap:
     rank = x.dim()
     # The driver counts dimensions from the innermost; its stride is not asked for.
     sizes = (ctypes.c_uint64 * rank)(*reversed(x.shape))
-    strides = (ctypes.c_uint64 * (rank - 1))(*(stride * x.element_size() for stride in reversed(x.stride()[:-1])))
+    # Out of the sizes: the stride of a dimension of size 1 may be anything.
+    steps_in_bytes = itertools.accumulate((x.shape[d] for d in range(rank - 1, 0, -1)), operator.mul)
+    strides = (ctypes.c_uint64 * (rank - 1))(*(step * x.element_size() for step in steps_in_bytes))
     sides, steps = (ctypes.c_uint32 * rank)(*reversed(box)), (ctypes.c_uint32 * rank)(*(1,) * rank)
+    if x.is_cuda:
+        ensure_context(torch.cuda.current_device() if x.device.index is None else x.device.index)
     status = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(address), FORMATS[x.dtype], rank, ctypes.c_void_p(x.data_ptr()), sizes, strides, sides, steps,
         NO_INTERLEAVE, SWIZZLE_128, PROMOTE_TO_256, ZEROS_OUTSIDE,

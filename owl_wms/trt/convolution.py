@@ -1,6 +1,6 @@
 """Dense 3x3 convolutions of a fused decoder, each computed the way that was fastest when its program was built.
 
-Why measured: which of library, fused library and our tiles wins depends on shape and GPU. The choice is made once, at
+Why measured: which of library, fused library and our kernels wins depends on shape and GPU. The choice is made once, at
 build, and is part of the program.
 
 Usage:
@@ -88,7 +88,8 @@ def choose(fused: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | 
     if input_shape is None or not convs or not convs[0].weight.is_cuda:
         return
     z = torch.randn(input_shape, device=convs[0].weight.device).to(dtype)
-    kernels.compile_ahead(fused, z)  # in threads; the run below needs all of them
+    # In threads; the run below needs all of them, and what it tries for a convolution does not show before.
+    kernels.compile_ahead(fused, z, also=conv3x3_op.variants(z))
     choices: dict[tuple, int] = {}  # (input shape, weight shape, relu, no residual) -> how
     for conv in convs:
         conv.choices = choices

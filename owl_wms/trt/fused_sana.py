@@ -1,9 +1,8 @@
 """diffusers' AutoencoderDC decoder (sana) rewritten onto the ops of `owl_wms.ops`, NHWC throughout.
 
-Why it exists: nine tenths of this decoder are dense 3x3 convolutions that a library runs well; what compilers lose is
-around them (norms, ReLU, residuals, gates, shuffles and the layout changes between). Here each of those is inside a
-kernel, batch norm is folded into the weights before it in fp32, and who computes a convolution is measured at build
-time, shape by shape.
+Why it exists: nine tenths of this decoder are dense 3x3 convolutions; what compilers lose is around them (norms, ReLU,
+residuals, gates, shuffles and the layout changes between). Here each of those is inside a kernel, batch norm is folded
+into the weights before it in fp32, and who computes a convolution is measured at build time, shape by shape.
 
 `hybrid=True` keeps everything after the last EfficientViT block as plain convolutions in NCHW, for TensorRT to take
 as one engine, so that both ways can be built and the faster kept. diffusers is never imported: its classes are known

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ def calls_ours(exported: ExportedProgram) -> bool:
     return any(getattr(target, "namespace", "") == NAMESPACE for target in targets)
 
 
-def compile_ahead(module: nn.Module, z: Tensor) -> int:
-    """Find the kernels that `module(z)` launches by running it without them, and compile those in threads.
+def compile_ahead(module: nn.Module, z: Tensor, also: Collection[Any] = ()) -> int:
+    """Find the kernels that `module(z)` launches by running it without them, and compile those and `also` in threads.
 
     Costs one eager run; on the CPU nothing is done.
 
@@ -47,8 +47,9 @@ def compile_ahead(module: nn.Module, z: Tensor) -> int:
     try:
         with torch.no_grad(), _images().watched(launch=False) as seen:
             module(z)
-        importlib.import_module("owl_wms.ops.nvrtc").compile_ahead(seen, _index(z))
-        return len(seen)
+        wanted = seen | set(also)
+        importlib.import_module("owl_wms.ops.nvrtc").compile_ahead(wanted, _index(z))
+        return len(wanted)
     except Exception as error:  # the run that counts will say it again
         _LOG.debug("kernels are compiled when they are met: %s", error)
         return 0

@@ -66,12 +66,12 @@ def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def conv_arguments(
-    width: int, channels: int, out: int, *, residual: bool = False, **to: object
+    width: int, channels: int, out: int, *, residual: bool = False, height: int = 3, **to: object
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    x = torch.randn(2, 3, width, channels).to(**to)
+    x = torch.randn(2, height, width, channels).to(**to)
     weight = conv3x3.pack(torch.randn(out, channels, 3, 3) * channels**-0.5 / 3).to(**to)
     bias = torch.randn(out).to(device=x.device)
-    return x, weight, bias, torch.randn(2, 3, width, out).to(**to) if residual else None
+    return x, weight, bias, torch.randn(2, height, width, out).to(**to) if residual else None
 
 
 @interpreted
@@ -137,7 +137,21 @@ def test_packed_weights_refuse_other_shapes() -> None:
 def test_gate_kernel_compiles_for_hopper(dtype: torch.dtype) -> None:
     if not any(Path(name).exists() for name in nvrtc_library_names()):
         pytest.skip("no NVRTC here")
-    assert len(compile_kernel(depthwise_gate.kernel_of(dtype, 64, 17, 32), "sm_90")) > 1000
+    for span in depthwise_gate.SPANS:
+        assert len(compile_kernel(depthwise_gate.kernel_of(dtype, 64, 70, span), "sm_90")) > 1000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(8, 13, 70, 2048), (1, 64, 64, 2048), (3, 21, 33, 100)])
+def test_gates_of_both_spans_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The first has threads enough for the longer span; no side is a multiple of what a thread walks."""
+    *sides, channels = shape
+    x = torch.randn(*sides, 2 * channels, device="cuda").to(dtype)
+    taps = depthwise_gate.pack(torch.randn(2 * channels, 1, 3, 3, device="cuda") / 3).float()
+    arguments = (x, taps, torch.randn(2 * channels, device="cuda"))
+    torch.full((1 << 26,), float("nan"), device="cuda", dtype=dtype)
+    close(OPS.depthwise_gate(*arguments), reference_of(OPS.depthwise_gate.default, arguments).to(dtype))
 
 
 def cases(device: str, dtype: torch.dtype) -> list[tuple]:
@@ -190,14 +204,16 @@ def test_on_the_gpu(index: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("out", [512, 16])
+@pytest.mark.parametrize(("out", "own"), [(512, conv3x3.RESIDENT), (16, conv3x3.NARROW)])
 @pytest.mark.parametrize("residual", [False, True])
-def test_convolution_tiles_on_the_gpu(dtype: torch.dtype, out: int, residual: bool) -> None:
-    x, weight, bias, extra = conv_arguments(256, 128, out, residual=residual, device="cuda", dtype=dtype)
+def test_every_way_on_the_gpu(dtype: torch.dtype, out: int, own: int, residual: bool) -> None:
+    x, weight, bias, extra = conv_arguments(256, 128, out, residual=residual, height=16, device="cuda", dtype=dtype)
     arguments = (x, weight, bias, extra, not residual)
     wanted = reference_of(OPS.conv3x3.default, (*arguments, -1)).to(dtype)
     ways = conv3x3.ways(x, weight, residual, not residual)
     assert conv3x3.LIBRARY in ways
+    if torch.cuda.get_device_capability()[0] == conv3x3.CAPABILITY_WITH_TENSOR_COPIES:
+        assert own in ways
     for how in ways:
         torch.full((1 << 24,), float("nan"), device="cuda", dtype=dtype)
         close(OPS.conv3x3(*arguments, how), wanted)
@@ -205,10 +221,18 @@ def test_convolution_tiles_on_the_gpu(dtype: torch.dtype, out: int, residual: bo
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("bias", "relu", "residual"), [(1, 1, 0), (1, 0, 1), (0, 0, 0), (0, 0, 1), (1, 1, 1)])
 @pytest.mark.parametrize(
-    "shape",  # one tile, few and many channels, several heights, widths and channel tiles, more tiles than processors
-    [(1, 16, 16, 64, 128), (3, 48, 16, 128, 256), (2, 16, 48, 192, 384), (1, 80, 80, 64, 640), (2, 128, 128, 320, 256)],
+    ("bias", "relu", "residual"), [(1, 1, 0), (1, 0, 1), (1, 0, 0), (0, 0, 0), (0, 0, 1), (1, 1, 1)]
+)
+@pytest.mark.parametrize(
+    "shape",  # one tile; several sides and channel tiles; one to five steps of channels; up to five tiles a processor
+    [
+        (1, 16, 16, 64, 128),
+        (2, 16, 48, 192, 384),
+        (4, 112, 112, 64, 256),
+        (3, 96, 96, 128, 640),
+        (2, 128, 128, 320, 256),
+    ],
 )
 def test_resident_pixels_on_the_gpu(
     shape: tuple[int, ...], bias: int, relu: int, residual: int, dtype: torch.dtype

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from owl_wms.ops import tensor_maps
-from owl_wms.ops.driver import KernelError
+from owl_wms.ops.driver import KernelError, ensure_context
 
 
 class Driver:
@@ -17,10 +17,27 @@ class Driver:
 
     def __init__(self, status: int = 0) -> None:
         self.status, self.arguments = status, ()
+        self.context: int | None = None
 
     def cuTensorMapEncodeTiled(self, *arguments: Any) -> int:
         self.arguments = arguments
         return self.status
+
+    def cuCtxGetCurrent(self, context: Any) -> int:
+        ctypes.cast(context, ctypes.POINTER(ctypes.c_void_p))[0] = self.context
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        ctypes.cast(device, ctypes.POINTER(ctypes.c_int))[0] = 40 + index
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: ctypes.c_int) -> int:
+        ctypes.cast(context, ctypes.POINTER(ctypes.c_void_p))[0] = 100 + device.value
+        return 0
+
+    def cuCtxSetCurrent(self, context: ctypes.c_void_p) -> int:
+        self.context = context.value
+        return 0
 
     def cuGetErrorString(self, status: int, text: Any) -> int:
         ctypes.cast(text, ctypes.POINTER(ctypes.c_char_p))[0] = b"invalid argument"
@@ -43,6 +60,25 @@ def test_dimensions_go_from_the_innermost(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(sides) == [64, 66, 4, 1]
     assert list(steps) == [1, 1, 1, 1]
     assert modes == [0, 3, 3, 0]
+
+
+def test_the_stride_of_a_single_image_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr(tensor_maps, "driver", lambda: driver)
+    x = torch.empty(6, 10, 128, 1, dtype=torch.bfloat16).permute(3, 0, 1, 2)
+    assert x.is_contiguous()
+    assert x.stride(0) == 1
+    tensor_maps.tensor_map(x, (1, 4, 10, 64))
+    assert list(driver.arguments[5]) == [256, 2560, 15360]
+
+
+def test_a_thread_without_a_context_gets_its_device_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr("owl_wms.ops.driver.driver", lambda: driver)
+    ensure_context(1)
+    assert driver.context == 141
+    ensure_context(0)
+    assert driver.context == 141, "a context that is there stays"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,9 @@ def test_kernels_are_found_without_launching_them(monkeypatch: pytest.MonkeyPatc
 
     assert kernels.compile_ahead(module, OnGPU()) == 1  # type: ignore[arg-type]
     assert (ahead, launched) == ([({KERNEL}, 0)], [])
+    other = dataclasses.replace(KERNEL, defines=("OTHER",))
+    assert kernels.compile_ahead(module, OnGPU(), also=[other, KERNEL]) == 2  # type: ignore[arg-type]
+    assert ahead.pop() == ({KERNEL, other}, 0)
 
     def broken(_z: Any) -> None:
         raise RuntimeError("out of memory")

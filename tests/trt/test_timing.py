@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 
 from owl_wms.trt.timing import interleaved
@@ -29,3 +32,31 @@ def test_turns_samples_and_budget() -> None:
     interleaved({"fast": candidate("fast", 0.0001)}, z)
     assert len(calls) == 2 + 15
     assert interleaved({}, z) == {}
+
+
+@pytest.mark.parametrize("head_start", [0, 1000])
+def test_a_head_start_keeps_the_gpu_busy_before_the_clock_starts(
+    head_start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("clock")
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Any) -> float:
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append(f"busy {cycles}"))
+    z: Any = SimpleNamespace(device=torch.device("cuda"))
+    times = interleaved({"one": lambda _: order.append("run")}, z, warmup=0, rounds=5, head_start=head_start)  # type: ignore[dict-item, func-returns-value, return-value]
+    assert times == {"one": 1.0}
+    once = ["wait", *([f"busy {head_start}"] if head_start else []), "clock", "run", "clock"]
+    assert order == once * 6

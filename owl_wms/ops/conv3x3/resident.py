@@ -48,12 +48,22 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     """The convolution of contiguous `x [B, H, W, C]`; weight `[O, 3, 3, C]`, bias `[O]` fp32, residual like the result.
 
     Raises:
+        ValueError: another shape or dtype; the kernel would read and write something else.
         KernelError: compilation, loading or launching failed.
     """
-    x, weight = aligned(x), aligned(weight)
     batch, height, width, channels = x.shape
     out_channels = weight.shape[0]
     out = x.new_empty(batch, height, width, out_channels)
+    alike = residual is None or (residual.shape == out.shape and residual.dtype == x.dtype)
+    if not alike or not fits(x, weight) or weight.dtype != x.dtype or weight.shape[1:] != (3, 3, channels):
+        shapes = [None if t is None else (list(t.shape), t.dtype) for t in (x, weight, residual)]
+        raise ValueError(f"no resident 3x3 convolution of {shapes[0]} with {shapes[1]}, residual {shapes[2]}")
+    if not out.numel():
+        return out
+    # Named, so that a copy lives until the launch is queued; after that the allocator's order of streams keeps it.
+    x, weight = aligned(x), aligned(weight)
+    residual = None if residual is None else aligned(residual)
+    bias = None if bias is None else aligned(bias.float())
     across, column_tiles = width // WIDTH, out_channels // COLUMNS
     tiles = batch * (height // ROWS) * across * column_tiles
     kernel_of(x.dtype, bias is not None, relu, residual is not None).launch(
@@ -64,8 +74,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
             tensor_map(x, X_PIECE),
             tensor_map(weight.view(out_channels, 9 * channels), (COLUMNS, DEPTH)),
             tensor_map(out, PIECE),
-            tensor_map(out if residual is None else aligned(residual), PIECE),
-            None if bias is None else aligned(bias.float()),
+            tensor_map(out if residual is None else residual, PIECE),
+            bias,
             height // ROWS, across, column_tiles, tiles, channels // DEPTH,
         ),
     )  # fmt: skip

@@ -1,0 +1,102 @@
+"""What the resident 3x3 convolution hands to the driver, and what it never does; for results see test_sana_ops.py."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from owl_wms.ops.conv3x3 import resident
+from owl_wms.ops.nvrtc import Kernel
+from owl_wms.ops.tensor_maps import TensorMap
+
+PIXELS, OUT, DEPTH = (1, 16, 16), 128, 64
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    to = {"dtype": torch.bfloat16}
+    given: dict[str, Any] = {
+        "x": torch.zeros(*PIXELS, DEPTH, **to),
+        "weight": torch.zeros(OUT, 3, 3, DEPTH, **to),
+        "bias": torch.zeros(OUT),
+        "residual": torch.zeros(*PIXELS, OUT, **to),
+        "relu": False,
+    }
+    return {**given, **changes}
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Launches that were asked for; tensor maps are stand-ins that hold nothing, as the driver's do."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(Kernel, "launch", lambda kernel, device, **given: found.append({"kernel": kernel, **given}))
+    monkeypatch.setattr(resident, "tensor_map", lambda x, box: TensorMap(None, x.data_ptr()))  # type: ignore[arg-type]
+    monkeypatch.setattr(resident, "processors", lambda device: 132)
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x": torch.zeros(1, 24, 16, DEPTH, dtype=torch.bfloat16)},
+        {"x": torch.zeros(*PIXELS, DEPTH, dtype=torch.float16)},
+        {"weight": torch.zeros(OUT, 3, 3, 2 * DEPTH, dtype=torch.bfloat16)},
+        {"weight": torch.zeros(OUT, 1, 9, DEPTH, dtype=torch.bfloat16)},
+        {"weight": torch.zeros(OUT - 64, 3, 3, DEPTH, dtype=torch.bfloat16)},
+        {"residual": torch.zeros(*PIXELS, OUT, dtype=torch.float16)},
+        {"residual": torch.zeros(1, 1, 1, OUT, dtype=torch.bfloat16)},
+    ],
+)
+def test_what_the_kernel_would_misread_is_refused(changes: dict[str, Any], launches: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match="no resident 3x3 convolution of"):
+        resident.launch(**arguments(**changes))
+    assert launches == []
+
+
+def test_no_images_are_no_launch(launches: list[dict[str, Any]]) -> None:
+    none = {key: torch.zeros(0, 16, 16, n, dtype=torch.bfloat16) for key, n in (("x", DEPTH), ("residual", OUT))}
+    assert resident.launch(**arguments(**none)).shape == (0, 16, 16, OUT)
+    assert launches == []
+
+
+def test_copies_of_misaligned_tensors_live_until_the_launch(
+    monkeypatch: pytest.MonkeyPatch, launches: list[dict[str, Any]]
+) -> None:
+    """A tensor map keeps no memory: a copy that died before the launch could be somebody else's by then."""
+    copies: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+    original = resident.aligned
+
+    def aligned(tensor: Tensor) -> Tensor:
+        made = original(tensor)
+        if made is not tensor:
+            copies.append(weakref.ref(made))
+        return made
+
+    def misaligned(tensor: Tensor) -> Tensor:
+        return torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+
+    monkeypatch.setattr(resident, "aligned", aligned)
+    monkeypatch.setattr(Kernel, "launch", lambda *_a, **_k: alive.extend(copy() is not None for copy in copies))
+    given = arguments()
+    given.update({key: misaligned(given[key]) for key in ("x", "weight", "bias", "residual")})
+    resident.launch(**given)
+    assert alive == [True] * 4
+    assert all(copy() is None for copy in copies)
+
+
+@pytest.mark.parametrize(("tiles", "blocks"), [((1, 16, 16), 1), ((3, 64, 160), 120), ((8, 128, 128), 132)])
+def test_a_block_a_multiprocessor_and_no_more_than_tiles(
+    tiles: tuple[int, int, int], blocks: int, launches: list[dict[str, Any]]
+) -> None:
+    x = torch.zeros(1, dtype=torch.bfloat16).expand(*tiles, DEPTH)
+    resident.launch(**arguments(x=x, residual=None, relu=True))
+    (asked,) = launches
+    assert asked["grid"] == blocks
+    assert asked["kernel"].defines == ("BIAS=1", "RELU=1", "RESIDUAL=0")
+    down, across, columns, count, chunks = asked["arguments"][5:]
+    assert (down, across, columns, chunks) == (tiles[1] // 16, tiles[2] // 16, 1, 1)
+    assert count == tiles[0] * down * across
