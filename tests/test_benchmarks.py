@@ -61,6 +61,46 @@ def test_runs_side_by_side_become_one_document() -> None:
     assert "| ours fp8 | refused: PSNR is low |" in text
 
 
+def test_a_panel_that_two_runs_have_is_told() -> None:
+    merged = report.merge([result("aaa", "dist"), result("bbb", "base")])
+    with pytest.raises(ValueError, match="eager bf16 of base at batch 8"):
+        report.merge([merged, result("ccc", "base")])
+
+
+def test_readme_s_tables_have_dashes_where_nothing_was_measured() -> None:
+    document = result("aaa", "dist")
+    ours = {"median_ms": 1.0, "over_eager": 2.0, "over_compiled": None, "relative_l2": 5e-3}
+    for batch in (8, 1):
+        row = {"decoder": "dist", "batch": batch, "candidate": "ours bf16", "refused": "", "figures": dict(ours)}
+        document["rows"].append(row)
+    document["rows"][-1]["figures"]["over_compiled"] = 3.0
+    text = report.readme_tables(document)
+    assert "| dist, bf16 | 2.0 ms | – | **1.00 ms** | **2.00×** | – | – → 5.0e-03 |" in text
+    assert "| ours, × over `torch.compile` | batch 8 | batch 1 |\n|---|---|---|\n| dist, bf16 | 1.00 ms, – |" in text
+    assert "| dist, bf16 | 1.00 ms, – | 1.00 ms, 3.00× |" in text
+    del document["rows"][0]  # eager was refused
+    assert "| dist, bf16 | – | – | **1.00 ms** |" in report.readme_tables(document)
+
+
+def test_readme_shows_one_result_and_other_reports_leave_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (report.ROOT / "README.md").read_text(encoding="utf-8")
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({**result("aaa", "dist"), "ceilings": {"copy_tbps": 3.0, "matmul_tflops": 700.0}}))
+    monkeypatch.setattr("sys.argv", ["report", str(path), "--check"])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert "other.md does not match other.json" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["report", str(path)])
+    report.main()
+    assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("# ")
+    for known in (str(path), *(str(found) for found in sorted(RESULTS.glob("decoder_*.json")))):
+        monkeypatch.setattr("sys.argv", ["report", known, "--check"])
+        report.main()
+    assert (report.ROOT / "README.md").read_text(encoding="utf-8") == before
+
+
 def test_runs_of_two_machines_are_not_one_document() -> None:
     with pytest.raises(ValueError, match="runs differ in machine"):
         report.merge([result("aaa", "dist"), result("aaa", "base", gpu="another")])

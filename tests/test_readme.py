@@ -17,7 +17,7 @@ from owl_wms.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULT = ROOT / "benchmarks" / "results" / "decoder_h200_202611.json"
+RESULT = report.SHOWN
 
 
 def test_table_and_report_are_made_from_the_result() -> None:

@@ -8,6 +8,7 @@ Usage:
 
 from __future__ import annotations
 
+import itertools
 import signal
 import webbrowser
 from collections.abc import Callable
@@ -124,13 +125,14 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
     try:
         with console.status("loading"):
             first = new_source()
-            ready = [first, *(first.twin(number) for number in range(1, settings.max_clients))]
+            numbers = itertools.count(1)
+            ready = [first, *(first.twin(next(numbers)) for _ in range(1, settings.max_clients))]
     except BaseException:
         listen.close(sockets)
         raise
 
     async def run() -> None:
-        app = make_app(lambda: ready.pop(0) if ready else new_source(), settings)
+        app = make_app(lambda: ready.pop(0) if ready else first.twin(next(numbers)), settings)
         # aiohttp's own signal handling ends the event loop, which cuts players off before they are told why.
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -138,13 +140,14 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=3)  # a log would hold the token
         await runner.setup()
         try:
+            listen.let_listen(sockets)
             for bound in sockets:
                 await web.SockSite(runner, bound).start()
-        except OSError as error:  # two servers may take a port as long as neither listens
+        except OSError as error:
             await runner.cleanup()
             raise listen.cannot_listen(settings.host, settings.port, error) from error
         address = page_address(settings, runner.addresses[0][1])
-        console.print(f"play at {address}", highlight=False, soft_wrap=True)
+        console.print(f"play at {address}", highlight=False, soft_wrap=True, markup=False, emoji=False)
         console.print("Ctrl-C stops.", highlight=False)
         if not settings.host.startswith("127.") and settings.host not in ("::1", "localhost"):
             console.print("Others can reach this server: the address is the only key, and nothing is encrypted.")

@@ -3,6 +3,7 @@
 Usage:
     sockets = bind("127.0.0.1", 8080)
     ...                                     # load
+    let_listen(sockets)
     sites = [web.SockSite(runner, bound) for bound in sockets]
 """
 
@@ -21,17 +22,19 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
     Args:
         host: name or address; `localhost` is two addresses on most machines.
-        port: 0 takes a free one.
+        port: 0 takes a free one, the same for all addresses.
 
     Raises:
         ConfigError: the name is none, no address is this machine's, or somebody has the port.
     """
     bound: list[socket.socket] = []
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for number, (family, kind, protocol, _, address) in enumerate(dict.fromkeys(found), 1):
-            last = number == len(found)
-            taken = _bind(family, kind, protocol, address, may_be_absent=bool(bound) or not last)
+        listed = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = list(dict.fromkeys(listed))
+        for number, (family, kind, protocol, _, address) in enumerate(found, 1):
+            shared = bound[0].getsockname()[1] if bound else port
+            place = (address[0], shared, *address[2:])
+            taken = _bind(family, kind, protocol, place, may_be_absent=bool(bound) or number < len(found))
             bound += [] if taken is None else [taken]
     except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
         close(bound)
@@ -45,11 +48,12 @@ def _bind(
     made: socket.socket | None = None
     try:
         made = socket.socket(family, kind, protocol)
-        if os.name == "posix":
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that stopped a moment ago
+        _may_be_reused(made, True)  # the port of a server that stopped a moment ago
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # IPv4 has a socket of its own
         made.bind(address)
+        # Or Linux would let another such socket bind the port too, and listen first.
+        _may_be_reused(made, False)
     except OSError as error:
         if made is not None:
             made.close()
@@ -58,6 +62,17 @@ def _bind(
             return None
         raise
     return made
+
+
+def _may_be_reused(made: socket.socket, reused: bool) -> None:
+    if os.name == "posix":
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(reused))
+
+
+def let_listen(sockets: list[socket.socket]) -> None:
+    """To be called at the last moment before they listen: connections of the server before may linger on the port."""
+    for bound in sockets:
+        _may_be_reused(bound, True)
 
 
 def close(sockets: list[socket.socket]) -> None:

@@ -20,6 +20,7 @@ from owl_wms.data.game_world import BUTTONS, GameWorld
 from owl_wms.inference.pixels import to_image
 
 _WARM_UP = 30  # game frames
+WORLDS_APART = 1000  # of twins; a restart takes the next one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +56,7 @@ class Source(Protocol):
         """Another player's source, the `number`-th (from 1): what is large is shared, what is played is its own."""
 
     def describe(self) -> dict[str, Any]:
-        """What runs, as JSON: `source`, `backend`, `reason`, `steps`, `width`, `height`."""
+        """What runs, as JSON: `source`, `backend`, `reason`, `steps`; some say more."""
 
 
 class GameSource:
@@ -128,7 +129,7 @@ class GameSource:
         """Another world behind the same autoencoder; see `Source`."""
         height, width = self._size
         return GameSource(
-            self._seed + number,
+            self._seed + number * WORLDS_APART,
             repeat=self._repeat,
             height=height,
             width=width,

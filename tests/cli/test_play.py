@@ -25,6 +25,7 @@ from rich.console import Console
 from owl_wms.cli import main
 from owl_wms.cli.play import serve
 from owl_wms.errors import ConfigError
+from owl_wms.inference import listen
 from owl_wms.inference.server import ServerSettings
 
 COMMAND = [sys.executable, "-c", "from owl_wms.cli import main; main()", "play"]
@@ -127,6 +128,28 @@ class Loaded:
         return self
 
 
+@contextmanager
+def stopped_once_it_listens(port: int) -> Iterator[None]:
+    """Sends SIGTERM to this process once somebody listens on `port`, or after half a minute."""
+
+    def watch() -> None:
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                break
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        watcher.join()  # its signal is for the server, or for the handler above
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_taken_port_is_told_before_anything_is_loaded() -> None:
     made: list[Loaded] = []
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -146,28 +169,19 @@ def test_one_model_is_loaded_and_every_player_has_a_twin_before_anybody_plays() 
         made.append(Loaded())
         return made[-1]
 
-    def stop_once_it_listens() -> None:
-        for _ in range(300):
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", settings.port), timeout=5).close()
-                break
-            time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            settings = ServerSettings(port=free.getsockname()[1], max_clients=3)
-        threading.Thread(target=stop_once_it_listens).start()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        settings = ServerSettings(port=free.getsockname()[1], max_clients=3)
+    with stopped_once_it_listens(settings.port):
         serve(new_source, settings, Console(stderr=True), open_page=False)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     assert [source.twins for source in made] == [[1, 2]]
     with socket.create_server(("127.0.0.1", settings.port)):
         pass  # given back
 
 
-def test_the_port_is_given_back_when_loading_fails() -> None:
+def test_the_port_is_given_back_when_loading_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[socket.socket] = []
+    original = listen.bind
+    monkeypatch.setattr(listen, "bind", lambda host, port: kept.extend(original(host, port)) or kept[:])  # type: ignore[func-returns-value]
     with socket.create_server(("127.0.0.1", 0)) as free:
         settings = ServerSettings(port=free.getsockname()[1])
 
@@ -176,8 +190,21 @@ def test_the_port_is_given_back_when_loading_fails() -> None:
 
     with pytest.raises(ConfigError, match="no such model"):
         serve(new_source, settings, Console(stderr=True), open_page=False)
-    with socket.socket() as plain:  # without SO_REUSEADDR
-        plain.bind(("127.0.0.1", settings.port))
+    (bound,) = kept
+    assert bound.fileno() == -1, "closed, not merely forgotten"
+
+
+def test_the_address_of_any_interface_is_printed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """[fd00::2] looks like rich's markup."""
+    (bound,) = listen.bind("127.0.0.1", 0)
+    monkeypatch.setattr(listen, "bind", lambda *_: [bound])
+    monkeypatch.setattr("aiohttp.web.AppRunner.addresses", property(lambda _: [("fd00::2", 8080)]))
+    settings = ServerSettings(host="fd00::2", token="t" * 24)
+    with stopped_once_it_listens(bound.getsockname()[1]):
+        serve(Loaded, settings, Console(stderr=True, width=200), open_page=False)
+    assert f"play at http://[fd00::2]:8080/{'t' * 24}/" in capsys.readouterr().err
 
 
 def test_a_proxy_in_front_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from owl_wms.inference.build import build_pipeline
 from owl_wms.inference.context import Context, load_contexts, render_context
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.pixels import encode_image, to_uint8
-from owl_wms.inference.source import GameSource
+from owl_wms.inference.source import WORLDS_APART, GameSource
 from owl_wms.sampling import AVCachingSampler
 from tests.world import inputs, tiny_config, tiny_core
 
@@ -184,7 +185,9 @@ def test_twins_share_a_model_and_nothing_of_what_is_played() -> None:
     core, frames = tiny_core(), [torch.full((2,), value) for value in (0.1, -0.7, 0.4)]
     x, _, mouse, btn = inputs(1, 3)
     begin = Context(latents=x, mouse=mouse, buttons=btn)
-    options = {"image_scale": 0.5, "cfg_scale": 1.3, "noise_prev": 0.1, "max_window": 4, "steps": 2}
+    options: dict[str, Any] = {
+        "image_scale": 0.5, "cfg_scale": 1.3, "noise_prev": 0.1, "max_window": 4, "steps": 2, "bgr": True,
+    }  # fmt: skip
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
         return latents[:, :, :3].repeat(1, 1, 1, 4, 4)
@@ -207,16 +210,22 @@ def test_twins_share_a_model_and_nothing_of_what_is_played() -> None:
     assert not np.array_equal(taken[0][0], taken[1][0])
     second.change_steps(3)
     assert (first.steps, second.steps) == (2, 5)
+    scheduled = InteractivePipeline(core, decode, [begin], schedule=[1.0, 0.6, 0.3], **options).twin(1)
+    assert scheduled.steps == 3
 
 
 def test_twins_of_the_game_are_in_worlds_of_their_own() -> None:
     first = GameSource(5, height=36, width=64, encode=lambda x: x, decode=lambda z: z.clamp(-1, 1))
     second = first.twin(1)
+    assert vars(second).keys() == vars(first).keys()
     still = torch.zeros(2), torch.zeros(11)
-    images = [source(*still).image for source in (first, second, GameSource(6, height=36, width=64))]
+    images = [source(*still).image for source in (first, second, GameSource(5 + WORLDS_APART, height=36, width=64))]
     assert images[1].shape == images[0].shape
     assert not np.array_equal(images[0], images[1])
     assert np.abs(images[1].astype(int) - images[2]).max() <= 1
+    fast, once = GameSource(5, repeat=3, height=36, width=64).twin(1), GameSource(5, height=36, width=64).twin(1)
+    forward = torch.tensor([0.8, 0.0]), torch.zeros(11)
+    assert np.array_equal(fast(*forward).image, [once(*forward).image for _ in range(3)][-1])
 
 
 def test_from_pretrained_and_pipeline_from_files(tmp_path: Path) -> None:

@@ -65,9 +65,13 @@ async function untilVisible() {
 
 async function waitForTurn(reason) {
   show("refused", "Not now", `${reason}. This page tries again by itself.`);
-  await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
-  await untilVisible();
-  location.reload();
+  for (;;) {
+    // Not all pages at once, and not into the browser's own error page while the server is away.
+    await new Promise((resolve) => setTimeout(resolve, RETRY_MS * (0.5 + Math.random())));
+    await untilVisible();
+    const answer = await fetch(location.href).catch(() => null);
+    if (answer && answer.ok) location.reload();
+  }
 }
 
 async function draw(buffer) {
