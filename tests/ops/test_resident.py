@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from owl_wms.ops import conv3x3
 from owl_wms.ops.conv3x3 import resident
 from owl_wms.ops.nvrtc import Kernel
 from owl_wms.ops.tensor_maps import TensorMap
@@ -86,6 +88,23 @@ def test_copies_of_misaligned_tensors_live_until_the_launch(
     resident.launch(**given)
     assert alive == [True] * 4
     assert all(copy() is None for copy in copies)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "count"), [("bfloat16", 9, 3), ("float16", 9, 3), ("float32", 9, 0), ("float16", 8, 0)]
+)
+def test_what_is_compiled_ahead_is_what_convolutions_launch(
+    dtype: str, capability: int, count: int, monkeypatch: pytest.MonkeyPatch, launches: list[dict[str, Any]]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    on_gpu: Any = SimpleNamespace(is_cuda=True, dtype=getattr(torch, dtype), device=torch.device("cuda", 0))
+    ahead = conv3x3.variants(on_gpu)
+    assert len(set(ahead)) == count
+    if dtype != "float32" and count:
+        given = {k: v.to(on_gpu.dtype) for k, v in arguments().items() if isinstance(v, Tensor) and k != "bias"}
+        for relu, residual in ((True, None), (False, given["residual"]), (False, None)):
+            resident.launch(**arguments(**{**given, "residual": residual, "relu": relu}))
+        assert {asked["kernel"] for asked in launches} == set(ahead)
 
 
 @pytest.mark.parametrize(("tiles", "blocks"), [((1, 16, 16), 1), ((3, 64, 160), 120), ((8, 128, 128), 132)])
