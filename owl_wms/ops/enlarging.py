@@ -18,6 +18,7 @@ from torch import Tensor
 
 from owl_wms.ops.codes import DEFINES
 from owl_wms.ops.nvrtc import Kernel
+from owl_wms.ops.register import dtype_defines
 
 GROUP, STRIP = 16, 32
 LOW_COLUMNS = STRIP // 2 + 4
@@ -49,7 +50,7 @@ def processors(device: torch.device) -> int:
 
 def kernel_of(dtype: torch.dtype, channels: int, codes: torch.dtype | None = None) -> Kernel:
     """The variant for an element type and width, with 8-bit codes for a result where asked."""
-    defines = ("MODE=1", f"WIDE={channels}", *(("FP16",) if dtype == torch.float16 else ()))
+    defines = ("MODE=1", f"WIDE={channels}", *dtype_defines(dtype))
     defines += () if codes is None else DEFINES[codes]
     shared = WARPS * BRANCH_BYTES + (0 if codes is None else CODES_BYTES)
     return Kernel("stage_tail", "stage_tail", defines, shared, HEADERS, "a")

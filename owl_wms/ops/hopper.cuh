@@ -1,5 +1,5 @@
-// What kernels for compute capability 9.0 add to device.cuh: barriers in shared memory, matrix stores,
-// registers moved between warpgroups, warpgroup products.
+// What kernels for compute capability 9.0 add to device.cuh: barriers in shared memory, matrix stores, registers
+// moved between warpgroups, warpgroup products.
 //
 // wgmma needs machine code for sm_90a. A wait that never ends costs a whole session on the GPU: with WATCHDOG defined, a
 // barrier polled that often raises a trap, which the host sees as a launch failure.

@@ -1,4 +1,5 @@
-// What kernels with roles and 8-bit operands add to hopper.cuh: copies that report to a barrier, matrix stores of columns, products of codes whose first operand stays in registers.
+// What kernels with roles and 8-bit operands add to hopper.cuh: copies that report to a barrier, matrix stores of columns,
+// products of codes whose first operand stays in registers.
 
 DEVICE u32 load_shared4(u32 address) {
     u32 v;

@@ -101,7 +101,7 @@ def new_stream() -> int:
     Raises:
         KernelError: the driver made none.
     """
-    torch.cuda.current_stream().synchronize()  # makes the device's primary context current in this thread
+    ensure_context(torch.cuda.current_device())
     stream = ctypes.c_void_p()
     check_driver(driver().cuStreamCreate(ctypes.byref(stream), STREAM_NON_BLOCKING), "making a stream")
     return stream.value or 0

@@ -35,9 +35,9 @@ def has_kernel(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype in KERNEL_DTYPES
 
 
-def dtype_defines(x: torch.Tensor) -> tuple[str, ...]:
-    """Preprocessor symbols that select the element type of `x`."""
-    return ("FP16",) if x.dtype == torch.float16 else ()
+def dtype_defines(dtype: torch.dtype) -> tuple[str, ...]:
+    """Preprocessor symbols that select the element type, see device.cuh."""
+    return ("FP16",) if dtype == torch.float16 else ()
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

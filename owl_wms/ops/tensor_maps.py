@@ -64,7 +64,7 @@ def tensor_map(x: Tensor, box: tuple[int, ...]) -> TensorMap:
     strides = (ctypes.c_uint64 * (rank - 1))(*(step * x.element_size() for step in steps_in_bytes))
     sides, steps = (ctypes.c_uint32 * rank)(*reversed(box)), (ctypes.c_uint32 * rank)(*(1,) * rank)
     if x.is_cuda:
-        ensure_context(torch.cuda.current_device() if x.device.index is None else x.device.index)
+        ensure_context(x.get_device())
     status = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(address), FORMATS[x.dtype], rank, ctypes.c_void_p(x.data_ptr()), sizes, strides, sides, steps,
         NO_INTERLEAVE, SWIZZLE_128, PROMOTE_TO_256, ZEROS_OUTSIDE,

@@ -22,9 +22,7 @@ from owl_wms.trt import kernels
 from owl_wms.trt.timing import interleaved
 
 TIMING_SECONDS = 0.3  # of each distinct convolution; sana has a dozen
-HEAD_START = (
-    1_000_000  # clock cycles, some 0.6 ms: a launch from Python takes a tenth, as long as a convolution at batch 1
-)
+HEAD_START = 1_000_000  # clock cycles, some 0.6 ms; a launch from Python takes as long as a convolution at batch 1
 # A way to compute a convolution that strays further than rounding can from the library's result is wrong, not fast.
 MOST_STRAY = 2e-2
 

@@ -212,7 +212,7 @@ def test_every_way_on_the_gpu(dtype: torch.dtype, out: int, own: int, residual: 
     wanted = reference_of(OPS.conv3x3.default, (*arguments, -1)).to(dtype)
     ways = conv3x3.ways(x, weight, residual, not residual)
     assert conv3x3.LIBRARY in ways
-    if torch.cuda.get_device_capability()[0] == conv3x3.CAPABILITY_WITH_TENSOR_COPIES:
+    if conv3x3.is_hopper(x.device):
         assert own in ways
     for how in ways:
         torch.full((1 << 24,), float("nan"), device="cuda", dtype=dtype)
@@ -243,7 +243,7 @@ def test_resident_pixels_on_the_gpu(
     weight = conv3x3.pack(torch.randn(out, channels, 3, 3, device="cuda") * channels**-0.5 / 3).to(dtype)
     added = torch.randn(batch, height, width, out, **to) if residual else None
     arguments = (x, weight, torch.randn(out, device="cuda") if bias else None, added, bool(relu))
-    if torch.cuda.get_device_capability()[0] != conv3x3.CAPABILITY_WITH_TENSOR_COPIES:
+    if not conv3x3.is_hopper(x.device):
         pytest.skip("needs compute capability 9.0")
     assert conv3x3.RESIDENT in conv3x3.ways(x, weight, bool(residual), bool(relu))
     wanted = reference_of(OPS.conv3x3.default, (*arguments, -1)).to(dtype)

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from owl_wms import cudnn
+from owl_wms.ops.conv3x3 import resident
 from owl_wms.ops.conv3x3.reference import latent_reference, latent_rows, pack, reference
+from owl_wms.ops.enlarging import is_hopper
 from owl_wms.ops.nvrtc import Kernel
 from owl_wms.ops.register import define, has_kernel
 
 __all__ = [
     "LIBRARY", "LIBRARY_FUSED", "NARROW", "RESIDENT",
-    "conv3x3", "latent_conv", "latent_reference", "pack", "reference", "variants",
-    "ways",
+    "conv3x3", "latent_conv", "latent_reference", "pack", "reference", "variants", "ways",
 ]  # fmt: skip
 
 LIBRARY, LIBRARY_FUSED, RESIDENT, NARROW = -1, -2, -3, 0
-CAPABILITY_WITH_TENSOR_COPIES = 9
 
 
 def ways(x: Tensor, weight: Tensor, residual: bool, relu: bool) -> list[int]:
@@ -37,8 +37,8 @@ def ways(x: Tensor, weight: Tensor, residual: bool, relu: bool) -> list[int]:
         return found
     if relu and not residual:
         found.append(LIBRARY_FUSED)
-    if _has_tensor_copies(x):
-        from owl_wms.ops.conv3x3 import kernel, resident
+    if is_hopper(x.device):
+        from owl_wms.ops.conv3x3 import kernel
 
         found += [RESIDENT] if resident.fits(x, weight) else []
         found += [NARROW] if weight.shape[0] == kernel.NARROW.channels and kernel.fits(x, weight, kernel.NARROW) else []
@@ -47,22 +47,16 @@ def ways(x: Tensor, weight: Tensor, residual: bool, relu: bool) -> list[int]:
 
 def variants(x: Tensor) -> list[Kernel]:
     """The CUDA kernels that convolutions of tensors like `x` may try, to be compiled beforehand."""
-    if not has_kernel(x) or not _has_tensor_copies(x):
+    if not has_kernel(x) or not is_hopper(x.device):
         return []
-    from owl_wms.ops.conv3x3 import resident
-
     follows = ((True, False), (False, True), (False, False))  # ReLU or a residual or neither
     return [resident.kernel_of(x.dtype, bias=True, relu=relu, residual=residual) for relu, residual in follows]
-
-
-def _has_tensor_copies(x: Tensor) -> bool:
-    return torch.cuda.get_device_capability(x.device)[0] == CAPABILITY_WITH_TENSOR_COPIES
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, how: int) -> Tensor:
     if not has_kernel(x):
         return reference(x, weight, bias, residual, relu)
-    from owl_wms.ops.conv3x3 import kernel, resident
+    from owl_wms.ops.conv3x3 import kernel
 
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()

@@ -31,7 +31,6 @@ class Tile:
 
 
 NARROW = Tile(128, 16, 64, 4, 4)  # the output convolution's
-GROUP = 16
 
 
 def fits(x: Tensor, weight: Tensor, tile: Tile) -> bool:
@@ -45,17 +44,12 @@ def fits(x: Tensor, weight: Tensor, tile: Tile) -> bool:
 
 @triton.jit
 def conv_kernel(
-    x_desc, w_desc, out_desc, residual_desc, bias_ptr, height, width, column_tiles, pixel_tiles,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr,
+    x_desc, w_desc, out_desc, residual_desc, bias_ptr, height, width, column_tiles,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr,
     RELU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    # GROUP pixel tiles run over all channel tiles together, so that the weights and the rows they share stay in the L2.
-    group_size = GROUP * column_tiles
-    first = tl.program_id(0) // group_size * GROUP
-    size = min(pixel_tiles - first, GROUP)
-    inside = tl.program_id(0) % group_size
-    pixel_tile = first + inside % size
-    n = inside // size * BN
+    pixel_tile = tl.program_id(0) // column_tiles
+    n = tl.program_id(0) % column_tiles * BN
     across = width // BM
     row = pixel_tile // across
     batch = row // height
@@ -93,8 +87,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         out_desc,
         out_desc if residual is None else TensorDescriptor.from_tensor(residual, out_block),
         out if bias is None else bias,
-        height, width, column_tiles, pixel_tiles,
-        BM=tile.pixels, BN=tile.channels, BK=tile.depth, CHUNKS=channels // tile.depth, GROUP=GROUP,
+        height, width, column_tiles,
+        BM=tile.pixels, BN=tile.channels, BK=tile.depth, CHUNKS=channels // tile.depth,
         RELU=relu, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

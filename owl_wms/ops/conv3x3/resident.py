@@ -14,7 +14,7 @@ from torch import Tensor
 
 from owl_wms.ops.enlarging import processors
 from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import aligned
+from owl_wms.ops.register import aligned, dtype_defines
 from owl_wms.ops.tensor_maps import tensor_map
 
 HEADERS = ("hopper.cuh", "tensor_copies.cuh")
@@ -39,8 +39,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 def kernel_of(dtype: torch.dtype, bias: bool, relu: bool, residual: bool) -> Kernel:
     """The variant for what follows the sums."""
-    defines: tuple[str, ...] = (f"BIAS={bias:d}", f"RELU={relu:d}", f"RESIDUAL={residual:d}")
-    defines += ("FP16",) if dtype == torch.float16 else ()
+    defines = (f"BIAS={bias:d}", f"RELU={relu:d}", f"RESIDUAL={residual:d}", *dtype_defines(dtype))
     return Kernel("conv3x3", "conv3x3", defines, SHARED_BYTES, HEADERS, "a")
 
 

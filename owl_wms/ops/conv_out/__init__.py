@@ -14,7 +14,7 @@ from torch import Tensor
 
 from owl_wms.ops.conv_out.reference import BLOCK, MAX_OUT, pack, padded, reference, unpack
 from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import aligned, define, has_kernel
+from owl_wms.ops.register import aligned, define, dtype_defines, has_kernel
 
 __all__ = ["MAX_OUT", "conv_out", "kernel_of", "pack", "padded", "reference", "unpack"]
 
@@ -24,7 +24,7 @@ PIXELS = (TILE_H + 2) * (TILE_W + 2)
 
 def kernel_of(dtype: torch.dtype, *, pad: int, blocks: int, silu: bool) -> Kernel:
     """The variant for an element type, 4 or 8 outputs, `blocks` of 32 input channels, with or without SiLU."""
-    defines = (f"PAD={pad}",) + (("SILU",) if silu else ()) + (("FP16",) if dtype == torch.float16 else ())
+    defines = (f"PAD={pad}",) + (("SILU",) if silu else ()) + dtype_defines(dtype)
     shared = PIXELS * 9 * pad * 4 + blocks * -(-9 * pad // 8) * 512
     return Kernel("conv_out", "conv_out", defines, shared)
 

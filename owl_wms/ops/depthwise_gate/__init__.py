@@ -14,7 +14,7 @@ from torch import Tensor
 
 from owl_wms.ops.depthwise_gate.reference import pack, reference
 from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import define, has_kernel
+from owl_wms.ops.register import define, dtype_defines, has_kernel
 
 __all__ = ["depthwise_gate", "kernel_of", "pack", "reference"]
 
@@ -26,8 +26,8 @@ BLOCK = 128
 
 def kernel_of(dtype: torch.dtype, channels: int, width: int, span: int) -> Kernel:
     """The variant for an element type, channels of the result, the width of an image and the columns of a thread."""
-    defines = (f"ROWS={ROWS}", f"SPAN={span}", f"CHANNELS={channels}", f"WIDTH={width}")
-    return Kernel("depthwise_gate", "depthwise_gate", (*defines, *(("FP16",) if dtype == torch.float16 else ())))
+    defines = (f"ROWS={ROWS}", f"SPAN={span}", f"CHANNELS={channels}", f"WIDTH={width}", *dtype_defines(dtype))
+    return Kernel("depthwise_gate", "depthwise_gate", defines)
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

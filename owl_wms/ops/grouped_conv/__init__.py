@@ -16,7 +16,7 @@ from owl_wms.ops import enlarging
 from owl_wms.ops.codes import DEFINES
 from owl_wms.ops.grouped_conv.reference import GROUP, enlarge, pack, reference, unpack
 from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import aligned, define, has_kernel
+from owl_wms.ops.register import aligned, define, dtype_defines, has_kernel
 
 __all__ = ["enlarge", "grid_of", "grouped_conv", "kernel_of", "launch", "pack", "reference", "unpack"]
 
@@ -32,7 +32,7 @@ ENOUGH_BLOCKS = 8 * 132
 
 def kernel_of(dtype: torch.dtype, up2: bool, codes: torch.dtype | None = None) -> Kernel:
     """The variant for an element type, with or without the enlargement, with 8-bit codes for a result where asked."""
-    defines = ("BYTES=2", *(("FP16",) if dtype == torch.float16 else ()), *(("UP2",) if up2 else ()))
+    defines = ("BYTES=2", *dtype_defines(dtype), *(("UP2",) if up2 else ()))
     defines += () if codes is None else DEFINES[codes]
     shared = UP2_SHARED if up2 else DIRECT_SHARED
     return Kernel("grouped_conv", "grouped_conv", defines, shared, ("strip.cuh",))

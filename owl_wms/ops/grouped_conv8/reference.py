@@ -70,10 +70,9 @@ def unpack_codes(taps: Tensor) -> Tensor:
     groups = taps.shape[0]
     if taps.dtype == torch.int8:
         picked = taps.view(groups, 3, 2, 3, 32, 4).permute(0, 2, 4, 5, 1, 3)
-        found = torch.empty(groups, GROUP, GROUP, 3, 3, dtype=torch.float32, device=taps.device)
     else:
         picked = taps.permute(0, 2, 4, 3, 5, 1).reshape(groups, 2, 32, 4, 3, 3)
-        found = torch.empty(groups, GROUP, GROUP, 3, 3, dtype=torch.float32, device=taps.device)
+    found = torch.empty(groups, GROUP, GROUP, 3, 3, dtype=torch.float32, device=taps.device)
     found[:, out_channel[:, :, None], in_channel[None]] = picked.float()
     return found.view(groups * GROUP, GROUP, 3, 3)
 

@@ -18,6 +18,7 @@ import torch
 
 from owl_wms.ops.codes import DEFINES
 from owl_wms.ops.nvrtc import Kernel
+from owl_wms.ops.register import dtype_defines
 
 # One block's limit on compute capability 9.0 (CUDA programming guide, "Technical specifications").
 SHARED_LIMIT = 227 * 1024
@@ -89,7 +90,7 @@ class Plan:
             f"X_SLOTS={self.x_slots}",
             f"OUT_SLOTS={self.out_slots}",
             *DEFINES[codes],
-            *(("FP16",) if self.adds and dtype == torch.float16 else ()),
+            *(dtype_defines(dtype) if self.adds else ()),
         )
         return Kernel("linear8", "linear8", defines, self.shared_bytes, HEADERS, "a")
 

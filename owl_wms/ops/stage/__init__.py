@@ -43,9 +43,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @functools.cache  # never let go: a CUDA graph that was captured with a matrix goes on reading it where it is
 def enlarge_matrix(size: int, scale: int, device: torch.device) -> Tensor:
     """Bicubic enlargement of one axis as a constant fp32 matrix `[scale * size, size]`, read off `F.interpolate`."""
-    unit = (
-        torch.eye(size, dtype=torch.float32, device="cpu").view(1, size, size, 1).expand(1, size, size, 4).contiguous()
-    )
+    unit = torch.eye(size, dtype=torch.float32, device="cpu").view(1, size, size, 1).expand(1, size, size, 4)
     rows = F.interpolate(unit.contiguous(), size=(scale * size, 4), mode="bicubic")
     return rows[0, :, :, 0].t().contiguous().to(device)
 

@@ -16,6 +16,7 @@ import torch
 
 from owl_wms.ops.enlarging import BRANCH_BYTES, GROUP, HEADERS, LOW_COLUMNS, STRIP
 from owl_wms.ops.nvrtc import Kernel
+from owl_wms.ops.register import dtype_defines
 
 # One block's limit on compute capability 9.0 (CUDA programming guide, "Technical specifications"); each block also
 # takes 1 KiB that the system keeps.
@@ -71,11 +72,7 @@ class Plan:
             f"SHORTCUT={self.shortcut}",
             f"SLOTS={SLOTS}",
         )
-        return Kernel("stage_tail", "stage_tail", _typed(defines, dtype), self.shared_bytes, HEADERS, "a")
-
-
-def _typed(defines: tuple[str, ...], dtype: torch.dtype) -> tuple[str, ...]:
-    return defines + (("FP16",) if dtype == torch.float16 else ())
+        return Kernel("stage_tail", "stage_tail", defines + dtype_defines(dtype), self.shared_bytes, HEADERS, "a")
 
 
 @functools.cache

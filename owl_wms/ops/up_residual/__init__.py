@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import aligned, define, has_kernel
+from owl_wms.ops.register import aligned, define, dtype_defines, has_kernel
 from owl_wms.ops.up_residual.reference import reference, shuffle
 
 __all__ = ["add_shortcut_", "kernel_of", "reference", "shuffle", "up_residual"]
@@ -25,7 +25,7 @@ UP, UP_AND_SHORTCUT, SHORTCUT = 0, 1, 2
 
 def kernel_of(dtype: torch.dtype, mode: int) -> Kernel:
     """The variant for an element type: UP, UP_AND_SHORTCUT or SHORTCUT (in place)."""
-    return Kernel("up_residual", "up_residual", (f"MODE={mode}",) + (("FP16",) if dtype == torch.float16 else ()))
+    return Kernel("up_residual", "up_residual", (f"MODE={mode}", *dtype_defines(dtype)))
 
 
 def _run(low: Tensor, shortcut: Tensor | None) -> Tensor:
