@@ -146,22 +146,24 @@ def readme_tables(result: dict[str, Any]) -> str:
 
 
 def _batches(result: dict[str, Any]) -> str:
-    ours = [row for row in result["rows"] if row["candidate"].startswith("ours") and "median_ms" in row["figures"]]
-    batches = sorted({row["batch"] for row in ours}, reverse=True)
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["candidate"].startswith("ours") and "median_ms" in row["figures"]:
+            name = f"{row['decoder']}, {row['candidate'].removeprefix('ours ')}"
+            found.setdefault(name, {})[row["batch"]] = row["figures"]
+    batches = sorted({batch for measured in found.values() for batch in measured}, reverse=True)
     lines = [
         "| ours, × over `torch.compile` | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
         "|---" * (1 + len(batches)) + "|",
     ]
-    for key in dict.fromkeys((row["decoder"], row["candidate"].removeprefix("ours ")) for row in ours):
-        found = {r["batch"]: r["figures"] for r in ours if (r["decoder"], r["candidate"].removeprefix("ours ")) == key}
-        cells = [
-            f"{cell(found[b], 'median_ms', '{:.2f} ms')}, {cell(found[b], 'over_compiled', '{:.2f}×')}"
-            if b in found
-            else "–"
-            for b in batches
-        ]
-        lines.append(f"| {', '.join(key)} | " + " | ".join(cells) + " |")
+    for name, measured in found.items():
+        cells = [_time_and_gain(measured[batch]) if batch in measured else "–" for batch in batches]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _time_and_gain(figures: dict[str, Any]) -> str:
+    return f"{cell(figures, 'median_ms', '{:.2f} ms')}, {cell(figures, 'over_compiled', '{:.2f}×')}"
 
 
 def _batch_8(result: dict[str, Any]) -> str:

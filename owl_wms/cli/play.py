@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+import socket
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -114,37 +115,46 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
     """Take the port, load a source for every player, then listen until interrupted."""
     import asyncio
 
+    from owl_wms.inference import listen
+
+    sockets = listen.bind(settings.host, settings.port)
+    try:
+        # Loaded before the address is shown: what is wrong with files is said here, not in the browser. One for every
+        # player: one thread prepares and plays, so that a beginning made later would stop whoever plays already.
+        with console.status("loading"):
+            first = new_source()
+            numbers = itertools.count(1)
+            ready = [first, *(first.twin(next(numbers)) for _ in range(1, settings.max_clients))]
+        source = lambda: ready.pop(0) if ready else first.twin(next(numbers))  # noqa: E731
+        asyncio.run(_until_interrupted(source, settings, sockets, console, open_page))
+    finally:
+        listen.close(sockets)
+    console.print("stopped", highlight=False)
+
+
+async def _until_interrupted(
+    new_source: Callable[[], Any], settings: Any, sockets: list[socket.socket], console: Console, open_page: bool
+) -> None:
+    import asyncio
+
     from aiohttp import web
 
     from owl_wms.inference import listen
     from owl_wms.inference.server import make_app, page_address
 
-    sockets = listen.bind(settings.host, settings.port)
-    # Loaded before the address is shown: what is wrong with files is said here, not in the browser. One for every
-    # player: one thread prepares and plays, so that a beginning made later would stop whoever plays already.
+    # aiohttp's own signal handling ends the event loop, which cuts players off before they are told why.
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # A log would hold the token.
+    runner = web.AppRunner(make_app(new_source, settings), access_log=None, shutdown_timeout=3)
+    await runner.setup()
     try:
-        with console.status("loading"):
-            first = new_source()
-            numbers = itertools.count(1)
-            ready = [first, *(first.twin(next(numbers)) for _ in range(1, settings.max_clients))]
-    except BaseException:
-        listen.close(sockets)
-        raise
-
-    async def run() -> None:
-        app = make_app(lambda: ready.pop(0) if ready else first.twin(next(numbers)), settings)
-        # aiohttp's own signal handling ends the event loop, which cuts players off before they are told why.
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=3)  # a log would hold the token
-        await runner.setup()
         try:
             listen.let_listen(sockets)
             for bound in sockets:
                 await web.SockSite(runner, bound).start()
         except OSError as error:
-            await runner.cleanup()
             raise listen.cannot_listen(settings.host, settings.port, error) from error
         address = page_address(settings, runner.addresses[0][1])
         console.print(f"play at {address}", highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -153,13 +163,6 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
             console.print("Others can reach this server: the address is the only key, and nothing is encrypted.")
         if open_page:
             webbrowser.open(address)
-        try:
-            await stop.wait()
-        finally:
-            await runner.cleanup()
-
-    try:
-        asyncio.run(run())
+        await stop.wait()
     finally:
-        listen.close(sockets)
-    console.print("stopped", highlight=False)
+        await runner.cleanup()

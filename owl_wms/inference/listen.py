@@ -85,4 +85,4 @@ def close(sockets: list[socket.socket]) -> None:
 def cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
     """What is said of it, in one line."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return ConfigError(f"cannot listen on {host}:{port}: {reason}", key="port")
+    return ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another host or port", key="port")

@@ -11,6 +11,7 @@ Usage:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,10 +67,6 @@ class InteractivePipeline:
         seed: int = 0,
         bgr: bool = False,
     ) -> None:
-        self._numbers: dict[str, Any] = {
-            "image_scale": image_scale, "schedule": schedule, "cfg_scale": cfg_scale, "noise_prev": noise_prev,
-            "max_window": max_window, "bgr": bgr,
-        }  # fmt: skip
         if not core.config.causal:
             raise ConfigError("playing needs a causal model", key="model.causal")
         if not contexts:
@@ -81,10 +78,15 @@ class InteractivePipeline:
         self.image_scale, self.noise_prev, self.bgr = image_scale, noise_prev, bgr
         self._core, self._decode, self._contexts = core, decode, list(contexts)
         self._guidance = Guidance(model=core, scale=cfg_scale)
-        window = min(core.config.n_frames, DEFAULT_WINDOW) if max_window is None else max_window
-        self._cache = KVCache(core.config, max_window=window)
+        self._window = min(core.config.n_frames, DEFAULT_WINDOW) if max_window is None else max_window
         self._schedule = None if schedule is None else custom_deltas(schedule)
-        self._steps, self._seed = steps, seed
+        self._steps = steps
+        self._sit_down(seed)
+
+    def _sit_down(self, seed: int) -> None:
+        """All that belongs to one player, new: history, noise, the picture on its way to the host."""
+        self._seed = seed
+        self._cache = KVCache(self._core.config, max_window=self._window)
         self._random = torch.Generator(self.device).manual_seed(seed)
         self._choice = torch.Generator().manual_seed(seed)
         self._host: Tensor | None = None
@@ -159,9 +161,9 @@ class InteractivePipeline:
         Args:
             number: added to the seed. Frames of twins must not be made by two threads at once.
         """
-        return InteractivePipeline(
-            self._core, self._decode, self._contexts, steps=self._steps, seed=self._seed + number, **self._numbers
-        )
+        twin = copy.copy(self)
+        twin._sit_down(self._seed + number)
+        return twin
 
     def change_steps(self, by: int) -> int:
         """More or fewer Euler steps, kept in 1 to 20; a custom schedule stays as it is."""

@@ -6,6 +6,7 @@ network and the codec can be tried before there is a model.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,16 +128,10 @@ class GameSource:
 
     def twin(self, number: int) -> GameSource:
         """Another world behind the same autoencoder; see `Source`."""
-        height, width = self._size
-        return GameSource(
-            self._seed + number * WORLDS_APART,
-            repeat=self._repeat,
-            height=height,
-            width=width,
-            encode=self._encode,
-            decode=self._decode,
-            device=self._device,
-        )
+        twin = copy.copy(self)
+        twin._seed += number * WORLDS_APART
+        twin._index, twin._world = 0, twin._enter()
+        return twin
 
     def change_steps(self, by: int) -> int:
         """The game has none."""

@@ -16,7 +16,7 @@ from owl_wms.data.loaders import get_loader
 from owl_wms.data.npy_table import NpyTable, NpyTableWriter
 from owl_wms.data.packing import PackedDataset
 from owl_wms.errors import ConfigError, DataError
-from tests.trt.test_ambient_state import set_in_process
+from tests.process_state import set_in_process
 
 COLUMNS = ("depth_latent", "mouse", "buttons")
 

@@ -18,7 +18,7 @@ from owl_wms.data.loaders import get_loader
 from owl_wms.data.s3 import BucketError, TarBucket, read_clips
 from owl_wms.data.s3_windows import MixedS3Windows, S3Windows
 from owl_wms.errors import DataError
-from tests.trt.test_ambient_state import set_in_process
+from tests.process_state import set_in_process
 
 MEMBERS = ("latent", "mouse", "buttons")
 

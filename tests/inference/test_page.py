@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from aiohttp import WSMsgType
+from aiohttp import ClientSession, WSMsgType
 
 from owl_wms.inference.source import GameSource
-from tests.inference.chromium import BINARY, open_page
+from tests.inference.chromium import BINARY, Page, open_page
 from tests.inference.serving import TOKEN, BarSource, connect, next_frame, serve
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here; install Debian's package chromium")
@@ -51,14 +53,21 @@ def test_frames_arrive_and_keys_change_them() -> None:
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
+@asynccontextmanager
+async def refused_page(client: ClientSession, address: str, words: str) -> AsyncIterator[tuple[Any, Page]]:
+    """The connection of a player, and the page of another who came later and is told so in these words."""
+    first = await connect(client, address)
+    await next_frame(first)
+    async with open_page(f"{address}/{TOKEN}/") as page:
+        await page.until("document.body.dataset.state === 'refused'")
+        assert words in await page.value("document.getElementById('hint').textContent")
+        yield first, page
+
+
 def test_a_refused_player_reads_the_reason(tmp_path: Path) -> None:
     async def test() -> None:
         async with serve() as (client, address, _):
-            first = await connect(client, address)
-            await next_frame(first)
-            async with open_page(f"{address}/{TOKEN}/") as page:
-                await page.until("document.body.dataset.state === 'refused'")
-                assert "somebody is playing" in await page.value("document.getElementById('hint').textContent")
+            async with refused_page(client, address, "somebody is playing") as (first, page):
                 assert await page.value("document.body.dataset.frames") == "0"
             assert not first.closed
             async with open_page(f"{address}/{TOKEN[:-1]}x/") as page:
@@ -73,11 +82,7 @@ def test_a_refused_player_reads_the_reason(tmp_path: Path) -> None:
 def test_a_refused_page_joins_once_the_place_is_free(tmp_path: Path) -> None:
     async def test() -> None:
         async with serve() as (client, address, made):
-            first = await connect(client, address)
-            await next_frame(first)
-            async with open_page(f"{address}/{TOKEN}/") as page:
-                await page.until("document.body.dataset.state === 'refused'")
-                assert "tries again" in await page.value("document.getElementById('hint').textContent")
+            async with refused_page(client, address, "tries again") as (first, page):
                 await first.close()
                 await page.until("document.body && Number(document.body.dataset.frames) > 1")
                 assert await page.value("document.body.dataset.state") == "ready"

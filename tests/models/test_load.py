@@ -10,7 +10,7 @@ import yaml
 
 from owl_wms.errors import CheckpointError
 from owl_wms.models.load import load_model
-from tests.trt.test_ambient_state import set_in_process
+from tests.process_state import set_in_process
 from tests.world import golden
 
 

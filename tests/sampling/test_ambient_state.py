@@ -21,7 +21,8 @@ from owl_wms.sampling import (
     custom_deltas,
     get_sd3_euler,
 )
-from tests.trt.test_ambient_state import STATES, digest, set_in_process
+from tests.process_state import STATES, set_in_process
+from tests.trt.test_ambient_state import digest
 from tests.world import inputs, tiny_config, tiny_core
 
 X, _, MOUSE, BUTTONS = inputs(2, 6)

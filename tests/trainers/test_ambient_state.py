@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from owl_wms.trainers import TRAINERS
+from tests.process_state import set_in_process
 from tests.trainers.test_trainers import build
-from tests.trt.test_ambient_state import set_in_process
 
 
 @pytest.mark.parametrize("state", ["bfloat16", "float64"])

@@ -56,7 +56,10 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     alike = residual is None or (residual.shape == out.shape and residual.dtype == x.dtype)
     if not alike or not fits(x, weight) or weight.dtype != x.dtype or weight.shape[1:] != (3, 3, channels):
         shapes = [None if t is None else (list(t.shape), t.dtype) for t in (x, weight, residual)]
-        raise ValueError(f"no resident 3x3 convolution of {shapes[0]} with {shapes[1]}, residual {shapes[2]}")
+        raise ValueError(
+            f"no resident 3x3 convolution of {shapes[0]} with {shapes[1]}, residual {shapes[2]}; it takes one 16-bit "
+            f"dtype, H and W in multiples of {ROWS} and {WIDTH}, C and O of {DEPTH} and {COLUMNS}: use how=LIBRARY"
+        )
     if not out.numel():
         return out
     # Named, so that a copy lives until the launch is queued; after that the allocator's order of streams keeps it.
