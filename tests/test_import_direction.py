@@ -12,7 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "owl_wms"
 STAGES = [
-    *("errors", "env", "cudnn", "dynamo", "configs", "settings", "vae", "ops", "trt", "cache", "runtime", "utils"),
+    *("errors", "env", "cudnn", "dynamo", "timing", "configs", "settings", "game", "vae", "ops", "fused", "trt"),
+    *("cache", "runtime", "utils"),
     *("nn", "models", "sampling", "data", "media", "trainers", "inference", "cli"),
 ]
 # `__init__` and `__main__` stand for the whole package, not for a stage of it.

@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from owl_wms.data.game_controls import ScriptedPlayer
-from owl_wms.data.game_world import GameWorld
+from owl_wms.game.controls import ScriptedPlayer
+from owl_wms.game.render import render
+from owl_wms.game.world import GameWorld
 
 
 class FramePool:
@@ -46,7 +47,7 @@ class FramePool:
             self._advance(12)
         part = self.world.part(self._part, self._part + self.chunk)
         self._part += self.chunk
-        frames = ((part.render(height=self.size[0], width=self.size[1]) + 1) * 127.5).round_().to(torch.uint8)
+        frames = ((render(part, height=self.size[0], width=self.size[1]) + 1) * 127.5).round_().to(torch.uint8)
         where = (torch.arange(len(frames), device=self.device) + self.rendered) % len(self._frames)
         self._frames[where] = frames
         self.rendered += len(frames)
@@ -77,5 +78,5 @@ def held_out_frames(
     for _ in range(per_world):
         for _ in range(60):
             world.step(*player.controls())
-        frames.append(torch.cat([world.part(i, i + 1).render(height=size[0], width=size[1]) for i in range(worlds)]))
+        frames.append(torch.cat([render(world.part(i, i + 1), height=size[0], width=size[1]) for i in range(worlds)]))
     return torch.cat(frames)

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from episodes import SKIP, enter, play
 from torch import Tensor, nn
 
-from owl_wms.data.game_controls import ScriptedPlayer
-from owl_wms.data.game_world import BUTTONS, YAW_PER_MOUSE
+from owl_wms.game.controls import ScriptedPlayer
+from owl_wms.game.render import render
+from owl_wms.game.world import BUTTONS, YAW_PER_MOUSE
 from owl_wms.media.metrics import psnr
 from owl_wms.sampling import get_sampler_cls
 
@@ -167,7 +168,7 @@ class Bench:
         world = enter(settings.players, _HELD_OUT_SEED, device)
         script = ScriptedPlayer(world)
         before = play(world, lambda frame: script.controls(), settings.context, encode, settings.size)
-        last = picture(world.render(height=settings.size[0], width=settings.size[1]))[:, None]
+        last = picture(render(world, height=settings.size[0], width=settings.size[1]))[:, None]
         mouse, buttons = self._asked = commands(settings.players, settings.frames, device)
         after = play(world, lambda k: (mouse[:, k], buttons[:, k]), settings.frames, picture, settings.size)
         self._context = before.latents.float() / settings.vae_scale

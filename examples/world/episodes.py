@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from owl_wms.data.game_controls import ScriptedPlayer
-from owl_wms.data.game_world import BUTTONS, GameWorld
+from owl_wms.game.controls import ScriptedPlayer
+from owl_wms.game.render import render
+from owl_wms.game.world import BUTTONS, GameWorld
 
 SKIP = 3  # 60 game frames a second -> 20 latent frames
 _WARM_UP = 20  # game frames before the first recorded one
@@ -122,7 +123,7 @@ def play(
         for _ in range(SKIP):
             world.step(mouse, buttons)
         parts = [world.part(i, min(i + chunk, world.batch)) for i in range(0, world.batch, chunk)]
-        latents.append(torch.cat([encode(part.render(height=size[0], width=size[1])).half() for part in parts]))
+        latents.append(torch.cat([encode(render(part, height=size[0], width=size[1])).half() for part in parts]))
         mice.append(mouse.float())
         held.append(buttons.float())
         poses.append(torch.cat([world.state.position, world.state.yaw[:, None]], dim=1))

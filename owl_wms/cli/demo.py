@@ -83,8 +83,9 @@ def render_clip(seed: int, frames: int, every: int, device: Any, tick: Any) -> T
     """Scripted play in the world of `seed`: float32 [frames, 4, 360, 640] in [-1, 1]; `tick()` is called per frame."""
     import torch
 
-    from owl_wms.data.game_controls import ScriptedPlayer
-    from owl_wms.data.game_world import GameWorld
+    from owl_wms.game.controls import ScriptedPlayer
+    from owl_wms.game.render import render
+    from owl_wms.game.world import GameWorld
 
     world = GameWorld(seed, device=device)
     player = ScriptedPlayer(world)
@@ -92,7 +93,7 @@ def render_clip(seed: int, frames: int, every: int, device: Any, tick: Any) -> T
     for _ in range(frames):
         for _ in range(every):
             world.step(*player.controls())
-        shown.append(world.render())
+        shown.append(render(world))
         tick()
     return torch.cat(shown)
 
@@ -100,7 +101,7 @@ def render_clip(seed: int, frames: int, every: int, device: Any, tick: Any) -> T
 def _write(out: Path, source: Tensor, decoded: Tensor, every: int) -> None:
     import torch
 
-    from owl_wms.data.game_world import FRAMES_PER_SECOND
+    from owl_wms.game.world import FRAMES_PER_SECOND
     from owl_wms.media.pictures import contact_sheet, depth_bytes, difference_bytes, save_picture, to_bytes
     from owl_wms.media.video import VideoWriter
 

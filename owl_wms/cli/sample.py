@@ -32,7 +32,7 @@ def sample(
     import torch
 
     from owl_wms.cli import _shared as shared
-    from owl_wms.data.game_controls import scripted_controls
+    from owl_wms.game.controls import scripted_controls
     from owl_wms.inference.build import load_core, load_video_config, make_contexts, make_decode
     from owl_wms.media.arrays import save_array
     from owl_wms.media.pictures import to_bytes

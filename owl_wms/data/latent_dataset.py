@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from owl_wms.data.game_controls import ScriptedPlayer
-from owl_wms.data.game_world import FRAMES_PER_SECOND, GameWorld
+from owl_wms.game.controls import ScriptedPlayer
+from owl_wms.game.render import render
+from owl_wms.game.world import FRAMES_PER_SECOND, GameWorld
 from owl_wms.data.npy_table import NpyTableWriter
 from owl_wms.errors import ConfigError, DataError
 
@@ -160,7 +161,7 @@ def _play(
         mouse, buttons = script.controls()
         for _ in range(FRAMES_PER_SECOND // fps):
             world.step(mouse, buttons)
-        picture = world.render(height=size[0], width=size[1]).to(weight.dtype)
+        picture = render(world, height=size[0], width=size[1]).to(weight.dtype)
         latents.append(encoder(picture).float().cpu())
         mice.append(mouse.float().cpu())
         held.append(buttons.to(torch.uint8).cpu())

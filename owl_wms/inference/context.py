@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from owl_wms.data.game_controls import ScriptedPlayer
-from owl_wms.data.game_world import GameWorld
+from owl_wms.game.controls import ScriptedPlayer
+from owl_wms.game.render import render
+from owl_wms.game.world import GameWorld
 from owl_wms.errors import DataError
 from owl_wms.media.arrays import read_arrays
 
@@ -117,7 +118,7 @@ def render_context(
         mouse, held = player.controls()
         for _ in range(repeat):
             world.step(mouse, held)
-        latents.append(encode(world.render()).float() / scale)
+        latents.append(encode(render(world)).float() / scale)
         mice.append(mouse.float())
         buttons.append(held.float()[:, :n_buttons])
     return Context(latents=torch.stack(latents, 1), mouse=torch.stack(mice, 1), buttons=torch.stack(buttons, 1))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from owl_wms.data.game_world import BUTTONS
+from owl_wms.game.world import BUTTONS
 from owl_wms.inference.messages import CommandMessage, InputMessage, MessageError, pack_frame, parse_message
 from owl_wms.inference.pixels import ImageFormat, encode_image
 from owl_wms.inference.source import Source

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from owl_wms.data.game_controls import ScriptedPlayer
-from owl_wms.data.game_world import BUTTONS, GameWorld
+from owl_wms.game.controls import ScriptedPlayer
+from owl_wms.game.render import render
+from owl_wms.game.world import BUTTONS, GameWorld
 from owl_wms.inference.pixels import to_image
 
 _WARM_UP = 30  # game frames
@@ -97,7 +98,7 @@ class GameSource:
         began = time.perf_counter()
         for _ in range(self._repeat):
             self._world.step(mouse.view(1, 2).to(self._device), buttons.view(1, -1).to(self._device))
-        picture = self._world.render(height=self._size[0], width=self._size[1])
+        picture = render(self._world, height=self._size[0], width=self._size[1])
         self._wait()
         rendered = time.perf_counter()
         if self._encode is not None and self._decode is not None:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from owl_wms.data.game_controls import ScriptedPlayer, scripted_controls
-from owl_wms.data.game_world import GameWorld
+from owl_wms.game.controls import ScriptedPlayer, scripted_controls
+from owl_wms.game.render import render
+from owl_wms.game.world import GameWorld
 from owl_wms.models import get_model_cls
 from owl_wms.sampling import (
     AVCachingSampler,
@@ -60,7 +61,7 @@ def game() -> str:
     for _ in range(4):
         mouse, held = player.controls()
         world.step(mouse, torch.ones_like(held))
-    return digest(mouse, held, world.floor_light, world.state.position, world.state.pulse, world.render(None, 36, 64))
+    return digest(mouse, held, world.floor_light, world.state.position, world.state.pulse, render(world, None, 36, 64))
 
 
 NETWORKS: dict[str, Callable[[], str]] = {

@@ -9,16 +9,13 @@ Usage: `draw_creatures(world, state, view, wall_distance, colour, depth)` change
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from owl_wms.data.game_maps import hash_unit
-from owl_wms.data.game_world import CREATURES, GameState, GameWorld
-
-if TYPE_CHECKING:
-    from owl_wms.data.game_render import View
+from owl_wms.game.maps import hash_unit
+from owl_wms.game.world import CREATURES, GameState, GameWorld
+from owl_wms.game.view import View
 
 _DRAWN = 4  # the nearest ones in front of the player
 _RADIUS = 0.26

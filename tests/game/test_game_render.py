@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from owl_wms.data.game_render import channel_to_depth, depth_to_channel
-from owl_wms.data.game_world import GameWorld
+from owl_wms.game.render import channel_to_depth, depth_to_channel, render
+from owl_wms.game.world import GameWorld
 from tests.data_game.test_game_world import arena, press
 
 
 def test_depth_is_the_distance_of_wall_and_floor() -> None:
     world = arena()
     world.state = dataclasses.replace(world.state, position=torch.tensor([[10.0, 8.5]]))
-    frame = world.render(height=90, width=160)[0]
+    frame = render(world, height=90, width=160)[0]
     depth = channel_to_depth(frame[3])
     # The wall that faces x stands at x = 16; perpendicular depth is 6 cells in every column it fills.
     assert torch.allclose(depth[44, 60:100], torch.full((40,), 6.0), rtol=1e-4)
@@ -32,14 +32,14 @@ def test_depth_mapping_is_its_own_inverse() -> None:
 
 
 def test_frames_are_finite_in_range_and_repeatable() -> None:
-    frames = GameWorld(5, batch=3).render(height=72, width=128)
+    frames = render(GameWorld(5, batch=3), height=72, width=128)
     assert (tuple(frames.shape), frames.dtype) == ((3, 4, 72, 128), torch.float32)
     assert frames.isfinite().all()
     assert frames.min() >= -1
     assert frames.max() <= 1
-    assert torch.equal(frames, GameWorld(5, batch=3).render(height=72, width=128))
+    assert torch.equal(frames, render(GameWorld(5, batch=3), height=72, width=128))
     assert frames.flatten(1).std(dim=1).min() > 0.05
-    assert GameWorld(5).render().shape == (1, 4, 360, 640)
+    assert render(GameWorld(5)).shape == (1, 4, 360, 640)
 
 
 @pytest.mark.parametrize("button", ["LMB", "F", "E", "R", "RMB", "SPACE"])
@@ -48,7 +48,7 @@ def test_every_action_shows(button: str) -> None:
     for _ in range(20 if button == "E" else 4):  # the scan ring starts at the feet, out of view
         idle.step(torch.zeros(1, 2), press())
         acting.step(torch.zeros(1, 2), press(button))
-    difference = (idle.render(height=72, width=128) - acting.render(height=72, width=128)).abs()
+    difference = (render(idle, height=72, width=128) - render(acting, height=72, width=128)).abs()
     assert difference[:, :3].max() > 0.1
 
 
@@ -61,7 +61,7 @@ def test_turning_right_moves_the_picture_left() -> None:
     world.state = dataclasses.replace(world.state, creatures=creatures, gone=gone)
 
     def place() -> float:
-        ball = channel_to_depth(world.render(height=72, width=128)[0, 3]).sub(2.5).abs() < 0.2
+        ball = channel_to_depth(render(world, height=72, width=128)[0, 3]).sub(2.5).abs() < 0.2
         ball &= torch.arange(72)[:, None] < 60  # above the floor at that distance
         return ball.float().sum(dim=0).argmax().item()
 
@@ -73,5 +73,5 @@ def test_turning_right_moves_the_picture_left() -> None:
 @pytest.mark.gpu
 def test_gpu_renders_what_the_cpu_renders() -> None:
     cpu, gpu = GameWorld(9, batch=2), GameWorld(9, batch=2, device="cuda")
-    difference = (cpu.render() - gpu.render().cpu()).abs()
+    difference = (render(cpu) - render(gpu).cpu()).abs()
     assert difference.mean() < 1e-3

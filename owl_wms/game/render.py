@@ -8,21 +8,21 @@ coverage. Hence no shimmer and few bits: what an autoencoder with 64 latent posi
 Depth channel: distance d in cells along the view axis becomes (d - 4) / (d + 4): -1 at the eye, 0 at four cells, 1
 for the sky. `depth_to_channel` and `channel_to_depth` convert.
 
-Usage: `frames = render(world, world.state)` -> [B, 4, 360, 640] float32 in [-1, 1].
+Usage: `frames = render(world)` -> [B, 4, 360, 640] float32 in [-1, 1].
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from owl_wms.data.game_hand import draw_hand
-from owl_wms.data.game_sprites import draw_creatures
-from owl_wms.data.game_world import WALL_HEIGHT, GameState, GameWorld
+from owl_wms.game.hand import draw_hand
+from owl_wms.game.sprites import draw_creatures
+from owl_wms.game.view import View
+from owl_wms.game.world import WALL_HEIGHT, GameState, GameWorld
 
 HALF_DEPTH = 4.0  # cells at which the depth channel is 0
 _HALF_WIDTH = 0.84  # tan of half the horizontal field of view: 80 degrees
@@ -37,34 +37,6 @@ _SKY = (
     ((0.28, 0.30, 0.56), (0.98, 0.66, 0.42), (0.64, 0.44, 0.28), (0.62, 0.55, 0.60)),
     ((0.12, 0.18, 0.32), (0.38, 0.46, 0.58), (0.20, 0.23, 0.28), (0.42, 0.46, 0.54)),
 )
-
-
-@dataclass(kw_only=True, slots=True)
-class View:
-    """One camera per player and the light around it, as the parts of the renderer share it.
-
-    Attributes:
-        rows, columns: pixel centres, [H] and [W].
-        focal: [B] pixels.
-        horizon: [B] row of the horizon.
-        eye: [B] height of the camera in cells.
-        forward, right: [B, 2] unit vectors on the map.
-        position: [B, 2] cells.
-        sunlight, ambient, fog, zenith: [B, 3] colours; fog is the sky's colour at the horizon.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    focal: Tensor
-    horizon: Tensor
-    eye: Tensor
-    forward: Tensor
-    right: Tensor
-    position: Tensor
-    sunlight: Tensor
-    ambient: Tensor
-    fog: Tensor
-    zenith: Tensor
 
 
 def depth_to_channel(depth: Tensor) -> Tensor:
@@ -103,17 +75,18 @@ def make_view(world: GameWorld, state: GameState, height: int, width: int) -> Vi
 
 
 @torch.no_grad()
-def render(world: GameWorld, state: GameState, height: int = 360, width: int = 640) -> Tensor:
+def render(world: GameWorld, state: GameState | None = None, height: int = 360, width: int = 640) -> Tensor:
     """Frames of a state.
 
     Args:
         world: maps and light.
-        state: a state of that world, batch B.
+        state: a state of that world, batch B; None for the world's current one.
         height, width: pixels; the field of view is fixed to the width.
 
     Returns:
         float32 [B, 4, height, width] in [-1, 1]: red, green, blue, depth (see the module's docstring).
     """
+    state = world.state if state is None else state
     view = make_view(world, state, height, width)
     rays = view.forward[:, None] + view.right[:, None] * (
         (view.columns - width / 2)[:, None] / view.focal[:, None, None]

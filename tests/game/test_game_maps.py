@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from owl_wms.data.game_maps import GRID_SIZE, bake_floor_light, hash_unit, make_grid
+from owl_wms.game.maps import GRID_SIZE, bake_floor_light, hash_unit, make_grid
 
 
 def test_hash_is_a_function_of_its_arguments_and_uniform() -> None:

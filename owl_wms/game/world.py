@@ -9,7 +9,7 @@ are cells, times are frames of 1/60 s, heights are cells above the floor.
 Usage:
     world = GameWorld(seed=7, batch=2, device="cpu")
     world.step(mouse, buttons)          # [2, 2] and [2, 11]
-    frames = world.render()             # [2, 4, 360, 640] in [-1, 1], red green blue depth
+    frames = render(world)              # owl_wms/game/render.py: [2, 4, 360, 640] in [-1, 1], red green blue depth
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from owl_wms.data.game_maps import GRID_SIZE, bake_floor_light, hash_unit, make_grid
+from owl_wms.game.maps import GRID_SIZE, bake_floor_light, hash_unit, make_grid
 from owl_wms.errors import ConfigError
 
 BUTTONS = ("W", "A", "S", "D", "LSHIFT", "SPACE", "R", "F", "E", "LMB", "RMB")
@@ -314,9 +314,3 @@ class GameWorld:
         hit = (shot[:, None] > 0) & (depth > 0.2) & (depth < wall) & (aside < 0.3) & (state.gone <= 0)
         gone = torch.where(hit, _GONE_FRAMES, (state.gone - 1).clamp(min=0))
         return replace(state, creatures=place, creature_velocity=speed, gone=gone)
-
-    def render(self, state: GameState | None = None, height: int = 360, width: int = 640) -> Tensor:
-        """Frames of a state (the current one by default); see `owl_wms.data.game_render.render`."""
-        from owl_wms.data.game_render import render  # the renderer's types come from this module
-
-        return render(self, self.state if state is None else state, height, width)

@@ -9,15 +9,12 @@ Usage: `draw_hand(state, view, colour)` changes `colour` [B, 3, H, W] (in [0, 1]
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from owl_wms.data.game_world import GameState
-
-if TYPE_CHECKING:
-    from owl_wms.data.game_render import View
+from owl_wms.game.world import GameState
+from owl_wms.game.view import View
 
 _RELOAD_FRAMES = 70.0
 # Rods in units of the frame's height from the bottom centre: start, end, radius, colour.
