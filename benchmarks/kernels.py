@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks import decoders, harness
 from benchmarks.report import write_markdown
 from owl_wms.ops.codes import FORMATS, LARGEST
-from owl_wms.ops.nvrtc import Kernel
+from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.trt.calibration import SEEDED
 from owl_wms.trt.fused import fuse
 from owl_wms.trt.fused8 import fuse8

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from owl_wms.ops.register import define
+from owl_wms.ops.common.register import define
 
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """Precision -> dtype of its codes."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.codes import DEFINES
-from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import dtype_defines
+from owl_wms.ops.common.nvrtc import Kernel
+from owl_wms.ops.common.register import dtype_defines
 
 GROUP, STRIP = 16, 32
 LOW_COLUMNS = STRIP // 2 + 4
@@ -28,7 +28,7 @@ WARPS, BLOCKS = 4, 3
 CODES_BYTES = 2 * 2 * STRIP * GROUP * WARPS  # of a block: two steps' codes on their way out
 # Steps that a block spends on filling its rings and on the rows above and below its band.
 BAND_OVERHEAD = 3
-HEADERS = ("hopper.cuh", "stage_tail/branch.cuh", "stage_tail/project.cuh")
+HEADERS = ("common/hopper.cuh", "stage_tail/branch.cuh", "stage_tail/project.cuh")
 
 
 def suits(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from owl_wms.ops import conv3x3 as conv3x3_op
 from owl_wms.ops.conv3x3 import LIBRARY, pack
-from owl_wms.trt import kernels
+from owl_wms.ops.common.ahead import compile_ahead
 from owl_wms.trt.timing import interleaved
 
 TIMING_SECONDS = 0.3  # of each distinct convolution; sana has a dozen
@@ -87,7 +87,7 @@ def choose(fused: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | 
         return
     z = torch.randn(input_shape, device=convs[0].weight.device).to(dtype)
     # In threads; the run below needs all of them, and what it tries for a convolution does not show before.
-    kernels.compile_ahead(fused, z, also=conv3x3_op.variants(z))
+    compile_ahead(fused, z, also=conv3x3_op.variants(z))
     choices: dict[tuple, int] = {}  # (input shape, weight shape, relu, no residual) -> how
     for conv in convs:
         conv.choices = choices

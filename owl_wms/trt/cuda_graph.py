@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from owl_wms.ops import nvrtc
+from owl_wms.ops.common import nvrtc
 
 _LOG = logging.getLogger(__name__)
 WARMUP_CALLS = 3

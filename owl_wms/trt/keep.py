@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import answer, attempts, kernels, lower
+from owl_wms.trt import kernels
+from owl_wms.trt import answer, attempts, lower
 from owl_wms.trt.candidate import Candidate
 from owl_wms.trt.journal import Journal
 from owl_wms.trt.load import load_program

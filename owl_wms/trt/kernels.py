@@ -1,11 +1,10 @@
-"""Our kernels' machine code in the life of a program: compiled beside TensorRT's work, kept inside the program's file.
+"""Our kernels' machine code in the life of a program: kept inside the program's file.
 
-Why it exists: see `owl_wms.ops.images`. The file's bytes are hashed by the cache and reloaded bit-equal before they
+Why it exists: see `owl_wms.ops.common.images`. The file's bytes are hashed by the cache and reloaded bit-equal before they
 count, so the code in them needs no trust of its own; code of other sources or another GPU has another name and is never
 asked for.
 
 Usage:
-    compile_ahead(module, z)                     # returns at once; the first run waits for what is not ready
     with collected(z) as files:                  # for torch.export.save
         program(z)
     adopt(files)                                 # after torch.export.load
@@ -16,11 +15,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 
 FILE = "owl_wms_kernels.json"
@@ -32,27 +31,6 @@ def calls_ours(exported: ExportedProgram) -> bool:
     """Whether an operator of `owl_wms.ops` is in the graph."""
     targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
     return any(getattr(target, "namespace", "") == NAMESPACE for target in targets)
-
-
-def compile_ahead(module: nn.Module, z: Tensor, also: Collection[Any] = ()) -> int:
-    """Find the kernels that `module(z)` launches by running it without them, and compile those and `also` in threads.
-
-    Costs one eager run; on the CPU nothing is done.
-
-    Returns:
-        How many kernels there are.
-    """
-    if z.device.type != "cuda":
-        return 0
-    try:
-        with torch.no_grad(), _images().watched(launch=False) as seen:
-            module(z)
-        wanted = seen | set(also)
-        importlib.import_module("owl_wms.ops.nvrtc").compile_ahead(wanted, _index(z))
-        return len(wanted)
-    except Exception as error:  # the run that counts will say it again
-        _LOG.debug("kernels are compiled when they are met: %s", error)
-        return 0
 
 
 @contextlib.contextmanager
@@ -68,7 +46,7 @@ def collected(z: Tensor) -> Iterator[dict[str, str]]:
     with images.watched() as used:
         yield files
     if used:
-        architecture = importlib.import_module("owl_wms.ops.nvrtc").architecture_of
+        architecture = importlib.import_module("owl_wms.ops.common.nvrtc").architecture_of
         names = {kernel: architecture(kernel, _index(z)) for kernel in used}
         files[FILE] = images.pack(used, names.__getitem__)
 
@@ -80,9 +58,9 @@ def adopt(files: dict[str, str]) -> int:
 
 
 def _images() -> Any:
-    """`owl_wms.ops.images`, or None where our operators cannot be imported, and so no program of theirs can run."""
+    """`owl_wms.ops.common.images`, or None where our operators cannot be imported, and so no program of theirs can run."""
     try:
-        return importlib.import_module("owl_wms.ops.images")
+        return importlib.import_module("owl_wms.ops.common.images")
     except Exception as error:
         _LOG.debug("our operators cannot be imported: %s", error)
         return None

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import answer, engines, kernels
+from owl_wms.trt import kernels
+from owl_wms.trt import answer, engines
 from owl_wms.trt.parity import latents
 
 _LOG = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ Usage (inside the child, on the GPU):
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch
 from torch import nn
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt import attempts, importer, kernels, lower, plans
+from owl_wms.trt import kernels
+from owl_wms.trt import attempts, importer, lower, plans
 from owl_wms.trt.candidate import Candidate
 from owl_wms.trt.cuda_graph import GraphedProgram
 from owl_wms.trt.export import export_decoder
@@ -236,7 +238,7 @@ class Worker:
             try:
                 self.journal.stage("compile", plan=plan.name, precision=precision, kept=len(kept))
                 if ours and not kept:
-                    kernels.compile_ahead(module, z)
+                    importlib.import_module("owl_wms.ops.common.ahead").compile_ahead(module, z)
                 program, partition = lower.compile_exported(
                     exported, z, settings, kept=sorted(kept), progress=self._progress(plan.name)
                 )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from owl_wms.ops import codes, grouped_conv, grouped_conv8, linear8
-from owl_wms.ops.nvrtc import compile_kernel, nvrtc_library_names
+from owl_wms.ops.common.nvrtc import compile_kernel, nvrtc_library_names
 
 OPS = torch.ops.owl_wms
 FORMATS = list(codes.FORMATS.values())

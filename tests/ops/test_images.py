@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from owl_wms.ops import images, nvrtc, resize
-from owl_wms.ops.nvrtc import Kernel, KernelError
+from owl_wms.ops import resize
+from owl_wms.ops.common import images, nvrtc
+from owl_wms.ops.common.nvrtc import Kernel, KernelError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from owl_wms.ops import codes, linear8, nvrtc
+from owl_wms.ops import codes, linear8
+from owl_wms.ops.common import nvrtc
 from owl_wms.ops.linear8 import fitting, plan_of
 from owl_wms.ops.linear8.plan import SHARED_LIMIT, WEIGHT_REGISTERS
 from owl_wms.ops.up_residual import shuffle

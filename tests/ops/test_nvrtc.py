@@ -7,7 +7,7 @@ import torch
 
 from owl_wms.ops import conv_out, enlarging, grouped_conv, resize, up_residual
 from owl_wms.ops.conv3x3 import resident
-from owl_wms.ops.nvrtc import Kernel, KernelError, _nvrtc, compile_kernel
+from owl_wms.ops.common.nvrtc import Kernel, KernelError, _nvrtc, compile_kernel
 from owl_wms.ops.stage_tail import plan_of
 
 ARCHITECTURES = ("sm_80", "sm_90")

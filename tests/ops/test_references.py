@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from owl_wms.ops import conv_out, grouped_conv, stage, up_residual
-from owl_wms.ops.register import aligned
+from owl_wms.ops.common.register import aligned
 from owl_wms.ops.stage import enlarge_matrix
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from owl_wms.ops import tensor_maps
-from owl_wms.ops.driver import KernelError, ensure_context
+from owl_wms.ops.common import tensor_maps
+from owl_wms.ops.common.driver import KernelError, ensure_context
 
 
 class Driver:
@@ -74,7 +74,7 @@ def test_the_stride_of_a_single_image_does_not_matter(monkeypatch: pytest.Monkey
 
 def test_a_thread_without_a_context_gets_its_device_s(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver()
-    monkeypatch.setattr("owl_wms.ops.driver.driver", lambda: driver)
+    monkeypatch.setattr("owl_wms.ops.common.driver.driver", lambda: driver)
     ensure_context(1)
     assert driver.context == 141
     ensure_context(0)
@@ -102,6 +102,6 @@ def test_other_tensors_and_boxes_are_refused(x: torch.Tensor, box: tuple[int, ..
 def test_a_refusal_by_the_driver_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(status=1)
     monkeypatch.setattr(tensor_maps, "driver", lambda: driver)
-    monkeypatch.setattr("owl_wms.ops.driver.driver", lambda: driver)
+    monkeypatch.setattr("owl_wms.ops.common.driver.driver", lambda: driver)
     with pytest.raises(KernelError, match=r"describing \[4, 64\].*invalid argument"):
         tensor_maps.tensor_map(torch.empty(4, 64, dtype=torch.float16), (2, 64))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from owl_wms.ops import nvrtc
+from owl_wms.ops.common import nvrtc
 from owl_wms.trt.cuda_graph import GraphedProgram
 
 Decode = Callable[[Tensor], Tensor]

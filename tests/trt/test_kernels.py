@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from owl_wms.ops import images, nvrtc, resize
-from owl_wms.trt import engines, kernels, lower
+from owl_wms.ops import resize
+from owl_wms.ops.common import images, nvrtc
+from owl_wms.trt import kernels
+from owl_wms.trt import engines, lower
 from owl_wms.trt.load import load_program
 
 KERNEL = resize.kernel_of(torch.bfloat16, pad=4)
@@ -73,32 +75,6 @@ def test_saving_hands_the_files_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert asked["extra_files"] == {kernels.FILE: "{}"}
     assert asked["retrace"] is True
     assert asked["output_format"] == "exported_program"
-
-
-def test_kernels_are_found_without_launching_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[Any] = []
-    ahead: list[Any] = []
-    monkeypatch.setattr(nvrtc, "_function", lambda kernel, index: launched.append(kernel))
-    monkeypatch.setattr(nvrtc, "compile_ahead", lambda found, index: ahead.append((set(found), index)))
-
-    class OnGPU:
-        device = torch.device("cuda", 0)
-
-    def module(_z: Any) -> None:
-        KERNEL.launch(torch.device("cuda", 0), grid=1, block=1, arguments=(1,))
-
-    assert kernels.compile_ahead(module, OnGPU()) == 1  # type: ignore[arg-type]
-    assert (ahead, launched) == ([({KERNEL}, 0)], [])
-    other = dataclasses.replace(KERNEL, defines=("OTHER",))
-    assert kernels.compile_ahead(module, OnGPU(), also=[other, KERNEL]) == 2  # type: ignore[arg-type]
-    assert ahead.pop() == ({KERNEL, other}, 0)
-
-    def broken(_z: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    assert kernels.compile_ahead(broken, OnGPU()) == 0  # type: ignore[arg-type]
-    assert kernels.compile_ahead(broken, Z) == 0, "nothing runs on the CPU"  # type: ignore[arg-type]
-    assert len(ahead) == 1
 
 
 def test_whether_our_operators_are_in_a_graph() -> None:

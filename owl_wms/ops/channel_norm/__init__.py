@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.channel_norm.reference import reference
-from owl_wms.ops.register import define, has_kernel
+from owl_wms.ops.common.register import define, has_kernel
 
 __all__ = ["channel_norm", "reference"]
 

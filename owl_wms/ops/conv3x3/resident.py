@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.enlarging import processors
-from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import aligned, dtype_defines
-from owl_wms.ops.tensor_maps import tensor_map
+from owl_wms.ops.common.nvrtc import Kernel
+from owl_wms.ops.common.register import aligned, dtype_defines
+from owl_wms.ops.common.tensor_maps import tensor_map
 
-HEADERS = ("hopper.cuh", "tensor_copies.cuh")
+HEADERS = ("common/hopper.cuh", "common/tensor_copies.cuh")
 THREADS = 384
 # As in kernel.cu: a tile, the pieces that are copied of it, and its rings in shared memory.
 ROWS, WIDTH, COLUMNS, DEPTH = 16, 16, 128, 64

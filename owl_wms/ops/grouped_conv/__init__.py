@@ -15,8 +15,8 @@ from torch import Tensor
 from owl_wms.ops import enlarging
 from owl_wms.ops.codes import DEFINES
 from owl_wms.ops.grouped_conv.reference import GROUP, enlarge, pack, reference, unpack
-from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import aligned, define, dtype_defines, has_kernel
+from owl_wms.ops.common.nvrtc import Kernel
+from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel
 
 __all__ = ["enlarge", "grid_of", "grouped_conv", "kernel_of", "launch", "pack", "reference", "unpack"]
 
@@ -35,7 +35,7 @@ def kernel_of(dtype: torch.dtype, up2: bool, codes: torch.dtype | None = None) -
     defines = ("BYTES=2", *dtype_defines(dtype), *(("UP2",) if up2 else ()))
     defines += () if codes is None else DEFINES[codes]
     shared = UP2_SHARED if up2 else DIRECT_SHARED
-    return Kernel("grouped_conv", "grouped_conv", defines, shared, ("strip.cuh",))
+    return Kernel("grouped_conv", "grouped_conv", defines, shared, ("common/strip.cuh",))
 
 
 def grid_of(batch: int, height: int, width: int, slices: int) -> tuple[int, int]:

@@ -19,8 +19,8 @@ from owl_wms.ops.codes import DEFINES, FORMATS
 from owl_wms.ops.grouped_conv import grid_of
 from owl_wms.ops.grouped_conv import launch as launch_wide
 from owl_wms.ops.grouped_conv8.reference import GROUP, pack_codes, reference, unpack_codes
-from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import aligned, define, has_kernel
+from owl_wms.ops.common.nvrtc import Kernel
+from owl_wms.ops.common.register import aligned, define, has_kernel
 
 __all__ = ["GROUP", "grouped_conv8", "kernel_of", "pack_codes", "reference", "unpack_codes"]
 
@@ -32,7 +32,7 @@ TAP_SHAPE = {torch.int8: (18, 32, 4), torch.float16: (9, 2, 2, 32, 2)}
 
 def kernel_of(codes: torch.dtype) -> Kernel:
     """The variant for a format of codes."""
-    return Kernel("grouped_conv8", "grouped_conv8", ("BYTES=1", *DEFINES[codes]), SHARED, ("strip.cuh",))
+    return Kernel("grouped_conv8", "grouped_conv8", ("BYTES=1", *DEFINES[codes]), SHARED, ("common/strip.cuh",))
 
 
 def _run(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, gain: Tensor, up2: bool, fp8: bool) -> Tensor:

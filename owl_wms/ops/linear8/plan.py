@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 
 from owl_wms.ops.codes import DEFINES
-from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import dtype_defines
+from owl_wms.ops.common.nvrtc import Kernel
+from owl_wms.ops.common.register import dtype_defines
 
 # One block's limit on compute capability 9.0 (CUDA programming guide, "Technical specifications").
 SHARED_LIMIT = 227 * 1024
 THREADS = 384
 TILE = 64
 SEGMENT = TILE // 2
-HEADERS = ("hopper.cuh", "hopper8.cuh", "linear8/rings.cuh")
+HEADERS = ("common/hopper.cuh", "common/hopper8.cuh", "linear8/rings.cuh")
 # Registers of a thread that weights may take: two blocks' sums (64) and the epilogue share its 232 with them.
 WEIGHT_REGISTERS = 128
 # Slots of the two rings, the best first: pixels wait for memory in the one, results in the other.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.linear_attention.reference import reference
-from owl_wms.ops.register import define, has_kernel
+from owl_wms.ops.common.register import define, has_kernel
 
 __all__ = ["linear_attention", "reference"]
 

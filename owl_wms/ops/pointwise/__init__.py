@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from owl_wms.ops.register import define
+from owl_wms.ops.common.register import define
 
 __all__ = ["pointwise", "reference"]
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import KERNEL_DTYPES, define
+from owl_wms.ops.common.nvrtc import Kernel
+from owl_wms.ops.common.register import KERNEL_DTYPES, define
 from owl_wms.ops.resize.reference import frames_reference, reference
 
 __all__ = ["frames", "frames_reference", "kernel_of", "reference", "resize"]

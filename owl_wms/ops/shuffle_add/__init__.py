@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from owl_wms.ops.register import define, has_kernel
+from owl_wms.ops.common.register import define, has_kernel
 from owl_wms.ops.shuffle_add.reference import frames_reference, phases_first, reference
 
 __all__ = ["frames_reference", "phases_first", "reference", "shuffle_add", "shuffle_frames"]

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from owl_wms.ops.nvrtc import Kernel
-from owl_wms.ops.register import aligned, define, dtype_defines, has_kernel
+from owl_wms.ops.common.nvrtc import Kernel
+from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel
 from owl_wms.ops.up_residual.reference import reference, shuffle
 
 __all__ = ["add_shortcut_", "kernel_of", "reference", "shuffle", "up_residual"]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from owl_wms.ops.driver import check_driver, driver, ensure_context
+from owl_wms.ops.common.driver import check_driver, driver, ensure_context
 
 BYTES, ALIGNMENT = 128, 64  # CU_TENSOR_MAP_NUM_QWORDS of cuda.h, and what it asks for
 FORMATS = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType

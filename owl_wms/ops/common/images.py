@@ -32,7 +32,7 @@ MAX_THREADS = 8
 
 
 class Source(Protocol):
-    """What identifies machine code; `owl_wms.ops.nvrtc.Kernel` is one."""
+    """What identifies machine code; `owl_wms.ops.common.nvrtc.Kernel` is one."""
 
     @property
     def entry(self) -> str: ...

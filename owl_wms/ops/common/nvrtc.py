@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from owl_wms.ops import images
-from owl_wms.ops.driver import KernelError, check_driver, driver, ensure_context
-from owl_wms.ops.tensor_maps import TensorMap
+from owl_wms.ops.common import images
+from owl_wms.ops.common.driver import KernelError, check_driver, driver, ensure_context
+from owl_wms.ops.common.tensor_maps import TensorMap
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES of cuda.h
 STREAM_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING of cuda.h
 DEFAULT_SHARED_BYTES = 48 * 1024
@@ -46,7 +46,7 @@ class Kernel:
         entry: name of the `extern "C"` function.
         defines: preprocessor symbols, `NAME` or `NAME=VALUE`, that select the variant.
         shared_bytes: dynamic shared memory of a block.
-        headers: further files under `owl_wms/ops`, put between `device.cuh` and the kernel in this order.
+        headers: further files under `owl_wms/ops`, put between `common/device.cuh` and the kernel in this order.
         suffix: "a" compiles for one architecture's own instructions (`sm_90a`), which no other architecture runs.
     """
 
@@ -59,7 +59,7 @@ class Kernel:
 
     def source(self) -> str:
         """The full text that is compiled: shared device code, then the kernel."""
-        files = ("device.cuh", *self.headers, f"{self.op}/kernel.cu")
+        files = ("common/device.cuh", *self.headers, f"{self.op}/kernel.cu")
         return "".join((ROOT / file).read_text("utf-8") for file in files)
 
     def launch(
