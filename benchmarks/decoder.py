@@ -27,7 +27,7 @@ from benchmarks import baselines, harness, report
 from benchmarks.accuracy import accuracy
 from benchmarks.decoders import SUBJECTS, gigaflop, subject
 from benchmarks.ours import build_ours
-from owl_wms.trt.parity import reference_arithmetic
+from owl_wms.trt.check.parity import reference_arithmetic
 
 # "Error no worse than eager's at the same precision", with room for a different order of summation.
 MAX_ERROR_OVER_EAGER = 2.0

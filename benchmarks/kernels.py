@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from benchmarks import decoders, harness
 from benchmarks.report import write_markdown
+from owl_wms.fused.dcae import fuse
+from owl_wms.fused.dcae8 import fuse8
 from owl_wms.ops.codes import FORMATS, LARGEST
 from owl_wms.ops.common.nvrtc import Kernel
-from owl_wms.trt.calibration import SEEDED
-from owl_wms.trt.fused import fuse
-from owl_wms.trt.fused8 import fuse8
+from owl_wms.trt.check.calibration import SEEDED
 from owl_wms.trt.spec import dtype_of
 from owl_wms.vae import fold_weight_norm
 

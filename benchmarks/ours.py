@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms import trt
-from owl_wms.trt.parity import PSNR_GATE_DB
+from owl_wms.trt.check.parity import PSNR_GATE_DB
 
 
 def build_ours(

@@ -20,10 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import decoders
 from benchmarks.accuracy import relative_l2
 from benchmarks.harness import console, finish, measure_interleaved, require_gpu
+from owl_wms.fused.convolution import Conv3x3
+from owl_wms.fused.sana import fuse
 from owl_wms.ops import conv3x3 as conv3x3_op
-from owl_wms.trt.convolution import Conv3x3
-from owl_wms.trt.fused_sana import fuse
-from owl_wms.trt.parity import reference_arithmetic
+from owl_wms.trt.check.parity import reference_arithmetic
 from owl_wms.trt.spec import dtype_of
 
 ROUNDS = 7

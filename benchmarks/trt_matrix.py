@@ -32,8 +32,8 @@ from benchmarks import decoders, harness
 from benchmarks.report import require_alike, write_markdown, write_merged
 from owl_wms import trt
 from owl_wms.cache import CacheStore, Miss
-from owl_wms.trt.answer import output_digest
-from owl_wms.trt.parity import latents
+from owl_wms.trt.check.answer import output_digest
+from owl_wms.trt.check.parity import latents
 
 ROWS = (
     *("dist", "distill_vae", "demo", "dist_learned", "base", "sana", "sana:bf16", "base_learned"),

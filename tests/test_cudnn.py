@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from owl_wms import cudnn
-from owl_wms.trt.parity import reference_arithmetic
+from owl_wms.trt.check.parity import reference_arithmetic
 
 
 def state() -> tuple[bool, bool, bool, bool]:

@@ -1,4 +1,5 @@
-"""The package has one direction: a stage imports only itself and stages to its left, and only by absolute imports.
+"""The package has one direction: a stage imports only itself and stages to its left, by absolute imports, and no file
+imports itself by way of others.
 
 Run: python -m pytest tests/test_import_direction.py
 """
@@ -20,11 +21,14 @@ STAGES = [
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name not in ("__init__.py", "__main__.py"))
 # What makes latents must not know how they are decoded; it reaches decoding through the bridge alone.
 FORBIDDEN = {
-    "ops": {"vae"},
+    "ops": {"vae", "game"},
+    "fused": {"game"},
     "cache": {"vae", "ops", "trt", "configs", "settings"},
     **{stage: {"trt", "cache", "runtime"} for stage in ("nn", "models", "sampling", "data")},
     **{stage: {"trt", "cache"} for stage in ("trainers", "inference")},
 }
+# Folders of `trt/`, in the order in which they may be imported; its single files stand between them.
+TRT = ["spec", "library", "graph", "rewrites", "check", "plans", "key", "run", "build", "jit", "__init__"]
 
 
 def stage_of(path: Path) -> str:
@@ -62,9 +66,68 @@ def test_imports_point_left(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_tensorrt_and_environment_have_one_reader(path: Path) -> None:
     names = imported_modules(path)
-    if stage_of(path) != "trt":
+    if path.relative_to(PACKAGE).parts[:2] != ("trt", "library"):
         assert not any(name.split(".")[0] in ("torch_tensorrt", "tensorrt", "tensorrt_rtx") for name in names)
     if stage_of(path) != "env":
         text = path.read_text(encoding="utf-8")
         assert "os.environ" not in text, "read the environment in owl_wms/env.py"
         assert "getenv" not in text, "read the environment in owl_wms/env.py"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if stage_of(path) == "trt"], ids=lambda path: path.stem)
+def test_the_rooms_of_trt_have_an_order(path: Path) -> None:
+    own = path.relative_to(PACKAGE / "trt").parts[0].removesuffix(".py")
+    for name in imported_modules(path):
+        parts = name.split(".")
+        if parts[:2] == ["owl_wms", "trt"] and len(parts) > 2 and parts[2] in TRT:
+            assert TRT.index(parts[2]) <= TRT.index(own), f"trt/{own} must not import {name}"
+
+
+def module_name(path: Path) -> str:
+    parts = ("owl_wms", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(package: Path = PACKAGE) -> dict[str, set[str]]:
+    """Module -> modules of ours that it imports anywhere in it, type checking included. A package counts as imported
+    only where a name is taken from it that is not a module of its own: `from owl_wms.ops import resize` is an import of
+    `owl_wms.ops.resize`.
+    """
+    files = {module_name(path): path for path in package.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        found = set()
+        for name in imported_modules(path):
+            while name and name not in files:
+                name = name.rpartition(".")[0]
+            found.add(name)
+        graph[module] = found - {"", module}
+    return graph
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle, in order, or an empty list."""
+    done: set[str] = set()
+
+    def walk(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done:
+            return []
+        for target in sorted(graph.get(module, ())):
+            if circle := walk(target, [*way, module]):
+                return circle
+        done.add(module)
+        return []
+
+    return next((circle for module in sorted(graph) if (circle := walk(module, []))), [])
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    assert circle_in(import_graph()) == []
+
+
+def test_a_circle_would_be_found() -> None:
+    graph = import_graph()
+    graph["owl_wms.errors"] = {"owl_wms.cli"}
+    assert len(circle_in(graph)) > 2

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from owl_wms.configs.world import WorldConfig, load_world_config, with_files_found
 from owl_wms.media.pictures import contact_sheet, to_bytes
 from owl_wms.models import GameRFT
-from owl_wms.trainers.rft import RFTTrainer
+from owl_wms.trainers.objectives.rft import RFTTrainer
 from owl_wms.vae import fold_weight_norm, load_decoder, load_encoder
 
 HERE = Path(__file__).resolve().parent

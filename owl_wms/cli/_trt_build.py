@@ -97,8 +97,9 @@ def bench(
     """Time eager PyTorch, torch.compile and the program in one run, each with its error against fp32."""
     import torch
 
-    from owl_wms.runtime import VideoDecode, measure_inference_time
-    from owl_wms.trt.parity import reference_arithmetic
+    from owl_wms.runtime import VideoDecode
+    from owl_wms.timing import measure_inference_time
+    from owl_wms.trt.check.parity import reference_arithmetic
     from owl_wms.utils.owl_vae_bridge import get_decoder_only
 
     settings = _settings(precision, plan, calibration, cache_dir)

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from owl_wms.data.npy_table import NpyTableWriter
+from owl_wms.errors import ConfigError, DataError
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
 from owl_wms.game.world import FRAMES_PER_SECOND, GameWorld
-from owl_wms.data.npy_table import NpyTableWriter
-from owl_wms.errors import ConfigError, DataError
 
 LATENT_COLUMN = "depth_latent"  # upstream's name for latents of colour and depth
 _WARM_UP = 20  # game frames before the first stored one

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from owl_wms.game.world import GameState
 from owl_wms.game.view import View
+from owl_wms.game.world import GameState
 
 _RELOAD_FRAMES = 70.0
 # Rods in units of the frame's height from the bottom centre: start, end, radius, colour.

@@ -9,13 +9,12 @@ Usage: `draw_creatures(world, state, view, wall_distance, colour, depth)` change
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
 from owl_wms.game.maps import hash_unit
-from owl_wms.game.world import CREATURES, GameState, GameWorld
 from owl_wms.game.view import View
+from owl_wms.game.world import CREATURES, GameState, GameWorld
 
 _DRAWN = 4  # the nearest ones in front of the player
 _RADIUS = 0.26

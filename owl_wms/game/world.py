@@ -20,8 +20,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from owl_wms.game.maps import GRID_SIZE, bake_floor_light, hash_unit, make_grid
 from owl_wms.errors import ConfigError
+from owl_wms.game.maps import GRID_SIZE, bake_floor_light, hash_unit, make_grid
 
 BUTTONS = ("W", "A", "S", "D", "LSHIFT", "SPACE", "R", "F", "E", "LMB", "RMB")
 FRAMES_PER_SECOND = 60

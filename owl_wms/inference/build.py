@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from owl_wms.configs import TrainingConfig, WorldConfig, load_vae_config, load_world_config
 from owl_wms.configs.paths import find_beside
-from owl_wms.game.world import FRAMES_PER_SECOND
 from owl_wms.errors import ConfigError
+from owl_wms.game.world import FRAMES_PER_SECOND
 from owl_wms.inference.context import Context, load_contexts, render_context
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.source import GameSource

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from owl_wms.errors import DataError
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
 from owl_wms.game.world import GameWorld
-from owl_wms.errors import DataError
 from owl_wms.media.arrays import read_arrays
 
 NAMES = ("latents", "mouse", "buttons")

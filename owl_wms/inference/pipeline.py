@@ -22,10 +22,10 @@ from owl_wms.errors import ConfigError
 from owl_wms.inference.context import Context
 from owl_wms.inference.pixels import to_uint8
 from owl_wms.inference.source import Frame, describe_decode
-from owl_wms.inference.timing import StageClock
 from owl_wms.nn.kv_cache import KVCache
 from owl_wms.sampling import Guidance, custom_deltas, get_sd3_euler
 from owl_wms.sampling.caching import denoise, remember
+from owl_wms.timing import Marks
 
 MAX_STEPS = 20
 # A minute of play at 60 frames/s would otherwise attend to 3600 frames; latency would grow until the positions ran out.
@@ -133,7 +133,7 @@ class InteractivePipeline:
         """
         moved, held = (a.to(self.device, self.dtype).view(1, 1, -1) for a in (mouse, buttons))
         deltas = get_sd3_euler(self._steps) if self._schedule is None else self._schedule
-        clock = StageClock(self.device)
+        clock = Marks(self.device)
         clock.mark()
         latent = denoise(self._guidance, self._cache, self._like, moved, held, deltas, self._random)
         clock.mark()

@@ -14,7 +14,6 @@ Usage:
 from owl_wms.runtime.audio import AudioDecode
 from owl_wms.runtime.decode import VideoDecode
 from owl_wms.runtime.stats import DecodeStats
-from owl_wms.runtime.timing import measure_inference_time
 from owl_wms.runtime.toolchain import JitToolchain, ProgramRequest, TensorRTToolchain, Toolchain
 
 __all__ = [
@@ -25,5 +24,4 @@ __all__ = [
     "TensorRTToolchain",
     "Toolchain",
     "VideoDecode",
-    "measure_inference_time",
 ]

@@ -30,7 +30,7 @@ from owl_wms.runtime.output import Output
 from owl_wms.runtime.programs import ProgramSource, renew_locks
 from owl_wms.runtime.slot import Slot
 from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
-from owl_wms.runtime.timing import Stopwatch
+from owl_wms.runtime.stopwatch import Stopwatch
 from owl_wms.runtime.toolchain import ProgramRequest, Progress, TensorRTToolchain, Toolchain
 from owl_wms.settings import TensorRTConfig
 from owl_wms.vae.landscape import other_latent_size

@@ -17,14 +17,14 @@ Usage:
 from __future__ import annotations
 
 from owl_wms.errors import ConfigError
-from owl_wms.trainers.av import AVRFTTrainer
 from owl_wms.trainers.base import BaseTrainer
-from owl_wms.trainers.causvid_vid import CausVidTrainer
 from owl_wms.trainers.distributed import cleanup, setup
-from owl_wms.trainers.mixed_av import MixedAVRFTTrainer
-from owl_wms.trainers.ode_distill_vid import DistillODETrainer
-from owl_wms.trainers.rft import RFTTrainer
-from owl_wms.trainers.sforce_vid import SelfForceTrainer
+from owl_wms.trainers.objectives.av import AVRFTTrainer
+from owl_wms.trainers.objectives.causvid_vid import CausVidTrainer
+from owl_wms.trainers.objectives.mixed_av import MixedAVRFTTrainer
+from owl_wms.trainers.objectives.ode_distill_vid import DistillODETrainer
+from owl_wms.trainers.objectives.rft import RFTTrainer
+from owl_wms.trainers.objectives.sforce_vid import SelfForceTrainer
 
 TRAINERS: dict[str, type[BaseTrainer]] = {
     trainer.trainer_id: trainer

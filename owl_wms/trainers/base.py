@@ -48,7 +48,7 @@ from owl_wms.trainers.evaluation import Evaluator
 from owl_wms.trainers.guards import REMEDY, broken_weight, require_finite, rescue
 from owl_wms.trainers.journal import Journal
 from owl_wms.trainers.metrics import Metrics
-from owl_wms.trainers.optimisers import build_optimiser, build_schedule
+from owl_wms.trainers.optim.optimisers import build_optimiser, build_schedule
 from owl_wms.trainers.phases import Loss, Phase
 from owl_wms.trainers.progress import Progress
 

@@ -33,10 +33,10 @@ from owl_wms.errors import ConfigError, FastPathError, TrainingError
 from owl_wms.sampling import get_sampler_cls
 from owl_wms.trainers.distributed import any_rank, gather_to_first
 from owl_wms.trainers.output import write_clip
+from owl_wms.trainers.run import Sampled
 
 if TYPE_CHECKING:
     from owl_wms.runtime import VideoDecode
-    from owl_wms.trainers.base import BaseTrainer
 
 Decode = Callable[[Tensor], Tensor]
 _log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Evaluation:
 class Evaluator:
     """Samples, decodes and writes clips for one trainer."""
 
-    def __init__(self, trainer: BaseTrainer, sample_loader: Loader | None) -> None:
+    def __init__(self, trainer: Sampled, sample_loader: Loader | None) -> None:
         """Build the sampler.
 
         Raises:

@@ -11,15 +11,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from owl_wms.errors import TrainingError
-
-if TYPE_CHECKING:
-    from owl_wms.trainers.base import BaseTrainer
+from owl_wms.trainers.run import Saved
 
 REMEDY = (
     "look for extreme values in the data, lower the learning rate or lengthen the warm-up, and continue from the last "
@@ -57,7 +55,7 @@ def broken_weight(state: Mapping[str, Any]) -> str | None:
     return next((key for key, ok in zip(floats, fine, strict=True) if not ok), None)
 
 
-def rescue(trainer: BaseTrainer) -> None:
+def rescue(trainer: Saved) -> None:
     """After a failure: save the steps since the last checkpoint, unless the weights themselves are broken.
 
     By rank 0 without waiting for anyone, as other ranks may be gone. Never raises: the failure that led here is the one

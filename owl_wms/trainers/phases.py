@@ -23,7 +23,7 @@ from owl_wms.errors import TrainingError
 from owl_wms.trainers.distributed import is_distributed
 from owl_wms.trainers.guards import REMEDY
 from owl_wms.trainers.metrics import Metrics
-from owl_wms.trainers.optimisers import Optimiser
+from owl_wms.trainers.optim.optimisers import Optimiser
 
 Loss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 """A batch to (what is minimised, what is reported); every value one element."""

@@ -14,14 +14,14 @@ Usage:
 
 from __future__ import annotations
 
-from owl_wms.trt.build import build_program
-from owl_wms.trt.cuda_graph import GraphedProgram
-from owl_wms.trt.engines import status as run_status
-from owl_wms.trt.importer import TensorRTStatus, status
+from owl_wms.trt.build.parent import build_program
 from owl_wms.trt.jit import compile_for_training
 from owl_wms.trt.key import key_material
-from owl_wms.trt.load import Program, load_program
-from owl_wms.trt.load import prepare as prepare_to_load
+from owl_wms.trt.library.engines import status as run_status
+from owl_wms.trt.library.importer import TensorRTStatus, status
+from owl_wms.trt.run.cuda_graph import GraphedProgram
+from owl_wms.trt.run.load import Program, load_program
+from owl_wms.trt.run.load import prepare as prepare_to_load
 from owl_wms.trt.spec import BuildSpec
 
 __all__ = [

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError, FastPathError
-from owl_wms.trt import importer, plans
-from owl_wms.trt.parity import Reference
-from owl_wms.trt.shapes import copy_with, module_dtype
+from owl_wms.trt import plans
+from owl_wms.trt.check.parity import Reference
+from owl_wms.trt.graph.shapes import copy_with, module_dtype
+from owl_wms.trt.library import importer
 from owl_wms.trt.spec import DTYPES, BuildSpec
 from owl_wms.vae import fold_weight_norm
 

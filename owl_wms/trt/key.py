@@ -27,12 +27,12 @@ from torch import nn
 from owl_wms import env
 from owl_wms.settings import EIGHT_BITS
 from owl_wms.trt import plans
-from owl_wms.trt.calibration import calibration_digest
-from owl_wms.trt.digest import weights_digest
-from owl_wms.trt.export import export_decoder, graph_text
-from owl_wms.trt.importer import installed_flavour
-from owl_wms.trt.record import record
-from owl_wms.trt.shapes import meta_copy, module_dtype
+from owl_wms.trt.check.calibration import calibration_digest
+from owl_wms.trt.graph.digest import weights_digest
+from owl_wms.trt.graph.export import export_decoder, graph_text
+from owl_wms.trt.graph.record import record
+from owl_wms.trt.graph.shapes import meta_copy, module_dtype
+from owl_wms.trt.library.importer import installed_flavour
 from owl_wms.trt.spec import BuildSpec
 from owl_wms.vae import fold_weight_norm
 
@@ -101,10 +101,11 @@ def graph_of(decoder: nn.Module, spec: BuildSpec) -> str:
 
 @functools.cache
 def sources_digest() -> str:
-    """SHA-256 over the sources that shape a program: `owl_wms/trt`, `owl_wms/ops` and the weight-norm folding."""
+    """SHA-256 over the sources that shape a program: `trt`, `fused`, `ops`, and further files that lowering uses."""
     package = Path(inspect.getfile(importlib.import_module("owl_wms"))).parent
     kernels = [path for path in (package / "ops").rglob("*") if path.suffix in (".py", ".cu", ".cuh")]
-    files = [*(package / "trt").rglob("*.py"), *kernels, package / "vae" / "fold.py"]
+    single = [package / name for name in ("cudnn.py", "timing.py", "vae/autoencoder_dc.py", "vae/fold.py")]
+    files = [*(package / "trt").rglob("*.py"), *(package / "fused").rglob("*.py"), *kernels, *single]
     return _sha256(
         part for path in sorted(files) for part in (str(path.relative_to(package)).encode(), path.read_bytes())
     )

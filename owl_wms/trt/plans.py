@@ -21,12 +21,12 @@ import torch
 from torch import nn
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt.calibration import calibration_latents
-from owl_wms.trt.ordinary import is_ordinary
-from owl_wms.trt.rewrites import apply_rewrites
-from owl_wms.trt.sana import is_sana_decoder
-from owl_wms.trt.shapes import copy_with
+from owl_wms.trt.check.calibration import calibration_latents
+from owl_wms.trt.graph.ordinary import is_ordinary
+from owl_wms.trt.graph.shapes import copy_with
+from owl_wms.trt.rewrites.apply import apply_rewrites
 from owl_wms.trt.spec import BuildSpec, dtype_of
+from owl_wms.vae.autoencoder_dc import is_sana_decoder
 
 Applies = Callable[[nn.Module, BuildSpec], tuple[bool, str]]
 Lower = Callable[[nn.Module, BuildSpec, str], tuple[nn.Module, dict[str, int]]]
@@ -92,19 +92,19 @@ def _grouped(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
 
 
 def fused_ops() -> ModuleType | None:
-    """`owl_wms.trt.fused`, or None where it cannot be imported (no Triton); imported on demand because it loads
+    """`owl_wms.fused.dcae`, or None where it cannot be imported (no Triton); imported on demand because it loads
     kernels.
     """
     try:
-        return importlib.import_module("owl_wms.trt.fused")
+        return importlib.import_module("owl_wms.fused.dcae")
     except Exception:  # a missing or broken dependency: the plan then does not apply
         return None
 
 
 def fused_sana_ops() -> ModuleType | None:
-    """`owl_wms.trt.fused_sana`, likewise."""
+    """`owl_wms.fused.sana`, likewise."""
     try:
-        return importlib.import_module("owl_wms.trt.fused_sana")
+        return importlib.import_module("owl_wms.fused.sana")
     except Exception:  # as above
         return None
 
@@ -157,7 +157,7 @@ def _eight_bits(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
     module = fused_ops()
     if module is None or is_sana_decoder(decoder):
         return False, "8-bit products need our fused form of a DCAE or distilled decoder"
-    from owl_wms.trt.fused8 import supports8
+    from owl_wms.fused.dcae8 import supports8
 
     yes, why = supports8(decoder)
     if yes and torch.cuda.is_available():
@@ -169,8 +169,8 @@ def _eight_bits(decoder: nn.Module, spec: BuildSpec) -> tuple[bool, str]:
 
 
 def _lower_eight_bits(folded: nn.Module, spec: BuildSpec, precision: str) -> tuple[nn.Module, dict[str, int]]:
+    from owl_wms.fused.dcae8 import fuse8
     from owl_wms.ops.codes import FORMATS
-    from owl_wms.trt.fused8 import fuse8
 
     z = calibration_latents(spec, next(folded.parameters()).device)
     return fuse8(folded, dtype_of(precision), FORMATS[precision], z, spec.input_shape), {"fuse8": 1}

@@ -26,9 +26,10 @@ from torch import nn
 from owl_wms import env
 from owl_wms.cache.key import entry_name, label
 from owl_wms.errors import CacheError, ConfigError
-from owl_wms.runtime import AudioDecode, JitToolchain, Toolchain, VideoDecode, measure_inference_time
+from owl_wms.runtime import AudioDecode, JitToolchain, Toolchain, VideoDecode
 from owl_wms.runtime.programs import PROGRAM_FILE, store_of
 from owl_wms.settings import PRECISIONS, TensorRTConfig
+from owl_wms.timing import measure_inference_time
 from owl_wms.vae import fold_weight_norm, load_decoder
 
 __all__ = [

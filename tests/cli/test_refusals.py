@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from owl_wms.cli import _shared, main
-from owl_wms.game.world import GameWorld
 from owl_wms.errors import ConfigError, DataError
+from owl_wms.game.world import GameWorld
 from owl_wms.media.arrays import load_array, save_array
 from tests.cli.test_decode import call, place  # noqa: F401 (a fixture)
 from tests.cli.test_sample import files  # noqa: F401 (a fixture)

@@ -35,8 +35,8 @@ NOT_RUN = "not run yet"
 ATTACKED = {
     "cache": ["owl_wms/cache"],
     "runtime": ["owl_wms/runtime"],
-    "building child": [f"owl_wms/trt/{name}.py" for name in ("build", "child", "worker", "isolate", "attempts")],
-    "loading": ["owl_wms/trt/load.py", "owl_wms/trt/answer.py"],
+    "building child": ["owl_wms/trt/build"],
+    "loading": ["owl_wms/trt/run/load.py", "owl_wms/trt/check/answer.py"],
     "readers": [
         "owl_wms/configs",
         "owl_wms/inference/messages.py",

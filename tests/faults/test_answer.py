@@ -20,9 +20,10 @@ from owl_wms.cache import CacheStore
 from owl_wms.runtime import ProgramRequest, VideoDecode
 from owl_wms.runtime.turns import tracing
 from owl_wms.settings import TensorRTConfig
-from owl_wms.trt import answer, engines
-from owl_wms.trt.load import Program
-from owl_wms.trt.parity import Reference, latents
+from owl_wms.trt.check import answer
+from owl_wms.trt.check.parity import Reference, latents
+from owl_wms.trt.library import engines
+from owl_wms.trt.run.load import Program
 from tests.faults.conftest import Fault
 from tests.faults.test_runtime import PlainToolchain, same, small_decoder
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.conftest import Fault
 from tests.trt import build_child
-from tests.trt.test_build import run
+from tests.trt.build.test_parent import run
 
 
 @pytest.mark.slow

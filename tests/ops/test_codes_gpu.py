@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from owl_wms.fused import dcae8
 from owl_wms.ops import codes, grouped_conv, grouped_conv8, linear8
-from owl_wms.trt import fused8
 from tests.ops.decoders import dcae
 from tests.ops.test_codes import gains, some_codes
 from tests.ops.test_gpu import poison
@@ -20,7 +20,7 @@ FORMAT_NAMES = list(codes.FORMATS)
 
 @pytest.fixture(autouse=True)
 def _hopper_and_fresh_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused8, "LEAST_CHANNELS", 64)
+    monkeypatch.setattr(dcae8, "LEAST_CHANNELS", 64)
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("8-bit products are for compute capability 9.0")
     torch.seed()
@@ -131,7 +131,7 @@ def test_every_tile(tile: int, shape: tuple[int, ...], channels: int, dtype: tor
 def test_a_decoder_with_codes_is_near_the_fp32_one_and_repeats_in_a_graph(dtype: torch.dtype) -> None:
     decoder = dcae(stages=(2, 3, 1), ch_0=64, ch_max=256, size=32, latent=16).cuda()
     z, calibration = (torch.randn(n, 16, 4, 4, device="cuda") for n in (3, 16))
-    fused = fused8.fuse8(decoder, torch.bfloat16, dtype, calibration)
+    fused = dcae8.fuse8(decoder, torch.bfloat16, dtype, calibration)
     with torch.inference_mode():
         want, got = decoder(z), fused(z)
         assert (got.float() - want).norm() < (0.03 if dtype == torch.int8 else 0.06) * want.norm()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from owl_wms.fused.dcae import fuse
 from owl_wms.ops import conv_out, grouped_conv, resize, stage, up_residual
-from owl_wms.trt.fused import fuse
 from tests.ops.decoders import dcae, distill
 from tests.ops.test_references import arguments
 

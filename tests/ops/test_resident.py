@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops import conv3x3
-from owl_wms.ops.conv3x3 import resident
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.tensor_maps import TensorMap
+from owl_wms.ops.conv3x3 import resident
 
 PIXELS, OUT, DEPTH = (1, 16, 16), 128, 64
 

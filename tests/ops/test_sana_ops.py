@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from owl_wms.ops import channel_norm, conv3x3, depthwise_gate, linear_attention, pointwise, shuffle_add
-from owl_wms.ops.conv3x3 import resident
 from owl_wms.ops.common.nvrtc import compile_kernel, nvrtc_library_names
+from owl_wms.ops.conv3x3 import resident
 
 pytest.importorskip("triton")
 OPS = torch.ops.owl_wms

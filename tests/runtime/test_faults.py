@@ -15,8 +15,8 @@ import torch
 from owl_wms import trt
 from owl_wms.errors import DecodeMemoryError, FastPathError, NoDeviceError
 from owl_wms.runtime import TensorRTToolchain, VideoDecode
-from owl_wms.trt import importer
-from owl_wms.trt.build import explain_exit
+from owl_wms.trt.build.parent import explain_exit
+from owl_wms.trt.library import importer
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
 
 LATENTS = (2, 5, 4, 3, 3)

@@ -12,8 +12,9 @@ import torch
 
 from owl_wms import trt
 from owl_wms.errors import ConfigError
-from owl_wms.runtime import JitToolchain, VideoDecode, measure_inference_time, metrics
-from owl_wms.runtime.timing import Stopwatch
+from owl_wms.runtime import JitToolchain, VideoDecode, metrics
+from owl_wms.runtime.stopwatch import Stopwatch
+from owl_wms.timing import measure_inference_time
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
 
 

@@ -55,8 +55,8 @@ def main(arguments: list[str]) -> None:
 
     cuda_stand_in.install()
     cuda_stand_in.run_engines_in_pytorch(refuse)
-    from owl_wms.trt import worker
-    from owl_wms.trt.child import main as child
+    from owl_wms.trt.build import worker
+    from owl_wms.trt.build.child import main as child
 
     if seed in (DIE_IN_PARITY, DIE_IN_TIMING):
         judge = worker.Worker.judge

@@ -15,9 +15,10 @@ cuda_stand_in.install()
 
 import torch  # noqa: E402
 
-from owl_wms.trt import importer, lower, plans  # noqa: E402
-from owl_wms.trt.build import folded_copy  # noqa: E402
-from owl_wms.trt.export import export_decoder  # noqa: E402
+from owl_wms.trt import plans  # noqa: E402
+from owl_wms.trt.build.parent import folded_copy  # noqa: E402
+from owl_wms.trt.graph.export import export_decoder  # noqa: E402
+from owl_wms.trt.library import compiler, importer  # noqa: E402
 from owl_wms.trt.spec import BuildSpec, dtype_of  # noqa: E402
 from tests.trt import decoders  # noqa: E402
 
@@ -34,7 +35,7 @@ def partition(name: str, plan_name: str, precision: str, kept: tuple[str, ...] =
     module, rewrites = plan.lower(folded_copy(decoder), spec, precision)
     z = torch.randn(shape, dtype=dtype_of(precision))
     settings = {**spec.compile_settings(precision), **plan.settings, "dryrun": True}
-    _, found = lower.compile_exported(export_decoder(module, z), z, settings, kept=kept)
+    _, found = compiler.compile_exported(export_decoder(module, z), z, settings, kept=kept)
     say(
         name=name,
         plan=plan_name,
@@ -54,7 +55,7 @@ def serialized() -> None:
     z = torch.randn(shape, dtype=torch.float16)
     phases: list[str] = []
     begin = time.monotonic()
-    with cuda_stand_in.engines_as_bytes(), lower._builder_progress(lambda phase, step, steps: phases.append(phase)):
+    with cuda_stand_in.engines_as_bytes(), compiler._builder_progress(lambda phase, step, steps: phases.append(phase)):
         engine = importer.submodule("dynamo").convert_exported_program_to_serialized_trt_engine(
             export_decoder(module, z), arg_inputs=[z], use_explicit_typing=True, immutable_weights=True
         )

@@ -39,7 +39,7 @@ def install() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_args, _answer=answer, **_kwargs: _answer)
 
-    from owl_wms.trt import importer
+    from owl_wms.trt.library import importer
 
     importer.require()
     cpu = torch.device("cpu")
@@ -59,7 +59,7 @@ class _EngineBytes:
 @contextlib.contextmanager
 def engines_as_bytes() -> Iterator[None]:
     """Inside the block a built engine stays serialized, since deserializing it is what needs a GPU."""
-    from owl_wms.trt import importer
+    from owl_wms.trt.library import importer
 
     tensorrt = importer.submodule("dynamo.conversion._TRTInterpreter").trt
     original = tensorrt.Runtime
@@ -78,7 +78,7 @@ def run_engines_in_pytorch(refuse: Callable[[torch.fx.GraphModule], str] = lambd
         refuse: called with every subgraph that would become an engine; a non-empty answer makes its build fail with
             that reason.
     """
-    from owl_wms.trt import importer
+    from owl_wms.trt.library import importer
 
     compiler = importer.submodule("dynamo._compiler")
 

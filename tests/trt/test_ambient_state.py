@@ -15,11 +15,13 @@ from owl_wms import trt
 from owl_wms.ops.stage import enlarge_matrix
 from owl_wms.runtime import VideoDecode
 from owl_wms.settings import TensorRTConfig
-from owl_wms.trt import answer, engines, plans
-from owl_wms.trt.answer import Answer, sample_of
-from owl_wms.trt.load import load_program
-from owl_wms.trt.parity import latents
-from owl_wms.trt.resize import bicubic_matrix
+from owl_wms.trt import plans
+from owl_wms.trt.check import answer
+from owl_wms.trt.check.answer import Answer, sample_of
+from owl_wms.trt.check.parity import latents
+from owl_wms.trt.library import engines
+from owl_wms.trt.rewrites.resize import bicubic_matrix
+from owl_wms.trt.run.load import load_program
 from owl_wms.vae import fold_weight_norm
 from tests.process_state import STATES, set_in_process
 from tests.trt import decoders

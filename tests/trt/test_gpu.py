@@ -11,8 +11,8 @@ import torch
 
 from owl_wms import trt
 from owl_wms.errors import FastPathError
-from owl_wms.trt.answer import output_digest
-from owl_wms.trt.parity import latents
+from owl_wms.trt.check.answer import output_digest
+from owl_wms.trt.check.parity import latents
 from tests.trt import decoders
 
 pytestmark = pytest.mark.gpu
@@ -119,8 +119,8 @@ import sys
 from pathlib import Path
 from owl_wms import trt
 from owl_wms.ops import nvrtc
-from owl_wms.trt.answer import output_digest
-from owl_wms.trt.parity import latents
+from owl_wms.trt.check.answer import output_digest
+from owl_wms.trt.check.parity import latents
 def compiled(kernel, architecture): raise AssertionError(f"{kernel} was compiled again")
 nvrtc._compile = compiled
 assert trt.run_status().available

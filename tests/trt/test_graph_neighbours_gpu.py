@@ -13,7 +13,7 @@ import torch
 
 from owl_wms.runtime import VideoDecode
 from owl_wms.settings import TensorRTConfig
-from owl_wms.trt.parity import latents
+from owl_wms.trt.check.parity import latents
 from tests.trt import decoders
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 CHILD = """
 import sys, torch
 from torch import nn
-from owl_wms.trt.cuda_graph import GraphedProgram
+from owl_wms.trt.run.cuda_graph import GraphedProgram
 
 def draw(*shape):
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from owl_wms.errors import ConfigError, FastPathError
-from owl_wms.trt import GraphedProgram, compile_for_training, importer, jit
+from owl_wms.trt import GraphedProgram, compile_for_training, jit
+from owl_wms.trt.library import importer
 from tests.trt import decoders
 
 

@@ -1,1 +1,1 @@
-"""What every op shares: compiling with NVRTC, launching, machine code that is kept, registering, tensor maps, device code."""
+"""What ops share: compiling with NVRTC, launching, stored machine code, registering, tensor maps, device code."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from owl_wms.ops.conv_out.reference import BLOCK, MAX_OUT, pack, padded, reference, unpack
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel
+from owl_wms.ops.conv_out.reference import BLOCK, MAX_OUT, pack, padded, reference, unpack
 
 __all__ = ["MAX_OUT", "conv_out", "kernel_of", "pack", "padded", "reference", "unpack"]
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from owl_wms.ops.depthwise_gate.reference import pack, reference
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.register import define, dtype_defines, has_kernel
+from owl_wms.ops.depthwise_gate.reference import pack, reference
 
 __all__ = ["depthwise_gate", "kernel_of", "pack", "reference"]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from owl_wms.ops import enlarging
 from owl_wms.ops.codes import DEFINES
-from owl_wms.ops.grouped_conv.reference import GROUP, enlarge, pack, reference, unpack
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel
+from owl_wms.ops.grouped_conv.reference import GROUP, enlarge, pack, reference, unpack
 
 __all__ = ["enlarge", "grid_of", "grouped_conv", "kernel_of", "launch", "pack", "reference", "unpack"]
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from owl_wms.ops.linear_attention.reference import reference
 from owl_wms.ops.common.register import define, has_kernel
+from owl_wms.ops.linear_attention.reference import reference
 
 __all__ = ["linear_attention", "reference"]
 

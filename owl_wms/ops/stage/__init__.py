@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from owl_wms.ops.grouped_conv import grouped_conv
 from owl_wms.ops.common.register import define
+from owl_wms.ops.grouped_conv import grouped_conv
 from owl_wms.ops.stage.reference import reference
 from owl_wms.ops.stage_tail import pays, stage_tail
 from owl_wms.ops.up_residual import add_shortcut_, up_residual

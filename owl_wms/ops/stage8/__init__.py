@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from owl_wms.ops.common.register import define
 from owl_wms.ops.grouped_conv8 import grouped_conv8
 from owl_wms.ops.linear8 import add_linear8_, linear8
-from owl_wms.ops.common.register import define
 from owl_wms.ops.stage import enlarged, products
 
 __all__ = ["stage8"]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from owl_wms.ops.enlarging import BRANCH_BYTES, GROUP, HEADERS, LOW_COLUMNS, STRIP
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.register import dtype_defines
+from owl_wms.ops.enlarging import BRANCH_BYTES, GROUP, HEADERS, LOW_COLUMNS, STRIP
 
 # One block's limit on compute capability 9.0 (CUDA programming guide, "Technical specifications"); each block also
 # takes 1 KiB that the system keeps.

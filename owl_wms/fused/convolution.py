@@ -1,0 +1,98 @@
+"""Dense 3x3 convolutions of a fused decoder, each computed the way that was fastest when its program was built.
+
+Why measured: which of library, fused library and our kernels wins depends on shape and GPU. The choice is made once, at
+build, and is part of the program.
+
+Usage:
+    conv = Conv3x3(weight, bias, torch.bfloat16)        # a module of the fused decoder
+    choose(fused, torch.bfloat16, (8, 128, 8, 8))       # sets `how` of every Conv3x3 in it
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.ops import conv3x3 as conv3x3_op
+from owl_wms.ops.common.ahead import compile_ahead
+from owl_wms.ops.conv3x3 import LIBRARY, pack
+from owl_wms.timing import interleaved
+
+TIMING_SECONDS = 0.3  # of each distinct convolution; sana has a dozen
+HEAD_START = 1_000_000  # clock cycles, some 0.6 ms; a launch from Python takes as long as a convolution at batch 1
+# A way to compute a convolution that strays further than rounding can from the library's result is wrong, not fast.
+MOST_STRAY = 2e-2
+
+
+class Conv3x3(nn.Module):
+    """`relu(conv(x) + bias) + residual` on `[B, H, W, C]`; `how` as in `owl_wms.ops.conv3x3`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, relu: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("weight", pack(weight.detach()).to(dtype))
+        self.register_buffer("bias", None if bias is None else bias.detach().float())  # added to fp32 sums
+        self.relu, self.how = relu, LIBRARY
+        self.choices: dict[tuple, int] | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.choices is not None:
+            key = (tuple(x.shape), tuple(self.weight.shape), self.relu, residual is None)
+            if key not in self.choices:
+                self.choices[key] = fastest(x, self.weight, self.bias, residual, self.relu)
+            self.how = self.choices[key]
+        return torch.ops.owl_wms.conv3x3(x, self.weight, self.bias, residual, self.relu, self.how)
+
+
+def fastest(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> int:
+    """The quickest `how` for this shape on this GPU, among those that run and agree with the library.
+
+    Ways are timed in turns: some differ by less than the clock drifts from one to the next.
+    """
+
+    def way(how: int) -> Callable[[Tensor], Tensor]:
+        return functools.partial(_compute, weight=weight, bias=bias, residual=residual, relu=relu, how=how)
+
+    wanted = way(LIBRARY)(x).float()
+    sound = {str(LIBRARY): way(LIBRARY)}
+    for how in conv3x3_op.ways(x, weight, residual is not None, relu):
+        try:
+            stray = torch.linalg.vector_norm(way(how)(x).float() - wanted)
+        except Exception:  # a kernel this driver or GPU refuses: the library remains
+            continue
+        if stray <= MOST_STRAY * torch.linalg.vector_norm(wanted):
+            sound[str(how)] = way(how)
+    times = interleaved(sound, x, budget_seconds=TIMING_SECONDS, head_start=HEAD_START)
+    return int(min(times, key=times.__getitem__))
+
+
+def _compute(
+    x: Tensor, *, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, how: int
+) -> Tensor:
+    return torch.ops.owl_wms.conv3x3(x, weight, bias, residual, relu, how)
+
+
+def choose(fused: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | None) -> None:
+    """Time every way to compute each convolution of `fused` for latents of that shape and keep the fastest.
+
+    Nothing happens without a shape, off a GPU, and where there is no such convolution.
+    """
+    convs = [module for module in fused.modules() if isinstance(module, Conv3x3)]
+    if input_shape is None or not convs or not convs[0].weight.is_cuda:
+        return
+    z = torch.randn(input_shape, device=convs[0].weight.device).to(dtype)
+    # In threads; the run below needs all of them, and what it tries for a convolution does not show before.
+    compile_ahead(fused, z, also=conv3x3_op.variants(z))
+    choices: dict[tuple, int] = {}  # (input shape, weight shape, relu, no residual) -> how
+    for conv in convs:
+        conv.choices = choices
+    try:
+        fused(z)
+    finally:
+        for conv in convs:
+            conv.choices = None

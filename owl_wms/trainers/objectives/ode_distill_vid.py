@@ -1,0 +1,106 @@
+"""`ode_distill_vid`: a shallower student learns the teacher's velocities along the teacher's own way from noise to
+clip.
+
+Usage:
+    DistillODETrainer(cfg.train, cfg.wandb, cfg.model).train()
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.configs.world import load_world_config
+from owl_wms.data.loading import Batch
+from owl_wms.errors import ConfigError
+from owl_wms.models import make_model
+from owl_wms.sampling import Guidance
+from owl_wms.trainers.base import BaseTrainer
+from owl_wms.trainers.checkpoints import load_core_weights
+from owl_wms.trainers.objectives.dmd import expand, masked_mse
+
+CONTEXT_NOISE = 0.2
+_BLOCKS = "transformer.blocks."
+
+
+def kept_layers(teacher: int, student: int) -> list[int]:
+    """Which of the teacher's layers a student of fewer starts from: evenly spread, first and last included.
+
+    Raises:
+        ConfigError: a student deeper than its teacher.
+    """
+    if student > teacher:
+        raise ConfigError(
+            f"a student of {student} layers cannot be cut from a teacher of {teacher}", key="model.n_layers"
+        )
+    if student == 1:
+        return [0]
+    return [round(i * (teacher - 1) / (student - 1)) for i in range(student)]
+
+
+def cut_student(teacher: nn.Module, student: nn.Module, layers: list[int]) -> None:
+    """Copy the teacher's weights into the student, block i from the teacher's block `layers[i]`."""
+    weights = {key: value for key, value in teacher.state_dict().items() if not key.startswith(_BLOCKS)}
+    for key, value in teacher.state_dict().items():
+        if key.startswith(_BLOCKS):
+            index, rest = key.removeprefix(_BLOCKS).split(".", 1)
+            weights.update({f"{_BLOCKS}{i}.{rest}": value for i, kept in enumerate(layers) if kept == int(index)})
+    student.load_state_dict(weights)
+
+
+class DistillODETrainer(BaseTrainer):
+    """Batches (latents, mouse, buttons); reports `loss`."""
+
+    trainer_id = "ode_distill_vid"
+    stops_by_epochs = False
+
+    def build_model(self) -> nn.Module:
+        cfg = self.train_cfg
+        teacher_cfg = load_world_config(str(cfg.teacher_cfg)).model
+        self.teacher = make_model(teacher_cfg).core
+        load_core_weights(self.teacher, str(cfg.teacher_ckpt))
+        student = make_model(self.model_cfg).core
+        cut_student(self.teacher, student, kept_layers(teacher_cfg.n_layers, self.model_cfg.n_layers))
+        self.teacher.to(self.device).eval().requires_grad_(False)
+        return student
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        video, mouse, btn = batch[:3]
+        assert self.train_cfg.gen_p is not None
+        clean = self.to_latents(video)
+        generated = torch.rand(clean.shape[:2], dtype=torch.float32, device=clean.device) < self.train_cfg.gen_p
+        generated[:, -1] |= ~generated.any(dim=1)
+        states = self._teacher_path(clean, generated, mouse, btn)
+        losses = [
+            masked_mse(self.model(x, t, mouse, btn).float(), v.float(), generated) for x, t, v in self._some(states)
+        ]
+        loss = torch.stack(losses).mean()
+        return loss, {"loss": loss}
+
+    @torch.no_grad()
+    def _teacher_path(
+        self, clean: Tensor, generated: Tensor, mouse: Tensor, btn: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(x_t, t, v) at every Euler step of the teacher; context frames stay at their noise level, and say so in t."""
+        cfg = self.train_cfg
+        assert cfg.rollout_steps is not None
+        assert cfg.cfg_scale is not None
+        guidance = Guidance(model=self.teacher, scale=cfg.cfg_scale)
+        delta = 1 / cfg.rollout_steps
+        t = torch.full(generated.shape, CONTEXT_NOISE, dtype=torch.float32, device=clean.device).masked_fill(
+            generated, 1.0
+        )
+        x = clean.lerp(torch.randn_like(clean), expand(t))
+        path = []
+        for _ in range(cfg.rollout_steps):
+            (v,) = guidance.velocity((x,), t, mouse, btn)
+            path.append((x, t, v))
+            x = torch.where(expand(generated), x - delta * v.float(), x)
+            t = torch.where(generated, t - delta, t)
+        return path
+
+    def _some(self, states: list[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """A random share `subsample` of the states, at least one."""
+        assert self.train_cfg.subsample is not None
+        count = max(1, round(self.train_cfg.subsample * len(states)))
+        return [states[i] for i in torch.randperm(len(states), device="cpu")[:count].tolist()]

@@ -1,0 +1,95 @@
+"""Which kinds of modules cannot be built alone: the suspects that isolation begins with.
+
+Why it exists: a decoder has a dozen kinds of modules and hundreds of modules. One small build a kind costs seconds and
+usually names the culprit; trying subsets of the whole costs a whole build each.
+
+Usage:
+    prober = Prober(spec, journal, device)
+    failing = prober.probe(module, like_units(module, exported), "bf16", settings)      # {module path: reason}
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from owl_wms.trt.library import compiler
+from owl_wms.trt.build import attempts
+from owl_wms.trt.graph.export import export_decoder
+from owl_wms.trt.build.journal import Journal
+from owl_wms.trt.check.parity import latents
+from owl_wms.trt.graph.shapes import record_shapes
+from owl_wms.trt.spec import BuildSpec, dtype_of
+
+PROBE_SECONDS = 25.0
+
+
+class Prober:
+    """Builds leaf modules alone and remembers the answers by what was probed."""
+
+    def __init__(self, spec: BuildSpec, journal: Journal, device: torch.device) -> None:
+        self.spec = spec
+        self.journal = journal
+        self.device = device
+        self.probed: dict[str, str] = {}
+
+    def probe(
+        self, module: nn.Module, groups: list[list[str]], precision: str, settings: dict[str, Any]
+    ) -> dict[str, str]:
+        """Build one leaf module of each group alone; `{module path: reason}` for all modules of failing groups."""
+        shapes = record_shapes(module, self.spec.input_shape)
+        children = dict(module.named_modules())
+        failing: dict[str, str] = {}
+        deadline = time.monotonic() + PROBE_SECONDS
+        for group in groups:
+            leaves = [path for path in group if path in shapes and next(children[path].children(), None) is None]
+            if not leaves:
+                continue
+            leaf, shape = children[leaves[0]], shapes[leaves[0]]
+            # Keyed by what is probed: another plan's module of the same kind and shape has the same answer.
+            key = f"probe|{precision}|{shape}|{_kind(leaf, [])}"
+            if key not in self.probed and time.monotonic() > deadline:
+                continue
+            reason = self.probed.get(key)
+            if reason is None:
+                reason = self.journal.attempt(key)
+            if reason is None:
+                reason = self._probe_one(leaf, shape, precision, settings)
+                self.journal.outcome(key, reason)
+            self.probed[key] = reason
+            if reason:
+                failing.update(dict.fromkeys(group, reason))
+        return failing
+
+    def _probe_one(self, leaf: nn.Module, shape: tuple[int, ...], precision: str, settings: dict[str, Any]) -> str:
+        try:
+            x = latents(shape, 1.0, dtype_of(precision), self.device, self.spec.seed)
+            exported = export_decoder(nn.Sequential(leaf), x)
+            program, _ = compiler.compile_exported(exported, x, {**settings, "min_block_size": 1})
+            attempts.run(program, x)
+        except Exception as error:
+            attempts.check_context(self.device)
+            return attempts.reason_of(error)
+        return ""
+
+
+def like_units(module: nn.Module, exported: ExportedProgram) -> list[list[str]]:
+    """Module paths that call operators, grouped by what they are: a leaf's type, configuration and tensor shapes, else
+    the operators.
+    """
+    groups: dict[str, list[str]] = {}
+    children = dict(module.named_modules())
+    for path, operators in compiler.operators_by_module(exported).items():
+        groups.setdefault(_kind(children.get(path), operators), []).append(path)
+    return list(groups.values())
+
+
+def _kind(child: nn.Module | None, operators: list[str]) -> str:
+    if child is None or next(child.children(), None) is not None:
+        return f"{type(child).__name__} {sorted(set(operators))}"
+    tensors = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
+    return f"{type(child).__name__} {child.extra_repr()} {[(key, tuple(t.shape)) for key, t in tensors]}"

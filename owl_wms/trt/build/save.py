@@ -1,0 +1,67 @@
+"""Writing the program that won, and proving that what was written computes the same.
+
+Usage:
+    report |= keep(candidate, Path("out"), spec, journal, device)       # out/program.pt2
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from owl_wms.errors import FastPathError
+from owl_wms.trt.run import kernels
+from owl_wms.trt.library import compiler
+from owl_wms.trt.check import answer
+from owl_wms.trt.build import attempts
+from owl_wms.trt.build.candidate import Candidate
+from owl_wms.trt.build.journal import Journal
+from owl_wms.trt.run.load import load_program
+from owl_wms.trt.check.parity import latents
+from owl_wms.trt.spec import BuildSpec, dtype_of
+
+PROGRAM_NAME = "program.pt2"
+
+
+def keep(best: Candidate, out_dir: Path, spec: BuildSpec, journal: Journal, device: torch.device) -> dict[str, Any]:
+    """Write, reload from bytes and compare; the numbers for the report. `best.program` is gone afterwards.
+
+    Raises:
+        FastPathError: stage "save", "load" or "parity".
+    """
+    z = latents(spec.input_shape, 1.0, dtype_of(best.precision), device, spec.seed)
+    with kernels.collected(z) as files:
+        wanted = attempts.run(best.program, z)
+    found = answer.Answer.of(wanted, best.parity, seed=spec.seed)
+    files[answer.FILE] = found.pack()
+    path = out_dir / PROGRAM_NAME
+    journal.stage("save", plan=best.plan)
+    begin = time.monotonic()
+    try:
+        compiler.save_program(best.program, path, z, files)
+    except Exception as error:
+        remedy = "report this with the decoder's configuration"
+        raise FastPathError("save", attempts.reason_of(error), remedy) from error
+    save_seconds = time.monotonic() - begin
+    best.program = None
+    attempts.release()
+    journal.stage("reload", plan=best.plan)
+    begin = time.monotonic()
+    loaded = load_program(path.read_bytes(), device)
+    load_seconds = time.monotonic() - begin
+    equal = torch.equal(attempts.run(loaded, z), wanted)
+    if not equal:
+        raise FastPathError("parity", "the reloaded program does not repeat the built one bit for bit", "rebuild")
+    return {
+        "save_seconds": round(save_seconds, 3),
+        "load_seconds": round(load_seconds, 3),
+        "kernel_bytes": len(files.get(kernels.FILE, "")),
+        "program_bytes": path.stat().st_size,
+        "reload_bit_equal": equal,
+        "output_sha256": found.sha256,
+        "output_shape": list(wanted.shape),
+        "output_dtype": str(wanted.dtype).removeprefix("torch."),
+    }

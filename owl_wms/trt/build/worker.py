@@ -1,0 +1,300 @@
+"""The work inside the child process: compiler, compile, run, isolate, check, time; `keep.py` saves what won.
+
+Why one file of its own: `child.py` deals with processes and messages, this with the program. Everything that may fail
+is reported through the `Journal` before it is tried, so that the parent knows what was going on when the process died.
+
+Usage (inside the child, on the GPU):
+    report = Worker(folded_fp32, spec, journal, "cuda:0").build(Path("out"))
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from owl_wms.errors import FastPathError
+from owl_wms.trt.run import kernels
+from owl_wms.trt import plans
+from owl_wms.trt.library import compiler, importer
+from owl_wms.trt.build import attempts
+from owl_wms.trt.build.candidate import Candidate
+from owl_wms.trt.run.cuda_graph import GraphedProgram
+from owl_wms.trt.graph.export import export_decoder
+from owl_wms.trt.build.isolate import smallest_kept
+from owl_wms.trt.build.journal import Journal
+from owl_wms.trt.build.save import keep
+from owl_wms.trt.check.parity import PSNR_GATE_DB, Reference, latents
+from owl_wms.trt.build.probe import Prober, like_units
+from owl_wms.trt.spec import BuildSpec, dtype_of
+from owl_wms.timing import interleaved
+
+# A graph costs memory and a copy of the output; it is recommended where it saves at least this share of the time.
+GRAPH_GAIN = 0.03
+# Once a plan is usable, no further one is begun after this share of the time, or these seconds, and none is searched
+# for what fails in it: a late build must not cost the program that exists, nor make a user wait for two minutes.
+ENOUGH_SHARE, ENOUGH_SECONDS = 0.5, 60.0
+
+
+class Worker:
+    """Builds every plan of a spec for one folded fp32 decoder and keeps the fastest that passes parity."""
+
+    def __init__(self, folded: nn.Module, spec: BuildSpec, journal: Journal, device: torch.device | str) -> None:
+        self.spec = spec
+        self.journal = journal
+        self.device = torch.device(device)
+        self.prober = Prober(spec, journal, self.device)
+        self.enough = time.monotonic() + min(ENOUGH_SHARE * spec.timeout_seconds, ENOUGH_SECONDS)
+        self.usable = False
+        self.folded = folded.to(self.device).eval().requires_grad_(False)
+
+    def build(self, out_dir: Path) -> dict[str, Any]:
+        """Write `out_dir/program.pt2` and return the report. Raises FastPathError with the stage that ended it."""
+        begin = time.monotonic()
+        everything: list[Candidate] = []
+        best: Candidate | None = None
+        eager_ms: float | None = None
+        refusals: list[str] = []
+        for precision in self.spec.wanted_precisions():
+            try:
+                found, eager_ms = self.at_precision(precision)
+            except FastPathError as error:
+                refusals.append(f"{precision}: {error.reason}")
+                continue
+            everything += found
+            usable = [c for c in found if c.program is not None and not c.reason]
+            refusals += [f"{c.plan} at {precision}: {c.reason}" for c in found if c.reason]
+            if usable:
+                best = min(usable, key=Candidate.best_ms)
+                break
+        if best is None:
+            stage = "parity" if any(c.reason.startswith("parity:") for c in everything) else "build"
+            raise FastPathError(
+                stage, "; ".join(refusals) or "no plan was built", "see the report's candidates for every attempt"
+            )
+        candidates = [c.to_json() for c in everything]
+        for candidate in everything:
+            if candidate is not best:
+                candidate.program = None
+        attempts.release()
+        self.journal.attempt(_plan_key(best))
+        report = {**best.to_json(), **keep(best, out_dir, self.spec, self.journal, self.device)}
+        self.journal.outcome(_plan_key(best), "")
+        graph_ms, plain_ms = best.graph_latency_ms, best.latency_ms
+        report.update(
+            {
+                "input_shape": list(self.spec.input_shape),
+                "input_dtype": str(dtype_of(best.precision)).removeprefix("torch."),
+                "requested_precision": self.spec.precision,
+                "tensorrt": importer.status().version,
+                "eager_latency_ms": eager_ms,
+                "cuda_graph": graph_ms is not None and plain_ms is not None and graph_ms < (1 - GRAPH_GAIN) * plain_ms,
+                "candidates": candidates,
+                "total_seconds": round(time.monotonic() - begin, 3),
+            }
+        )
+        return report
+
+    def at_precision(self, precision: str) -> tuple[list[Candidate], float | None]:
+        """All plans at one precision, checked and timed together with eager; `(candidates, eager's median ms)`.
+
+        What fails or dies on the way costs the plan that did; `candidate`, `judge` and `time` say how.
+        """
+        chosen = plans.candidates(self.folded, self.spec, precision)
+        self.journal.stage("reference", precision=precision)
+        dtype = dtype_of(precision)
+        eager = plans.cast_copy(self.folded, precision).eval()
+        reference = Reference.measure(
+            self.folded,
+            eager,
+            self.spec.input_shape,
+            dtype,
+            self.device,
+            self.spec.seed,
+            psnr_gate_db=PSNR_GATE_DB.get(precision),
+        )
+        if not reference.eager_is_finite() and self.spec.precision == "auto":
+            raise FastPathError("parity", f"eager PyTorch overflows at {precision}", "use bf16")
+        found: list[Candidate] = []
+        for plan in chosen:
+            if time.monotonic() > self.enough and self.usable:
+                found.append(
+                    Candidate(plan=plan.name, precision=precision, reason="not tried: the build's time was spent")
+                )
+                continue
+            candidate = Candidate(plan=plan.name, precision=precision)
+            # Around everything that is done with the plan, so that whatever kills the process is not tried again.
+            candidate.reason = self.journal.attempt(_plan_key(candidate)) or ""
+            if not candidate.reason:
+                candidate = self.candidate(plan, precision)
+                if candidate.program is not None and not candidate.reason:
+                    self.judge(candidate, reference)
+                self.journal.outcome(_plan_key(candidate), candidate.reason)
+            if candidate.reason:
+                candidate.program = None
+                attempts.release()
+            else:
+                self.usable = True
+            found.append(candidate)
+        z = reference.inputs[min(1, len(reference.inputs) - 1)]
+        del reference
+        self.journal.stage("timing", precision=precision)
+        return found, self.time(found, eager, z, precision)
+
+    def judge(self, candidate: Candidate, reference: Reference) -> None:
+        """Hold a built candidate against the parity gate; its `reason` says what failed, a program that raises
+        included. Raises BrokenContext when the process has to end.
+        """
+        self.journal.stage("parity", plan=candidate.plan, precision=candidate.precision)
+        try:
+            candidate.parity = reference.check(candidate.program)
+            failure = candidate.parity["reason"]
+        except Exception as error:  # out of memory on these latents, say; the next plan may need less
+            failure = attempts.reason_of(error)
+            attempts.check_context(self.device)
+        candidate.reason = f"parity: {failure}" if failure else ""
+
+    def time(self, found: list[Candidate], eager: nn.Module, z: torch.Tensor, precision: str) -> float | None:
+        """Fill in latencies of usable candidates, plain and as CUDA graph, interleaved with eager; eager's is returned.
+
+        Whatever fails or kills the process is left out: a candidate loses its program, or its graph alone, or the
+        comparison loses eager (None). Raises BrokenContext when the process has to end.
+        """
+        timed = [c for c in found if c.program is not None]
+        runs: dict[str, Any] = {"eager": eager}
+        keys = {"eager": f"eager|{precision}"}
+        for candidate in timed:
+            runs[candidate.plan], keys[candidate.plan] = candidate.program, _plan_key(candidate)
+            graphed = self.captured(candidate, z)
+            if graphed is not None:
+                runs[f"{candidate.plan} graphed"], keys[f"{candidate.plan} graphed"] = graphed, _graph_key(candidate)
+        failures: dict[str, str] = {}
+
+        def measure(name: str, run: Callable[[], float]) -> float | None:
+            ms = None
+            failure = self.journal.attempt(keys[name]) or ""
+            if not failure:
+                try:
+                    ms = run()
+                except Exception as error:
+                    failure = attempts.reason_of(error)
+                    attempts.check_context(self.device)
+                self.journal.outcome(keys[name], failure)
+            if failure:
+                failures[name] = failure
+            return ms
+
+        times = interleaved(runs, z, measure=measure)
+        for candidate in timed:
+            candidate.latency_ms = times.get(candidate.plan)
+            candidate.graph_latency_ms = times.get(f"{candidate.plan} graphed")
+            candidate.graph_reason = failures.get(f"{candidate.plan} graphed", candidate.graph_reason)
+            if candidate.plan in failures:
+                candidate.reason = f"timing: {failures[candidate.plan]}"
+                candidate.program = None
+        return times.get("eager")
+
+    def captured(self, candidate: Candidate, z: torch.Tensor) -> GraphedProgram | None:
+        """The candidate's program as a CUDA graph; None where it cannot be one, and `graph_reason` says why."""
+        candidate.graph_reason = self.journal.attempt(_graph_key(candidate)) or ""
+        if candidate.graph_reason:
+            return None
+        graphed = GraphedProgram(candidate.program, z)
+        candidate.graph_reason = graphed.reason
+        if not graphed.graphed:
+            attempts.check_context(self.device)
+        self.journal.outcome(_graph_key(candidate), graphed.reason)
+        return graphed if graphed.graphed else None
+
+    def candidate(self, plan: plans.Plan, precision: str) -> Candidate:
+        """Lower, build and first-run one plan, isolating what fails. Never raises for a failing plan; its `reason` says
+        why.
+        """
+        begin = time.monotonic()
+        candidate = Candidate(plan=plan.name, precision=precision)
+        built: dict[frozenset[str], tuple[Any, compiler.Partition]] = {}
+        try:
+            self.journal.stage("lower", plan=plan.name, precision=precision)
+            module, candidate.rewrites = plan.lower(self.folded, self.spec, precision)
+            z = latents(self.spec.input_shape, 1.0, dtype_of(precision), self.device, self.spec.seed)
+            exported = export_decoder(module, z)
+            ours = kernels.calls_ours(exported)
+        except Exception as error:
+            candidate.reason = attempts.reason_of(error)
+            attempts.check_context(self.device)  # lowering to 8 bits decodes what it is calibrated on
+            return candidate
+        settings = {**self.spec.compile_settings(precision), **plan.settings}
+
+        def works(kept: frozenset[str]) -> str:
+            key = f"build|{plan.name}|{precision}|{','.join(sorted(kept))}"
+            built.clear()
+            attempts.release()
+            known = self.journal.attempt(key)
+            if known:
+                return known
+            try:
+                self.journal.stage("compile", plan=plan.name, precision=precision, kept=len(kept))
+                if ours and not kept:
+                    importlib.import_module("owl_wms.ops.common.ahead").compile_ahead(module, z)
+                program, partition = compiler.compile_exported(
+                    exported, z, settings, kept=sorted(kept), progress=self._progress(plan.name)
+                )
+                self.journal.stage("first run", plan=plan.name, precision=precision)
+                attempts.run(program, z)
+                built[kept] = (program, partition)
+                reason = ""
+            except Exception as error:
+                reason = attempts.reason_of(error)
+                attempts.check_context(self.device)
+            self.journal.outcome(key, reason)
+            return reason
+
+        failure = works(frozenset())
+        kept = frozenset[str]()
+        if failure and plan.isolates and self.spec.isolation_tries:
+            candidate.kept_reason = failure
+            groups = like_units(module, exported)
+            candidate.probes = self.prober.probe(module, groups, precision, settings)
+            self.journal.stage("isolation", plan=plan.name, precision=precision, suspects=len(candidate.probes))
+            deadline = time.monotonic() + self.spec.isolation_seconds
+            candidate.isolation = smallest_kept(
+                groups,
+                works,
+                max_tries=self.spec.isolation_tries,
+                deadline=min(deadline, self.enough) if self.usable else deadline,
+                suspects=candidate.probes,
+                reason=failure,
+            )
+            if candidate.isolation.kept is not None:
+                kept = frozenset(candidate.isolation.kept)
+                failure = "" if kept in built else works(kept)
+                candidate.kept = tuple(sorted(kept))
+        candidate.reason = failure
+        if not failure:
+            candidate.program, candidate.partition = built[kept]
+        candidate.build_seconds = time.monotonic() - begin
+        return candidate
+
+    def _progress(self, plan: str) -> compiler.Progress:
+        last = [0.0]
+
+        def tell(phase: str, step: int, steps: int) -> None:
+            now = time.monotonic()
+            if now - last[0] > 0.5:
+                last[0] = now
+                self.journal.stage("tensorrt", plan=plan, phase=phase, step=step, steps=steps)
+
+        return tell
+
+
+def _plan_key(candidate: Candidate) -> str:
+    return f"plan|{candidate.plan}|{candidate.precision}"
+
+
+def _graph_key(candidate: Candidate) -> str:
+    return f"graph|{candidate.plan}|{candidate.precision}"

@@ -1,0 +1,1 @@
+"""The only place that touches torch_tensorrt: import, compile, engines."""

@@ -1,0 +1,1 @@
+"""Changes to a decoder before it is exported."""

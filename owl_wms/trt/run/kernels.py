@@ -1,0 +1,70 @@
+"""Our kernels' machine code in the life of a program: kept inside the program's file.
+
+Why it exists: see `owl_wms.ops.common.images`. The file's bytes are hashed by the cache and reloaded bit-equal before
+they count, so the code in them needs no trust of its own. Code of other sources or of another GPU has another name and
+is never asked for.
+
+Usage:
+    with collected(z) as files:                  # for torch.export.save
+        program(z)
+    adopt(files)                                 # after torch.export.load
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+FILE = "owl_wms_kernels.json"
+NAMESPACE = "owl_wms"
+_LOG = logging.getLogger(__name__)
+
+
+def calls_ours(exported: ExportedProgram) -> bool:
+    """Whether an operator of `owl_wms.ops` is in the graph."""
+    targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    return any(getattr(target, "namespace", "") == NAMESPACE for target in targets)
+
+
+@contextlib.contextmanager
+def collected(z: Tensor) -> Iterator[dict[str, str]]:
+    """Files for `torch.export.save`: after the block, the machine code of the kernels that were launched in it for `z`;
+    empty when there were none.
+    """
+    files: dict[str, str] = {}
+    images = _images()
+    if images is None:
+        yield files
+        return
+    with images.watched() as used:
+        yield files
+    if used:
+        architecture = importlib.import_module("owl_wms.ops.common.nvrtc").architecture_of
+        names = {kernel: architecture(kernel, _index(z)) for kernel in used}
+        files[FILE] = images.pack(used, names.__getitem__)
+
+
+def adopt(files: dict[str, str]) -> int:
+    """Take over machine code that came with a verified program; how many images."""
+    images = _images()
+    return 0 if images is None else int(images.adopt(files.get(FILE, "")))
+
+
+def _images() -> Any:
+    """`owl_wms.ops.common.images`, or None where our operators cannot be imported and no program of theirs can run."""
+    try:
+        return importlib.import_module("owl_wms.ops.common.images")
+    except Exception as error:
+        _LOG.debug("our operators cannot be imported: %s", error)
+        return None
+
+
+def _index(z: Tensor) -> int:
+    return torch.cuda.current_device() if z.device.index is None else z.device.index

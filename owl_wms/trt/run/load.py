@@ -1,0 +1,140 @@
+"""From verified bytes to a callable program.
+
+Why bytes: `torch.export.load` runs code from a crafted file and does not notice half of all flipped bits, so whoever
+reads the file hashes it first and hands over those same bytes. Never `torch_tensorrt.load`, which tries other
+unpicklers when the first one fails.
+
+A program counts as loaded when it has repeated the answer of its build (`answer.py`).
+
+Usage:
+    program = load_program(entry.read("program.pt2"), "cuda:0")
+    x = program(z)        # z of program.input_shape; cast to program.input_dtype
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from owl_wms.errors import FastPathError
+from owl_wms.trt.check import answer
+from owl_wms.trt.check.parity import latents
+from owl_wms.trt.library import engines
+from owl_wms.trt.run import kernels
+
+_LOG = logging.getLogger(__name__)
+
+
+class Program:
+    """A loaded program: `[B, c, h, w] -> [B, C, H, W]`, one static shape, no gradients.
+
+    Attributes:
+        input_shape, input_dtype: of the latents it takes; another dtype is cast, another shape refused.
+        device: where it runs.
+    """
+
+    def __init__(
+        self, module: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._module = module
+        self.input_shape = shape
+        self.input_dtype = dtype
+        self.device = device
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if tuple(z.shape) != self.input_shape:
+            raise FastPathError(
+                "run", f"this program takes latents {list(self.input_shape)}; got {list(z.shape)}", "pad to that shape"
+            )
+        z = z.to(device=self.device, dtype=self.input_dtype).contiguous()
+        # Engines run on the current device and stream, whichever device their weights are on; and a caller's autocast
+        # would cast what the program was built without.
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), on_device:
+            return self._module(z)
+
+
+def load_program(data: bytes, device: torch.device | str) -> Program:
+    """Deserialize a program whose bytes the caller has verified.
+
+    Args:
+        data: the whole `program.pt2`.
+        device: where it is to run.
+
+    Raises:
+        FastPathError: stage "import" when Torch-TensorRT is missing, "parity" when the program does not repeat the
+            answer of its build, else "load".
+    """
+    register_operators()
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                return engines.reading(lambda: _load(data, device))  # engine class and operator are registered by it
+    except FastPathError:
+        raise
+    except Exception as error:  # a damaged archive raises anything from KeyError to RuntimeError
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        remedy = "a cached entry that cannot be read is built again once"
+        raise FastPathError("load", f"{type(error).__name__}: {first}", remedy) from error
+
+
+def _load(data: bytes, device: torch.device) -> Program:
+    extra: dict[str, str] = {kernels.FILE: "", answer.FILE: ""}  # an empty dict would be replaced, not filled
+    exported = torch.export.load(io.BytesIO(data), extra_files=extra)
+    kernels.adopt(extra)
+    inputs = exported.graph_signature.user_inputs
+    example = next(
+        node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs
+    )
+    elsewhere = {
+        t.device for t in [*exported.state_dict.values(), *exported.constants.values()] if isinstance(t, Tensor)
+    }
+    if elsewhere - {device}:
+        from torch.export.passes import move_to_device_pass
+
+        exported = move_to_device_pass(exported, str(device))
+    program = Program(exported.module(), tuple(example.shape), example.dtype, device)
+    if extra[answer.FILE]:
+        confirm(program, answer.Answer.unpack(extra[answer.FILE]))
+    return program
+
+
+def confirm(program: Program, built: answer.Answer) -> None:
+    """Decode the latents of the build once more. Raises FastPathError, stage "parity", for another answer."""
+    z = latents(program.input_shape, 1.0, program.input_dtype, program.device, built.seed)
+    strays = built.compare(program(z))
+    if strays:
+        _LOG.info("a loaded program answers within what its build allows, but not with its bits: %s", strays)
+
+
+def register_operators() -> None:
+    """Import our own operators, so that programs made with them can be read; without Triton such programs fail to load,
+    others do not.
+    """
+    for name in ("owl_wms.ops", "owl_wms.fused.dcae"):
+        try:
+            importlib.import_module(name)
+        except Exception:  # a program that needs them says so itself when it is read
+            continue
+
+
+def prepare() -> None:
+    """Import what reading a program takes, 1.5 s in a fresh process, so that it can happen while something else runs.
+
+    Not for a thread of its own: two threads that import parts of torch at once may meet each other's half-made modules.
+    """
+    register_operators()
+    engines.attached()
+    with contextlib.suppress(Exception):  # where torch keeps it elsewhere or it is broken, reading says so
+        importlib.import_module("torch.export.pt2_archive._package")
