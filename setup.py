@@ -13,7 +13,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["owl_wms", "owl_wms.*"]),
-    package_data={"owl_wms": ["ops/**/*.cu", "ops/**/*.cuh", "inference/page/*"]},
+    package_data={"owl_wms": ["py.typed", "ops/**/*.cu", "ops/**/*.cuh", "inference/page/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11,<2.12",

@@ -35,7 +35,8 @@ def flags(**wanted: Any) -> Iterator[None]:
 
 def convolution(image: Tensor, taps: Tensor) -> Tensor:
     """3x3, padding 1, without bias: `[B, C, H, W]` and `[O, C, 3, 3]` on CUDA to `[B, O, H, W]`; flags do not count."""
-    return torch.ops.aten.cudnn_convolution(image, taps, _ONES, _ONES, _ONES, 1, False, False, False)
+    result: Tensor = torch.ops.aten.cudnn_convolution(image, taps, _ONES, _ONES, _ONES, 1, False, False, False)
+    return result
 
 
 def convolution_relu(image: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,7 +45,8 @@ def convolution_relu(image: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor
     # What TF32 may do is of no account for 16 bits.
     as_wanted = all(getattr(backend, name) == value for name, value in BY_SHAPE.items() if name != "allow_tf32")
     with contextlib.nullcontext() if as_wanted else flags(**BY_SHAPE):
-        return torch.ops.aten.cudnn_convolution_relu(image, taps, bias, _ONES, _ONES, _ONES, 1)
+        result: Tensor = torch.ops.aten.cudnn_convolution_relu(image, taps, bias, _ONES, _ONES, _ONES, 1)
+    return result
 
 
 def _renew() -> None:

@@ -53,7 +53,8 @@ class Marks:
     def between(self, first: int, second: int) -> float:
         """Milliseconds between two marks; call after `wait`."""
         a, b = self._marks[first], self._marks[second]
-        return a.elapsed_time(b) if self._cuda else (b - a) * 1e3
+        result: float = a.elapsed_time(b) if self._cuda else (b - a) * 1e3
+        return result
 
 
 Measure: TypeAlias = Callable[[str, Callable[[], float]], "float | None"]
@@ -131,7 +132,7 @@ def measure_inference_time(
 def _one(decode: Callable[[Tensor], Tensor], z: Tensor, head_start: int = 0) -> float:
     """Milliseconds of one call; a GPU is idle when it begins, or busy for `head_start` clock cycles."""
     marks = Marks(z.device)
-    if z.is_cuda:
+    if z.device.type == "cuda":
         torch.cuda.synchronize(z.device)
         if head_start:
             torch.cuda._sleep(head_start)

@@ -46,7 +46,8 @@ def test_a_head_start_keeps_the_gpu_busy_before_the_clock_starts(
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
-        def record(self) -> None:
+        def record(self, stream: str) -> None:
+            assert stream == "of cuda"
             order.append("clock")
 
         def synchronize(self) -> None: ...
@@ -55,6 +56,7 @@ def test_a_head_start_keeps_the_gpu_busy_before_the_clock_starts(
             return 1.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append(f"busy {cycles}"))
     z: Any = SimpleNamespace(device=torch.device("cuda"))

@@ -176,7 +176,8 @@ def read_yaml(path: Path | str, *, optional_env: tuple[str, ...] = ("wandb",)) -
     if not isinstance(data, dict):
         found = "nothing" if data is None else type(data).__name__
         raise ConfigError(f"{path}: must hold a mapping of sections, found {found}", path=path)
-    return _Resolver(path, optional_env).resolve(data, "", 0)
+    result: dict[str, Any] = _Resolver(path, optional_env).resolve(data, "", 0)
+    return result
 
 
 class _Resolver:

@@ -106,7 +106,8 @@ class TarBucket:
         wait = _FIRST_WAIT_SECONDS
         for attempt in range(1, self.attempts + 1):
             try:
-                return self._client.get_object(Bucket=self.bucket_name, Key=full)["Body"].read()
+                result: bytes = self._client.get_object(Bucket=self.bucket_name, Key=full)["Body"].read()
+                return result
             except Exception as error:  # botocore makes its exception classes at run time: there is no base to name
                 if _is_final(error):
                     raise BucketError(

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from owl_wms.ops import conv3x3 as conv3x3_op
 from owl_wms.ops.common.ahead import compile_ahead
-from owl_wms.ops.conv3x3 import LIBRARY, pack
+from owl_wms.ops.conv3x3 import LIBRARY, conv3x3, pack
 from owl_wms.timing import interleaved
 
 TIMING_SECONDS = 0.3  # of each distinct convolution; sana has a dozen
 HEAD_START = 1_000_000  # clock cycles, some 0.6 ms; a launch from Python takes as long as a convolution at batch 1
 # A way to compute a convolution that strays further than rounding can from the library's result is wrong, not fast.
 MOST_STRAY = 2e-2
+Choice: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], bool, bool]  # input, weight, ReLU, no residual
 
 
 class Conv3x3(nn.Module):
@@ -38,7 +40,7 @@ class Conv3x3(nn.Module):
         self.register_buffer("weight", pack(weight.detach()).to(dtype))
         self.register_buffer("bias", None if bias is None else bias.detach().float())  # added to fp32 sums
         self.relu, self.how = relu, LIBRARY
-        self.choices: dict[tuple, int] | None = None
+        self.choices: dict[Choice, int] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.choices is not None:
@@ -46,7 +48,7 @@ class Conv3x3(nn.Module):
             if key not in self.choices:
                 self.choices[key] = fastest(x, self.weight, self.bias, residual, self.relu)
             self.how = self.choices[key]
-        return torch.ops.owl_wms.conv3x3(x, self.weight, self.bias, residual, self.relu, self.how)
+        return conv3x3(x, self.weight, self.bias, residual, self.relu, self.how)
 
 
 def fastest(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> int:
@@ -74,7 +76,7 @@ def fastest(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
 def _compute(
     x: Tensor, *, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, how: int
 ) -> Tensor:
-    return torch.ops.owl_wms.conv3x3(x, weight, bias, residual, relu, how)
+    return conv3x3(x, weight, bias, residual, relu, how)
 
 
 def choose(fused: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | None) -> None:
@@ -88,7 +90,7 @@ def choose(fused: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | 
     z = torch.randn(input_shape, device=convs[0].weight.device).to(dtype)
     # In threads; the run below needs all of them, and what it tries for a convolution does not show before.
     compile_ahead(fused, z, also=conv3x3_op.variants(z))
-    choices: dict[tuple, int] = {}  # (input shape, weight shape, relu, no residual) -> how
+    choices: dict[Choice, int] = {}
     for conv in convs:
         conv.choices = choices
     try:

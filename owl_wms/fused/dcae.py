@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import owl_wms.ops  # noqa: F401  registers torch.ops.owl_wms
 from owl_wms.fused.convolution import Conv3x3, choose
-from owl_wms.ops.conv_out import MAX_OUT, padded
+from owl_wms.ops.codes import code_gain
+from owl_wms.ops.conv_out import MAX_OUT, conv_out, padded
 from owl_wms.ops.conv_out import pack as pack_conv_out
 from owl_wms.ops.grouped_conv import pack as pack_grouped
+from owl_wms.ops.resize import frames, resize
+from owl_wms.ops.stage import stage
 from owl_wms.vae.dcae import DCAEDecoder
 from owl_wms.vae.distill import DistillDecoder
 from owl_wms.vae.landscape import SquareToLandscape, nearest_landscape
@@ -86,7 +88,7 @@ class FusedStage(nn.Module):
 
     def __init__(
         self,
-        blocks: nn.ModuleList | list,
+        blocks: nn.ModuleList | list[Any],
         proj: nn.Module | None,
         scale: int,
         shortcut: str | nn.Conv2d,
@@ -102,7 +104,7 @@ class FusedStage(nn.Module):
         self.shortcut = None if learned is None else Conv3x3(learned.weight, learned.bias, dtype)
         self.take(blocks, dtype)
 
-    def take(self, blocks: nn.ModuleList | list, dtype: torch.dtype) -> None:
+    def take(self, blocks: nn.ModuleList | list[Any], dtype: torch.dtype) -> None:
         """Register the blocks' weights as buffers; a form of the stage with other products overrides it."""
         for j, block in enumerate(blocks):
             self.register_buffer(f"w1_{j}", matrix(block.conv1, dtype))
@@ -119,11 +121,12 @@ class FusedStage(nn.Module):
         """What is shuffled onto the stage's result, if anything."""
         if self.shortcut is None:
             return x if self.tiled else None
-        return self.shortcut(x)
+        result: Tensor | None = self.shortcut(x)
+        return result
 
     def forward(self, x: Tensor, gain: Tensor | None) -> Tensor:
         weights = (self._all(name) for name in ("w1", "b1", "w2", "b2", "w3"))
-        return torch.ops.owl_wms.stage(x, self.shortcut_of(x), self.proj, *weights, self.scale)
+        return stage(x, self.shortcut_of(x), self.proj, *weights, self.scale)
 
 
 MakeStage = Callable[[Any, Any, int, Any, torch.dtype], FusedStage]
@@ -144,6 +147,7 @@ class FusedInput(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         rows = z.permute(0, 2, 3, 1).contiguous()
+        x: Tensor
         if self.pointwise:
             x = F.linear(rows, self.weight, self.bias)
         else:
@@ -151,7 +155,7 @@ class FusedInput(nn.Module):
         if self.shortcut == "tiled":
             return x + rows.repeat(1, 1, 1, self.repeats)
         if self.shortcut == "interleaved":
-            return x + rows.repeat_interleave(self.repeats, dim=-1) * self.repeats**-0.5
+            x = x + rows.repeat_interleave(self.repeats, dim=-1) * self.repeats**-0.5
         return x
 
 
@@ -215,13 +219,13 @@ class FusedDecoder(nn.Module):
 
     def features(self, z: Tensor) -> Tensor:
         """Everything before the final resize: fp32 `[B, S, S, 4 or 8]`."""
-        gain = None if self.reach is None else torch.ops.owl_wms.code_gain(z, self.reach)
+        gain = None if self.reach is None else code_gain(z, self.reach)
         x = self.input(z.to(self.dtype))
         if self.middle is not None:
             x = self.middle(x, gain) + x if self.keep_middle_input else self.middle(x, gain)
-        for stage in self.stages:
-            x = stage(x, gain)
-        return torch.ops.owl_wms.conv_out(x, self.out_weight, self.out_bias, self.silu)
+        for one in self.stages:
+            x = one(x, gain)
+        return conv_out(x, self.out_weight, self.out_bias, self.silu)
 
     def _frame_size(self, square: Tensor) -> tuple[int, int]:
         height, width = square.shape[1:3]
@@ -229,9 +233,9 @@ class FusedDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         square = self.features(z)
-        return torch.ops.owl_wms.resize(square, self.out_channels, *self._frame_size(square), self.dtype)
+        return resize(square, self.out_channels, *self._frame_size(square), self.dtype)
 
     def frames(self, z: Tensor) -> Tensor:
         """The same as uint8 frames `[B, H, W, C]`, [-1, 1] mapped to [0, 255] and clamped."""
         square = self.features(z)
-        return torch.ops.owl_wms.frames(square, self.out_channels, *self._frame_size(square))
+        return frames(square, self.out_channels, *self._frame_size(square))

@@ -24,7 +24,9 @@ from owl_wms.fused.convolution import choose
 from owl_wms.fused.dcae import FusedDecoder, FusedStage, fusible, matrix, supports
 from owl_wms.ops.codes import LARGEST, quantise_rows
 from owl_wms.ops.grouped_conv import pack as pack_grouped
-from owl_wms.ops.grouped_conv8 import GROUP, pack_codes
+from owl_wms.ops.grouped_conv.reference import GROUP
+from owl_wms.ops.grouped_conv8 import pack_codes
+from owl_wms.ops.stage8 import stage8
 from owl_wms.vae.blocks import ResBlock
 
 # Narrower stages are bound by memory, and those of one block have `stage_tail`: 8 bits measured slower there
@@ -117,7 +119,7 @@ class FusedStage8(FusedStage):
         later = ("up", "up_scale", "up_bias", "taps", "taps_scale", "taps_bias")
         lists = [[getattr(self, f"{name}_{j}") for j in range(1, self.depth)] for name in (*later, "inverse")]
         down, down_scale = self._all("down"), self._all("down_scale")
-        return torch.ops.owl_wms.stage8(
+        return stage8(
             x, self.shortcut_of(x), self.proj, *first, *lists[:-1], down, down_scale, lists[-1], gain, self.scale
         )
 

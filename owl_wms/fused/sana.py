@@ -22,11 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import owl_wms.ops  # noqa: F401  registers torch.ops.owl_wms
 from owl_wms.fused.convolution import Conv3x3, choose
-from owl_wms.ops.conv3x3 import pack
+from owl_wms.ops.channel_norm import channel_norm as norm_op
+from owl_wms.ops.conv3x3 import latent_conv, pack
+from owl_wms.ops.depthwise_gate import depthwise_gate
 from owl_wms.ops.depthwise_gate import pack as pack_depthwise
-from owl_wms.ops.shuffle_add import phases_first
+from owl_wms.ops.linear_attention import linear_attention
+from owl_wms.ops.pointwise import pointwise
+from owl_wms.ops.shuffle_add import phases_first, shuffle_add, shuffle_frames
 from owl_wms.vae.autoencoder_dc import UpBlock, channel_norm, is_sana_decoder
 
 PADDED_CHANNELS = 16  # what three colours times four phases are padded to: tensor cores take multiples of 8
@@ -96,7 +99,7 @@ class Norm(nn.Module):
         self.register_buffer("bias", bias.detach().float())
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return torch.ops.owl_wms.channel_norm(x, self.weight, self.bias, residual, self.eps, self.relu)
+        return norm_op(x, self.weight, self.bias, residual, self.eps, self.relu)
 
 
 class Up(nn.Module):
@@ -107,7 +110,7 @@ class Up(nn.Module):
         self.conv = Conv3x3(phases_first(block.conv.weight), phases_first(block.conv.bias), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.owl_wms.shuffle_add(self.conv(x), x)
+        return shuffle_add(self.conv(x), x)
 
 
 class Residual(nn.Module):
@@ -119,7 +122,8 @@ class Residual(nn.Module):
         self.second = Conv3x3(*fold_batch_norm(block.conv2, block.norm), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x), x)
+        result: Tensor = self.second(self.first(x), x)
+        return result
 
 
 class EfficientViT(nn.Module):
@@ -140,11 +144,11 @@ class EfficientViT(nn.Module):
         self.register_buffer("point", gated.conv_point.weight.detach().flatten(1).to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        ops = torch.ops.owl_wms
-        mixed = ops.linear_attention(ops.pointwise(x, self.qkv, None), self.head, self.eps)
-        x = self.attention_norm(ops.pointwise(mixed, self.out, None), x)
-        hidden = ops.depthwise_gate(ops.pointwise(x, self.inverted, self.inverted_bias), self.depth, self.depth_bias)
-        return self.gate_norm(ops.pointwise(hidden, self.point, None), x)
+        mixed = linear_attention(pointwise(x, self.qkv, None), self.head, self.eps)
+        x = self.attention_norm(pointwise(mixed, self.out, None), x)
+        hidden = depthwise_gate(pointwise(x, self.inverted, self.inverted_bias), self.depth, self.depth_bias)
+        result: Tensor = self.gate_norm(pointwise(hidden, self.point, None), x)
+        return result
 
 
 class Output(nn.Module):
@@ -160,7 +164,7 @@ class Output(nn.Module):
         self.conv = Conv3x3(weight, F.pad(conv.bias.detach(), (0, missing)), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.owl_wms.shuffle_frames(self.conv(self.norm(x)), self.channels)
+        return shuffle_frames(self.conv(self.norm(x)), self.channels)
 
 
 class PlainResidual(nn.Module):
@@ -174,7 +178,8 @@ class PlainResidual(nn.Module):
         self.conv2.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(x)))
+        y: Tensor = self.conv2(F.relu(self.conv1(x)))
+        return x + y
 
 
 class FusedSana(nn.Module):
@@ -200,5 +205,6 @@ class FusedSana(nn.Module):
         self.tail = nn.Sequential(*tail).to(dtype).requires_grad_(False)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.body(torch.ops.owl_wms.latent_conv(z, self.in_weight, self.in_bias, self.repeats))
-        return self.tail(x.permute(0, 3, 1, 2)) if self.output is None else self.output(x)
+        x = self.body(latent_conv(z, self.in_weight, self.in_bias, self.repeats))
+        frames: Tensor = self.tail(x.permute(0, 3, 1, 2)) if self.output is None else self.output(x)
+        return frames

@@ -94,7 +94,8 @@ class GameState:
     def eye(self) -> Tensor:
         """[B] height of the camera above the floor, with the bob of the walk."""
         pace = (self.velocity.norm(dim=1) / _WALK).clamp(max=1.5)
-        return EYE_HEIGHT + self.height + 0.022 * pace * torch.sin(self.stride)
+        result: Tensor = EYE_HEIGHT + self.height + 0.022 * pace * torch.sin(self.stride)
+        return result
 
 
 class GameWorld:

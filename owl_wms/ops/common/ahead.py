@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from owl_wms.ops.common import images, nvrtc
+from owl_wms.ops.common import machine_code, nvrtc
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,9 +29,9 @@ def compile_ahead(module: nn.Module, z: Tensor, also: Collection[nvrtc.Kernel] =
     if z.device.type != "cuda":
         return 0
     try:
-        with torch.no_grad(), images.watched(launch=False) as seen:
+        with torch.no_grad(), machine_code.watched(launch=False) as seen:
             module(z)
-        wanted = seen | set(also)
+        wanted = cast(set[nvrtc.Kernel], seen) | set(also)
         nvrtc.compile_ahead(wanted, torch.cuda.current_device() if z.device.index is None else z.device.index)
         return len(wanted)
     except Exception as error:  # the run that counts will raise it again

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from owl_wms.ops.common import images
+from owl_wms.ops.common import machine_code
 from owl_wms.ops.common.driver import KernelError, check_driver, driver, ensure_context
 from owl_wms.ops.common.tensor_maps import TensorMap
 
@@ -71,7 +71,7 @@ class Kernel:
         Raises:
             KernelError: compilation, loading or launching failed.
         """
-        if images.noted(self):
+        if machine_code.noted(self):
             return
         values: list[Any] = []  # keeps what `places` points to
         places: list[int] = []
@@ -136,14 +136,16 @@ def architecture_of(kernel: Kernel, index: int) -> str:
 
 def compile_ahead(kernels: Collection[Kernel], index: int) -> None:
     """Compile for CUDA device `index` in threads of their own; a launch that needs one meanwhile waits for it."""
-    images.ahead([functools.partial(compile_kernel, kernel, architecture_of(kernel, index)) for kernel in kernels])
+    machine_code.ahead(
+        [functools.partial(compile_kernel, kernel, architecture_of(kernel, index)) for kernel in kernels]
+    )
 
 
 def compile_kernel(kernel: Kernel, architecture: str) -> bytes:
     """Machine code for `architecture` (`sm_90`), once a process; needs no GPU. Raises KernelError with the compiler's
     log.
     """
-    return images.once(kernel, architecture, lambda: _compile(kernel, architecture))
+    return machine_code.once(kernel, architecture, lambda: _compile(kernel, architecture))
 
 
 def _compile(kernel: Kernel, architecture: str) -> bytes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "owl_wms"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -20,17 +21,18 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def define(schema: str, *, run: Callable, fake: Callable) -> Callable:
+def define(schema: str, *, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Register `schema` with `run` for CPU and CUDA and `fake` for shapes; returns the callable op."""
     name = schema.split("(", 1)[0]
     _library.define(schema)
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op: Callable[..., Tensor] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return op
 
 
-def has_kernel(x: torch.Tensor) -> bool:
+def has_kernel(x: Tensor) -> bool:
     """Whether the CUDA kernels can take `x`: a GPU tensor of 16-bit floats."""
     return x.is_cuda and x.dtype in KERNEL_DTYPES
 
@@ -40,7 +42,7 @@ def dtype_defines(dtype: torch.dtype) -> tuple[str, ...]:
     return ("FP16",) if dtype == torch.float16 else ()
 
 
-def aligned(x: torch.Tensor) -> torch.Tensor:
+def aligned(x: Tensor) -> Tensor:
     """`x`, contiguous and at an address that sixteen-byte copies can start from."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -20,7 +20,8 @@ from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.register import aligned, define, has_kernel
 from owl_wms.ops.grouped_conv import grid_of
 from owl_wms.ops.grouped_conv import launch as launch_wide
-from owl_wms.ops.grouped_conv8.reference import GROUP, pack_codes, reference, unpack_codes
+from owl_wms.ops.grouped_conv.reference import GROUP
+from owl_wms.ops.grouped_conv8.reference import pack_codes, reference, unpack_codes
 
 __all__ = ["GROUP", "grouped_conv8", "kernel_of", "pack_codes", "reference", "unpack_codes"]
 

@@ -28,4 +28,5 @@ def reference(qkv: Tensor, head: int, eps: float) -> Tensor:
         scores = (key.relu().transpose(-1, -2) @ query.relu()).float()
         scores = scores / (scores.sum(2, keepdim=True) + eps)
         mixed = value @ scores.to(value.dtype)
-    return mixed.permute(0, 3, 1, 2).reshape(batch, height, width, channels // 3).contiguous()
+    result: Tensor = mixed.permute(0, 3, 1, 2).reshape(batch, height, width, channels // 3).contiguous()
+    return result

@@ -13,7 +13,8 @@ from torch import Tensor
 
 def phases_first(weight: Tensor) -> Tensor:
     """Output channels `4 c + phase` reordered to `phase * O + c`; for weights and biases alike (first axis)."""
-    return weight.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1).contiguous()
+    result: Tensor = weight.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1).contiguous()
+    return result
 
 
 def reference(y: Tensor, x: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """Our kernels' machine code in the life of a program: kept inside the program's file.
 
-Why it exists: see `owl_wms.ops.common.images`. The file's bytes are hashed by the cache and reloaded bit-equal before
-they count, so the code in them needs no trust of its own. Code of other sources or of another GPU has another name and
-is never asked for.
+Why it exists: see `owl_wms.ops.common.machine_code`. The file's bytes are hashed by the cache and reloaded bit-equal
+before they count, so the code in them needs no trust of its own. Code of other sources or of another GPU has another
+name and is never asked for.
 
 Usage:
     with collected(z) as files:                  # for torch.export.save
@@ -39,28 +39,28 @@ def collected(z: Tensor) -> Iterator[dict[str, str]]:
     empty when there were none.
     """
     files: dict[str, str] = {}
-    images = _images()
-    if images is None:
+    machine_code = _machine_code()
+    if machine_code is None:
         yield files
         return
-    with images.watched() as used:
+    with machine_code.watched() as used:
         yield files
     if used:
         architecture = importlib.import_module("owl_wms.ops.common.nvrtc").architecture_of
         names = {kernel: architecture(kernel, _index(z)) for kernel in used}
-        files[FILE] = images.pack(used, names.__getitem__)
+        files[FILE] = machine_code.pack(used, names.__getitem__)
 
 
 def adopt(files: dict[str, str]) -> int:
-    """Take over machine code that came with a verified program; how many images."""
-    images = _images()
-    return 0 if images is None else int(images.adopt(files.get(FILE, "")))
+    """Take over machine code that came with a verified program; returns how many kernels that was."""
+    machine_code = _machine_code()
+    return 0 if machine_code is None else int(machine_code.adopt(files.get(FILE, "")))
 
 
-def _images() -> Any:
-    """`owl_wms.ops.common.images`, or None where our operators cannot be imported and no program of theirs can run."""
+def _machine_code() -> Any:
+    """Imports `owl_wms.ops.common.machine_code`; None where our operators cannot be imported."""
     try:
-        return importlib.import_module("owl_wms.ops.common.images")
+        return importlib.import_module("owl_wms.ops.common.machine_code")
     except Exception as error:
         _LOG.debug("our operators cannot be imported: %s", error)
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from owl_wms.ops import resize
-from owl_wms.ops.common import images, nvrtc
+from owl_wms.ops.common import machine_code, nvrtc
 from owl_wms.trt.library import compiler, engines
 from owl_wms.trt.run import kernels
 from owl_wms.trt.run.load import load_program
@@ -23,12 +23,12 @@ Z = torch.zeros(1, 3, 2, 2)
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    images.forget()
+    machine_code.forget()
     monkeypatch.setattr(nvrtc.torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr(nvrtc.torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(engines, "attached", lambda: True)
     yield
-    images.forget()
+    machine_code.forget()
 
 
 def exported() -> torch.export.ExportedProgram:
@@ -38,13 +38,13 @@ def exported() -> torch.export.ExportedProgram:
 def test_code_of_the_launched_kernels_travels_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "_compile", lambda kernel, architecture: b"\x7fELF" + architecture.encode())
     with kernels.collected(Z) as files:
-        assert not images.noted(KERNEL), "a launch inside the block is made"
+        assert not machine_code.noted(KERNEL), "a launch inside the block is made"
         nvrtc.compile_kernel(KERNEL, "sm_90")
     nvrtc.compile_kernel(resize.kernel_of(torch.float16, pad=4), "sm_90")  # another program's
     assert list(files) == [kernels.FILE]
     buffer = io.BytesIO()
     torch.export.save(exported(), buffer, extra_files=files)
-    images.forget()
+    machine_code.forget()
     program = load_program(buffer.getvalue(), "cpu")
     assert program(Z).shape == (1, 3, 2, 2)
     monkeypatch.setattr(nvrtc, "_compile", lambda kernel, architecture: pytest.fail("it came with the program"))

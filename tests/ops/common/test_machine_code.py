@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from owl_wms.ops import resize
-from owl_wms.ops.common import images, nvrtc
+from owl_wms.ops.common import machine_code, nvrtc
 from owl_wms.ops.common.nvrtc import Kernel, KernelError
 
 
@@ -30,14 +30,14 @@ class Text:
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    images.forget()
+    machine_code.forget()
     yield
-    images.forget()
+    machine_code.forget()
 
 
 def test_everything_that_decides_the_code_is_in_its_identity() -> None:
     kernels = [Text(), Text(entry="g"), Text(defines=("A",)), Text(defines=("A", "B")), Text(text="other")]
-    names = {images.identity(kernel, architecture) for kernel in kernels for architecture in ("sm_80", "sm_90")}
+    names = {machine_code.identity(kernel, architecture) for kernel in kernels for architecture in ("sm_80", "sm_90")}
     assert len(names) == 2 * len(kernels)
 
 
@@ -49,7 +49,9 @@ def test_made_once_by_many_threads() -> None:
         time.sleep(0.1)
         return b"code"
 
-    threads = [threading.Thread(target=lambda: answers.append(images.once(Text(), "sm_90", make))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: answers.append(machine_code.once(Text(), "sm_90", make))) for _ in range(8)
+    ]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert answers == [b"code"] * 8
@@ -66,7 +68,7 @@ def test_a_failure_reaches_everyone_who_waits_and_is_not_remembered() -> None:
 
     def ask() -> None:
         try:
-            images.once(Text(), "sm_90", broken)
+            machine_code.once(Text(), "sm_90", broken)
         except KernelError as error:
             failures.append(str(error))
 
@@ -74,7 +76,7 @@ def test_a_failure_reaches_everyone_who_waits_and_is_not_remembered() -> None:
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert failures == ["does not compile"] * 3
-    assert images.once(Text(), "sm_90", lambda: b"code") == b"code"
+    assert machine_code.once(Text(), "sm_90", lambda: b"code") == b"code"
 
 
 def test_ahead_swallows_failures_and_the_asker_waits_for_it() -> None:
@@ -86,49 +88,52 @@ def test_ahead_swallows_failures_and_the_asker_waits_for_it() -> None:
         raise KernelError("no")
 
     running = threading.Event()
-    images.ahead(
-        [lambda: (running.set(), images.once(Text(), "sm_90", slow)), lambda: images.once(Text("g"), "sm_90", broken)]
+    machine_code.ahead(
+        [
+            lambda: (running.set(), machine_code.once(Text(), "sm_90", slow)),
+            lambda: machine_code.once(Text("g"), "sm_90", broken),
+        ]
     )
     assert running.wait(10)
-    assert images.once(Text(), "sm_90", lambda: pytest.fail("made twice")) == b"ahead"
-    assert images.once(Text("g"), "sm_90", lambda: b"made when needed") == b"made when needed"
+    assert machine_code.once(Text(), "sm_90", lambda: pytest.fail("made twice")) == b"ahead"
+    assert machine_code.once(Text("g"), "sm_90", lambda: b"made when needed") == b"made when needed"
 
 
 def test_packed_and_adopted_in_another_process() -> None:
-    images.once(Text(), "sm_90", lambda: b"\x7fELF\x00code")
-    images.once(Text("g"), "sm_80", lambda: b"other")
-    text = images.pack([Text(), Text("never made")], lambda _kernel: "sm_90")
-    images.forget()
-    assert images.adopt(text) == 1
-    assert images.once(Text(), "sm_90", lambda: pytest.fail("it was adopted")) == b"\x7fELF\x00code"
+    machine_code.once(Text(), "sm_90", lambda: b"\x7fELF\x00code")
+    machine_code.once(Text("g"), "sm_80", lambda: b"other")
+    text = machine_code.pack([Text(), Text("never made")], lambda _kernel: "sm_90")
+    machine_code.forget()
+    assert machine_code.adopt(text) == 1
+    assert machine_code.once(Text(), "sm_90", lambda: pytest.fail("it was adopted")) == b"\x7fELF\x00code"
     for other, architecture in ((Text(), "sm_80"), (Text(text="edited"), "sm_90"), (Text("g"), "sm_80")):
-        assert images.once(other, architecture, lambda: b"new") == b"new"
+        assert machine_code.once(other, architecture, lambda: b"new") == b"new"
 
 
 def test_adopting_replaces_nothing_and_survives_rubbish() -> None:
-    images.once(Text(), "sm_90", lambda: b"mine")
-    theirs = json.dumps({images.identity(Text(), "sm_90"): "dGhlaXJz"})
-    assert images.adopt(theirs) == 1
-    assert images.once(Text(), "sm_90", lambda: b"") == b"mine"
+    machine_code.once(Text(), "sm_90", lambda: b"mine")
+    theirs = json.dumps({machine_code.identity(Text(), "sm_90"): "dGhlaXJz"})
+    assert machine_code.adopt(theirs) == 1
+    assert machine_code.once(Text(), "sm_90", lambda: b"") == b"mine"
     for rubbish in ("", "[]", "{", '{"a": 1}', '{"a": "*"}', "null"):
-        assert images.adopt(rubbish) == 0
+        assert machine_code.adopt(rubbish) == 0
 
 
 def test_watching_is_per_thread_and_can_leave_launches_out(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     monkeypatch.setattr(nvrtc, "_function", lambda kernel, index: launched.append(kernel))
     kernel = resize.kernel_of(torch.bfloat16, pad=4)
-    with images.watched(launch=False) as seen:
+    with machine_code.watched(launch=False) as seen:
         kernel.launch(torch.device("cuda", 0), grid=1, block=1, arguments=())
-        other = threading.Thread(target=lambda: seen_elsewhere.append(images.noted(kernel)))
+        other = threading.Thread(target=lambda: seen_elsewhere.append(machine_code.noted(kernel)))
         seen_elsewhere: list[bool] = []
         other.start()
         other.join()
-        with images.watched() as inner:
-            assert not images.noted(kernel)
+        with machine_code.watched() as inner:
+            assert not machine_code.noted(kernel)
         assert inner == {kernel}
     assert (seen, seen_elsewhere, launched) == ({kernel}, [False], [])
-    assert not images.noted(kernel)
+    assert not machine_code.noted(kernel)
 
 
 def test_nvrtc_compiles_a_variant_once(monkeypatch: pytest.MonkeyPatch) -> None:
