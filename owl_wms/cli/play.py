@@ -21,6 +21,8 @@ from rich.console import Console
 
 from owl_wms.configs.paths import EXAMPLES
 
+# asyncio accepts so many connections before it looks at any of them, each with a file descriptor.
+ACCEPTED_AT_ONCE = 16
 SHIPPED = EXAMPLES / "world" / "game_rft.yml", EXAMPLES / "world" / "game_rft.safetensors"
 DEMO_VAE = EXAMPLES / "demo" / "demo_vae.yml", EXAMPLES / "demo" / "demo_vae.safetensors"
 
@@ -153,7 +155,7 @@ async def _until_interrupted(
         try:
             listen.let_listen(sockets)
             for bound in sockets:
-                await web.SockSite(runner, bound).start()
+                await web.SockSite(runner, bound, backlog=ACCEPTED_AT_ONCE).start()
         except OSError as error:
             raise listen.cannot_listen(settings.host, settings.port, error) from error
         address = page_address(settings, runner.addresses[0][1])

@@ -1,9 +1,9 @@
-"""The server behind `owl-wms play`: one page, one WebSocket, one player.
+"""Serves the page of `owl-wms play`, and one WebSocket per player.
 
-Safe by default: loopback only, a random token as the first part of every path (compared in constant time), the
-browser's Origin must be the server's own, one player at a time, small messages. The token is all that protects a
-server that listens on other interfaces,
-and nothing is encrypted: put it behind a tunnel.
+One player may connect by default; `max_clients` allows more. Safe by default: it listens on loopback only, a random
+token is the first part of every path (compared in constant time), the browser's Origin must be the server's own, a
+Host that the public DNS can give away is refused, connections and messages are limited. The token is all that protects
+a server that listens on other interfaces, and nothing is encrypted: put it behind a tunnel.
 
 Usage:
     settings = ServerSettings(port=8080)
@@ -25,7 +25,9 @@ from importlib import resources
 from aiohttp import WSCloseCode, web
 
 from owl_wms.errors import ConfigError
+from owl_wms.inference.limits import KEEP_ALIVE_SECONDS, ConnectionLimits
 from owl_wms.inference.messages import MAX_MESSAGE_BYTES
+from owl_wms.inference.origins import is_local_name, parse_origin
 from owl_wms.inference.session import Pace, Session
 from owl_wms.inference.source import Source
 
@@ -72,6 +74,12 @@ class ServerSettings:
             raise ConfigError("host must name an interface, for example 127.0.0.1 or 0.0.0.0", key="host")
         if len(self.token) < 16 or not all(c.isalnum() or c in "-_" for c in self.token):
             raise ConfigError("token must be at least 16 letters, digits, - or _", key="token")
+        for origin in self.origins:
+            if parse_origin(origin) is None:
+                raise ConfigError(
+                    f"origin must be scheme, host and port, such as https://play.example.org, got {origin!r}",
+                    key="origin",
+                )
         if self.max_clients < 1:
             raise ConfigError(f"max_clients must be at least 1, got {self.max_clients}", key="max_clients")
         if not 1 <= self.pace.fps <= 240 or not 1 <= self.pace.quality <= 95:
@@ -83,6 +91,14 @@ class PlayServer:
 
     def __init__(self, new_source: Callable[[], Source], settings: ServerSettings) -> None:
         self._new_source, self._settings = new_source, settings
+        self._origins = {parse_origin(origin) for origin in settings.origins}
+        self._hosts = {settings.host.lower(), *(origin.host for origin in self._origins if origin is not None)}
+        self._limits = ConnectionLimits()
+        # Read once: a page that is asked for while descriptors are short needs none.
+        folder = resources.files("owl_wms.inference").joinpath("page")
+        self._files = {
+            name: (folder.joinpath(file).read_text(encoding="utf-8"), kind) for name, (file, kind) in PAGE.items()
+        }
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="owl-play")
         self._turn = asyncio.Lock()
         self._sockets: set[web.WebSocketResponse] = set()
@@ -90,7 +106,8 @@ class PlayServer:
 
     def app(self) -> web.Application:
         """The aiohttp application."""
-        app = web.Application(middlewares=[self._guard])
+        app = web.Application(middlewares=[self._guard], handler_args={"keepalive_timeout": KEEP_ALIVE_SECONDS})
+        self._limits.guard(app)
         app.router.add_get("/{token}", self._add_slash)
         app.router.add_get("/{token}/ws", self._play)
         app.router.add_get("/{token}/{name:[a-z.]*}", self._page)
@@ -106,7 +123,11 @@ class PlayServer:
         token = request.path.removeprefix("/").partition("/")[0]
         # compare_digest takes as long for a wrong first letter as for a wrong last one.
         if not hmac.compare_digest(token.encode(), self._settings.token.encode()):
-            return web.Response(status=403, text="wrong or missing token: open the address that the server printed\n")
+            return _refuse("wrong or missing token: open the address that the server printed")
+        asked = parse_origin(f"{request.scheme}://{request.host}")
+        if asked is None or not (is_local_name(asked.host) or asked.host in self._hosts):
+            return _refuse("this name may not be used here: start the server with it as --origin")
+        self._limits.trust(request)
         response = await handler(request)
         if not response.prepared:
             response.headers.update(HEADERS)
@@ -118,16 +139,15 @@ class PlayServer:
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
-        if name not in PAGE:
+        if name not in self._files:
             raise web.HTTPNotFound
-        file, kind = PAGE[name]
-        text = resources.files("owl_wms.inference").joinpath("page").joinpath(file).read_text(encoding="utf-8")
+        text, kind = self._files[name]
         return web.Response(text=text, content_type=kind)
 
     def _same_origin(self, request: web.Request) -> bool:
-        """A browser always says where a page came from; a page from elsewhere must not drive this one."""
-        allowed = (f"{request.scheme}://{request.host}", *self._settings.origins)
-        return request.headers.get("Origin") in allowed
+        """Returns whether the page that asks came from here: browsers always send where it came from."""
+        said = parse_origin(request.headers.get("Origin", ""))
+        return said is not None and said in {parse_origin(f"{request.scheme}://{request.host}"), *self._origins}
 
     async def _play(self, request: web.Request) -> web.StreamResponse:
         if not self._same_origin(request):
@@ -173,6 +193,12 @@ class PlayServer:
 
     async def _stop(self, app: web.Application) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
+
+
+def _refuse(text: str) -> web.Response:
+    refused = web.Response(status=403, text=f"{text}\n")
+    refused.force_close()
+    return refused
 
 
 def make_app(new_source: Callable[[], Source], settings: ServerSettings) -> web.Application:
