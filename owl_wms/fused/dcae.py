@@ -24,7 +24,7 @@ from owl_wms.ops.codes import code_gain
 from owl_wms.ops.conv_out import MAX_OUT, conv_out, padded
 from owl_wms.ops.conv_out import pack as pack_conv_out
 from owl_wms.ops.grouped_conv import pack as pack_grouped
-from owl_wms.ops.resize import frames, resize
+from owl_wms.ops.resize import resize
 from owl_wms.ops.stage import stage
 from owl_wms.vae.dcae import DCAEDecoder
 from owl_wms.vae.distill import DistillDecoder
@@ -234,8 +234,3 @@ class FusedDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         square = self.features(z)
         return resize(square, self.out_channels, *self._frame_size(square), self.dtype)
-
-    def frames(self, z: Tensor) -> Tensor:
-        """The same as uint8 frames `[B, H, W, C]`, [-1, 1] mapped to [0, 255] and clamped."""
-        square = self.features(z)
-        return frames(square, self.out_channels, *self._frame_size(square))

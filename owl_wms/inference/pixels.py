@@ -6,9 +6,10 @@ import io
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
+
+from owl_wms.ops.frame_bytes import frame_bytes
 
 ImageFormat = Literal["jpeg", "webp"]
 
@@ -29,8 +30,7 @@ def to_uint8(frame: Tensor, *, bgr: bool = False) -> Tensor:
     if frame.ndim != 3 or frame.shape[0] < 3:
         raise ValueError(f"a frame must be [C, H, W] with C >= 3, got {list(frame.shape)}")
     colour = frame[:3].flip(0) if bgr else frame[:3]
-    scaled = (colour.float().nan_to_num(-1.0, 1.0, -1.0).clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    return frame_bytes(colour[None])[0]
 
 
 def to_image(frame: Tensor, *, bgr: bool = False) -> np.ndarray:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from owl_wms.errors import DataError
 from owl_wms.media.whole import why_unwritten, written_whole
+from owl_wms.ops.frame_bytes import frame_bytes
 
 _MARGIN = 8
 _BAND = 26  # height of the text above a row
@@ -25,9 +26,8 @@ _DEPTH_RAMP = ((0.10, 0.12, 0.32), (0.24, 0.42, 0.72), (0.60, 0.78, 0.70), (0.98
 
 
 def to_bytes(frames: Tensor) -> Tensor:
-    """Colour frames for a file: float [N, 3, H, W] in [-1, 1], clamped -> uint8 [N, H, W, 3] on the CPU."""
-    scaled = (frames.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+    """Returns frames for a file: float [N, C, H, W] in [-1, 1] as uint8 [N, H, W, C] on the CPU, see `frame_bytes`."""
+    return frame_bytes(frames).cpu()
 
 
 def depth_bytes(depth: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ All tensors are NHWC, `[B, H, W, C]` contiguous: the layout is logical, so no bo
     grouped_conv   3x3 in groups of 16, LeakyReLU on load, bias and LeakyReLU on store, optionally behind a bicubic x2
     up_residual    bicubic x2 plus the pixel-shuffled shortcut
     conv_out       (SiLU,) 3x3 to at most 8 channels, fp32
-    resize         bicubic to any size, NHWC fp32 to NCHW; `frames` does the same to uint8 HWC
+    resize         bicubic to any size, NHWC fp32 to NCHW
+    frame_bytes    NCHW frames in [-1, 1] to uint8 NHWC
     stage_tail     a stage of one block from its low-resolution products on, fused (compute capability 9.0)
     stage          a whole decoder stage out of the above and library matrix products
 
@@ -34,6 +35,7 @@ from owl_wms.ops import (
     conv3x3,
     conv_out,
     depthwise_gate,
+    frame_bytes,
     grouped_conv,
     grouped_conv8,
     linear8,
@@ -53,6 +55,7 @@ __all__ = [
     "conv3x3",
     "conv_out",
     "depthwise_gate",
+    "frame_bytes",
     "grouped_conv",
     "grouped_conv8",
     "linear8",

@@ -6,6 +6,7 @@ happen meanwhile.
 Usage:
     decode = VideoDecode(decoder, batch_size=8)
     frames = decode(latents)        # [b, n, c, h, w] -> [b, n, C, H, W] bf16, on the latents' device
+    VideoDecode(decoder, batch_size=8, output="uint8")(latents)     # -> [b, n, H, W, C] uint8
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from owl_wms.runtime import recording
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, is_out_of_memory, release_memory
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.latents import check_video, check_video_shape
-from owl_wms.runtime.output import Output
+from owl_wms.runtime.output import DTYPES, Output
 from owl_wms.runtime.programs import ProgramSource, renew_locks
 from owl_wms.runtime.slot import Slot
 from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
@@ -52,6 +53,8 @@ class VideoDecode:
         settings: None reads the environment over the defaults.
         strict: True raises FastPathError instead of falling back; None follows `settings.fallback_on_error`.
         timing: record the milliseconds of every batch (CUDA events).
+        output: `bf16`, or `uint8` for bytes as `owl_wms.ops.frame_bytes` makes them: channels last, [-1, 1] clamped and
+            rounded to [0, 255].
         check: look for non-finite output: `always`, `sampled` (first 8 calls, then every 64th), `off`, or `auto`:
             always for fp16 programs (they can overflow), sampled for others. A hit is compared with PyTorch's answer,
             which replaces it.
@@ -59,7 +62,7 @@ class VideoDecode:
         progress: receives build events.
 
     Raises:
-        ConfigError: batch_size below 1 or an unknown check.
+        ConfigError: batch_size below 1, or an unknown check or output.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class VideoDecode:
         settings: TensorRTConfig | None = None,
         strict: bool | None = None,
         timing: bool = False,
+        output: str = "bf16",
         check: str = "auto",
         toolchain: Toolchain | None = None,
         progress: Progress | None = None,
@@ -78,11 +82,14 @@ class VideoDecode:
             raise ConfigError(f"batch_size must be >= 1; got {batch_size}", key="batch_size")
         if check not in CHECKS:
             raise ConfigError(f"check must be one of {', '.join(CHECKS)}; got {check!r}", key="check")
+        if output not in DTYPES:
+            raise ConfigError(f"output must be one of {', '.join(DTYPES)}; got {output!r}", key="output")
         self.decoder = decoder
         self.settings = TensorRTConfig.resolve() if settings is None else settings
         self.batch_size = min(batch_size, self.settings.max_batch_size)
         self.strict = not self.settings.fallback_on_error if strict is None else strict
         self.check = check
+        self.output = output
         self._source = ProgramSource(toolchain or TensorRTToolchain(), self.settings, progress)
         self._stopwatch = Stopwatch() if timing else None
         self._ledger = Ledger()
@@ -97,7 +104,8 @@ class VideoDecode:
         """Decode `[b, n, c, h, w]`, any real dtype, strides or device; zero frames allowed.
 
         Returns:
-            `[b, n, C, H, W]` bf16 on the latents' device (computed on the decoder's).
+            `[b, n, C, H, W]` bf16, or `[b, n, H, W, C]` uint8 if `output` says so, on the latents' device (computed on
+            the decoder's).
 
         Raises:
             LatentShapeError: wrong rank or channel count.
@@ -112,14 +120,14 @@ class VideoDecode:
         leading, one = latents.shape[:2], tuple(latents.shape[2:])
         frames = latents.reshape(-1, *one)
         slot = self._slot(generation, one, device)
-        out = Output(len(frames), latents.device, one)
+        out = Output(self.output, len(frames), latents.device, one)
         if len(frames) == 0:
             shape = generation.frame_shapes.get(one) or tuple(eager(latents.new_zeros((1, *one))).shape[1:])
             generation.frame_shapes[one] = shape
             out.allocate(shape)
         else:
             self._decode(eager, slot, frames, out, device)
-            generation.frame_shapes[one] = tuple(out.tensor.shape[1:])
+            generation.frame_shapes[one] = out.frame_shape
         self._ledger.add("decodes")
         self._ledger.add("frames", len(frames))
         return out.tensor.reshape(*leading, *out.tensor.shape[1:])
@@ -208,15 +216,21 @@ class VideoDecode:
 
     def _compare(self, eager: EagerDecoder, slot: Slot, chunk: Tensor, start: int, out: Output) -> None:
         """A program answered NaN or infinity: if PyTorch does not do so in the same places, its answer stands."""
-        answered = out.tensor[start : start + len(chunk)].isfinite()
-        truth = Output(len(chunk), out.tensor.device, tuple(chunk.shape[1:]))
+        truth = Output("bf16", len(chunk), out.tensor.device, tuple(chunk.shape[1:]))
         slot.eager_step = decode_in_memory(eager, chunk, truth.write, slot.eager_step)
-        worse = int((truth.tensor.isfinite() & ~answered).sum())
-        if not worse:
+        worse = truth.tensor.isfinite()
+        if self.output == "bf16":
+            worse &= ~out.tensor[start : start + len(chunk)].isfinite()
+        else:  # bytes do not show what was not finite, so the program runs once more
+            with contextlib.suppress(Exception):  # it was put aside meanwhile, or fails: PyTorch's answer stands
+                floating = chunk if chunk.is_floating_point() else chunk.float()
+                slot.run(floating, lambda frames: worse.logical_and_(~frames.isfinite().to(worse.device)), False)
+        places = int(worse.sum())
+        if not places:
             return
-        out.tensor[start : start + len(chunk)].copy_(truth.tensor)
+        out.write(start, truth.tensor)
         self._ledger.add("fallbacks")
-        reason = f"the program gave {worse} non-finite values where PyTorch gives finite ones"
+        reason = f"the program gave {places} non-finite values where PyTorch gives finite ones"
         self._failed_run(slot, FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
 
     def _failed_run(self, slot: Slot, failure: FastPathError, kind: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.media.whole import written_whole
+from owl_wms.ops.frame_bytes import frame_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +31,7 @@ def write_clip(stem: Path, video: Tensor, audio: Tensor | None, *, fps: int) -> 
         The video file: `.mp4`, or `.pt` (uint8 [n, H, W, 3]).
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    frames = ((video[:, :3].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    frames = frames.permute(0, 2, 3, 1).contiguous().cpu()
+    frames = frame_bytes(video[:, :3]).cpu()
     if audio is not None:
         torch.save(audio.float().cpu(), stem.with_name(f"{stem.name}_audio.pt"))
     try:

@@ -98,11 +98,15 @@ def make_batched_decode_fn(
     config: Any = None,
     strict: bool | None = None,
     timing: bool = False,
+    output: str = "bf16",
     check: str = "auto",
     jit: bool = False,
     toolchain: Toolchain | None = None,
 ) -> VideoDecode:
     """A function from video latents `[b, n, c, h, w]` to frames `[b, n, C, H, W]` in bf16 on the latents' device.
+
+    With `output="uint8"` it returns bytes `[b, n, H, W, C]` instead; `owl_wms.runtime.decode_stream` brings them to the
+    host while the next ones are decoded.
 
     The first decode of a latent shape finds its program in the cache or builds it (`decode.prepare((c, h, w))` does so
     ahead of time); whatever fails on the way, PyTorch decodes and one warning says why.
@@ -115,12 +119,13 @@ def make_batched_decode_fn(
         strict: True raises FastPathError instead of falling back; None follows the configuration and
             `TENSORRT_FALLBACK`.
         timing: record milliseconds, shown by `decode.stats().latency_ms`.
+        output: `bf16` or `uint8`, see `VideoDecode`.
         check: search of the output for non-finite values, see `VideoDecode`.
         jit: compile in this process with `torch.compile(backend="tensorrt")` and keep nothing on disk, for trainers.
         toolchain: what compiles; None means TensorRT.
 
     Raises:
-        ConfigError: an unknown setting or check, one out of range, or a batch_size that is no integer >= 1.
+        ConfigError: an unknown setting, check or output, one out of range, or a batch_size that is no integer >= 1.
     """
     settings = TensorRTConfig.resolve(config, enabled=None if use_tensorrt else False)
     return VideoDecode(
@@ -129,6 +134,7 @@ def make_batched_decode_fn(
         settings=settings,
         strict=strict,
         timing=timing,
+        output=output,
         check=check,
         toolchain=JitToolchain() if jit and toolchain is None else toolchain,
     )

@@ -38,15 +38,6 @@ def test_fused_equals_decoder(case: str) -> None:
     assert float((got - want).norm() / want.norm()) < 1e-5
 
 
-def test_frames_are_the_forward_pass_in_uint8() -> None:
-    decoder = dcae()
-    fused, z = fuse(decoder, torch.float32), 3 * torch.randn(1, 16, 4, 4)
-    with torch.inference_mode():
-        frames, x = fused.frames(z), fused(z)
-    assert frames.shape == (1, 18, 32, 3)
-    assert torch.equal(frames, ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
-
-
 def test_unsupported_decoders_say_why() -> None:
     supported, reason = supports(nn.Identity())
     assert not supported

@@ -60,16 +60,27 @@ def test_up_residual_is_bicubic_plus_tiled_pixel_shuffle(channels: int, shortcut
     torch.testing.assert_close(base, want)
 
 
-def test_resize_and_frames() -> None:
+def test_resize() -> None:
     square = torch.randn(2, 16, 16, 4)
     image = F.interpolate(square[..., :3].permute(0, 3, 1, 2), size=(9, 16), mode="bicubic")
     torch.testing.assert_close(torch.ops.owl_wms.resize(square, 3, 9, 16, torch.float32), image)
-    frames = torch.ops.owl_wms.frames(square, 3, 9, 16)
-    assert frames.dtype == torch.uint8
-    want = ((image.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1) * 255).round()
-    assert (frames.float() - want).abs().max() == 0
     same = torch.ops.owl_wms.resize(square, 4, 16, 16, torch.float32)
     assert torch.equal(same, square.permute(0, 3, 1, 2))
+
+
+def test_frame_bytes() -> None:
+    x = 2 * torch.randn(2, 3, 9, 16)
+    frames = torch.ops.owl_wms.frame_bytes(x)
+    assert frames.dtype == torch.uint8
+    assert frames.is_contiguous()
+    assert torch.equal(frames.float(), ((x / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1))
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, -2.0, 2.0, -1.0, 1.0, 0.0]).reshape(1, 1, 1, 8)
+    assert torch.ops.owl_wms.frame_bytes(odd).flatten().tolist() == [0, 255, 0, 0, 255, 0, 255, 128]
+    every = torch.arange(256) / 127.5 - 1  # the bytes of a picture survive the way through floats
+    assert torch.ops.owl_wms.frame_bytes(every.reshape(1, 1, 16, 16)).flatten().tolist() == list(range(256))
+    kept = x.clone()
+    torch.ops.owl_wms.frame_bytes(x)
+    assert torch.equal(x, kept), "the input is not written to"
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -124,7 +135,7 @@ def test_ops_pass_opcheck() -> None:
     )
     square = torch.randn(1, 4, 4, 4)
     torch.library.opcheck(torch.ops.owl_wms.resize, (square, 3, 3, 5, torch.float32))
-    torch.library.opcheck(torch.ops.owl_wms.frames, (square, 3, 3, 5))
+    torch.library.opcheck(torch.ops.owl_wms.frame_bytes, (torch.randn(2, 3, 4, 5),))
     torch.library.opcheck(torch.ops.owl_wms.stage, arguments(2, 2, True))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from owl_wms.errors import ConfigError, DataError, FastPathError, LatentShapeError
+from owl_wms.ops.frame_bytes import frame_bytes
 from owl_wms.runtime import VideoDecode
 from owl_wms.vae import fold_weight_norm
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
@@ -42,6 +43,27 @@ def test_built_then_cached_then_the_same_bits(tmp_path: Path) -> None:
     assert state.chunks_pytorch == state.fallbacks == 0
     assert state.cache_bytes == sum(f.stat().st_size for f in (tmp_path / "cache").rglob("program.pt2"))
     assert state.programs[0]["plan"] == "export"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_bytes_are_the_frames_clamped_and_rounded(tmp_path: Path, enabled: bool) -> None:
+    decoder, latents = TinyDecoder().bfloat16().eval(), 3 * torch.randn(2, 5, 4, 3, 3)
+    made = {
+        output: VideoDecode(
+            decoder,
+            batch_size=4,
+            settings=settings(tmp_path, enabled=enabled),
+            toolchain=ExportToolchain(),
+            output=output,
+        )
+        for output in ("bf16", "uint8")
+    }
+    frames, pictures = made["bf16"](latents), made["uint8"](latents)
+    assert pictures.dtype == torch.uint8
+    assert pictures.shape == (2, 5, 6, 6, 3)
+    assert torch.equal(pictures.flatten(0, 1), frame_bytes(frames.flatten(0, 1)))
+    assert made["uint8"](latents[:, :0]).shape == (2, 0, 6, 6, 3)
+    assert made["uint8"].stats().hits == int(enabled), "both use one program"
 
 
 def test_without_cache_nothing_is_kept(tmp_path: Path) -> None:

@@ -210,8 +210,11 @@ def test_one_failed_run_does_not_end_the_program(tmp_path: Path) -> None:
     assert decode.stats().fallbacks == 1
 
 
+@pytest.mark.parametrize("output", ["bf16", "uint8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_output_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float) -> None:
+def test_non_finite_output_is_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float, output: str
+) -> None:
     toolchain = ExportToolchain(precision="fp16")
 
     def damage(frames: torch.Tensor) -> torch.Tensor:
@@ -221,14 +224,41 @@ def test_non_finite_output_is_replaced(tmp_path: Path, caplog: pytest.LogCapture
 
     toolchain.damage = damage
     decoder, latents = TinyDecoder().bfloat16().eval(), torch.randn(1, 4, 4, 3, 3)
-    truth = VideoDecode(decoder, batch_size=4, settings=settings(tmp_path, enabled=False))(latents)
-    decode = VideoDecode(decoder, batch_size=4, settings=settings(tmp_path), toolchain=toolchain)
+    truth = VideoDecode(decoder, batch_size=4, settings=settings(tmp_path, enabled=False), output=output)(latents)
+    decode = VideoDecode(decoder, batch_size=4, settings=settings(tmp_path), toolchain=toolchain, output=output)
     for _ in range(4):
         assert torch.equal(decode(latents), truth)
     assert decode.stats().failures == {"run": 3}
     assert "put aside" in decode.stats().reason
     (said,) = warnings_of(caplog)
     assert "1 non-finite values where PyTorch gives finite ones" in said
+
+
+def test_many_non_finite_batches_of_one_decode_into_bytes(tmp_path: Path) -> None:
+    """The third strike puts the program aside in the middle; the batches after it are PyTorch's all the same."""
+    toolchain = ExportToolchain(precision="fp16")
+    toolchain.damage = lambda frames: frames * float("nan")
+    decoder, latents = TinyDecoder().bfloat16().eval(), torch.randn(2, 9, 4, 3, 3)
+    truth = VideoDecode(decoder, batch_size=2, settings=settings(tmp_path, enabled=False), output="uint8")(latents)
+    decode = VideoDecode(decoder, batch_size=2, settings=settings(tmp_path), toolchain=toolchain, output="uint8")
+    assert torch.equal(decode(latents), truth)
+    assert "put aside" in decode.stats().reason
+
+
+def test_latents_that_are_nan_are_not_the_programs_fault_in_bytes(tmp_path: Path) -> None:
+    decode = VideoDecode(
+        TinyDecoder(),
+        batch_size=4,
+        settings=settings(tmp_path),
+        toolchain=ExportToolchain(),
+        check="always",
+        output="uint8",
+    )
+    latents = torch.randn(1, 6, 4, 3, 3)
+    latents[0, 1] = float("nan")
+    assert int(decode(latents)[0, 1].max()) == 0, "black"
+    assert decode.stats().fallbacks == 0
+    assert decode.stats().backend == "export"
 
 
 def test_latents_that_are_nan_are_not_the_programs_fault(tmp_path: Path) -> None:

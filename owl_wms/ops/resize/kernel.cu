@@ -1,6 +1,6 @@
 // Final resize: fp32 NHWC (PAD channels, the first `channels` used) to any size, bicubic as PyTorch computes it (a = -0.75,
-// half-pixel centres, borders clamped). Writes NCHW in the element type, or, with FRAMES, uint8 HWC frames:
-// round(clamp(x / 2 + 0.5, 0, 1) * 255). Equal sizes give weights (0, 1, 0, 0), that is an exact layout change.
+// half-pixel centres, borders clamped). Writes NCHW in the element type. Equal sizes give weights (0, 1, 0, 0), that is an
+// exact layout change.
 DEVICE void weights_of(float (&w)[4], float t) {
     const float a = -0.75f;
     float u = t + 1.f, v = 1.f - t, s = 2.f - t;
@@ -41,12 +41,7 @@ resize(void* out, const float* x, int batch, int channels, int low_height, int l
         for (int c = 0; c < 4; ++c) {
             int channel = part * 4 + c;
             if (channel >= channels) break;
-#ifdef FRAMES
-            float level = fminf(fmaxf(fmaf(values[c], 0.5f, 0.5f), 0.f), 1.f) * 255.f;
-            ((unsigned char*)out)[index * channels + channel] = (unsigned char)__float2int_rn(level);
-#else
             ((u16*)out)[(((i64)image * channels + channel) * height + row) * width + column] = (u16)pack(values[c], 0.f);
-#endif
         }
     }
 }

@@ -1,4 +1,4 @@
-"""References of `resize` and `frames` in plain PyTorch.
+"""Reference of `resize` in plain PyTorch.
 
 Usage:
     reference(x, 3, 360, 640, torch.bfloat16)      # x [B, h, w, 4] fp32 -> [B, 3, 360, 640]
@@ -17,9 +17,3 @@ def reference(x: Tensor, channels: int, height: int, width: int, dtype: torch.dt
     if image.shape[-2:] != (height, width):
         image = F.interpolate(image, size=(height, width), mode="bicubic")
     return image.to(dtype)
-
-
-def frames_reference(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """The same as uint8 frames `[B, height, width, channels]`: [-1, 1] becomes [0, 255], rounded to nearest even."""
-    image = reference(x, channels, height, width, torch.float32)
-    return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from owl_wms.ops import conv_out, enlarging, grouped_conv, resize, up_residual
+from owl_wms.ops import conv_out, enlarging, frame_bytes, grouped_conv, resize, up_residual
 from owl_wms.ops.common.nvrtc import Kernel, KernelError, _nvrtc, compile_kernel
 from owl_wms.ops.conv3x3 import resident
 from owl_wms.ops.stage_tail import plan_of
@@ -27,7 +27,8 @@ def variants() -> list[Kernel]:
         found += [enlarging.kernel_of(dtype, 384, codes) for codes in (None, torch.int8, torch.float8_e4m3fn)]
         found += [resident.kernel_of(dtype, bias, relu, not relu) for bias in (False, True) for relu in (False, True)]
         found += [conv_out.kernel_of(dtype, pad=pad, blocks=8, silu=silu) for pad in (4, 8) for silu in (False, True)]
-    found += [resize.kernel_of(dtype, pad=4) for dtype in (torch.bfloat16, torch.float16, torch.uint8)]
+    found += [resize.kernel_of(dtype, pad=4) for dtype in (torch.bfloat16, torch.float16)]
+    found += [frame_bytes.kernel_of(dtype, n) for dtype in (torch.bfloat16, torch.float16) for n in (1, 3, 4, 8)]
     return found
 
 
