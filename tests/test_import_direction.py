@@ -13,7 +13,21 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "owl_wms"
 STAGES = [
-    *("errors", "env", "cudnn", "dynamo", "timing", "configs", "settings", "game", "vae", "ops", "fused", "trt"),
+    *(
+        "errors",
+        "env",
+        "cudnn",
+        "dynamo",
+        "timing",
+        "configs",
+        "settings",
+        "state",
+        "game",
+        "vae",
+        "ops",
+        "fused",
+        "trt",
+    ),
     *("cache", "runtime", "utils"),
     *("nn", "models", "sampling", "data", "media", "trainers", "inference", "cli"),
 ]

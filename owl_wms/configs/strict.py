@@ -93,6 +93,7 @@ def _to_size(value: Any) -> Any:
 
 PositiveInt = Annotated[int, Field(gt=0)]
 IntTuple = Annotated[tuple[PositiveInt, ...], BeforeValidator(_to_tuple)]
+ThreeSwitches = Annotated[tuple[bool, bool, bool], BeforeValidator(_to_tuple)]
 Size = Annotated[int | tuple[int, int], BeforeValidator(_to_size)]
 Kwargs = Annotated[dict[str, Any], AfterValidator(_freeze)]
 

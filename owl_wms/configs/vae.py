@@ -13,7 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from owl_wms.configs.strict import IntTuple, Kwargs, PositiveInt, Size, StrictModel, parse, read_yaml, shown, unknown
+from owl_wms.configs.strict import (
+    IntTuple,
+    Kwargs,
+    PositiveInt,
+    Size,
+    StrictModel,
+    ThreeSwitches,
+    parse,
+    read_yaml,
+    shown,
+    unknown,
+)
 from owl_wms.errors import ConfigError
 
 
@@ -85,11 +96,34 @@ class AudioAEConfig(StrictModel):
     discriminator: Kwargs | None = None
 
 
-VAEModelConfig = DCAEConfig | DistillVAEConfig | AudioAEConfig
+class TAEHVConfig(StrictModel):
+    """`model_id: taehv`: the tiny video autoencoder of Ollin Boer Bohan (github.com/madebyollin/taehv, MIT licence).
+
+    The released checkpoints are `latent_channels` 16 for Wan 2.1 and Qwen, 48 and `patch_size` 2 for Wan 2.2, 32 and 2
+    for Hunyuan 1.5, 128 and 4 with `time_upscale` [true, true, true] for LTX-2.
+
+    Attributes:
+        latent_channels: channels of one latent.
+        patch_size: the last step is a pixel shuffle by this factor.
+        form: "normal", or "super" for the larger decoder.
+        time_upscale: which of the three stages make two frames of one.
+        space_upscale: which of the three stages double height and width.
+    """
+
+    model_id: Literal["taehv"]
+    latent_channels: PositiveInt
+    patch_size: PositiveInt = 1
+    form: Literal["normal", "super"] = "normal"
+    time_upscale: ThreeSwitches = (False, True, True)
+    space_upscale: ThreeSwitches = (True, True, True)
+
+
+VAEModelConfig = DCAEConfig | DistillVAEConfig | AudioAEConfig | TAEHVConfig
 MODEL_CONFIGS: dict[str, type[StrictModel]] = {
     "dcae": DCAEConfig,
     "distill_vae": DistillVAEConfig,
     "audio_ae": AudioAEConfig,
+    "taehv": TAEHVConfig,
 }
 
 
@@ -135,7 +169,7 @@ class VAETrainConfig(StrictModel):
 class VAEConfig(StrictModel):
     """One autoencoder file. `train` and `wandb` may be absent: decoding reads `model` alone."""
 
-    model: DCAEConfig | DistillVAEConfig | AudioAEConfig
+    model: DCAEConfig | DistillVAEConfig | AudioAEConfig | TAEHVConfig
     train: VAETrainConfig | None = None
     wandb: WandbConfig | None = None
 

@@ -12,16 +12,18 @@ Usage:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
-from owl_wms.configs.vae import AudioAEConfig, DCAEConfig, DistillVAEConfig, VAEModelConfig
+from owl_wms.configs.vae import AudioAEConfig, DCAEConfig, DistillVAEConfig, TAEHVConfig, VAEModelConfig
 from owl_wms.errors import ConfigError
 from owl_wms.vae.audio import AudioDecoder
 from owl_wms.vae.blocks import set_gradient_checkpointing
 from owl_wms.vae.dcae import DCAE, DCAEDecoder, DCAEEncoder, Variant
 from owl_wms.vae.distill import DistillDecoder, DistillEncoder, DistillVAE
+from owl_wms.vae.taehv import TAEHVDecoder
 
 
 def default_variant(cfg: DCAEConfig) -> Variant:
@@ -32,7 +34,9 @@ def default_variant(cfg: DCAEConfig) -> Variant:
 def build_decoder(
     cfg: VAEModelConfig, variant: Variant | None = None, *, gradient_checkpointing: bool = False
 ) -> nn.Module:
-    """Decoder with fresh weights, `z [B, c, h, w] -> x [B, C, H, W]` (audio: `[B, c, n] -> [B, C, samples]`).
+    """Decoder with fresh weights, `z [B, c, h, w] -> x [B, C, H, W]`.
+
+    Two families have other shapes: audio `[B, c, n] -> [B, C, samples]`, taehv `[b, n, c, h, w]` as in TAEHVDecoder.
 
     Args:
         cfg: a model section, from `load_vae_config(path).model` or constructed in code.
@@ -42,7 +46,9 @@ def build_decoder(
     Raises:
         ConfigError: widths, depths or variant that do not fit together.
     """
-    decoder = _build(cfg, variant, DCAEDecoder, DistillDecoder, AudioDecoder)
+    decoder = _build(
+        cfg, variant, DCAEDecoder, DistillDecoder, {AudioAEConfig: AudioDecoder, TAEHVConfig: TAEHVDecoder}
+    )
     set_gradient_checkpointing(decoder, gradient_checkpointing)
     return decoder
 
@@ -51,7 +57,7 @@ def build_encoder(
     cfg: VAEModelConfig, variant: Variant | None = None, *, gradient_checkpointing: bool = False
 ) -> nn.Module:
     """Encoder with fresh weights, `x [B, C, H, W] -> z [B, c, h, w]`; arguments and errors as for `build_decoder`."""
-    encoder = _build(cfg, variant, DCAEEncoder, DistillEncoder, None)
+    encoder = _build(cfg, variant, DCAEEncoder, DistillEncoder, {})
     set_gradient_checkpointing(encoder, gradient_checkpointing)
     return encoder
 
@@ -60,7 +66,7 @@ def build_autoencoder(
     cfg: VAEModelConfig, variant: Variant | None = None, *, gradient_checkpointing: bool = False
 ) -> nn.Module:
     """Both halves, as `.encoder` and `.decoder`; arguments and errors as for `build_decoder`."""
-    model = _build(cfg, variant, DCAE, DistillVAE, None)
+    model = _build(cfg, variant, DCAE, DistillVAE, {})
     set_gradient_checkpointing(model, gradient_checkpointing)
     return model
 
@@ -70,7 +76,7 @@ def _build(
     variant: Variant | None,
     dcae: Callable[[DCAEConfig, Variant], nn.Module],
     distill: Callable[[DistillVAEConfig], nn.Module],
-    audio: Callable[[AudioAEConfig], nn.Module] | None,
+    decoder_only: Mapping[type[VAEModelConfig], Callable[[Any], nn.Module]],
 ) -> nn.Module:
     if isinstance(cfg, DCAEConfig):
         return dcae(cfg, variant or default_variant(cfg))
@@ -80,10 +86,11 @@ def _build(
         )
     if isinstance(cfg, DistillVAEConfig):
         return distill(cfg)
-    if isinstance(cfg, AudioAEConfig):
-        if audio is None:
+    if isinstance(cfg, (AudioAEConfig, TAEHVConfig)):
+        if type(cfg) not in decoder_only:
             raise ConfigError(
-                "model.model_id: only the decoder of audio_ae is built here, not its encoder", key="model.model_id"
+                f"model.model_id: only the decoder of {cfg.model_id} is built here, not its encoder",
+                key="model.model_id",
             )
-        return audio(cfg)
+        return decoder_only[type(cfg)](cfg)
     raise ConfigError(f"expected a model section of an autoencoder, received {type(cfg).__name__}", key="model")

@@ -6,6 +6,7 @@ without building the other half and without knowing how the file came about.
 Usage:
     decoder = load_decoder(None, "configs/vae/dec_dist.yml", "dec_distill_cod_v2.pt")
     decoder = load_decoder("dcae", None, None)      # diffusers' AutoencoderDC, see owl_wms.vae.hub
+    decoder = load_decoder("taehv", None, "taew2_1.pth")    # sizes are read off the file
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from owl_wms.configs.vae import DCAEConfig, load_vae_config
+from owl_wms.configs.vae import DCAEConfig, VAEModelConfig, load_vae_config
 from owl_wms.errors import CheckpointError, ConfigError
 from owl_wms.vae.build import build_decoder, build_encoder
 from owl_wms.vae.checkpoint import detect_variant, load_weights, read_state_dict, select_part
 from owl_wms.vae.hub import load_hub_decoder, load_hub_encoder
+from owl_wms.vae.taehv import TAEHVDecoder, config_of, fit_grow_layers
 
 HUB_VAE_ID = "dcae"
+TAEHV_VAE_ID = "taehv"
 
 
 def load_decoder(
@@ -30,8 +33,9 @@ def load_decoder(
     """The decoder of a configuration with a file's weights, float32 on the CPU in eval mode.
 
     Args:
-        vae_id: "dcae" means diffusers' AutoencoderDC (`ckpt_path`: its folder or hub id, or None for the hub); anything
-            else, as in upstream's files, means the autoencoder that `cfg_path` describes.
+        vae_id: "dcae" means diffusers' AutoencoderDC (`ckpt_path`: its folder or hub id, or None for the hub); "taehv"
+            needs no `cfg_path`, since the sizes of a TAEHV are read off its file; anything else, as in upstream's
+            files, means the autoencoder that `cfg_path` describes.
         cfg_path: YAML file with a `model` section.
         ckpt_path: `.pt` or `.safetensors`: bare decoder, full model or training checkpoint.
         prefer_ema: take averaged weights where the file has both.
@@ -42,6 +46,9 @@ def load_decoder(
     """
     if vae_id == HUB_VAE_ID:
         return load_hub_decoder(ckpt_path)
+    if vae_id == TAEHV_VAE_ID and cfg_path is None and ckpt_path is not None:
+        state = _read_part("decoder", ckpt_path, prefer_ema)
+        return _with_weights("decoder", config_of(state, ckpt_path), state, ckpt_path)
     _require_known(vae_id, cfg_path)
     return _load_part("decoder", cfg_path, ckpt_path, prefer_ema)
 
@@ -59,8 +66,8 @@ def load_encoder(
 def _require_known(vae_id: str | None, cfg_path: Path | str | None) -> None:
     if vae_id is not None and cfg_path is None:
         raise ConfigError(
-            f"vae_id {vae_id!r} is not known: only {HUB_VAE_ID!r} needs no configuration; any other id needs "
-            "vae_cfg_path, which describes the autoencoder",
+            f"vae_id {vae_id!r} is not known: only {HUB_VAE_ID!r}, and {TAEHV_VAE_ID!r} with a checkpoint, need no "
+            "configuration; any other id needs vae_cfg_path, which describes the autoencoder",
             key="train.vae_id",
         )
 
@@ -70,13 +77,23 @@ def _load_part(part: str, cfg_path: Path | str | None, ckpt_path: Path | str | N
         name = "vae_cfg_path" if cfg_path is None else "vae_ckpt_path"
         raise ConfigError(f"{name} is needed to load a {part}, received None", key=f"train.{name}")
     cfg = load_vae_config(cfg_path).model
+    return _with_weights(part, cfg, _read_part(part, ckpt_path, prefer_ema), ckpt_path)
+
+
+def _read_part(part: str, ckpt_path: Path | str, prefer_ema: bool) -> dict[str, Tensor]:
     state = select_part(read_state_dict(ckpt_path, prefer_ema=prefer_ema), part)
     if not state:
         other = "encoder" if part == "decoder" else "decoder"
         raise CheckpointError(f"{ckpt_path}: has weights of the {other} only, not of the {part}", path=ckpt_path)
+    return state
+
+
+def _with_weights(part: str, cfg: VAEModelConfig, state: dict[str, Tensor], ckpt_path: Path | str) -> nn.Module:
     variant = detect_variant(state, skip_residuals=cfg.skip_residuals) if isinstance(cfg, DCAEConfig) else None
     # On meta nothing is initialised only to be overwritten; the file's tensors then become the parameters.
     with torch.device("meta"):
         module = (build_decoder if part == "decoder" else build_encoder)(cfg, variant)
+    if isinstance(module, TAEHVDecoder):
+        state = fit_grow_layers(module, state)
     load_weights(module, state, ckpt_path, assign=True)
     return module.float().eval()
