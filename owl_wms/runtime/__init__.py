@@ -14,6 +14,7 @@ Usage:
 from owl_wms.runtime.audio import AudioDecode
 from owl_wms.runtime.decode import VideoDecode
 from owl_wms.runtime.stats import DecodeStats
+from owl_wms.runtime.streaming import StreamDecode
 from owl_wms.runtime.toolchain import JitToolchain, ProgramRequest, TensorRTToolchain, Toolchain
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "DecodeStats",
     "JitToolchain",
     "ProgramRequest",
+    "StreamDecode",
     "TensorRTToolchain",
     "Toolchain",
     "VideoDecode",

@@ -1,0 +1,174 @@
+"""`StreamDecode`: a streaming decoder latent by latent, with the state held for the caller.
+
+Why it exists: a decoder with memory gives the right frame only if every step receives the state of the step before, and
+a step that fails must be able to run again. So the state belongs to this object and to nothing else: a step reads it,
+and it is replaced once the frames are there.
+
+Usage:
+    stream = StreamDecode(decoder)
+    frames = stream.step(latent)        # [b, c, h, w] -> [b, k, C, H, W]; one row per stream
+    other = stream.fork()               # goes on from here by itself
+    stream.reset()                      # the next latent begins a video
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.dynamo import uncompiled
+from owl_wms.errors import ConfigError, LatentShapeError
+from owl_wms.runtime.eager import EagerDecoder, unwrap
+from owl_wms.runtime.latents import check_video
+from owl_wms.state import State, zeros
+
+_LOG = logging.getLogger("owl_wms.runtime")
+
+
+def streams(decoder: nn.Module) -> bool:
+    """Returns whether `decoder` has a state: whether it is one for StreamDecode."""
+    return hasattr(unwrap(decoder), "state_specs")
+
+
+class StreamDecode:
+    """Decodes one latent of each of b streams per step.
+
+    Thread-safe. The number of streams and the latents' size are those of the first step after `reset`. Weights that
+    change end the video: the next step begins a new one, which is logged once, since a state that old weights made
+    must not meet new ones.
+
+    Args:
+        decoder: a streaming decoder, such as `owl_wms.vae.taehv.TAEHVDecoder`; never changed.
+
+    Raises:
+        ConfigError: the decoder has no state.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        if not streams(decoder):
+            raise ConfigError(
+                f"StreamDecode wants a decoder with a state, and {type(unwrap(decoder)).__name__} has none; decode it "
+                "with owl_wms.runtime.VideoDecode"
+            )
+        self.decoder = decoder
+        self._guard = threading.Lock()
+        self._eager = EagerDecoder(decoder)
+        self._state: State = ()
+        self._began: list[bool] = []
+        self._shape: tuple[int, ...] | None = None
+
+    @uncompiled
+    @torch.no_grad()
+    def step(self, latents: Tensor) -> Tensor:
+        """Decodes the next latents of every stream.
+
+        Args:
+            latents: `[b, c, h, w]`, or `[b, n, c, h, w]` for n steps; any real dtype, any device.
+
+        Returns:
+            Frames `[b, k, C, H, W]` in the decoder's dtype and range, on the latents' device. Every latent gives
+            `decoder.frames_per_latent` frames, the first one of a video only the last of them: the others come before
+            the video begins.
+
+        Raises:
+            LatentShapeError: another rank or channel count, or another shape than the stream's.
+            ConfigError: some streams begin with this step and others do not, so that their frames differ in number;
+                `step_each` returns those.
+        """
+        with self._guard:
+            if len(set(self._began)) > 1:
+                raise ConfigError(
+                    "some streams begin a video with this step and others do not, so they give different numbers of "
+                    "frames; call step_each"
+                )
+            frames, first = self._advance(latents)
+        return frames[:, first[0] :]
+
+    @uncompiled
+    @torch.no_grad()
+    def step_each(self, latents: Tensor) -> list[Tensor]:
+        """Does what `step` does and returns the frames `[k, C, H, W]` of each stream by themselves."""
+        with self._guard:
+            frames, first = self._advance(latents)
+        return [row[start:] for row, start in zip(frames, first, strict=True)]
+
+    def reset(self, stream: int | None = None) -> None:
+        """Ends the video of every stream, or of one: the next latent begins another.
+
+        Args:
+            stream: row of the batch; None means all, which may then change in number and size.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        with self._guard:
+            if stream is None:
+                self._state, self._began, self._shape = (), [], None
+                return
+            if not 0 <= stream < len(self._began):
+                raise ConfigError(f"no stream {stream}; there are {len(self._began)} (the first step says how many)")
+            self._began[stream] = False
+            # Not in place: a fork or a caller may hold these tensors.
+            keep = torch.ones(len(self._began), dtype=torch.bool)
+            keep[stream] = False
+            self._state = tuple(
+                torch.where(keep.to(tensor.device).view(-1, *(1,) * (tensor.dim() - 1)), tensor, 0)
+                for tensor in self._state
+            )
+
+    def fork(self) -> StreamDecode:
+        """Returns another stream that goes on from here: what one of the two decodes, the other never sees."""
+        other = StreamDecode.__new__(StreamDecode)
+        with self._guard:
+            other.__dict__.update(self.__dict__)
+            other._guard = threading.Lock()
+            other._state = tuple(tensor.clone() for tensor in self._state)
+            other._began = list(self._began)
+        return other
+
+    # ---- a step
+
+    def _advance(self, latents: Tensor) -> tuple[Tensor, list[int]]:
+        """Returns all frames `[b, n t, C, H, W]` of these latents, and the first one that counts in each stream."""
+        video = latents[:, None] if isinstance(latents, Tensor) and latents.dim() == 4 else latents
+        check_video(video, self._eager.channels)
+        shape = (len(video), *video.shape[2:])
+        if not video.shape[0] or not video.shape[1]:
+            self._refuse(tuple(latents.shape), "[b, c, h, w] or [b, n, c, h, w] with b and n of at least 1")
+        if self._shape is not None and shape != self._shape:
+            self._refuse(tuple(latents.shape), f"of streams {list(self._shape)}; call reset() before another size")
+        self._follow_weights()
+        state, decoded = self._state or self._beginning(shape), []
+        for latent in video.unbind(1):
+            frames, state = self._by_pytorch(latent, state)
+            decoded.append(frames.to(latents.device))
+        # A step that failed never comes here, so the stream stands where it was.
+        first = [0 if began else frames.shape[1] - 1 for began in self._began or [False] * len(video)]
+        self._state, self._shape, self._began = state, shape, [True] * len(video)
+        return torch.cat(decoded, 1) if len(decoded) > 1 else decoded[0], first
+
+    def _refuse(self, got: tuple[int, ...], expected: str) -> None:
+        raise LatentShapeError(f"latents must be {expected}; got {list(got)}", got=got, expected=expected)
+
+    def _beginning(self, shape: tuple[int, ...]) -> State:
+        module = cast(Any, self._eager.module)
+        return zeros(module.state_specs(shape), self._eager.device)
+
+    def _by_pytorch(self, latent: Tensor, state: State) -> tuple[Tensor, State]:
+        eager = self._eager
+        z = latent.to(device=eager.device, dtype=eager.dtype or latent.dtype)
+        with torch.autocast(z.device.type, enabled=False):
+            frames, following = cast(Any, eager.module).step(z, tuple(t.to(z.dtype) for t in state))
+        return frames, following
+
+    def _follow_weights(self) -> None:
+        if self._eager.stamp.matches(self.decoder):
+            return
+        self._eager = EagerDecoder(self.decoder)
+        if self._state:
+            _LOG.warning("the decoder's weights changed: its streams begin anew, for their state was the old weights'")
+        self._state, self._began = (), []

@@ -1,0 +1,139 @@
+"""A stream: equal to the clip, forked, reset, batched; what fails leaves it where it was."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from owl_wms.configs import TAEHVConfig
+from owl_wms.errors import ConfigError, LatentShapeError
+from owl_wms.runtime import StreamDecode
+from owl_wms.state import State
+from owl_wms.vae import build_decoder
+from owl_wms.vae.taehv import TAEHVDecoder
+
+
+def make(form: str = "normal") -> TAEHVDecoder:
+    torch.manual_seed(1)
+    decoder = build_decoder(TAEHVConfig(model_id="taehv", latent_channels=4, form=form)).eval().requires_grad_(False)  # type: ignore[arg-type]
+    assert isinstance(decoder, TAEHVDecoder)
+    with torch.no_grad():
+        decoder[22].weight.mul_(4)  # frames that reach across [0, 1]
+        decoder[22].bias.fill_(0.5)
+    return decoder
+
+
+DECODER = make()
+
+
+def clip(n: int, streams: int = 1, seed: int = 0) -> Tensor:
+    return torch.randn(streams, n, 4, 3, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def near(got: Tensor, wanted: Tensor) -> bool:
+    return got.shape == wanted.shape and bool((got - wanted).abs().max() < 1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from(["step", "steps", "fork", "reset"]), min_size=1, max_size=7), st.integers(1, 2))
+def test_any_course_of_a_stream_is_a_clip(course: list[str], streams: int) -> None:
+    """Every stream alive, the original and its forks, has decoded the clip of its own latents since its own reset."""
+    given_to: list[tuple[StreamDecode, list[Tensor], list[Tensor]]] = [(StreamDecode(DECODER), [], [])]
+    for turn, what in enumerate(course):
+        stream, latents, frames = given_to[turn % len(given_to)]
+        if what == "fork":
+            given_to.append((stream.fork(), list(latents), list(frames)))
+        elif what == "reset":
+            stream.reset()
+            latents.clear()
+            frames.clear()
+        else:
+            more = clip(1 if what == "step" else 2, streams, seed=turn)
+            latents.append(more)
+            frames.append(stream.step(more[:, 0] if what == "step" else more))
+    for _, latents, frames in given_to:
+        if latents:
+            assert near(torch.cat(frames, 1), DECODER(torch.cat(latents, 1)))
+
+
+def test_one_stream_of_a_batch_begins_anew() -> None:
+    stream, latents = StreamDecode(DECODER), clip(4, streams=2)
+    stream.step(latents[:, :2])
+    stream.reset(1)
+    with pytest.raises(ConfigError, match="call step_each"):
+        stream.step(latents[:, 2])
+    first, second = stream.step_each(latents[:, 2])
+    assert (len(first), len(second)) == (4, 1)
+    both = stream.step(latents[:, 3])
+    whole, begun = DECODER(latents[:1])[0], DECODER(latents[1:, 2:])[0]
+    assert near(torch.cat([first, both[0]]), whole[-8:])
+    assert near(torch.cat([second, both[1]]), begun)
+    with pytest.raises(ConfigError, match="no stream 2; there are 2"):
+        stream.reset(2)
+
+
+def test_a_failed_step_leaves_the_stream_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, latents = StreamDecode(DECODER), clip(3)
+    frames = [stream.step(latents[:, 0])]
+    original = TAEHVDecoder.step
+
+    def lost(self: TAEHVDecoder, latent: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        original(self, latent, state)  # the new state is there when it fails
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TAEHVDecoder, "step", lost)
+        with pytest.raises(RuntimeError, match="device lost"):
+            stream.step(latents[:, 1])
+    with pytest.raises(LatentShapeError, match=r"streams \[1, 4, 3, 2\]; call reset\(\)"):
+        stream.step(torch.zeros(1, 4, 3, 3))
+    with pytest.raises(LatentShapeError, match="b and n of at least 1"):
+        stream.step(latents[:, :0])
+    frames += [stream.step(latents[:, 1]), stream.step(latents[:, 2])]
+    assert near(torch.cat(frames, 1), DECODER(latents))
+
+
+def test_new_weights_begin_a_new_video(caplog: pytest.LogCaptureFixture) -> None:
+    decoder = make()
+    stream, latents = StreamDecode(decoder), clip(3)
+    stream.step(latents[:, :2])
+    with torch.no_grad():
+        decoder[1].weight.mul_(1.5)
+    with caplog.at_level(logging.WARNING, logger="owl_wms.runtime"):
+        frames = [stream.step(latents[:, 1]), stream.step(latents[:, 2])]
+    assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
+    assert "begin anew" in caplog.records[0].message
+    assert near(torch.cat(frames, 1), decoder(latents[:, 1:]))
+
+
+def test_dtype_and_device_are_the_decoders_and_the_latents() -> None:
+    decoder = make().to(torch.bfloat16)
+    frames = StreamDecode(decoder).step(clip(2).double())
+    assert frames.dtype == torch.bfloat16
+    assert frames.shape == (1, 5, 3, 24, 16)
+    wanted = DECODER(clip(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert near(StreamDecode(DECODER).step(clip(2)), wanted)
+
+
+def test_threads_take_turns() -> None:
+    stream, latents = StreamDecode(DECODER), clip(1)
+    done: list[Any] = []
+    threads = [threading.Thread(target=lambda: done.append(stream.step(latents).shape[1])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [1, 4, 4, 4]
+
+
+def test_a_decoder_without_a_state_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Linear has none; decode it with"):
+        StreamDecode(torch.nn.Linear(1, 1))
