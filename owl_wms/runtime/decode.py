@@ -146,6 +146,11 @@ class VideoDecode:
         self._ready(generation.eager, self._slot(generation, latent_shape, device))
         return self.stats()
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where it computes; None for a decoder without weights, which computes where the latents are."""
+        return self._current().eager.device
+
     def stats(self) -> DecodeStats:
         """What happened so far. Waits for timed batches that still run; otherwise free."""
         generation = self._generation
@@ -222,9 +227,11 @@ class VideoDecode:
         if self.output == "bf16":
             worse &= ~out.tensor[start : start + len(chunk)].isfinite()
         else:  # bytes do not show what was not finite, so the program runs once more
+            again = Output("bf16", len(chunk), worse.device, tuple(chunk.shape[1:]))
             with contextlib.suppress(Exception):  # it was put aside meanwhile, or fails: PyTorch's answer stands
                 floating = chunk if chunk.is_floating_point() else chunk.float()
-                slot.run(floating, lambda frames: worse.logical_and_(~frames.isfinite().to(worse.device)), False)
+                slot.run(floating, lambda frames: again.write(0, frames), False)
+                worse &= ~again.tensor.isfinite()
         places = int(worse.sum())
         if not places:
             return
