@@ -63,7 +63,7 @@ def tensorrt_overrides() -> dict[str, str]:
 def cache_hmac_key() -> bytes | None:
     """The shared secret of a signed cache directory (`TENSORRT_CACHE_KEY`), or None when entries are not signed."""
     text = read("TENSORRT_CACHE_KEY")
-    return None if text is None else text.encode()
+    return None if text is None else os.fsencode(text)  # any bytes make a key
 
 
 def local_rank() -> int | None:

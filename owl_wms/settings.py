@@ -22,6 +22,7 @@ from typing import Any, cast
 import platformdirs
 
 from owl_wms import env
+from owl_wms.configs.paths import expanded
 from owl_wms.errors import ConfigError
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32", "fp8", "int8")
@@ -209,13 +210,13 @@ def _parse_plans(value: Any) -> tuple[str, ...]:
 
 
 def _parse_path(key: str, value: Any) -> Path | None:
-    if value is None or isinstance(value, Path):
-        return value
+    if value is None:
+        return None
     kind = "directory" if key == "cache_dir" else "file"
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise ConfigError(f"{key} must be a {kind} path; got {value!r}", key=key)
     try:
-        return Path(value).expanduser()
-    except RuntimeError:  # `~name` of no such user, or `~` without HOME and account
-        text = f"{key} must be a {kind} path; got {value!r}, whose home directory cannot be found: write it in full"
+        if not isinstance(value, (str, Path)):
+            raise ValueError("which is no text")
+        return expanded(value)
+    except ValueError as error:
+        text = f"{key} must be a {kind} path; got {str(value)!r:.200}, {error}"
         raise ConfigError(text, key=key) from None

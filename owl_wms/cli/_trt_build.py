@@ -197,9 +197,9 @@ def _latent_shape(text: str, vae_config: Path | None) -> tuple[int, int, int]:
         return int(parts[0]), int(parts[1]), int(parts[2])
     if vae_config is None:
         raise ConfigError("--latent c,h,w is needed without --vae-config, for example 128,8,8", key="latent")
-    from owl_wms.configs import load_vae_config
+    from owl_wms.configs import load_vae_model
 
-    model = load_vae_config(vae_config).model
+    model = load_vae_model(vae_config)
     size = getattr(model, "latent_size", None)
     channels = getattr(model, "latent_channels", None)
     if not isinstance(size, int) or not isinstance(channels, int):

@@ -32,7 +32,7 @@ def decode(
     import torch
 
     from owl_wms.cli import _shared as shared
-    from owl_wms.configs import load_vae_config
+    from owl_wms.configs import load_vae_model
     from owl_wms.errors import ConfigError
     from owl_wms.media.arrays import load_latents
     from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture, to_bytes
@@ -51,7 +51,7 @@ def decode(
         shared.check_destination(png, ".png", ".jpg")
     shared.check_number("--scale", scale, shared.SCALES)
     shared.check_number("--fps", fps, shared.FPS)
-    model = load_vae_config(vae_config).model
+    model = load_vae_model(vae_config)
     if depth and getattr(model, "channels", 3) < 4:
         raise ConfigError(f"--depth: {vae_config} decodes {model.channels} channels, depth is the fourth", key="depth")
     values = load_latents(latents, channels=model.latent_channels) * scale

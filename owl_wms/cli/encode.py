@@ -29,7 +29,7 @@ def encode(
     import torch
 
     from owl_wms.cli import _shared as shared
-    from owl_wms.configs import load_vae_config
+    from owl_wms.configs import load_vae_model
     from owl_wms.errors import ConfigError
     from owl_wms.media.arrays import ARRAY_SUFFIXES, save_array
     from owl_wms.media.frames import frame_batches
@@ -40,7 +40,7 @@ def encode(
     precision = shared.choose_dtype(dtype, where)
     shared.check_destination(out, *ARRAY_SUFFIXES)
     shared.check_number("--scale", scale, shared.SCALES)
-    model = load_vae_config(vae_config).model
+    model = load_vae_model(vae_config)
     size = getattr(model, "sample_size", None)
     if size is None or model.model_id == "audio_ae":
         raise ConfigError(

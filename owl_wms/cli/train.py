@@ -71,27 +71,8 @@ def load_changed(path: Path, changes: list[str]) -> Any:
         ConfigError: a change without `=` or with a value that is not YAML, or whatever the changed configuration is
             refused for.
     """
-    import yaml
-
     from owl_wms.configs.strict import read_yaml
     from owl_wms.configs.world import parse_world, with_files_found
-    from owl_wms.errors import ConfigError
 
-    data = read_yaml(path)
-    for change in changes:
-        key, equals, text = change.partition("=")
-        *parents, last = key.split(".")
-        if not equals or not all([*parents, last]):
-            raise ConfigError(f"--set wants KEY=VALUE with a dotted key, got {change!r}", key=key)
-        place = data
-        for name in parents:
-            inner = place.setdefault(name, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(f"--set {key}: {name} is a value, not a section", path=path, key=key)
-            place = inner
-        try:
-            place[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise ConfigError(f"--set {key}: {text!r} is not YAML: {reason}", path=path, key=key) from error
+    data = read_yaml(path, changes=changes)
     return with_files_found(parse_world(data, path=path), path)

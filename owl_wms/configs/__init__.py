@@ -15,6 +15,7 @@ from owl_wms.configs.vae import (
     VAETrainConfig,
     WandbConfig,
     load_vae_config,
+    load_vae_model,
     parse_vae_model,
 )
 from owl_wms.configs.world import (
@@ -41,6 +42,7 @@ __all__ = [
     "WorldConfig",
     "WorldModelConfig",
     "load_vae_config",
+    "load_vae_model",
     "load_world_config",
     "missing_trainer_keys",
     "parse_vae_model",

@@ -14,51 +14,29 @@ Usage:
 from __future__ import annotations
 
 import difflib
+import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from owl_wms import env
+from owl_wms.configs.interpolation import Resolver
+from owl_wms.configs.paths import path_text
+from owl_wms.configs.yaml12 import YamlError, parse_yaml
 from owl_wms.errors import ConfigError
+from owl_wms.files import one_line, read_regular
 
 T = TypeVar("T", bound=BaseModel)
 
-# YAML 1.1, which PyYAML reads, takes `1e-4` for a string; YAML 1.2 and every author of these files take it for a
-# number.
-_FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 # Upstream's longest file has 4 KiB; PyYAML needs up to 5 ms a KiB, and reading a config must stay under 100 ms.
 # (libyaml is faster, but recurses in C: deep nesting would end the process instead of raising RecursionError.)
 MAX_BYTES = 1 << 14
-# PyYAML's scanner takes time quadratic in unclosed brackets.
+# PyYAML's scanner takes time for every bracket.
 MAX_BRACKETS = 1000
-MAX_VALUES = 10_000
-MAX_DEPTH = 20
 MAX_SHOWN = 80
-_ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that `1e-4` is a float and a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen and key != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} appears twice", key_node.start_mark
-                )
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 class FrozenDict(dict[str, Any]):
@@ -76,7 +54,9 @@ class FrozenDict(dict[str, Any]):
 def _freeze(value: Any) -> Any:
     if isinstance(value, Mapping):
         return FrozenDict({str(k): _freeze(v) for k, v in value.items()})
-    return tuple(_freeze(v) for v in value) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(_freeze(v) for v in value)
+    return str(value) if isinstance(value, str) else value  # a plain str: checkpoints hold configurations
 
 
 def _to_tuple(value: Any) -> Any:
@@ -98,6 +78,15 @@ Size = Annotated[int | tuple[int, int], BeforeValidator(_to_size)]
 Kwargs = Annotated[dict[str, Any], AfterValidator(_freeze)]
 
 
+def _with_path(kwargs: dict[str, Any]) -> dict[str, Any]:
+    path = kwargs.get("dataset_path")
+    return {**kwargs, "dataset_path": path_text(path)} if isinstance(path, str) else kwargs
+
+
+DataKwargs = Annotated[dict[str, Any], AfterValidator(_with_path), AfterValidator(_freeze)]
+"""`Kwargs` of a loader, whose `dataset_path` is a path."""
+
+
 class StrictModel(BaseModel):
     """Base of all sections: no coercion, no unknown keys, no changes after construction."""
 
@@ -112,7 +101,7 @@ class StrictModel(BaseModel):
                     raise PydanticCustomError(
                         "unknown_key",
                         "{text}",
-                        {"key": str(key)[:MAX_SHOWN], "text": unknown(str(key), cls.model_fields)},
+                        {"key": str(key)[:MAX_SHOWN], "text": unknown(key, cls.model_fields)},
                     )
         return data
 
@@ -125,92 +114,92 @@ def rule(holds: bool, key: str, text: str) -> None:
 
 def shown(value: Any) -> str:
     """`repr(value)`, shortened, and its type: what an error message says was received."""
-    text = repr(value)
-    return f"{text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + '...'} ({type(value).__name__})"
+    kind = "str" if isinstance(value, str) else type(value).__name__
+    return f"{_cut(repr(value))} ({kind})"
 
 
-def nearest(name: str, names: Any) -> str | None:
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def nearest(name: object, names: Any) -> str | None:
     """The entry of `names` most like `name`, or None when nothing is alike."""
-    found = difflib.get_close_matches(name, [str(n) for n in names], n=1, cutoff=0.5)
+    found = difflib.get_close_matches(str(name)[:MAX_SHOWN], [str(n) for n in names], n=1, cutoff=0.5)
     return found[0] if found else None
 
 
-def unknown(name: str, names: Any, what: str = "key") -> str:
+def unknown(name: object, names: Any, what: str = "key") -> str:
     """One sentence for an unknown name: the nearest valid one, or all of them."""
     close = nearest(name, names)
-    name = name[:MAX_SHOWN]
     hint = f"did you mean {close!r}?" if close else f"valid are {', '.join(sorted(map(str, names)))}"
-    return f"unknown {what} {name!r}; {hint}"
+    return f"unknown {what} {_cut(repr(name))}; {hint}"
 
 
-def read_yaml(path: Path | str, *, optional_env: tuple[str, ...] = ("wandb",)) -> dict[str, Any]:
-    """Parse a YAML file into a dict, with `${env:NAME}` in strings replaced.
+def read_yaml(
+    path: Path | str,
+    *,
+    optional_env: tuple[str, ...] = ("wandb",),
+    changes: Sequence[str] = (),
+    only: str | None = None,
+) -> dict[str, Any]:
+    """Parse a YAML file into a dict, change it, and replace the `${...}` in it (`configs/interpolation.py`).
 
     Args:
-        path: the file, at most 16 KiB.
+        path: the file, at most 16 KiB, UTF-8.
         optional_env: top-level sections in which a variable that is not set gives None instead of an error; logging is
             optional, a data path is not.
+        changes: `section.key=value` texts; a value is YAML, as in the file.
+        only: the one section to return; references in others are not resolved.
 
     Raises:
-        ConfigError: no such file, not YAML, not a mapping, too large, or a variable that is not set.
+        ConfigError: no such file, not YAML, not a mapping, too large, a change that is none, or a reference that cannot
+            be resolved.
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes, which no configuration is", path=path)
-        if raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
-            raise ConfigError(f"{path}: more than {MAX_BRACKETS} brackets, which no configuration has", path=path)
-        text = raw.decode("utf-8")
+        raw = read_regular(path, MAX_BYTES)
+        text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as err:
         reason = (err.strerror or err) if isinstance(err, OSError) else "it is no text in UTF-8"
+        if isinstance(err, OSError) and err.errno == errno.EFBIG:
+            raise ConfigError(f"{path}: {reason}, which no configuration is", path=path) from err
         raise ConfigError(f"{path}: cannot read this configuration: {reason}", path=path) from err
+    if raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
+        raise ConfigError(f"{path}: more than {MAX_BRACKETS} brackets, which no configuration has", path=path)
     try:
-        data = yaml.load(text, Loader=_Loader)
-    except RecursionError as err:
-        raise ConfigError(f"{path}: nested too deeply", path=path) from err
-    except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError, LookupError) as err:
-        # PyYAML lets a few plain exceptions through, for example for impossible dates.
-        said = " ".join(str(err).replace('in "<unicode string>", ', "at ").split())  # the file is named already
-        raise ConfigError(f"{path}: not valid YAML: {said}", path=path) from err
+        data = parse_yaml(text)
+    except YamlError as err:
+        raise ConfigError(f"{path}: not valid YAML: {one_line(err)}", path=path) from err
     if not isinstance(data, dict):
         found = "nothing" if data is None else type(data).__name__
         raise ConfigError(f"{path}: must hold a mapping of sections, found {found}", path=path)
-    result: dict[str, Any] = _Resolver(path, optional_env).resolve(data, "", 0)
-    return result
+    for change in changes:
+        _change(data, change, path)
+    return Resolver(data, path, optional_env).resolve(only)
 
 
-class _Resolver:
-    """Replaces `${env:NAME}`.
-
-    And bounds what YAML aliases may expand to (a few lines can otherwise stand for gigabytes).
-    """
-
-    def __init__(self, path: Path, optional_env: tuple[str, ...]) -> None:
-        self.path = path
-        self.optional_env = optional_env
-        self.left = MAX_VALUES
-
-    def resolve(self, value: Any, key: str, depth: int) -> Any:
-        self.left -= 1
-        if self.left < 0 or depth > MAX_DEPTH:
-            text = f"more than {MAX_VALUES} values or {MAX_DEPTH} levels, which no configuration has"
-            raise ConfigError(f"{self.path}: {text}", path=self.path)
-        if isinstance(value, dict):
-            return {k: self.resolve(v, f"{key}.{k}" if key else str(k), depth + 1) for k, v in value.items()}
-        if isinstance(value, list):
-            return [self.resolve(v, f"{key}.{i}", depth + 1) for i, v in enumerate(value)]
-        return self._text(value, key) if isinstance(value, str) else value
-
-    def _text(self, value: str, key: str) -> str | None:
-        unset = [name for name in _ENV.findall(value) if env.read(name) is None]
-        if unset and key.split(".")[0] in self.optional_env:
-            return None
-        if unset:
-            text = f"{key} refers to the environment variable {unset[0]}, which is not set"
-            raise ConfigError(f"{self.path}: {text}", path=self.path, key=key)
-        return _ENV.sub(lambda match: env.read(match[1]) or "", value)
+def _change(data: dict[str, Any], change: str, path: Path) -> None:
+    key, equals, text = change.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not all([*parents, last]):
+        raise ConfigError(f"--set wants KEY=VALUE with a dotted key, got {change[:MAX_SHOWN]!r}", key=key)
+    place = data
+    for name in parents:
+        # A copy: an alias or a merge may have put the same section in several places.
+        inner = place.get(name)
+        inner = {} if inner is None else inner
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {key}: {name} is a value, not a section", path=path, key=key)
+        place[name] = dict(inner)
+        place = place[name]
+    if len(text) > MAX_BYTES or text.count("[") + text.count("{") > MAX_BRACKETS:
+        raise ConfigError(f"--set {key}: the value is longer than a configuration", path=path, key=key)
+    try:
+        place[last] = parse_yaml(text)
+    except YamlError as err:
+        raise ConfigError(
+            f"--set {key}: {text[:MAX_SHOWN]!r} is not YAML: {one_line(err)}", path=path, key=key
+        ) from err
 
 
 def parse(cls: type[T], data: Mapping[str, Any], *, path: Path | str | None = None, prefix: str = "") -> T:

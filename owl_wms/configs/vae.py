@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from owl_wms.configs.paths import PathText
 from owl_wms.configs.strict import (
+    DataKwargs,
     IntTuple,
     Kwargs,
     PositiveInt,
@@ -135,7 +137,7 @@ class VAETrainConfig(StrictModel):
 
     trainer_id: str
     data_id: str | None = None
-    data_kwargs: Kwargs | None = None
+    data_kwargs: DataKwargs | None = None
     target_batch_size: PositiveInt = 128
     batch_size: PositiveInt = 2
     epochs: PositiveInt = 200
@@ -145,15 +147,15 @@ class VAETrainConfig(StrictModel):
     loss_weights: Kwargs | None = None
     scheduler: str | None = None
     scheduler_kwargs: Kwargs | None = None
-    checkpoint_dir: str = "checkpoints/v0"
-    resume_ckpt: str | None = None
-    output_path: str | None = None
+    checkpoint_dir: PathText = "checkpoints/v0"
+    resume_ckpt: PathText | None = None
+    output_path: PathText | None = None
     sample_interval: PositiveInt = 1000
     save_interval: PositiveInt = 1000
-    teacher_cfg: str | None = None
-    teacher_ckpt: str | None = None
-    student_cfg: str | None = None
-    student_ckpt: str | None = None
+    teacher_cfg: PathText | None = None
+    teacher_ckpt: PathText | None = None
+    student_cfg: PathText | None = None
+    student_ckpt: PathText | None = None
     latent_scale: float = 1.0
     lpips_type: str | None = None
     lpips_id: str | None = None
@@ -161,7 +163,7 @@ class VAETrainConfig(StrictModel):
     warmup_adv: int = 5000
     warmup_crt: int = 1000
     use_teacher_decoder: bool = False
-    filepath: str | None = None
+    filepath: PathText | None = None
     sample_rate: PositiveInt | None = None
     n_fft_list: IntTuple | None = None
 
@@ -188,9 +190,21 @@ def parse_vae_model(data: Mapping[str, Any], *, path: Path | str | None = None) 
     if not isinstance(model_id, str) or model_id not in MODEL_CONFIGS:
         text = f"is missing; valid are {', '.join(MODEL_CONFIGS)}"
         if "model_id" in data:
-            text = unknown(str(model_id), MODEL_CONFIGS, "autoencoder")
+            text = unknown(model_id, MODEL_CONFIGS, "autoencoder")
         raise ConfigError(f"{where}model.model_id: {text}", path=path, key="model.model_id")
     return parse(MODEL_CONFIGS[model_id], data, path=path, prefix="model")  # type: ignore[return-value]
+
+
+def load_vae_model(path: Path | str) -> VAEModelConfig:
+    """Read the `model` section alone of an autoencoder's YAML file, which is all that encoding and decoding need.
+
+    Why: upstream's files have keys in `train` that only its trainers know.
+
+    Raises:
+        ConfigError: as `load_vae_config`, for the section `model`.
+    """
+    data = read_yaml(path, optional_env=("train", "wandb"), only="model")
+    return parse_vae_model(data.get("model", {}), path=path)
 
 
 def load_vae_config(path: Path | str) -> VAEConfig:

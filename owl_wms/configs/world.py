@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from owl_wms.configs.paths import find_beside
-from owl_wms.configs.strict import Kwargs, PositiveInt, StrictModel, nearest, parse, read_yaml, rule
+from owl_wms.configs.paths import PathText, find_beside
+from owl_wms.configs.strict import DataKwargs, Kwargs, PositiveInt, StrictModel, nearest, parse, read_yaml, rule
 from owl_wms.configs.vae import MODEL_CONFIGS, WandbConfig
 from owl_wms.errors import ConfigError
 
@@ -120,9 +120,9 @@ class TrainingConfig(StrictModel):
 
     trainer_id: TrainerId | None = None
     data_id: DataId | None = None
-    data_kwargs: Kwargs | None = None
+    data_kwargs: DataKwargs | None = None
     sample_data_id: DataId | None = None
-    sample_data_kwargs: Kwargs | None = None
+    sample_data_kwargs: DataKwargs | None = None
     target_batch_size: PositiveInt = 128
     batch_size: PositiveInt = 2
     epochs: PositiveInt = 200
@@ -131,38 +131,38 @@ class TrainingConfig(StrictModel):
     d_opt_kwargs: Kwargs | None = None
     scheduler: str | None = None
     scheduler_kwargs: Kwargs | None = None
-    checkpoint_dir: str = "checkpoints/v0"
-    output_path: str | None = None
-    resume_ckpt: str | None = None
+    checkpoint_dir: PathText = "checkpoints/v0"
+    output_path: PathText | None = None
+    resume_ckpt: PathText | None = None
     sample_interval: PositiveInt = 1000
     save_interval: PositiveInt = 1000
     n_samples: PositiveInt = 8
     sampler_id: SamplerId | None = None
     sampler_kwargs: Kwargs | None = None
-    eval_sample_dir: str | None = None
+    eval_sample_dir: PathText | None = None
     seed: int = 0
     max_steps: PositiveInt | None = None
     fps: PositiveInt = 60
 
     vae_id: str | None = None
-    vae_cfg_path: str | None = None
-    vae_ckpt_path: str | None = None
+    vae_cfg_path: PathText | None = None
+    vae_ckpt_path: PathText | None = None
     vae_scale: float = 0.34
     vae_batch_size: PositiveInt = 4
     audio_vae_id: str | None = None
-    audio_vae_cfg_path: str | None = None
-    audio_vae_ckpt_path: str | None = None
+    audio_vae_cfg_path: PathText | None = None
+    audio_vae_ckpt_path: PathText | None = None
     audio_vae_scale: float | None = None
     audio_vae_batch_size: PositiveInt | None = None
 
     use_tensorrt: bool = True
     tensorrt_precision: Literal["auto", "fp16", "bf16", "fp32", "fp8", "int8"] | None = None
-    tensorrt_cache_dir: str | None = None
+    tensorrt_cache_dir: PathText | None = None
     tensorrt_fallback: bool = True
 
-    teacher_cfg: str | None = None
-    teacher_ckpt: str | None = None
-    student_ckpt: str | None = None
+    teacher_cfg: PathText | None = None
+    teacher_ckpt: PathText | None = None
+    student_ckpt: PathText | None = None
     update_ratio: PositiveInt | None = None
     rollout_steps: PositiveInt | None = None
     min_rollout_frames: PositiveInt | None = None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs import TrainingConfig, WorldConfig, load_vae_config, load_world_config
+from owl_wms.configs import TrainingConfig, WorldConfig, load_vae_model, load_world_config
 from owl_wms.configs.paths import find_beside
 from owl_wms.errors import ConfigError
 from owl_wms.game.world import FRAMES_PER_SECOND
@@ -83,7 +83,7 @@ def make_encode(
     """
     train = config.train
     vae_path = _named(train, "vae_cfg_path", cfg_path)
-    channels = 3 if vae_path is None else getattr(load_vae_config(vae_path).model, "channels", 3)
+    channels = 3 if vae_path is None else getattr(load_vae_model(vae_path), "channels", 3)
     if channels > 4:
         raise ConfigError(
             f"{vae_path}: encodes {channels} channels, the game has 4; give a context file", path=vae_path
@@ -200,7 +200,7 @@ def build_game(
     encoder = fold_weight_norm(load_encoder(None, vae_config, vae_checkpoint)).requires_grad_(False)
     encoder = _quick(encoder.to(device=device, dtype=dtype), device)
     decoder = _quick(get_decoder_only(None, vae_config, vae_checkpoint, device=device, dtype=dtype), device)
-    channels = getattr(load_vae_config(vae_config).model, "channels", 3)
+    channels = getattr(load_vae_model(vae_config), "channels", 3)
     return GameSource(
         seed,
         repeat=repeat,

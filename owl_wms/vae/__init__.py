@@ -3,7 +3,7 @@
 Usage:
     decoder = load_decoder(None, "configs/vae/dec_dist.yml", "dec_distill.pt")     # fp32, CPU, eval
     plain = fold_weight_norm(decoder)                                              # ordinary conv weights, same numbers
-    fresh = build_decoder(load_vae_config("configs/vae/dec_dist.yml").model)       # random weights
+    fresh = build_decoder(load_vae_model("configs/vae/dec_dist.yml"))       # random weights
 """
 
 from owl_wms.vae.blocks import set_gradient_checkpointing

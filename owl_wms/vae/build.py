@@ -39,7 +39,7 @@ def build_decoder(
     Two families have other shapes: audio `[B, c, n] -> [B, C, samples]`, taehv `[b, n, c, h, w]` as in TAEHVDecoder.
 
     Args:
-        cfg: a model section, from `load_vae_config(path).model` or constructed in code.
+        cfg: a model section, from `load_vae_model(path)` or constructed in code.
         variant: "tiled" or "learned"; for `dcae` only. None asks the config (`default_variant`).
         gradient_checkpointing: recompute residual branches in the backward pass; for training only.
 

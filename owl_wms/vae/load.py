@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs.vae import DCAEConfig, VAEModelConfig, load_vae_config
+from owl_wms.configs.vae import DCAEConfig, VAEModelConfig, load_vae_model
 from owl_wms.errors import CheckpointError, ConfigError
 from owl_wms.vae.build import build_decoder, build_encoder
 from owl_wms.vae.checkpoint import detect_variant, load_weights, read_state_dict, select_part
@@ -76,7 +76,7 @@ def _load_part(part: str, cfg_path: Path | str | None, ckpt_path: Path | str | N
     if cfg_path is None or ckpt_path is None:
         name = "vae_cfg_path" if cfg_path is None else "vae_ckpt_path"
         raise ConfigError(f"{name} is needed to load a {part}, received None", key=f"train.{name}")
-    cfg = load_vae_config(cfg_path).model
+    cfg = load_vae_model(cfg_path)
     return _with_weights(part, cfg, _read_part(part, ckpt_path, prefer_ema), ckpt_path)
 
 

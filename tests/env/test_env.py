@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,9 @@ def test_describing_imports_no_tensorrt_and_importing_touches_no_cuda() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split("\n")[:2] == ["False", "[]"]
+
+
+def test_any_bytes_make_a_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = b"\xff\xfe\xfd" * 12
+    monkeypatch.setenv("TENSORRT_CACHE_KEY", os.fsdecode(key))
+    assert env.cache_hmac_key() == key

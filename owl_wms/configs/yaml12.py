@@ -1,0 +1,147 @@
+"""Reads text as YAML 1.2 with PyYAML's scanner: the one meaning of a value in a file, at `--set` and in a test.
+
+Why not PyYAML's safe loader: it reads YAML 1.1, in which `0100` is 64, `10:30` is 630, `1e-4` is text and `no` is
+false. Here numbers, true, false and null are those of YAML 1.2's core schema (https://yaml.org/spec/1.2.2/, 10.3), and
+a plain word that is another type in YAML 1.1 and changes its meaning (`yes`, `1_000`) is refused instead of guessed.
+Merge keys (`<<`), which 1.2 dropped and configurations use, are kept. Why not ruamel.yaml: it recurses as deep as the
+text says, and has no limit on what aliases and merges expand to.
+
+Usage:
+    parse_yaml("lr: 1e-4")     # {"lr": 0.0001}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import yaml
+
+MAX_DEPTH = 20
+_TAG = "tag:yaml.org,2002:"
+_PLAIN = "a plain scalar"  # no tag that a file can write
+_NULL = re.compile(r"~|null|Null|NULL|")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+# Plain words that YAML 1.1 takes for true or false, and numbers that it takes with underscores or in base 2.
+_OLD_BOOL = re.compile(r"yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF")
+_OLD_NUMBER = re.compile(r"[-+]?(0b[01_]+|(?=[0-9_.]*_)\.?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?)")
+_WIDEST = 1 << 63  # a whole number beyond 64 bits is no setting, and fails far from its file
+
+
+class YamlError(ValueError):
+    """Text that is not YAML, or that is no configuration value; its text is one line."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Resolves plain scalars by YAML 1.2's core schema, bounds nesting, and refuses repeated keys."""
+
+    yaml_constructors: ClassVar[dict[str | None, Callable[..., Any]]] = {}
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> Any:
+        if self.flow_level >= MAX_DEPTH:  # PyYAML needs quadratic time for open brackets, so stop at once
+            raise yaml.scanner.ScannerError(None, None, "nested too deeply", self.get_mark())
+        return super().fetch_flow_collection_start(TokenClass)
+
+    def add_indent(self, column: int) -> bool:
+        if len(self.indents) > 2 * MAX_DEPTH:
+            raise yaml.scanner.ScannerError(None, None, "nested too deeply", self.get_mark())
+        return bool(super().add_indent(column))
+
+    def _fail(self, node: yaml.Node, text: str) -> yaml.constructor.ConstructorError:
+        return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        """Name what an untagged node is: a plain scalar, a quoted one, a list or a mapping."""
+        if kind is yaml.ScalarNode:
+            return _PLAIN if implicit[0] else _TAG + "str"
+        return _TAG + ("seq" if kind is yaml.SequenceNode else "map")
+
+    def plain(self, node: yaml.Node) -> Any:
+        """Convert an unquoted scalar by the core schema."""
+        text = str(node.value)
+        if _NULL.fullmatch(text):
+            return None
+        if _BOOL.fullmatch(text):
+            return text.lower() == "true"
+        if _INT.fullmatch(text):
+            base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+            value = int(text, base) if len(text) < 40 else _WIDEST
+            if not -_WIDEST <= value < _WIDEST:
+                raise self._fail(node, "a whole number beyond 64 bits")
+            return value
+        if _FLOAT.fullmatch(text):
+            return float(text)
+        if _NOT_FINITE.fullmatch(text):
+            return float(text.replace(".", ""))
+        if _OLD_BOOL.fullmatch(text):
+            meant = "true" if text.lower() in ("yes", "on") else "false"
+            raise self._fail(node, f"{text} is {meant} to some readers and text to others: write {meant} or '{text}'")
+        if _OLD_NUMBER.fullmatch(text):
+            plain = text.replace("_", "")
+            raise self._fail(node, f"{text[:40]} is a number to some readers and text to others: write {plain[:40]}")
+        return text
+
+    def sequence(self, node: yaml.Node) -> list[Any]:
+        """Convert a list with all that is in it."""
+        if not isinstance(node, yaml.SequenceNode):
+            raise self._fail(node, "a list is wanted here")
+        return [self.construct_object(item, deep=True) for item in node.value]
+
+    def mapping(self, node: yaml.Node) -> dict[Any, Any]:
+        """Convert a mapping; its own keys win over merged ones, and earlier merged mappings over later ones."""
+        if not isinstance(node, yaml.MappingNode):
+            raise self._fail(node, "a mapping is wanted here")
+        own: dict[Any, Any] = {}
+        merged: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.value == "<<" and key_node.style is None:
+                found = self.construct_object(value_node, deep=True)
+                for part in found if isinstance(found, list) else [found]:
+                    if not isinstance(part, dict):
+                        raise self._fail(value_node, "`<<` wants a mapping or a list of mappings")
+                    merged = {**part, **merged}
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (list, dict)):
+                raise self._fail(key_node, "a key must be a word or a number")
+            if key in own:
+                raise self._fail(key_node, f"the key {key!r} appears twice")
+            own[key] = self.construct_object(value_node, deep=True)
+        return {**merged, **own}
+
+    def text(self, node: yaml.Node) -> str:
+        """Convert a quoted scalar, or any that `!!str` makes a text."""
+        if not isinstance(node, yaml.ScalarNode):
+            raise self._fail(node, "a text is wanted here")
+        return str(node.value)
+
+    def refuse(self, node: yaml.Node) -> Any:
+        """Refuse any other tag: dates, bytes, sets, Python objects."""
+        raise self._fail(node, f"the tag {node.tag.removeprefix(_TAG)!r:.60} is not used in configurations")
+
+
+_Loader.add_constructor(_PLAIN, _Loader.plain)
+_Loader.add_constructor(_TAG + "str", _Loader.text)
+_Loader.add_constructor(_TAG + "seq", _Loader.sequence)
+_Loader.add_constructor(_TAG + "map", _Loader.mapping)
+_Loader.add_constructor(None, _Loader.refuse)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of one YAML document: None, bool, int, float, str, list or dict.
+
+    Raises:
+        YamlError: not YAML, a repeated key, a value that YAML 1.1 and 1.2 read differently, a tag of no plain value, or
+            nesting beyond `MAX_DEPTH`.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise YamlError("nested too deeply") from error
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError, LookupError) as error:
+        # PyYAML lets a few plain exceptions through, for example for a percent sign in a tag.
+        raise YamlError(" ".join(str(error).replace('in "<unicode string>", ', "at ").split())) from error
