@@ -1,7 +1,8 @@
-"""The interactive pipeline: controls in, one decoded frame out, with the model's history in a cache.
+"""The interactive pipeline: controls in, one decoded frame out, with the model's history in a ring.
 
-A frame is denoised against the cache, decoded alone (batch 1), copied to the CPU, and then remembered: the pass that
-adds it to the cache is queued behind the copy, so on a GPU it runs while the caller compresses and sends the picture.
+A frame is denoised against the ring, decoded alone (batch 1), copied to the CPU, and then stored: the pass that stores
+it is queued behind the copy, so on a GPU it runs while the caller compresses and sends the picture. On a GPU both
+passes are CUDA graphs (`owl_wms.sampling.frames`).
 
 Usage:
     pipeline = InteractivePipeline(model.core, decode, [context], image_scale=0.63, steps=4)
@@ -22,9 +23,9 @@ from owl_wms.errors import ConfigError
 from owl_wms.inference.context import Context
 from owl_wms.inference.pixels import to_uint8
 from owl_wms.inference.source import Frame, describe_decode
-from owl_wms.nn.kv_cache import KVCache
 from owl_wms.sampling import Guidance, custom_deltas, get_sd3_euler
-from owl_wms.sampling.caching import denoise, remember
+from owl_wms.sampling.captured import CALLS_BEFORE, Captured
+from owl_wms.sampling.frames import FrameLoop
 from owl_wms.timing import Marks
 
 MAX_STEPS = 20
@@ -86,12 +87,28 @@ class InteractivePipeline:
     def _sit_down(self, seed: int) -> None:
         """All that belongs to one player, new: history, noise, the picture on its way to the host."""
         self._seed = seed
-        self._cache = KVCache(self._core.config, max_window=self._window)
+        self._loop = FrameLoop(
+            self._guidance, deltas=self._deltas(), noise_prev=self.noise_prev, max_window=self._window
+        )
+        self._pixels = Captured(lambda frame: (to_uint8(frame, bgr=self.bgr),), allowed=self._loop.captures)
         self._random = torch.Generator(self.device).manual_seed(seed)
         self._choice = torch.Generator().manual_seed(seed)
         self._host: Tensor | None = None
         self._index = 0
         self.restart(0)
+        if self._loop.captures:
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Makes every graph that playing needs, so that the first frames do not falter; leaves no trace."""
+        still = torch.zeros(2), torch.zeros(self._core.config.n_buttons)
+        for _ in range(self._window + CALLS_BEFORE + 1):  # until the ring is full, and then until that is captured
+            self(*still)
+        self._random.manual_seed(self._seed)
+        self.restart(0)
+
+    def _deltas(self) -> Tensor:
+        return get_sd3_euler(self._steps) if self._schedule is None else self._schedule
 
     @property
     def steps(self) -> int:
@@ -101,7 +118,7 @@ class InteractivePipeline:
     @property
     def cached_frames(self) -> int:
         """Frames of history that the next one may see."""
-        return len(self._cache)
+        return len(self._loop.ring)
 
     @torch.no_grad()
     def restart(self, which: int | None = None) -> None:
@@ -113,11 +130,7 @@ class InteractivePipeline:
         if which is None:
             which = int(torch.randint(len(self._contexts), (), generator=self._choice, device="cpu"))
         context = self._contexts[which].to(self.device, self.dtype)
-        self._like = torch.empty_like(context.latents[:, :1])
-        self._cache.reset()
-        remember(
-            self._guidance, self._cache, context.latents, context.mouse, context.buttons, self.noise_prev, self._random
-        )
+        self._loop.begin(context.latents, context.mouse, context.buttons, self._random)
         self._index = 0
 
     @torch.no_grad()
@@ -132,15 +145,14 @@ class InteractivePipeline:
             The frame; its times are of the device's own work, so on a GPU they add up to less than the wall time.
         """
         moved, held = (a.to(self.device, self.dtype).view(1, 1, -1) for a in (mouse, buttons))
-        deltas = get_sd3_euler(self._steps) if self._schedule is None else self._schedule
         clock = Marks(self.device)
         clock.mark()
-        latent = denoise(self._guidance, self._cache, self._like, moved, held, deltas, self._random)
+        latent = self._loop.denoise(moved, held, self._random)
         clock.mark()
         decoded = self._decode(latent * self.image_scale)
-        image = self._to_host(to_uint8(decoded[0, 0], bgr=self.bgr))
+        image = self._to_host(self._pixels(None, decoded[0, 0])[0])
         clock.mark()
-        remember(self._guidance, self._cache, latent, moved, held, self.noise_prev, self._random)
+        self._loop.remember(latent, moved, held, self._random)
         clock.wait()
         index, self._index = self._index, self._index + 1
         return Frame(
@@ -169,6 +181,7 @@ class InteractivePipeline:
         """More or fewer Euler steps, kept in 1 to 20; a custom schedule stays as it is."""
         if self._schedule is None:
             self._steps = max(1, min(MAX_STEPS, self._steps + by))
+            self._loop.change_deltas(self._deltas())
         return self.steps
 
     def up_sampling_steps(self) -> int:

@@ -21,8 +21,8 @@ from owl_wms.errors import ConfigError
 from owl_wms.models.flow import drop_controls, frame_times, noised, require_dit
 from owl_wms.nn.dit import DiT
 from owl_wms.nn.embeddings import ControlEmbedding, TimestepEmbedding
-from owl_wms.nn.kv_cache import KVCache
 from owl_wms.nn.modulation import FinalProjection
+from owl_wms.nn.ring_cache import Cache
 from owl_wms.nn.setting import setting
 
 
@@ -104,7 +104,7 @@ class GameRFTCore(ConditionedCore):
         btn: Tensor | None = None,
         doc_id: Tensor | None = None,
         has_controls: Tensor | None = None,
-        kv_cache: KVCache | None = None,
+        kv_cache: Cache | None = None,
     ) -> Tensor:
         """Velocity of every frame.
 

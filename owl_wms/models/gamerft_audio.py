@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from owl_wms.models.flow import frame_times, noised
 from owl_wms.models.gamerft import ConditionedCore, controls_mask
-from owl_wms.nn.kv_cache import KVCache
 from owl_wms.nn.modulation import FinalProjection
+from owl_wms.nn.ring_cache import Cache
 
 
 class GameRFTAudioCore(ConditionedCore):
@@ -37,7 +37,7 @@ class GameRFTAudioCore(ConditionedCore):
         mouse: Tensor | None = None,
         btn: Tensor | None = None,
         has_controls: Tensor | None = None,
-        kv_cache: KVCache | None = None,
+        kv_cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Velocities of every frame's picture and sound.
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from owl_wms.nn.kv_cache import KVCache
 from owl_wms.nn.mask import FrameMask
-from owl_wms.nn.rope import RotaryTable
+from owl_wms.nn.ring_cache import Cache, RingCache
+from owl_wms.nn.rope import RotaryTable, rotate_by
 
 Backend = Literal["auto", "flex", "sdpa"]
 
@@ -89,7 +89,12 @@ class Attention(nn.Module):
         self.n_heads, self.window, self.causal, self.layer = n_heads, window, causal, layer
 
     def forward(
-        self, x: Tensor, rope: RotaryTable, masks: Masks, doc_id: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        rope: RotaryTable,
+        masks: Masks,
+        doc_id: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Attend within x and, with a cache, to the frames before it.
 
@@ -98,16 +103,24 @@ class Attention(nn.Module):
             rope: the shared table.
             masks: the shared masks of this pass.
             doc_id: [b, n] integers, without a cache only.
-            cache: earlier frames; must have been given room by `KVCache.reserve`.
+            cache: earlier frames; its `begin` must have been called for this pass.
 
         Returns:
             [b, n, t, d].
         """
         b, n, t, d = x.shape
         q, k, v = self.qkv(x).view(b, n * t, 3, self.n_heads, d // self.n_heads).permute(2, 0, 3, 1, 4)
-        position = cache.end if cache is not None else 0
-        q = rope.rotate(F.rms_norm(q, (q.shape[-1],)), position)
-        k = rope.rotate(F.rms_norm(k, (k.shape[-1],)), position)
+        if isinstance(cache, RingCache):
+            assert cache.angles is not None
+            cos, sin = cache.angles
+        else:
+            cos, sin = rope.at(0 if cache is None else cache.end, n)
+        q = rotate_by(F.rms_norm(q, (q.shape[-1],)), cos, sin)
+        k = rotate_by(F.rms_norm(k, (k.shape[-1],)), cos, sin)
+        if isinstance(cache, RingCache):
+            k, v, stored = cache.extend(self.layer, k, v, self.window)
+            attended = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=stored)
+            return self.out(attended.transpose(1, 2).reshape(b, n, t, d))
         window, keys = self.window, n
         if cache is not None:
             if cache.max_window is not None:

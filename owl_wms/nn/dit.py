@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from owl_wms.errors import ConfigError
 from owl_wms.nn.attention import Attention, Backend, Masks
-from owl_wms.nn.kv_cache import KVCache
 from owl_wms.nn.mlp import MLP
 from owl_wms.nn.modulation import AdaLN, Gate
+from owl_wms.nn.ring_cache import Cache
 from owl_wms.nn.rope import RotaryTable
 from owl_wms.nn.setting import setting
 
@@ -29,7 +29,7 @@ class DiTBlock(nn.Module):
         self.gate2 = Gate(d_model)
 
     def forward(
-        self, x: Tensor, cond: Tensor, rope: RotaryTable, masks: Masks, doc_id: Tensor | None, cache: KVCache | None
+        self, x: Tensor, cond: Tensor, rope: RotaryTable, masks: Masks, doc_id: Tensor | None, cache: Cache | None
     ) -> Tensor:
         """Args: x [b, n, t, d], cond [b, n, d]. Returns: [b, n, t, d]."""
         x = x + self.gate1(self.attn(self.adaln1(x, cond), rope, masks, doc_id, cache), cond)
@@ -72,7 +72,7 @@ class DiT(nn.Module):
         )
         self.rope = RotaryTable(config)
 
-    def forward(self, x: Tensor, cond: Tensor, doc_id: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor, doc_id: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Run all blocks.
 
         Args:

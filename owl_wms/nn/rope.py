@@ -103,6 +103,7 @@ class RotaryTable(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    first: Tensor
     step: Tensor
 
     def __init__(self, config: Any) -> None:
@@ -122,6 +123,7 @@ class RotaryTable(nn.Module):
         # fp64 until here: at frame 1500 an fp32 angle is already 2e-4 off.
         self.register_buffer("cos", angles.cos().float().to(device), persistent=False)
         self.register_buffer("sin", angles.sin().float().to(device), persistent=False)
+        self.register_buffer("first", angles[0].to(device), persistent=False)
         self.register_buffer("step", step.to(device), persistent=False)
         self.tokens_per_frame = angles.shape[1]
 
@@ -137,24 +139,34 @@ class RotaryTable(nn.Module):
             self._buffers.update({name: None if t is None else t.to(target) for name, t in self._buffers.items()})
         return self
 
-    def rotate(self, x: Tensor, first_frame: int) -> Tensor:
-        """Rotate queries or keys by their positions, in fp32.
+    def at(self, first_frame: int, frames: int) -> tuple[Tensor, Tensor]:
+        """Returns cosines and sines [frames * t, e / 2] in fp32 for positions in the table.
 
-        Neighbouring elements are a pair; all firsts come out before all seconds, which changes no product of a query
-        with a key.
+        Args:
+            first_frame: position of the first frame, 0 to n_frames - frames.
+            frames: how many.
+        """
+        span = slice(first_frame, first_frame + frames)
+        return self.cos[span].flatten(0, 1), self.sin[span].flatten(0, 1)
+
+    def angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns cosines and sines [t, e / 2] in fp32 for one frame at any position, also beyond the table.
+
+        Args:
+            position: [1] int64 on the table's device.
+        """
+        # fp64: at frame 100,000 an fp32 angle would be off by 1e-2.
+        angles = self.first + self.step * position
+        return angles.cos().float(), angles.sin().float()
+
+    def rotate(self, x: Tensor, first_frame: int) -> Tensor:
+        """Rotates queries or keys by their positions; see `rotate_by`.
 
         Args:
             x: [b, heads, n * t, e], whole frames.
             first_frame: position of the first of the n frames, 0 to n_frames - n.
-
-        Returns:
-            [b, heads, n * t, e] in the dtype of x.
         """
-        frames = x.shape[2] // self.tokens_per_frame
-        cos = self.cos[first_frame : first_frame + frames].flatten(0, 1)
-        sin = self.sin[first_frame : first_frame + frames].flatten(0, 1)
-        first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+        return rotate_by(x, *self.at(first_frame, x.shape[2] // self.tokens_per_frame))
 
     def shift(self, keys: Tensor, frames: int) -> Tensor:
         """Move rotated keys by whole frames, earlier if negative.
@@ -170,3 +182,20 @@ class RotaryTable(nn.Module):
         cos, sin = angle.cos().float(), angle.sin().float()
         first, second = keys.float().chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(keys.dtype)
+
+
+def rotate_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates queries or keys in fp32.
+
+    Neighbouring elements are a pair; all firsts come out before all seconds, which changes no product of a query with a
+    key.
+
+    Args:
+        x: [b, heads, tokens, e].
+        cos, sin: [tokens, e / 2] fp32.
+
+    Returns:
+        [b, heads, tokens, e] in the dtype of x.
+    """
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)

@@ -1,5 +1,4 @@
-"""`av_caching`: generate with a cache that lives as long as the clip; a frame costs its own steps and one pass to
-remember it.
+"""`av_caching`: generates with a cache that lives as long as the clip, frame by frame (`FrameLoop`).
 
 The context, and each finished frame, is noised once to `noise_prev`, passed once, and never run again. With
 `max_window` attention spans that many frames (the new one included) and the clip may be of any length; the result is
@@ -16,15 +15,12 @@ from torch import Tensor
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
-from owl_wms.nn.kv_cache import KVCache
 from owl_wms.sampling.controls import check_controls
+from owl_wms.sampling.frames import FrameLoop
 from owl_wms.sampling.guidance import Guidance, Unconditional
 from owl_wms.sampling.result import SampleResult
-from owl_wms.sampling.schedule import custom_deltas, get_sd3_euler, zlerp
+from owl_wms.sampling.schedule import custom_deltas, get_sd3_euler
 from owl_wms.sampling.window import Decode, Progress
-
-# Context frames in one pass: bounds the mask and the activations of a long context without costing speed.
-PREFILL_FRAMES = 64
 
 
 class AVCachingSampler:
@@ -112,18 +108,23 @@ class AVCachingSampler:
                 f"{context} + {generated} frames exceed the model's n_frames = {n_frames}; set max_window",
                 key="max_window",
             )
-        capacity = max(1, context + generated) if self.max_window is None else None
-        cache = KVCache(model.config, max_window=self.max_window, capacity=capacity)
-        guidance = Guidance(model=model, scale=self.cfg_scale, unconditional=self.unconditional)
-        remember(guidance, cache, x, mouse, btn, self.noise_prev, generator)
-        if compile_on_decode:
-            guidance = Guidance(model=torch.compile(model), scale=self.cfg_scale, unconditional=self.unconditional)
+        window = max(1, context + generated) if self.max_window is None else self.max_window
+        passes = torch.compile(model) if compile_on_decode else model
+        guidance = Guidance(model=passes, scale=self.cfg_scale, unconditional=self.unconditional)
+        loop = FrameLoop(
+            guidance,
+            deltas=self.deltas,
+            noise_prev=self.noise_prev,
+            max_window=window,
+            fixed=True if compile_on_decode else None,
+        )
+        loop.begin(x, mouse, btn, generator)
         latents = torch.cat([x, x.new_zeros(x.shape[0], generated, *x.shape[2:])], dim=1)
         for frame in range(context, context + generated):
             controls = mouse[:, frame : frame + 1], btn[:, frame : frame + 1]
-            new = denoise(guidance, cache, torch.empty_like(latents[:, :1]), *controls, self.deltas, generator)
+            new = loop.denoise(*controls, generator)
             latents[:, frame] = new[:, 0]
-            remember(guidance, cache, new, *controls, self.noise_prev, generator)
+            loop.remember(new, *controls, generator)
             if progress is not None:
                 progress(frame + 1 - context, generated)
         keep = slice(context if self.only_return_generated else 0, context + generated)
@@ -133,59 +134,3 @@ class AVCachingSampler:
             buttons=btn[:, keep],
             video=None if decode_fn is None else decode_fn(latents[:, keep] * image_scale),
         )
-
-
-def remember(
-    guidance: Guidance,
-    cache: KVCache,
-    x: Tensor,
-    mouse: Tensor,
-    btn: Tensor,
-    noise: float,
-    generator: torch.Generator | None = None,
-) -> None:
-    """Noise finished frames to a level and add them to the cache, some frames at a time.
-
-    Args:
-        x: [b, n, c, h, w].
-        mouse, btn: [b, m, 2], [b, m, n_buttons] with m >= n; those of the n frames come first.
-        noise: 0 to 1.
-    """
-    cache.enable_cache_updates()
-    noisy = zlerp(x, noise, generator)
-    chunk = min(PREFILL_FRAMES, cache.largest_pass)
-    for first in range(0, x.shape[1], chunk):
-        part = noisy[:, first : first + chunk]
-        span = slice(first, first + part.shape[1])
-        t = torch.full(part.shape[:2], noise, dtype=torch.float32, device=x.device)
-        guidance.velocity((part,), t, mouse[:, span], btn[:, span], cache)
-    cache.disable_cache_updates()
-
-
-def denoise(
-    guidance: Guidance,
-    cache: KVCache,
-    like: Tensor,
-    mouse: Tensor,
-    btn: Tensor,
-    deltas: Tensor,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One new frame against the cache, which is left as it was.
-
-    Args:
-        like: [b, 1, c, h, w], for its shape, dtype and device.
-        mouse, btn: [b, 1, 2], [b, 1, n_buttons].
-        deltas: [steps] step sizes adding up to 1.
-
-    Returns:
-        The frame, [b, 1, c, h, w].
-    """
-    cache.disable_cache_updates()
-    frame = torch.randn(like.shape, device=like.device, dtype=like.dtype, generator=generator)
-    t = torch.ones(frame.shape[:2], dtype=torch.float32, device=frame.device)
-    for delta in deltas.tolist():
-        (velocity,) = guidance.velocity((frame,), t, mouse, btn, cache)
-        frame = frame - delta * velocity
-        t = t - delta
-    return frame

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import ConfigError
-from owl_wms.nn.kv_cache import KVCache
+from owl_wms.nn.ring_cache import Cache
 
 Unconditional = Literal["dropped", "zero_controls"]
 Parts = tuple[Tensor, ...]
@@ -53,7 +53,7 @@ class Guidance:
     def _doubles(self) -> bool:
         return self.unconditional == "dropped" and self.scale > 0 and self.scale != 1
 
-    def velocity(self, parts: Parts, t: Tensor, mouse: Tensor, btn: Tensor, cache: KVCache | None = None) -> Parts:
+    def velocity(self, parts: Parts, t: Tensor, mouse: Tensor, btn: Tensor, cache: Cache | None = None) -> Parts:
         """Guided velocity of each part.
 
         Args:
@@ -83,7 +83,7 @@ class Guidance:
             return self._run(parts, t, mouse, btn, torch.zeros(t.shape[0], dtype=torch.bool, device=t.device), cache)
         return self._zero_controls(parts, t, mouse, btn, cache)
 
-    def _zero_controls(self, parts: Parts, t: Tensor, mouse: Tensor, btn: Tensor, cache: KVCache | None) -> Parts:
+    def _zero_controls(self, parts: Parts, t: Tensor, mouse: Tensor, btn: Tensor, cache: Cache | None) -> Parts:
         # Both branches look at the one history that the conditional branch keeps, so it runs last.
         updates = cache is not None and cache.should_update
         if cache is not None:
@@ -100,7 +100,7 @@ class Guidance:
         return without + self.scale * (shown - without)
 
     def _run(
-        self, parts: Parts, t: Tensor, mouse: Tensor, btn: Tensor, shown: Tensor | None, cache: KVCache | None
+        self, parts: Parts, t: Tensor, mouse: Tensor, btn: Tensor, shown: Tensor | None, cache: Cache | None
     ) -> Parts:
         out = self.model(*parts, t, mouse, btn, has_controls=shown, kv_cache=cache)
         return out if isinstance(out, tuple) else (out,)

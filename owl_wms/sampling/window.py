@@ -14,6 +14,7 @@ from torch import Tensor
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
+from owl_wms.sampling.captured import Captured, may_capture
 from owl_wms.sampling.controls import batch_permute_to_length, check_controls
 from owl_wms.sampling.guidance import Guidance, Parts
 from owl_wms.sampling.result import SampleResult
@@ -101,11 +102,17 @@ class AVWindowSampler:
         parts: Parts = (dummy_batch,) if audio is None else (dummy_batch, audio)
         whole = tuple(torch.cat([p, p.new_zeros(p.shape[0], self.num_frames, *p.shape[2:])], dim=1) for p in parts)
         guidance = Guidance(model=model, scale=self.cfg_scale)
+
+        def denoise(*inputs: Tensor) -> Parts:
+            return self._denoise(guidance, inputs[:-3], *inputs[-3:])
+
+        # Once the window is as long as it gets, all frames have the same shapes.
+        captured = Captured(denoise, allowed=may_capture(model))
         for frame in range(context, total):
             first = max(0, frame + 1 - self.window_length)
             seen = slice(first, frame + 1)
             window, t = self._noisy_window(tuple(p[:, seen] for p in whole), generator)
-            done = self._denoise(guidance, window, t, mouse[:, seen], btn[:, seen])
+            done = captured(None, *window, t, mouse[:, seen], btn[:, seen])
             for part, new in zip(whole, done, strict=True):
                 part[:, frame] = new[:, 0]
             if progress is not None:

@@ -1,0 +1,171 @@
+"""The frame loop: fixed shapes give what exact ones give, for ever, in constant memory; captured equals eager."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from owl_wms.sampling import SAMPLERS, AVCachingSampler, Guidance, get_sd3_euler
+from owl_wms.sampling import captured as captured_module
+from owl_wms.sampling.captured import CALLS_BEFORE, Captured, may_capture
+from owl_wms.sampling.frames import FrameLoop
+from tests.world import inputs, relative, tiny_core
+
+
+def play(loop: FrameLoop, frames: int, batch: int = 1, context: int = 3) -> Tensor:
+    x, _, mouse, btn = inputs(batch, context + frames)
+    generator = torch.Generator().manual_seed(2)
+    loop.begin(x[:, :context], mouse, btn, generator)
+    out = []
+    for frame in range(context, context + frames):
+        controls = mouse[:, frame : frame + 1], btn[:, frame : frame + 1]
+        out.append(loop.denoise(*controls, generator))
+        loop.remember(out[-1], *controls, generator)
+    return torch.cat(out, 1)
+
+
+def make(scale: float, unconditional: str = "dropped", fixed: bool | None = None, window: int = 6) -> FrameLoop:
+    guidance = Guidance(model=tiny_core(n_frames=12), scale=scale, unconditional=unconditional)  # type: ignore[arg-type]
+    return FrameLoop(guidance, deltas=get_sd3_euler(2), noise_prev=0.2, max_window=window, fixed=fixed)
+
+
+GUIDED = [(1.0, "dropped"), (1.5, "dropped"), (1.5, "zero_controls"), (0.0, "dropped")]
+
+
+@pytest.mark.parametrize(("scale", "unconditional"), GUIDED)
+@torch.no_grad()
+def test_fixed_shapes_with_masks_give_what_exact_ones_give(scale: float, unconditional: str) -> None:
+    exact, fixed = make(scale, unconditional), make(scale, unconditional, fixed=True)
+    wanted, got = play(exact, 20), play(fixed, 20)
+    assert relative(got, wanted) < 1e-3
+    assert torch.equal(play(fixed, 20), got), "a second beginning is not touched by the first"
+
+
+@torch.no_grad()
+def test_a_frame_is_the_same_when_it_is_asked_for_twice() -> None:
+    """What a capture rests on: the functions write to the same places, with the same values."""
+    loop = make(1.3)
+    play(loop, 9)
+    _, _, mouse, btn = inputs(1, 1)
+    frames = [loop.denoise(mouse, btn, torch.Generator().manual_seed(1)) for _ in range(3)]
+    assert torch.equal(frames[0], frames[2])
+
+
+@torch.no_grad()
+def run_long(frames: int) -> None:
+    core = tiny_core(n_frames=12, n_layers=2, d_model=32, control_hidden=8)
+    loop = FrameLoop(Guidance(model=core, scale=1.0), deltas=get_sd3_euler(1), noise_prev=0.3, max_window=6)
+    x, _, mouse, btn = inputs(1, 3)
+    loop.begin(x, mouse, btn)
+    size, sizes = loop.ring.nbytes, []
+    for frame in range(frames):
+        latent = loop.denoise(mouse[:, :1], btn[:, :1])
+        loop.remember(latent, mouse[:, :1], btn[:, :1])
+        if frame % (frames // 10) == frames // 20:
+            sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert latent.isfinite().all()
+    assert (loop.ring.nbytes, len(loop.ring)) == (size, 5)
+    assert int(loop.ring._position) == frames + 3
+    assert sizes[-1] - sizes[1] < 4096, f"KiB at each tenth: {sizes}"
+
+
+def test_memory_stays_flat() -> None:
+    run_long(1500)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_for_20000_frames() -> None:
+    run_long(20_000)
+
+
+class FakeGraph:
+    """Counts as a capture and calls the function: what `Captured` does around one can be seen on a CPU."""
+
+    def __init__(self, function, inputs) -> None:
+        self.function = function
+
+    def __call__(self, inputs):
+        return self.function(*inputs)
+
+
+def test_every_shape_and_key_has_its_own_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(
+        captured_module, "_Graph", lambda f, inputs: made.append(inputs[0].shape) or FakeGraph(f, inputs)
+    )
+    step = Captured(lambda x: (x * 2,), allowed=True)
+    for key, size in [("a", 1)] * 4 + [("b", 1)] * 4 + [("a", 2)] * 2:
+        (out,) = step(key, torch.ones(size))
+        assert out.tolist() == [2.0] * size
+    assert made == [(1,), (1,)]
+    assert step.replayed == 2 * (4 - CALLS_BEFORE)
+
+
+def test_a_capture_that_fails_is_told_once_and_the_function_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    step = Captured(lambda x: (x + 1,), allowed=True)  # on a CPU every capture fails
+    with caplog.at_level("WARNING"):
+        assert [int(step(None, torch.tensor(n))[0]) for n in range(6)] == [1, 2, 3, 4, 5, 6]
+    assert len(caplog.records) == 1
+    assert "without a CUDA graph" in caplog.text
+    assert (step.replayed, bool(step.reason)) == (0, True)
+
+
+def test_only_plain_models_on_a_gpu_are_captured() -> None:
+    assert not may_capture(tiny_core())
+    assert not may_capture(lambda x: x)
+    assert not may_capture(nn.Identity())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_captured_sampling_equals_eager(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = tiny_core(n_frames=64).cuda().to(dtype)
+    x, _, mouse, btn = (a.cuda().to(dtype) for a in inputs(2, 44))
+    made: list[Captured] = []
+    original = Captured.__init__
+
+    def noted(self, function, *, allowed: bool) -> None:
+        original(self, function, allowed=allowed and len(clips) == 1)
+        made.append(self)
+
+    monkeypatch.setattr(Captured, "__init__", noted)
+    clips, replayed = [], []
+    for _ in range(2):  # the second time captured
+        made.clear()
+        options = {"max_window": 8} if name == "av_caching" else {"window_length": 8}
+        sampler = SAMPLERS[name](n_steps=2, cfg_scale=1.3, num_frames=40, **options)  # type: ignore[arg-type]
+        audio = () if name == "av_caching" else (None,)
+        generator = torch.Generator("cuda").manual_seed(1)
+        clips.append(sampler(core, x[:, :4], *audio, mouse, btn, generator=generator).latents.float())
+        replayed.append(sum(step.replayed for step in made))
+        assert not any(step.reason for step in made)
+    assert replayed[0] == 0
+    assert replayed[1] > 20
+    assert relative(clips[1], clips[0]) < (1e-3 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.gpu
+def test_an_unbounded_clip_is_captured_in_few_lengths() -> None:
+    core = tiny_core(n_frames=200).cuda()
+    x, _, mouse, btn = (a.cuda() for a in inputs(1, 150))
+    clips = [
+        AVCachingSampler(2, 1.0, 146)(model, x[:, :4], mouse, btn, generator=torch.Generator("cuda").manual_seed(1))
+        for model in (core, _Hooked(core))
+    ]
+    assert relative(clips[0].latents, clips[1].latents) < 1e-3
+
+
+class _Hooked(nn.Module):
+    """The same model with a hook, which is called for every pass: so it is never captured."""
+
+    def __init__(self, core) -> None:
+        super().__init__()
+        self.core, self.config = core, core.config
+        self.register_forward_hook(lambda *_: None)
+
+    def forward(self, *args, **kwargs):
+        return self.core(*args, **kwargs)
