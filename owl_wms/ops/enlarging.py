@@ -1,4 +1,4 @@
-"""The grouped convolution behind a bicubic enlargement, on GPUs of compute capability 9.0: one warp a group.
+"""The grouped convolution behind a bicubic enlargement, one warp per group of 16 channels.
 
 Why beside `grouped_conv`'s own kernel: that one enlarges three times, once for each horizontal tap, and runs anywhere;
 this one enlarges once, into the warp's own shared memory, and measured a quarter faster on an H100 (docs/log.md). It
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.codes import DEFINES
+from owl_wms.ops.common.gpu import processors
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.register import dtype_defines
 
@@ -33,19 +34,7 @@ HEADERS = ("common/hopper.cuh", "stage_tail/branch.cuh", "stage_tail/project.cuh
 
 def suits(x: Tensor) -> bool:
     """Whether the kernel can take `x`, a 16-bit CUDA tensor."""
-    return x.shape[-1] % GROUP == 0 and is_hopper(x.device)
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether `device` runs machine code for sm_90a."""
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return x.shape[-1] % GROUP == 0
 
 
 def kernel_of(dtype: torch.dtype, channels: int, codes: torch.dtype | None = None) -> Kernel:
@@ -53,7 +42,7 @@ def kernel_of(dtype: torch.dtype, channels: int, codes: torch.dtype | None = Non
     defines = ("MODE=1", f"WIDE={channels}", *dtype_defines(dtype))
     defines += () if codes is None else DEFINES[codes]
     shared = WARPS * BRANCH_BYTES + (0 if codes is None else CODES_BYTES)
-    return Kernel("stage_tail", "stage_tail", defines, shared, HEADERS, "a")
+    return Kernel("stage_tail", "stage_tail", defines, shared, HEADERS)
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor, codes: torch.dtype | None, gain: Tensor | None) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from owl_wms.fused.dcae import fuse
 from owl_wms.ops import conv_out, frame_bytes, grouped_conv, resize, stage, up_residual
+from owl_wms.ops.common import gpu
 from tests.ops.decoders import dcae, distill
 from tests.ops.test_references import arguments
 
@@ -20,6 +24,16 @@ LIMIT = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 def _fresh_inputs() -> None:
     torch.seed()
     torch.cuda.manual_seed(torch.initial_seed() % 2**31)
+
+
+@pytest.fixture(autouse=True, params=[None, (8, 0), (8, 9)], ids=["this", "as-8.0", "as-8.9"])
+def _gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """This GPU's kernels, and those of older ones, which its driver translates."""
+    older = request.param
+    if older is not None and older >= torch.cuda.get_device_capability():
+        pytest.skip("this GPU is not newer")
+    with contextlib.nullcontext() if older is None else gpu.treated_as(older):
+        yield
 
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops import conv3x3
+from owl_wms.ops.common import gpu
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.tensor_maps import TensorMap
 from owl_wms.ops.conv3x3 import resident
@@ -96,7 +97,7 @@ def test_copies_of_misaligned_tensors_live_until_the_launch(
 def test_what_is_compiled_ahead_is_what_convolutions_launch(
     dtype: str, capability: int, count: int, monkeypatch: pytest.MonkeyPatch, launches: list[dict[str, Any]]
 ) -> None:
-    monkeypatch.setattr(conv3x3, "is_hopper", lambda device: capability == 9)
+    monkeypatch.setattr(gpu, "capability", lambda device: (capability, 0))
     on_gpu: Any = SimpleNamespace(is_cuda=True, dtype=getattr(torch, dtype), device=torch.device("cuda", 0))
     ahead = conv3x3.variants(on_gpu)
     assert len(set(ahead)) == count

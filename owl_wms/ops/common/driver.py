@@ -1,5 +1,8 @@
 """The CUDA driver library, which torch has loaded anyway, called directly where torch has no function for it.
 
+NVIDIA's own Python bindings (`cuda.bindings`, `cuda.core`) would do the same; importing their driver module took 0.52 s
+on two slow cores, and a cached program has to decode its first frame within two seconds.
+
 Usage:
     check_driver(driver().cuModuleUnload(module), "unloading a module")
 """

@@ -4,10 +4,19 @@
 // wgmma needs machine code for sm_90a. A wait that never ends costs a whole session on the GPU: with WATCHDOG defined, a
 // barrier polled that often raises a trap, which the host sees as a launch failure.
 
-// Stores the four 8 x 8 blocks that load_matrix would load from the same addresses.
+// Stores the four 8 x 8 blocks that load_matrix would load from the same addresses: lane 8 i + r holds the address of row r
+// of block i. Older architectures have no such instruction; there each lane fetches the address of the row that it holds two
+// values of (lane / 4) and stores them.
 DEVICE void store_matrix(u32 address, u32 a, u32 b, u32 c, u32 d) {
+#if __CUDA_ARCH__ >= 900
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
+#else
+    int lane = threadIdx.x & 31, row = lane >> 2;
+    u32 column = (lane & 3) * 4, values[4] = {a, b, c, d};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_shared4(__shfl_sync(0xffffffffu, address, 8 * i + row) + column, values[i]);
+#endif
 }
 
 DEVICE uint2 load_shared8(u32 address) {

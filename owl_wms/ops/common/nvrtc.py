@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from owl_wms.ops.common import machine_code
+from owl_wms.ops.common import gpu, machine_code
 from owl_wms.ops.common.driver import KernelError, check_driver, driver, ensure_context
 from owl_wms.ops.common.tensor_maps import TensorMap
 
@@ -34,7 +34,7 @@ STREAM_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING of cuda.h
 DEFAULT_SHARED_BYTES = 48 * 1024
 
 _lock = threading.Lock()
-_functions: dict[tuple[Kernel, int], ctypes.c_void_p] = {}
+_functions: dict[tuple[Kernel, int, str], ctypes.c_void_p] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +108,14 @@ def new_stream() -> int:
 
 
 def _function(kernel: Kernel, index: int) -> ctypes.c_void_p:
-    key = (kernel, index)
+    key = (kernel, index, architecture_of(kernel, index))
     found = _functions.get(key)
     if found is not None:
         return found
     with _lock:
         if key not in _functions:
             torch.cuda.current_stream().synchronize()  # also makes the device's primary context current in this thread
-            image = compile_kernel(kernel, architecture_of(kernel, index))
+            image = compile_kernel(kernel, key[-1])
             library, module, function = driver(), ctypes.c_void_p(), ctypes.c_void_p()
             check_driver(library.cuModuleLoadData(ctypes.byref(module), image), f"loading {kernel}")
             check_driver(
@@ -129,9 +129,8 @@ def _function(kernel: Kernel, index: int) -> ctypes.c_void_p:
 
 
 def architecture_of(kernel: Kernel, index: int) -> str:
-    """What `kernel` is compiled for on CUDA device `index`, `sm_90` say."""
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}{kernel.suffix}"
+    """What `kernel` is compiled for on CUDA device `index`, for example `sm_90`."""
+    return gpu.architecture(torch.device("cuda", index), kernel.suffix)
 
 
 def compile_ahead(kernels: Collection[Kernel], index: int) -> None:
@@ -142,8 +141,12 @@ def compile_ahead(kernels: Collection[Kernel], index: int) -> None:
 
 
 def compile_kernel(kernel: Kernel, architecture: str) -> bytes:
-    """Machine code for `architecture` (`sm_90`), once a process; needs no GPU. Raises KernelError with the compiler's
-    log.
+    """Machine code for `sm_90` and the like, or intermediate code for `compute_80`; once per process and kernel.
+
+    Needs no GPU.
+
+    Raises:
+        KernelError: it does not compile; the message has the compiler's log.
     """
     return machine_code.once(kernel, architecture, lambda: _compile(kernel, architecture))
 
@@ -159,10 +162,15 @@ def _compile(kernel: Kernel, architecture: str) -> bytes:
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), array):
             raise KernelError(f"{kernel} does not compile for {architecture}:\n{_compiler_log(program)}")
+        size_of, read = (
+            (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+            if architecture.startswith("sm_")
+            else (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+        )
         size = ctypes.c_size_t()
-        _check_nvrtc(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "size")
+        _check_nvrtc(size_of(program, ctypes.byref(size)), "size")
         image = ctypes.create_string_buffer(size.value)
-        _check_nvrtc(nvrtc.nvrtcGetCUBIN(program, image), "read")
+        _check_nvrtc(read(program, image), "read")
         return image.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

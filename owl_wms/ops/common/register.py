@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from owl_wms.ops.common import gpu
+
 NAMESPACE = "owl_wms"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 # What the kernels compute in; anything else (fp32 above all) takes the reference, on a GPU too.
@@ -33,8 +35,8 @@ def define(schema: str, *, run: Callable[..., Tensor], fake: Callable[..., Tenso
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether the CUDA kernels can take `x`: a GPU tensor of 16-bit floats."""
-    return x.is_cuda and x.dtype in KERNEL_DTYPES
+    """Whether the CUDA kernels can take `x`: a tensor of 16-bit floats on a GPU of compute capability 8.0 or newer."""
+    return x.is_cuda and x.dtype in KERNEL_DTYPES and gpu.capability(x.device) >= gpu.OLDEST
 
 
 def dtype_defines(dtype: torch.dtype) -> tuple[str, ...]:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from owl_wms import cudnn
+from owl_wms.ops.common.gpu import is_hopper
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.register import define, has_kernel
 from owl_wms.ops.conv3x3 import resident
 from owl_wms.ops.conv3x3.reference import latent_reference, latent_rows, pack, reference
-from owl_wms.ops.enlarging import is_hopper
 
 __all__ = [
     "LIBRARY", "LIBRARY_FUSED", "NARROW", "RESIDENT",

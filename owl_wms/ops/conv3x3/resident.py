@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from owl_wms.ops.common.gpu import processors
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.register import aligned, dtype_defines
 from owl_wms.ops.common.tensor_maps import tensor_map
-from owl_wms.ops.enlarging import processors
 
 HEADERS = ("common/hopper.cuh", "common/tensor_copies.cuh")
 THREADS = 384

@@ -12,21 +12,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from owl_wms.ops.common.gpu import shared_limit
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel
 from owl_wms.ops.conv_out.reference import BLOCK, MAX_OUT, pack, padded, reference, unpack
 
 __all__ = ["MAX_OUT", "conv_out", "kernel_of", "pack", "padded", "reference", "unpack"]
 
-TILE_H, TILE_W = 13, 32
-PIXELS = (TILE_H + 2) * (TILE_W + 2)
+TILE_ROWS, TILE_W = (13, 4), 32
 
 
-def kernel_of(dtype: torch.dtype, *, pad: int, blocks: int, silu: bool) -> Kernel:
-    """The variant for an element type, 4 or 8 outputs, `blocks` of 32 input channels, with or without SiLU."""
-    defines = (f"PAD={pad}",) + (("SILU",) if silu else ()) + dtype_defines(dtype)
-    shared = PIXELS * 9 * pad * 4 + blocks * -(-9 * pad // 8) * 512
+def kernel_of(dtype: torch.dtype, *, pad: int, blocks: int, silu: bool, rows: int = TILE_ROWS[0]) -> Kernel:
+    """The variant for an element type, 4 or 8 outputs, `blocks` of 32 input channels, with or without SiLU, tiles of
+    `rows` x 32 pixels.
+    """
+    defines = (f"PAD={pad}", f"TILE_H={rows}") + (("SILU",) if silu else ()) + dtype_defines(dtype)
+    pixels = (rows + 2) * (TILE_W + 2)
+    shared = pixels * 9 * pad * 4 + blocks * -(-9 * pad // 8) * 512
     return Kernel("conv_out", "conv_out", defines, shared)
+
+
+def tile_rows(pad: int, blocks: int, limit: int) -> int:
+    """Rows of the largest tile whose block stays within `limit` bytes of shared memory; 0 where none does."""
+    sizes = {rows: kernel_of(torch.bfloat16, pad=pad, blocks=blocks, silu=False, rows=rows) for rows in TILE_ROWS}
+    return next((rows for rows, kernel in sizes.items() if kernel.shared_bytes <= limit), 0)
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
@@ -36,10 +45,14 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
     # A module cast as a whole hands over a 16-bit bias; the kernel reads fp32.
     x, weight, bias = aligned(x), aligned(weight), bias.float()
     batch, height, width, channels = x.shape
-    out = x.new_empty(batch, height, width, bias.shape[0], dtype=torch.float32)
-    kernel_of(x.dtype, pad=bias.shape[0], blocks=weight.shape[0], silu=silu).launch(
+    pad, blocks = bias.shape[0], weight.shape[0]
+    rows = tile_rows(pad, blocks, shared_limit(x.device))
+    if not rows:
+        return reference(x, weight, bias, silu)
+    out = x.new_empty(batch, height, width, pad, dtype=torch.float32)
+    kernel_of(x.dtype, pad=pad, blocks=blocks, silu=silu, rows=rows).launch(
         x.device,
-        grid=batch * -(-height // TILE_H) * -(-width // TILE_W),
+        grid=batch * -(-height // rows) * -(-width // TILE_W),
         block=256,
         arguments=(out, x, weight, bias, height, width, channels),
     )

@@ -4,7 +4,7 @@
 // products of a tile of pixels with its halo, keeps them in shared memory in fp32, and adds them up. Inputs go from global
 // memory straight into tensor-core fragments: a thread's 16 bytes are channels 8t..8t+7, and the packed weights are
 // permuted to match; SiLU is applied in registers, in fp32. PAD is 4 or 8, TILES = 9 * PAD / 8 rounded up.
-#define TILE_H 13  // 15 x 34 pixels with the halo: sixteen sets of 32, two for each warp
+// TILE_H: 13 where a block may have the memory (15 x 34 pixels with the halo: sixteen sets of 32, two for each warp), else 4.
 #define TILE_W 32
 #define SPAN (TILE_W + 2)
 #define PIXELS ((TILE_H + 2) * SPAN)

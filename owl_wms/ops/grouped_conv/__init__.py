@@ -14,6 +14,7 @@ from torch import Tensor
 
 from owl_wms.ops import enlarging
 from owl_wms.ops.codes import DEFINES
+from owl_wms.ops.common.gpu import processors
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel
 from owl_wms.ops.grouped_conv.reference import GROUP, enlarge, pack, reference, unpack
@@ -27,7 +28,7 @@ DIRECT_SHARED = 3 * 4 * ROW_BYTES
 UP2_SHARED = 16 * 24 * 128
 # Rows a block walks: long enough to pay for the two halo rows, short enough for several waves of blocks.
 ROW_CHOICES = (128, 64, 32, 16)
-ENOUGH_BLOCKS = 8 * 132
+BLOCKS_PER_PROCESSOR = 8
 
 
 def kernel_of(dtype: torch.dtype, up2: bool, codes: torch.dtype | None = None) -> Kernel:
@@ -38,10 +39,13 @@ def kernel_of(dtype: torch.dtype, up2: bool, codes: torch.dtype | None = None) -
     return Kernel("grouped_conv", "grouped_conv", defines, shared, ("common/strip.cuh",))
 
 
-def grid_of(batch: int, height: int, width: int, slices: int) -> tuple[int, int]:
+def grid_of(batch: int, height: int, width: int, slices: int, processors: int) -> tuple[int, int]:
     """`(blocks, rows a block walks)` for an output of that size whose channels make `slices` of 128 bytes."""
     columns = batch * -(-width // STRIP) * slices
-    rows = next((rows for rows in ROW_CHOICES if columns * -(-height // rows) >= ENOUGH_BLOCKS), ROW_CHOICES[-1])
+    rows = next(
+        (rows for rows in ROW_CHOICES if columns * -(-height // rows) >= BLOCKS_PER_PROCESSOR * processors),
+        ROW_CHOICES[-1],
+    )
     return columns * -(-height // rows), rows
 
 
@@ -58,7 +62,7 @@ def launch(
     if up2:
         height, width = 2 * height, 2 * width
     out = x.new_empty(batch, height, width, channels, dtype=codes or x.dtype)
-    blocks, rows = grid_of(batch, height, width, -(-channels // CHANNELS_PER_BLOCK))
+    blocks, rows = grid_of(batch, height, width, -(-channels // CHANNELS_PER_BLOCK), processors(x.device))
     kernel_of(x.dtype, up2, codes).launch(
         x.device,
         grid=blocks,

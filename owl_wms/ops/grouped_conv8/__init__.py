@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.codes import DEFINES, FORMATS
+from owl_wms.ops.common.gpu import processors
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.register import aligned, define, has_kernel
 from owl_wms.ops.grouped_conv import grid_of
@@ -48,7 +49,7 @@ def _run(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, gain: Te
     x, weight = aligned(x), aligned(weight)
     batch, height, width, channels = x.shape
     out = torch.empty_like(x)
-    blocks, rows = grid_of(batch, height, width, -(-channels // CHANNELS_PER_BLOCK))
+    blocks, rows = grid_of(batch, height, width, -(-channels // CHANNELS_PER_BLOCK), processors(x.device))
     kernel_of(codes).launch(
         x.device,
         grid=blocks,

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.codes import LARGEST
+from owl_wms.ops.common.gpu import is_hopper, processors
 from owl_wms.ops.common.register import aligned, define, has_kernel
-from owl_wms.ops.enlarging import is_hopper, processors
 from owl_wms.ops.linear8.plan import THREADS, Plan, fitting, plan_of
 from owl_wms.ops.linear8.reference import add_reference, reference
 from owl_wms.ops.up_residual import add_shortcut_

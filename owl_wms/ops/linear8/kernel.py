@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from owl_wms.ops.codes import LARGEST
-from owl_wms.ops.enlarging import processors
+from owl_wms.ops.common.gpu import processors
 from owl_wms.ops.grouped_conv.reference import SLOPE
 
 ROUNDER = tl.constexpr(

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops import enlarging
+from owl_wms.ops.common.gpu import is_hopper, processors
 from owl_wms.ops.common.register import aligned, define, has_kernel
-from owl_wms.ops.enlarging import STRIP, is_hopper, processors, rows_of_band
+from owl_wms.ops.enlarging import STRIP, rows_of_band
 from owl_wms.ops.grouped_conv import grouped_conv
 from owl_wms.ops.stage_tail.plan import Plan, blocks_at_once, plan_of
 from owl_wms.ops.stage_tail.reference import reference
