@@ -1,12 +1,16 @@
 """diffusers' AutoencoderDC decoder (sana) rewritten onto the ops of `owl_wms.ops`, NHWC throughout.
 
-Why it exists: nine tenths of this decoder are dense 3x3 convolutions; what compilers lose is around them (norms, ReLU,
-residuals, gates, shuffles and the layout changes between). Here each of those is inside a kernel, batch norm is folded
-into the weights before it in fp32, and who computes a convolution is measured at build time, shape by shape.
+Why it exists: nine tenths of this decoder are dense 3x3 convolutions. What compilers lose is around them: norms,
+activations, residuals, gates, shuffles and the layout changes between. Here each of those is inside a kernel. Batch
+norm is folded into the weights before it in fp32. Who computes a convolution is measured at build time, shape by shape.
 
-`hybrid=True` keeps everything after the last EfficientViT block as plain convolutions in NCHW, for TensorRT to take
-as one engine, so that both ways can be built and the faster kept. diffusers is never imported: its classes are known
-by name.
+All released configurations have a fused form: f32c32 of the Sana pipelines (attention at two scales, enlargement by
+nearest neighbour, RMS norm and SiLU in every residual block) and f32c32, f64c128 and f128c512 of the first release
+(one scale, pixel shuffle, batch norm and ReLU).
+
+`hybrid=True` leaves everything after the last EfficientViT block as plain convolutions in NCHW, for TensorRT to take
+as one engine, so that both ways can be built and the faster one chosen. diffusers is never imported: its classes are
+known by name.
 
 Usage:
     fused = fuse(decoder_fp32.cuda(), torch.float16, (8, 128, 8, 8))     # the shape: to measure the convolutions
@@ -16,6 +20,7 @@ Usage:
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,12 +30,17 @@ from torch import Tensor, nn
 from owl_wms.fused.convolution import Conv3x3, choose
 from owl_wms.ops.channel_norm import channel_norm as norm_op
 from owl_wms.ops.conv3x3 import latent_conv, pack
+from owl_wms.ops.conv_out import MAX_OUT, conv_out, padded
+from owl_wms.ops.conv_out import pack as pack_out
 from owl_wms.ops.depthwise_gate import depthwise_gate
 from owl_wms.ops.depthwise_gate import pack as pack_depthwise
-from owl_wms.ops.linear_attention import linear_attention
+from owl_wms.ops.linear_attention import linear_attention, multiscale_attention, pack_scale
+from owl_wms.ops.nearest_up import as_pixel_shuffle, nearest_up
+from owl_wms.ops.nearest_up import pack as pack_nearest
 from owl_wms.ops.pointwise import pointwise
+from owl_wms.ops.resize import resize
 from owl_wms.ops.shuffle_add import phases_first, shuffle_add, shuffle_frames
-from owl_wms.vae.autoencoder_dc import UpBlock, channel_norm, is_sana_decoder
+from owl_wms.vae.autoencoder_dc import ResidualBlock, UpBlock, channel_norm, is_sana_decoder
 
 PADDED_CHANNELS = 16  # what three colours times four phases are padded to: tensor cores take multiples of 8
 
@@ -40,18 +50,25 @@ def supports(decoder: Any) -> tuple[bool, str]:
     if not is_sana_decoder(decoder):
         return False, f"no fused form of {type(decoder).__name__}; only diffusers' AutoencoderDC decoder has one"
     last = decoder.conv_out
-    if type(last).__name__ != "DCUpBlock2d" or last.interpolate or last.conv.out_channels > PADDED_CHANNELS:
-        return False, "needs a pixel-shuffle output convolution to at most 4 channels"
+    if type(last).__name__ == "DCUpBlock2d":
+        if (4 if last.interpolate else 1) * last.conv.out_channels > PADDED_CHANNELS:
+            return False, "needs an enlarging output convolution to at most 4 channels"
+    elif last.out_channels > MAX_OUT or last.in_channels % 8:
+        return False, f"needs an output convolution from a multiple of 8 channels to at most {MAX_OUT}"
     if not isinstance(decoder.conv_act, nn.ReLU):
         return False, f"needs a ReLU before the output convolution, got {type(decoder.conv_act).__name__}"
     for block in (block for stage in decoder.up_blocks for block in stage):
         kind = type(block).__name__
-        if kind == "DCUpBlock2d" and (block.interpolate or not block.shortcut):
-            return False, "needs pixel-shuffle up blocks with a shortcut"
-        if kind == "ResBlock" and not (isinstance(block.nonlinearity, nn.ReLU) and block.norm_type == "batch_norm"):
-            return False, "needs residual blocks with ReLU and batch norm"
-        if kind == "EfficientViTBlock" and (len(block.attn.to_qkv_multiscale) or block.attn.norm_type != "rms_norm"):
-            return False, "needs attention of one scale with RMS norm"
+        if kind == "DCUpBlock2d" and block.interpolate and block.interpolation_mode != "nearest":
+            return False, f"needs enlargement by nearest neighbour, not {block.interpolation_mode}"
+        if kind == "ResBlock" and type(block.nonlinearity) not in (nn.ReLU, nn.SiLU):
+            return False, f"needs residual blocks with ReLU or SiLU, got {type(block.nonlinearity).__name__}"
+        if kind == "ResBlock" and block.norm_type not in ("batch_norm", "rms_norm"):
+            return False, f"needs residual blocks with batch norm or RMS norm, got {block.norm_type}"
+        if kind == "EfficientViTBlock" and block.attn.norm_type != "rms_norm":
+            return False, f"needs attention with RMS norm, got {block.attn.norm_type}"
+        if kind == "EfficientViTBlock" and len(block.attn.to_qkv_multiscale) > 1:
+            return False, "needs attention at the pixels themselves and at most one scale besides"
         if kind not in ("DCUpBlock2d", "ResBlock", "EfficientViTBlock"):
             return False, f"no fused form of {kind}"
     return True, ""
@@ -91,6 +108,9 @@ def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
 class Norm(nn.Module):
     """RMS norm over the last axis with scale, shift and, optionally, ReLU and a residual."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, norm: Any, *, relu: bool = False) -> None:
         super().__init__()
         self.eps, self.relu = float(norm.eps), relu
@@ -102,24 +122,51 @@ class Norm(nn.Module):
         return norm_op(x, self.weight, self.bias, residual, self.eps, self.relu)
 
 
+def up(block: Any, dtype: torch.dtype) -> nn.Module:
+    """The fused form of an up block, by how it enlarges."""
+    return NearestUp(block, dtype) if block.interpolate else Up(block, dtype)
+
+
 class Up(nn.Module):
     """3x3 convolution, pixel shuffle and repeated shortcut: `[B, H, W, C] -> [B, 2H, 2W, O]`."""
 
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.conv = Conv3x3(phases_first(block.conv.weight), phases_first(block.conv.bias), dtype)
+        self.shortcut = bool(block.shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
-        return shuffle_add(self.conv(x), x)
+        return shuffle_add(self.conv(x), x if self.shortcut else None)
 
 
-class Residual(nn.Module):
-    """Two 3x3 convolutions with ReLU between and the batch norm folded into the second; `[B, H, W, C]` in and out."""
+class NearestUp(nn.Module):
+    """Enlargement by nearest neighbour, 3x3 convolution and repeated shortcut: `[B, H, W, C] -> [B, 2H, 2W, O]`."""
 
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.first = Conv3x3(block.conv1.weight, block.conv1.bias, dtype, relu=True)
-        self.second = Conv3x3(*fold_batch_norm(block.conv2, block.norm), dtype)
+        self.register_buffer("weight", pack_nearest(block.conv.weight.detach().float()).to(dtype))
+        self.register_buffer("bias", block.conv.bias.detach().float())
+        self.shortcut = bool(block.shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nearest_up(x, self.weight, self.bias, self.shortcut)
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions with ReLU or SiLU between, then the residual; `[B, H, W, C]` in and out.
+
+    A batch norm is folded into the second convolution, an RMS norm follows it.
+    """
+
+    def __init__(self, block: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        relu = isinstance(block.nonlinearity, nn.ReLU)
+        self.first = Conv3x3(block.conv1.weight, block.conv1.bias, dtype, relu=relu, silu=not relu)
+        if block.norm_type == "batch_norm":
+            self.second = Conv3x3(*fold_batch_norm(block.conv2, block.norm), dtype)
+        else:
+            norm = Norm(block.norm)
+            self.second = Conv3x3(block.conv2.weight, norm.bias, dtype, norm=(norm.weight, norm.eps))
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.second(self.first(x), x)
@@ -127,7 +174,10 @@ class Residual(nn.Module):
 
 
 class EfficientViT(nn.Module):
-    """Linear attention, then the gated convolution, each with RMS norm and residual; `[B, H, W, C]` in and out."""
+    """Linear attention at one or two scales, then the gated convolution; `[B, H, W, C]` in and out.
+
+    Each of them ends in an RMS norm and its residual.
+    """
 
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -135,6 +185,12 @@ class EfficientViT(nn.Module):
         self.head, self.eps = attention.attention_head_dim, float(attention.eps)
         qkv = torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight])
         self.register_buffer("qkv", qkv.detach().to(dtype))
+        taps, near = None, None
+        if len(attention.to_qkv_multiscale):
+            scale = attention.to_qkv_multiscale[0]
+            taps, near = pack_scale(scale.proj_in.weight.detach(), scale.proj_out.weight.detach())
+        self.register_buffer("taps", taps)
+        self.register_buffer("near", None if near is None else near.to(dtype))
         self.register_buffer("out", attention.to_out.weight.detach().to(dtype))
         self.attention_norm, self.gate_norm = Norm(attention.norm_out), Norm(gated.norm)
         self.register_buffer("inverted", gated.conv_inverted.weight.detach().flatten(1).to(dtype))
@@ -144,41 +200,78 @@ class EfficientViT(nn.Module):
         self.register_buffer("point", gated.conv_point.weight.detach().flatten(1).to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = linear_attention(pointwise(x, self.qkv, None), self.head, self.eps)
+        qkv = pointwise(x, self.qkv, None)
+        if self.taps is None:
+            mixed = linear_attention(qkv, self.head, self.eps)
+        else:
+            mixed = multiscale_attention(qkv, self.taps, self.near, self.head, self.eps)
         x = self.attention_norm(pointwise(mixed, self.out, None), x)
         hidden = depthwise_gate(pointwise(x, self.inverted, self.inverted_bias), self.depth, self.depth_bias)
         result: Tensor = self.gate_norm(pointwise(hidden, self.point, None), x)
         return result
 
 
-class Output(nn.Module):
+def output(decoder: Any, dtype: torch.dtype) -> nn.Module:
+    """The fused form of what follows the last block, by whether it enlarges."""
+    return UpOutput(decoder, dtype) if type(decoder.conv_out).__name__ == "DCUpBlock2d" else Output(decoder, dtype)
+
+
+class UpOutput(nn.Module):
     """Norm, ReLU, 3x3 convolution and pixel shuffle to the image: `[B, H, W, C] -> [B, 3, 2H, 2W]`."""
 
     def __init__(self, decoder: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        conv = decoder.conv_out.conv
-        self.channels = conv.out_channels // 4
+        block = decoder.conv_out
+        weight, bias = block.conv.weight.detach(), block.conv.bias.detach()
+        if block.interpolate:
+            weight, bias = as_pixel_shuffle(weight), bias.repeat_interleave(4)
+        self.channels = weight.shape[0] // 4
         self.norm = Norm(decoder.norm_out, relu=True)
-        missing = PADDED_CHANNELS - conv.out_channels
-        weight = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, 0, 0, missing))
-        self.conv = Conv3x3(weight, F.pad(conv.bias.detach(), (0, missing)), dtype)
+        missing = PADDED_CHANNELS - weight.shape[0]
+        self.conv = Conv3x3(F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing)), F.pad(bias, (0, missing)), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return shuffle_frames(self.conv(self.norm(x)), self.channels)
 
 
-class PlainResidual(nn.Module):
-    """`Residual` in NCHW and ATen operators, for TensorRT."""
+class Output(nn.Module):
+    """Norm, ReLU and 3x3 convolution to the image: `[B, H, W, C] -> [B, 3, H, W]`."""
+
+    def __init__(self, decoder: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        conv = decoder.conv_out
+        self.channels, self.dtype = conv.out_channels, dtype
+        self.norm = Norm(decoder.norm_out, relu=True)
+        self.register_buffer("weight", pack_out(conv.weight.detach()).to(dtype))
+        bias = conv.bias.detach().float()
+        self.register_buffer("bias", F.pad(bias, (0, padded(self.channels) - self.channels)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = conv_out(self.norm(x), self.weight, self.bias, False)
+        # Bicubic to the size that it has: the image as it is, in planes and in the decoder's dtype.
+        return resize(image, self.channels, image.shape[1], image.shape[2], self.dtype)
+
+
+def plain(block: Any) -> nn.Module:
+    """A block in NCHW and ATen operators, for TensorRT."""
+    if type(block).__name__ == "DCUpBlock2d":
+        return UpBlock(block)
+    return FoldedResidual(block) if block.norm_type == "batch_norm" else ResidualBlock(block)
+
+
+class FoldedResidual(nn.Module):
+    """`Residual` with its batch norm folded, in NCHW and ATen operators."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.conv1, self.conv2 = copy.deepcopy(block.conv1), copy.deepcopy(block.conv2)
+        self.nonlinearity = block.nonlinearity
         weight, bias = fold_batch_norm(block.conv2, block.norm)
         self.conv2.weight = nn.Parameter(weight, requires_grad=False)
         self.conv2.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv2(F.relu(self.conv1(x)))
+        y: Tensor = self.conv2(self.nonlinearity(self.conv1(x)))
         return x + y
 
 
@@ -194,14 +287,17 @@ class FusedSana(nn.Module):
         blocks = [block for stage in reversed(decoder.up_blocks) for block in stage]
         attentive = [i for i, block in enumerate(blocks) if type(block).__name__ == "EfficientViTBlock"]
         split = (attentive[-1] + 1 if attentive else 0) if hybrid else len(blocks)
-        kinds = {"DCUpBlock2d": Up, "ResBlock": Residual, "EfficientViTBlock": EfficientViT}
+        kinds: dict[str, Callable[[Any, torch.dtype], nn.Module]]
+        kinds = {"DCUpBlock2d": up, "ResBlock": Residual, "EfficientViTBlock": EfficientViT}
         self.body = nn.Sequential(*(kinds[type(block).__name__](block, dtype) for block in blocks[:split]))
-        self.output = None if hybrid else Output(decoder, dtype)
+        self.output = None if hybrid else output(decoder, dtype)
         tail: list[nn.Module] = []
         if hybrid:
             rest = copy.deepcopy(blocks[split:])
-            tail = [UpBlock(b) if type(b).__name__ == "DCUpBlock2d" else PlainResidual(b) for b in rest]
-            tail += [channel_norm(copy.deepcopy(decoder.norm_out)), nn.ReLU(), UpBlock(copy.deepcopy(decoder.conv_out))]
+            last = copy.deepcopy(decoder.conv_out)
+            tail = [plain(block) for block in rest]
+            tail += [channel_norm(copy.deepcopy(decoder.norm_out)), nn.ReLU()]
+            tail.append(last if isinstance(last, nn.Conv2d) else UpBlock(last))
         self.tail = nn.Sequential(*tail).to(dtype).requires_grad_(False)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -19,11 +19,13 @@ with 8-bit products (`codes` says what a code is):
 
 and, for diffusers' AutoencoderDC (Triton where not said otherwise):
 
-    conv3x3           dense 3x3 with bias, ReLU and residual, by the library or by ours; `latent_conv` the first
+    conv3x3           dense 3x3 with bias, ReLU or SiLU and residual, by the library or by ours; `conv3x3_norm` with an
+                      RMS norm, `latent_conv` the first
+    nearest_up        enlargement by nearest neighbour, 3x3 and shortcut
     pointwise         a 1x1 convolution as one library product
     depthwise_gate    SiLU, depthwise 3x3, SiLU gate (CUDA)
     channel_norm      RMS norm, ReLU, residual
-    linear_attention  ReLU linear attention
+    linear_attention  ReLU linear attention; `multiscale_attention` with its second scale
     shuffle_add       pixel shuffle with its shortcut; `shuffle_frames` to an image
 """
 
@@ -40,6 +42,7 @@ from owl_wms.ops import (
     grouped_conv8,
     linear8,
     linear_attention,
+    nearest_up,
     pointwise,
     resize,
     shuffle_add,
@@ -60,6 +63,7 @@ __all__ = [
     "grouped_conv8",
     "linear8",
     "linear_attention",
+    "nearest_up",
     "pointwise",
     "resize",
     "shuffle_add",

@@ -38,7 +38,7 @@ def plain_block(module: Any) -> nn.Module | None:
     else.
     """
     if _is(module, "DCUpBlock2d"):
-        return None if module.interpolate else UpBlock(module)
+        return UpBlock(module)
     if _is(module, "GLUMBConv"):
         return GatedConv(module)
     if _is(module, "ResBlock") and module.norm_type == "rms_norm":
@@ -75,8 +75,8 @@ def channel_norm(norm: Any) -> nn.Module:
 
 
 class UpBlock(nn.Module):
-    """3x3 convolution and pixel shuffle beside a shortcut that repeats channels into space; `[B, C, H, W] -> [B, O, 2H,
-    2W]`.
+    """Adds a shortcut that repeats channels into space to a 3x3 convolution and a pixel shuffle, or to a 3x3
+    convolution of the enlarged input (`upsample_block_type="interpolate"`); `[B, C, H, W] -> [B, O, 2H, 2W]`.
 
     Repeating each channel `r` times and shuffling by 2 sends source channel `(4 o + 2 i + j) // r` to place (i, j) of
     output channel o, so for r = 4, 2 or 1 the shortcut is a reshape with broadcast axes."""
@@ -85,10 +85,14 @@ class UpBlock(nn.Module):
         super().__init__()
         self.conv = block.conv
         self.factor = block.factor
+        self.interpolation = block.interpolation_mode if block.interpolate else ""
         self.repeats = block.repeats if block.shortcut else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.pixel_shuffle(self.conv(x), self.factor)
+        if self.interpolation:
+            y: Tensor = self.conv(F.interpolate(x, scale_factor=float(self.factor), mode=self.interpolation))
+        else:
+            y = F.pixel_shuffle(self.conv(x), self.factor)
         if not self.repeats:
             return y
         batch, channels, height, width = x.shape
@@ -114,7 +118,7 @@ class GatedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, gate = self.conv_depth(self.nonlinearity(self.conv_inverted(x))).chunk(2, dim=1)
-        y = self.norm(self.conv_point(hidden * self.nonlinearity(gate)))
+        y: Tensor = self.norm(self.conv_point(hidden * self.nonlinearity(gate)))
         return y + x if self.residual else y
 
 
@@ -127,7 +131,8 @@ class ResidualBlock(nn.Module):
         self.norm = channel_norm(block.norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv2(self.nonlinearity(self.conv1(x)))) + x
+        y: Tensor = self.norm(self.conv2(self.nonlinearity(self.conv1(x))))
+        return y + x
 
 
 class FixedLinearAttention(nn.Module):
@@ -169,5 +174,5 @@ class FixedLinearAttention(nn.Module):
             scores = torch.matmul(key.transpose(-1, -2), query).to(torch.float32)
             scores = scores / (scores.sum(dim=2, keepdim=True) + self.eps)
             mixed = torch.matmul(value, scores.to(value.dtype))
-        y = self.norm(F.conv2d(mixed.reshape(batch, -1, height, width), self.out))
+        y: Tensor = self.norm(F.conv2d(mixed.reshape(batch, -1, height, width), self.out))
         return y + x if self.residual else y

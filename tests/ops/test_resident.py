@@ -59,6 +59,16 @@ def test_what_the_kernel_would_misread_is_refused(changes: dict[str, Any], launc
     assert launches == []
 
 
+def test_a_norm_needs_every_channel_in_one_tile(launches: list[dict[str, Any]]) -> None:
+    norm = (torch.ones(OUT), 1e-5)
+    resident.launch(**arguments(norm=norm))
+    assert launches[0]["kernel"].defines == ("BIAS=1", "RELU=0", "RESIDUAL=1", "NORM", "EPS=1e-05f")
+    assert launches[0]["arguments"][-1].data_ptr() == norm[0].data_ptr()
+    wide = {"weight": torch.zeros(2 * OUT, 3, 3, DEPTH, dtype=torch.bfloat16), "residual": None, "bias": None}
+    with pytest.raises(ValueError, match="128 output channels, got 256"):
+        resident.launch(**arguments(**wide, norm=(torch.ones(2 * OUT), 1e-5)))
+
+
 def test_no_images_are_no_launch(launches: list[dict[str, Any]]) -> None:
     none = {key: torch.zeros(0, 16, 16, n, dtype=torch.bfloat16) for key, n in (("x", DEPTH), ("residual", OUT))}
     assert resident.launch(**arguments(**none)).shape == (0, 16, 16, OUT)
@@ -106,6 +116,11 @@ def test_what_is_compiled_ahead_is_what_convolutions_launch(
         for relu, residual in ((True, None), (False, given["residual"]), (False, None)):
             resident.launch(**arguments(**{**given, "residual": residual, "relu": relu}))
         assert {asked["kernel"] for asked in launches} == set(ahead)
+        launches.clear()
+        resident.launch(**arguments(**{**given, "residual": None, "silu": True}))
+        resident.launch(**arguments(**{**given, "norm": (torch.ones(OUT), 1e-5)}))
+        resident.launch(**arguments(**{**given, "residual": None, "bias": None}))
+        assert {asked["kernel"] for asked in launches} == set(conv3x3.variants(on_gpu, True, 1e-5)) - set(ahead)
 
 
 @pytest.mark.parametrize(("tiles", "blocks"), [((1, 16, 16), 1), ((3, 64, 160), 120), ((8, 128, 128), 132)])

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from owl_wms.ops import channel_norm, conv3x3, depthwise_gate, linear_attention, pointwise, shuffle_add
+from owl_wms.ops import channel_norm, conv3x3, depthwise_gate, linear_attention, nearest_up, pointwise, shuffle_add
 from owl_wms.ops.common.nvrtc import compile_kernel, nvrtc_library_names
 from owl_wms.ops.conv3x3 import resident
 
@@ -55,7 +55,7 @@ def test_kernels_in_the_interpreter() -> None:
         timeout=200,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "11 passed" in done.stdout, done.stdout[-300:]
+    assert "17 passed" in done.stdout, done.stdout[-300:]
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -96,6 +96,13 @@ def test_interpreted_finish() -> None:
 
 
 @interpreted
+def test_interpreted_finish_with_silu() -> None:
+    y, bias = torch.randn(3, 5, 7), torch.randn(7)
+    got = kernel_of("conv3x3").finish_(y.clone(), bias, None, False, True)
+    close(got, torch.nn.functional.silu(y + bias))
+
+
+@interpreted
 @pytest.mark.parametrize("relu", [False, True])
 def test_interpreted_norm(relu: bool) -> None:
     x, residual = torch.randn(3, 5, 24), torch.randn(3, 5, 24)
@@ -106,7 +113,33 @@ def test_interpreted_norm(relu: bool) -> None:
 @interpreted
 def test_interpreted_attention() -> None:
     qkv = torch.randn(2, 7, 11, 3 * 2 * 16).half()
-    close(kernel_of("linear_attention").launch(qkv, 16, 1e-15), linear_attention.reference(qkv, 16, 1e-15))
+    close(kernel_of("linear_attention").launch(qkv, None, None, 16, 1e-15), linear_attention.reference(qkv, 16, 1e-15))
+
+
+def scale(channels: int, head: int, size: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of a second set of heads."""
+    depthwise = torch.randn(channels, 1, size, size, device=device) / size
+    return linear_attention.pack_scale(depthwise, torch.randn(channels, head, 1, 1, device=device) / head**0.5)
+
+
+@interpreted
+@pytest.mark.parametrize(("size", "programs"), [(5, 1024), (3, 2), (1, 1)])
+def test_interpreted_attention_at_two_scales(size: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs make each one take several steps, as large images do."""
+    monkeypatch.setattr(kernel_of("linear_attention"), "PROGRAMS", programs)
+    qkv = torch.randn(2, 13, 11, 3 * 2 * 16).half()
+    taps, point = scale(96, 16, size)
+    got = kernel_of("linear_attention").launch(qkv, taps, point.half(), 16, 1e-15)
+    close(got, linear_attention.multiscale_reference(qkv.float(), taps, point.half().float(), 16, 1e-15).half())
+
+
+@interpreted
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_interpreted_nearest_up(shortcut: bool) -> None:
+    x, weight, bias = torch.randn(2, 3, 5, 8), nearest_up.pack(torch.randn(6, 8, 3, 3) / 8), torch.randn(6)
+    y = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), padding=1)
+    got = kernel_of("nearest_up").launch(y.permute(0, 2, 3, 1).contiguous(), bias, x if shortcut else None)
+    close(got, nearest_up.reference(x, weight, bias, shortcut))
 
 
 @interpreted
@@ -117,6 +150,23 @@ def test_interpreted_shuffle(channels: int) -> None:
     x = torch.randn(2, 3, 5, 3 * channels) if channels else None
     close(kernel.launch(y, x), shuffle_add.reference(y, x))
     close(kernel.launch_frames(y, 3), shuffle_add.frames_reference(y, 3))
+
+
+def test_four_small_convolutions_are_the_enlarged_one() -> None:
+    weight, bias, x = torch.randn(6, 8, 3, 3) / 8, torch.randn(6), torch.randn(2, 8, 3, 5)
+    large = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    wanted = torch.nn.functional.conv2d(large, weight, bias, padding=1)
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    close(nearest_up.reference(rows, nearest_up.pack(weight), bias, False).permute(0, 3, 1, 2), wanted)
+    narrow = torch.nn.functional.conv2d(x, nearest_up.as_pixel_shuffle(weight), bias.repeat_interleave(4), padding=1)
+    close(torch.nn.functional.pixel_shuffle(narrow, 2), wanted)
+    with pytest.raises(ValueError, match="3, 3"):
+        nearest_up.pack(torch.zeros(4, 4, 1, 1))
+
+
+def test_a_scales_weights_are_checked() -> None:
+    with pytest.raises(ValueError, match="no scale has weights"):
+        linear_attention.pack_scale(torch.zeros(96, 1, 4, 4), torch.zeros(96, 16, 1, 1))
 
 
 def test_phases_first_is_a_pixel_shuffle() -> None:
@@ -165,10 +215,17 @@ def cases(device: str, dtype: torch.dtype) -> list[tuple]:
 
     gate_taps = depthwise_gate.pack(wide(24, 1, 3, 3))
     weight = conv3x3.pack(t(16, 8, 3, 3) / 8)
+    taps, point = scale(96, 16, 5, device)
     return [
         (OPS.conv3x3.default, (t(2, 3, 5, 8), weight, wide(16), t(2, 3, 5, 16), False, -1)),
         (OPS.conv3x3.default, (t(2, 3, 5, 8), weight, wide(16), None, True, -1)),
         (OPS.conv3x3.default, (t(2, 3, 5, 8), weight, wide(16), None, True, -2)),
+        (OPS.conv3x3.default, (t(2, 3, 5, 8), weight, wide(16), None, False, -1, True)),
+        (OPS.conv3x3_norm.default, (t(2, 3, 5, 8), weight, wide(16), wide(16), t(2, 3, 5, 16), 1e-5, -1)),
+        (OPS.nearest_up.default, (t(2, 3, 5, 8), nearest_up.pack(t(16, 8, 3, 3) / 8), wide(16), True)),
+        (OPS.multiscale_attention.default, (t(2, 7, 11, 96), taps, point.to(dtype), 16, 1e-15)),
+        (OPS.multiscale_attention.default, (t(2, 3, 4, 96), taps, point.to(dtype), 16, 1e-15)),
+        (OPS.multiscale_attention.default, (t(1, 70, 61, 96), taps, point.to(dtype), 16, 1e-15)),
         (OPS.latent_conv.default, (t(2, 8, 3, 5), weight, t(16), 2)),
         (OPS.pointwise.default, (t(2, 3, 5, 8), t(16, 8), t(16))),
         (OPS.depthwise_gate.default, (t(2, 5, 37, 24), gate_taps, wide(24))),
@@ -180,7 +237,7 @@ def cases(device: str, dtype: torch.dtype) -> list[tuple]:
     ]
 
 
-@pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("index", range(17))
 def test_opcheck(index: int) -> None:
     op, arguments = cases("cpu", torch.float32)[index]
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -194,7 +251,7 @@ def reference_of(op: object, arguments: tuple) -> torch.Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("index", range(17))
 def test_on_the_gpu(index: int, dtype: torch.dtype) -> None:
     op, arguments = cases("cuda", dtype)[index]
     # What was freed before the call is full of NaN: an output element that is not written shows.
@@ -217,6 +274,35 @@ def test_every_way_on_the_gpu(dtype: torch.dtype, out: int, own: int, residual: 
     for how in ways:
         torch.full((1 << 24,), float("nan"), device="cuda", dtype=dtype)
         close(OPS.conv3x3(*arguments, how), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 16, 16, 64), (2, 128, 96, 128), (3, 64, 64, 320)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_silu_and_norm_in_the_kernel_on_the_gpu(shape: tuple[int, ...], residual: bool, dtype: torch.dtype) -> None:
+    to = {"device": "cuda", "dtype": dtype}
+    x = torch.randn(*shape, **to)
+    if not conv3x3.is_hopper(x.device):
+        pytest.skip("needs compute capability 9.0")
+    weight = conv3x3.pack(torch.randn(128, shape[-1], 3, 3, device="cuda") * shape[-1] ** -0.5 / 3).to(dtype)
+    gain, shift = torch.randn(128, device="cuda"), torch.randn(128, device="cuda")
+    added = torch.randn(*shape[:-1], 128, **to) if residual else None
+    for op, arguments, ways in (
+        (OPS.conv3x3.default, (x, weight, shift, None, False, -1, True), (conv3x3.LIBRARY, conv3x3.RESIDENT)),
+        (
+            OPS.conv3x3_norm.default,
+            (x, weight, gain, shift, added, 1e-5, -1),
+            (conv3x3.LIBRARY, conv3x3.RESIDENT, conv3x3.RESIDENT_NORM),
+        ),
+    ):
+        silu = op == OPS.conv3x3.default
+        assert set(ways) == set(conv3x3.ways(x, weight, residual and not silu, False, silu, not silu))
+        wanted = reference_of(op, arguments).to(dtype)
+        for how in ways:
+            torch.full((1 << 24,), float("nan"), device="cuda", dtype=dtype)
+            called = (*arguments[:5], how, True) if silu else (*arguments[:6], how)
+            close(op(*called), wanted)
 
 
 @pytest.mark.gpu

@@ -49,6 +49,15 @@ DEVICE u32 leaky2(u32 pair) {
 }
 DEVICE float leaky(float x) { return fmaxf(x, SLOPE * x); }
 
+// x / (1 + exp(-x)) as h + h tanh(h), h = x / 2: one special-function call instead of two. The hardware's tanh has a relative
+// error of at most 2^-11 (PTX ISA), so the result's is at most |x| 2^-12; measured, results are off by one rounding in
+// bfloat16 and in float16 (docs/log.md).
+DEVICE float silu(float x) {
+    float h = 0.5f * x, t;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(h));
+    return fmaf(h, t, h);
+}
+
 // LeakyReLU of four values, then their 8-bit codes, first value in the lowest byte. INT8: rounded to the nearest
 // integer in [-127, 127]; the sums of float16 pairs with 1536, whose last place is 1, hold the code in their low bytes.
 // FP8: e4m3, saturating.

@@ -1,4 +1,5 @@
-// Dense 3x3 convolution, NHWC, padding 1: out = relu(conv(x) + bias) + residual, each of the three optional.
+// Dense 3x3 convolution, NHWC, padding 1: out = relu(conv(x) + bias) + residual, each of the three optional, or SiLU in the
+// place of ReLU. With NORM the sums pass an RMS norm over the channels first, which a tile then has to hold all of.
 //
 // A tile is 16 x 16 pixels by 128 channels; two warpgroups multiply, 8 x 16 pixels each, as two products of 8 x 8 pixels by
 // 128 channels whose sums stay in registers. Of 64 input channels at a time the 18 x 18 pixels around the tile are copied to
@@ -11,7 +12,7 @@
 // the residual piece by piece between the taps' weights. Two more threads store results, one for each half. Blocks walk over
 // tiles; the rings fill for the next tile while results of this one are finished.
 //
-// BIAS, RELU, RESIDUAL: what follows the sums. FP16: element type.
+// BIAS, RELU or SILU, RESIDUAL: what follows the sums. NORM: before them, with EPS. FP16: element type.
 #define COLUMNS 128  // channels of a tile
 #define DEPTH 64     // input channels at a time: 128 bytes, a row of the operand
 #define X_PITCH (18 * 128)
@@ -138,8 +139,39 @@ DEVICE void store_results(const Work& w, const Layout& at, const TensorMap& map,
 
 DEVICE float after(float sum, float bias) {
     float y = BIAS ? sum + bias : sum;
+#ifdef SILU
+    return silu(y);
+#else
     return RELU ? fmaxf(y, 0.f) : y;
+#endif
 }
+
+// d / sqrt(mean over channels of d^2 + EPS) * gain. A pixel's channels lie in the four lanes of a quad, as products leave them:
+// d[4 n] and d[4 n + 1] belong to one pixel, the next two to another.
+#ifdef NORM
+DEVICE void normalize(float (&d)[64], const float* gain, int lane) {
+    float scale[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < 64; ++i) scale[i >> 1 & 1] = fmaf(d[i], d[i], scale[i >> 1 & 1]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        scale[h] += __shfl_xor_sync(0xffffffffu, scale[h], 1);
+        scale[h] += __shfl_xor_sync(0xffffffffu, scale[h], 2);
+        scale[h] = rsqrtf(scale[h] / COLUMNS + EPS);
+    }
+#pragma unroll
+    for (int n = 0; n < 16; ++n) {
+        float2 g = __ldg((const float2*)(gain + 8 * n) + (lane & 3));
+        d[4 * n] *= scale[0] * g.x, d[4 * n + 1] *= scale[0] * g.y;
+        d[4 * n + 2] *= scale[1] * g.x, d[4 * n + 3] *= scale[1] * g.y;
+    }
+}
+#define GAIN , const float* gain
+#define PASS_GAIN , gain
+#else
+#define GAIN
+#define PASS_GAIN
+#endif
 
 // Sums of 8 x 8 pixels, the left or the right of a half, to results. Warp w has rows 2 w and 2 w + 1 of the pixels; lane
 // 8 m + r gives the address of pixel r of block m: the two rows' pixels for eight channels, then for the next eight.
@@ -171,7 +203,7 @@ DEVICE void finish(const float (&d)[64], const float* bias, u32 place, int right
 // `matrix_descriptor` with groups of eight rows one row of pixels apart.
 DEVICE u64 pixel_descriptor(u32 address) { return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(X_PITCH / 16) << 32 | (u64)1 << 62; }
 
-DEVICE void multiply(const Work& w, const Layout& at, const float* bias, int g, int warp, int lane) {
+DEVICE void multiply(const Work& w, const Layout& at, const float* bias, int g, int warp, int lane GAIN) {
     Place<X_SLOTS> x{0, 0};
     Place<W_SLOTS> p{0, 0};
     float left[64], right[64];
@@ -206,6 +238,9 @@ DEVICE void multiply(const Work& w, const Layout& at, const float* bias, int g, 
         if (lane == 0) barrier_arrive(at.empty_w + before * 8), barrier_arrive(at.empty_x + (x.slot ^ 1) * 8);
         barrier_wait(at.ready + g * 8, parity);
         const float* first = bias + tile_at(w, index).n;
+#ifdef NORM
+        normalize(left, gain, lane), normalize(right, gain, lane);
+#endif
         finish(left, first, at.out + g * OUT_BYTES, 0, warp, lane);
         finish(right, first, at.out + g * OUT_BYTES, 1, warp, lane);
         async_fence();
@@ -217,7 +252,7 @@ DEVICE void multiply(const Work& w, const Layout& at, const float* bias, int g, 
 
 extern "C" __global__ void __launch_bounds__(384, 1)
 conv3x3(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap out,
-        const __grid_constant__ TensorMap residual, const float* bias, int down, int across, int column_tiles, int tiles, int chunks) {
+        const __grid_constant__ TensorMap residual, const float* bias, int down, int across, int column_tiles, int tiles, int chunks GAIN) {
     extern __shared__ __align__(1024) unsigned char memory[];
     Layout at;
     at.x = shared_address(memory);
@@ -245,6 +280,6 @@ conv3x3(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w
         }
     } else {
         more_registers<232>();
-        multiply(w, at, bias, (warp >> 2) - 1, warp & 3, lane);
+        multiply(w, at, bias, (warp >> 2) - 1, warp & 3, lane PASS_GAIN);
     }
 }

@@ -98,7 +98,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 @triton.jit
 def finish_kernel(
     y_ptr, bias_ptr, residual_ptr, total, channels,
-    RELU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    RELU: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < total
@@ -107,16 +107,18 @@ def finish_kernel(
         y += tl.load(bias_ptr + place % channels, mask).to(tl.float32)
     if RELU:
         y = tl.maximum(y, 0.0)
+    if SILU:
+        y = y * tl.sigmoid(y)
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + place, mask).to(tl.float32)
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask)
 
 
-def finish_(y: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
-    """`y = relu(y + bias) + residual` in place on contiguous `y [..., C]`, summed in fp32."""
+def finish_(y: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, silu: bool = False) -> Tensor:
+    """`y = relu(y + bias) + residual` in place on contiguous `y [..., C]`, summed in fp32; `silu`: SiLU for ReLU."""
     block = 4096
     finish_kernel[(triton.cdiv(y.numel(), block),)](
         y, y if bias is None else bias, y if residual is None else residual, y.numel(), y.shape[-1],
-        RELU=relu, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=8,
+        RELU=relu, SILU=silu, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return y

@@ -21,11 +21,13 @@ def pack(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).contiguous()
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
-    """Convolution with zero padding of 1, then bias, ReLU if asked for, then the residual; NHWC in and out."""
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, silu: bool = False
+) -> Tensor:
+    """Convolution with zero padding of 1, then bias, ReLU or SiLU if asked for, then the residual; NHWC in and out."""
     bias = None if bias is None else bias.to(x.dtype)
     y = F.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), bias, padding=1).permute(0, 2, 3, 1)
-    y = F.relu(y) if relu else y
+    y = F.relu(y) if relu else F.silu(y) if silu else y
     return (y if residual is None else y + residual).contiguous()
 
 

@@ -37,14 +37,35 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     return height % ROWS == 0 and width % WIDTH == 0 and channels % DEPTH == 0 and weight.shape[0] % COLUMNS == 0
 
 
-def kernel_of(dtype: torch.dtype, bias: bool, relu: bool, residual: bool) -> Kernel:
+def holds_all_channels(weight: Tensor) -> bool:
+    """Whether one tile has every output channel of `weight [O, 3, 3, C]`, as a norm in the kernel needs."""
+    return weight.shape[0] == COLUMNS
+
+
+def kernel_of(
+    dtype: torch.dtype, bias: bool, relu: bool, residual: bool, silu: bool = False, norm_eps: float | None = None
+) -> Kernel:
     """The variant for what follows the sums."""
-    defines = (f"BIAS={bias:d}", f"RELU={relu:d}", f"RESIDUAL={residual:d}", *dtype_defines(dtype))
-    return Kernel("conv3x3", "conv3x3", defines, SHARED_BYTES, HEADERS, "a")
+    defines = [f"BIAS={bias:d}", f"RELU={relu:d}", f"RESIDUAL={residual:d}"]
+    defines += ["SILU"] if silu else []
+    defines += [] if norm_eps is None else ["NORM", f"EPS={norm_eps!r}f"]
+    return Kernel("conv3x3", "conv3x3", (*defines, *dtype_defines(dtype)), SHARED_BYTES, HEADERS, "a")
 
 
-def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    silu: bool = False,
+    norm: tuple[Tensor, float] | None = None,
+) -> Tensor:
     """The convolution of contiguous `x [B, H, W, C]`; weight `[O, 3, 3, C]`, bias `[O]` fp32, residual like the result.
+
+    Args:
+        norm: the gain `[O]` fp32 and eps of an RMS norm over the channels of the sums; the bias is added after it. Only
+            where `holds_all_channels`.
 
     Raises:
         ValueError: another shape or dtype; the kernel would read and write something else.
@@ -54,6 +75,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     out_channels = weight.shape[0]
     out = x.new_empty(batch, height, width, out_channels)
     alike = residual is None or (residual.shape == out.shape and residual.dtype == x.dtype)
+    if norm is not None and not holds_all_channels(weight):
+        raise ValueError(f"a norm in the kernel needs {COLUMNS} output channels, got {out_channels}: use how=RESIDENT")
     if not alike or not fits(x, weight) or weight.dtype != x.dtype or weight.shape[1:] != (3, 3, channels):
         shapes = [None if t is None else (list(t.shape), t.dtype) for t in (x, weight, residual)]
         raise ValueError(
@@ -66,9 +89,11 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     x, weight = aligned(x), aligned(weight)
     residual = None if residual is None else aligned(residual)
     bias = None if bias is None else aligned(bias.float())
+    gain = None if norm is None else aligned(norm[0].float())
     across, column_tiles = width // WIDTH, out_channels // COLUMNS
     tiles = batch * (height // ROWS) * across * column_tiles
-    kernel_of(x.dtype, bias is not None, relu, residual is not None).launch(
+    eps = None if norm is None else norm[1]
+    kernel_of(x.dtype, bias is not None, relu, residual is not None, silu, eps).launch(
         x.device,
         grid=min(tiles, processors(x.device)),
         block=THREADS,
@@ -79,6 +104,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
             tensor_map(out if residual is None else residual, PIECE),
             bias,
             height // ROWS, across, column_tiles, tiles, channels // DEPTH,
+            *(() if gain is None else (gain,)),
         ),
     )  # fmt: skip
     return out

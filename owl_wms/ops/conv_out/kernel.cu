@@ -12,13 +12,6 @@
 #define TILES ((COLUMNS + 7) / 8)
 #define THREADS 256
 
-// x / (1 + exp(-x)) as h + h tanh(h), h = x / 2: one special-function call instead of two, error below 16-bit rounding.
-DEVICE float silu(float x) {
-    float h = 0.5f * x, t;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(h));
-    return fmaf(h, t, h);
-}
-
 DEVICE u32 activate2(u32 pair) {
 #ifdef SILU
     return pack(silu(low_float(pair)), silu(high_float(pair)));

@@ -4,9 +4,7 @@
 // activated once and added to the three columns of sums that are in flight, so nothing is shared; a column is loaded while
 // the one before is added. Three columns a turn, so that sums change roles and not registers.
 //
-// silu(x) = x / 2 + x / 2 * tanh(x / 2): the hardware's tanh is one operation of the unit for special functions, which would
-// bound the kernel with two, exponential and reciprocal. Its relative error is at most 2^-11 (PTX ISA), so silu's at most
-// |x| 2^-12; measured, results are off by one rounding in bfloat16 and in float16 (docs/log.md).
+// silu (device.cuh) is one operation of the unit for special functions, which would bound the kernel with two.
 //
 // CHANNELS of the result and WIDTH are known to the compiler: every load of a column is one address and a constant.
 #define X_ROW (WIDTH * 2 * CHANNELS)
@@ -20,12 +18,6 @@ struct Column {
 struct Taps {
     float hidden[9][2], gate[9][2];
 };
-
-DEVICE float silu(float x) {
-    float half = 0.5f * x, t;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(half));
-    return fmaf(half, t, half);
-}
 
 struct Walk {
     const u16* x;  // column 0 of row top - 1
