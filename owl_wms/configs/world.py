@@ -29,7 +29,7 @@ SamplerId = Literal["av_window", "av_causal", "av_causal_no_cfg", "av_caching"]
 # Files that a training run reads besides its data and its own checkpoints.
 _READ = (
     *("vae_cfg_path", "vae_ckpt_path", "audio_vae_cfg_path", "audio_vae_ckpt_path"),
-    *("teacher_cfg", "teacher_ckpt", "student_ckpt"),
+    *("teacher_cfg", "teacher_ckpt", "student_ckpt", "init_ckpt"),
 )
 _ALWAYS = ("data_id", "data_kwargs", "sample_data_id", "sample_data_kwargs", "sampler_id", "sampler_kwargs")
 _AUDIO = (*_ALWAYS, "audio_vae_scale")
@@ -115,7 +115,8 @@ class TrainingConfig(StrictModel):
 
     `loss_weights`, `ts_shift`, `uncond` and `audio_vae_batch_size` are accepted because shipped files have them;
     nothing reads them. `log_predictions` is read by `causvid_vid` and `sforce_vid`: evaluations then also decode a clip
-    of the student and what teacher and critic make of it.
+    of the student and what teacher and critic make of it. `init_ckpt` is a file of weights alone that a run starts from
+    when it continues none. `tensorboard` writes the reports to `checkpoint_dir/tensorboard` as well.
     """
 
     trainer_id: TrainerId | None = None
@@ -134,6 +135,8 @@ class TrainingConfig(StrictModel):
     checkpoint_dir: PathText = "checkpoints/v0"
     output_path: PathText | None = None
     resume_ckpt: PathText | None = None
+    init_ckpt: PathText | None = None
+    tensorboard: bool = False
     sample_interval: PositiveInt = 1000
     save_interval: PositiveInt = 1000
     n_samples: PositiveInt = 8

@@ -205,7 +205,7 @@ def _s3(
             TarBucket(bucket_name, prefix),
             window_length,
             members,
-            seed=seed + salt * world_size,
+            seed=seed + salt,
             rank=rank,
             file_share_max=file_share_max,
         )
@@ -230,9 +230,7 @@ def _s3_mixed(
     def make(salt: int) -> MixedS3Windows:
         def stream(prefix: str, members: tuple[str, ...]) -> S3Windows:
             bucket = TarBucket(bucket_name, prefix)
-            return S3Windows(
-                bucket, window_length, members, seed=seed + salt * world_size, rank=rank, file_share_max=file_share_max
-            )
+            return S3Windows(bucket, window_length, members, seed=seed + salt, rank=rank, file_share_max=file_share_max)
 
         labelled = stream(labelled_prefix, ("latent", "audiolatent", "mouse", "buttons"))
         return MixedS3Windows(labelled, stream(unlabelled_prefix, ("latent", "audiolatent")), unlabelled_frac)

@@ -1,9 +1,10 @@
 """From a data set to batches whose position can be written down and found again.
 
-Why: a run that was killed must see the batches it would have seen. The order of samples is a function of (seed,
-epoch), ranks take every world-th sample of it, and the loader counts the batches its reader has received, not those
-that workers fetched ahead. Our errors leave a worker as values: torch would raise a text of tracebacks in their place,
-without path and index.
+Why: a run that was killed must see the batches it would have seen. The order of samples is a function of (seed, epoch).
+The position is the number of samples of that order which all ranks together have received; samples that workers fetched
+ahead do not count. Ranks share out the rest of the order, so a run may go on with another batch size or on another
+number of ranks, and still reads every sample of the epoch once. Our errors leave a worker as values: torch would raise
+a text of tracebacks in their place, without path and index.
 
 Usage:
     loader = ResumableLoader(dataset, batch_size=4, collate_fn=stack, seed=0, rank=0, world_size=1)
@@ -13,6 +14,7 @@ Usage:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from owl_wms.data.workers import keep_reading
 from owl_wms.errors import ConfigError, DataError, OwlError
 
+_log = logging.getLogger(__name__)
 WORKERS = 2  # upstream's number: reading memory-mapped arrays is light
 Batch = tuple[Tensor, ...]
 
@@ -124,25 +127,27 @@ def stack(parts: Sequence[Tensor], name: str) -> Tensor:
 
 
 class _EpochOrder(Sampler[list[Any]]):
-    """Batches of indices for one rank in one epoch, from a chosen batch onwards."""
+    """Batches of indices for one rank in one epoch, after the first `skip` samples of its order."""
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int, world_size: int, tag_epoch: bool) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world_size, self.tag_epoch = rank, world_size, tag_epoch
         self.epoch = 0
-        self.first = 0
+        self.skip = 0
 
-    def batches(self) -> int:
-        return self.count // self.world_size // self.batch_size
+    def batches(self, skip: int = 0) -> int:
+        """Return how many batches each rank reads after `skip` samples."""
+        return (self.count - skip) // self.world_size // self.batch_size
 
     def __len__(self) -> int:
-        return self.batches() - self.first
+        return self.batches(self.skip)
 
     def __iter__(self) -> Iterator[list[Any]]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        mine = torch.randperm(self.count, generator=generator, device="cpu")[self.rank :: self.world_size].tolist()
+        order = torch.randperm(self.count, generator=generator, device="cpu")[self.skip :]
+        mine = order[self.rank :: self.world_size].tolist()
         epoch = self.epoch
-        for batch in range(self.first, self.batches()):
+        for batch in range(self.batches(self.skip)):
             picked = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield [(epoch, index) for index in picked] if self.tag_epoch else picked
 
@@ -199,28 +204,50 @@ class ResumableLoader:
             generator=torch.Generator().manual_seed(seed),
         )
         self._epoch = 0
-        self._seen = 0
+        self._samples = 0  # of the epoch's order, received by all ranks together
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
         return self._order.batches()
 
     def __iter__(self) -> Iterator[Batch]:
-        self._order.epoch, self._order.first = self._epoch, self._seen
+        self._order.epoch, self._order.skip = self._epoch, self._samples
         for batch in raised(self._loader):
-            self._seen += 1
+            self._samples += self._order.batch_size * self._order.world_size
             yield batch
-        self._epoch, self._seen = self._epoch + 1, 0
+        self._epoch, self._samples = self._epoch + 1, 0
 
     @property
     def epoch(self) -> int:
         """Epochs read to the end."""
-        return self._epoch + (self._seen >= len(self))
+        return self._epoch + (self._order.batches(self._samples) < 1)
 
     def state_dict(self) -> dict[str, int]:
-        """Position: the epoch and the batches of it that the reader has received."""
-        return {"epoch": self._epoch, "seen": self._seen}
+        """Return the position: the epoch, the samples of it that all ranks have received, and what gives its order."""
+        order = self._order
+        return {"epoch": self._epoch, "samples": self._samples, "count": order.count, "seed": order.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue there at the next `for`; raises KeyError when `state` is not such a position."""
-        self._epoch, self._seen = int(state["epoch"]), int(state["seen"])
+        """Continue there at the next `for`; an epoch whose order is another by now begins anew, with a warning.
+
+        Also takes positions of earlier versions, which counted batches of the present size.
+
+        Raises:
+            KeyError: `state` is not such a position.
+        """
+        order = self._order
+        self._epoch = int(state["epoch"])
+        if "samples" in state:
+            self._samples = int(state["samples"])
+        else:
+            self._samples = int(state["seen"]) * order.batch_size * order.world_size
+        found = {"count": order.count, "seed": order.seed}
+        changed = [
+            f"{name} {state[name]}, now {value}" for name, value in found.items() if state.get(name, value) != value
+        ]
+        if changed and self._samples:
+            _log.warning(
+                "the order of the data is not the checkpoint's any more (%s): epoch %d is read from its beginning",
+                *(", ".join(changed), self._epoch),
+            )
+            self._samples = 0

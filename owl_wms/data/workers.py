@@ -1,9 +1,9 @@
-"""A loader's worker processes: only their own trainer may end them by SIGTERM.
+"""A loader's worker processes outlive the signals that ask a run to end: only their own trainer ends them.
 
-Why: launchers and schedulers send that signal to all processes of a job. A trainer then finishes its step and saves,
-for which it needs batches, but torch's workers would die of the signal and the run would end with their error. This
-holds for forked workers, which torch makes on Linux by itself; a spawned one imports libraries whose threads take the
-signal, and dies of it.
+Why: terminals, launchers and schedulers send these signals to all processes of a job. A trainer then finishes its step
+and saves, for which it needs batches, but torch's workers would die of the signal and the run would end with their
+error. For SIGTERM, which the trainer itself sends to its workers, this holds for forked workers, which torch makes on
+Linux by itself. A spawned worker imports libraries whose threads take the signal, and dies of it.
 
 Usage:
     DataLoader(dataset, num_workers=2, worker_init_fn=keep_reading)
@@ -17,9 +17,15 @@ import signal
 import sys
 import threading
 
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+"""Signals that end a run after its current step; Windows has the first two."""
+
 
 def keep_reading(worker: int) -> None:
-    """Called in a worker before its first sample; `worker` is its number."""
+    """Prepare a worker before its first sample; `worker` is its number."""
+    for number in STOPPING:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
     if trainer is not None and sys.platform == "linux":  # elsewhere a signal does not say who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -1,10 +1,11 @@
-"""What all trainers share: setup, the loop, average, checkpoints, resume, evaluation, reports. A trainer adds its loss.
+"""Shared by all trainers: setup, the loop, average, checkpoints, resume, evaluation, reports. A trainer adds its loss.
 
-A step's random numbers are a function of (seed, step, rank), and the loader's position is stored, so a run that was
-killed and resumed repeats the losses of one that was not. SIGTERM ends the loop after the current step with a
-checkpoint; all ranks agree on it. A run that fails saves its last whole step first. Nothing that is not finite is ever
-applied to the weights or saved. Evaluation samples on all ranks and decodes on rank 0, the only one that has, and
-compiles, the decoder (see `evaluation`).
+A step's random numbers are a function of (seed, step, rank), and the loader's position is stored. A run that was killed
+and resumed therefore repeats the losses of one that was not. Nothing is written, moved or deleted before the first step
+is done. A signal (see `signals`) ends the loop after the current step with a checkpoint; all ranks agree on it. A step
+is applied whole or not at all (see `undo`), and a run that fails saves its last whole step first. Nothing that is not
+finite is ever applied to the weights or saved. Evaluation samples on all ranks and decodes on rank 0, the only one that
+has, and compiles, the decoder (see `evaluation`).
 
 Usage:
     trainer = get_trainer_cls("rft")(cfg.train, cfg.wandb, cfg.model, rank, local_rank, world_size)
@@ -14,18 +15,17 @@ Usage:
 from __future__ import annotations
 
 import logging
-import signal
-import threading
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from owl_wms import env
 from owl_wms.configs.vae import WandbConfig
 from owl_wms.configs.world import TrainingConfig, WorldModelConfig, require_trainer_keys
 from owl_wms.data.loaders import Loader, get_loader
@@ -36,21 +36,27 @@ from owl_wms.trainers.batches import BatchRule, endless
 from owl_wms.trainers.checkpoints import (
     averaged_weights,
     checkpoint_path,
+    differences,
     latest_checkpoint,
     load_checkpoint,
+    load_core_weights,
+    load_part,
     save_checkpoint,
+    save_output,
     set_aside,
     strip_wrappers,
 )
 from owl_wms.trainers.distributed import barrier, choose_device
 from owl_wms.trainers.ema import EMA
-from owl_wms.trainers.evaluation import Evaluator
+from owl_wms.trainers.evaluation import Evaluation, Evaluator, core_of
 from owl_wms.trainers.guards import REMEDY, broken_weight, require_finite, rescue
 from owl_wms.trainers.journal import Journal
 from owl_wms.trainers.metrics import Metrics
-from owl_wms.trainers.optim.optimisers import build_optimiser, build_schedule
+from owl_wms.trainers.optim.optimisers import build_optimiser, build_schedule, load_optimiser
 from owl_wms.trainers.phases import Loss, Phase
 from owl_wms.trainers.progress import Progress
+from owl_wms.trainers.signals import Asked, listening
+from owl_wms.trainers.undo import Undo
 
 _log = logging.getLogger(__name__)
 LATEST = "latest"
@@ -106,8 +112,10 @@ class BaseTrainer(ABC):
         self.step = self.saved_step = 0
         self.losses: list[dict[str, float]] = []
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
-        self._asked_to_stop = False  # by a signal, on this rank, at any moment
+        self._asked = Asked()  # by a signal, on this rank, at any moment
         self._stop = False  # agreed by all ranks, between two steps
+        self._opened = False  # whether this run has its folder
+        self.journal: Journal | None = None  # on rank 0, once it has
         torch.manual_seed(train_cfg.seed)
         self.model = self.build_model().to(self.device).train()
         self.ema = EMA(self.model, self.ema_beta)
@@ -115,6 +123,7 @@ class BaseTrainer(ABC):
         self.loader = loader or self.make_loader(train_cfg.data_id, train_cfg.data_kwargs, train_cfg.batch_size)
         self._batches = self.endless(self.loader, "data_kwargs")
         self._position = self.loader.state_dict()
+        self._environment = env.describe_machine()
         self.evaluator = Evaluator(self, sample_loader)
         self.metrics = Metrics(self.device)
 
@@ -165,75 +174,81 @@ class BaseTrainer(ABC):
             accumulation=max(1, cfg.target_batch_size // cfg.batch_size // self.world_size),
             repeats=repeats,
             clip=None if opt == "Muon" else self.clip,
-            schedule=build_schedule(cfg.scheduler, cfg.scheduler_kwargs, optimiser),
+            schedule=build_schedule(cfg.scheduler, cfg.scheduler_kwargs, optimiser, last_step=cfg.max_steps),
         )
 
     def train(self) -> None:
         """Run until epochs, `max_steps`, `max_seconds` or a signal end it; the last state is saved.
 
         Raises:
-            ConfigError, DataError, CheckpointError: before the first step, what evaluation needs cannot be used.
+            ConfigError, DataError, CheckpointError: before the first step, a file or a setting cannot be used; the
+                run's folder is as it was.
             TrainingError: a loss, gradient or weight is no longer finite; nothing was saved over.
             DataError: a row that cannot be used; the steps before it are saved.
         """
         self.resume()
         self.evaluator.prepare()
-        aside = set_aside(self.folder, self.step) if self.rank == 0 else None
-        if aside is not None:
-            _log.warning(
-                "%s held checkpoints of another run, with steps after %d: they are in %s now; --resume continues a run",
-                *(self.folder, self.step, aside.name),
-            )
-        config = {"train": self.train_cfg.model_dump(mode="json"), "model": self.model_cfg.model_dump(mode="json")}
-        journal = Journal(self.folder, self.wandb_cfg, config) if self.rank == 0 else None
         self.saved_step = self.step
         try:
             progress = Progress(total=self.train_cfg.max_steps, done=self.step, enabled=self.rank == 0)
-            with self._listening(), progress:
+            with listening() as self._asked, progress:
                 while not self._finished():
-                    self.evaluate(journal)
-                    values = self.train_step()
+                    values = self._evaluate_and_step()
                     progress.show(self.step, values)
-                    if journal is not None:
-                        journal.log(self.step, values)
+                    if self.journal is not None:
+                        self.journal.log(self.step, values)
                     require_finite(self.step, values)
                     if self.step % self.train_cfg.save_interval == 0:
                         self.save()
-            if self.step != self.saved_step:
-                self.save()
-            if not self._stop:
-                self.evaluate(journal)
-        except Exception:
+                if self.step != self.saved_step:
+                    self.save()
+                if not self._stop:
+                    self.evaluate()
+                elif self._asked:
+                    _log.warning("%s: the run ends after step %d; --resume continues it", self._asked.by, self.step)
+        except BaseException:  # KeyboardInterrupt too: a second Ctrl-C ends the step, not what is saved
             rescue(self)
             raise
         finally:
-            if journal is not None:
-                journal.close()
+            if self.journal is not None:
+                self.journal.close()
 
     def train_step(self) -> dict[str, float]:
-        """One step of all phases; returns the means over micro-batches and ranks, and the seconds it took."""
+        """Make one step of all phases; returns means over micro-batches and ranks, the seconds and the rate.
+
+        If it raises before all phases and the average are updated, weights, optimisers and position are those of the
+        step before.
+        """
         started = time.perf_counter()
         # Fixed by the step, so that a resumed run draws what the killed one would have drawn.
         torch.manual_seed((self.train_cfg.seed * 1_000_003 + self.step) * self.world_size + self.rank)
         self.model.train()
-        for phase in self.phases:
-            phase.update(self._batches, self.metrics, self.step)
-        self.ema.update(self.model)
-        self.step += 1
+        with Undo() as undo:
+            undo.keep_values(self, "step", "_position")
+            undo.keep_values(self.ema, "steps")
+            for phase in self.phases:
+                phase.update(self._batches, self.metrics, self.step, undo)
+            undo.keep(self.ema.model)
+            self.ema.update(self.model)
+            self.step, self._position = self.step + 1, self.loader.state_dict()
         late = self._deadline is not None and time.monotonic() > self._deadline
-        values, self._stop = self.metrics.pop(stop=self._asked_to_stop or late)
-        self._position = self.loader.state_dict()
+        values, self._stop = self.metrics.pop(stop=bool(self._asked) or late)
         self.losses.append(values)
-        return {**values, "time": time.perf_counter() - started}
+        rate = float(self.phases[-1].optimiser.param_groups[0]["lr"])
+        return {**values, "lr": rate, "time": time.perf_counter() - started}
 
     def checkpoint(self) -> dict[str, Any]:
-        """The run's state: `model`, `ema`, `opt`, `steps`, the data position and what the trainer adds."""
+        """Return the run's state: `model`, `ema`, `opt`, `steps`, the data position, configuration, machine, and what
+        the trainer adds.
+        """
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "opt": self.phases[-1].optimiser.state_dict(),
             "steps": self.step,
             "data": self._position,
+            "config": self._config(),
+            "environment": self._environment,
             **self.extra_state(),
         }
 
@@ -254,13 +269,16 @@ class BaseTrainer(ABC):
         self.saved_step = self.step
 
     def write_checkpoint(self) -> None:
-        """What `save` does, on this rank alone and without a look at the weights."""
+        """Write the files of `save`, on this rank alone and without a look at the weights."""
         save_checkpoint(checkpoint_path(self.folder, self.step), self.checkpoint())
         if self.train_cfg.output_path is not None:
-            save_checkpoint(Path(self.train_cfg.output_path), averaged_weights(self.ema.state_dict()))
+            save_output(Path(self.train_cfg.output_path), averaged_weights(self.ema.state_dict()))
 
     def resume(self) -> None:
-        """Continue from `resume_ckpt`; `latest` means the newest in the checkpoint folder, if there is one.
+        """Continue from `resume_ckpt`, where `latest` means the newest in the checkpoint folder, if there is one.
+
+        A run that does not continue another starts from `init_ckpt`, weights alone, where that is given. Settings are
+        those of the configuration, also where the checkpoint has others.
 
         Raises:
             CheckpointError: a file that cannot be read or holds another architecture.
@@ -268,20 +286,36 @@ class BaseTrainer(ABC):
         wanted = self.train_cfg.resume_ckpt
         path = latest_checkpoint(self.folder) if wanted == LATEST else wanted
         if path is None:
+            if self.train_cfg.init_ckpt is not None:
+                load_core_weights(core_of(self.model), self.train_cfg.init_ckpt)
+                self.ema = EMA(self.model, self.ema_beta)
             return
         state = load_checkpoint(path)
         try:
-            self.model.load_state_dict(strip_wrappers(state["model"]))
+            load_part(self.model, state["model"], path)
             self.ema.load_state_dict(strip_wrappers(state["ema"]))
-            self.phases[-1].optimiser.load_state_dict(state["opt"])
+            load_optimiser(self.phases[-1].optimiser, state["opt"])
             self.load_extra_state(state)
             self.step = int(state["steps"])
             if "data" in state:  # upstream's checkpoints have no data position
                 self.loader.load_state_dict(state["data"])
                 self._position = self.loader.state_dict()
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: does not continue this run: {error}", path=path) from error
+        except CheckpointError:
+            raise
+        except KeyError as error:
+            raise CheckpointError(
+                f"{path}: has no {error}, so it does not continue a run of {self.trainer_id!r}; train.init_ckpt takes "
+                "weights alone",
+                path=path,
+            ) from error
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{path}: does not continue this run: {reason}", path=path) from error
         _log.info("resumed from %s at step %d", path, self.step)
+        for key, old, new in differences(state.get("config"), self._config()):
+            # Weights mean something else under another model; other settings are changed on purpose.
+            level = logging.WARNING if key.startswith("model.") else logging.INFO
+            _log.log(level, "%s is %s from here on, and was %s in the checkpoint", key, new, old)
 
     def to_latents(self, video: Tensor) -> Tensor:
         """Stored latents to what the world model sees: divided by `vae_scale`."""
@@ -293,14 +327,52 @@ class BaseTrainer(ABC):
             return True
         return self.stops_by_epochs and self.loader.epoch >= cfg.epochs
 
-    def evaluate(self, journal: Journal | None) -> None:
-        if self.step % self.train_cfg.sample_interval != 0:
+    def _evaluate_and_step(self) -> dict[str, float]:
+        """Evaluate, if this step is due for it, and make the next one; the first step opens the run's folder."""
+        if self._opened:
+            self.evaluate()
+            return self.train_step()
+        with tempfile.TemporaryDirectory() as place:
+            found = self.evaluator.run(Path(place)) if self._evaluation_due() else None
+            values = self.train_step()
+            self._open()
+            if found is not None:
+                self.evaluator.settle(found, Path(place))
+                self._report(found)
+        return values
+
+    def _open(self) -> None:
+        """Take the run's folder: set other runs' checkpoints aside and begin the journal, once, on rank 0."""
+        if self._opened:
             return
-        result = self.evaluator.run()
-        if journal is not None and result.paths:
-            journal.clips(self.step, result.paths, result.decoded_by)
-        if journal is not None and result.error is not None:
-            journal.log(self.step, {"evaluation_error": result.error})
+        self._opened = True
+        if self.rank != 0:
+            return
+        aside = set_aside(self.folder, self.saved_step)
+        if aside is not None:
+            _log.warning(
+                "%s held checkpoints of another run, with steps after %d: they are in %s now; --resume continues a run",
+                *(self.folder, self.saved_step, aside.name),
+            )
+        self.journal = Journal(self.folder, self.wandb_cfg, self._config(), tensorboard=self.train_cfg.tensorboard)
+
+    def _config(self) -> dict[str, Any]:
+        return {"train": self.train_cfg.model_dump(mode="json"), "model": self.model_cfg.model_dump(mode="json")}
+
+    def evaluate(self) -> None:
+        """Sample, decode and report, if this step is due for it; all ranks must call it."""
+        if self._evaluation_due():
+            self._open()
+            self._report(self.evaluator.run())
+
+    def _evaluation_due(self) -> bool:
+        return self.step % self.train_cfg.sample_interval == 0
+
+    def _report(self, result: Evaluation) -> None:
+        if self.journal is not None and result.paths:
+            self.journal.clips(result.step, result.paths, result.decoded_by)
+        if self.journal is not None and result.error is not None:
+            self.journal.log(result.step, {"evaluation_error": result.error})
 
     def make_loader(self, data_id: str | None, kwargs: dict[str, Any] | None, batch_size: int) -> Loader:
         """A loader for this rank."""
@@ -312,19 +384,3 @@ class BaseTrainer(ABC):
         """Batches on the device, each compared with the model; `section` is the key of `train` they come from."""
         rule = BatchRule(self.batch_parts, self.model_cfg, f"train.{section}", getattr(self.train_cfg, section))
         return endless(loader, rule, self.device)
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """SIGTERM asks for the stop while the body runs; handlers exist in the main thread only."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: object) -> None:
-            self._asked_to_stop = True
-
-        previous = signal.signal(signal.SIGTERM, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)

@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from owl_wms.errors import CheckpointError
+from owl_wms.media.whole import written_whole
 from owl_wms.vae import load_weights, read_state_dict, strip_prefix
 from owl_wms.vae.checkpoint import CORE, without_wrappers
 
 LOG = "log.jsonl"
+"""File beside the checkpoints, with a line per step."""
 DRAFT_SECONDS = 3600
 _NAME = re.compile(r"step_(\d+)\.pt")
 
@@ -46,8 +49,7 @@ def latest_checkpoint(folder: Path | str) -> Path | None:
 
 
 def set_aside(folder: Path, step: int) -> Path | None:
-    """Move checkpoints of later steps than `step` to `{folder}/set_aside_{n}`, and with them the log of a run that
-    starts at 0.
+    """Move checkpoints of later steps than `step` to `{folder}/set_aside_{n}`, and the log too if this run starts at 0.
 
     A run that is at `step` did not write them, and the next `--resume` would take the latest one for its own.
 
@@ -79,6 +81,17 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def save_output(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write weights alone, whole or not at all: as safetensors where the suffix says so, else as `save_checkpoint`."""
+    if path.suffix != ".safetensors":
+        save_checkpoint(path, weights)
+        return
+    # A copy each: safetensors refuses names that share memory, as tied parameters do.
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
+    with written_whole(path) as draft:
+        save_file(state, draft)
 
 
 def _remove_dead_drafts(folder: Path) -> None:
@@ -128,6 +141,23 @@ def _is_archive(path: Path) -> bool:
 def strip_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
     """Keys without the parts that torch.compile (`_orig_mod`) and data parallelism (`module`) put between names."""
     return {without_wrappers(key): value for key, value in state.items()}
+
+
+def load_part(model: nn.Module, state: Mapping[str, Any], path: Path | str) -> None:
+    """Load a network of a training checkpoint, whatever wrappers it was saved under.
+
+    Raises:
+        CheckpointError: weights of another architecture; one line with the first mismatch and their number.
+    """
+    load_weights(model, strip_wrappers(state), path)
+
+
+def differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, value before, value now) of the settings that both configurations have and that differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = [name for name in now if name in before]
+        return [found for name in names for found in differences(before[name], now[name], f"{key}{name}.")]
+    return [] if (before is None and not key) or before == now else [(key.rstrip("."), before, now)]
 
 
 def averaged_weights(ema: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ Usage:
 from __future__ import annotations
 
 import gc
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +27,7 @@ _TIMEOUT_SECONDS = 1800.0  # the other ranks wait while rank 0 compiles a decode
 
 
 def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
-    """Join the process group that torchrun announces; without one, stay alone.
+    """Join the process group that torchrun or srun announces; without a launcher, stay alone.
 
     Args:
         timeout_seconds: of collectives.
@@ -35,25 +36,62 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
         (global rank, local rank, world size); (0, 0, 1) when no launcher is at work.
 
     Raises:
-        ConfigError: incomplete launcher variables, a LOCAL_RANK that is no number, or a local rank without a GPU.
+        ConfigError: incomplete launcher variables, variables that are no whole numbers, a rank outside the world, or a
+            local rank without a GPU.
         RuntimeError: whatever the process group raises; nothing is swallowed.
     """
     found = {name: env.read(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    remedy, address = "use torchrun", None
     if found["WORLD_SIZE"] is None:
         env.local_rank()  # without a launcher it has no effect, and a bad value is an error all the same
-        return 0, 0, 1
+        if not _is_slurm_task():
+            return 0, 0, 1
+        tasks = "SLURM_NTASKS" if env.read("SLURM_STEP_NUM_TASKS") is None else "SLURM_STEP_NUM_TASKS"
+        found = {name: env.read(name) for name in ("SLURM_PROCID", "SLURM_LOCALID", tasks)}
+        remedy, address = "start with srun or torchrun", _slurm_address()
     # Superscripts are digits too, and int() refuses them.
     numbers = [int(value) for value in found.values() if value is not None and value.isascii() and value.isdigit()]
-    if len(numbers) != len(found):
+    if len(numbers) != len(found) or not numbers[0] < numbers[2]:
         raise ConfigError(
-            f"a launcher must set RANK, LOCAL_RANK and WORLD_SIZE to whole numbers, got {found}; use torchrun"
+            f"a launcher must set {', '.join(found)} to whole numbers, the first below the last, got {found}; {remedy}"
         )
     rank, local_rank, world_size = numbers
+    if address is not None and world_size == 1:
+        return 0, 0, 1
     device = choose_device(local_rank)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds))
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(backend, address, rank=rank, world_size=world_size, timeout=timeout)
     return rank, local_rank, world_size
+
+
+def _is_slurm_task() -> bool:
+    """Whether srun started this process as one task of a step.
+
+    The script that sbatch starts has a job's variables without being a task: no step, and process 0.
+    """
+    step = env.read("SLURM_STEP_NUM_TASKS") or env.read("SLURM_STEP_ID")
+    return step is not None or (env.read("SLURM_PROCID") or "0") != "0"
+
+
+def _slurm_address() -> str:
+    """Where ranks meet: MASTER_ADDR and MASTER_PORT, or the step's first node and a port that follows from its ids.
+
+    Raises:
+        ConfigError: neither is known.
+    """
+    host = env.read("MASTER_ADDR") or first_host(env.read("SLURM_STEP_NODELIST") or env.read("SLURM_NODELIST") or "")
+    if not host:
+        raise ConfigError("srun names no node in SLURM_STEP_NODELIST; set MASTER_ADDR to the first task's host")
+    ids = [env.read(name) or "0" for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
+    job, step = (int(value) if value.isascii() and value.isdigit() else 0 for value in ids)
+    return f"tcp://{host}:{env.read('MASTER_PORT') or 20_000 + (job * 7 + step) % 10_000}"
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a Slurm node list: `gpu[007-010,12],big1` -> `gpu007`."""
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
 
 
 def cleanup() -> None:
@@ -66,23 +104,29 @@ def cleanup() -> None:
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """This rank's device, made the current one: `cuda:{local_rank}` when there is CUDA, else the CPU.
+    """Make this rank's device the current one and return it: `cuda:{local_rank}` when there is CUDA, else the CPU.
+
+    A launcher may show each process one GPU of its own through CUDA_VISIBLE_DEVICES, as Slurm does with
+    `--gpus-per-task=1`. That GPU is `cuda:0` in each of them.
 
     Raises:
         ConfigError: fewer GPUs than local ranks.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if local_rank >= count and not (count == 1 and env.read("CUDA_VISIBLE_DEVICES")):
         raise ConfigError(
-            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; start fewer processes"
+            f"local rank {local_rank} has no GPU: {count} are visible; start fewer processes, or show each process one "
+            "GPU of its own in CUDA_VISIBLE_DEVICES"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    index = local_rank if local_rank < count else 0
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def is_distributed() -> bool:
-    """Whether there are other ranks to talk to."""
+    """Return whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -18,6 +18,7 @@ Usage:
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -45,14 +46,16 @@ _SEED = 20_000_003  # apart from the seeds of training steps
 
 @dataclass(kw_only=True, slots=True)
 class Evaluation:
-    """What became of one evaluation on this rank.
+    """Outcome of one evaluation on this rank.
 
     Attributes:
+        step: steps done when it was sampled.
         paths: clips written; empty where nothing is decoded.
         decoded_by: backend of the clips, and why; empty without clips.
         error: what failed on this rank, or None.
     """
 
+    step: int
     paths: list[Path] = field(default_factory=list)
     decoded_by: str = ""
     error: str | None = None
@@ -72,6 +75,7 @@ class Evaluator:
         self._batches: Iterator[Batch] | None = None
         self._decode: VideoDecode | None = None
         self._decode_audio: Decode | None = None
+        self._staging: Path | None = None
         cfg = trainer.train_cfg
         try:
             self.sampler = get_sampler_cls(cfg.sampler_id or "")(**(cfg.sampler_kwargs or {}))
@@ -95,17 +99,21 @@ class Evaluator:
             error = caught
         self._stop_together(error)
 
-    def run(self) -> Evaluation:
+    def run(self, staging: Path | None = None) -> Evaluation:
         """Sample on every rank, decode and write on rank 0; all ranks must call it.
 
+        Args:
+            staging: folder to write to instead of the run's own; `settle` moves the files.
+
         Returns:
-            What was written, or what failed.
+            The files that were written, or the error.
 
         Raises:
             FastPathError: the compiled decoder failed and must not fall back.
             TrainingError: that happened on rank 0.
         """
-        result, fatal = Evaluation(), None
+        result, fatal = Evaluation(step=self._trainer.step), None
+        self._staging = staging
         sampled: tuple[Tensor, Tensor | None] | None = None
         try:
             sampled = self._sample()
@@ -130,6 +138,17 @@ class Evaluator:
                 result.error,
             )
         return result
+
+    def settle(self, result: Evaluation, staging: Path) -> None:
+        """Move the files of `run(staging)` to their places, and name those in `result`."""
+        latents = self._trainer.train_cfg.eval_sample_dir
+        places = {"samples": self._trainer.folder / "samples", "latents": None if latents is None else Path(latents)}
+        for name, place in places.items():
+            if place is not None and (staging / name).is_dir():
+                place.mkdir(parents=True, exist_ok=True)
+                for path in sorted((staging / name).iterdir()):
+                    shutil.move(path, place / path.name)
+        result.paths = [places["samples"] / path.name for path in result.paths]  # type: ignore[operator]
 
     def _stop_together(self, error: Exception | None) -> None:
         """Raise `error`, and a TrainingError on the ranks that have none; also where they wait for each other."""
@@ -187,7 +206,7 @@ class Evaluator:
         audio = None
         if self._decode_audio is not None and sound is not None:
             audio = self._decode_audio(sound.to(trainer.device, torch.bfloat16))
-        stem = trainer.folder / "samples" / name
+        stem = (self._staging or trainer.folder) / "samples" / name
         return [
             write_clip(
                 stem.with_name(f"{name}_{index}"),
@@ -203,7 +222,7 @@ class Evaluator:
         trainer = self._trainer
         if trainer.train_cfg.eval_sample_dir is None:
             return
-        folder = Path(trainer.train_cfg.eval_sample_dir)
+        folder = Path(trainer.train_cfg.eval_sample_dir) if self._staging is None else self._staging / "latents"
         folder.mkdir(parents=True, exist_ok=True)
         rank = "" if trainer.rank == 0 else f".rank{trainer.rank}"
         for name, value in (("vid", latents), ("aud", sound)):

@@ -24,6 +24,7 @@ from owl_wms.trainers.distributed import is_distributed
 from owl_wms.trainers.guards import REMEDY
 from owl_wms.trainers.metrics import Metrics
 from owl_wms.trainers.optim.optimisers import Optimiser
+from owl_wms.trainers.undo import Undo
 
 Loss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 """A batch to (what is minimised, what is reported); every value one element."""
@@ -77,11 +78,12 @@ class Phase:
             self._step = DistributedDataParallel(self._step, device_ids=ids, broadcast_buffers=False)
         self._autocast = torch.autocast(device.type, torch.bfloat16)
 
-    def update(self, batches: Iterator[Batch], metrics: Metrics, step: int) -> None:
+    def update(self, batches: Iterator[Batch], metrics: Metrics, step: int, undo: Undo | None = None) -> None:
         """All updates of this phase in a step, each over `accumulation` fresh batches.
 
         Gradients cross ranks only with an update's last micro-batch. Their norm is looked at before they are applied:
-        it is the same on all ranks, so all of them stop together, with the weights still whole.
+        it is the same on all ranks, so all of them stop together, with the weights still whole. `undo` takes copies of
+        what is about to change.
 
         Raises:
             TrainingError: a gradient is NaN or infinite; nothing of this update was applied.
@@ -107,6 +109,8 @@ class Phase:
                 )
             if self.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(given, self.clip, norm)
-                metrics.add("g_norm" if self.name == "model" else f"{self.name}_g_norm", norm)
+            metrics.add("g_norm" if self.name == "model" else f"{self.name}_g_norm", norm)
+            if undo is not None:
+                undo.keep(self.model, self.optimiser)
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)

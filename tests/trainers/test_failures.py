@@ -66,7 +66,8 @@ def test_a_nan_frame_ends_the_run_with_its_row_and_whole_checkpoints(tmp_path: P
     assert len(strict_lines(tmp_path / "run")) == trainer.step
     # The steps before it are kept, and continue at the batch that failed.
     state = load_checkpoint(tmp_path / "run" / f"step_{trainer.step}.pt")
-    assert (state["steps"], state["data"]) == (trainer.step, {"epoch": 0, "seen": trainer.step})
+    position = {"epoch": 0, "samples": 2 * trainer.step, "count": 8, "seed": 1}
+    assert (state["steps"], state["data"]) == (trainer.step, position)
     assert all(value.isfinite().all() for value in state["model"].values())
 
 

@@ -27,6 +27,7 @@ from owl_wms.models.flow import frame_times, noised
 from owl_wms.sampling import Guidance
 from owl_wms.trainers.base import BaseTrainer
 from owl_wms.trainers.checkpoints import load_core_weights, strip_wrappers
+from owl_wms.trainers.optim.optimisers import load_optimiser
 from owl_wms.trainers.phases import Phase
 
 CFG_SCALE = 1.5  # upstream's fixed value, used when the configuration says nothing
@@ -153,4 +154,4 @@ class DMDTrainer(BaseTrainer):
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.critic.load_state_dict(strip_wrappers(state["critic"]))
-        self.phases[0].optimiser.load_state_dict(state["critic_opt"])
+        load_optimiser(self.phases[0].optimiser, state["critic_opt"])

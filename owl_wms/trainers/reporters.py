@@ -1,0 +1,156 @@
+"""Services that show a run while it trains: Weights & Biases and TensorBoard. Both are optional; neither can end it.
+
+Usage:
+    reporters = start_reporters(folder, cfg.wandb, config, tensorboard=True)
+    for reporter in reporters:
+        reporter.log(12, {"diffusion_loss": 0.9})
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from owl_wms import env
+
+_log = logging.getLogger(__name__)
+_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
+"""Values of WANDB_MODE under which nothing is sent, so that no key is needed."""
+
+Values = Mapping[str, float | str | None]
+
+
+class WandbSection(Protocol):
+    """What is read of the `wandb` section; all may be None."""
+
+    @property
+    def name(self) -> str | None: ...
+    @property
+    def project(self) -> str | None: ...
+    @property
+    def run_name(self) -> str | None: ...
+
+
+class _Service(Protocol):
+    def log(self, step: int, values: Values) -> None: ...
+    def clips(self, step: int, videos: Sequence[Path]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Reporter:
+    """A service that is left alone after its first failure, with one warning."""
+
+    def __init__(self, name: str, service: _Service) -> None:
+        self._name = name
+        self._service: _Service | None = service
+
+    def log(self, step: int, values: Values) -> None:
+        """Show the values of a step."""
+        self._try(lambda service: service.log(step, values))
+
+    def clips(self, step: int, videos: Sequence[Path]) -> None:
+        """Show mp4 files."""
+        self._try(lambda service: service.clips(step, videos))
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._try(lambda service: service.close())
+
+    def _try(self, call: Callable[[_Service], None]) -> None:
+        if self._service is None:
+            return
+        try:
+            call(self._service)
+        except Exception as error:  # a service that broke down raises anything: BrokenPipeError, its own classes
+            self._service = None
+            said = str(error).strip() or type(error).__name__
+            _log.warning("%s failed (%s): the run goes on and is logged to disk only", self._name, said)
+
+
+def start_reporters(
+    folder: Path, wandb_cfg: WandbSection | None, config: Mapping[str, Any], *, tensorboard: bool
+) -> list[Reporter]:
+    """Start the services that the configuration names; one that cannot be started costs a warning."""
+    found = []
+    if wandb_cfg is not None and wandb_cfg.project:
+        if _may_log_in():
+            remedy = "if it is not installed: pip install 'owl_wms[train]'"
+            found.append(_started("Weights & Biases", lambda: _Wandb(wandb_cfg, config), remedy))
+        else:
+            _log.warning(
+                "wandb.project is set, but there is no WANDB_API_KEY, no login of `wandb login` and no "
+                "WANDB_MODE=offline: logging to disk only"
+            )
+    if tensorboard:
+        remedy = "if it is not installed: pip install tensorboard"
+        found.append(_started("TensorBoard", lambda: _TensorBoard(folder / "tensorboard"), remedy))
+    return [reporter for reporter in found if reporter is not None]
+
+
+def _started(name: str, make: Callable[[], _Service], remedy: str) -> Reporter | None:
+    try:
+        return Reporter(name, make())
+    except Exception as error:  # not installed, refused or unreachable: these errors share no base class
+        _log.warning("%s is not available (%s): logging to disk only; %s", name, error, remedy)
+        return None
+
+
+def _may_log_in() -> bool:
+    """Whether `wandb.init` would start without asking on the terminal for a key."""
+    if (env.read("WANDB_MODE") or "").lower() in _WITHOUT_LOGIN or env.read("WANDB_API_KEY") is not None:
+        return True
+    host = urllib.parse.urlparse(env.read("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    named = env.read("NETRC")
+    for path in [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]:
+        try:
+            if netrc.netrc(path.expanduser()).authenticators(host) is not None:
+                return True
+        except (OSError, ValueError, RuntimeError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+class _Wandb:
+    """A run of Weights & Biases."""
+
+    def __init__(self, cfg: WandbSection, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(entity=cfg.name, project=cfg.project, name=cfg.run_name, config=dict(config))
+
+    def log(self, step: int, values: Values) -> None:
+        self._run.log(dict(values), step=step)
+
+    def clips(self, step: int, videos: Sequence[Path]) -> None:
+        import wandb
+
+        self._run.log({"samples": [wandb.Video(str(path), format="mp4") for path in videos]}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    """Scalars and texts as TensorBoard reads them; clips by their names, as its own video format is GIF."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def log(self, step: int, values: Values) -> None:
+        for name, value in values.items():
+            if isinstance(value, str):
+                self._writer.add_text(name, value, step)
+            elif value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def clips(self, step: int, videos: Sequence[Path]) -> None:
+        self._writer.add_text("samples", ", ".join(path.name for path in videos), step)
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,63 @@
+"""Signals that end a run after its current step: SIGINT, SIGTERM, SIGHUP and SIGUSR1.
+
+They come from a terminal (Ctrl-C, a closed window) and from schedulers (Slurm's `--signal=USR1@60`). A signal that was
+ignored when the run began stays ignored, as `nohup` and shells that start background jobs intend.
+
+Usage:
+    with listening() as asked:
+        while not asked: ...        # asked.by == "SIGTERM"
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from owl_wms.data.workers import STOPPING
+
+# A launcher such as torchrun passes the Ctrl-C on that the terminal has sent to its processes already.
+_SECOND_AFTER_SECONDS = 1.0
+
+
+class Asked:
+    """Whether a signal has asked for the end; true once one has.
+
+    Attributes:
+        by: name of the first signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.by: str | None = None
+        self._since = 0.0
+
+    def __bool__(self) -> bool:
+        return self.by is not None
+
+    def take(self, number: int, frame: object) -> None:
+        """Handle a signal; a SIGINT that comes more than a second after the first signal raises KeyboardInterrupt."""
+        if self.by is None:
+            self.by, self._since = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > _SECOND_AFTER_SECONDS:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def listening() -> Iterator[Asked]:
+    """Turn the signals into a question while the body runs; handlers exist in the main thread only."""
+    asked = Asked()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    found = {number: signal.getsignal(number) for number in STOPPING}
+    # None is a handler that Python did not set and cannot put back.
+    previous = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    for number in previous:
+        signal.signal(number, asked.take)
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

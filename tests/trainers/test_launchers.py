@@ -1,0 +1,107 @@
+"""Ranks from torchrun and from srun, and the GPU that each of them takes.
+
+Run: python -m pytest tests/trainers/test_launchers.py
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from owl_wms.errors import ConfigError
+from owl_wms.trainers.distributed import choose_device, first_host, setup
+
+STEP = {
+    **{"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "2"},
+    **{"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu[007-008]"},
+}
+SCRIPT = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `init_process_group` was called with, in an environment without launchers."""
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "MASTER_"))] + ["RANK", "LOCAL_RANK", "WORLD_SIZE"]:
+        monkeypatch.delenv(name, raising=False)
+    calls: list[Any] = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: calls.append((a, k)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("variables", "found", "address"),
+    [
+        ({}, (0, 0, 1), None),
+        (STEP, (1, 0, 2), "tcp://gpu007:22979"),
+        ({**STEP, "MASTER_ADDR": "head", "MASTER_PORT": "5000"}, (1, 0, 2), "tcp://head:5000"),
+        ({k: v for k, v in STEP.items() if k != "SLURM_STEP_NUM_TASKS"}, (1, 0, 4), "tcp://gpu007:22979"),
+        (SCRIPT, (0, 0, 1), None),  # the script of sbatch, which is no task of a step
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 0, 1), None),  # an interactive step
+        ({**STEP, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, (3, 1, 8), "env"),  # torchrun within srun
+    ],
+)
+def test_ranks(
+    variables: dict[str, str],
+    found: tuple[int, int, int],
+    address: str | None,
+    joined: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert setup() == found
+    if address is None:
+        assert not joined
+    else:
+        ((arguments, settings),) = joined
+        assert arguments == ("gloo", None if address == "env" else address)
+        assert (settings["rank"], settings["world_size"]) == (found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({**STEP, "SLURM_PROCID": "x"}, "SLURM_PROCID.*whole numbers"),
+        ({**STEP, "SLURM_PROCID": "2"}, "the first below the last"),
+        ({**STEP, "SLURM_STEP_NODELIST": ""}, "set MASTER_ADDR"),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "the first below the last"),
+    ],
+)
+def test_variables_that_cannot_be(
+    variables: dict[str, str], message: str, joined: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        setup()
+    assert not joined
+
+
+def test_first_hosts() -> None:
+    lists = {"gpu[007-010,12],big1": "gpu007", "a1,b[1-2]": "a1", "n[1,3]-ib": "n1-ib", "r[1-2]n[3-4]": "r1n3"}
+    assert {nodes: first_host(nodes) for nodes in lists} == lists
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "count", "shown", "index"),
+    [(0, 1, None, 0), (3, 8, None, 3), (3, 1, "2", 0), (3, 1, None, None), (3, 2, "0,1", None)],
+)
+def test_one_visible_gpu_per_process(
+    local_rank: int, count: int, shown: str | None, index: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    if index is None:
+        with pytest.raises(ConfigError, match=f"local rank {local_rank} has no GPU: {count} are visible"):
+            choose_device(local_rank)
+    else:
+        assert choose_device(local_rank) == torch.device("cuda", index)
+        assert taken == [index]

@@ -1,0 +1,158 @@
+"""Services that show a run cannot end it: they fail at any call, are not installed, or need no key.
+
+Run: python -m pytest tests/trainers/test_reporters.py
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from owl_wms.configs.vae import WandbConfig
+from owl_wms.trainers.journal import Journal
+from tests.trainers.test_trainers import build
+
+SECTION = WandbConfig(name="team", project="p", run_name="r")
+ALONE = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC")
+
+
+class Service:
+    """A stand-in for both services, which fails at the calls of one name from the second on."""
+
+    def __init__(self, failing: str) -> None:
+        self.failing, self.calls = failing, []  # type: ignore[var-annotated]
+
+    def _call(self, name: str, *arguments: Any, **_: Any) -> None:
+        self.calls.append((name, *arguments))
+        if name == self.failing and sum(call[0] == name for call in self.calls) > 1 - (name in ("finish", "close")):
+            raise BrokenPipeError("the service process is gone")
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **more: self._call(name, *arguments, **more)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, service: Any) -> list[dict[str, Any]]:
+    """Put the stand-in in the place of wandb and TensorBoard; returns the arguments of `wandb.init`."""
+    started: list[dict[str, Any]] = []
+
+    def init(**settings: Any) -> Any:
+        started.append(settings)
+        return service
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Video=lambda *_, **__: None))
+    board = types.SimpleNamespace(SummaryWriter=lambda folder: service)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    for name in ALONE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    return started
+
+
+@pytest.mark.parametrize("failing", ["log", "add_scalar", "add_text", "finish", "close"])
+def test_a_service_that_breaks_down_costs_one_warning(
+    tmp_path: Path, failing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service(failing)
+    install(monkeypatch, service)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    trainer = build(tmp_path, "rft", max_steps=4, tensorboard=True)
+    trainer.wandb_cfg = SECTION
+    trainer.evaluator._batches = None
+    sample = trainer.sample
+    calls: list[int] = []
+
+    def once(*arguments: Any) -> Any:  # gives the journal texts to show
+        calls.append(1)
+        if len(calls) in (1, 2):
+            raise RuntimeError("no clip")
+        return sample(*arguments)
+
+    trainer.sample = once  # type: ignore[assignment,method-assign]
+    trainer.train_cfg = trainer.train_cfg.model_copy(update={"sample_interval": 1})
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.step == 4
+    assert caplog.text.count("failed (the service process is gone): the run goes on") == 1
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "diffusion_loss" in line] == [1, 2, 3, 4]
+    after = [call[0] for call in service.calls]
+    assert after.count(failing) <= 2, "and it is not called again"
+
+
+@pytest.mark.parametrize(
+    ("variables", "starts"),
+    [
+        ({}, False),
+        ({"WANDB_API_KEY": "k"}, True),
+        ({"WANDB_MODE": "offline"}, True),
+        ({"WANDB_MODE": "DISABLED"}, True),
+        ({"WANDB_MODE": "online"}, False),
+        ({"NETRC": "netrc"}, True),
+        ({"NETRC": "netrc", "WANDB_BASE_URL": "https://wandb.example.org"}, False),
+        ({"NETRC": "broken"}, False),
+    ],
+)
+def test_wandb_starts_where_it_needs_no_key_or_has_one(
+    tmp_path: Path,
+    variables: dict[str, str],
+    starts: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    started = install(monkeypatch, Service(""))
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / "broken").write_text("machine\n\x00 ???")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value) if name == "NETRC" else value)
+    with caplog.at_level(logging.WARNING):
+        Journal(tmp_path, SECTION, {}).close()
+    assert bool(started) == starts
+    assert ("logging to disk only" in caplog.text) == (not starts)
+
+
+def test_services_that_are_not_installed_cost_a_warning_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(monkeypatch, Service(""))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with caplog.at_level(logging.WARNING):
+        journal = Journal(tmp_path, SECTION, {}, tensorboard=True)
+    journal.log(1, {"loss": 1.0})
+    journal.close()
+    assert "Weights & Biases is not available" in caplog.text
+    assert "TensorBoard is not available" in caplog.text
+    assert json.loads((tmp_path / "log.jsonl").read_text())["loss"] == 1.0
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    journal = Journal(tmp_path, None, {})
+    journal._file.close()
+    journal._file = full.open("a", encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        journal.log(1, {"loss": 1.0})
+        journal.log(2, {"loss": 1.0})
+        journal.close()
+    assert caplog.text.count("no more lines are written: No space left on device") == 1
+
+
+def test_scalars_and_texts_reach_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service("")
+    install(monkeypatch, service)
+    journal = Journal(tmp_path, None, {}, tensorboard=True)
+    journal.log(3, {"loss": 0.5, "bad": float("nan"), "none": None})
+    journal.clips(3, [tmp_path / "a.mp4"], "eager")
+    journal.close()
+    assert ("add_scalar", "loss", 0.5, 3) in service.calls
+    assert ("add_text", "bad", "nan", 3) in service.calls
+    assert ("close",) in service.calls
