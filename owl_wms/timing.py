@@ -16,8 +16,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -55,6 +56,29 @@ class Marks:
         a, b = self._marks[first], self._marks[second]
         result: float = a.elapsed_time(b) if self._cuda else (b - a) * 1e3
         return result
+
+
+class Spent:
+    """Seconds that each stage of a pipeline was busy; thread-safe. Stages overlap, so they add up to more than the time
+    that passed."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self.seconds: dict[str, float] = {}
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Adds to a stage."""
+        with self._guard:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def on(self, stage: str) -> Iterator[None]:
+        """Adds the wall-clock time of a block, also where it raises."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, time.perf_counter() - begun)
 
 
 Measure: TypeAlias = Callable[[str, Callable[[], float]], "float | None"]

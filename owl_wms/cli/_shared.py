@@ -1,4 +1,4 @@
-"""What decode, encode and demo share: choosing a device, decoding in bounded pieces, and saying what ran.
+"""What decode, encode, sample and demo share: choosing a device, checking outputs, and saying what ran.
 
 Why: three commands that answer "what decoded this, and why" must answer alike.
 """
@@ -8,19 +8,30 @@ from __future__ import annotations
 import os
 import re
 import resource
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 from torch import Tensor, nn
 
 from owl_wms import env
 from owl_wms.errors import ConfigError
+from owl_wms.media import sinks
+from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture
 from owl_wms.runtime.stats import DecodeStats
+from owl_wms.timing import Spent
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MIB = 1024**2
@@ -28,6 +39,8 @@ FPS = (1, 240)
 """Frames a second that clips and the page in the browser may have."""
 SCALES = (1e-6, 1e6)
 """Factors on latents: those of autoencoders in use lie near 1, and beyond this range float16 and bfloat16 lose them."""
+STAGES = ("read", "decode", "copy", "encode", "write")
+"""Of a decode, in the order in which a frame passes through them."""
 GUIDANCE = (-100, 100)
 TIMEOUT_SECONDS = (1, 10**6)
 SEEDS = (-(2**62), 2**62)
@@ -99,6 +112,40 @@ def check_destination(path: Path, *suffixes: str, key: str = "") -> None:
     _try_to_write_below(said, Path(os.path.realpath(path)).parent)
 
 
+def check_kept(path: Path, *, overwrite: bool) -> None:
+    """Refuse to replace a file, or a folder with something in it, that is there already.
+
+    Raises:
+        ConfigError: it is there, and `overwrite` is False.
+    """
+    if not overwrite and (os.path.isfile(path) or (os.path.isdir(path) and any(path.iterdir()))):
+        raise ConfigError(f"{path}: exists; --overwrite replaces it", path=path, key="overwrite")
+
+
+def check_output(path: Path, form: str, *, overwrite: bool) -> None:
+    """Refuse what `media.sinks` cannot write to before the work is done.
+
+    Args:
+        path: a name of `sinks.outputs`.
+        form: of `sinks.form_of`.
+        overwrite: whether what is there may be replaced.
+
+    Raises:
+        ConfigError: as `check_destination`, `check_folder`, `check_kept` and `sinks.check_replaceable`, or standard
+            output is a terminal.
+    """
+    if path == sinks.STDOUT:
+        if sys.stdout.isatty():
+            raise ConfigError("--out -: standard output is a terminal; put `| ffmpeg -i - ...` or `> FILE` behind it")
+        return
+    if f".{form}" in sinks.PICTURES:
+        check_folder(path)
+        sinks.check_replaceable(path)
+    else:
+        check_destination(path)
+    check_kept(path, overwrite=overwrite)
+
+
 def check_folder(path: Path, *, key: str = "") -> None:
     """Refuse an output folder before the work is done; it need not exist.
 
@@ -125,26 +172,53 @@ def _try_to_write_below(said: str, folder: Path) -> None:
         raise ConfigError(f"{said}: cannot be written: {nearest}: {error.strerror}", path=folder) from error
 
 
+class _RateColumn(ProgressColumn):
+    """Frames per second over the last seconds."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f} frames/s")
+
+
 def progress(console: Any) -> Progress:
-    """A bar with counts, on the given console."""
+    """A bar with counts, rate and time left, on the given console."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        console=console,
     )
 
 
-def decode_pieces(decode: Callable[[Tensor], Tensor], latents: Tensor, piece: int) -> Iterator[tuple[Tensor, float]]:
-    """Decode [b, n, c, h, w] clip by clip in pieces, so that memory does not grow with the length.
+class Sheet:
+    """Keeps up to eight of `count` frames, evenly spread, and makes a contact sheet of them."""
 
-    Yields:
-        frames [<= piece, C, H, W] as the decoder gave them, and the seconds that they took, device included.
-    """
-    for clip in latents:
-        for part in clip.split(piece):
-            begun = time.perf_counter()
-            frames = decode(part[None])[0]
-            if frames.is_cuda:
-                torch.cuda.synchronize(frames.device)
-            yield frames, time.perf_counter() - begun
+    def __init__(self, count: int) -> None:
+        shown = min(8, count)
+        self._places = sorted({round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)})
+        self._kept: list[Tensor] = []
+        self._seen = 0
+
+    def take(self, frames: Tensor) -> None:
+        """Looks at the next uint8 [k, H, W, C] frames."""
+        inside = [place - self._seen for place in self._places if 0 <= place - self._seen < len(frames)]
+        self._kept += [frames[place].clone() for place in inside]
+        self._seen += len(frames)
+
+    def save(self, path: Path) -> None:
+        """Writes colour and, if there is a fourth channel, depth."""
+        pictures = torch.stack(self._kept)
+        rows = {"decoded": pictures[..., :3].contiguous()}
+        if pictures.shape[3] > 3:
+            rows["depth"] = depth_bytes(pictures[..., 3].float() / 127.5 - 1)
+        save_picture(path, contact_sheet(rows, times=[f"frame {place}" for place in self._places]))
+
+
+def time_split(spent: Spent, seconds: float) -> str:
+    """Where the time went, as text: seconds of every stage, which overlap, and of all together."""
+    parts = ", ".join(f"{stage} {spent.seconds[stage]:.2f} s" for stage in STAGES if stage in spent.seconds)
+    return f"{seconds:.2f} s; {parts} (at the same time)"
 
 
 def peak_memory(device: torch.device) -> str:

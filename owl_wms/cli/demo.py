@@ -7,6 +7,7 @@ Usage: `owl-wms demo` writes demo/clip.mp4 (source left, decoded right) and demo
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,12 +32,14 @@ def demo(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Frames at once; 8 on a GPU, 2 on a CPU.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace the clip and the sheet of an earlier run.")] = False,
 ) -> None:
     """Render a game clip, encode it, decode it through the bridge, show both."""
     import torch
 
     from owl_wms.cli import _shared as shared
     from owl_wms.errors import DataError
+    from owl_wms.runtime import decode_stream
     from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
     from owl_wms.vae import fold_weight_norm, load_encoder
 
@@ -45,6 +48,7 @@ def demo(
         raise DataError(f"{checkpoint}: the demo's weights are missing; run it from a source checkout", path=checkpoint)
     for name in ("clip.mp4", "sheet.png"):
         shared.check_destination(out / name, ".mp4", ".png")
+        shared.check_kept(out / name, overwrite=overwrite)
     console = Console(stderr=True)
     where = shared.choose_device(device)
     dtype = shared.choose_dtype(None, where)
@@ -53,7 +57,7 @@ def demo(
     encoder = fold_weight_norm(load_encoder(None, config, checkpoint))
     encoder = shared.quick_on(where, encoder.to(where, dtype))
     decoder = get_decoder_only(None, config, checkpoint, device=where, dtype=dtype)
-    run = make_batched_decode_fn(shared.quick_on(where, decoder), batch_size, use_tensorrt=tensorrt)
+    run = make_batched_decode_fn(shared.quick_on(where, decoder), batch_size, use_tensorrt=tensorrt, timing=True)
 
     with torch.inference_mode(), shared.progress(console) as bar:
         task = bar.add_task("rendering", total=frames)
@@ -64,14 +68,14 @@ def demo(
             latents.append(encoder(part.to(dtype)))
             bar.advance(task, len(part))
         task = bar.add_task("decoding", total=frames)
-        decoded, seconds = [], []
-        for part, took in shared.decode_pieces(run, torch.cat(latents)[None], batch_size):
+        decoded, begun = [], time.perf_counter()
+        for part in decode_stream(run, torch.cat(latents)[None], batches=1):
             decoded.append(part.float().clamp(-1, 1))
-            seconds.append(took)
             bar.advance(task, len(part))
+        seconds = time.perf_counter() - begun
     result = torch.cat(decoded).to(source.device)
     _write(out, source, result, every)
-    Console().print(_table(source, result, seconds, run.stats(), where, batch_size))
+    Console().print(_table(source, result, seconds, run.stats(), where))
     console.print(
         f"wrote {out / 'clip.mp4'} (source left, decoded right) and {out / 'sheet.png'}",
         highlight=False,
@@ -119,22 +123,17 @@ def _write(out: Path, source: Tensor, decoded: Tensor, every: int) -> None:
     save_picture(out / "sheet.png", contact_sheet(rows, times=times, width=400))
 
 
-def _table(source: Tensor, decoded: Tensor, seconds: list[float], stats: Any, device: Any, batch_size: int) -> Table:
-    from statistics import median
-
+def _table(source: Tensor, decoded: Tensor, seconds: float, stats: Any, device: Any) -> Table:
     from owl_wms.cli import _shared as shared
     from owl_wms.media.metrics import depth_error, psnr, ssim
 
-    full = seconds[:-1] if len(source) % batch_size and len(seconds) > 1 else seconds
+    batches = stats.latency_ms
     table = Table(title="owl-wms demo", show_header=False)
     quality = psnr(decoded[:, :3], source[:, :3])
     rows = [
         ("frames", f"{len(source)} of {source.shape[2]}x{source.shape[3]}, RGB and depth"),
-        ("frames/s decoded", f"{len(source) / sum(seconds):.1f}"),
-        (
-            "ms a batch",
-            f"{median(full) * 1e3:.1f}, median, {min(batch_size, len(source))} frames; first {seconds[0] * 1e3:.1f}",
-        ),
+        ("frames/s decoded", f"{len(source) / seconds:.1f}, the first batch and its program included"),
+        ("ms per batch", f"{batches['p50']:.1f}, median of {batches['samples']}; worst {batches['p99']:.1f}"),
         ("peak memory", shared.peak_memory(device)),
         ("PSNR", f"{quality.mean():.2f} dB (worst frame {quality.min():.2f})"),
         ("SSIM", f"{ssim(decoded[:, :3], source[:, :3]).mean():.4f}"),

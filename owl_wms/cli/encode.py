@@ -6,11 +6,17 @@ Usage:
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def encode(
@@ -24,6 +30,7 @@ def encode(
     batch_size: Annotated[int, typer.Option(min=1, help="Frames encoded at once.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace latents that stand under this name.")] = False,
 ) -> None:
     """Encode a clip or frames to latents \\[n, c, h, w], float32."""
     import torch
@@ -33,12 +40,15 @@ def encode(
     from owl_wms.errors import ConfigError
     from owl_wms.media.arrays import ARRAY_SUFFIXES, save_array
     from owl_wms.media.frames import frame_batches
+    from owl_wms.runtime.ahead import ahead
+    from owl_wms.timing import Spent
     from owl_wms.vae import fold_weight_norm, load_encoder
 
     console = Console(stderr=True)
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
     shared.check_destination(out, *ARRAY_SUFFIXES)
+    shared.check_kept(out, overwrite=overwrite)
     shared.check_number("--scale", scale, shared.SCALES)
     model = load_vae_model(vae_config)
     size = getattr(model, "sample_size", None)
@@ -49,19 +59,32 @@ def encode(
     size = (size, size) if isinstance(size, int) else tuple(size)
     encoder = fold_weight_norm(load_encoder(None, vae_config, checkpoint))
     encoder = shared.quick_on(where, encoder.to(where, precision))
-    pieces = []
-    with torch.inference_mode(), shared.progress(console) as bar:
-        task = bar.add_task("encoding", total=None)
+    pieces, spent, begun = [], Spent(), time.perf_counter()
+
+    def read() -> Iterator[Tensor]:
         batches = frame_batches(
             frames, channels=model.channels, size=size, batch_size=batch_size, depth=depth, resize=resize
         )
-        for batch in batches:
-            pieces.append(encoder(batch.to(where, precision)).float().cpu())
+        while True:
+            with spent.on("read"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    # Pictures are read in another thread while the encoder works.
+    with torch.inference_mode(), shared.progress(console) as bar, closing(ahead(read(), depth=2, name="read")) as ready:
+        task = bar.add_task("encoding", total=None)
+        for batch in ready:
+            with spent.on("encode"):
+                pieces.append(encoder(batch.to(where, precision)).float().cpu() / scale)
             bar.advance(task, len(batch))
-    latents = torch.cat(pieces) / scale
-    save_array(out, latents)
+    with spent.on("write"):
+        latents = torch.cat(pieces)
+        save_array(out, latents)
     console.print(
         f"{out}: {list(latents.shape)}, mean {latents.mean():.3f}, standard deviation {latents.std():.3f}",
         markup=False,
         soft_wrap=True,
     )
+    console.print(f"  time: {shared.time_split(spent, time.perf_counter() - begun)}", highlight=False, soft_wrap=True)

@@ -27,6 +27,7 @@ def sample(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
     tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace what stands under these names.")] = False,
 ) -> None:
     """Sample a clip from a world model, its context included, under the scripted player's controls."""
     import torch
@@ -35,13 +36,15 @@ def sample(
     from owl_wms.game.controls import scripted_controls
     from owl_wms.inference.build import load_core, load_video_config, make_contexts, make_decode
     from owl_wms.media.arrays import save_array
-    from owl_wms.media.pictures import to_bytes
     from owl_wms.media.video import VideoWriter
+    from owl_wms.runtime import decode_stream
 
     console = Console(stderr=True)
     shared.check_destination(out, ".mp4")
+    shared.check_kept(out, overwrite=overwrite)
     if latents is not None:
         shared.check_destination(latents, ".safetensors")
+        shared.check_kept(latents, overwrite=overwrite)
     shared.check_number("--cfg-scale", cfg_scale, shared.GUIDANCE)
     shared.check_number("--seed", seed, shared.SEEDS)
     where = shared.choose_device(device)
@@ -49,7 +52,7 @@ def sample(
     world = load_video_config(config)
     run = _make_sampler(world.train, sampler, frames, steps, cfg_scale)
     core = load_core(config, checkpoint, where, precision)
-    decode = make_decode(world, config, where, precision, tensorrt=tensorrt)
+    decode = make_decode(world, config, where, precision, tensorrt=tensorrt, batch_size=8, output="uint8")
     begin = make_contexts(world, config, where, precision, path=context, count=1, seed=seed)[0].to(where, precision)
 
     mouse, buttons = scripted_controls(seed=seed, n=frames)
@@ -69,8 +72,8 @@ def sample(
         )
         task = bar.add_task("decoding", total=result.latents.shape[1])
         with VideoWriter(out, world.train.fps) as clip:
-            for pictures, _ in shared.decode_pieces(decode, result.latents * world.train.vae_scale, 8):
-                clip.write(to_bytes(pictures[:, :3]))
+            for pictures in decode_stream(decode, result.latents, scale=world.train.vae_scale):
+                clip.write(pictures)
                 bar.advance(task, len(pictures))
     if latents is not None:
         tensors = {"latents": result.latents * world.train.vae_scale, "mouse": result.mouse, "buttons": result.buttons}

@@ -21,6 +21,7 @@ from owl_wms.inference.context import Context, load_contexts, render_context
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.source import GameSource
 from owl_wms.models.load import load_model
+from owl_wms.runtime import VideoDecode
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
 from owl_wms.vae import fold_weight_norm, load_encoder
 from owl_wms.vae.load import HUB_VAE_ID
@@ -61,13 +62,25 @@ def _named(train: TrainingConfig, key: str, cfg_path: Path | str) -> Path | None
 
 
 def make_decode(
-    config: WorldConfig, cfg_path: Path | str, device: torch.device | str, dtype: torch.dtype, *, tensorrt: bool = True
-) -> Callable[[Tensor], Tensor]:
-    """The configuration's decoder behind the bridge, one frame at a time; its program is found or built here."""
+    config: WorldConfig,
+    cfg_path: Path | str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    tensorrt: bool = True,
+    batch_size: int = 1,
+    output: str = "bf16",
+) -> VideoDecode:
+    """Returns the configuration's decoder behind the bridge; its program is found or built here.
+
+    `batch_size` and `output` are as in `make_batched_decode_fn`; play decodes one frame at a time.
+    """
     train, model = config.train, config.model
     cfg, ckpt = _named(train, "vae_cfg_path", cfg_path), _named(train, "vae_ckpt_path", cfg_path)
     decoder = _quick(get_decoder_only(train.vae_id, cfg, ckpt, device=device, dtype=dtype), device)
-    decode = make_batched_decode_fn(decoder, 1, use_tensorrt=tensorrt and train.use_tensorrt, config=train)
+    decode = make_batched_decode_fn(
+        decoder, batch_size, use_tensorrt=tensorrt and train.use_tensorrt, config=train, output=output
+    )
     decode.prepare((model.channels, model.sample_size, model.sample_size))
     return decode
 

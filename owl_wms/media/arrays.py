@@ -31,19 +31,23 @@ ARRAY_SUFFIXES = (".pt", ".npy", ".safetensors")
 KEY = "latents"  # of a file that holds several tensors, the one that is meant
 
 
-def load_array(path: Path | str) -> Tensor:
+def load_array(path: Path | str, *, mapped: bool = False) -> Tensor:
     """The tensor in a file, on the CPU, as stored.
 
     A `.pt` or `.safetensors` file may hold several tensors if one of them is called `latents`.
 
+    Args:
+        path: the file.
+        mapped: leave the values in the file until they are used. They are read-only, and change when the file does.
+
     Raises:
         DataError: missing, unreadable or truncated file, unknown ending, pickled objects, no single tensor.
     """
-    return _single(read_arrays(path), Path(path))
+    return _single(read_arrays(path, mapped=mapped), Path(path))
 
 
-def read_arrays(path: Path | str) -> Any:
-    """What a file holds, on the CPU, as stored: a tensor, or a mapping that has tensors in it.
+def read_arrays(path: Path | str, *, mapped: bool = False) -> Any:
+    """What a file holds, on the CPU, as stored: a tensor, or a mapping that has tensors in it; `mapped` as above.
 
     Raises:
         DataError: missing, unreadable or truncated file, unknown ending, pickled objects.
@@ -60,10 +64,15 @@ def read_arrays(path: Path | str) -> Any:
                 warnings.catch_warnings()
             ):  # a damaged file is one error below, not also a remark on its pickle protocol
                 warnings.simplefilter("ignore", UserWarning)
-                value: Any = torch.load(path, map_location="cpu", weights_only=True)
+                # Only torch's own zip archives can be mapped, which it made the default in version 1.6.
+                mapped = mapped and zipfile.is_zipfile(path)
+                value: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         elif suffix == ".npy":
             # Mapped first: a header that claims more than the file holds fails here instead of allocating it.
-            value = torch.from_numpy(np.array(np.load(path, allow_pickle=False, mmap_mode="r")))
+            array = np.load(path, allow_pickle=False, mmap_mode="r")
+            with warnings.catch_warnings():  # that it is read-only
+                warnings.simplefilter("ignore", UserWarning)
+                value = torch.from_numpy(array if mapped else np.array(array))
         else:
             value = load_file(path)
     except Exception as error:  # damaged bytes lead numpy and torch to raise almost anything (TokenError, SyntaxError)
@@ -126,7 +135,17 @@ def load_latents(path: Path | str, channels: int | None = None) -> Tensor:
     Raises:
         DataError: as `load_array`, or another rank, no frames, integers, other channels, or values that are not finite.
     """
-    latents = load_array(path)
+    latents = as_clips(load_array(path), path, channels)
+    check_finite(latents.flatten(0, 1), path)
+    return latents
+
+
+def as_clips(latents: Tensor, path: Path | str, channels: int | None = None) -> Tensor:
+    """Returns the latents of a file as [b, n, c, h, w]; arguments as in `load_latents`, values are not looked at.
+
+    Raises:
+        DataError: as there.
+    """
     shape = list(latents.shape)
     if not latents.is_floating_point():
         raise DataError(f"{path}: latents must be floating point, got {latents.dtype}", path=path)
@@ -140,11 +159,15 @@ def load_latents(path: Path | str, channels: int | None = None) -> Tensor:
         raise DataError(
             f"{path}: the decoder takes {channels} latent channels, got {latents.shape[2]} in {shape}", path=path
         )
-    finite = latents.isfinite().flatten(2).all(dim=2).flatten()
-    if not finite.all():
-        index = int((~finite).int().argmax())
-        raise DataError(f"{path}: frame {index} has values that are not finite", path=path, index=index)
     return latents
+
+
+def check_finite(frames: Tensor, path: Path | str, first: int = 0) -> None:
+    """Raises DataError if a value of `[k, c, h, w]`, the frames of a file from `first` on, is not finite."""
+    finite = frames.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        index = first + int((~finite).int().argmax())
+        raise DataError(f"{path}: frame {index} has values that are not finite", path=path, index=index)
 
 
 def save_array(path: Path | str, tensor: Tensor | Mapping[str, Tensor]) -> None:

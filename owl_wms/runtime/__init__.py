@@ -14,7 +14,7 @@ Usage:
 from owl_wms.runtime.audio import AudioDecode
 from owl_wms.runtime.decode import VideoDecode
 from owl_wms.runtime.stats import DecodeStats
-from owl_wms.runtime.stream import Latents, Spent, decode_stream
+from owl_wms.runtime.stream import Latents, decode_stream
 from owl_wms.runtime.streaming import StreamDecode
 from owl_wms.runtime.toolchain import JitToolchain, ProgramRequest, TensorRTToolchain, Toolchain
 
@@ -25,7 +25,6 @@ __all__ = [
     "Latents",
     "ProgramRequest",
     "StreamDecode",
-    "Spent",
     "TensorRTToolchain",
     "Toolchain",
     "VideoDecode",

@@ -12,8 +12,6 @@ Usage:
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
 from collections.abc import Generator, Iterator
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -24,7 +22,7 @@ from owl_wms.errors import ConfigError
 from owl_wms.runtime.ahead import Channel, ahead
 from owl_wms.runtime.decode import VideoDecode
 from owl_wms.runtime.latents import check_video_shape
-from owl_wms.timing import Marks
+from owl_wms.timing import Marks, Spent
 
 _T = TypeVar("_T")
 
@@ -38,29 +36,6 @@ class Latents(Protocol):
 
     def read(self, start: int, stop: int) -> Tensor:
         """Returns frames `start` to `stop`, counted through all clips, as `[stop - start, c, h, w]`."""
-
-
-class Spent:
-    """Seconds that each stage of a pipeline was busy; thread-safe. Stages overlap, so they add up to more than the time
-    that passed."""
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self.seconds: dict[str, float] = {}
-
-    def add(self, stage: str, seconds: float) -> None:
-        """Adds to a stage."""
-        with self._guard:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-
-    @contextlib.contextmanager
-    def on(self, stage: str) -> Iterator[None]:
-        """Adds the wall-clock time of a block, also where it raises."""
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(stage, time.perf_counter() - begun)
 
 
 class _Ready(NamedTuple):

@@ -76,7 +76,7 @@ def test_latents_of_another_size_are_said(place: Path, capsys: pytest.CaptureFix
     (place / "sized.yml").write_text(CONFIG + "  latent_size: 8\n")
     torch.save(torch.randn(1, 16, 8, 12), place / "oblong.pt")
     for name, said in (("latents.pt", 0), ("oblong.pt", 1)):
-        assert call(place, "decode", name, "--out", str(place / "o.mp4"), config="sized.yml") == 0
+        assert call(place, "decode", name, "--out", str(place / f"{name}.mp4"), config="sized.yml") == 0
         error = capsys.readouterr().err
         assert error.count("latents are 8x12, the autoencoder's own are 8x8: frames will be stretched to 36x64") == said
 

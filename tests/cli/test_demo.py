@@ -26,7 +26,7 @@ def test_demo_leaves_clip_and_sheet(tmp_path: Path, capsys: pytest.CaptureFixtur
     with Image.open(tmp_path / "d" / "sheet.png") as sheet:
         assert sheet.size[0] > 1000
     table = capsys.readouterr().out
-    for word in ("decoded by", "because", "frames/s decoded", "ms a batch", "peak memory", "PSNR", "SSIM"):
+    for word in ("decoded by", "because", "frames/s decoded", "ms per batch", "peak memory", "PSNR", "SSIM"):
         assert word in table
 
 

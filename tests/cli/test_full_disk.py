@@ -51,7 +51,7 @@ def test_decode(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     before = sorted(place.iterdir())
     monkeypatch.setattr(av, "VideoFrame", SimpleNamespace(from_ndarray=full))
     capsys.readouterr()
-    assert call(place, "decode", "latents.pt", "--out", str(out)) == 2
+    assert call(place, "decode", "latents.pt", "--out", str(out), "--overwrite") == 2
     error = capsys.readouterr().err
     assert f"o.mp4: cannot be written: {FULL}" in error.replace("\n", " ")
     assert "Traceback" not in error

@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from owl_wms.errors import ConfigError, DataError, DecodeMemoryError, LatentShapeError
-from owl_wms.runtime import Spent, VideoDecode, decode_stream
+from owl_wms.runtime import VideoDecode, decode_stream
 from owl_wms.runtime.ahead import Channel, ChannelClosedError, ahead
 from owl_wms.settings import TensorRTConfig
+from owl_wms.timing import Spent
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
 
 OFF = TensorRTConfig(enabled=False)

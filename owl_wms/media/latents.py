@@ -1,0 +1,56 @@
+"""Latents of a file, read piece by piece, so that a file larger than memory can be decoded.
+
+Usage:
+    latents = LatentFile("clip.npy", channels=128)
+    for frames in decode_stream(decode, latents): ...
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from owl_wms.media.arrays import as_clips, check_finite, load_array
+
+
+class LatentFile:
+    """The latents of a `.pt`, `.npy` or `.safetensors` file, mapped into memory and read when they are asked for.
+
+    The file must not change meanwhile. A `.pt` file of torch 1.5 or older cannot be mapped and is read whole.
+
+    Attributes:
+        path: the file.
+        shape: `(b, n, c, h, w)`; a file of rank 4 is one clip, one of rank 3 one frame.
+    """
+
+    def __init__(self, path: Path | str, channels: int | None = None) -> None:
+        """Opens the file and reads its header.
+
+        Args:
+            path: the file.
+            channels: what the decoder takes, if that is known.
+
+        Raises:
+            DataError: as `load_latents`, but for values that are not finite.
+        """
+        self.path = Path(path)
+        self._latents = as_clips(load_array(path, mapped=True), path, channels)
+        self.shape = tuple(self._latents.shape)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Returns a copy of frames `start` to `stop`, counted through all clips, as `[stop - start, c, h, w]`.
+
+        Raises:
+            DataError: values that are not finite; `index` is the frame.
+        """
+        length, parts, place = self.shape[1], [], start
+        while place < stop:
+            clip, at = divmod(place, length)
+            taken = min(stop - place, length - at)
+            parts.append(self._latents[clip, at : at + taken])
+            place += taken
+        frames = torch.cat(parts)
+        check_finite(frames, self.path, start)
+        return frames
