@@ -11,7 +11,7 @@ help: ## this list
 
 setup: $(STAMP) ## install into .venv
 
-$(STAMP): setup.py requirements.txt requirements-rtx.txt requirements-common.txt
+$(STAMP): pyproject.toml setup.py requirements.txt requirements-rtx.txt requirements-common.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@if $(BIN)/python -m pip install -q --dry-run --no-deps 'tensorrt-cu13-libs>=10.15.1,<10.16' >/dev/null 2>&1; \
 	then set=requirements.txt; \

@@ -1,4 +1,4 @@
-"""What the package imports is what its requirement files and setup.py declare, and nothing is declared for nobody.
+"""What the package imports is what requirements files and pyproject.toml declare, and nothing is declared for nobody.
 
 Run: python -m pytest tests/test_requirements.py
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+
 ROOT = Path(__file__).parents[1]
 # Import name to distribution where they differ.
 DISTRIBUTIONS = {
@@ -26,11 +28,11 @@ DISTRIBUTIONS = {
 WITH_TORCH = {"triton"}  # torch's own wheels for Linux bring it; elsewhere there is no GPU to use it
 TENSORRT = {"torch-tensorrt", "tensorrt", "tensorrt-rtx", "torch-tensorrt-rtx"}  # one of two sets, never both
 # Modules that one command or one id imports when it is used, so an extra may bring what stands at their top.
-BEHIND_A_COMMAND = {"inference/server.py", "inference/session.py"}
+BEHIND_A_COMMAND = {"inference/limits.py", "inference/server.py", "inference/session.py"}
 # Sixteen distributions for a log that is off unless asked for: the extra `train` brings it, and the warning says so.
 OPTIONAL = {"wandb"}
-# Needed without an import of ours: a plugin of pytest, and what diffusers downloads checkpoints with.
-NOT_IMPORTED = {"pytest-timeout", "huggingface-hub"}
+# Needed without an import of ours: a plugin of pytest, what diffusers downloads with, what builds wheels and lints.
+NOT_IMPORTED = {"pytest-timeout", "huggingface-hub", "mypy", "ruff", "setuptools", "types-pyyaml"}
 
 
 def imports(path: Path, *, top: bool) -> Iterator[str]:
@@ -61,14 +63,9 @@ def names(lines: list[str]) -> set[str]:
 
 
 def declared() -> tuple[set[str], dict[str, set[str]]]:
-    """`install_requires` and the extras of setup.py, read without running it."""
-    call = next(
-        node
-        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup"
-    )
-    given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg in ("install_requires", "extras_require")}
-    return names(given["install_requires"]), {extra: names(of) for extra, of in given["extras_require"].items()}
+    """The dependencies and the extras of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return names(project["dependencies"]), {extra: names(of) for extra, of in project["optional-dependencies"].items()}
 
 
 PACKAGE = sorted((ROOT / "owl_wms").rglob("*.py"))
@@ -82,7 +79,7 @@ def test_every_import_is_installed_by_setup(path: Path) -> None:
     assert wanted - COMMON - TENSORRT - OPTIONAL <= {"torch"}, (
         "`make setup` installs requirements-common.txt, torch and TensorRT"
     )
-    assert wanted <= REQUIRED.union(*EXTRAS.values()), "setup.py declares it, if only in an extra"
+    assert wanted <= REQUIRED.union(*EXTRAS.values()), "pyproject.toml declares it, if only in an extra"
     if str(path.relative_to(ROOT / "owl_wms")) not in BEHIND_A_COMMAND:
         assert set(imports(path, top=True)) <= REQUIRED, "importing the module needs it, so an extra is not enough"
 
@@ -95,7 +92,7 @@ def test_nothing_is_required_that_nobody_imports() -> None:
 
 
 def test_the_two_lists_ask_for_the_same_versions() -> None:
-    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for line in (ROOT / "requirements-common.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            assert f'"{line}"' in text, f"{line} is asked for otherwise in setup.py"
+            assert f'"{line}"' in text, f"{line} is asked for otherwise in pyproject.toml"

@@ -19,8 +19,10 @@ from pydantic_core import PydanticCustomError
 from owl_wms import env
 from owl_wms.files import name_too_long
 
-# Of a source checkout; an installed wheel has none.
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# Configurations and shipped weights: beside the package in a checkout, inside it in an installed wheel (setup.py).
+SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
+EXAMPLES = SHIPPED / "examples"
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
