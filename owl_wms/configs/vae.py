@@ -9,6 +9,8 @@ Usage:
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,8 @@ from owl_wms.configs.strict import (
     unknown,
 )
 from owl_wms.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 class WandbConfig(StrictModel):
@@ -132,7 +136,8 @@ MODEL_CONFIGS: dict[str, type[StrictModel]] = {
 class VAETrainConfig(StrictModel):
     """Upstream's training section for autoencoders.
 
-    Kept whole so that its files load, and as a record of how weights arose.
+    Kept so that its files load, and as a record of how weights arose. Nothing here reads it, so `load_vae_config` drops
+    the keys that only a trainer of upstream's knows.
     """
 
     trainer_id: str
@@ -208,7 +213,7 @@ def load_vae_model(path: Path | str) -> VAEModelConfig:
 
 
 def load_vae_config(path: Path | str) -> VAEConfig:
-    """Read an autoencoder's YAML file.
+    """Read an autoencoder's YAML file. Keys of `train` that are unknown are logged once per file and ignored.
 
     Raises:
         ConfigError: naming the file, the dotted key and, for a misspelling, the nearest valid key.
@@ -216,4 +221,15 @@ def load_vae_config(path: Path | str) -> VAEConfig:
     data = read_yaml(path, optional_env=("train", "wandb"))
     if "model" in data:
         data = {**data, "model": parse_vae_model(data["model"], path=path)}
+    train = data.get("train")
+    if isinstance(train, Mapping):
+        foreign = tuple(sorted(str(key) for key in train if key not in VAETrainConfig.model_fields))
+        data = {**data, "train": {key: value for key, value in train.items() if key in VAETrainConfig.model_fields}}
+        if foreign:
+            _tell_foreign(str(path), foreign)
     return parse(VAEConfig, data, path=path)
+
+
+@functools.cache
+def _tell_foreign(path: str, keys: tuple[str, ...]) -> None:
+    _log.warning("%s: ignored in train: %s", path, "; ".join(unknown(key, VAETrainConfig.model_fields) for key in keys))

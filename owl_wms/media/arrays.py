@@ -25,7 +25,7 @@ from torch import Tensor
 
 from owl_wms.errors import DataError
 from owl_wms.media.whole import why_unwritten, written_whole
-from owl_wms.vae.checkpoint import not_from_torch
+from owl_wms.vae.weight_files import not_from_torch
 
 ARRAY_SUFFIXES = (".pt", ".npy", ".safetensors")
 KEY = "latents"  # of a file that holds several tensors, the one that is meant

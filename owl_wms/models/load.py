@@ -12,8 +12,7 @@ import torch
 
 from owl_wms.configs import load_world_config
 from owl_wms.models import GameRFT, GameRFTAudio, make_model
-from owl_wms.vae import load_weights, read_state_dict, strip_prefix
-from owl_wms.vae.checkpoint import CORE
+from owl_wms.vae import load_weights, read_state_dict, select_core
 
 
 def load_model(cfg_path: Path | str, ckpt_path: Path | str, *, prefer_ema: bool = True) -> GameRFT | GameRFTAudio:
@@ -33,6 +32,6 @@ def load_model(cfg_path: Path | str, ckpt_path: Path | str, *, prefer_ema: bool 
     # On meta nothing is initialised only to be overwritten; the file's tensors become the parameters.
     with torch.device("meta"):
         model = make_model(config)
-    weights = strip_prefix(read_state_dict(ckpt_path, prefer_ema=prefer_ema), CORE)
+    weights = select_core(read_state_dict(ckpt_path, prefer_ema=prefer_ema), ckpt_path)
     load_weights(model.core, weights, ckpt_path, assign=True)
     return model.to("cpu")

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from owl_wms.errors import CheckpointError
 from owl_wms.media.whole import written_whole
-from owl_wms.vae import load_weights, read_state_dict, strip_prefix
-from owl_wms.vae.checkpoint import CORE, without_wrappers
+from owl_wms.vae import load_weights, read_state_dict, select_core
+from owl_wms.vae.layouts import without_wrappers
 
 LOG = "log.jsonl"
 """File beside the checkpoints, with a line per step."""
@@ -171,4 +171,4 @@ def load_core_weights(core: nn.Module, path: Path | str) -> None:
     Raises:
         CheckpointError: unreadable, or weights of another architecture; names the first key that disagrees.
     """
-    load_weights(core, strip_prefix(read_state_dict(path), CORE), path)
+    load_weights(core, select_core(read_state_dict(path), path), path)

@@ -8,8 +8,9 @@ Usage:
 
 from owl_wms.vae.blocks import set_gradient_checkpointing
 from owl_wms.vae.build import build_autoencoder, build_decoder, build_encoder, default_variant
-from owl_wms.vae.checkpoint import load_weights, read_state_dict, save_weights, select_part, strip_prefix
+from owl_wms.vae.checkpoint import load_weights, read_state_dict, save_weights
 from owl_wms.vae.fold import fold_weight_norm
+from owl_wms.vae.layouts import select_core, select_part
 from owl_wms.vae.load import load_decoder, load_encoder
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
     "load_weights",
     "read_state_dict",
     "save_weights",
+    "select_core",
     "select_part",
     "set_gradient_checkpointing",
-    "strip_prefix",
 ]

@@ -31,9 +31,9 @@ def conv1d(c_in: int, c_out: int, kernel: int, *, bias: bool = True, groups: int
 
 
 class SnakeBeta(nn.Module):
-    """Periodic activation `x + sin(x (1 + alpha))^2 / (1e-6 + exp(beta))` per channel, `[B, ch.
+    """Periodic activation `x + sin(x (1 + alpha))^2 / (1e-6 + exp(beta))` per channel, `[B, ch, n]`.
 
-    N]` (Ziyin et al. 2020).
+    Source: Ziyin et al., "Neural Networks Fail to Learn Periodic Functions" (2020).
     """
 
     def __init__(self, ch: int) -> None:
@@ -70,18 +70,21 @@ class AudioResBlock(nn.Module):
 
 
 class AudioUpBlock(nn.Module):
-    """Nearest upsample, project, activate, three dilated residual blocks: `[B, c_in, n] -> [B, c_out, stride * n]`."""
+    """Nearest upsample, project, activate, three dilated residual blocks: `[B, c_in, n] -> [B, c_out, stride * n]`.
+
+    The blocks are attributes of their own because upstream's checkpoints name them `block1` to `block3`.
+    """
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
         self.proj = conv1d(c_in, c_out, 2 * stride, bias=False)
         self.act = SnakeBeta(c_out)
-        self.blocks = nn.ModuleList(AudioResBlock(c_out, dilation) for dilation in DILATIONS)
+        self.block1, self.block2, self.block3 = (AudioResBlock(c_out, dilation) for dilation in DILATIONS)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.proj(F.interpolate(x, scale_factor=self.stride, mode="nearest")))
-        for block in self.blocks:
+        for block in (self.block1, self.block2, self.block3):
             x = block(x)
         return x
 
@@ -99,11 +102,11 @@ class AudioDecoder(nn.Module):
         self.conv_in = conv1d(config.latent_channels, config.ch_max, KERNEL)
         pairs = zip(widths[:0:-1], widths[-2::-1], reversed(config.strides), strict=True)
         self.blocks = nn.ModuleList(AudioUpBlock(a, b, stride) for a, b, stride in pairs)
-        self.act_out = SnakeBeta(config.ch_0)
+        self.final = SnakeBeta(config.ch_0)
         self.conv_out = conv1d(config.ch_0, config.channels, KERNEL, bias=False)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)
         for block in self.blocks:
             x = block(x)
-        return torch.tanh(self.conv_out(self.act_out(x)))
+        return torch.tanh(self.conv_out(self.final(x)))

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from owl_wms.errors import CheckpointError, ConfigError
+from owl_wms.vae.checkpoint import check_values
 
 HUB_ID = "mit-han-lab/dc-ae-f64c128-mix-1.0-diffusers"
 
@@ -26,13 +27,13 @@ def load_hub_decoder(source: Path | str | None = None) -> nn.Module:
     """diffusers' decoder, float32 on the CPU in eval mode: `z [B, 128, s, s] -> x [B, 3, 64 s, 64 s]`.
 
     Args:
-        source: a folder that diffusers can read, a hub id, or None for `HUB_ID`.
+        source: a folder that diffusers can read (`~` is expanded), a hub id, or None for `HUB_ID`.
 
     Raises:
         ConfigError: diffusers is not installed.
-        CheckpointError: the folder or hub id cannot be loaded.
+        CheckpointError: the folder or hub id cannot be loaded, or the decoder's weights are not all in it and finite.
     """
-    return _with_channels(_load(source), "decoder")
+    return _load(source, "decoder")
 
 
 def load_hub_encoder(source: Path | str | None = None) -> nn.Module:
@@ -40,10 +41,10 @@ def load_hub_encoder(source: Path | str | None = None) -> nn.Module:
 
     Arguments and errors as `load_hub_decoder`.
     """
-    return _with_channels(_load(source), "encoder")
+    return _load(source, "encoder")
 
 
-def _load(source: Path | str | None) -> Any:
+def _load(source: Path | str | None, part: str) -> nn.Module:
     try:
         cls = importlib.import_module("diffusers").AutoencoderDC
     except (ImportError, AttributeError) as err:
@@ -51,20 +52,45 @@ def _load(source: Path | str | None) -> Any:
             f'vae_id "dcae" needs the package diffusers with AutoencoderDC: {err}; install diffusers',
             key="train.vae_id",
         ) from err
-    name = str(source) if source is not None else HUB_ID
-    if source is not None and (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
-        raise CheckpointError(f"{name}: no such folder", path=name)
+    name = _place(source)
     try:
-        return cls.from_pretrained(name)
+        # Not mapped: weights over a mapped file change when the file is written again.
+        model, report = cls.from_pretrained(name, output_loading_info=True, disable_mmap=True)
     except Exception as err:  # network, cache, config and weight problems all arrive here, as many classes
-        raise CheckpointError(
-            f"{name}: diffusers cannot load it: {str(err).strip().splitlines()[0]}", path=name
-        ) from err
-
-
-def _with_channels(model: Any, part: str) -> nn.Module:
-    """The half alone, with the channel counts that the bridge checks latents against."""
-    half = getattr(model, part).float().eval()
+        reason = next(iter(str(err).strip().splitlines()), type(err).__name__)
+        raise CheckpointError(f"{name}: diffusers cannot load it: {reason}", path=name) from err
+    # diffusers fills weights that are missing with random numbers and only logs it.
+    for kind, remark in (
+        ("missing", "is missing from"),
+        ("mismatched", "has another shape in"),
+        ("unexpected", "is unknown, but in"),
+    ):
+        keys = [key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"]]
+        wrong = next((key for key in keys if key.startswith(f"{part}.")), None)
+        if wrong is not None:
+            raise CheckpointError(f"{name}: {wrong} {remark} the weights of the {part}", path=name, mismatch=wrong)
+    half: Any = getattr(model, part).float().eval()
+    check_values(half, name)
+    # The bridge checks latents against these.
     half.latent_channels = int(model.config.latent_channels)
     half.out_channels = int(model.config.in_channels)
-    return half
+    return cast(nn.Module, half)
+
+
+def _place(source: Path | str | None) -> str:
+    """Returns the folder that a path means, or the hub id.
+
+    Raises:
+        CheckpointError: a path at which there is no folder.
+    """
+    if source is None:
+        return HUB_ID
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        text = f"{path}: is a file; a folder is wanted, with config.json and the weights, as diffusers saves it"
+        raise CheckpointError(text, path=path)
+    if path.is_absolute() or str(source).startswith((".", "~")):
+        raise CheckpointError(f"{path}: no such folder", path=path)
+    return str(source)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from owl_wms.configs.vae import DCAEConfig, VAEModelConfig, load_vae_model
 from owl_wms.errors import CheckpointError, ConfigError
 from owl_wms.vae.build import build_decoder, build_encoder
-from owl_wms.vae.checkpoint import detect_variant, load_weights, read_state_dict, select_part
+from owl_wms.vae.checkpoint import detect_variant, load_weights, read_state_dict
 from owl_wms.vae.hub import load_hub_decoder, load_hub_encoder
+from owl_wms.vae.layouts import select_part
 from owl_wms.vae.taehv import TAEHVDecoder, config_of, fit_grow_layers
 
 HUB_VAE_ID = "dcae"
@@ -81,7 +82,7 @@ def _load_part(part: str, cfg_path: Path | str | None, ckpt_path: Path | str | N
 
 
 def _read_part(part: str, ckpt_path: Path | str, prefer_ema: bool) -> dict[str, Tensor]:
-    state = select_part(read_state_dict(ckpt_path, prefer_ema=prefer_ema), part)
+    state = select_part(read_state_dict(ckpt_path, prefer_ema=prefer_ema), part, ckpt_path)
     if not state:
         other = "encoder" if part == "decoder" else "decoder"
         raise CheckpointError(f"{ckpt_path}: has weights of the {other} only, not of the {part}", path=ckpt_path)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from owl_wms.errors import CheckpointError
 from owl_wms.vae import build_autoencoder, build_decoder, load_weights, read_state_dict, save_weights, select_part
-from owl_wms.vae.checkpoint import _flatten, detect_variant, strip_prefix
+from owl_wms.vae.checkpoint import detect_variant
+from owl_wms.vae.layouts import flat_weights, select_core
 from tests.vae.helpers import randomize, small_dcae
 
 MODEL = randomize(build_autoencoder(small_dcae()))
@@ -53,15 +54,15 @@ PIECES = ["ema_model", "_orig_mod", "module", "core", "decoder"]
 def test_prefixes_in_any_order(order: list[str], size: int, again: str) -> None:
     prefix = "".join(f"{name}." for name in order[:size]) + again
     state = {f"{prefix}{k}": v for k, v in DECODER.items()}
-    assert _same(select_part(_flatten(state, Path("x.pt"), True), "decoder"))
+    assert _same(select_part(flat_weights(state, "x.pt"), "decoder"))
     # The two scalars of an average stand beside the weights that it averaged, whatever wraps both.
     if "ema_model." in prefix:
         outside = prefix.split("ema_model.")[0]
         state |= {f"{outside}initted": torch.tensor(True), f"{outside}step": torch.tensor(3)}
         state |= {k.replace("ema_model.", "online_model."): v + 1 for k, v in state.items() if "ema_model." in k}
-        assert _same(select_part(_flatten(state, Path("x.pt"), True), "decoder"))
+        assert _same(select_part(flat_weights(state, "x.pt"), "decoder"))
         trained = {k: v + 1 for k, v in DECODER.items()}
-        assert _same(select_part(_flatten(state, Path("x.pt"), False), "decoder"), trained)
+        assert _same(select_part(flat_weights(state, "x.pt", prefer_ema=False), "decoder"), trained)
 
 
 @given(order=st.permutations(["ema_model", "module", "core"]), size=st.integers(0, 3), place=st.integers(0, 3))
@@ -73,7 +74,7 @@ def test_the_half_may_stand_anywhere_among_them_in_a_full_model(order: list[str]
         pieces = [*order[:size]]
         pieces.insert(place, part)
         state[".".join([*pieces, rest])] = value
-    read = _flatten(state, Path("x.pt"), True)
+    read = flat_weights(state, "x.pt")
     assert _same(select_part(read, "decoder"))
     assert _same(select_part(read, "encoder"), MODEL.encoder.state_dict())
 
@@ -82,7 +83,7 @@ def test_an_averaged_decoder_beside_a_plain_encoder() -> None:
     state: dict[str, Any] = {k: v for k, v in FULL.items() if k.startswith("encoder.")}
     state |= {f"decoder.ema_model.{k}": v for k, v in DECODER.items()}
     state |= {f"decoder.online_model.{k}": v + 1 for k, v in DECODER.items()}
-    read = _flatten(state, Path("x.pt"), True)
+    read = flat_weights(state, "x.pt")
     assert _same(select_part(read, "decoder"))
     assert _same(select_part(read, "encoder"), MODEL.encoder.state_dict())
 
@@ -98,7 +99,7 @@ def test_one_foreign_key_is_the_mismatch(foreign: str, prefix: str) -> None:
         foreign = "conv_in.bias"  # the same weight twice, once in a core and once not
     state[foreign] = torch.ones(3)
     with pytest.raises(CheckpointError) as caught:
-        load_weights(build_decoder(small_dcae()), select_part(_flatten(state, Path("x.pt"), True), "decoder"), "x.pt")
+        load_weights(build_decoder(small_dcae()), select_part(flat_weights(state, "x.pt"), "decoder"), "x.pt")
     assert foreign.rsplit(".", 1)[1] in str(caught.value)
     assert "missing" not in str(caught.value)
 
@@ -132,8 +133,9 @@ def test_world_model_weights_keep_their_names(tmp_path: Path) -> None:
     torch.save({"ema": {"ema_model._orig_mod.module.core.proj_in.weight": torch.ones(2)}}, tmp_path / "x.pt")
     state = read_state_dict(tmp_path / "x.pt")
     assert list(state) == ["core.proj_in.weight"]
-    assert list(strip_prefix(state, "core")) == ["proj_in.weight"]
-    assert list(strip_prefix({**state, "other": torch.ones(1)}, "core")) == ["core.proj_in.weight", "other"]
+    assert list(select_core(state)) == ["proj_in.weight"]
+    # What is not the core's stays for loading to report.
+    assert sorted(select_core({**state, "other": torch.ones(1)})) == ["other", "proj_in.weight"]
 
 
 def test_variant_is_read_from_the_keys() -> None:

@@ -1,0 +1,254 @@
+"""Files and folders that hold weights, read without running code from them and without mapping them.
+
+Why no mapping: a tensor over a mapped file changes when somebody copies a newer checkpoint over that file, and reading
+it kills the process when the file has become shorter.
+
+Usage:
+    content = read_content("step_100000.pt")                      # whatever torch.save wrote
+    content = read_content("model.safetensors.index.json")        # shards, named by their index, by a part or a folder
+    content = read_content("checkpoints/step_100")                # a folder of torch.distributed.checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import pickle
+import re
+import types
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from owl_wms.errors import CheckpointError
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+INDEX = ".index.json"
+DISTRIBUTED = ".metadata"
+MAX_INDEX_BYTES = 1 << 26
+# Names that diffusers, transformers and accelerate give to the weights in a folder of theirs.
+USUAL_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+# How torch.load(weights_only=True) words a refusal to run code, as opposed to bytes it cannot parse.
+_FORBIDDEN = re.compile(r"[Uu]nsupported (global|GLOBAL|class)|unrecognized function|Can only build|not allowed")
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+
+
+def _harmless() -> list[Any]:
+    """Returns classes that stand beside weights in many checkpoints and whose construction runs nothing of the file's.
+
+    Numbers and arrays of numpy under the module names of both its generations, and plain records of settings.
+    """
+    multiarray = "numpy._core.multiarray", "numpy.core.multiarray"
+    scalar, rebuild = np._core.multiarray.scalar, np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    types_of_numbers = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"}
+    paths = [(pathlib.PurePosixPath, f"pathlib{m}.{n}Path") for m in ("", "._local") for n in ("Posix", "PurePosix")]
+    return [
+        *((scalar, f"{module}.scalar") for module in multiarray),
+        *((rebuild, f"{module}._reconstruct") for module in multiarray),
+        np.ndarray,
+        np.dtype,
+        *types_of_numbers,
+        *paths,
+        argparse.Namespace,
+        types.SimpleNamespace,
+    ]
+
+
+def read_content(path: Path | str) -> Any:
+    """Returns the content of a weight file or folder, tensors on the CPU, as it was written.
+
+    Args:
+        path: `.safetensors`, or anything that `torch.save` wrote; the index of shards, one shard or the folder with
+            them; a folder of torch.distributed.checkpoint; a folder with a single weight file. `~` is expanded.
+
+    Raises:
+        CheckpointError: missing, empty, truncated, no checkpoint, a shard that is absent, a pipe or device, or Python
+            objects that would run code.
+    """
+    path = Path(path).expanduser()
+    try:
+        return _read(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", path=path) from error
+    except MemoryError as error:
+        size = path.stat().st_size / 2**30
+        raise CheckpointError(f"{path}: {size:.1f} GiB do not fit into memory", path=path) from error
+
+
+def _read(path: Path) -> Any:
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file", path=path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is not a file; give the checkpoint file itself", path=path)
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: is empty (0 bytes); copy or download it again", path=path)
+    if path.name.endswith(INDEX):
+        return _read_index(path)
+    shard = _SHARD.fullmatch(path.name)
+    if shard is not None:
+        return _read_numbered(path, shard)
+    return _read_file(path)
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix.lower() == ".safetensors":
+        return _read_safetensors(path)
+    return _read_torch(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        return dict(safetensors.torch.load(path.read_bytes()))
+    except (safetensors.SafetensorError, ValueError, KeyError, AssertionError, TypeError, AttributeError) as err:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file: {err}", path=path) from err
+
+
+def _read_torch(path: Path) -> Any:
+    claims = false_claims(path)
+    if claims is not None:
+        raise CheckpointError(f"{path}: truncated or not a PyTorch checkpoint: {claims}", path=path)
+    try:
+        # A damaged file is one error below, and not also a warning about its pickle protocol.
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless()):
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as err:  # damaged bytes lead torch.load to raise almost anything
+        reason = not_from_torch(path) or str(err).strip() or type(err).__name__
+        if isinstance(err, pickle.UnpicklingError) and _FORBIDDEN.search(reason):
+            named = _GLOBAL.search(reason)
+            what = f" ({named[1]})" if named else ""
+            text = (
+                f"holds Python objects{what} that would run code when unpickled, which is refused; save plain tensors"
+            )
+            raise CheckpointError(f"{path}: {text}", path=path) from err
+        reason = reason.split("WeightsUnpickler error:")[-1].strip().splitlines()[0][:200]
+        raise CheckpointError(f"{path}: truncated or not a PyTorch checkpoint: {reason}", path=path) from err
+
+
+def not_from_torch(path: Path) -> str | None:
+    """Why a file cannot be one that `torch.save` wrote (a zip archive, formerly a pickle), or None when it may be.
+
+    By its first bytes: torch.load takes any other for a pickle, and reports `101` for a text.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError:  # torch.load has said so
+        return None
+    if not head:
+        return "it is empty"
+    if head.startswith((b"PK", b"\x80")):
+        return None
+    words = " ".join(head.decode("ascii", errors="replace").split())
+    begins = f" and begins with {words!r}" if words.isprintable() and words.isascii() else ""
+    return f"torch.save did not write this file: it is neither a zip archive nor a pickle{begins}"
+
+
+def false_claims(path: Path) -> str | None:
+    """Returns why the members of a zip archive would need more memory than the file has bytes, or None.
+
+    `torch.save` stores its members uncompressed, so members that are compressed (a few KiB can then stand for
+    gigabytes) or that together are larger than the file were not written by it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, UnicodeDecodeError):
+        return None  # no archive, or a damaged one, which torch.load reports
+    packed = next((member.filename for member in members if member.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        return f"its member {packed!r} is compressed, which torch.save never does"
+    size, claimed = path.stat().st_size, sum(member.file_size for member in members)
+    return f"its members claim {claimed} bytes in a file of {size}" if claimed > size else None
+
+
+# ---- several files
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """Reads the shards that an index names, and checks that they hold what it says and nothing else."""
+    try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise ValueError(f"it is larger than {MAX_INDEX_BYTES} bytes")
+        index = json.loads(path.read_bytes())
+        places = index["weight_map"]
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ValueError("weight_map must map names to files")
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
+        reason = f"no {err}" if isinstance(err, KeyError) else err
+        raise CheckpointError(f"{path}: not an index of weight files: {reason}", path=path) from err
+    state: dict[str, Any] = {}
+    for name in sorted(set(places.values())):
+        shard = _read_shard(path, name)
+        named = {key for key, place in places.items() if place == name}
+        odd = next(iter(sorted(named ^ shard.keys(), key=str)), None)
+        if odd is not None:
+            where = "is not in that file" if odd in named else "is in that file and not in the index"
+            raise CheckpointError(f"{path}: does not belong to {name}: {odd} {where}", path=path, mismatch=str(odd))
+        state |= shard
+    return state
+
+
+def _read_numbered(path: Path, shard: re.Match[str]) -> dict[str, Any]:
+    """Reads all the shards of which `path` is one, by the index beside it if there is one, else by their numbers."""
+    index = path.with_name(f"{shard['stem']}{shard['suffix']}{INDEX}")
+    if index.is_file():
+        return _read_index(index)
+    state: dict[str, Any] = {}
+    for number in range(1, int(shard["count"]) + 1):
+        content = _read_shard(path, f"{shard['stem']}-{number:05}-of-{shard['count']}{shard['suffix']}")
+        twice = next(iter(state.keys() & content.keys()), None)
+        if twice is not None:
+            raise CheckpointError(f"{path}: {twice} is in two of its {shard['count']} parts", path=path)
+        state |= content
+    return state
+
+
+def _read_shard(path: Path, name: str) -> dict[str, Any]:
+    """Reads one part that stands beside `path`."""
+    if Path(name).name != name:
+        raise CheckpointError(f"{path}: a part must be a file beside it, not {name!r}", path=path)
+    part = path.with_name(name)
+    if not part.is_file() or part.stat().st_size == 0:
+        raise CheckpointError(f"{path}: its part {name} is missing or empty; copy or download it", path=path)
+    content = _read_file(part)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{part}: holds a {type(content).__name__}, not a mapping of weights", path=part)
+    return dict(content)
+
+
+def _read_folder(path: Path) -> Any:
+    names = sorted(entry.name for entry in os.scandir(path))
+    if DISTRIBUTED in names:
+        return _read_distributed(path)
+    indices = [name for name in names if name.endswith(INDEX)]
+    files = [name for name in names if name.endswith(SUFFIXES) and not _SHARD.fullmatch(name)]
+    usual = [name for name in USUAL_NAMES if name in files]
+    chosen = indices or usual[:1] or files
+    if not chosen:
+        shards = [name for name in names if _SHARD.fullmatch(name)]
+        chosen = shards[:1]
+    if len(chosen) == 1:
+        return _read(path / chosen[0])
+    found = f"it has {', '.join(chosen[:4])}" if chosen else "it has no weights that are known by name"
+    raise CheckpointError(f"{path}: is not a file, and {found}; give the checkpoint file itself", path=path)
+
+
+def _read_distributed(path: Path) -> dict[str, Any]:
+    """Reads the tensors of a folder that torch.distributed.checkpoint wrote, in this process alone."""
+    from owl_wms.vae.distributed_files import read_distributed  # imports torch.distributed.checkpoint, a second
+
+    return read_distributed(path)

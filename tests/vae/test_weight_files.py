@@ -1,0 +1,177 @@
+"""Weights in several files, in folders, and files that lie about their size or change afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from owl_wms.errors import CheckpointError
+from owl_wms.vae import build_autoencoder, build_decoder, load_weights, read_state_dict, select_part
+from owl_wms.vae.weight_files import false_claims
+from tests.vae.helpers import randomize, small_dcae
+
+MODEL = randomize(build_autoencoder(small_dcae()))
+DECODER = MODEL.decoder.state_dict()
+
+
+def reads(path: Path) -> bool:
+    state = select_part(read_state_dict(path), "decoder")
+    return state.keys() == DECODER.keys() and all(torch.equal(state[key], DECODER[key]) for key in DECODER)
+
+
+def shards(folder: Path, suffix: str = ".safetensors", count: int = 3) -> Path:
+    """Weights in `count` files and an index."""
+    folder.mkdir()
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    places = {key: f"{stem}-{1 + i % count:05}-of-{count:05}{suffix}" for i, key in enumerate(DECODER)}
+    for name in set(places.values()):
+        part = {key: DECODER[key] for key in DECODER if places[key] == name}
+        save_file(part, folder / name) if suffix == ".safetensors" else torch.save(part, folder / name)
+    index = folder / f"{stem}{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_by_index_folder_part_and_numbers(tmp_path: Path, suffix: str) -> None:
+    index = shards(tmp_path / "parts", suffix)
+    first = sorted(index.parent.glob(f"*{suffix}"))[0]
+    assert all(reads(path) for path in (index, index.parent, first))
+    index.unlink()
+    assert all(reads(path) for path in (first, first.parent))
+    sorted(index.parent.glob(f"*{suffix}"))[2].unlink()
+    with pytest.raises(CheckpointError, match=r"its part .*00003-of-00003.* is missing"):
+        read_state_dict(first)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: {**m, "more": m["conv_in.bias"]}, "more is not in that file"),
+        (lambda m: {k: v for k, v in m.items() if k != "conv_in.bias"}, "conv_in.bias is in that file and not in the"),
+        (lambda m: {**m, "conv_in.bias": "../up.safetensors"}, "must be a file beside it"),
+        (lambda m: {**m, "conv_in.bias": "/etc/passwd"}, "must be a file beside it"),
+        (lambda m: {**m, "conv_in.bias": 3}, "weight_map must map names to files"),
+        (lambda m: [1], "weight_map must map names to files"),
+    ],
+)
+def test_an_index_that_lies(tmp_path: Path, change: Any, words: str) -> None:
+    index = shards(tmp_path / "parts")
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "weight_map": change(content["weight_map"])}))
+    with pytest.raises(CheckpointError, match=words):
+        read_state_dict(index)
+    index.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="not an index of weight files"):
+        read_state_dict(index)
+
+
+def test_folders(tmp_path: Path) -> None:
+    save_file(DECODER, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert reads(tmp_path)
+    torch.save(DECODER, tmp_path / "other.pt")
+    assert reads(tmp_path)  # the usual name is the one that is meant
+    (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "one.safetensors")
+    with pytest.raises(CheckpointError, match=r"is not a file, and it has one\.safetensors, other\.pt; give the"):
+        read_state_dict(tmp_path)
+
+
+def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(DECODER, tmp_path / "d.pt")
+    assert reads(Path("~/d.pt"))
+
+
+def test_distributed_checkpoints(tmp_path: Path) -> None:
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    content = {
+        "model": {f"decoder.{key}": value for key, value in DECODER.items()},
+        "optimizer": {"state": {"conv_in.bias": {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]},
+        "step": 7,
+    }
+    dcp.save(content, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert reads(tmp_path / "dcp")
+    metadata = tmp_path / "dcp" / ".metadata"
+    whole = metadata.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", b"\x80\x04K\x01."):
+        metadata.write_bytes(damage)
+        with pytest.raises(CheckpointError, match=r"cannot be read as a folder of torch.distributed.checkpoint"):
+            read_state_dict(tmp_path / "dcp")
+    metadata.write_bytes(whole)
+    (part,) = (tmp_path / "dcp").glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"cannot be read as a folder|claim"):
+        read_state_dict(tmp_path / "dcp")
+    part.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot be read as a folder|claim"):
+        read_state_dict(tmp_path / "dcp")
+
+
+class _Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_distributed_metadata_runs_no_code(tmp_path: Path) -> None:
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(_Evil(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match="would run code"):
+        read_state_dict(tmp_path / "dcp")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path / "pipe.pt", Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match="is not a file"):
+            read_state_dict(path)
+
+
+def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
+    torch.save({"conv_in.bias": torch.zeros(1 << 22)}, tmp_path / "s.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "s.pt") as source,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for member in source.infolist():
+            target.writestr(member.filename, source.read(member.filename))
+    assert false_claims(tmp_path / "s.pt") is None
+    with pytest.raises(CheckpointError, match=r"is compressed, which torch.save never does"):
+        read_state_dict(tmp_path / "packed.pt")
+    # A stride of 0 lets four bytes stand for any shape: the shape is compared before a value is read.
+    torch.save({**DECODER, "conv_in.bias": torch.zeros(1).expand(1 << 40)}, tmp_path / "stride.pt")
+    with pytest.raises(CheckpointError, match=r"conv_in.bias is .1099511627776"):
+        load_weights(build_decoder(small_dcae()), read_state_dict(tmp_path / "stride.pt"), "stride.pt")
+    key = "conv_in.parametrizations.weight.original1"
+    folded = {k: v for k, v in DECODER.items() if not k.startswith("conv_in.param")}
+    folded["conv_in.weight"] = torch.zeros(1).expand(1 << 20, 1 << 20, 1, 1)
+    with pytest.raises(CheckpointError, match=f"{key} is .1048576, 1048576, 1, 1"):
+        load_weights(build_decoder(small_dcae()), folded, "stride.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_that_is_written_again_changes_no_weight(tmp_path: Path, suffix: str) -> None:
+    path, other = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    for place, state in ((path, DECODER), (other, {key: value + 1 for key, value in DECODER.items()})):
+        torch.save(state, place) if suffix == ".pt" else save_file(state, place)
+    state = read_state_dict(path)
+    with torch.device("meta"):
+        live = build_decoder(small_dcae())
+    load_weights(live, state, path, assign=True)
+    shutil.copyfile(other, path)
+    assert all(torch.equal(value, DECODER[key]) for key, value in live.state_dict().items())
+    path.write_bytes(b"")
+    assert all(torch.equal(value, DECODER[key]) for key, value in live.state_dict().items())
