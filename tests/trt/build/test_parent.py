@@ -4,6 +4,7 @@ faults injected.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -272,3 +273,19 @@ def test_folded_copy_is_fp32_plain_and_separate() -> None:
 )
 def test_endings_in_words(status: int | None, last: dict | None, words: str) -> None:
     assert words in explain_exit(status, 5.0, last)
+
+
+@pytest.mark.xfail(strict=True, reason="the child builds the class as it imports it, whatever the caller's process did")
+def test_a_class_altered_in_this_process_is_not_built_unaltered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key describes the decoder as this process runs it; the child would import the class anew."""
+    decoder, shape = decoders.make("square")
+    original = type(decoder).forward
+    monkeypatch.setattr(type(decoder), "forward", lambda self, z: original(self, z) * 0.5)
+    monkeypatch.setattr(parent, "Session", functools.partial(Session, bootstrap=STAND_IN, device="cpu"))
+    spec = BuildSpec(input_shape=shape, precision="bf16", plans=("tensorrt",))
+    with pytest.raises(FastPathError, match="DCAEDecoder") as raised:
+        build_program(decoder, spec, tmp_path)
+    assert raised.value.stage == "export"
+    assert not (tmp_path / "program.pt2").exists()
