@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms import trt
+from owl_wms.request import Request
 from owl_wms.trt.check.parity import PSNR_GATE_DB
 
 
@@ -23,7 +24,7 @@ def build_ours(
     Args:
         decoder: any float dtype and device; not changed.
         input_shape: static shape of the latents.
-        precision: as `BuildSpec` takes it.
+        precision: as `Request` takes it.
         plans: names of the plans to build and compare; empty means every plan that applies.
 
     Returns:
@@ -33,12 +34,12 @@ def build_ours(
     Raises:
         FastPathError: when no plan builds or passes parity.
     """
-    spec = trt.BuildSpec(
-        input_shape=input_shape, precision=precision, plans=plans, device_index=torch.cuda.current_device()
+    request = Request(
+        input_shape=input_shape, precision=precision, plans=plans, device=f"cuda:{torch.cuda.current_device()}"
     )
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        report = trt.build_program(decoder, spec, Path(folder))
+        report = trt.build_program(decoder, request, Path(folder))
         built = time.perf_counter()
         data = (Path(folder) / "program.pt2").read_bytes()
         program = trt.load_program(data, torch.device("cuda"))

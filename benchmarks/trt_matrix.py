@@ -31,7 +31,8 @@ import torch
 from benchmarks import decoders, harness
 from benchmarks.report import require_alike, write_markdown, write_merged
 from owl_wms import trt
-from owl_wms.cache import CacheStore, Miss
+from owl_wms.cache import CacheStore, Key, Miss
+from owl_wms.request import Request
 from owl_wms.trt.check.answer import output_digest
 from owl_wms.trt.check.parity import latents
 
@@ -44,12 +45,12 @@ LONG_RUN_CALLS = 1000
 PROGRAM = "program.pt2"
 
 
-def spec_of(row: str, args: argparse.Namespace) -> tuple[decoders.Subject, trt.BuildSpec]:
+def spec_of(row: str, args: argparse.Namespace) -> tuple[decoders.Subject, Request]:
     """The subject of `name[:precision[:plan]]` and what is asked for it."""
     name, own, plan, *_ = [*row.split(":"), "", ""]
     subject = decoders.subject(name)
     shape = (args.batch, *subject.latent_shape)
-    return subject, trt.BuildSpec(
+    return subject, Request(
         input_shape=shape,
         precision=own or args.precision,
         plans=(plan,) if plan else tuple(args.plans),
@@ -57,7 +58,7 @@ def spec_of(row: str, args: argparse.Namespace) -> tuple[decoders.Subject, trt.B
     )
 
 
-def first_answer(program: trt.Program, spec: trt.BuildSpec, seed: int = 0) -> torch.Tensor:
+def first_answer(program: trt.LoadedProgram, spec: Request, seed: int = 0) -> torch.Tensor:
     """The program's output for the latents that the build recorded its digest for."""
     x = program(latents(spec.input_shape, 1.0, program.input_dtype, program.device, seed))
     torch.cuda.synchronize()
@@ -78,7 +79,9 @@ def measure(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, 
         material = trt.key_material(decoder, spec)
         keyed = time.monotonic()
         entry = store.get_or_build(
-            row.replace(":", "_"), material, lambda out: trt.build_program(decoder, spec, out, events.append)
+            row.replace(":", "_"),
+            Key.of(material),
+            lambda out: trt.build_program(decoder, spec, out, progress=events.append),
         )
         program = trt.load_program(entry.read(PROGRAM), "cuda:0")
         x = first_answer(program, spec)
@@ -105,7 +108,7 @@ def measure(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, 
     return result
 
 
-def long_run(program: trt.Program, spec: trt.BuildSpec) -> dict[str, Any]:
+def long_run(program: trt.LoadedProgram, spec: Request) -> dict[str, Any]:
     """Memory around `LONG_RUN_CALLS` decodes: PyTorch's own counter and the whole device's."""
     z = latents(spec.input_shape, 1.0, program.input_dtype, program.device)
     marks = []
@@ -143,7 +146,7 @@ def second(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, A
     begin = time.monotonic()
     material = trt.key_material(decoder, spec)
     keyed = time.monotonic()
-    entry = store.lookup(row.replace(":", "_"), material)
+    entry = store.lookup(row.replace(":", "_"), Key.of(material))
     if isinstance(entry, Miss):
         return {"error": f"miss: {entry.reason}"}
     data = entry.read(PROGRAM)

@@ -88,7 +88,10 @@ class FastPathError(OwlError, RuntimeError):
         stage: `import`, `export`, `build`, `parity`, `save`, `load` or `run`.
         reason: what happened, one sentence.
         remedy: what a user can do about it, one sentence.
+        quiet: nothing is wrong, so it is logged at info level and not as a warning.
     """
+
+    quiet = False
 
     def __init__(self, stage: str, reason: str, remedy: str = "") -> None:
         super().__init__(f"{stage}: {reason}" + (f" ({remedy})" if remedy else ""))
@@ -97,12 +100,16 @@ class FastPathError(OwlError, RuntimeError):
         self.remedy = remedy
 
     def again(self) -> FastPathError:
-        """An equal error to keep and raise another time: this one holds, by its traceback, what its raisers held."""
+        """Returns a new error with the same stage, reason and remedy. Store and raise the copy: the traceback of the
+        original keeps the local variables of every frame it passed through (tensors, engines) in memory.
+        """
         return FastPathError(self.stage, self.reason, self.remedy)
 
 
 class NoDeviceError(FastPathError):
-    """There is nothing the compiled path could run on, which is no fault: said at info level, not as a warning."""
+    """There is no GPU that the compiled path could run on, which is no fault."""
+
+    quiet = True
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__("import", reason, remedy)

@@ -23,6 +23,7 @@ STAGES = [
         "configs",
         "settings",
         "state",
+        "request",
         "game",
         "vae",
         "ops",

@@ -5,7 +5,7 @@ verified before use, quarantine, single flight and a trusted directory (docs/cac
 
 Usage:
     store = CacheStore("trt_cache")
-    entry = store.get_or_build("dcae", material, build)
+    entry = store.get_or_build("dcae", Key.of(material), build)
     data = entry.read("program.pt2")
 """
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from owl_wms.cache.entry import Entry, Miss
 from owl_wms.cache.evict import Shrunk
-from owl_wms.cache.key import SCHEMA, cache_key, canonical, entry_name
+from owl_wms.cache.key import SCHEMA, Key, cache_key, canonical, entry_name
 from owl_wms.cache.manifest import Manifest
-from owl_wms.cache.store import DEFAULT_MAX_BYTES, LOCK_TIMEOUT_SECONDS, CacheStore
+from owl_wms.cache.store import DEFAULT_MAX_BYTES, LOCK_TIMEOUT_SECONDS, CacheStore, NoStore
 from owl_wms.cache.survey import EntryInfo
 
 __all__ = [
@@ -23,7 +23,9 @@ __all__ = [
     "Entry",
     "Miss",
     "EntryInfo",
+    "Key",
     "Manifest",
+    "NoStore",
     "Shrunk",
     "cache_key",
     "canonical",

@@ -5,7 +5,7 @@ SHA-256 are compared with a manifest that proved itself first, and `read` return
 deserialized here.
 
 Usage:
-    entry = load("dcae_0123456789abcdef", cache_path, cache_fd, expected)
+    entry = load(cache_path, cache_fd, expected)
     with entry.in_use():
         data = entry.read("program.pt2")
 """
@@ -16,15 +16,16 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from owl_wms.cache import fs, guard
-from owl_wms.cache.key import canonical
+from owl_wms.cache.key import Key, canonical, entry_name
 from owl_wms.cache.manifest import FILE_NAME, MAX_BYTES, PROGRAM, Manifest, parse, signature_problem
 from owl_wms.errors import CacheCorruptError, CacheError
 
@@ -123,38 +124,60 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Expected:
-    """What a caller looks for: model label, key, material, and how the entry must be signed."""
+    """What a caller looks for: model label and key, and how the entry must be signed."""
 
     label: str
-    key: str
-    material: dict[str, Any]
+    key: Key
     hmac_key: bytes | None
+
+    @property
+    def entry(self) -> str:
+        """Directory name of the entry."""
+        return entry_name(self.label, self.key.digits)
 
 
 class EntryGoneError(OSError):
     """The entry was evicted between two calls; internal, it ends as a Miss."""
 
 
-def load(name: str, cache_path: Path, cache_fd: int, expected: Expected) -> Entry:
+def load(cache_path: Path, cache_fd: int, expected: Expected, meanwhile: Callable[[], None] | None = None) -> Entry:
     """Open, lock, read and verify one entry.
+
+    Args:
+        cache_path: the cache directory.
+        cache_fd: its descriptor.
+        expected: what the entry must be.
+        meanwhile: called in this thread while another one reads and hashes the program; never for an entry that is
+            absent or whose manifest is wrong.
 
     Raises:
         FileNotFoundError: there is none.
         EntryGoneError: it vanished meanwhile.
         CacheCorruptError: it is there and wrong; nothing of it was deserialized.
         OSError: the file system would not let it be read, which says nothing about the entry.
+        Exception: whatever `meanwhile` raises.
     """
-    entry_fd, manifest_fd, raw = _open_entry(name, cache_path, cache_fd, expected.hmac_key is not None)
+    name, shared = expected.entry, expected.hmac_key is not None
+    entry_fd, manifest_fd, raw = _open_entry(name, cache_path, cache_fd, shared)
     try:
         manifest = _accept(raw, cache_path / name, expected.hmac_key)
         _compare(manifest, expected, cache_path / name)
-        data = _read_program(name, cache_path, cache_fd, entry_fd, manifest, expected.hmac_key is not None)
+        read = functools.partial(_read_program, name, cache_path, cache_fd, entry_fd, manifest, shared)
+        data = read() if meanwhile is None else _beside(read, meanwhile)
     except BaseException:
         fs.close(manifest_fd)
         raise
     finally:
         fs.close(entry_fd)
     return Entry(name, manifest, data, path=cache_path / name, lock_fd=manifest_fd)
+
+
+def _beside(read: Callable[[], bytes], meanwhile: Callable[[], None]) -> bytes:
+    # Leaving the block waits for the reading, also when `meanwhile` raises: the descriptors are closed after it.
+    with ThreadPoolExecutor(1, "owl-wms-read") as pool:
+        reading = pool.submit(read)
+        meanwhile()
+        return reading.result()
 
 
 def inspect(name: str, cache_path: Path, cache_fd: int, hmac_key: bytes | None, *, payload: bool) -> Manifest:
@@ -259,7 +282,7 @@ def _accept(raw: bytes, path: Path, hmac_key: bytes | None) -> Manifest:
 def _compare(manifest: Manifest, expected: Expected, path: Path) -> None:
     if manifest.name != expected.label:
         raise CacheCorruptError(f"belongs to model {manifest.name!r}, not {expected.label!r}", path=path)
-    if manifest.key != expected.key or canonical(manifest.material) != canonical(expected.material):
+    if manifest.key != expected.key.digits or canonical(manifest.material) != expected.key.text:
         raise CacheCorruptError(f"holds another key ({manifest.key[:24]}...) under this name", path=path)
 
 

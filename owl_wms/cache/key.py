@@ -6,12 +6,14 @@ gives another key. Values with no canonical text (sets, NaN, bytes, arbitrary ob
 at.
 
 Usage:
-    key = cache_key({"gpu": "NVIDIA H200", "weights_sha256": "ab..."})     # 64 hex digits
-    name = entry_name("dcae", key)                                          # "dcae_<first 16 hex>"
+    key = Key.of({"gpu": "NVIDIA H200", "weights_sha256": "ab..."})
+    key.digits                                              # 64 hex digits
+    name = entry_name("dcae", key.digits)                   # "dcae_<first 16 hex>"
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -24,14 +26,34 @@ from owl_wms.errors import ConfigError
 JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
 
 SCHEMA = 1
-"""Version of the entry format.
-
-It is part of every key, so that two versions of this code never look for the same name.
+"""Version of the entry format: what a manifest and a directory look like. It is part of every key, so that two versions
+of this code never look for the same name. What is in the material has a version of its own (`owl_wms.trt.key.SCHEMA`).
 """
 
 MAX_DEPTH = 32
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 _ENTRY = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,63})_([0-9a-f]{16})\Z")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Key:
+    """The material of one program as plain JSON, and the 64 hex digits that stand for it; made once and handed down.
+
+    Attributes:
+        material: as `normalise` makes it.
+        digits: `cache_key(material)`.
+        text: `canonical(material)`, by which an entry's material is compared.
+    """
+
+    material: dict[str, Any]
+    digits: str
+    text: bytes = dataclasses.field(repr=False)
+
+    @classmethod
+    def of(cls, material: Mapping[str, Any]) -> Key:
+        """The key of `material`. Raises ConfigError as `normalise` does."""
+        plain = normalise(material)
+        return cls(plain, _digits(plain), canonical(plain))
 
 
 def cache_key(material: Mapping[str, Any]) -> str:
@@ -41,7 +63,11 @@ def cache_key(material: Mapping[str, Any]) -> str:
         ConfigError: a value that JSON cannot express exactly; the error names the place, for example
             `material.settings[2]`.
     """
-    return hashlib.sha256(canonical({"material": normalise(material), "schema": SCHEMA})).hexdigest()
+    return _digits(normalise(material))
+
+
+def _digits(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical({"material": plain, "schema": SCHEMA})).hexdigest()
 
 
 def canonical(value: JSON) -> bytes:

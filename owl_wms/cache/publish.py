@@ -66,8 +66,8 @@ def describe(expected: Expected, data: bytes, report: Mapping[str, Any] | None) 
     """
     return Manifest(
         name=expected.label,
-        key=expected.key,
-        material=expected.material,
+        key=expected.key.digits,
+        material=expected.key.material,
         size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         report=_expressible(dict(report or {})),

@@ -7,7 +7,7 @@ raised.
 Usage:
     store = CacheStore(Path("trt_cache"), max_bytes=20 * 2**30)
     # build(folder) writes folder/"program.pt2", returns a JSON report
-    entry = store.get_or_build("dcae", material, build)
+    entry = store.get_or_build("dcae", Key.of(material), build)
     program = load_program(entry.read("program.pt2"), device)
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 from owl_wms.cache import evict, fs, guard, locks, quarantine, staging, survey
 from owl_wms.cache.entry import Entry, EntryGoneError, Expected, Miss, load
-from owl_wms.cache.key import cache_key, entry_name, is_entry_name, label, normalise
+from owl_wms.cache.key import Key, entry_name, is_entry_name, label
 from owl_wms.cache.manifest import Manifest
 from owl_wms.cache.publish import PRIVATE, SHARED, describe, publish, take_program
 from owl_wms.cache.tally import Tally
@@ -33,6 +33,7 @@ from owl_wms.errors import CacheCorruptError, CacheError, CacheRefusedError
 DEFAULT_MAX_BYTES = 20 * 1024**3
 LOCK_TIMEOUT_SECONDS = 300.0
 Build = Callable[[Path], Mapping[str, Any]]
+Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
 _log = logging.getLogger(__name__)
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
@@ -65,13 +66,15 @@ class CacheStore:
 
     # ---- the two questions a program asks
 
-    def lookup(self, name: str, material: Mapping[str, Any]) -> Entry | Miss:
-        """The entry of `material`, verified, or why there is none. Never raises for anything the file system does.
+    def lookup(self, name: str, key: Key, meanwhile: Callable[[], None] | None = None) -> Entry | Miss:
+        """The entry of `key`, verified, or why there is none. Never raises for anything the file system does.
 
-        Raises:
-            ConfigError: `material` is not JSON.
+        Args:
+            name: model label for the directory name.
+            key: everything the program depends on.
+            meanwhile: called in this thread while another one reads and hashes a program that is there.
         """
-        expected = self._expected(name, material)
+        expected = self._expected(name, key)
         try:
             cache_fd = self._open(create=False)
         except FileNotFoundError:
@@ -81,43 +84,57 @@ class CacheStore:
             found = Miss(reason=str(error), kind="refused")
         else:
             try:
-                found = self._find(cache_fd, expected)
+                found = self._find(cache_fd, expected, meanwhile)
             finally:
                 fs.close(cache_fd)
         self._tally.count("misses", int(isinstance(found, Miss)))
         return found
 
-    def get_or_build(self, name: str, material: Mapping[str, Any], build: Build) -> Entry:
-        """The entry of `material`, built if there is none.
+    def get_or_build(
+        self,
+        name: str,
+        key: Key,
+        build: Build,
+        *,
+        waiting: Waiting = contextlib.nullcontext,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Entry:
+        """The entry of `key`, built if there is none.
+
+        First a look without any lock, for an entry that is there waits for nobody. Then `waiting()`, then the lock file
+        of the entry, then a second look, for another process may have built it meanwhile.
 
         Args:
             name: model label for the directory name.
-            material: everything the program depends on.
+            key: everything the program depends on.
             build: called with an empty directory; writes `program.pt2` there and returns a JSON report. Called once, or
                 a second time in another place when the cache's file system could not hold the result.
+            waiting: entered before the lock file is waited for and left after the build: the turn of this process,
+                which must not be waited for while other processes wait for the lock.
+            meanwhile: as in `lookup`, for the first look alone.
 
         Returns:
-            An entry with verified bytes; `entry.cached` is False when it could not be kept, and `entry.reason` says
+            An entry with verified bytes; `entry.cached` is False when it could not be stored, and `entry.reason` says
             why.
 
         Raises:
-            ConfigError: `material` is not JSON.
             CacheError: the build wrote no program, or there is no place at all to build in.
             Exception: whatever `build` raises.
         """
-        found = self.lookup(name, material)
+        found = self.lookup(name, key, meanwhile)
         if isinstance(found, Entry):
             return found
-        expected = self._expected(name, material)
-        try:
-            cache_fd = self._open(create=True)
-        except (CacheRefusedError, OSError) as error:
-            self._tally.warn("refused", "%s; programs are built without a cache", error)
-            return self._build_aside(expected, build, str(error))
-        try:
-            return self._build_as_one(cache_fd, expected, build)
-        finally:
-            fs.close(cache_fd)
+        expected = self._expected(name, key)
+        with waiting():
+            try:
+                cache_fd = self._open(create=True)
+            except (CacheRefusedError, OSError) as error:
+                self._tally.warn("refused", "%s; programs are built without a cache", error)
+                return self._build_aside(expected, build, str(error))
+            try:
+                return self._build_as_one(cache_fd, expected, build)
+            finally:
+                fs.close(cache_fd)
 
     # ---- what an operator asks
 
@@ -198,10 +215,10 @@ class CacheStore:
 
     # ---- finding
 
-    def _find(self, cache_fd: int, expected: Expected) -> Entry | Miss:
-        name = entry_name(expected.label, expected.key)
+    def _find(self, cache_fd: int, expected: Expected, meanwhile: Callable[[], None] | None = None) -> Entry | Miss:
+        name = expected.entry
         try:
-            entry = load(name, self.directory, cache_fd, expected)
+            entry = load(self.directory, cache_fd, expected, meanwhile)
         except FileNotFoundError:
             return Miss(reason=f"no entry {name}")
         except EntryGoneError as error:
@@ -209,8 +226,8 @@ class CacheStore:
         except CacheCorruptError as error:
             self._put_aside(name, str(error), cache_fd)
             return Miss(reason=f"{name}: {error}", kind="corrupt")
-        except OSError as error:
-            return Miss(reason=f"{name} cannot be read: {error}", kind="unreadable")
+        except (OSError, MemoryError) as error:  # a program larger than the free memory is not damaged
+            return Miss(reason=f"{name} cannot be read: {error or type(error).__name__}", kind="unreadable")
         with contextlib.suppress(OSError):  # a read-only cache is used without a record of its use
             evict.mark_used(name, cache_fd, self._modes.directory)
         self._tally.count("hits")
@@ -232,7 +249,7 @@ class CacheStore:
     # ---- building
 
     def _build_as_one(self, cache_fd: int, expected: Expected, build: Build) -> Entry:
-        name = entry_name(expected.label, expected.key)
+        name = expected.entry
         self._tally.count("swept", staging.sweep(cache_fd))
         folder: Path | None = self.directory / evict.LOCKS
         try:
@@ -273,24 +290,23 @@ class CacheStore:
         self, stage: staging.Stage, cache_fd: int, expected: Expected, data: bytes, report: Mapping[str, Any]
     ) -> Entry:
         manifest = describe(expected, data, report)
-        name = entry_name(expected.label, expected.key)
+        name = expected.entry
         if len(data) > self.max_bytes:
-            return self._unpublished(
-                name, manifest, data, f"{len(data)} bytes are more than the cache's limit of {self.max_bytes}"
-            )
+            reason = f"{len(data)} bytes are more than the cache's limit of {self.max_bytes}"
+            return self._not_stored(in_memory(manifest, data, reason))
         for attempt in (1, 2):
             try:
                 lock_fd = publish(stage, name, manifest, cache_fd, hmac_key=self._hmac_key, modes=self._modes)
             except OSError as error:
                 if error.errno not in _OCCUPIED or attempt == 2:
-                    return self._unpublished(name, manifest, data, f"{self.directory} would not take it: {error}")
-                other = self._find(
-                    cache_fd, expected
-                )  # a bad one is quarantined by this, which frees the name for the second attempt
+                    reason = f"{self.directory} would not take it: {error}"
+                    return self._not_stored(in_memory(manifest, data, reason))
+                # A bad one is quarantined by this, which frees the name for the second attempt.
+                other = self._find(cache_fd, expected)
                 if isinstance(other, Entry):
                     return other
             except CacheCorruptError as error:
-                return self._unpublished(name, manifest, data, str(error))
+                return self._not_stored(in_memory(manifest, data, str(error)))
             else:
                 break
         self._tally.count("published")
@@ -300,33 +316,19 @@ class CacheStore:
         return Entry(name, manifest, data, path=self.directory / name, lock_fd=lock_fd, built=True)
 
     def _build_aside(self, expected: Expected, build: Build, reason: str) -> Entry:
-        """Build in a private temporary directory and keep the program in memory only."""
-        try:
-            folder = Path(tempfile.mkdtemp(prefix="owl_wms_"))
-        except OSError as error:
-            raise CacheError(
-                f"no directory to build in: {reason}; and no temporary one: {error}", path=self.directory
-            ) from error
-        try:
-            report = build(folder)
-            data = take_program(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        entry = build_aside(expected, build, reason)
         self._tally.count("builds")
-        return self._unpublished(
-            entry_name(expected.label, expected.key), describe(expected, data, report), data, reason
-        )
+        return self._not_stored(entry)
 
-    def _unpublished(self, name: str, manifest: Manifest, data: bytes, reason: str) -> Entry:
+    def _not_stored(self, entry: Entry) -> Entry:
         self._tally.count("unpublished")
-        self._tally.warn("unpublished", "%s was built and is used, but not kept: %s", name, reason)
-        return Entry(name, manifest, data, path=None, lock_fd=None, built=True, reason=reason)
+        self._tally.warn("unpublished", "%s was built and is used, but not kept: %s", entry.name, entry.reason)
+        return entry
 
     # ---- small things
 
-    def _expected(self, name: str, material: Mapping[str, Any]) -> Expected:
-        plain = normalise(material)
-        return Expected(label=label(name), key=cache_key(plain), material=plain, hmac_key=self._hmac_key)
+    def _expected(self, name: str, key: Key) -> Expected:
+        return Expected(label=label(name), key=key, hmac_key=self._hmac_key)
 
     def _open(self, *, create: bool) -> int:
         return guard.open_trusted(self.directory, shared=self._hmac_key is not None, create=create)
@@ -342,3 +344,48 @@ class CacheStore:
             yield cache_fd
         finally:
             fs.close(cache_fd)
+
+
+class NoStore:
+    """The same question to a store that stores nothing (`use_cache=False`): every program is built, in a private
+    temporary directory, and stays in memory.
+    """
+
+    def get_or_build(
+        self,
+        name: str,
+        key: Key,
+        build: Build,
+        *,
+        waiting: Waiting = contextlib.nullcontext,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Entry:
+        """As `CacheStore.get_or_build`; `meanwhile` is not called, for nothing is read."""
+        with waiting():
+            expected = Expected(label=label(name), key=key, hmac_key=None)
+            return build_aside(expected, build, "the settings say use_cache=False")
+
+
+def build_aside(expected: Expected, build: Build, reason: str) -> Entry:
+    """Build in a private temporary directory and hold the program in memory only; `reason` says why.
+
+    Raises:
+        CacheError: there is no place to build in.
+        Exception: whatever `build` raises.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="owl_wms_"))
+    except OSError as error:
+        raise CacheError(f"no directory to build in: {reason}; and no temporary one: {error}", path=".") from error
+    try:
+        report = build(folder)
+        data = take_program(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return in_memory(describe(expected, data, report), data, reason)
+
+
+def in_memory(manifest: Manifest, data: bytes, reason: str) -> Entry:
+    """An entry of freshly built bytes that stands in no directory."""
+    name = entry_name(manifest.name, manifest.key)
+    return Entry(name, manifest, data, path=None, lock_fd=None, built=True, reason=reason)

@@ -12,6 +12,7 @@ Usage:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from owl_wms.ops.conv_out import pack as pack_conv_out
 from owl_wms.ops.grouped_conv import pack as pack_grouped
 from owl_wms.ops.resize import resize
 from owl_wms.ops.stage import stage
+from owl_wms.vae.build import build_decoder
 from owl_wms.vae.dcae import DCAEDecoder
 from owl_wms.vae.distill import DistillDecoder
 from owl_wms.vae.landscape import SquareToLandscape, nearest_landscape
@@ -54,9 +56,16 @@ def fuse(decoder: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | 
         ValueError: `supports` says no, or weight norm has not been folded.
     """
     with torch.no_grad():
-        fused = FusedDecoder(fusible(decoder), dtype).eval()
+        # Everything is made from weights that have been rounded once, as eager PyTorch at this precision has them.
+        rounded = copy.deepcopy(fusible(decoder)).to(dtype)
+        fused = FusedDecoder(rounded, dtype).eval()
         choose(fused, dtype, input_shape)
     return fused
+
+
+def standard(decoder: DCAEDecoder | DistillDecoder) -> nn.Module:
+    """A new decoder of the same configuration and variant, with random weights."""
+    return build_decoder(decoder.config, variant=decoder.variant if isinstance(decoder, DCAEDecoder) else None)
 
 
 def fusible(decoder: nn.Module) -> DCAEDecoder | DistillDecoder:

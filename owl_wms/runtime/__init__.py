@@ -13,19 +13,20 @@ Usage:
 
 from owl_wms.runtime.audio import AudioDecode
 from owl_wms.runtime.decode import VideoDecode
+from owl_wms.runtime.programs import Stored, Toolchain
 from owl_wms.runtime.stats import DecodeStats
 from owl_wms.runtime.stream import Latents, decode_stream
 from owl_wms.runtime.streaming import StreamDecode
-from owl_wms.runtime.toolchain import JitToolchain, ProgramRequest, TensorRTToolchain, Toolchain
+from owl_wms.runtime.toolchain import Jit, TensorRT
 
 __all__ = [
     "AudioDecode",
     "DecodeStats",
-    "JitToolchain",
+    "Jit",
     "Latents",
-    "ProgramRequest",
+    "Stored",
     "StreamDecode",
-    "TensorRTToolchain",
+    "TensorRT",
     "Toolchain",
     "VideoDecode",
     "decode_stream",

@@ -22,17 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
-from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NoDeviceError
+from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError
+from owl_wms.request import Request
 from owl_wms.runtime import recording
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, is_out_of_memory, release_memory
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.latents import check_video, check_video_shape
 from owl_wms.runtime.output import DTYPES, Output
-from owl_wms.runtime.programs import ProgramSource, renew_locks
+from owl_wms.runtime.programs import Progress, Toolchain, renew_locks
 from owl_wms.runtime.slot import Slot
 from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
 from owl_wms.runtime.stopwatch import Stopwatch
-from owl_wms.runtime.toolchain import ProgramRequest, Progress, TensorRTToolchain, Toolchain
+from owl_wms.runtime.toolchain import TensorRT
 from owl_wms.settings import TensorRTConfig
 from owl_wms.vae.landscape import other_latent_size
 
@@ -90,7 +91,8 @@ class VideoDecode:
         self.strict = not self.settings.fallback_on_error if strict is None else strict
         self.check = check
         self.output = output
-        self._source = ProgramSource(toolchain or TensorRTToolchain(), self.settings, progress)
+        self.toolchain: Toolchain = TensorRT() if toolchain is None else toolchain
+        self._progress = progress
         self._stopwatch = Stopwatch() if timing else None
         self._ledger = Ledger()
         self._guard = threading.Lock()
@@ -157,7 +159,7 @@ class VideoDecode:
         return summarise(
             self._ledger,
             [] if generation is None else generation.slots(),
-            toolchain=self._source.toolchain.name,
+            toolchain=self.toolchain.name,
             enabled=self.settings.enabled,
             latency_ms=None if self._stopwatch is None else self._stopwatch.percentiles(),
         )
@@ -199,7 +201,7 @@ class VideoDecode:
             failure = FastPathError(
                 "run",
                 f"{type(error).__name__}: {text}",
-                "free GPU memory or lower the batch size" if memory else "rebuild with owl-wms trt build",
+                "free GPU memory or lower the batch size" if memory else self._rebuild(slot),
             )
             failure.__cause__ = None if memory else error
         else:
@@ -246,6 +248,14 @@ class VideoDecode:
         if self.strict:
             raise failure
 
+    def _rebuild(self, slot: Slot) -> str:
+        """What a user does about a program that fails when it runs."""
+        if slot.loaded is None or slot.loaded.not_kept:
+            return "start again, which builds the program anew, or choose another TENSORRT_PRECISION"
+        # `trt build` alone would find the entry in the cache and load the same program.
+        folder = self.settings.cache_directory() / slot.loaded.name
+        return f"delete {folder}, then run owl-wms trt build, or choose another TENSORRT_PRECISION"
+
     # ---- state
 
     def _current(self) -> Generation:
@@ -266,15 +276,8 @@ class VideoDecode:
             return generation
 
     def _slot(self, generation: Generation, one: tuple[int, ...], device: torch.device) -> Slot:
-        request = ProgramRequest(
-            shape=(self.batch_size, *one),  # type: ignore[arg-type]
-            device=device,
-            precision=self.settings.precision,
-            plans=self.settings.plans,
-            workspace_size=self.settings.workspace_size,
-            calibration=self.settings.calibration,
-        )
-        slot = generation.slot(request)
+        shape = (self.batch_size, *one)
+        slot = generation.slot(one, device, lambda: Request.of(self.settings, shape, str(device)))
         if slot.state == "new":
             remark = other_latent_size(getattr(self.decoder, "config", None), *one[1:])
             if remark is not None:
@@ -301,11 +304,11 @@ class VideoDecode:
 
     def _obtain(self, eager: EagerDecoder, slot: Slot) -> None:
         try:
-            loaded = self._source.obtain(eager.module, slot.request)
+            loaded = self.toolchain.obtain(eager.module, slot.request, self.settings, self._progress)
         except FastPathError as failure:
             slot.put_off(f"{failure.stage}: {failure.reason}", failure)
-            if isinstance(failure, NoDeviceError):
-                self._ledger.note("cpu", f"PyTorch decodes: {failure.reason}")
+            if failure.quiet:
+                self._ledger.note(failure.reason, f"PyTorch decodes: {failure.reason}")
             else:
                 self._ledger.failure(failure)
             if self.strict:
@@ -315,7 +318,9 @@ class VideoDecode:
         self._ledger.add("builds" if loaded.built else "hits")
         self._ledger.spend("build", loaded.build_seconds)
         self._ledger.spend("load", loaded.load_seconds)
-        self._ledger.note(f"ready {slot.request.shape}", f"{slot.reason} decodes {list(slot.request.shape)}")
+        self._ledger.note(
+            f"ready {slot.request.input_shape}", f"{slot.reason} decodes {list(slot.request.input_shape)}"
+        )
 
     def _while_recording(self) -> Generation:
         """One without programs, and not kept: what is folded while recording exists in the replays only."""

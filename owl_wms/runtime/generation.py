@@ -6,19 +6,21 @@ with them, whenever it is finished, and no program can meet weights that it was 
 
 Usage:
     generation = Generation(decoder)
-    slot = generation.slot(request)         # made at the first call for a request
+    slot = generation.slot((128, 8, 8), device, make)       # `make()` gives the request, once
     generation.eager(z)                     # the PyTorch answer of the same weights
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
+import torch
 from torch import nn
 
+from owl_wms.request import Request
 from owl_wms.runtime.eager import EagerDecoder
 from owl_wms.runtime.slot import Slot
-from owl_wms.runtime.toolchain import ProgramRequest
 
 
 class Generation:
@@ -32,15 +34,15 @@ class Generation:
     def __init__(self, decoder: nn.Module) -> None:
         self.eager = EagerDecoder(decoder)
         self.frame_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self._slots: dict[ProgramRequest, Slot] = {}
+        self._slots: dict[tuple[tuple[int, ...], torch.device], Slot] = {}
         self._guard = threading.Lock()
 
-    def slot(self, request: ProgramRequest) -> Slot:
-        """The one slot of the request."""
+    def slot(self, latent: tuple[int, ...], device: torch.device, make: Callable[[], Request]) -> Slot:
+        """The one slot for latents `(c, h, w)` on `device`; `make` is called when there is none yet."""
         with self._guard:
-            slot = self._slots.get(request)
+            slot = self._slots.get((latent, device))
             if slot is None:
-                slot = self._slots[request] = Slot(request)
+                slot = self._slots[latent, device] = Slot(make())
             return slot
 
     def slots(self) -> list[Slot]:

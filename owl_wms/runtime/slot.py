@@ -5,7 +5,7 @@ streams apart; a TensorRT execution context has scratch memory that two runs at 
 
 Usage:
     slot = Slot(request)
-    slot.accept(loaded)                          # of ProgramSource.obtain
+    slot.accept(loaded)                          # of Toolchain.obtain
     finite = slot.run(z, write, check=True)      # write([k, C, H, W]) is called before another thread may run it
 """
 
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from owl_wms.errors import FastPathError
+from owl_wms.request import Request
 from owl_wms.runtime.programs import Loaded
-from owl_wms.runtime.toolchain import ProgramRequest
 
 STRIKES = 3
 """Run failures after which a program is put aside."""
@@ -31,7 +31,7 @@ CHECKED_CALLS, CHECK_EVERY = 8, 64
 
 
 class Slot:
-    """Program state for one `ProgramRequest`.
+    """Program state for one `Request`.
 
     Attributes:
         state: `new`, `ready` or `off`.
@@ -41,7 +41,7 @@ class Slot:
         eager_step: chunk size of the PyTorch path, smaller after memory ran out.
     """
 
-    def __init__(self, request: ProgramRequest) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
         self.lock = threading.RLock()
         self.state = "new"
@@ -49,7 +49,7 @@ class Slot:
         self.failure: FastPathError | None = None
         self.loaded: Loaded | None = None
         self.failures = 0
-        self.eager_step = request.shape[0]
+        self.eager_step = request.input_shape[0]
         self._calls = 0
         self._last: tuple[Any, Any] | None = None
 
@@ -93,7 +93,7 @@ class Slot:
         with self.lock, self._ordered(z.device):
             if self.loaded is None:
                 raise RuntimeError("the program was put aside by another thread")
-            missing = self.request.shape[0] - len(z)
+            missing = self.request.input_shape[0] - len(z)
             frames = self.loaded.program(F.pad(z, (0,) * 7 + (missing,)) if missing else z)[: len(z)]
             if len(frames) != len(z):
                 raise RuntimeError(f"the program answered {len(frames)} frames to {len(z)} latents")

@@ -152,7 +152,7 @@ def summarise(
 def _describe(slot: Slot) -> dict[str, Any]:
     loaded = slot.loaded
     return {
-        "shape": list(slot.request.shape),
+        "shape": list(slot.request.input_shape),
         "state": slot.state,
         "reason": slot.reason,
         "entry": None if loaded is None else loaded.name,

@@ -7,8 +7,8 @@ Usage:
     from owl_wms import trt
 
     if trt.status().available:                                      # to run cached programs, run_status() suffices
-        spec = trt.BuildSpec(input_shape=(8, 128, 8, 8))
-        report = trt.build_program(decoder, spec, out_dir)          # in a child process; writes out_dir/program.pt2
+        request = Request(input_shape=(8, 128, 8, 8))               # owl_wms.request
+        report = trt.build_program(decoder, request, out_dir)       # in a build process; writes out_dir/program.pt2
         program = trt.load_program((out_dir / "program.pt2").read_bytes(), "cuda")
 """
 
@@ -20,14 +20,12 @@ from owl_wms.trt.key import key_material
 from owl_wms.trt.library.engines import status as run_status
 from owl_wms.trt.library.importer import TensorRTStatus, status
 from owl_wms.trt.run.cuda_graph import GraphedProgram
-from owl_wms.trt.run.load import Program, load_program
+from owl_wms.trt.run.load import LoadedProgram, load_program
 from owl_wms.trt.run.load import prepare as prepare_to_load
-from owl_wms.trt.spec import BuildSpec
 
 __all__ = [
-    "BuildSpec",
     "GraphedProgram",
-    "Program",
+    "LoadedProgram",
     "TensorRTStatus",
     "build_program",
     "compile_for_training",

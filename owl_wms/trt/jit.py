@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError, FastPathError
+from owl_wms.request import Request
 from owl_wms.trt import plans
 from owl_wms.trt.check.parity import Reference
-from owl_wms.trt.graph.shapes import copy_with, module_dtype
+from owl_wms.trt.graph.recording import Recording
+from owl_wms.trt.graph.shapes import fp32_copy, module_dtype
 from owl_wms.trt.library import importer
-from owl_wms.trt.spec import DTYPES, BuildSpec
-from owl_wms.vae import fold_weight_norm
+from owl_wms.trt.spec import DTYPES, compile_settings
 
 _LOG = logging.getLogger(__name__)
 JIT_SCALES = (1.0,)
@@ -79,25 +80,23 @@ class TrainingDecoder(nn.Module):
                 "build", f"TensorRT needs CUDA latents; got {z.device}", "move decoder and latents to a GPU"
             )
         importer.require()
-        spec = BuildSpec(
+        request = Request(
             input_shape=tuple(z.shape),  # type: ignore[arg-type]
+            device=str(z.device),
             precision=self.precision,
             plans=(self.plan,),
-            device_index=z.device.index or 0,
             workspace_size=self.workspace_size,
         )
-        wide = copy_with(
-            self.decoder, lambda t: t.to(torch.float32 if t.dtype.is_floating_point else t.dtype, copy=True)
-        )
-        folded = fold_weight_norm(wide).eval().requires_grad_(False)
-        (plan,) = plans.candidates(folded, spec, self.precision)
-        module, _ = plan.lower(folded, spec, self.precision)
-        settings = {**spec.compile_settings(self.precision), **plan.settings}
+        recording = Recording.of(self.decoder, request.input_shape)
+        fp32 = fp32_copy(self.decoder, z.device)
+        (plan,) = plans.select(fp32, request, recording).plans[self.precision]
+        module, _ = plan.lower(fp32, request, self.precision, recording)
+        settings = {**compile_settings(request, self.precision), **plan.settings}
         # Dynamo's default is to swallow a failed build; here it must surface, so that the reason is told.
         compiled = torch.compile(module, backend="tensorrt", dynamic=False, options=settings)
-        eager = plans.cast_copy(folded, self.precision)
+        eager = plans.cast_copy(fp32, self.precision)
         reference = Reference.measure(
-            folded, eager, tuple(z.shape), DTYPES[self.precision], z.device, spec.seed, scales=JIT_SCALES
+            fp32, eager, tuple(z.shape), DTYPES[self.precision], z.device, request.seed, scales=JIT_SCALES
         )
         checked = reference.check(compiled)
         if not checked["passed"]:

@@ -25,9 +25,10 @@ from torch import nn
 
 from owl_wms import env
 from owl_wms.cache.key import entry_name, label
+from owl_wms.cache.manifest import PROGRAM
 from owl_wms.errors import CacheError, ConfigError
-from owl_wms.runtime import AudioDecode, JitToolchain, Toolchain, VideoDecode
-from owl_wms.runtime.programs import PROGRAM_FILE, store_of
+from owl_wms.runtime import AudioDecode, Jit, Toolchain, VideoDecode
+from owl_wms.runtime.programs import store_of
 from owl_wms.settings import PRECISIONS, TensorRTConfig
 from owl_wms.timing import measure_inference_time
 from owl_wms.vae import fold_weight_norm, load_decoder
@@ -136,7 +137,7 @@ def make_batched_decode_fn(
         timing=timing,
         output=output,
         check=check,
-        toolchain=JitToolchain() if jit and toolchain is None else toolchain,
+        toolchain=Jit() if jit and toolchain is None else toolchain,
     )
 
 
@@ -184,9 +185,9 @@ def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision:
             continue
         precisions = (manifest.material.get("precision"), manifest.report.get("precision"))
         if precision in precisions and manifest.material.get("input_shape") == shape:
-            return info.path / PROGRAM_FILE
+            return info.path / PROGRAM
     digest = hashlib.sha256(json.dumps([model_key, shape, precision]).encode()).hexdigest()
-    return settings.cache_directory() / entry_name(model_key, digest) / PROGRAM_FILE
+    return settings.cache_directory() / entry_name(model_key, digest) / PROGRAM
 
 
 def _whole(batch_size: Any) -> int:

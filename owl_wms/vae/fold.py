@@ -37,6 +37,12 @@ def fold_weight_norm(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def folded(module: nn.Module) -> nn.Module:
+    """`fold_weight_norm(module)`, or `module` itself where nothing is parametrized, so nothing could be folded."""
+    live = any(parametrize.is_parametrized(child) for child in module.modules())
+    return fold_weight_norm(module) if live else module
+
+
 def shared_hooks(module: nn.Module) -> dict[int, Any]:
     """A memo for `copy.deepcopy` with which a copy calls the very hooks of the original, and has its own list of them.
 

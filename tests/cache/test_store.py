@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from owl_wms.cache import CacheStore, Entry, Miss
+from owl_wms.cache import CacheStore, Entry, Key, Miss
 from owl_wms.cache.manifest import FILE_NAME, PROGRAM, parse
 from owl_wms.errors import CacheCorruptError, CacheError, CacheRefusedError, FastPathError
 from tests.faults.tools import MATERIAL, NAME, Builder, entry_path, looked_up, read
@@ -17,8 +17,8 @@ from tests.faults.tools import MATERIAL, NAME, Builder, entry_path, looked_up, r
 
 def test_built_once_then_found(tmp_path: Path) -> None:
     store, build = CacheStore(tmp_path / "cache"), Builder(b"program")
-    first = store.get_or_build(NAME, MATERIAL, build)
-    second = store.get_or_build(NAME, MATERIAL, build)
+    first = store.get_or_build(NAME, Key.of(MATERIAL), build)
+    second = store.get_or_build(NAME, Key.of(MATERIAL), build)
     assert (first.built, second.built, build.runs) == (True, False, 1)
     assert first.read(PROGRAM) == second.read(PROGRAM) == b"program"
     assert second.cached
@@ -46,15 +46,15 @@ def test_a_failing_build_leaves_nothing_and_raises_its_own_error(tmp_path: Path)
         raise FastPathError("build", "no engine")
 
     with pytest.raises(FastPathError, match="no engine"):
-        store.get_or_build(NAME, MATERIAL, build)
-    assert isinstance(store.lookup(NAME, MATERIAL), Miss)
+        store.get_or_build(NAME, Key.of(MATERIAL), build)
+    assert isinstance(store.lookup(NAME, Key.of(MATERIAL)), Miss)
     assert list((tmp_path / "cache" / ".tmp").iterdir()) == []
     assert read(store, Builder(b"whole")) == b"whole"
 
 
 def test_a_build_without_a_program_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"without writing program\.pt2"):
-        CacheStore(tmp_path / "cache").get_or_build(NAME, MATERIAL, lambda folder: {})
+        CacheStore(tmp_path / "cache").get_or_build(NAME, Key.of(MATERIAL), lambda folder: {})
 
 
 def test_what_is_not_json_in_a_report_costs_that_value_alone(tmp_path: Path) -> None:
@@ -77,20 +77,20 @@ def test_what_is_not_json_in_a_report_costs_that_value_alone(tmp_path: Path) -> 
         }
 
     store = CacheStore(tmp_path / "cache")
-    entry = store.get_or_build(NAME, MATERIAL, build)
+    entry = store.get_or_build(NAME, Key.of(MATERIAL), build)
     assert entry.cached
     report = entry.manifest.report
     assert (report["ms"], report["precision"], report["cuda_graph"]) == (None, "fp16", True)
     assert report["rows"] == [{"error": None, "plan": "b"}, {"error": 1e-3, "plan": "a"}]
     assert (report["set"], report["3"]) == ("<set>", "<bytes>")
     assert str(report["deep"]).strip("[]") == "'<list>'"
-    assert store.get_or_build(NAME, MATERIAL, build).manifest.report == report
+    assert store.get_or_build(NAME, Key.of(MATERIAL), build).manifest.report == report
     assert not (entry_path(tmp_path / "cache") / "timing.cache").exists()
 
 
 def test_a_program_above_the_limit_is_used_but_not_kept(tmp_path: Path) -> None:
     store = CacheStore(tmp_path / "cache", max_bytes=100)
-    entry = store.get_or_build(NAME, MATERIAL, Builder(b"x" * 101))
+    entry = store.get_or_build(NAME, Key.of(MATERIAL), Builder(b"x" * 101))
     assert entry.read() == b"x" * 101
     assert not entry.cached
     assert "limit" in entry.reason
@@ -98,7 +98,7 @@ def test_a_program_above_the_limit_is_used_but_not_kept(tmp_path: Path) -> None:
 
 def test_entries_in_use_outlast_pruning(tmp_path: Path) -> None:
     store = CacheStore(tmp_path / "cache")
-    entry = store.get_or_build(NAME, MATERIAL, Builder(b"program"))
+    entry = store.get_or_build(NAME, Key.of(MATERIAL), Builder(b"program"))
     with entry.in_use():
         entry.close()
         assert store.prune(0).in_use == (entry.name,)
@@ -107,7 +107,7 @@ def test_entries_in_use_outlast_pruning(tmp_path: Path) -> None:
 
 
 def test_a_closed_entry_says_so(tmp_path: Path) -> None:
-    entry = CacheStore(tmp_path / "cache").get_or_build(NAME, MATERIAL, Builder(b"program"))
+    entry = CacheStore(tmp_path / "cache").get_or_build(NAME, Key.of(MATERIAL), Builder(b"program"))
     with pytest.raises(CacheError, match=r"holds program\.pt2"):
         entry.read("manifest.json")
     entry.close()
@@ -118,7 +118,7 @@ def test_a_closed_entry_says_so(tmp_path: Path) -> None:
 
 def test_lookup_and_listing_make_no_directory(tmp_path: Path) -> None:
     store = CacheStore(tmp_path / "cache")
-    assert isinstance(store.lookup(NAME, MATERIAL), Miss)
+    assert isinstance(store.lookup(NAME, Key.of(MATERIAL)), Miss)
     assert store.entries() == store.verify() == []
     assert store.prune(0).removed == ()
     assert not (tmp_path / "cache").exists()
@@ -158,14 +158,14 @@ def test_quarantine_is_bounded(tmp_path: Path) -> None:
 
 
 def test_a_manifest_too_large_to_read_is_not_written(tmp_path: Path) -> None:
-    entry = CacheStore(tmp_path / "cache").get_or_build(NAME, {"graph": "x" * (2 << 20)}, Builder(b"program"))
+    entry = CacheStore(tmp_path / "cache").get_or_build(NAME, Key.of({"graph": "x" * (2 << 20)}), Builder(b"program"))
     assert not entry.cached
     assert "larger than" in entry.reason
 
 
 def test_manifest_round_trip_and_refusals(tmp_path: Path) -> None:
     store = CacheStore(tmp_path / "cache")
-    entry = store.get_or_build(NAME, MATERIAL, Builder(b"program"))
+    entry = store.get_or_build(NAME, Key.of(MATERIAL), Builder(b"program"))
     assert isinstance(entry, Entry)
     data = (entry_path(tmp_path / "cache") / FILE_NAME).read_bytes()
     assert parse(data, FILE_NAME) == entry.manifest

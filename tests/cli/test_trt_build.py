@@ -64,7 +64,7 @@ def test_no_decoder_and_latents_of_another_are_one_line(
 def build_here(monkeypatch: pytest.MonkeyPatch, files: tuple[str, str]) -> tuple[str, ...]:
     """`trt build` of the golden decoder, by a toolchain that needs no GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(decode_module, "TensorRTToolchain", ExportToolchain)
+    monkeypatch.setattr(decode_module, "TensorRT", ExportToolchain)
     return ("trt", "build", "--vae-config", files[0], "--checkpoint", files[1], "--batch-size", "1")
 
 
@@ -96,7 +96,7 @@ def test_build_that_fails_is_one_line(
     def failing() -> ExportToolchain:
         return ExportToolchain(fail={"build": RuntimeError("no tactic")})
 
-    monkeypatch.setattr(decode_module, "TensorRTToolchain", failing)
+    monkeypatch.setattr(decode_module, "TensorRT", failing)
     assert run(*build_here) == 2
     assert "error: build: RuntimeError: no tactic" in capsys.readouterr().err
     forget_failed_builds()
@@ -133,14 +133,15 @@ def test_build_shows_tensorrts_progress_and_failed_attempts(
         bar.refresh()
 
     class Telling(ExportToolchain):
-        def build(self, decoder: Any, request: Any, folder: Path, progress: Any) -> dict[str, Any]:
+        def build(self, *arguments: Any) -> dict[str, Any]:
+            progress = arguments[4]
             progress({"stage": "tensorrt", "plan": "p", "phase": "Node [/conv] of 3", "step": 4, "steps": 9})
             progress({"stage": "tensorrt", "plan": "p", "phase": "x" * 500, "step": 0, "steps": 0})
             progress({"stage": "attempt failed", "key": "build|p|bf16|", "reason": "no\n[/tactic]"})
-            return super().build(decoder, request, folder, progress)
+            return super().build(*arguments)
 
     monkeypatch.setattr(Progress, "update", watch)
-    monkeypatch.setattr(decode_module, "TensorRTToolchain", Telling)
+    monkeypatch.setattr(decode_module, "TensorRT", Telling)
     assert run(*build_here) == 0
     assert shown[0] == "tensorrt, plan p, Node [/conv] of 3 4/9"
     assert len(shown[1]) < 80

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from owl_wms import trt
 from owl_wms.cache import CacheStore
-from owl_wms.runtime import ProgramRequest, VideoDecode
+from owl_wms.request import Request
+from owl_wms.runtime import VideoDecode
 from owl_wms.runtime.turns import tracing
 from owl_wms.settings import TensorRTConfig
 from owl_wms.trt.check import answer
@@ -32,18 +33,18 @@ class AnsweringToolchain(PlainToolchain):
     """As TensorRT's: the program's file holds the answer of its build, and who reads it asks for that answer."""
 
     def build(
-        self, decoder: torch.nn.Module, request: ProgramRequest, folder: Path, progress: Any
+        self, decoder: torch.nn.Module, request: Request, key: Any, folder: Path, *_rest: Any
     ) -> Mapping[str, Any]:
         self.builds += 1
-        z = latents(request.shape, 1.0, torch.float32, "cpu")
+        z = latents(request.input_shape, 1.0, torch.float32, "cpu")
         with tracing(), torch.no_grad():
-            limits = Reference.measure(decoder, decoder, request.shape, torch.float32, torch.device("cpu"))
+            limits = Reference.measure(decoder, decoder, request.input_shape, torch.float32, torch.device("cpu"))
             built = answer.Answer.of(decoder(z), limits.check(decoder), seed=0)
             exported = torch.export.export(decoder, (z,))
             torch.export.save(exported, folder / "program.pt2", extra_files={answer.FILE: built.pack()})
         return {"precision": "fp32", "plan": "plain"}
 
-    def load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    def load(self, data: bytes, request: Request, report: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
         return trt.load_program(data, "cpu")
 
 

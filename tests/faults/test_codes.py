@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from owl_wms.cache import CacheStore, Entry
+from owl_wms.cache import CacheStore, Entry, Key
 from tests.faults.conftest import Fault, Spy
 from tests.faults.tools import MATERIAL, NAME, Builder, entry_path, read
 
@@ -102,7 +102,7 @@ def test_nothing_runs(slot: str, fault: Fault, folder: Path, program: bytes, des
     read(CacheStore(directory), Builder(program))
     (entry_path(directory) / "program.pt2").write_bytes(evil)
     store = CacheStore(directory)
-    found = store.lookup(NAME, MATERIAL)
+    found = store.lookup(NAME, Key.of(MATERIAL))
     assert not isinstance(found, Entry)
     assert read(store, Builder(program)) == program
     assert not marker.exists()
@@ -111,7 +111,7 @@ def test_nothing_runs(slot: str, fault: Fault, folder: Path, program: bytes, des
     read(CacheStore(directory), Builder(evil), {**MATERIAL, "slot": slot})
     directory.chmod(0o777)
     store = CacheStore(directory)
-    found = store.lookup(NAME, {**MATERIAL, "slot": slot})
+    found = store.lookup(NAME, Key.of({**MATERIAL, "slot": slot}))
     assert not isinstance(found, Entry)
     assert "everybody" in found.reason
     assert read(store, Builder(program), {**MATERIAL, "slot": slot}) == program

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from owl_wms.cache import CacheStore, Entry, Miss, cache_key, canonical
+from owl_wms.cache import CacheStore, Entry, Key, Miss, cache_key, canonical
 from owl_wms.cache.manifest import Manifest, parse
 from tests.faults.conftest import Fault, Spy
 from tests.faults.tools import MATERIAL, NAME, Builder, entry_path, read
@@ -24,7 +24,7 @@ OTHER = {**MATERIAL, "weights": "ff00"}
 
 def load_as_the_runtime_does(store: CacheStore) -> Any:
     """Look up and, only when verified, deserialize."""
-    entry = store.lookup(NAME, MATERIAL)
+    entry = store.lookup(NAME, Key.of(MATERIAL))
     return torch.export.load(io.BytesIO(entry.read())) if isinstance(entry, Entry) else entry
 
 
@@ -50,7 +50,7 @@ class Victim:
             assert data != self.good[name]
             (self.path / name).write_bytes(data)
         store, build = CacheStore(self.directory), Builder(self.program)
-        found = store.lookup(NAME, MATERIAL)
+        found = store.lookup(NAME, Key.of(MATERIAL))
         assert isinstance(found, Miss), "damage was not noticed"
         assert found.kind == "corrupt", found.reason
         kept = list((self.directory / "quarantine").iterdir())
@@ -196,7 +196,7 @@ def test_signed_cache(fault: Fault, folder: Path, program: bytes, deserializers:
 
     def refused(reason: str) -> None:
         nonlocal cases
-        found = signed().lookup(NAME, MATERIAL)
+        found = signed().lookup(NAME, Key.of(MATERIAL))
         assert isinstance(found, Miss)
         assert reason in found.reason
         shutil.rmtree(entry_path(directory), ignore_errors=True)
@@ -219,10 +219,12 @@ def test_signed_cache(fault: Fault, folder: Path, program: bytes, deserializers:
     del body["seal"]
     body["seal"] = hashlib.sha256(canonical(body)).hexdigest()
     (path / "manifest.json").write_bytes(canonical(body))
-    assert isinstance(CacheStore(directory).lookup(NAME, MATERIAL), Entry), "the forgery is sound but for its signature"
+    assert isinstance(CacheStore(directory).lookup(NAME, Key.of(MATERIAL)), Entry), (
+        "the forgery is sound but for its signature"
+    )
     refused("another key")
     read(signed(), Builder(program))
-    found = signed().lookup(NAME, MATERIAL)
+    found = signed().lookup(NAME, Key.of(MATERIAL))
     assert isinstance(found, Entry)
     assert found.read() == program
     assert deserializers.calls == 0
@@ -257,7 +259,7 @@ def test_entries_of_other_machines(
     here, there = {"machine": MACHINE}, {"machine": {**MACHINE, fact: was}}
     store = CacheStore(directory)
     read(store, Builder(program), there)
-    assert isinstance(store.lookup(NAME, here), Miss)
+    assert isinstance(store.lookup(NAME, Key.of(here)), Miss)
     listed = {info.name: info for info in store.entries(MACHINE)}[entry_path(directory, there).name]
     assert listed.status == "miss"
     assert listed.reason == f"{fact} was {was}, is {MACHINE[fact]}"
@@ -265,7 +267,7 @@ def test_entries_of_other_machines(
     entry_path(directory, there).rename(entry_path(directory, here))
     listed = store.entries(MACHINE)[0]
     assert listed.status == "corrupt"
-    assert isinstance(store.lookup(NAME, here), Miss)
+    assert isinstance(store.lookup(NAME, Key.of(here)), Miss)
     # Forged better: the manifest claims this machine's key over that machine's facts.
     read(store, Builder(program), there)
     entry_path(directory, there).rename(entry_path(directory, here))
@@ -273,7 +275,7 @@ def test_entries_of_other_machines(
     forged = text.replace(cache_key(there).encode(), cache_key(here).encode())
     assert forged != text
     (entry_path(directory, here) / "manifest.json").write_bytes(forged)
-    assert isinstance(store.lookup(NAME, here), Miss)
+    assert isinstance(store.lookup(NAME, Key.of(here)), Miss)
     assert deserializers.calls == 0
     if fact == "torch":
         fault.record(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from owl_wms.cache import CacheStore
+from owl_wms.cache import CacheStore, Key
 from owl_wms.errors import CacheError
 from tests.faults.conftest import Fault
 from tests.faults.tools import (
@@ -39,7 +39,7 @@ def answers_uncached(store: CacheStore, caplog: pytest.LogCaptureFixture, reason
     build = Builder(DATA)
     with caplog.at_level(logging.WARNING, "owl_wms.cache"):
         for turn in range(2):
-            entry = store.get_or_build(NAME, {**MATERIAL, "turn": turn}, build)
+            entry = store.get_or_build(NAME, Key.of({**MATERIAL, "turn": turn}), build)
             assert entry.read() == DATA
             assert not entry.cached
             assert entry.reason
@@ -221,8 +221,8 @@ def test_names(fault: Fault, folder: Path) -> None:
     ]
     for name in names:
         store, build = CacheStore(folder / "cache"), Builder(DATA)
-        store.get_or_build(name, MATERIAL, build).close()
-        entry = store.get_or_build(name, MATERIAL, build)
+        store.get_or_build(name, Key.of(MATERIAL), build).close()
+        entry = store.get_or_build(name, Key.of(MATERIAL), build)
         assert entry.cached
         assert build.runs <= 1
         assert entry.path is not None
@@ -260,7 +260,7 @@ def test_no_place_at_all(fault: Fault, folder: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(tempfile, "mkdtemp", none)
     with pytest.raises(CacheError, match=r"no directory to build in: .*/file .* no temporary one: .*temporary"):
-        CacheStore(folder / "file").get_or_build(NAME, MATERIAL, Builder(DATA))
+        CacheStore(folder / "file").get_or_build(NAME, Key.of(MATERIAL), Builder(DATA))
     fault.record("dir-no-temp", "CacheError that names both places")
 
 

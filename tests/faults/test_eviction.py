@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from owl_wms.cache import CacheStore, Entry, Miss, evict, staging
+from owl_wms.cache import CacheStore, Entry, Key, Miss, evict, staging
 from tests.faults.conftest import Fault
 from tests.faults.tools import FORK, MATERIAL, NAME, Builder, assert_nothing_partial, entry_path, read, wait_ok
 
@@ -62,7 +62,7 @@ def test_readers_and_writers_over_a_small_cap(fault: Fault, folder: Path) -> Non
         chance, expected = random.Random(100 + seed), [content(number) for number in range(keys)]
         while time.monotonic() < end:
             number = chance.randrange(keys)
-            found = store().lookup(NAME, material(number))
+            found = store().lookup(NAME, Key.of(material(number)))
             if isinstance(found, Entry):
                 with found.in_use():
                     assert found.read() == expected[number]
@@ -110,7 +110,7 @@ def test_order_of_use_survives_clocks(fault: Fault, folder: Path, monkeypatch: p
             number = chance.randrange(4)
             offset = chance.choice((-now + 1, -TEN_YEARS_NS, 0, TEN_YEARS_NS))
             monkeypatch.setattr(time, "time_ns", lambda offset=offset: now + offset)
-            assert isinstance(store.lookup(NAME, {**MATERIAL, "number": number}), Entry)
+            assert isinstance(store.lookup(NAME, Key.of({**MATERIAL, "number": number})), Entry)
             order = [name for name in order if name != names[number]] + [names[number]]
         monkeypatch.undo()
         survivor = order[-1]
@@ -186,7 +186,7 @@ def test_descriptors_and_memory_stay_flat(fault: Fault, folder: Path) -> None:
         read(store, Builder(data))
     descriptors, memory = me.num_fds(), me.memory_info().rss
     for _ in range(rounds):
-        entry = store.lookup(NAME, MATERIAL)
+        entry = store.lookup(NAME, Key.of(MATERIAL))
         assert isinstance(entry, Entry)
         assert entry.read() == data
         entry.close()
@@ -201,7 +201,7 @@ def test_unclosed_entries_let_go(folder: Path) -> None:
     store = CacheStore(folder / "cache")
     read(store, Builder(b"x" * 100))
     before = psutil.Process().num_fds()
-    held = store.lookup(NAME, MATERIAL)
+    held = store.lookup(NAME, Key.of(MATERIAL))
     assert isinstance(held, Entry)
     assert store.prune(0).in_use == (held.name,)
     del held

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from owl_wms.cache import CacheStore, fs
+from owl_wms.cache import CacheStore, Key, fs
 from tests.faults.conftest import Fault
 from tests.faults.tools import FORK, MATERIAL, NAME, Builder, assert_nothing_partial, entry_path, read, wait_ok
 
@@ -100,7 +100,7 @@ def test_threads_share_a_store(fault: Fault, folder: Path) -> None:
 
 def test_store_survives_fork(fault: Fault, folder: Path) -> None:
     store, build = CacheStore(folder / "cache"), Builder(DATA)
-    entry = store.get_or_build(NAME, MATERIAL, build)
+    entry = store.get_or_build(NAME, Key.of(MATERIAL), build)
     children = fault.count(200)
 
     def child() -> None:
@@ -204,7 +204,7 @@ def test_waiter_passes_a_stopped_builder(fault: Fault, folder: Path, caplog: pyt
         time.sleep(600)
         return {}
 
-    holder = FORK.Process(target=lambda: CacheStore(folder / "cache").get_or_build(NAME, MATERIAL, stuck))
+    holder = FORK.Process(target=lambda: CacheStore(folder / "cache").get_or_build(NAME, Key.of(MATERIAL), stuck))
     holder.start()
     assert started.wait(30)
     os.kill(holder.pid, signal.SIGSTOP)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import FastPathError, OwlError
-from owl_wms.runtime import ProgramRequest, VideoDecode
+from owl_wms.request import Request
+from owl_wms.runtime import Stored, VideoDecode
 from owl_wms.runtime.turns import tracing
 from owl_wms.settings import TensorRTConfig
 from tests.faults.conftest import Fault, SmallDecoder
@@ -27,7 +28,7 @@ from tests.faults.tools import FORK, wait_ok
 Wrap = Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]
 
 
-class PlainToolchain:
+class PlainToolchain(Stored):
     """Programs are exported programs; `wrap` lets a test break the loaded one."""
 
     name = "plain"
@@ -36,25 +37,28 @@ class PlainToolchain:
         self.wrap = wrap
         self.builds = 0
 
-    def ready(self, device: torch.device) -> FastPathError | None:
+    def ready(self, request: Request) -> FastPathError | None:
         return None
 
-    def key_material(self, decoder: torch.nn.Module, request: ProgramRequest) -> Mapping[str, Any]:
-        return {"weights": float(sum(p.double().sum() for p in decoder.parameters())), "shape": list(request.shape)}
+    def key_material(self, decoder: torch.nn.Module, request: Request) -> Mapping[str, Any]:
+        return {
+            "weights": float(sum(p.double().sum() for p in decoder.parameters())),
+            "shape": list(request.input_shape),
+        }
 
     def build(
-        self, decoder: torch.nn.Module, request: ProgramRequest, folder: Path, progress: Any
+        self, decoder: torch.nn.Module, request: Request, key: Any, folder: Path, *_rest: Any
     ) -> Mapping[str, Any]:
         self.builds += 1
         with tracing():  # it exports in this process
-            torch.export.save(torch.export.export(decoder, (torch.zeros(request.shape),)), folder / "program.pt2")
+            torch.export.save(torch.export.export(decoder, (torch.zeros(request.input_shape),)), folder / "program.pt2")
         return {"precision": "fp32", "plan": "plain"}
 
-    def load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    def load(self, data: bytes, request: Request, report: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
         module = torch.export.load(io.BytesIO(data)).module()
 
         def program(z: Tensor) -> Tensor:
-            assert tuple(z.shape) == request.shape, "the program got another shape than it was built for"
+            assert tuple(z.shape) == request.input_shape, "the program got another shape than it was built for"
             return module(z.float())
 
         # The first run, on zeros, belongs to loading; what is broken here is broken later.

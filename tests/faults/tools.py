@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from owl_wms.cache import CacheStore, Entry, entry_name, fs
+from owl_wms.cache import CacheStore, Entry, Key, entry_name, fs
 from owl_wms.cache.key import cache_key
 
 NAME = "dcae"
@@ -43,7 +43,7 @@ def assert_nothing_partial(directory: Path) -> None:
 def read(
     store: CacheStore, build: Callable[[Path], Mapping[str, Any]], material: Mapping[str, Any] = MATERIAL
 ) -> bytes:
-    entry = store.get_or_build(NAME, material, build)
+    entry = store.get_or_build(NAME, Key.of(material), build)
     try:
         return entry.read("program.pt2")
     finally:
@@ -51,7 +51,7 @@ def read(
 
 
 def looked_up(store: CacheStore, material: Mapping[str, Any] = MATERIAL) -> bytes | None:
-    entry = store.lookup(NAME, material)
+    entry = store.lookup(NAME, Key.of(material))
     if not isinstance(entry, Entry):
         return None
     with entry.in_use():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from owl_wms.fused import dcae8
 from owl_wms.fused.dcae import FusedStage
 from owl_wms.fused.dcae8 import FusedStage8, fuse8, reaches, supports8
 from owl_wms.ops.codes import FORMATS
-from owl_wms.trt import BuildSpec, key_material, plans
+from owl_wms.request import Request
+from owl_wms.trt import key_material
 from owl_wms.trt.build import parent
-from owl_wms.trt.check.calibration import MOST, SEEDED, calibration_digest, calibration_latents
+from owl_wms.trt.check.calibration import MOST, SEEDED, calibration_latents
 from owl_wms.trt.check.parity import Reference
 from owl_wms.vae.blocks import ResBlock
 from tests.ops.decoders import dcae, distill
+from tests.trt import decoders
 
 SHAPE = (2, 16, 4, 4)
 
@@ -118,36 +121,35 @@ def test_exports_with_its_ops_intact() -> None:
 def test_the_plan_is_taken_by_name_and_never_by_auto() -> None:
     decoder = wide()
     for precision in ("fp8", "int8"):
-        spec = BuildSpec(input_shape=SHAPE, precision=precision)
-        assert spec.wanted_precisions() == (precision,)
-        assert [plan.name for plan in plans.candidates(decoder, spec, precision)] == ["tensorrt+ops8"]
-    auto = BuildSpec(input_shape=SHAPE)
-    assert all(
-        plan.name != "tensorrt+ops8" for p in auto.wanted_precisions() for plan in plans.candidates(decoder, auto, p)
-    )
+        spec = Request(input_shape=SHAPE, precision=precision)
+        assert spec.precisions() == (precision,)
+        assert decoders.plan_names(decoder, spec, precision) == ["tensorrt+ops8"]
+    auto = Request(input_shape=SHAPE)
+    assert all("tensorrt+ops8" not in decoders.plan_names(decoder, auto, p) for p in auto.precisions())
     with pytest.raises(FastPathError, match="64 channels"):
-        plans.candidates(dcae(ch_0=8, ch_max=32), BuildSpec(input_shape=SHAPE, precision="int8"), "int8")
+        decoders.selected(dcae(ch_0=8, ch_max=32), Request(input_shape=SHAPE, precision="int8"))
 
 
 def test_an_older_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (8, 6))
     with pytest.raises(FastPathError, match=r"compute capability 9\.0.*has 8\.6"):
-        plans.candidates(wide(), BuildSpec(input_shape=SHAPE, precision="fp8"), "fp8")
+        decoders.selected(wide(), Request(input_shape=SHAPE, precision="fp8"))
 
 
 def test_calibration_comes_from_a_file_and_is_part_of_the_key(tmp_path: Path) -> None:
-    seeded = BuildSpec(input_shape=SHAPE, precision="int8")
+    seeded = Request(input_shape=SHAPE, precision="int8")
     assert calibration_latents(seeded, "cpu").shape == (SEEDED, *SHAPE[1:])
     path = tmp_path / "latents.safetensors"
     save_file({"latents": torch.randn(5, 40, *SHAPE[1:]).half()}, path)
-    spec = dataclasses.replace(seeded, calibration=str(path))
+    spec = Request(input_shape=SHAPE, precision="int8", calibration=str(path))
     z = calibration_latents(spec, "cpu")
     assert z.dtype == torch.float32
     assert MOST // 2 < len(z) <= MOST
     keys = [key_material(wide(), each)["calibration"] for each in (seeded, spec)]
     save_file({"latents": torch.randn(5, 40, *SHAPE[1:])}, path)
-    keys.append(key_material(wide(), spec)["calibration"])
+    again = Request(input_shape=SHAPE, precision="int8", calibration=str(path))
+    keys.append(key_material(wide(), again)["calibration"])
     assert len(set(keys)) == 3
     assert key_material(wide(), dataclasses.replace(spec, precision="bf16"))["calibration"] == ""
 
@@ -169,17 +171,17 @@ def test_a_bad_calibration_file_is_one_clear_error(content: object, why: str, tm
         path.write_bytes(content)
     elif isinstance(content, dict):
         save_file(content, path)
-    spec = BuildSpec(input_shape=SHAPE, precision="int8", calibration=str(path))
+    spec = Request(input_shape=SHAPE, precision="int8", calibration=str(path))
     with pytest.raises(FastPathError, match=why) as caught:
         calibration_latents(spec, "cpu")
     assert "safetensors" in caught.value.remedy
-    assert calibration_digest(spec)
+    assert spec.calibration_digest
 
 
 def test_a_file_replaced_after_the_key_was_made_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "latents.safetensors"
     save_file({"latents": torch.randn(3, *SHAPE[1:])}, path)
-    asked = BuildSpec(input_shape=SHAPE, precision="int8", calibration=str(path))
+    asked = Request(input_shape=SHAPE, precision="int8", calibration=str(path))
     spec = dataclasses.replace(asked, calibration_digest=key_material(wide(), asked)["calibration"])
     assert torch.equal(calibration_latents(spec, "cpu"), calibration_latents(asked, "cpu"))
     save_file({"latents": torch.full((3, *SHAPE[1:]), 9.0)}, path)
@@ -193,27 +195,30 @@ def test_a_file_replaced_after_the_key_was_made_is_refused(tmp_path: Path) -> No
     save_file({"latents": torch.randn(3, *SHAPE[1:])}, path)
     with pytest.raises(FastPathError, match="was replaced"):
         calibration_latents(late, "cpu")
-    seeded = dataclasses.replace(
-        asked, calibration="", calibration_digest=calibration_digest(dataclasses.replace(asked, calibration=""))
-    )
+    seeded = Request(input_shape=SHAPE, precision="int8")
     assert len(calibration_latents(seeded, "cpu")) == SEEDED
 
 
 def test_the_child_is_told_what_it_is_calibrated_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "latents.safetensors"
     save_file({"latents": torch.randn(3, *SHAPE[1:])}, path)
-    told: list[BuildSpec] = []
+    told: list[Request] = []
 
-    def child(self: parent.Session) -> dict[str, object]:
-        told.append(BuildSpec.from_json(self.spec.to_json()))
+    def child(self: parent.Build) -> dict[str, object]:
+        told.append(Request.from_json(self.request.to_json()))
         return {}
 
-    monkeypatch.setattr(parent.Session, "run", child)
+    monkeypatch.setattr(parent.Build, "run", child)
     for precision in ("int8", "bf16"):
-        spec = BuildSpec(input_shape=SHAPE, precision=precision, calibration=str(path))
+        spec = Request(input_shape=SHAPE, precision=precision, calibration=str(path))
         parent.build_program(wide(), spec, tmp_path)
         parent.build_program(wide(), dataclasses.replace(spec, calibration_digest="the key's"), tmp_path)
-    assert [spec.calibration_digest for spec in told] == [calibration_digest(told[0]), "the key's", "", "the key's"]
+    assert [spec.calibration_digest for spec in told] == [
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+        "the key's",
+        "",
+        "the key's",
+    ]
 
 
 def test_parity_of_eight_bits_is_a_matter_of_psnr() -> None:

@@ -11,9 +11,11 @@ from torch import nn
 
 from owl_wms.fused.convolution import Conv3x3
 from owl_wms.fused.sana import fold_batch_norm, fuse, supports
+from owl_wms.request import Request
 from owl_wms.trt import plans
+from owl_wms.trt.graph.recording import Recording
+from owl_wms.trt.graph.shapes import record_shapes
 from owl_wms.trt.rewrites.apply import apply_rewrites
-from owl_wms.trt.spec import BuildSpec
 
 pytest.importorskip("diffusers")
 pytest.importorskip("triton")
@@ -117,7 +119,9 @@ def test_clean_operators_equal_diffusers(name: str) -> None:
     decoder = make(**VARIANTS[name])
     z = torch.randn(2, decoder.conv_in.in_channels, 3, 4)
     wanted = decoder(z)
-    done = apply_rewrites(decoder, tuple(z.shape), ("replace_attention_operations", "replace_sana_operations"))
+    done = apply_rewrites(
+        decoder, record_shapes(decoder, tuple(z.shape)), ("replace_attention_operations", "replace_sana_operations")
+    )
     assert all(done.values()), done
     assert not any(type(module).__name__ == "DCUpBlock2d" for module in decoder.modules())
     assert error(decoder(z), wanted) < 1e-5
@@ -203,12 +207,13 @@ def test_other_decoders_are_refused_with_a_reason(changes: dict[str, object], wo
         fuse(make(**changes), torch.float32)
 
 
-def test_plans_offer_both_ways() -> None:
-    spec = BuildSpec(input_shape=(1, 8, 4, 4))
-    names = [plan.name for plan in plans.candidates(make(), spec, "fp16")]
-    assert {"tensorrt", "tensorrt+ops", "tensorrt+vit"} <= set(names)
+def test_plans_offer_it() -> None:
+    request = Request(input_shape=(1, 8, 4, 4))
+    recording = Recording.of(make(), request.input_shape)
+    names = [plan.name for plan in plans.select(make(), request, recording).plans["fp16"]]
+    assert {"tensorrt", "tensorrt+ops"} <= set(names)
     with torch.no_grad():
-        module, _ = plans.PLANS["tensorrt+ops"].lower(make(), spec, "fp16")
+        module, _ = plans.PLANS["tensorrt+ops"].lower(make(), request, "fp16", recording)
         z = torch.randn(1, 8, 4, 4)
         assert error(module(z.half()).float(), make()(z)) < 2e-2
     assert all(conv.how == -1 for conv in module.modules() if isinstance(conv, Conv3x3))

@@ -14,7 +14,8 @@ import torch
 
 from owl_wms import trt
 from owl_wms.errors import DecodeMemoryError, FastPathError, NoDeviceError
-from owl_wms.runtime import TensorRTToolchain, VideoDecode
+from owl_wms.request import Request
+from owl_wms.runtime import TensorRT, VideoDecode
 from owl_wms.trt.build.parent import explain_exit
 from owl_wms.trt.library import importer
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
@@ -46,10 +47,10 @@ def assert_pytorch_answers(
     return decode
 
 
-class WithoutDeviceCheck(TensorRTToolchain):
+class WithoutDeviceCheck(TensorRT):
     """The real adapter, asked for a device that it would refuse before importing anything."""
 
-    def ready(self, device: torch.device) -> FastPathError | None:
+    def ready(self, request: Request) -> FastPathError | None:
         status = trt.status()
         return None if status.available else FastPathError("import", status.reason, status.remedy)
 
@@ -375,7 +376,7 @@ def test_a_cpu_decoder_is_no_fault(tmp_path: Path, caplog: pytest.LogCaptureFixt
 )
 def test_the_remedy_is_one_that_this_machine_allows(gpus: bool, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
-    error = TensorRTToolchain().ready(torch.device("cpu"))
+    error = TensorRT().ready(Request(input_shape=(1, 4, 3, 3), device="cpu"))
     assert error is not None
     assert error.remedy == remedy
 

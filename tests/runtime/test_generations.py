@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import types
 from collections.abc import Callable
@@ -299,18 +300,17 @@ def test_weights_without_values_are_an_error_that_says_so() -> None:
         VideoDecode(TinyDecoder().to("meta"), batch_size=2)(torch.randn(LATENTS))
 
 
-def test_the_build_is_told_which_calibration_file_the_key_means(tmp_path: Path) -> None:
+def test_the_build_is_told_which_calibration_file_was_meant(tmp_path: Path) -> None:
     told = []
+    path = tmp_path / "latents.safetensors"
+    path.write_bytes(b"latents")
 
     class Calibrated(ExportToolchain):
-        def key_material(self, decoder: nn.Module, request: Any) -> dict[str, Any]:
-            return {**super().key_material(decoder, request), "calibration": "the file's hash"}
-
         def build(self, decoder: nn.Module, request: Any, *rest: Any) -> dict[str, Any]:
-            told.append(request.calibration_digest)
+            told.append((request.calibration_digest, request.key_fields()["calibration"]))
             return super().build(decoder, request, *rest)
 
-    VideoDecode(TinyDecoder().eval(), batch_size=2, settings=settings(tmp_path), toolchain=Calibrated())(
-        torch.randn(LATENTS)
-    )
-    assert told == ["the file's hash"]
+    asked = settings(tmp_path, precision="int8", calibration=path)
+    VideoDecode(TinyDecoder().eval(), batch_size=2, settings=asked, toolchain=Calibrated())(torch.randn(LATENTS))
+    digest = hashlib.sha256(b"latents").hexdigest()
+    assert told == [(digest, digest)]

@@ -12,7 +12,8 @@ import torch
 
 from owl_wms import trt
 from owl_wms.errors import ConfigError
-from owl_wms.runtime import JitToolchain, VideoDecode, metrics
+from owl_wms.request import Request
+from owl_wms.runtime import Jit, VideoDecode, metrics
 from owl_wms.runtime.stopwatch import Stopwatch
 from owl_wms.timing import measure_inference_time
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
@@ -56,8 +57,8 @@ def test_jit_toolchain_compiles_in_process_and_keeps_nothing(tmp_path: Path, mon
         asked.update(arguments)
         return lambda z: decoder(z.to(next(decoder.parameters()).dtype))
 
-    class Anywhere(JitToolchain):
-        def ready(self, device: torch.device) -> None:
+    class Anywhere(Jit):
+        def ready(self, request: Request) -> None:
             return None
 
     monkeypatch.setattr(trt, "compile_for_training", compile_for_training)

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from owl_wms import trt
-from owl_wms.cache import CacheStore, locks, store
-from owl_wms.runtime import ProgramRequest, TensorRTToolchain, VideoDecode, programs, turns
+from owl_wms.cache import entry, locks, store
+from owl_wms.errors import FastPathError
+from owl_wms.request import Request
+from owl_wms.runtime import TensorRT, VideoDecode, programs, turns
 from owl_wms.vae import fold_weight_norm
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
 
@@ -50,18 +52,18 @@ class Slow(ExportToolchain):
             with self.guard:
                 self.running[kind] -= 1
 
-    def key_material(self, decoder: nn.Module, request: ProgramRequest) -> dict[str, Any]:
+    def key_material(self, decoder: nn.Module, request: Request) -> dict[str, Any]:
         with self.alone("trace"):
             time.sleep(0.002)
             return super().key_material(decoder, request)
 
-    def build(self, decoder: nn.Module, request: ProgramRequest, folder: Path, progress: Any) -> dict[str, Any]:
+    def build(self, *arguments: Any) -> dict[str, Any]:
         with self.alone("build"):
             self.building.set()
             assert self.go.wait(SECONDS)
-            return super().build(decoder, request, folder, progress)
+            return super().build(*arguments)
 
-    def load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Any:
+    def load(self, data: bytes, request: Request, report: Mapping[str, Any]) -> Any:
         with self.alone("trace"):
             return super().load(data, request, report)
 
@@ -175,7 +177,7 @@ def test_an_entry_that_cannot_be_read_is_put_aside_once_by_many_threads(tmp_path
         def build(self, *arguments: Any) -> dict[str, Any]:
             report = super().build(*arguments)
             if self.builds == 1:
-                (arguments[2] / "program.pt2").write_bytes(b"verifies, and is no program")
+                (arguments[3] / "program.pt2").write_bytes(b"verifies, and is no program")
             return report
 
     toolchain = Unreadable()
@@ -238,18 +240,17 @@ def test_imports_go_beside_the_reading_of_a_large_program(tmp_path: Path, monkey
     decoder, toolchain = TinyDecoder().eval(), ExportToolchain()
     decoding(tmp_path, toolchain, decoder).prepare((4, 3, 3))
     prepared = threading.Event()
-    toolchain.prepare = prepared.set  # type: ignore[attr-defined]
-    lookup = CacheStore.lookup
+    toolchain.prepare = prepared.set  # type: ignore[method-assign]
+    read = entry._read_program
 
-    def reading(*arguments: Any) -> Any:
+    def reading(*arguments: Any) -> bytes:
         assert prepared.wait(SECONDS), "the caller's thread waits for the reading"
-        return lookup(*arguments)
+        return read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CacheStore, "lookup", reading)
+        patch.setattr(entry, "_read_program", reading)
         assert decoding(tmp_path, toolchain, decoder).prepare((4, 3, 3)).hits == 1
     prepared.clear()
-    monkeypatch.setattr(programs, "LOOKUP_SECONDS", SECONDS)
     assert decoding(tmp_path, toolchain, decoder).prepare((4, 5, 5)).builds == 1
     assert not prepared.is_set(), "what is not there is built at once"
 
@@ -259,7 +260,7 @@ def test_the_real_toolchain_prepares_to_read_beside_its_build(monkeypatch: pytes
 
     def build(*_arguments: Any, meanwhile: Callable[[], None], **_options: Any) -> dict[str, Any]:
         meanwhile()
-        return {}
+        raise FastPathError("build", "enough", "")
 
     def prepare() -> None:
         other = begin(lambda: said.append("alone" if not turns._tracing.acquire(blocking=False) else "not alone"))
@@ -267,8 +268,8 @@ def test_the_real_toolchain_prepares_to_read_beside_its_build(monkeypatch: pytes
 
     monkeypatch.setattr(trt, "build_program", build)
     monkeypatch.setattr(trt, "prepare_to_load", prepare)
-    request = ProgramRequest(
-        shape=(1, 3, 2, 2), device=torch.device("cuda", 0), precision="auto", plans=(), workspace_size=0
-    )
-    assert TensorRTToolchain().build(nn.Identity(), request, tmp_path, None) == {}
+    monkeypatch.setattr(trt, "key_material", lambda *_: {"graph": "0"})
+    monkeypatch.setattr(TensorRT, "ready", lambda *_: None)
+    with pytest.raises(FastPathError, match="enough"):
+        TensorRT().obtain(TinyDecoder(), Request(input_shape=(1, 4, 2, 2)), settings(tmp_path), None)
     assert said == ["alone"]

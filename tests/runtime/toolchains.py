@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from owl_wms.runtime import ProgramRequest
+from owl_wms.cache import Key
+from owl_wms.request import Request
+from owl_wms.runtime import Stored
 from owl_wms.runtime.turns import tracing
 from owl_wms.settings import TensorRTConfig
 
@@ -43,7 +45,7 @@ def settings(directory: Path, **changes: Any) -> TensorRTConfig:
     return TensorRTConfig(**{"cache_dir": directory / "cache", **changes})
 
 
-class ExportToolchain:
+class ExportToolchain(Stored):
     """Builds by torch.export and stores `program.pt2`; everything of TensorRT's path but TensorRT.
 
     Attributes:
@@ -69,32 +71,34 @@ class ExportToolchain:
         if step in self.fail:
             raise self.fail[step]
 
-    def ready(self, device: torch.device) -> None:
+    def ready(self, request: Request) -> None:
         self._step("ready")
 
-    def key_material(self, decoder: nn.Module, request: ProgramRequest) -> dict[str, Any]:
+    def key_material(self, decoder: nn.Module, request: Request) -> dict[str, Any]:
         self._step("key_material")
         digest = hashlib.sha256()
         for name, tensor in decoder.state_dict().items():
             digest.update(name.encode() + bytes(tensor.float().contiguous().view(torch.uint8).numpy()))
         return {
             "weights": digest.hexdigest(),
-            "input_shape": list(request.shape),
+            "input_shape": list(request.input_shape),
             "precision": self.precision,
             "salt": self.salt,
         }
 
-    def build(self, decoder: nn.Module, request: ProgramRequest, folder: Path, progress: Any) -> dict[str, Any]:
+    def build(
+        self, decoder: nn.Module, request: Request, key: Key, folder: Path, progress: Any, meanwhile: Any
+    ) -> dict[str, Any]:
         with self.guard:
             self.builds += 1
         self._step("build")
         dtype = next(decoder.parameters()).dtype
         with tracing():  # it exports in this process
-            exported = torch.export.export(decoder, (torch.zeros(request.shape, dtype=dtype),))
+            exported = torch.export.export(decoder, (torch.zeros(request.input_shape, dtype=dtype),))
             torch.export.save(exported, folder / "program.pt2")
         return {"plan": "export", "precision": self.precision, "dtype": str(dtype)}
 
-    def load(self, data: bytes, request: ProgramRequest, report: Mapping[str, Any]) -> Any:
+    def load(self, data: bytes, request: Request, report: Mapping[str, Any]) -> Any:
         self.loads += 1
         self._step("load")
         module = torch.export.load(io.BytesIO(data)).module()
@@ -109,7 +113,7 @@ class ExportToolchain:
             try:
                 self.runs += 1
                 assert alone, "two runs of one program at once"
-                assert tuple(z.shape) == request.shape
+                assert tuple(z.shape) == request.input_shape
                 if self.runs > 1:  # the first is the loader's own smoke run
                     self._step("run")
                 frames = module(z.to(dtype))

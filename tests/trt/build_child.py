@@ -2,10 +2,11 @@
 PyTorch.
 
 Usage: python -c "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from tests.trt.build_child import main;
-main(sys.argv[2:])" DIR FD The faults a test wants are named in the spec's `seed`: see FAULTS."""
+main(sys.argv[2:])" DIR FD The faults a test wants are named in the request's `seed`: see FAULTS."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import torch
 
+from owl_wms.trt import plans
 from tests.trt import cuda_stand_in
 
+SECOND = "tensorrt again"
 DEPTHWISE, SEGFAULT, HANG, DIE_IN_PARITY, DIE_IN_TIMING = 1, 2, 3, 4, 5
 FAULTS = {
     DEPTHWISE: "refuse depthwise",
@@ -38,8 +41,13 @@ def depthwise(subgraph: torch.fx.GraphModule) -> bool:
     return False
 
 
+def second_plan() -> plans.Plan:
+    """Another plan for every decoder, so that a build has two to compare."""
+    return dataclasses.replace(plans.PLANS["tensorrt"], name=SECOND)
+
+
 def main(arguments: list[str]) -> None:
-    seed = json.loads((Path(arguments[0]) / "job.json").read_text())["spec"]["seed"]
+    seed = json.loads((Path(arguments[0]) / "job.json").read_text())["request"]["seed"]
 
     def refuse(subgraph: torch.fx.GraphModule) -> str:
         if seed == HANG:
@@ -54,6 +62,7 @@ def main(arguments: list[str]) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
 
     cuda_stand_in.install()
+    plans.PLANS[SECOND] = second_plan()
     cuda_stand_in.run_engines_in_pytorch(refuse)
     from owl_wms.trt.build import worker
     from owl_wms.trt.build.child import main as child
@@ -62,7 +71,7 @@ def main(arguments: list[str]) -> None:
         judge = worker.Worker.judge
 
         def judged(self: worker.Worker, candidate: worker.Candidate, reference: worker.Reference) -> None:
-            second = candidate.plan == "tensorrt+merged"
+            second = candidate.plan == SECOND
             if second and seed == DIE_IN_PARITY:
                 candidate.program = die
             judge(self, candidate, reference)

@@ -15,11 +15,13 @@ cuda_stand_in.install()
 
 import torch  # noqa: E402
 
+from owl_wms.request import Request  # noqa: E402
 from owl_wms.trt import plans  # noqa: E402
-from owl_wms.trt.build.parent import folded_copy  # noqa: E402
 from owl_wms.trt.graph.export import export_decoder  # noqa: E402
+from owl_wms.trt.graph.recording import Recording  # noqa: E402
+from owl_wms.trt.graph.shapes import fp32_copy  # noqa: E402
 from owl_wms.trt.library import compiler, importer  # noqa: E402
-from owl_wms.trt.spec import BuildSpec, dtype_of  # noqa: E402
+from owl_wms.trt.spec import compile_settings, dtype_of  # noqa: E402
 from tests.trt import decoders  # noqa: E402
 
 
@@ -30,11 +32,11 @@ def say(**answer: object) -> None:
 
 def partition(name: str, plan_name: str, precision: str, kept: tuple[str, ...] = (), min_block: int = 5) -> None:
     decoder, shape = decoders.make(name)
-    spec = BuildSpec(input_shape=shape, precision=precision, min_block_size=min_block)
+    spec = Request(input_shape=shape, precision=precision, min_block_size=min_block)
     plan = plans.PLANS[plan_name]
-    module, rewrites = plan.lower(folded_copy(decoder), spec, precision)
+    module, rewrites = plan.lower(fp32_copy(decoder, "cpu"), spec, precision, Recording.of(decoder, shape))
     z = torch.randn(shape, dtype=dtype_of(precision))
-    settings = {**spec.compile_settings(precision), **plan.settings, "dryrun": True}
+    settings = {**compile_settings(spec, precision), **plan.settings, "dryrun": True}
     _, found = compiler.compile_exported(export_decoder(module, z), z, settings, kept=kept)
     say(
         name=name,
@@ -50,8 +52,8 @@ def partition(name: str, plan_name: str, precision: str, kept: tuple[str, ...] =
 
 def serialized() -> None:
     decoder, shape = decoders.make("tiled")
-    spec = BuildSpec(input_shape=shape, precision="fp16")
-    module, _ = plans.PLANS["tensorrt"].lower(folded_copy(decoder), spec, "fp16")
+    spec = Request(input_shape=shape, precision="fp16")
+    module, _ = plans.PLANS["tensorrt"].lower(fp32_copy(decoder, "cpu"), spec, "fp16", Recording.of(decoder, shape))
     z = torch.randn(shape, dtype=torch.float16)
     phases: list[str] = []
     begin = time.monotonic()
@@ -68,7 +70,6 @@ if __name__ == "__main__":
     say(name="status", **{f: getattr(importer.status(), f) for f in ("available", "flavour", "version", "reason")})
     for family in decoders.FAMILIES:
         partition(family, "tensorrt", "fp16")
-    partition("tiled", "tensorrt+merged", "bf16")
     partition("sana", "tensorrt-plain", "bf16")
     partition("sana", "tensorrt", "bf16", kept=("up_blocks.1.0.conv_out.conv_depth",), min_block=1)
     serialized()

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from owl_wms.configs.vae import DCAEConfig, DistillVAEConfig
+from owl_wms.request import Request
+from owl_wms.trt import plans
+from owl_wms.trt.graph.recording import Recording
 from owl_wms.vae import build_decoder
 
 FAMILIES = ("tiled", "learned", "square", "distill", "sana")
@@ -69,3 +72,13 @@ def make(name: str) -> tuple[nn.Module, tuple[int, int, int, int]]:
     }
     config, variant = configs[name]
     return build_decoder(config, variant=variant).eval(), (2, 8, 4, 4)
+
+
+def selected(decoder: nn.Module, request: Request) -> plans.Selection:
+    """The plans that the build process would choose for this decoder."""
+    return plans.select(decoder, request, Recording.of(decoder, request.input_shape))
+
+
+def plan_names(decoder: nn.Module, request: Request, precision: str) -> list[str]:
+    """Their names at one precision."""
+    return [plan.name for plan in selected(decoder, request).plans[precision]]

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from owl_wms import trt
 from owl_wms.ops.stage import enlarge_matrix
+from owl_wms.request import Request
 from owl_wms.runtime import VideoDecode
 from owl_wms.settings import TensorRTConfig
 from owl_wms.trt import plans
 from owl_wms.trt.check import answer
 from owl_wms.trt.check.answer import Answer, sample_of
 from owl_wms.trt.check.parity import latents
+from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.library import engines
 from owl_wms.trt.rewrites.resize import bicubic_matrix
 from owl_wms.trt.run.load import load_program
@@ -91,12 +93,13 @@ def family(request: pytest.FixtureRequest) -> tuple[str, nn.Module, tuple[int, i
 def lowered(decoder: nn.Module, shape: tuple[int, int, int, int]) -> dict[str, str]:
     """Digest of every parameter and constant of the decoder lowered by each plan of 16 bits, and the key's."""
     found: dict[str, Any] = {}
-    spec = trt.BuildSpec(input_shape=shape, precision="fp16")
+    spec = Request(input_shape=shape, precision="fp16")
     material = json.dumps(trt.key_material(decoder, spec), sort_keys=True, default=str)
     found["key"] = hashlib.sha256(material.encode()).hexdigest()
     folded = fold_weight_norm(decoder).eval().requires_grad_(False)
-    for plan in plans.candidates(folded, spec, "fp16"):
-        module, _ = plan.lower(folded, spec, "fp16")
+    recording = Recording.of(decoder, shape)
+    for plan in plans.select(folded, spec, recording).plans["fp16"]:
+        module, _ = plan.lower(folded, spec, "fp16", recording)
         found[plan.name] = digest(*module.state_dict(keep_vars=True).values(), *module.buffers())
     return found
 

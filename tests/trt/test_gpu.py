@@ -11,6 +11,7 @@ import torch
 
 from owl_wms import trt
 from owl_wms.errors import FastPathError
+from owl_wms.request import Request
 from owl_wms.trt.check.answer import output_digest
 from owl_wms.trt.check.parity import latents
 from tests.trt import decoders
@@ -27,7 +28,7 @@ def _needs_tensorrt() -> None:
 @pytest.mark.parametrize(("family", "precision"), [("tiled", "auto"), ("sana", "bf16")])
 def test_build_reload_and_run(family: str, precision: str, tmp_path: Path) -> None:
     decoder, shape = decoders.make(family)
-    spec = trt.BuildSpec(input_shape=shape, precision=precision, timeout_seconds=100)
+    spec = Request(input_shape=shape, precision=precision, timeout_seconds=100)
     events: list[dict] = []
     report = trt.build_program(decoder, spec, tmp_path, events.append)
     assert report["parity"]["passed"]
@@ -46,7 +47,7 @@ def test_fp32_is_fp32_or_refused(tmp_path: Path) -> None:
     # TensorRT for RTX 1.4 computes in TF32 although it is told not to (docs/log.md). The gate must see that, also where
     # eager's convolutions use TF32 themselves.
     decoder, shape = decoders.make("square")
-    spec = trt.BuildSpec(input_shape=shape, precision="fp32", timeout_seconds=100)
+    spec = Request(input_shape=shape, precision="fp32", timeout_seconds=100)
     report, refusal = None, None
     try:
         report = trt.build_program(decoder, spec, tmp_path)
@@ -134,7 +135,7 @@ print(output_digest(x), "torch_tensorrt" in sys.modules)
 @pytest.mark.parametrize(("family", "plan"), [("tiled", "tensorrt"), ("tiled", "tensorrt+ops"), ("sana", "tensorrt")])
 def test_second_start_reads_with_the_library_alone_and_compiles_nothing(family: str, plan: str, tmp_path: Path) -> None:
     decoder, shape = decoders.make(family)
-    spec = trt.BuildSpec(input_shape=shape, precision="bf16", plans=(plan,), timeout_seconds=100)
+    spec = Request(input_shape=shape, precision="bf16", plans=(plan,), timeout_seconds=100)
     report = trt.build_program(decoder, spec, tmp_path)
     assert (report["kernel_bytes"] > 0) is (plan == "tensorrt+ops")
     command = [sys.executable, "-c", SECOND, str(tmp_path / "program.pt2"), ",".join(map(str, shape))]

@@ -18,8 +18,9 @@ from torch import nn
 
 from owl_wms.cache import cache_key
 from owl_wms.errors import FastPathError
-from owl_wms.trt import key, plans
-from owl_wms.trt.spec import BuildSpec
+from owl_wms.request import Request
+from owl_wms.trt import key
+from owl_wms.trt.graph.recording import Recording
 from tests.trt import decoders
 
 MACHINE = {name: f"{name} 1" for name in key.MACHINE_FIELDS}
@@ -28,7 +29,7 @@ MACHINE = {name: f"{name} 1" for name in key.MACHINE_FIELDS}
 @pytest.fixture(scope="module")
 def material() -> dict[str, Any]:
     decoder, shape = decoders.make("square")
-    return key.key_material(decoder, BuildSpec(input_shape=shape))
+    return key.key_material(decoder, Request(input_shape=shape))
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -65,8 +66,9 @@ def test_dict_order_does_not(material: dict[str, Any], data: st.DataObject) -> N
 
 def test_hash_seed_does_not() -> None:
     code = (
-        "from tests.trt import decoders; from owl_wms.trt import key, spec; from owl_wms.cache import cache_key; "
-        "d, s = decoders.make('square'); print(cache_key(key.key_material(d, spec.BuildSpec(input_shape=s))))"
+        "from tests.trt import decoders; from owl_wms.trt import key; from owl_wms.request import Request\n"
+        "from owl_wms.cache import cache_key\n"
+        "d, s = decoders.make('square'); print(cache_key(key.key_material(d, Request(input_shape=s))))"
     )
     answers = {
         subprocess.run(
@@ -122,7 +124,7 @@ def test_it_is_json_and_holds_what_the_cache_promises(material: dict[str, Any]) 
 )  # fmt: skip
 def test_every_part_of_the_request_counts(material: dict[str, Any], change: dict[str, Any]) -> None:
     decoder, shape = decoders.make("square")
-    other = key.key_material(decoder, BuildSpec(**{"input_shape": shape, **change}))
+    other = key.key_material(decoder, Request(**{"input_shape": shape, **change}))
     assert cache_key(other) != cache_key(material)
 
 
@@ -141,8 +143,8 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("change", [{"slope": 0.3}, {"groups": 2}, {"scale": 5.0}, {"swap": True}], ids=str)
 def test_operator_arguments_are_in_the_graph(change: dict[str, Any]) -> None:
-    spec = BuildSpec(input_shape=(1, 4, 5, 5))
-    assert key.graph_of(Net(**change), spec) != key.graph_of(Net(), spec)
+    spec = Request(input_shape=(1, 4, 5, 5))
+    assert Recording.of(Net(**change), spec.input_shape).text != Recording.of(Net(), spec.input_shape).text
     assert key.key_material(Net(**change), spec) != key.key_material(Net(), spec)
 
 
@@ -163,7 +165,7 @@ def test_dtype_of_the_same_weights_counts() -> None:
 def test_machine_is_asked_for_the_right_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(key.env, "describe_machine", lambda index: asked.append(index) or dict(MACHINE))
-    material = key.key_material(Net(), BuildSpec(input_shape=(1, 4, 5, 5), device_index=3))
+    material = key.key_material(Net(), Request(input_shape=(1, 4, 5, 5), device="cuda:3"))
     assert asked == [3]
     assert material["machine"] == MACHINE
 
@@ -193,8 +195,8 @@ def test_a_decoder_with_additions_has_no_program(change: Callable[[nn.Module], N
     # A clamp that the latents of the parity gate never reach would otherwise be lost without a sign.
     decoder, shape = decoders.make("tiled")
     change(decoder)
-    spec = BuildSpec(input_shape=shape, precision="fp16")
+    spec = Request(input_shape=shape, precision="fp16")
     with pytest.raises(FastPathError, match=says):
         key.key_material(decoder, spec)
     with pytest.raises(FastPathError, match=says):
-        plans.candidates(decoder, spec, "fp16")
+        Recording.of(decoder, shape)

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from owl_wms import trt
-from owl_wms.trt import key
+from owl_wms.request import Request
+from owl_wms.trt.graph import recording
+from owl_wms.trt.graph.recording import Recording
 from owl_wms.vae import build_decoder, fold_weight_norm
 from tests.vae.helpers import small_dcae
 
@@ -23,7 +25,7 @@ from tests.vae.helpers import small_dcae
 @pytest.mark.parametrize("way", ["recorded", "exported"])
 def test_decoding_goes_on_while_a_key_is_computed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "exported":
-        monkeypatch.setattr(key, "record", lambda *_: (_ for _ in ()).throw(NotImplementedError("no meta form")))
+        monkeypatch.setattr(recording, "record", lambda *_: (_ for _ in ()).throw(NotImplementedError("no meta form")))
     decoder = fold_weight_norm(build_decoder(small_dcae())).eval()
     z = torch.randn(2, 8, 8, 8)
     with torch.no_grad():
@@ -45,9 +47,9 @@ def test_decoding_goes_on_while_a_key_is_computed(way: str, monkeypatch: pytest.
     keys = set()
     # A recorded key takes milliseconds, so it takes many of them for decodes to run beside.
     for batch in (2, 3) if way == "exported" else range(2, 66):
-        spec = trt.BuildSpec(input_shape=(batch, 8, 8, 8), precision="fp32")
+        spec = Request(input_shape=(batch, 8, 8, 8), precision="fp32")
         keys.add(trt.key_material(decoder, spec)["graph"])
-        assert key.graph_of(decoder, spec).startswith(way)
+        assert Recording.of(decoder, spec.input_shape).text.startswith(way)
     stop.set()
     for thread in threads:
         thread.join()

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_wms.errors import FastPathError
+from owl_wms.request import Request
 
 BROKEN_CONTEXT_EXIT = 70
 JOB_NAME = "job.json"
@@ -70,19 +71,24 @@ class PipeJournal:
 
 
 def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
-    """Do the job in `directory`; the last message sent is "done" or "failed"."""
+    """Do the job in `directory`; the last message sent is "done" or "failed".
+
+    The decoder that arrived must have the recording that is in the key. Classes are imported here anew, so one that was
+    altered in the caller's process only would be built unaltered, and its program served under the altered one's key.
+    """
     import torch
 
-    from owl_wms.trt.library import importer
     from owl_wms.trt.build.attempts import BrokenContext
-    from owl_wms.trt.run.load import register_operators
-    from owl_wms.trt.spec import BuildSpec
     from owl_wms.trt.build.worker import Worker
+    from owl_wms.trt.graph.recording import Recording
+    from owl_wms.trt.graph.shapes import fp32_copy
+    from owl_wms.trt.library import importer
+    from owl_wms.trt.run.load import register_operators
 
     try:
-        spec = BuildSpec.from_json(job["spec"])
+        request = Request.from_json(job["request"])
         journal.stage("import")
-        device = torch.device(job["device"])
+        device = torch.device(request.device)
         context = threading.Thread(target=_make_context, args=(device.index or 0,), daemon=True)
         if device.type == "cuda":
             context.start()
@@ -95,11 +101,15 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
             context.join()
             torch.cuda.set_device(device)
         if sys.stdin.buffer.read(len(GO)) != GO:
-            return  # the parent gave up
+            return  # the caller gave up
         journal.stage("decoder")
         decoder = torch.load(directory / DECODER_NAME, map_location="cpu", weights_only=False, mmap=True)
-        report = Worker(decoder, spec, journal, device).build(Path(job["out_dir"]))
-        journal.send(event="done", report=report)
+        recording = Recording.of(decoder, request.input_shape)
+        if recording.digest() != job["graph"]:
+            raise _another(decoder)
+        worker = Worker(fp32_copy(decoder, device), recording, request, journal)
+        del decoder
+        journal.send(event="done", report=worker.build(Path(job["out_dir"])))
     except FastPathError as error:
         journal.send(event="failed", stage=error.stage, reason=error.reason, remedy=error.remedy)
     except BrokenContext as error:
@@ -107,6 +117,16 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
         os._exit(BROKEN_CONTEXT_EXIT)  # interpreter shutdown would touch the broken context again
     except Exception as error:
         journal.send(event="failed", stage="build", reason=f"{type(error).__name__}: {error}"[:600], remedy="")
+
+
+def _another(decoder: Any) -> FastPathError:
+    name = type(decoder).__name__
+    return FastPathError(
+        "export",
+        f"{name} computes something else in the build process than in the process that asked for it",
+        "make changes to a class where it is defined, or in a subclass in an importable module; "
+        "let the forward depend on nothing outside of the decoder",
+    )
 
 
 def _make_context(index: int) -> None:

@@ -1,18 +1,18 @@
-"""Build a program in a child process and bring back the report, whatever becomes of the child.
+"""Builds a program in a process of its own and returns the build report.
 
-Why it exists: the caller must survive a segfault, a hang and a poisoned CUDA context. A child that dies in the middle
-of an attempt has that attempt recorded as failed, with the signal's name and the end of its stderr as the reason, and
-is started again with that knowledge, so that isolation goes on where it stopped.
+Why it exists: the caller must survive a segmentation fault, a hang and a CUDA context beyond repair. If the build process
+dies, the innermost step that it had begun is recorded as failed, with the signal's name and the end of its output as the
+reason, and a new process continues with that knowledge (at most `MAX_RESTARTS` times). If the time limit passes,
+FastPathError is raised.
 
 Usage:
-    report = build_program(decoder, BuildSpec(input_shape=(8, 128, 8, 8), precision="auto"), Path("entry"),
-    progress=print_event)
+    request = Request(input_shape=(8, 128, 8, 8), precision="auto")
+    report = build_program(decoder, request, Path("entry"), progress=print)
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -25,29 +25,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from owl_wms import env
 from owl_wms.errors import FastPathError
-from owl_wms.settings import EIGHT_BITS
+from owl_wms.request import Request
 from owl_wms.trt import plans
-from owl_wms.trt.library import importer
-from owl_wms.trt.check.calibration import calibration_digest
 from owl_wms.trt.build.child import DECODER_NAME, GO, JOB_NAME
+from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.graph.shapes import copy_with
-from owl_wms.trt.spec import BuildSpec
-from owl_wms.vae import fold_weight_norm
+from owl_wms.trt.library import importer
 
 Event = dict[str, Any]
 MAX_RESTARTS = 4
 STDERR_TAIL = 1500
 _LOG = logging.getLogger(__name__)
 
-# The child sees the parent's import path, so that it finds the same owl_wms and the decoder's own module. Looking for
-# garbage while it imports is a fifth of that time; `child.py` switches it on again.
+# The build process sees the caller's import path, so that it finds the same owl_wms and the decoder's own module. Looking
+# for garbage while it imports is a fifth of that time; `child.py` switches it on again.
 BOOTSTRAP = (
     "import sys, json, gc; gc.disable(); sys.path[:] = json.loads(sys.argv[1]); "
     "from owl_wms.trt.build.child import main; sys.exit(main(sys.argv[2:]))"
@@ -56,8 +54,10 @@ BOOTSTRAP = (
 
 def build_program(
     decoder: nn.Module,
-    spec: BuildSpec,
+    request: Request,
     out_dir: Path,
+    *,
+    graph: str = "",
     progress: Callable[[Event], None] | None = None,
     meanwhile: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
@@ -66,16 +66,18 @@ def build_program(
     Args:
         decoder: `[B, c, h, w] -> [B, C, H, W]`, any device and float dtype; not changed. Its class must be importable
             by name.
-        spec: what to build. Where the program is kept under a key, `calibration_digest` should be the key's.
+        request: what to build.
         out_dir: existing directory; `program.pt2` is written into it.
+        graph: `key_material(...)["graph"]`: the digest of the recording that the program is stored under. The build
+            process compares it with the decoder that it received. Empty: that of `decoder` now.
         progress: receives `{"stage", "elapsed", ...}` dicts while the build runs; must not raise.
-        meanwhile: called once in this thread when the building process has what it needs; seconds at most, since
-            nothing is read from that process until it returns. What it raises is logged.
+        meanwhile: called once in this thread when the build process has what it needs; seconds at most, since nothing
+            is read from that process until it returns. What it raises is logged.
 
     Returns:
         The report (JSON-ready): `plan`, `precision`, `latency_ms`, `eager_latency_ms`, `cuda_graph`, `parity`,
-        `engines`, `kept_modules`, `candidates`, `attempts`, `build_seconds`, `save_seconds`, `load_seconds`,
-        `program_bytes`, `wall_seconds`, `restarts`, ...
+        `engines`, `kept_modules` (left in PyTorch), `candidates`, `refused`, `attempts`, `build_seconds`, `save_seconds`,
+        `load_seconds`, `program_bytes`, `wall_seconds`, `restarts`, ...
 
     Raises:
         FastPathError: stage "export", "build", "parity", "save" or "load"; the caller decodes with PyTorch.
@@ -84,60 +86,53 @@ def build_program(
     known = importer.failed_elsewhere()
     if known is not None:
         raise known
-    for precision in spec.wanted_precisions():
-        plans.candidates(
-            decoder, spec, precision
-        )  # an impossible request fails here, before a process is started for it
-    if spec.precision in EIGHT_BITS and not spec.calibration_digest:
-        spec = dataclasses.replace(spec, calibration_digest=calibration_digest(spec))
+    plans.check_names(request)
     with tempfile.TemporaryDirectory(prefix="owl_trt_job_") as name:  # mode 0700
         directory = Path(name)
-        session = Session(
+        build = Build(
             directory=directory,
-            spec=spec,
+            request=request,
+            graph=graph or Recording.of(decoder, request.input_shape).digest(),
             out_dir=out_dir,
             progress=progress,
-            deadline=begin + spec.timeout_seconds,
-            hand_over=lambda: _write_decoder(folded_copy(decoder), directory / DECODER_NAME),
+            deadline=begin + request.timeout_seconds,
+            hand_over=lambda: write_decoder(decoder, directory / DECODER_NAME),
             meanwhile=meanwhile,
         )
-        report = session.run()
+        report = build.run()
     report["wall_seconds"] = round(time.monotonic() - begin, 3)
-    report["restarts"] = session.restarts
+    report["restarts"] = build.restarts
     return report
 
 
-def folded_copy(decoder: nn.Module) -> nn.Module:
-    """A CPU copy in float32 with weight norm folded in float32: the decoder everything is measured against."""
-    wide = copy_with(decoder, lambda t: t.to("cpu", torch.float32 if t.dtype.is_floating_point else t.dtype, copy=True))
-    return fold_weight_norm(wide).eval().requires_grad_(False)
-
-
-def _write_decoder(folded: nn.Module, path: Path) -> None:
+def write_decoder(decoder: nn.Module, path: Path) -> None:
+    """Write `decoder` as it is, on the CPU, for the build process. Raises FastPathError, stage "export"."""
+    remedy = "define the decoder's class in an importable module and keep open handles and lambdas out of it"
+    for module in decoder.modules():
+        if type(module).__module__ == "__main__":
+            reason = f"{type(module).__name__} is defined in __main__, which the build process does not have"
+            raise FastPathError("export", reason, remedy)
     try:
-        torch.save(folded, path)
+        torch.save(copy_with(decoder, lambda tensor: tensor.to("cpu", copy=True)), path)
     except Exception as error:  # local classes, lambdas, handles: pickle names them in a dozen exception types
-        raise FastPathError(
-            "export",
-            f"{type(folded).__name__} cannot be handed to the building process: {type(error).__name__}: {error}",
-            "define the decoder's class in an importable module and keep open handles and lambdas out of it",
-        ) from error
+        reason = f"{type(decoder).__name__} cannot be handed to the build process: {type(error).__name__}: {error}"
+        raise FastPathError("export", reason, remedy) from error
 
 
 @dataclass(kw_only=True)
-class Session:
-    """One build over as many child processes as it takes (at most `MAX_RESTARTS` more than one).
+class Build:
+    """One build over as many processes as it takes (at most `MAX_RESTARTS` more than one).
 
-    `hand_over` puts the decoder into the directory; it and then `meanwhile` run once, while the first child imports.
-    `known` is what failed or killed a child, by attempt; `stage` the last one that a child spoke of.
+    `hand_over` puts the decoder into the directory; it and then `meanwhile` run once, while the first process imports.
+    `known` is what failed or killed a process, by attempt; `stage` the last one that a process named.
     """
 
     directory: Path
-    spec: BuildSpec
+    request: Request
+    graph: str
     out_dir: Path
     deadline: float
     progress: Callable[[Event], None] | None = None
-    device: str = ""
     bootstrap: str = BOOTSTRAP
     hand_over: Callable[[], None] | None = None
     meanwhile: Callable[[], None] | None = None
@@ -150,7 +145,7 @@ class Session:
         while True:
             outcome = self._one_child()
             if outcome["event"] == "done":
-                return outcome["report"]
+                return cast("dict[str, Any]", outcome["report"])
             if outcome["event"] == "failed":
                 failure = FastPathError(outcome["stage"], outcome["reason"], outcome["remedy"])
                 if failure.stage == "import":
@@ -159,15 +154,15 @@ class Session:
             _LOG.info("the building process died: %s", outcome["reason"])
             if self.restarts >= MAX_RESTARTS or not outcome["open"]:
                 raise FastPathError(
-                    "build", outcome["reason"], "decoding continues with PyTorch; try another precision or plan"
+                    "build", outcome["reason"], "try another precision or plan (owl-wms trt plans)"
                 )
             self.known[outcome["open"]] = outcome["reason"]
             self.restarts += 1
 
     def _one_child(self) -> Event:
         job = {
-            "spec": self.spec.to_json(),
-            "device": self.device or f"cuda:{self.spec.device_index}",
+            "request": self.request.to_json(),
+            "graph": self.graph,
             "out_dir": str(self.out_dir.absolute()),
             "known": self.known,
         }
@@ -204,7 +199,7 @@ class Session:
             finished = self._reap(process)
         if last is not None and last["event"] in ("done", "failed"):
             return last
-        reason = explain_exit(finished, self.spec.timeout_seconds, last)
+        reason = explain_exit(finished, self.request.timeout_seconds, last)
         tail = log.read_text(encoding="utf-8", errors="replace")[-STDERR_TAIL:].strip()
         reason += f" in stage {self.stage!r}" if self.stage else ""
         reason += f"; last output: {' | '.join(tail.splitlines()[-4:])}" if tail else ""

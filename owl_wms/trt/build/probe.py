@@ -4,7 +4,7 @@ Why it exists: a decoder has a dozen kinds of modules and hundreds of modules. O
 usually names the culprit; trying subsets of the whole costs a whole build each.
 
 Usage:
-    prober = Prober(spec, journal, device)
+    prober = Prober(request, journal, device)
     failing = prober.probe(module, like_units(module, exported), "bf16", settings)      # {module path: reason}
 """
 
@@ -17,13 +17,14 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from owl_wms.request import Request
 from owl_wms.trt.library import compiler
 from owl_wms.trt.build import attempts
 from owl_wms.trt.graph.export import export_decoder
 from owl_wms.trt.build.journal import Journal
 from owl_wms.trt.check.parity import latents
 from owl_wms.trt.graph.shapes import record_shapes
-from owl_wms.trt.spec import BuildSpec, dtype_of
+from owl_wms.trt.spec import dtype_of
 
 PROBE_SECONDS = 25.0
 
@@ -31,8 +32,8 @@ PROBE_SECONDS = 25.0
 class Prober:
     """Builds leaf modules alone and remembers the answers by what was probed."""
 
-    def __init__(self, spec: BuildSpec, journal: Journal, device: torch.device) -> None:
-        self.spec = spec
+    def __init__(self, request: Request, journal: Journal, device: torch.device) -> None:
+        self.request = request
         self.journal = journal
         self.device = device
         self.probed: dict[str, str] = {}
@@ -41,7 +42,7 @@ class Prober:
         self, module: nn.Module, groups: list[list[str]], precision: str, settings: dict[str, Any]
     ) -> dict[str, str]:
         """Build one leaf module of each group alone; `{module path: reason}` for all modules of failing groups."""
-        shapes = record_shapes(module, self.spec.input_shape)
+        shapes = record_shapes(module, self.request.input_shape)
         children = dict(module.named_modules())
         failing: dict[str, str] = {}
         deadline = time.monotonic() + PROBE_SECONDS
@@ -67,7 +68,7 @@ class Prober:
 
     def _probe_one(self, leaf: nn.Module, shape: tuple[int, ...], precision: str, settings: dict[str, Any]) -> str:
         try:
-            x = latents(shape, 1.0, dtype_of(precision), self.device, self.spec.seed)
+            x = latents(shape, 1.0, dtype_of(precision), self.device, self.request.seed)
             exported = export_decoder(nn.Sequential(leaf), x)
             program, _ = compiler.compile_exported(exported, x, {**settings, "min_block_size": 1})
             attempts.run(program, x)

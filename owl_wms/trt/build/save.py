@@ -1,7 +1,7 @@
 """Writing the program that won, and proving that what was written computes the same.
 
 Usage:
-    report |= keep(candidate, Path("out"), spec, journal, device)       # out/program.pt2
+    report |= save(candidate, Path("out"), request, journal, device)       # out/program.pt2
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from owl_wms.errors import FastPathError
+from owl_wms.request import Request
 from owl_wms.trt.run import kernels
 from owl_wms.trt.library import compiler
 from owl_wms.trt.check import answer
@@ -21,21 +22,23 @@ from owl_wms.trt.build.candidate import Candidate
 from owl_wms.trt.build.journal import Journal
 from owl_wms.trt.run.load import load_program
 from owl_wms.trt.check.parity import latents
-from owl_wms.trt.spec import BuildSpec, dtype_of
+from owl_wms.trt.spec import dtype_of
 
 PROGRAM_NAME = "program.pt2"
 
 
-def keep(best: Candidate, out_dir: Path, spec: BuildSpec, journal: Journal, device: torch.device) -> dict[str, Any]:
+def save(
+    best: Candidate, out_dir: Path, request: Request, journal: Journal, device: torch.device
+) -> dict[str, Any]:
     """Write, reload from bytes and compare; the numbers for the report. `best.program` is gone afterwards.
 
     Raises:
         FastPathError: stage "save", "load" or "parity".
     """
-    z = latents(spec.input_shape, 1.0, dtype_of(best.precision), device, spec.seed)
+    z = latents(request.input_shape, 1.0, dtype_of(best.precision), device, request.seed)
     with kernels.collected(z) as files:
         wanted = attempts.run(best.program, z)
-    found = answer.Answer.of(wanted, best.parity, seed=spec.seed)
+    found = answer.Answer.of(wanted, best.parity, seed=request.seed)
     files[answer.FILE] = found.pack()
     path = out_dir / PROGRAM_NAME
     journal.stage("save", plan=best.plan)
@@ -54,7 +57,8 @@ def keep(best: Candidate, out_dir: Path, spec: BuildSpec, journal: Journal, devi
     load_seconds = time.monotonic() - begin
     equal = torch.equal(attempts.run(loaded, z), wanted)
     if not equal:
-        raise FastPathError("parity", "the reloaded program does not repeat the built one bit for bit", "rebuild")
+        reason = "the saved program gives other frames than the program it was saved from"
+        raise FastPathError("parity", reason, "report this with the decoder's configuration")
     return {
         "save_seconds": round(save_seconds, 3),
         "load_seconds": round(load_seconds, 3),

@@ -1,10 +1,10 @@
-"""The work inside the child process: compiler, compile, run, isolate, check, time; `keep.py` saves what won.
+"""Builds a program inside the build process: lower, compile, run, isolate, check, time; `save.py` writes what won.
 
 Why one file of its own: `child.py` deals with processes and messages, this with the program. Everything that may fail
-is reported through the `Journal` before it is tried, so that the parent knows what was going on when the process died.
+is announced through the `Journal` before it is tried, so that the caller knows what was going on when the process died.
 
-Usage (inside the child, on the GPU):
-    report = Worker(folded_fp32, spec, journal, "cuda:0").build(Path("out"))
+Usage (inside the build process, on the GPU):
+    report = Worker(fp32_copy(decoder, "cuda:0"), recording, request, journal).build(Path("out"))
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ import torch
 from torch import nn
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt.run import kernels
+from owl_wms.request import Request
+from owl_wms.timing import interleaved
 from owl_wms.trt import plans
-from owl_wms.trt.library import compiler, importer
 from owl_wms.trt.build import attempts
 from owl_wms.trt.build.candidate import Candidate
-from owl_wms.trt.run.cuda_graph import GraphedProgram
-from owl_wms.trt.graph.export import export_decoder
 from owl_wms.trt.build.isolate import smallest_kept
 from owl_wms.trt.build.journal import Journal
-from owl_wms.trt.build.save import keep
-from owl_wms.trt.check.parity import PSNR_GATE_DB, Reference, latents
 from owl_wms.trt.build.probe import Prober, like_units
-from owl_wms.trt.spec import BuildSpec, dtype_of
-from owl_wms.timing import interleaved
+from owl_wms.trt.build.save import save
+from owl_wms.trt.check.parity import PSNR_GATE_DB, Reference, latents
+from owl_wms.trt.graph.export import export_decoder
+from owl_wms.trt.graph.recording import Recording
+from owl_wms.trt.library import compiler, importer
+from owl_wms.trt.run import kernels
+from owl_wms.trt.run.cuda_graph import GraphedProgram
+from owl_wms.trt.spec import compile_settings, dtype_of
 
 # A graph costs memory and a copy of the output; it is recommended where it saves at least this share of the time.
 GRAPH_GAIN = 0.03
@@ -42,16 +44,24 @@ ENOUGH_SHARE, ENOUGH_SECONDS = 0.5, 60.0
 
 
 class Worker:
-    """Builds every plan of a spec for one folded fp32 decoder and keeps the fastest that passes parity."""
+    """Builds every plan that applies to one decoder and chooses the fastest that passes the parity check.
 
-    def __init__(self, folded: nn.Module, spec: BuildSpec, journal: Journal, device: torch.device | str) -> None:
-        self.spec = spec
+    Args:
+        fp32: the decoder, folded, in fp32, on the request's device.
+        recording: of the decoder as its caller runs it.
+        request: what is wanted.
+        journal: is told what begins and ends.
+    """
+
+    def __init__(self, fp32: nn.Module, recording: Recording, request: Request, journal: Journal) -> None:
+        self.folded = fp32
+        self.recording = recording
+        self.request = request
         self.journal = journal
-        self.device = torch.device(device)
-        self.prober = Prober(spec, journal, self.device)
-        self.enough = time.monotonic() + min(ENOUGH_SHARE * spec.timeout_seconds, ENOUGH_SECONDS)
+        self.device = torch.device(request.device)
+        self.prober = Prober(request, journal, self.device)
+        self.enough = time.monotonic() + min(ENOUGH_SHARE * request.timeout_seconds, ENOUGH_SECONDS)
         self.usable = False
-        self.folded = folded.to(self.device).eval().requires_grad_(False)
 
     def build(self, out_dir: Path) -> dict[str, Any]:
         """Write `out_dir/program.pt2` and return the report. Raises FastPathError with the stage that ended it."""
@@ -60,9 +70,10 @@ class Worker:
         best: Candidate | None = None
         eager_ms: float | None = None
         refusals: list[str] = []
-        for precision in self.spec.wanted_precisions():
+        selection = plans.select(self.folded, self.request, self.recording)
+        for precision, chosen in selection.plans.items():
             try:
-                found, eager_ms = self.at_precision(precision)
+                found, eager_ms = self.at_precision(precision, chosen)
             except FastPathError as error:
                 refusals.append(f"{precision}: {error.reason}")
                 continue
@@ -75,7 +86,9 @@ class Worker:
         if best is None:
             stage = "parity" if any(c.reason.startswith("parity:") for c in everything) else "build"
             raise FastPathError(
-                stage, "; ".join(refusals) or "no plan was built", "see the report's candidates for every attempt"
+                stage,
+                "; ".join(refusals) or "no plan was built",
+                "choose another precision, or run `owl-wms trt build`, which prints every failed attempt",
             )
         candidates = [c.to_json() for c in everything]
         for candidate in everything:
@@ -83,42 +96,44 @@ class Worker:
                 candidate.program = None
         attempts.release()
         self.journal.attempt(_plan_key(best))
-        report = {**best.to_json(), **keep(best, out_dir, self.spec, self.journal, self.device)}
+        report = {**best.to_json(), **save(best, out_dir, self.request, self.journal, self.device)}
         self.journal.outcome(_plan_key(best), "")
         graph_ms, plain_ms = best.graph_latency_ms, best.latency_ms
         report.update(
             {
-                "input_shape": list(self.spec.input_shape),
+                "input_shape": list(self.request.input_shape),
                 "input_dtype": str(dtype_of(best.precision)).removeprefix("torch."),
-                "requested_precision": self.spec.precision,
+                "requested_precision": self.request.precision,
                 "tensorrt": importer.status().version,
                 "eager_latency_ms": eager_ms,
                 "cuda_graph": graph_ms is not None and plain_ms is not None and graph_ms < (1 - GRAPH_GAIN) * plain_ms,
                 "candidates": candidates,
+                "refused": dict(selection.refused),
                 "total_seconds": round(time.monotonic() - begin, 3),
             }
         )
         return report
 
-    def at_precision(self, precision: str) -> tuple[list[Candidate], float | None]:
-        """All plans at one precision, checked and timed together with eager; `(candidates, eager's median ms)`.
+    def at_precision(
+        self, precision: str, chosen: tuple[plans.Plan, ...]
+    ) -> tuple[list[Candidate], float | None]:
+        """Plans at one precision, checked and timed together with eager; `(candidates, eager's median ms)`.
 
         What fails or dies on the way costs the plan that did; `candidate`, `judge` and `time` say how.
         """
-        chosen = plans.candidates(self.folded, self.spec, precision)
         self.journal.stage("reference", precision=precision)
         dtype = dtype_of(precision)
         eager = plans.cast_copy(self.folded, precision).eval()
         reference = Reference.measure(
             self.folded,
             eager,
-            self.spec.input_shape,
+            self.request.input_shape,
             dtype,
             self.device,
-            self.spec.seed,
+            self.request.seed,
             psnr_gate_db=PSNR_GATE_DB.get(precision),
         )
-        if not reference.eager_is_finite() and self.spec.precision == "auto":
+        if not reference.eager_is_finite() and self.request.precision == "auto":
             raise FastPathError("parity", f"eager PyTorch overflows at {precision}", "use bf16")
         found: list[Candidate] = []
         for plan in chosen:
@@ -220,15 +235,15 @@ class Worker:
         built: dict[frozenset[str], tuple[Any, compiler.Partition]] = {}
         try:
             self.journal.stage("lower", plan=plan.name, precision=precision)
-            module, candidate.rewrites = plan.lower(self.folded, self.spec, precision)
-            z = latents(self.spec.input_shape, 1.0, dtype_of(precision), self.device, self.spec.seed)
+            module, candidate.rewrites = plan.lower(self.folded, self.request, precision, self.recording)
+            z = latents(self.request.input_shape, 1.0, dtype_of(precision), self.device, self.request.seed)
             exported = export_decoder(module, z)
             ours = kernels.calls_ours(exported)
         except Exception as error:
             candidate.reason = attempts.reason_of(error)
             attempts.check_context(self.device)  # lowering to 8 bits decodes what it is calibrated on
             return candidate
-        settings = {**self.spec.compile_settings(precision), **plan.settings}
+        settings = {**compile_settings(self.request, precision), **plan.settings}
 
         def works(kept: frozenset[str]) -> str:
             key = f"build|{plan.name}|{precision}|{','.join(sorted(kept))}"
@@ -256,16 +271,16 @@ class Worker:
 
         failure = works(frozenset())
         kept = frozenset[str]()
-        if failure and plan.isolates and self.spec.isolation_tries:
+        if failure and plan.isolates and self.request.isolation_tries:
             candidate.kept_reason = failure
             groups = like_units(module, exported)
             candidate.probes = self.prober.probe(module, groups, precision, settings)
             self.journal.stage("isolation", plan=plan.name, precision=precision, suspects=len(candidate.probes))
-            deadline = time.monotonic() + self.spec.isolation_seconds
+            deadline = time.monotonic() + self.request.isolation_seconds
             candidate.isolation = smallest_kept(
                 groups,
                 works,
-                max_tries=self.spec.isolation_tries,
+                max_tries=self.request.isolation_tries,
                 deadline=min(deadline, self.enough) if self.usable else deadline,
                 suspects=candidate.probes,
                 reason=failure,

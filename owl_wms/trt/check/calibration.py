@@ -1,13 +1,11 @@
 """The latents that 8-bit plans are calibrated on: the user's file, or seeded ones.
 
-Why a file and not a tensor: the build runs in a child process and the cache key must cover what it was calibrated on,
-so both read the same bytes: the child is told the hash that the key holds, and refuses a file that was replaced since.
+Why a file and not a tensor: the build runs in a process of its own, and the cache key must cover what it was calibrated
+on. The request carries the hash that the key holds, and the build refuses a file that was replaced since.
 Only `.safetensors` is taken, which holds numbers and no code; `owl-wms encode` writes it.
 
 Usage:
-    material["calibration"] = calibration_digest(spec)
-    spec = dataclasses.replace(spec, calibration_digest=material["calibration"])
-    z = calibration_latents(spec, "cuda:0")      # [N, c, h, w] fp32, in the building process
+    z = calibration_latents(request, "cuda:0")      # [N, c, h, w] fp32, in the building process
 """
 
 from __future__ import annotations
@@ -20,34 +18,33 @@ from safetensors.torch import load
 from torch import Tensor
 
 from owl_wms.errors import FastPathError
+from owl_wms.request import SEEDED, Request
 from owl_wms.trt.check.parity import latents
-from owl_wms.trt.spec import BuildSpec
 
-SEEDED = 16
-"""Seeded normal latents drawn where no file is given."""
 MOST = 64
 """Of a file with more, this many are taken, evenly spaced: each costs one fp32 decode."""
-# Parity and timing use the seeds from `spec.seed` on; steps must not be judged by the latents they were made from.
+# Parity and timing use the seeds from `request.seed` on; steps must not be judged by the latents they were made from.
 SEED_OFFSET = 1000
 KEY = "latents"
 
 
-def calibration_latents(spec: BuildSpec, device: torch.device | str) -> Tensor:
-    """`[N, c, h, w]` fp32 latents on `device`, c, h, w those of the spec.
+def calibration_latents(request: Request, device: torch.device | str) -> Tensor:
+    """`[N, c, h, w]` fp32 latents on `device`, c, h, w those of the request.
 
     Raises:
         FastPathError: stage "build" for a file that is missing, not `.safetensors`, without a tensor called `latents`,
-            not finite, nothing but zeros, of another latent shape, or with another hash than `spec.calibration_digest`.
+            not finite, nothing but zeros, of another latent shape, or with another hash than
+            `request.calibration_digest`.
     """
-    one = spec.input_shape[1:]
-    if not spec.calibration:
-        return latents((SEEDED, *one), 1.0, torch.float32, device, spec.seed + SEED_OFFSET)
-    path = Path(spec.calibration)
+    one = request.input_shape[1:]
+    if not request.calibration:
+        return latents((SEEDED, *one), 1.0, torch.float32, device, request.seed + SEED_OFFSET)
+    path = Path(request.calibration)
     remedy = f"write latents [..., {', '.join(map(str, one))}] as {KEY!r} of a .safetensors file (owl-wms encode does)"
     try:
         data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
-        if spec.calibration_digest not in ("", digest):
+        if request.calibration_digest not in ("", digest):
             raise FastPathError(
                 "build",
                 f"calibration file {path} was replaced after the program's key was made",
@@ -71,15 +68,3 @@ def calibration_latents(spec: BuildSpec, device: torch.device | str) -> Tensor:
     if not taken.any():  # they reach nowhere: any other latent would reach infinitely further
         raise FastPathError("build", f"calibration file {path} holds nothing but zeros", remedy)
     return taken.contiguous().to(device)
-
-
-def calibration_digest(spec: BuildSpec) -> str:
-    """SHA-256 of the file's bytes, or how many latents are seeded. A file that cannot be read says so, as a value of
-    its own: the build will name the reason.
-    """
-    if not spec.calibration:
-        return f"seeded {SEEDED}"
-    try:
-        return hashlib.sha256(Path(spec.calibration).read_bytes()).hexdigest()
-    except OSError as error:
-        return f"unreadable: {error.strerror}"

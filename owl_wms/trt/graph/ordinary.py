@@ -1,46 +1,53 @@
-"""Whether a decoder does what its configuration says, and nothing besides.
+"""Checks that a decoder runs exactly the operators of a new decoder built from its configuration.
 
-Why it exists: the fused forms are made from a decoder's weights and configuration, not from its forward. A subclass, a
-module that somebody exchanged or a clamp that somebody added would be lost in them, and the parity gate sees what the
-seeded latents reach and no more. So the decoder is compared with a fresh one of its configuration, operator by operator
-(`record.py`; no weight is read, tens of milliseconds after the first).
+Why it exists: the fused forms are made from a decoder's weights and configuration, not from its forward. They would
+lose anything that a subclass, an exchanged module or an added clamp does, and the parity check sees only as much of
+that as the seeded latents reach. So the recording of the decoder is compared with that of the new one, operator by
+operator.
 
 Usage:
-    is_ordinary(folded, (8, 128, 8, 8))
+    is_ordinary(decoder, Recording.of(decoder, shape), fused.dcae.standard)
 """
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from owl_wms.trt.graph.record import record
-from owl_wms.trt.graph.shapes import meta_copy, module_dtype
-from owl_wms.vae import build_decoder, fold_weight_norm
-from owl_wms.vae.dcae import DCAEDecoder
-from owl_wms.vae.distill import DistillDecoder
+from owl_wms.trt.graph.recording import Recording
+from owl_wms.trt.graph.shapes import meta_copy
+from owl_wms.vae.fold import folded
+
+_LOG = logging.getLogger(__name__)
 
 
-def is_ordinary(decoder: DCAEDecoder | DistillDecoder, input_shape: tuple[int, ...]) -> bool:
-    """True when decoding latents of `input_shape` is the same list of operators, arguments, shapes and dtypes; False
-    also for a decoder whose forward cannot be followed.
+def is_ordinary(decoder: nn.Module, recording: Recording, standard: Callable[[nn.Module], nn.Module]) -> bool:
+    """True when `decoder` runs the same operators as `standard(decoder)`, with the same arguments, shapes and dtypes.
+    False also for a decoder whose forward cannot be recorded.
 
     Args:
-        decoder: weight norm live or folded, eval or train mode, any memory format.
-        input_shape: `(B, c, h, w)`.
+        decoder: any device, weight norm live or folded.
+        recording: of the decoder as its caller runs it, in its own dtype.
+        standard: makes a new decoder of the same configuration; called with the meta device as default.
     """
     with torch.device("meta"):
-        fresh = build_decoder(decoder.config, variant=decoder.variant if isinstance(decoder, DCAEDecoder) else None)
-    z = torch.empty(input_shape, dtype=module_dtype(decoder), device="meta")
+        fresh = standard(decoder)
+    z = torch.empty(recording.input_shape, dtype=recording.dtype, device="meta")
     with torch.inference_mode(False), torch.no_grad():
         try:
-            lines = [record(_plain(module, z.dtype), z) for module in (decoder, fresh)]
-        except Exception:  # whatever a forward of somebody's own raises on the meta device
+            wanted = f"recorded\n{record(_plain(fresh, z.dtype), z)}"
+            # Another memory order, or parts in another dtype, make another text of the same operators.
+            return recording.text == wanted or f"recorded\n{record(_plain(decoder, z.dtype), z)}" == wanted
+        except Exception as error:  # whatever a forward of somebody's own raises on the meta device
+            _LOG.info("%s cannot be compared with a new one: %s", type(decoder).__name__, error)
             return False
-    return lines[0] == lines[1]
 
 
 def _plain(decoder: nn.Module, dtype: torch.dtype) -> nn.Module:
     """On the meta device, without weight norm, in one dtype and memory format."""
-    twin = fold_weight_norm(meta_copy(decoder)).eval().requires_grad_(False).to(dtype)
-    return twin.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    twin = folded(meta_copy(decoder)).eval().requires_grad_(False).to(dtype)
+    return twin.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]

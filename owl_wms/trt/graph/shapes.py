@@ -1,8 +1,7 @@
-"""Which shape reaches which module, found without computing anything.
+"""Copies of a decoder: without weights on the meta device, in another dtype, in fp32; and the shapes inside it.
 
-Why it exists: a program is static, so a rewrite may bake sizes in (a resize becomes two constant matrices), and
-isolation wants to build one module alone. Both need the shapes inside the decoder; running it on the meta device gives
-them in milliseconds and copies no weight.
+Why shapes: a program is static, so a rewrite may bake sizes in (a resize becomes two constant matrices), and isolation
+builds one module alone. A forward on the meta device gives the shapes in milliseconds and copies no weight.
 
 Usage:
     twin = meta_copy(decoder)
@@ -11,15 +10,17 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from owl_wms.trt.graph.meta import QuickShapes
-from owl_wms.vae.fold import shared_hooks
+from owl_wms.vae.fold import folded, shared_hooks
 
 
 def copy_with(module: nn.Module, convert: Any) -> nn.Module:
@@ -45,6 +46,17 @@ def meta_copy(module: nn.Module) -> nn.Module:
     return copy_with(module, lambda tensor: torch.empty_like(tensor, device="meta"))
 
 
+def fp32_copy(decoder: nn.Module, device: torch.device | str) -> nn.Module:
+    """A copy on `device` in float32, weight norm folded in float32: the decoder everything is measured against.
+
+    Live weight norm is folded on the CPU, so that the weights have the same bits whatever the device.
+    """
+    live = any(parametrize.is_parametrized(module) for module in decoder.modules())
+    where = "cpu" if live else device
+    wide = copy_with(decoder, lambda t: t.to(where, torch.float32 if t.dtype.is_floating_point else t.dtype, copy=True))
+    return folded(wide).to(device).eval().requires_grad_(False)
+
+
 def module_dtype(module: nn.Module) -> torch.dtype:
     """Dtype of the first floating-point parameter; float32 for a module without one."""
     return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
@@ -58,12 +70,12 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{key}", value
 
 
-def record_shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Input shape of every submodule that is called with one tensor, by dotted name, for a latent batch of
-    `input_shape`.
+@contextlib.contextmanager
+def noted_shapes(module: nn.Module) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Fill the dict during the block: input shape of every submodule that is called with one tensor, by dotted name; of
+    the first call.
     """
-    twin = meta_copy(module)
-    names = {child: name for name, child in twin.named_modules()}
+    names = {child: name for name, child in module.named_modules()}
     found: dict[str, tuple[int, ...]] = {}
 
     def note(child: nn.Module, args: tuple[Any, ...]) -> None:
@@ -72,9 +84,15 @@ def record_shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, 
 
     handles = [child.register_forward_pre_hook(note) for child in names]
     try:
-        with torch.no_grad(), QuickShapes():
-            twin(torch.empty(input_shape, dtype=module_dtype(module), device="meta"))
+        yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def record_shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The same for one forward of `module` on the meta device, for latents of `input_shape`."""
+    twin = meta_copy(module)
+    with torch.no_grad(), QuickShapes(), noted_shapes(twin) as found:
+        twin(torch.empty(input_shape, dtype=module_dtype(module), device="meta"))
     return found

@@ -100,7 +100,7 @@ def compile_exported(
     """Compile `exported` for inputs like `z`.
 
     Args:
-        settings: keyword arguments of `torch_tensorrt.compile`, from `BuildSpec.compile_settings` (plus `dryrun` in
+        settings: keyword arguments of `torch_tensorrt.compile`, from `spec.compile_settings` (plus `dryrun` in
             tests).
         kept: module paths (as `module_path` gives them) whose own nodes stay in PyTorch.
         progress: called with TensorRT's own build phases, where this TensorRT reports them.

@@ -5,7 +5,7 @@ computes the same thing in operators TensorRT runs well, and each has an equival
 replaces. "Exact" means equal in exact arithmetic: what remains is the rounding of a different order of operations.
 
 Usage:
-    names = apply_rewrites(module, input_shape, ("replace_bicubic", "replace_landscape_operations"))
+    names = apply_rewrites(module, recording.shapes, ("replace_bicubic", "replace_landscape_operations"))
 """
 
 from __future__ import annotations
@@ -17,17 +17,13 @@ import torch
 from torch import nn
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt.graph.shapes import module_dtype, record_shapes
+from owl_wms.trt.graph.shapes import module_dtype
 from owl_wms.trt.rewrites.resize import MatmulResize
 from owl_wms.vae import autoencoder_dc
 from owl_wms.vae.blocks import Upsample
 from owl_wms.vae.landscape import SquareToLandscape, nearest_landscape
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-# A group of 16 channels fills half of a tensor-core tile; two of them side by side fill it at the price of multiplying
-# zeros.
-MERGED_GROUP_CHANNELS = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +42,13 @@ class Rewrite:
     apply: Callable[[nn.Module, Shapes, torch.dtype], int]
 
 
-def apply_rewrites(module: nn.Module, input_shape: tuple[int, ...], names: tuple[str, ...]) -> dict[str, int]:
+def apply_rewrites(module: nn.Module, shapes: Shapes, names: tuple[str, ...]) -> dict[str, int]:
     """Apply the named rewrites in order, in place; `{name: places changed}`.
 
     Args:
         module: a folded decoder, already in the dtype it will run in (constants are made to fit it).
-        input_shape: of the latents, static.
+        shapes: input shapes of its submodules before the first rewrite (`Recording.shapes`); no rewrite changes one
+            that a later rewrite asks for.
 
     Raises:
         FastPathError: stage "export" for a name that is not in `REWRITES`.
@@ -60,7 +57,7 @@ def apply_rewrites(module: nn.Module, input_shape: tuple[int, ...], names: tuple
     for name in names:
         if name not in REWRITES:
             raise FastPathError("export", f"no rewrite is called {name!r}", f"known: {', '.join(REWRITES)}")
-        done[name] = REWRITES[name].apply(module, record_shapes(module, input_shape), module_dtype(module))
+        done[name] = REWRITES[name].apply(module, shapes, module_dtype(module))
     # Constants are computed on the CPU in float64; they belong where the weights are.
     device = next((parameter.device for parameter in module.parameters()), None)
     if device is not None:
@@ -92,48 +89,6 @@ def replace_landscape_operations(module: nn.Module, shapes: Shapes, dtype: torch
         return nn.Sequential(child.proj, MatmulResize((height, width), size, dtype=dtype))
 
     return replace(module, stretch)
-
-
-def merge_groups(module: nn.Module, shapes: Shapes, dtype: torch.dtype) -> int:
-    """Pairs of 16-channel groups of a 3x3 convolution become one group of 32 with zero blocks off the diagonal."""
-
-    def merge(name: str, child: nn.Module) -> nn.Module | None:
-        if type(child) is not nn.Conv2d or child.groups < 2 or child.kernel_size == (1, 1):
-            return None
-        inside = child.in_channels // child.groups
-        factor = MERGED_GROUP_CHANNELS // inside if inside else 0
-        if factor < 2 or child.groups % factor or child.in_channels != child.out_channels or inside < 8:
-            return None
-        return merged_conv(child, factor)
-
-    return replace(module, merge)
-
-
-def merged_conv(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
-    """`conv` with `factor` neighbouring groups in one; `groups` must be a multiple of `factor`. Exact: only zeros are
-    added.
-    """
-    groups, inside, outside = conv.groups, conv.in_channels // conv.groups, conv.out_channels // conv.groups
-    merged = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        stride=conv.stride,  # type: ignore[arg-type]
-        padding=conv.padding,  # type: ignore[arg-type]
-        dilation=conv.dilation,  # type: ignore[arg-type]
-        groups=groups // factor,
-        bias=conv.bias is not None,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    ).requires_grad_(False)
-    blocks = conv.weight.detach().reshape(groups // factor, factor, outside, inside, *conv.kernel_size)
-    wide = blocks.new_zeros(groups // factor, factor, outside, factor, inside, *conv.kernel_size)
-    for place in range(factor):
-        wide[:, place, :, place] = blocks[:, place]
-    merged.weight.data.copy_(wide.reshape(merged.weight.shape))
-    if conv.bias is not None and merged.bias is not None:
-        merged.bias.data.copy_(conv.bias.detach())
-    return merged.train(conv.training)
 
 
 def replace_sana_operations(module: nn.Module, shapes: Shapes, dtype: torch.dtype) -> int:
@@ -182,7 +137,6 @@ REWRITES = {
     for rewrite in (
         Rewrite(name="replace_bicubic", error=_ROUNDING, apply=replace_bicubic),
         Rewrite(name="replace_landscape_operations", error=_ROUNDING, apply=replace_landscape_operations),
-        Rewrite(name="merge_groups", error="exact", apply=merge_groups),
         Rewrite(name="replace_attention_operations", error=_ROUNDING, apply=replace_attention_operations),
         Rewrite(name="replace_sana_operations", error="exact", apply=replace_sana_operations),
     )

@@ -25,8 +25,8 @@ WARMUP_CALLS = 3
 
 
 class GraphedProgram:
-    """`program` behind a CUDA graph for inputs like `example`; anything else, and everything after a failure, goes to
-    `program` itself.
+    """Replays `program` as a CUDA graph for latents of the shape and device of `example`, in any real dtype. `program`
+    itself runs for other shapes and devices, and for everything where the capture failed.
 
     Thread-safe: replay works on static buffers, so calls are serialised by a lock, and each returns a copy of the
     output.
@@ -84,14 +84,9 @@ class GraphedProgram:
             self._graph = graph
 
     def __call__(self, z: Tensor) -> Tensor:
-        if (
-            self._graph is None
-            or z.shape != self._input.shape
-            or z.dtype != self._input.dtype
-            or z.device != self._input.device
-        ):
+        if self._graph is None or z.shape != self._input.shape or z.device != self._input.device:
             return self.program(z)
         with self._lock, torch.cuda.device(z.device):
-            self._input.copy_(z)
+            self._input.copy_(z)  # casts: the graph's input has one dtype
             self._graph.replay()
             return self._output.clone()

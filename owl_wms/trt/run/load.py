@@ -32,7 +32,7 @@ from owl_wms.trt.run import kernels
 _LOG = logging.getLogger(__name__)
 
 
-class Program:
+class LoadedProgram:
     """A loaded program: `[B, c, h, w] -> [B, C, H, W]`, one static shape, no gradients.
 
     Attributes:
@@ -61,7 +61,7 @@ class Program:
             return self._module(z)
 
 
-def load_program(data: bytes, device: torch.device | str) -> Program:
+def load_program(data: bytes, device: torch.device | str) -> LoadedProgram:
     """Deserialize a program whose bytes the caller has verified.
 
     Args:
@@ -85,11 +85,11 @@ def load_program(data: bytes, device: torch.device | str) -> Program:
         raise
     except Exception as error:  # a damaged archive raises anything from KeyError to RuntimeError
         first = next((line for line in str(error).splitlines() if line.strip()), "")
-        remedy = "a cached entry that cannot be read is built again once"
+        remedy = "build it again with the installed torch and Torch-TensorRT, whose versions owl-wms doctor shows"
         raise FastPathError("load", f"{type(error).__name__}: {first}", remedy) from error
 
 
-def _load(data: bytes, device: torch.device) -> Program:
+def _load(data: bytes, device: torch.device) -> LoadedProgram:
     extra: dict[str, str] = {kernels.FILE: "", answer.FILE: ""}  # an empty dict would be replaced, not filled
     exported = torch.export.load(io.BytesIO(data), extra_files=extra)
     kernels.adopt(extra)
@@ -104,13 +104,13 @@ def _load(data: bytes, device: torch.device) -> Program:
         from torch.export.passes import move_to_device_pass
 
         exported = move_to_device_pass(exported, str(device))
-    program = Program(exported.module(), tuple(example.shape), example.dtype, device)
+    program = LoadedProgram(exported.module(), tuple(example.shape), example.dtype, device)
     if extra[answer.FILE]:
         confirm(program, answer.Answer.unpack(extra[answer.FILE]))
     return program
 
 
-def confirm(program: Program, built: answer.Answer) -> None:
+def confirm(program: LoadedProgram, built: answer.Answer) -> None:
     """Decode the latents of the build once more. Raises FastPathError, stage "parity", for another answer."""
     z = latents(program.input_shape, 1.0, program.input_dtype, program.device, built.seed)
     strays = built.compare(program(z))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from owl_wms.cache import Key
 from owl_wms import timing
 from owl_wms.cache import CacheStore
 from owl_wms.errors import FastPathError
@@ -23,13 +24,14 @@ from owl_wms.trt.build.attempts import BrokenContext
 from owl_wms.trt.build.candidate import Candidate
 from owl_wms.trt.build.isolate import Isolation
 from owl_wms.trt.build import worker
-from owl_wms.trt.build.parent import folded_copy
 from owl_wms.trt.build.worker import Worker
-from owl_wms.trt.spec import BuildSpec
+from owl_wms.trt.graph.recording import Recording
+from owl_wms.trt.graph.shapes import fp32_copy
+from owl_wms.request import Request
 from tests.trt import build_child
 from tests.trt.build.test_parent import run
 
-FIRST, SECOND = "tensorrt", "tensorrt+merged"
+FIRST, SECOND = "tensorrt", build_child.SECOND
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -66,16 +68,20 @@ class Memory:
         self.open = []
 
 
+def worker_of(decoder: nn.Module, journal: Memory, **asked: Any) -> Worker:
+    request = Request(input_shape=(2, 4, 3, 3), device="cpu", **asked)
+    return Worker(fp32_copy(decoder, "cpu"), Recording.of(decoder, request.input_shape), request, journal)
+
+
 @pytest.fixture
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """`build(journal, second)`: a build of two plans whose second is the decoder changed by `second`."""
     decoder = nn.Conv2d(4, 3, 1)
-    monkeypatch.setattr(worker, "keep", lambda best, *_: {"kept": best.plan})
-    monkeypatch.setattr(plans, "candidates", lambda *_: [plans.PLANS[FIRST], plans.PLANS[SECOND]])
+    monkeypatch.setattr(worker, "save", lambda best, *_: {"kept": best.plan})
+    monkeypatch.setitem(plans.PLANS, SECOND, build_child.second_plan())
 
     def make(journal: Memory, second: Callable[[Decode], Decode], precision: str = "bf16") -> dict[str, Any]:
-        spec = BuildSpec(input_shape=(2, 4, 3, 3), precision=precision, plans=(FIRST, SECOND))
-        work = Worker(folded_copy(decoder), spec, journal, "cpu")
+        work = worker_of(decoder, journal, precision=precision, plans=(FIRST, SECOND))
 
         def candidate(plan: plans.Plan, at: str) -> Candidate:
             good = plans.cast_copy(work.folded, at).eval()
@@ -133,12 +139,12 @@ def test_who_takes_over_skips_what_killed_the_last_one(build: Any, after: int) -
 
 
 def test_a_death_while_saving_leaves_the_next_best(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def keep(best: Candidate, *_: Any) -> dict[str, Any]:
+    def save(best: Candidate, *_: Any) -> dict[str, Any]:
         if best.plan == FIRST:
             raise Death
         return {"kept": best.plan}
 
-    monkeypatch.setattr(worker, "keep", keep)
+    monkeypatch.setattr(worker, "save", save)
     monkeypatch.setattr(Candidate, "best_ms", lambda self: 1.0 if self.plan == FIRST else 2.0)
     journal = Memory()
     with pytest.raises(Death):
@@ -184,7 +190,7 @@ def test_a_context_that_lowering_broke_ends_the_process(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(worker, "export_decoder", export)
     monkeypatch.setattr(worker.attempts, "check_context", check)
-    work = Worker(nn.Conv2d(4, 3, 1), BuildSpec(input_shape=(2, 4, 3, 3)), Memory(), "cpu")
+    work = worker_of(nn.Conv2d(4, 3, 1), Memory())
     with pytest.raises(BrokenContext):
         work.candidate(plans.PLANS[FIRST], "bf16")
 
@@ -207,7 +213,7 @@ def test_a_plan_that_overflows_leaves_the_report_whole(build: Any, tmp_path: Pat
         (folder / "program.pt2").write_bytes(b"program")
         return json.loads(json.dumps(build(Memory(), overflowing, "auto")))
 
-    report = CacheStore(tmp_path / "cache").get_or_build("dcae", {"a": 1}, into).manifest.report
+    report = CacheStore(tmp_path / "cache").get_or_build("dcae", Key.of({"a": 1}), into).manifest.report
     assert (report["plan"], report["precision"], report["cuda_graph"]) == (FIRST, "fp16", False)
     assert report["parity"]["passed"]
     assert report["latency_ms"] > 0
@@ -257,9 +263,8 @@ def test_a_usable_plan_bounds_the_search_for_what_fails_in_the_next(
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(worker, "smallest_kept", smallest_kept)
-    monkeypatch.setattr(worker.lower, "compile_exported", fail)
-    spec = BuildSpec(input_shape=(2, 4, 3, 3), isolation_seconds=1000.0)
-    work = Worker(folded_copy(nn.Conv2d(4, 3, 1)), spec, Memory(), "cpu")
+    monkeypatch.setattr(worker.compiler, "compile_exported", fail)
+    work = worker_of(nn.Conv2d(4, 3, 1), Memory(), isolation_seconds=1000.0)
     monkeypatch.setattr(work.prober, "probe", lambda *_: {})
     work.usable = usable
     assert "no kernel" in work.candidate(plans.PLANS["tensorrt"], "bf16").reason

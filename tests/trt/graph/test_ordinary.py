@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from owl_wms.trt import plans
+from owl_wms.errors import FastPathError
+from owl_wms.fused.dcae import standard
+from owl_wms.request import Request
 from owl_wms.trt.graph.ordinary import is_ordinary
+from owl_wms.trt.graph.recording import Recording
+from owl_wms.trt.graph.shapes import record_shapes
 from owl_wms.trt.rewrites.apply import apply_rewrites
-from owl_wms.trt.spec import BuildSpec
 from owl_wms.vae import fold_weight_norm
 from tests.trt import decoders
 
@@ -27,8 +30,8 @@ FAMILIES = ("tiled", "learned", "square", "distill")
 def test_decoders_as_they_are_built(family: str, folded: bool, dtype: torch.dtype) -> None:
     decoder, shape = decoders.make(family)
     decoder = decoder.to(dtype)
-    assert is_ordinary(fold_weight_norm(decoder) if folded else decoder.train(), shape)  # type: ignore[arg-type]
-    assert is_ordinary(decoder.to(memory_format=torch.channels_last), shape)  # type: ignore[arg-type, call-overload]
+    assert ordinary(fold_weight_norm(decoder) if folded else decoder.train(), shape)  # type: ignore[arg-type]
+    assert ordinary(decoder.to(memory_format=torch.channels_last), shape)  # type: ignore[arg-type, call-overload]
 
 
 def of_a_subclass(decoder: Any) -> None:
@@ -62,6 +65,15 @@ def that_cannot_be_followed(decoder: Any) -> None:
     decoder.forward = types.MethodType(lambda self, z: original(z) * float(z.sum()), decoder)
 
 
+def ordinary(decoder: Any, shape: tuple[int, ...]) -> bool:
+    """As the plans ask it: of a decoder that has a recording."""
+    try:
+        recording = Recording.of(decoder, shape)
+    except FastPathError:
+        return False
+    return is_ordinary(decoder, recording, standard)
+
+
 ALTERATIONS = [of_a_subclass, with_another_block, with_a_replaced_convolution, with_a_norm, that_cannot_be_followed]
 
 
@@ -70,16 +82,16 @@ ALTERATIONS = [of_a_subclass, with_another_block, with_a_replaced_convolution, w
 def test_altered_ones_are_not(family: str, alter: Callable[[Any], None]) -> None:
     decoder, shape = decoders.make(family)
     alter(decoder)
-    assert not is_ordinary(fold_weight_norm(decoder), shape)  # type: ignore[arg-type]
+    assert not ordinary(fold_weight_norm(decoder), shape)
 
 
 @pytest.mark.parametrize("alter", ALTERATIONS[:4])
 def test_altered_ones_have_plans_that_follow_their_forward(alter: Callable[[Any], None]) -> None:
     decoder, shape = decoders.make("tiled")
-    spec = BuildSpec(input_shape=shape, precision="fp16")
-    assert "tensorrt+ops" in [plan.name for plan in plans.candidates(fold_weight_norm(decoder), spec, "fp16")]
+    spec = Request(input_shape=shape, precision="fp16")
+    assert "tensorrt+ops" in decoders.plan_names(fold_weight_norm(decoder), spec, "fp16")
     alter(decoder)
-    names = [plan.name for plan in plans.candidates(fold_weight_norm(decoder), spec, "fp16")]
+    names = decoders.plan_names(fold_weight_norm(decoder), spec, "fp16")
     assert "tensorrt" in names
     assert "tensorrt+ops" not in names
 
@@ -97,5 +109,5 @@ def test_a_rewrite_leaves_subclasses_of_what_it_knows() -> None:
     z = torch.randn(shape)
     with torch.no_grad():
         wanted = folded(z)
-        apply_rewrites(folded, shape, ("replace_bicubic", "replace_landscape_operations"))
+        apply_rewrites(folded, record_shapes(folded, shape), ("replace_bicubic", "replace_landscape_operations"))
         torch.testing.assert_close(folded(z), wanted, rtol=1e-3, atol=1e-4)

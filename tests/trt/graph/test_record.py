@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import subprocess
 import sys
@@ -18,11 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from owl_wms.errors import FastPathError
+from owl_wms.request import Request
 from owl_wms.trt import key
+from owl_wms.trt.graph import recording
 from owl_wms.trt.graph.export import export_decoder, graph_text
 from owl_wms.trt.graph.record import record
+from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.graph.shapes import meta_copy
-from owl_wms.trt.spec import BuildSpec
 from tests.trt import decoders
 
 SHAPE = (2, 4, 6, 6)
@@ -211,13 +214,13 @@ def test_unused_weights_and_their_order_in_memory_count() -> None:
 
 
 def test_the_callers_context_does_not_count() -> None:
-    net, spec = nn.Conv2d(4, 4, 3), BuildSpec(input_shape=SHAPE)
-    plain = key.graph_of(net, spec)
+    net, spec = nn.Conv2d(4, 4, 3), Request(input_shape=SHAPE)
+    plain = Recording.of(net, spec.input_shape).text
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
-        assert key.graph_of(net, spec) == plain
+        assert Recording.of(net, spec.input_shape).text == plain
     with torch.inference_mode():
-        assert key.graph_of(net, spec) == plain
-        assert key.graph_of(nn.Conv2d(4, 4, 3), spec) == plain
+        assert Recording.of(net, spec.input_shape).text == plain
+        assert Recording.of(nn.Conv2d(4, 4, 3), spec.input_shape).text == plain
 
 
 def test_the_callers_random_numbers_are_not_drawn() -> None:
@@ -232,8 +235,8 @@ def test_the_callers_random_numbers_are_not_drawn() -> None:
 @pytest.mark.parametrize("family", decoders.FAMILIES)
 def test_no_address_and_no_hash_seed_is_in_it(family: str) -> None:
     code = (
-        "import sys, hashlib; from tests.trt import decoders; from owl_wms.trt import key, spec\n"
-        f"d, s = decoders.make({family!r}); text = key.graph_of(d, spec.BuildSpec(input_shape=s))\n"
+        "import sys, hashlib; from tests.trt import decoders; from owl_wms.trt.graph.recording import Recording\n"
+        f"d, s = decoders.make({family!r}); text = Recording.of(d, s).text\n"
         "assert text.startswith('recorded'), text[:300]\nassert ' at 0x' not in text\n"
         "print(hashlib.sha256(text.encode()).hexdigest())"
     )
@@ -246,15 +249,16 @@ def test_no_address_and_no_hash_seed_is_in_it(family: str) -> None:
         assert done.returncode == 0, done.stderr[-800:]
         answers.add(done.stdout)
     decoder, shape = decoders.make(family)
-    here = key.graph_of(decoder, BuildSpec(input_shape=shape))
-    assert answers == {f"{key.hashlib.sha256(here.encode()).hexdigest()}\n"}
+    here = Recording.of(decoder, shape).text
+    assert answers == {f"{hashlib.sha256(here.encode()).hexdigest()}\n"}
 
 
 def test_a_key_in_a_fresh_process_is_quick_and_imports_no_compiler() -> None:
     code = (
-        "import sys, time, torch; from owl_wms.trt import key, spec; from tests.trt import decoders\n"
+        "import sys, time, torch; from owl_wms.trt import key; from owl_wms.request import Request\n"
+        "from tests.trt import decoders\n"
         "d, s = decoders.make('tiled'); before = time.perf_counter()\n"
-        "key.key_material(d, spec.BuildSpec(input_shape=s)); print(time.perf_counter() - before)\n"
+        "key.key_material(d, Request(input_shape=s)); print(time.perf_counter() - before)\n"
         "print([name for name in ('sympy', 'torch._dynamo', 'torch._inductor') if name in sys.modules])"
     )
     begin = time.monotonic()
@@ -275,15 +279,15 @@ class Counting(nn.Module):
 def test_what_cannot_be_recorded_is_exported_and_what_cannot_be_exported_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    spec = BuildSpec(input_shape=(1, 4, 5, 5))
+    spec = Request(input_shape=(1, 4, 5, 5))
     net = nn.Conv2d(4, 4, 3)
-    recorded = key.graph_of(net, spec)
-    monkeypatch.setattr(key, "record", lambda *_: (_ for _ in ()).throw(NotImplementedError("no meta form")))
-    exported = key.graph_of(net, spec)
-    assert (recorded.split("\n")[0], exported.split("\n")[0]) == ("recorded", "exported")
+    as_recorded = Recording.of(net, spec.input_shape).text
+    monkeypatch.setattr(recording, "record", lambda *_: (_ for _ in ()).throw(NotImplementedError("no meta form")))
+    exported = Recording.of(net, spec.input_shape).text
+    assert (as_recorded.split("\n")[0], exported.split("\n")[0]) == ("recorded", "exported")
     monkeypatch.undo()
     with pytest.raises(FastPathError) as raised:
-        key.graph_of(Counting(), spec)
+        Recording.of(Counting(), spec.input_shape)
     assert raised.value.stage == "export"
 
 
@@ -291,6 +295,6 @@ def test_the_decoder_itself_is_not_touched() -> None:
     decoder, shape = decoders.make("tiled")
     before = {name: (tensor.data_ptr(), tensor._version) for name, tensor in decoder.state_dict().items()}
     training = decoder.train().training
-    key.key_material(decoder, BuildSpec(input_shape=shape))
+    key.key_material(decoder, Request(input_shape=shape))
     assert {name: (tensor.data_ptr(), tensor._version) for name, tensor in decoder.state_dict().items()} == before
     assert decoder.training is training

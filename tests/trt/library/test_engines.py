@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -13,15 +14,17 @@ import pytest
 import torch
 from torch import nn
 
+from owl_wms.cache import Key
 from owl_wms.errors import FastPathError
-from owl_wms.runtime.toolchain import JitToolchain, ProgramRequest, TensorRTToolchain
+from owl_wms.request import Request
+from owl_wms.runtime.toolchain import Jit, TensorRT
 from owl_wms.trt.build import parent
 from owl_wms.trt.build.parent import build_program
 from owl_wms.trt.library import engines, importer
 from owl_wms.trt.run.load import load_program
-from owl_wms.trt.spec import BuildSpec
 
 ABSENT = importer.TensorRTStatus(available=False, flavour="rtx", version="", reason="broken", remedy="mend it")
+ON_GPU = Request(input_shape=(1, 3, 2, 2))
 PRESENT = importer.TensorRTStatus(available=True, flavour="rtx", version="1")
 
 
@@ -158,7 +161,7 @@ def test_without_torch_tensorrt_the_answer_is_what_it_was(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)
     monkeypatch.setattr(engines, "_load_library", lambda _flavour: pytest.fail("looked for what is not there"))
     assert engines.status() == importer.status()
-    unready = TensorRTToolchain().ready(torch.device("cuda", 0))
+    unready = TensorRT().ready(ON_GPU)
     assert unready is not None
     assert (unready.stage, unready.reason) == ("import", "Torch-TensorRT is not installed")
 
@@ -166,12 +169,11 @@ def test_without_torch_tensorrt_the_answer_is_what_it_was(monkeypatch: pytest.Mo
 def test_the_jit_form_asks_for_the_whole_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "attached", lambda: True)
     monkeypatch.setattr(importer, "_attempt", lambda: (ABSENT, None))
-    device = torch.device("cuda", 0)
-    assert TensorRTToolchain().ready(device) is None
-    unready = JitToolchain().ready(device)
+    assert TensorRT().ready(ON_GPU) is None
+    unready = Jit().ready(ON_GPU)
     assert unready is not None
     assert unready.reason == "broken"
-    assert type(JitToolchain().ready(torch.device("cpu"))).__name__ == "NoDeviceError"
+    assert type(Jit().ready(dataclasses.replace(ON_GPU, device="cpu"))).__name__ == "NoDeviceError"
 
 
 def test_a_package_that_a_building_process_could_not_import_is_not_tried_again(
@@ -179,20 +181,18 @@ def test_a_package_that_a_building_process_could_not_import_is_not_tried_again(
 ) -> None:
     starts = []
 
-    def answer(session: parent.Session) -> dict:
+    def answer(session: parent.Build) -> dict:
         starts.append(session)
         return {"event": "failed", "stage": "import", "reason": "no driver", "remedy": "install one"}
 
-    monkeypatch.setattr(parent.Session, "_one_child", answer)
-    request = ProgramRequest(
-        shape=(1, 3, 2, 2), device=torch.device("cuda", 0), precision="auto", plans=("tensorrt",), workspace_size=0
-    )
+    monkeypatch.setattr(parent.Build, "_one_child", answer)
+    request = Request(input_shape=(1, 3, 2, 2), plans=("tensorrt",))
     for decoder in (nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3)):
         with pytest.raises(FastPathError, match="no driver") as raised:
-            TensorRTToolchain().build(decoder, request, tmp_path, None)
+            TensorRT().build(decoder, request, Key.of({"graph": "0"}), tmp_path, None, lambda: None)
         assert raised.value.stage == "import"
     assert len(starts) == 1
     importer.forget()
     with pytest.raises(FastPathError, match="no driver"):
-        build_program(nn.Conv2d(3, 3, 1), BuildSpec(input_shape=(1, 3, 2, 2)), tmp_path)
+        build_program(nn.Conv2d(3, 3, 1), Request(input_shape=(1, 3, 2, 2)), tmp_path)
     assert len(starts) == 2

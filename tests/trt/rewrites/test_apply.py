@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from owl_wms.errors import FastPathError
+from owl_wms.request import Request
 from owl_wms.trt import plans
-from owl_wms.trt.build.parent import folded_copy
-from owl_wms.trt.graph.shapes import meta_copy, record_shapes
-from owl_wms.trt.rewrites.apply import REWRITES, apply_rewrites, merged_conv
+from owl_wms.trt.graph.recording import Recording
+from owl_wms.trt.graph.shapes import fp32_copy, meta_copy, record_shapes
+from owl_wms.trt.rewrites.apply import REWRITES, apply_rewrites
 from owl_wms.trt.rewrites.resize import MatmulResize, bicubic_matrix, fitted
-from owl_wms.trt.spec import BuildSpec
 from tests.trt import decoders
 
 
@@ -51,12 +51,12 @@ def test_resize_keeps_the_dtype_and_a_constant(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("family", ["tiled", "learned", "square", "distill"])
-@pytest.mark.parametrize("name", ["replace_bicubic", "replace_landscape_operations", "merge_groups"])
+@pytest.mark.parametrize("name", ["replace_bicubic", "replace_landscape_operations"])
 def test_dcae_rewrites_change_nothing_in_float64(family: str, name: str) -> None:
     decoder, shape = decoders.make(family)
-    reference = folded_copy(decoder).double()
+    reference = fp32_copy(decoder, "cpu").double()
     rewritten = copy.deepcopy(reference)
-    places = apply_rewrites(rewritten, shape, (name,))[name]
+    places = apply_rewrites(rewritten, record_shapes(rewritten, shape), (name,))[name]
     assert places > 0 or (name, family) == ("replace_landscape_operations", "square")
     z = torch.randn(shape, dtype=torch.float64)
     assert torch.allclose(rewritten(z), reference(z), atol=1e-10)
@@ -83,44 +83,39 @@ def test_sana_rewrites_change_nothing(widths: list[int], side: int) -> None:
     z = torch.randn(shape, dtype=torch.float64)
     wanted = decoder(z)
     rewritten = copy.deepcopy(decoder)
-    done = apply_rewrites(rewritten, shape, ("replace_attention_operations", "replace_sana_operations"))
+    done = apply_rewrites(
+        rewritten, record_shapes(rewritten, shape), ("replace_attention_operations", "replace_sana_operations")
+    )
     assert done == {"replace_attention_operations": 1, "replace_sana_operations": 4}
     # The decoder itself goes through float32 inside norms and attention, so float32's rounding is what separates them.
     assert torch.allclose(rewritten(z), wanted, atol=2e-6)
 
 
-def test_merged_groups_equal_the_narrow_ones() -> None:
-    conv = nn.Conv2d(64, 64, 3, padding=1, groups=4).double()
-    merged = merged_conv(conv, 2)
-    assert merged.groups == 2
-    x = torch.randn(1, 64, 5, 5, dtype=torch.float64)
-    assert torch.allclose(merged(x), conv(x), atol=1e-13)
-
-
 def test_constants_live_where_the_weights_are() -> None:
     decoder, shape = decoders.make("tiled")
-    module = meta_copy(folded_copy(decoder))
-    apply_rewrites(module, shape, tuple(REWRITES))
+    module = meta_copy(fp32_copy(decoder, "cpu"))
+    apply_rewrites(module, record_shapes(module, shape), tuple(REWRITES))
     assert {t.device.type for t in [*module.parameters(), *module.buffers()]} == {"meta"}
 
 
 def test_plans_leave_the_decoder_alone_and_cast() -> None:
     decoder, shape = decoders.make("tiled")
-    folded = folded_copy(decoder)
+    folded = fp32_copy(decoder, "cpu")
+    request = Request(input_shape=shape)
     before = {name: t.clone() for name, t in folded.state_dict().items()}
-    for name in ("tensorrt", "tensorrt+merged"):
-        module, _ = plans.PLANS[name].lower(folded, BuildSpec(input_shape=shape), "bf16")
+    for name in ("tensorrt", "tensorrt-plain"):
+        module, _ = plans.PLANS[name].lower(folded, request, "bf16", Recording.of(decoder, shape))
         assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     assert all(torch.equal(t, before[name]) for name, t in folded.state_dict().items())
 
 
 def test_unknown_rewrite_is_named() -> None:
     with pytest.raises(FastPathError, match="replace_bicubic"):
-        apply_rewrites(nn.Conv2d(1, 1, 1), (1, 1, 2, 2), ("replace_cubic",))
+        apply_rewrites(nn.Conv2d(1, 1, 1), {}, ("replace_cubic",))
 
 
 def test_shapes_are_recorded_without_weights() -> None:
     decoder, shape = decoders.make("square")
-    shapes = record_shapes(folded_copy(decoder), shape)
+    shapes = record_shapes(fp32_copy(decoder, "cpu"), shape)
     assert shapes[""] == shape
     assert shapes["blocks.1.up"][-2:] == (8, 8)
