@@ -24,7 +24,7 @@ from owl_wms.settings import TensorRTConfig
 from owl_wms.trt.check import answer
 from owl_wms.trt.check.parity import Reference, latents
 from owl_wms.trt.library import engines
-from owl_wms.trt.run.load import Program
+from owl_wms.trt.run.load import LoadedProgram
 from tests.faults.conftest import Fault
 from tests.faults.test_runtime import PlainToolchain, same, small_decoder
 
