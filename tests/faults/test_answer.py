@@ -71,11 +71,11 @@ def test_a_program_that_answers_otherwise_is_not_used(
         return decode
 
     assert fresh().stats().builds == 1
-    right = Program.__call__
+    right = LoadedProgram.__call__
     for name, wrong in FAULTS.items():
         caplog.clear()
         with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "owl_wms"):
-            patched.setattr(Program, "__call__", lambda self, z, wrong=wrong: wrong(right(self, z)))
+            patched.setattr(LoadedProgram, "__call__", lambda self, z, wrong=wrong: wrong(right(self, z)))
             decode = fresh()
             assert same(decode(z), z, decoder)
         assert decode.stats().backend == "pytorch", name
