@@ -11,7 +11,7 @@ Usage:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -26,12 +26,49 @@ TIMING_SECONDS = 0.3  # of each distinct convolution; sana has a dozen
 HEAD_START = 1_000_000  # clock cycles, some 0.6 ms; a launch from Python takes as long as a convolution at batch 1
 # A way to compute a convolution that strays further than rounding can from the library's result is wrong, not fast.
 MOST_STRAY = 2e-2
-# Shapes of input and weights, ReLU, SiLU, no norm, no residual.
-Choice: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], bool, bool, bool, bool]
+# The kind of convolution, shapes of its inputs and weights, and what else decides how long it takes.
+Choice: TypeAlias = tuple[str, tuple[tuple[int, ...] | None, ...], tuple[int, ...], tuple[object, ...]]
+Way: TypeAlias = Callable[[Tensor], Tensor]
 Norm: TypeAlias = tuple[Tensor, float]  # gain over the channels, fp32, and eps
 
 
-class Conv3x3(nn.Module):
+class Chosen(nn.Module):
+    """A convolution that can be computed in several ways; `choose` measures them and sets `how`.
+
+    A subclass gives `ways` and `compute`, and in `alike` what besides the shapes decides how long it takes.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    alike: tuple[object, ...] = ()
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach().to(dtype))
+        self.register_buffer("bias", None if bias is None else bias.detach().float())  # added to fp32 sums
+        self.how = LIBRARY
+        self.choices: dict[Choice, int] | None = None
+
+    def ways(self, x: Tensor, other: Tensor | None) -> list[int]:
+        """Returns every `how` that can compute these inputs."""
+        raise NotImplementedError
+
+    def compute(self, how: int, x: Tensor, other: Tensor | None) -> Tensor:
+        """Computes the convolution as `how` says."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        if self.choices is not None:
+            shapes = (tuple(x.shape), None if other is None else tuple(other.shape))
+            key: Choice = (type(self).__name__, shapes, tuple(self.weight.shape), self.alike)
+            if key not in self.choices:
+                ways = {how: functools.partial(self.compute, how, other=other) for how in self.ways(x, other)}
+                self.choices[key] = quickest(ways, x)
+            self.how = self.choices[key]
+        return self.compute(self.how, x, other)
+
+
+class Conv3x3(Chosen):
     """`relu(conv(x) + bias) + residual` on `[B, H, W, C]`; `how` as in `owl_wms.ops.conv3x3`.
 
     Args:
@@ -39,8 +76,6 @@ class Conv3x3(nn.Module):
         norm: the gain and eps of an RMS norm over the channels before the bias, which is then the norm's shift.
     """
 
-    weight: Tensor
-    bias: Tensor | None
     gain: Tensor | None
 
     def __init__(
@@ -53,83 +88,42 @@ class Conv3x3(nn.Module):
         silu: bool = False,
         norm: Norm | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(pack(weight.detach()), bias, dtype)
         self.register_buffer("gain", None if norm is None else norm[0].detach().float())
         self.eps = None if norm is None else norm[1]
-        self.silu = silu
-        self.register_buffer("weight", pack(weight.detach()).to(dtype))
-        self.register_buffer("bias", None if bias is None else bias.detach().float())  # added to fp32 sums
-        self.relu, self.how = relu, LIBRARY
-        self.choices: dict[Choice, int] | None = None
+        self.relu, self.silu = relu, silu
+        self.alike = (relu, silu, norm is None)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.choices is not None:
-            key = (tuple(x.shape), tuple(self.weight.shape), self.relu, self.silu, self.eps is None, residual is None)
-            if key not in self.choices:
-                self.choices[key] = fastest(x, self.weight, self.bias, residual, self.relu, self.silu, self.norm())
-            self.how = self.choices[key]
-        return _compute(
-            x,
-            weight=self.weight,
-            bias=self.bias,
-            residual=residual,
-            relu=self.relu,
-            silu=self.silu,
-            norm=self.norm(),
-            how=self.how,
-        )
+    def ways(self, x: Tensor, other: Tensor | None) -> list[int]:
+        return conv3x3_op.ways(x, self.weight, other is not None, self.relu, self.silu, self.norm() is not None)
+
+    def compute(self, how: int, x: Tensor, other: Tensor | None) -> Tensor:
+        norm = self.norm()
+        if norm is not None and self.bias is not None:
+            return conv3x3_norm(x, self.weight, norm[0], self.bias, other, norm[1], how)
+        return conv3x3(x, self.weight, self.bias, other, self.relu, how, self.silu)
 
     def norm(self) -> Norm | None:
         """The gain and eps of the norm, None without one."""
         return None if self.gain is None or self.eps is None else (self.gain, self.eps)
 
 
-def fastest(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    silu: bool = False,
-    norm: Norm | None = None,
-) -> int:
-    """The quickest `how` for this shape on this GPU, among those that run and agree with the library.
+def quickest(ways: Mapping[int, Way], x: Tensor) -> int:
+    """Returns the quickest `how` for this shape on this GPU, among those that run and agree with the library.
 
     Ways are timed in turns: some differ by less than the clock drifts from one to the next.
     """
-
-    def way(how: int) -> Callable[[Tensor], Tensor]:
-        return functools.partial(
-            _compute, weight=weight, bias=bias, residual=residual, relu=relu, silu=silu, norm=norm, how=how
-        )
-
-    wanted = way(LIBRARY)(x).float()
-    sound = {str(LIBRARY): way(LIBRARY)}
-    for how in conv3x3_op.ways(x, weight, residual is not None, relu, silu, norm is not None):
+    wanted = ways[LIBRARY](x).float()
+    sound = {str(LIBRARY): ways[LIBRARY]}
+    for how, way in ways.items():
         try:
-            stray = torch.linalg.vector_norm(way(how)(x).float() - wanted)
+            stray = torch.linalg.vector_norm(way(x).float() - wanted)
         except Exception:  # a kernel this driver or GPU refuses: the library remains
             continue
         if stray <= MOST_STRAY * torch.linalg.vector_norm(wanted):
-            sound[str(how)] = way(how)
+            sound[str(how)] = way
     times = interleaved(sound, x, budget_seconds=TIMING_SECONDS, head_start=HEAD_START)
     return int(min(times, key=times.__getitem__))
-
-
-def _compute(
-    x: Tensor,
-    *,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    silu: bool,
-    norm: Norm | None,
-    how: int,
-) -> Tensor:
-    if norm is not None and bias is not None:
-        return conv3x3_norm(x, weight, norm[0], bias, residual, norm[1], how)
-    return conv3x3(x, weight, bias, residual, relu, how, silu)
 
 
 def choose(fused: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | None) -> None:
@@ -137,13 +131,14 @@ def choose(fused: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | 
 
     Nothing happens without a shape, off a GPU, and where there is no such convolution.
     """
-    convs = [module for module in fused.modules() if isinstance(module, Conv3x3)]
+    convs = [module for module in fused.modules() if isinstance(module, Chosen)]
     if input_shape is None or not convs or not convs[0].weight.is_cuda:
         return
     z = torch.randn(input_shape, device=convs[0].weight.device).to(dtype)
     # In threads; the run below needs all of them, and what it tries for a convolution does not show before.
-    eps = next((conv.eps for conv in convs if conv.eps is not None), None)
-    compile_ahead(fused, z, also=conv3x3_op.variants(z, any(conv.silu for conv in convs), eps))
+    plain = [conv for conv in convs if isinstance(conv, Conv3x3)]
+    eps = next((conv.eps for conv in plain if conv.eps is not None), None)
+    compile_ahead(fused, z, also=conv3x3_op.variants(z, any(conv.silu for conv in plain), eps) if plain else ())
     choices: dict[Choice, int] = {}
     for conv in convs:
         conv.choices = choices

@@ -22,11 +22,17 @@ and, for diffusers' AutoencoderDC (Triton where not said otherwise):
     conv3x3           dense 3x3 with bias, ReLU or SiLU and residual, by the library or by ours; `conv3x3_norm` with an
                       RMS norm, `latent_conv` the first
     nearest_up        enlargement by nearest neighbour, 3x3 and shortcut
-    pointwise         a 1x1 convolution as one library product
+    pointwise         a 1x1 convolution as one library product; with ReLU, a residual, or into frames
     depthwise_gate    SiLU, depthwise 3x3, SiLU gate (CUDA)
     channel_norm      RMS norm, ReLU, residual
     linear_attention  ReLU linear attention; `multiscale_attention` with its second scale
     shuffle_add       pixel shuffle with its shortcut; `shuffle_frames` to an image
+
+and, for streaming decoders (TAEHV):
+
+    frame_conv        3x3 over a frame and the one before it; `enlarge_conv` behind a nearest enlargement and growth in
+                      time, `picture_conv` the last one with clamp and pixel shuffle (CUDA, kernel of conv3x3)
+    frame_depthwise   depthwise 7x7 over a frame and the one before it (CUDA)
 """
 
 from __future__ import annotations
@@ -38,6 +44,8 @@ from owl_wms.ops import (
     conv_out,
     depthwise_gate,
     frame_bytes,
+    frame_conv,
+    frame_depthwise,
     grouped_conv,
     grouped_conv8,
     linear8,
@@ -58,6 +66,8 @@ __all__ = [
     "conv3x3",
     "conv_out",
     "depthwise_gate",
+    "frame_conv",
+    "frame_depthwise",
     "frame_bytes",
     "grouped_conv",
     "grouped_conv8",

@@ -16,6 +16,7 @@ Usage:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,8 @@ class SuperMemoryBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
-        return self.conv(torch.cat([x, past], 1)) + x
+        result: Tensor = self.conv(torch.cat([x, past], 1)) + x
+        return result
 
 
 MEMORY_BLOCKS = (MemoryBlock, SuperMemoryBlock)
@@ -88,7 +90,8 @@ class Grow(nn.Module):
         self.conv = nn.Conv2d(ch, ch * factor, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).unflatten(1, (self.factor, -1)).flatten(0, 1)
+        result: Tensor = self.conv(x).unflatten(1, (self.factor, -1)).flatten(0, 1)
+        return result
 
 
 def _normal_layers(config: TAEHVConfig) -> list[nn.Module]:
@@ -137,7 +140,7 @@ class TAEHVDecoder(nn.Sequential):
         self.frames_per_latent: int = 2 ** sum(config.time_upscale)
         self.scale: int = 2 ** sum(config.space_upscale) * config.patch_size
 
-    def forward(self, latents: Tensor) -> Tensor:  # type: ignore[override]  # nn.Sequential names it `input`
+    def forward(self, latents: Tensor) -> Tensor:
         """Decodes whole clips: `[b, n, c, h, w] -> [b, n t - t + 1, 3, H, W]` with t frames per latent.
 
         All latents are computed at once; the result is that of a stream of steps.
@@ -187,16 +190,7 @@ class TAEHVDecoder(nn.Sequential):
 
     def state_specs(self, shape: tuple[int, ...]) -> tuple[StateSpec, ...]:
         """Describes the state of streams of latents `shape` = `(b, c, h, w)`: the last input of every memory block."""
-        streams, _, height, width = shape
-        dtype = next(self.parameters()).dtype
-        widths = WIDTHS[self.config.form]
-        specs: list[StateSpec] = []
-        for i in range(STAGES):
-            size = (streams, widths[i], height, width)
-            specs += [StateSpec(f"stage{i}.block{j}", size, dtype) for j in range(BLOCKS_PER_STAGE)]
-            factor = 1 + self.config.space_upscale[i]
-            height, width = height * factor, width * factor
-        return tuple(specs)
+        return state_specs(self.config, shape, next(self.parameters()).dtype)
 
     def _refuse(self, latents: Tensor, expected: str) -> None:
         got = tuple(latents.shape)
@@ -205,6 +199,18 @@ class TAEHVDecoder(nn.Sequential):
             got=got,
             expected=expected,
         )
+
+
+def state_specs(config: TAEHVConfig, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[StateSpec, ...]:
+    """Describes the state of a decoder in `dtype` for latents `shape` = `(b, c, h, w)`."""
+    streams, _, height, width = shape
+    specs: list[StateSpec] = []
+    for i, widths in enumerate(WIDTHS[config.form][:STAGES]):
+        size = (streams, widths, height, width)
+        specs += [StateSpec(f"stage{i}.block{j}", size, dtype) for j in range(BLOCKS_PER_STAGE)]
+        factor = 1 + config.space_upscale[i]
+        height, width = height * factor, width * factor
+    return tuple(specs)
 
 
 def shifted(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +236,7 @@ def config_of(state: Mapping[str, Tensor], path: object) -> TAEHVConfig:
     Raises:
         CheckpointError: the keys or shapes are not those of a TAEHV decoder.
     """
-    form = "super" if "0.weight" in state else "normal"
+    form: Literal["normal", "super"] = "super" if "0.weight" in state else "normal"
     first, last, grows, grown = (0, 22, (7, 14, 21), WIDTHS["super"][1:])
     if form == "normal":
         first, last, grows, grown = (1, 22, (7, 13, 19), WIDTHS["normal"][:-1])

@@ -17,21 +17,25 @@ X, WEIGHT = torch.randn(1, 4, 4, 8), torch.randn(16, 3, 3, 8)
 
 def choose_among(monkeypatch: pytest.MonkeyPatch, ways: dict[int, Any]) -> int:
     """`ways`: how -> seconds it takes, what it raises, or what is added to its result."""
-    original = convolution._compute
+    original = convolution.Conv3x3.compute
 
-    def compute(x: Tensor, *, how: int, **rest: Any) -> Tensor:
+    def compute(self: convolution.Conv3x3, how: int, x: Tensor, other: Tensor | None) -> Tensor:
         kind = ways[how]
         if isinstance(kind, Exception):
             raise kind
-        result = original(x, how=LIBRARY, **rest)
+        result = original(self, LIBRARY, x, other)
         if isinstance(kind, Tensor):
             return result + kind
         time.sleep(kind)
         return result
 
     monkeypatch.setattr(convolution.conv3x3_op, "ways", lambda *_: list(ways))
-    monkeypatch.setattr(convolution, "_compute", compute)
-    return convolution.fastest(X, WEIGHT, None, None, False)
+    monkeypatch.setattr(convolution.Conv3x3, "compute", compute)
+    conv = convolution.Conv3x3(WEIGHT.permute(0, 3, 1, 2), None, torch.float32)
+    conv.choices = {}
+    conv(X)
+    assert list(conv.choices.values()) == [conv.how]
+    return conv.how
 
 
 def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,10 @@ def test_interpreted_finish() -> None:
     y, residual, bias = torch.randn(3, 5, 7), torch.randn(3, 5, 7), torch.randn(7)
     got = kernel_of("conv3x3").finish_(y.clone(), bias, residual, True)
     close(got, torch.relu(y + bias) + residual)
+    y[0, 0, 0] = float("nan")
+    got = kernel_of("conv3x3").finish_(y.clone(), bias, residual, False, relu_last=True)
+    assert got[0, 0, 0].isnan()
+    close(got[1:], torch.relu(y + bias + residual)[1:])
 
 
 @interpreted

@@ -29,6 +29,12 @@ DEVICE void store_box(const TensorMap& map, u32 source, int c, int x, int y, int
                  "r"(x), "r"(y), "r"(image)
                  : "memory");
 }
+// A box of a five-dimensional tensor.
+DEVICE void store_box(const TensorMap& map, u32 source, int c, int x, int parity, int y, int image) {
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map), "r"(source), "r"(c),
+                 "r"(x), "r"(parity), "r"(y), "r"(image)
+                 : "memory");
+}
 DEVICE void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 DEVICE void stores_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 DEVICE void stores_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

@@ -66,7 +66,7 @@ def conv_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n + tl.arange(0, BN)).to(tl.float32)[None, :]
     if RELU:
-        acc = tl.maximum(acc, 0.0)
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if HAS_RESIDUAL:
         acc += residual_desc.load([batch, y, x, n]).reshape(BM, BN).to(tl.float32)
     out_desc.store([batch, y, x, n], acc.to(out_desc.dtype).reshape(1, 1, BM, BN))
@@ -98,7 +98,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 @triton.jit
 def finish_kernel(
     y_ptr, bias_ptr, residual_ptr, total, channels,
-    RELU: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    RELU: tl.constexpr, SILU: tl.constexpr, RELU_LAST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < total
@@ -106,19 +107,27 @@ def finish_kernel(
     if HAS_BIAS:
         y += tl.load(bias_ptr + place % channels, mask).to(tl.float32)
     if RELU:
-        y = tl.maximum(y, 0.0)
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if SILU:
         y = y * tl.sigmoid(y)
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + place, mask).to(tl.float32)
+    if RELU_LAST:
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask)
 
 
-def finish_(y: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, silu: bool = False) -> Tensor:
-    """`y = relu(y + bias) + residual` in place on contiguous `y [..., C]`, summed in fp32; `silu`: SiLU for ReLU."""
+def finish_(
+    y: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, silu: bool = False, *, relu_last: bool = False
+) -> Tensor:
+    """`y = relu(y + bias) + residual` in place on contiguous `y [..., C]`, summed in fp32.
+
+    `silu` applies SiLU instead of ReLU; `relu_last` applies a ReLU to the whole sum.
+    """
     block = 4096
     finish_kernel[(triton.cdiv(y.numel(), block),)](
         y, y if bias is None else bias, y if residual is None else residual, y.numel(), y.shape[-1],
-        RELU=relu, SILU=silu, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=8,
+        RELU=relu, SILU=silu, RELU_LAST=relu_last, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        BLOCK=block, num_warps=8,
     )  # fmt: skip
     return y
