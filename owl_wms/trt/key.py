@@ -38,9 +38,9 @@ MACHINE_FIELDS = (
     "torch", "triton", "torch_tensorrt", "tensorrt", "cuda", "cudnn", "driver", "gpu", "compute_capability", "sm_count",
     "python",
 )  # fmt: skip
-SOURCES = ("trt", "fused", "ops", "vae", "request.py", "cudnn.py", "timing.py")
+SOURCES = ("trt", "fused", "ops", "vae", "request.py", "state.py", "cudnn.py", "timing.py")
 """Folders and files of `owl_wms` whose sources shape a program: whatever a lowering loads, so that a change of one of
-them builds anew. `tests/trt/test_sources.py` holds it to that.
+them builds anew. `tests/runtime/test_counts.py` holds it to that.
 """
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -103,6 +103,8 @@ def test_whatever_one_argument_changes_in_exports_graph_changes_the_record(data:
     steps = data.draw(programs())
     place = data.draw(st.integers(0, len(steps) - 1))
     name = steps[place][0]
+    # In eval mode dropout gives its input back, and then `x - z` and `z - x` are both `z - z`.
+    assume(name != "subtract" or any(step != "dropout" for step, _ in steps[:place]))
     other = list(steps)
     other[place] = (name, data.draw(st.sampled_from(STEPS[name])))
     one, two = Steps(steps), Steps(other)
