@@ -28,11 +28,10 @@ from PIL import Image
 from torch import Tensor
 
 from owl_wms.errors import ConfigError, DataError
-from owl_wms.media.video import CRF, X264, VideoWriter, Y4mWriter
+from owl_wms.media.video import CRF, STDOUT, X264, VideoWriter, Y4mWriter, said
 from owl_wms.media.whole import draft_beside, keep_draft, why_unwritten, written_whole
 from owl_wms.timing import Spent
 
-STDOUT = Path("-")
 PICTURES = (".png", ".jpg")
 FORMS = ("mp4", "npy", "png", "jpg", "y4m", "raw")
 _WRITERS = 4  # threads that copy into the page cache: one alone reaches 2 to 4 GB per second
@@ -163,7 +162,8 @@ class ArrayWriter(Sink):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown()
-        self._stack.__exit__(kind, error, trace)
+        with _naming(self.path):
+            self._stack.__exit__(kind, error, trace)
 
     def write(self, frames: Tensor) -> None:
         with self._spent.on("write"), _naming(self.path):
@@ -220,7 +220,7 @@ class PictureWriter(Sink):
     def _save(self, frame: np.ndarray[Any, Any], number: int) -> None:
         colour = np.ascontiguousarray(frame[..., :3])
         Image.fromarray(colour, "RGB").save(
-            self._draft / f"{number:06}{self._suffix}", quality=_JPEG_QUALITY, compress_level=1
+            self._draft / f"{number:06}{self._suffix}", quality=_JPEG_QUALITY, subsampling=0, compress_level=1
         )
 
 
@@ -233,7 +233,8 @@ class RawWriter(Sink):
         self._file: BinaryIO | None = None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.__exit__(kind, error, trace)
+        with _naming(self.path):
+            self._stack.__exit__(kind, error, trace)
 
     def write(self, frames: Tensor) -> None:
         with self._spent.on("write"), _naming(self.path):
@@ -271,5 +272,4 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = "standard output" if path == STDOUT else path
-        raise DataError(f"{named}: cannot be written: {why_unwritten(error)}", path=path) from error
+        raise DataError(f"{said(path)}: cannot be written: {why_unwritten(error)}", path=path) from error

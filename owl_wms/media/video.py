@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -31,6 +31,7 @@ from owl_wms.timing import Spent
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+STDOUT = Path("-")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 X264, NVENC = "libx264", "h264_nvenc"
 ENCODERS = {
@@ -45,6 +46,11 @@ _CONVERTERS = 4  # threads that make YUV of RGB: one alone keeps up with 1,000 t
 
 _PIXELS = "yuv420p"
 _AT_ONCE = 32  # pictures that may be converted before the first of them is encoded
+
+
+def said(path: Path) -> str:
+    """Returns the name of an output for messages."""
+    return "standard output" if path == STDOUT else str(path)
 
 
 def _av(path: Path | str) -> ModuleType:
@@ -110,7 +116,7 @@ class _FrameWriter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
-        with self._naming_the_clip() if kind is None else nullcontext():
+        with self._naming_the_clip():  # also after an error: what is still buffered may not fit either
             try:
                 if self._container is not None and kind is None:
                     with self._spent.on("encode"):
@@ -138,14 +144,14 @@ class _FrameWriter:
         """
         if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[3] < 3:
             got = f"{frames.dtype} {list(frames.shape)}"
-            raise DataError(f"{self.path}: frames must be uint8 [N, H, W, C >= 3], got {got}", path=self.path)
+            raise DataError(f"{said(self.path)}: frames must be uint8 [N, H, W, C >= 3], got {got}", path=self.path)
         height, width = frames.shape[1:3]
         if self._container is None:
             with self._naming_the_clip():
                 self._container, self._stream = self._open(height, width)
         if (self._stream.height, self._stream.width) != (height, width):
             size = f"{self._stream.height}x{self._stream.width}"
-            raise DataError(f"{self.path}: the clip is {size}, got a frame of {height}x{width}", path=self.path)
+            raise DataError(f"{said(self.path)}: the clip is {size}, got a frame of {height}x{width}", path=self.path)
         for some in frames.cpu().split(_AT_ONCE):
             with self._naming_the_clip():
                 pictures = iter(self._pool.map(self._converted, some.numpy()))
@@ -172,7 +178,7 @@ class _FrameWriter:
         try:
             yield
         except (OSError, self._av.FFmpegError) as error:
-            raise DataError(f"{self.path}: cannot be written: {why_unwritten(error)}", path=self.path) from error
+            raise DataError(f"{said(self.path)}: cannot be written: {why_unwritten(error)}", path=self.path) from error
 
 
 class VideoWriter(_FrameWriter):
