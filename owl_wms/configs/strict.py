@@ -73,6 +73,8 @@ def _to_size(value: Any) -> Any:
 
 PositiveInt = Annotated[int, Field(gt=0)]
 IntTuple = Annotated[tuple[PositiveInt, ...], BeforeValidator(_to_tuple)]
+FloatPair = Annotated[tuple[float, float], BeforeValidator(_to_tuple)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(_to_tuple)]
 ThreeSwitches = Annotated[tuple[bool, bool, bool], BeforeValidator(_to_tuple)]
 Size = Annotated[int | tuple[int, int], BeforeValidator(_to_size)]
 Kwargs = Annotated[dict[str, Any], AfterValidator(_freeze)]

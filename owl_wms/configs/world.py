@@ -11,13 +11,25 @@ Usage:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
 
 from owl_wms.configs.paths import PathText, find_beside
-from owl_wms.configs.strict import DataKwargs, Kwargs, PositiveInt, StrictModel, nearest, parse, read_yaml, rule
+from owl_wms.configs.strict import (
+    DataKwargs,
+    FloatPair,
+    Floats,
+    Kwargs,
+    PositiveInt,
+    StrictModel,
+    nearest,
+    parse,
+    read_yaml,
+    rule,
+)
 from owl_wms.configs.vae import MODEL_CONFIGS, WandbConfig
 from owl_wms.errors import ConfigError
 
@@ -29,7 +41,7 @@ SamplerId = Literal["av_window", "av_causal", "av_causal_no_cfg", "av_caching"]
 # Files that a training run reads besides its data and its own checkpoints.
 _READ = (
     *("vae_cfg_path", "vae_ckpt_path", "audio_vae_cfg_path", "audio_vae_ckpt_path"),
-    *("teacher_cfg", "teacher_ckpt", "student_ckpt", "init_ckpt"),
+    *("teacher_cfg", "teacher_ckpt", "student_ckpt", "init_ckpt", "latent_transform"),
 )
 _ALWAYS = ("data_id", "data_kwargs", "sample_data_id", "sample_data_kwargs", "sampler_id", "sampler_kwargs")
 _AUDIO = (*_ALWAYS, "audio_vae_scale")
@@ -59,6 +71,7 @@ _OPT_KEYS = {
 class WorldModelConfig(StrictModel):
     """The `model` section. Windows and `n_frames` are in frames; `sample_size` is the side of the square latent.
 
+    `rest_has_direction` False gives a mouse at rest no direction; upstream's weights were trained with True.
     `n_mouse_axes`, `patch_size` and `audio_tokens` are accepted because shipped files have them; no model reads them.
     """
 
@@ -73,6 +86,7 @@ class WorldModelConfig(StrictModel):
     n_buttons: PositiveInt = 8
     n_mouse_axes: PositiveInt = 2
     control_hidden: PositiveInt = 2048
+    rest_has_direction: bool = True
     n_frames: PositiveInt = 120
     cfg_prob: float = 0.1
     causal: bool = False
@@ -110,13 +124,75 @@ class WorldModelConfig(StrictModel):
         return self
 
 
+class LevelsConfig(StrictModel):
+    """The `levels` of `train`: noise levels that `rft`, `av` and `mixed_av` draw, from 0 (data) to 1 (noise).
+
+    A model knows the levels that it was trained on and no others, so training has to draw those that sampling uses.
+    A share `prefix` of the clips looks as in sampling: a history of at least `prefix_min` frames at one level, and the
+    frames behind it at levels of their own, which alone count in the loss. The other clips have a level of its own for
+    each frame, and all frames count.
+
+    Attributes:
+        mean, std: independent levels are sigmoid(mean + std * normal).
+        uniform: share of independent levels that are uniform in 0 to 1 instead.
+        ones: share of independent levels that are exactly 1, where sampling begins.
+        prefix: share of clips with a history.
+        prefix_min: frames of the shortest history.
+        context: lowest and highest level of a history, which is uniform between them; `noise_prev` of the sampler must
+            lie there.
+        context_low, context_low_share: level of a history that is nearly clean, and the share of clips with it.
+        shift: levels behind a history are shift * u / (1 + (shift - 1) u) with u uniform, as samplers step.
+        prefix_ones: share of those levels that are exactly 1.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    uniform: float = 0.1
+    ones: float = 0.04
+    prefix: float = 0.5
+    prefix_min: PositiveInt = 1
+    context: FloatPair = (0.0, 0.35)
+    context_low: float = 0.02
+    context_low_share: float = 0.2
+    shift: float = 3.0
+    prefix_ones: float = 0.1
+
+    @model_validator(mode="after")
+    def _fits(self) -> LevelsConfig:
+        for name in ("uniform", "ones", "prefix", "context_low", "context_low_share", "prefix_ones"):
+            value = getattr(self, name)
+            rule(0.0 <= value <= 1.0, name, f"must be within 0..1, received {value}")
+        rule(self.uniform + self.ones <= 1.0, "ones", f"uniform + ones must be at most 1, received {self.ones}")
+        rule(self.std > 0, "std", f"must be above 0, received {self.std}")
+        rule(self.shift > 0, "shift", f"must be above 0, received {self.shift}")
+        low, high = self.context
+        rule(0.0 <= low <= high <= 1.0, "context", f"must rise within 0..1, received {list(self.context)}")
+        return self
+
+
 class TrainingConfig(StrictModel):
     """The `train` section of all six trainers; None means "not said". Intervals are in optimiser steps.
 
-    `loss_weights`, `ts_shift`, `uncond` and `audio_vae_batch_size` are accepted because shipped files have them;
-    nothing reads them. `log_predictions` is read by `causvid_vid` and `sforce_vid`: evaluations then also decode a clip
-    of the student and what teacher and critic make of it. `init_ckpt` is a file of weights alone that a run starts from
-    when it continues none. `tensorboard` writes the reports to `checkpoint_dir/tensorboard` as well.
+    `uncond` and `audio_vae_batch_size` are accepted because shipped files have them; nothing reads them.
+
+    Attributes:
+        init_ckpt: file of weights alone that a run starts from when it continues none.
+        tensorboard: write the reports to `checkpoint_dir/tensorboard` as well.
+        latent_transform: file that `owl_wms.models.latents` wrote; latents are divided by `vae_scale` and then
+            transformed.
+        levels: noise levels of `rft`, `av`, `mixed_av`.
+        log_predictions: read by `causvid_vid` and `sforce_vid`. Evaluations then also decode a clip of the student and
+            the clean clips that teacher and critic make of it.
+        student_levels: noise levels at which a distilled student works, falling from 1. None: 1 and 0.5 for
+            `causvid_vid`; `rollout_steps` even steps for `sforce_vid`; the teacher's own velocities at the teacher's
+            own levels for `ode_distill_vid`, which with levels learns to jump from each of them to the end.
+        context_noise: level of the history in distillation. None: the sampler's `noise_prev`, or 0.2.
+        gen_p: share of frames that `ode_distill_vid` and `causvid_vid` (0.25 if None) generate.
+        max_rollout_frames: longest rollout of `sforce_vid`. None: the window, or `min_rollout_frames` if longer.
+        critic_start: the network that the critic of `causvid_vid` and `sforce_vid` starts as.
+        shared_rollouts: let all critic updates of a step learn from the same rollouts of the student.
+        judged_levels: whether teacher and critic judge a clip with a level of its own for each frame, or with one level
+            for all. A causal teacher with levels per frame judges a drifted frame by its drifted history.
     """
 
     trainer_id: TrainerId | None = None
@@ -146,11 +222,13 @@ class TrainingConfig(StrictModel):
     seed: int = 0
     max_steps: PositiveInt | None = None
     fps: PositiveInt = 60
+    levels: LevelsConfig = LevelsConfig()
 
     vae_id: str | None = None
     vae_cfg_path: PathText | None = None
     vae_ckpt_path: PathText | None = None
     vae_scale: float = 0.34
+    latent_transform: PathText | None = None
     vae_batch_size: PositiveInt = 4
     audio_vae_id: str | None = None
     audio_vae_cfg_path: PathText | None = None
@@ -169,13 +247,17 @@ class TrainingConfig(StrictModel):
     update_ratio: PositiveInt | None = None
     rollout_steps: PositiveInt | None = None
     min_rollout_frames: PositiveInt | None = None
+    max_rollout_frames: PositiveInt | None = None
+    student_levels: Floats | None = None
+    context_noise: float | None = None
+    critic_start: Literal["student", "teacher"] = "student"
+    shared_rollouts: bool = False
+    judged_levels: Literal["frame", "clip"] = "frame"
     log_predictions: bool = False
     regression_weight: float | None = None
     cfg_scale: float | None = None
     subsample: float | None = None
     gen_p: float | None = None
-    loss_weights: Kwargs | None = None
-    ts_shift: float | None = None
     uncond: bool | None = None
 
     @model_validator(mode="after")
@@ -191,9 +273,12 @@ class TrainingConfig(StrictModel):
         for name in ("vae_scale", "audio_vae_scale"):
             value = getattr(self, name)
             rule(value is None or value > 0, name, f"latents are divided by it: must be above 0, received {value}")
-        for name in ("subsample", "gen_p"):
+        for name in ("subsample", "gen_p", "context_noise"):
             value = getattr(self, name)
             rule(value is None or 0.0 <= value <= 1.0, name, f"must be within 0..1, received {value}")
+        steps = self.student_levels
+        falls = steps is None or (len(steps) > 0 and steps[0] == 1.0 and all(a > b for a, b in pairwise((*steps, 0.0))))
+        rule(falls, "student_levels", f"must fall from 1.0 and end above 0, received {steps and list(steps)}")
         return self
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from owl_wms.configs.world import LevelsConfig
 from owl_wms.errors import ConfigError
 from owl_wms.nn.setting import setting
 
@@ -22,6 +23,65 @@ def frame_times(x: Tensor) -> Tensor:
         [b, n] fp32 in (0, 1). In bf16 the levels near 1 would collapse onto a few values.
     """
     return torch.randn(x.shape[:2], dtype=torch.float32, device=x.device).sigmoid()
+
+
+def draw_levels(x: Tensor, levels: LevelsConfig | None, doc_id: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Draw the noise levels of a training step.
+
+    Args:
+        x: [b, n, ...].
+        levels: what to draw; None draws `frame_times`, as upstream does, and counts all frames.
+        doc_id: [b, n] integers, the clip that each frame of a packed sequence belongs to; every clip has a history of
+            its own.
+
+    Returns:
+        (levels [b, n] fp32 in [0, 1], bool [b, n] that is True for the frames whose loss counts).
+    """
+    if levels is None:
+        return frame_times(x), torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    shape, device = x.shape[:2], x.device
+
+    def uniform() -> Tensor:
+        return torch.rand(shape, dtype=torch.float32, device=device)
+
+    kind, normal = uniform(), torch.randn(shape, dtype=torch.float32, device=device)
+    alone = torch.where(kind < levels.uniform, uniform(), (levels.mean + levels.std * normal).sigmoid())
+    alone = alone.masked_fill(kind >= 1 - levels.ones, 1.0)
+
+    first, length = clip_bounds(shape, doc_id, device)
+
+    def per_clip() -> Tensor:
+        return uniform().gather(1, first)
+
+    shortest = length.clamp(max=levels.prefix_min + 1) - 1  # a frame remains to be learnt from
+    history = shortest + (per_clip() * (length - shortest)).floor()
+    low, high = levels.context
+    context = low + (high - low) * per_clip()
+    context = context.masked_fill(per_clip() < levels.context_low_share, levels.context_low)
+    u = uniform()
+    behind = levels.shift * u / (1 + (levels.shift - 1) * u)
+    behind = behind.masked_fill(uniform() < levels.prefix_ones, 1.0)
+    prefixed = (per_clip() < levels.prefix) & (length > 1)
+    remembered = prefixed & (torch.arange(shape[1], device=device) - first < history)
+    return torch.where(remembered, context, torch.where(prefixed, behind, alone)), ~remembered
+
+
+def clip_bounds(shape: torch.Size, doc_id: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return where each frame's clip begins and how long it is, int64 [b, n] each; without `doc_id` rows are clips."""
+    index = torch.arange(shape[1], device=device).expand(shape)
+    if doc_id is None:
+        return torch.zeros_like(index), torch.full_like(index, shape[1])
+    changes = doc_id[:, 1:] != doc_id[:, :-1]
+    edge = torch.ones_like(changes[:, :1])
+    first = torch.where(torch.cat([edge, changes], dim=1), index, 0).cummax(dim=1).values
+    last = torch.where(torch.cat([changes, edge], dim=1), index, shape[1]).flip(1).cummin(dim=1).values.flip(1)
+    return first, last - first + 1
+
+
+def counted_mse(predicted: Tensor, wanted: Tensor, counted: Tensor) -> Tensor:
+    """Mean squared difference of [b, n, ...] over the frames where `counted` bool [b, n] is True, in fp32."""
+    squared = (predicted.float() - wanted.float()).square().flatten(2).mean(dim=2)
+    return (squared * counted).sum() / counted.sum()
 
 
 def noised(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from owl_wms.configs.world import LevelsConfig
 from owl_wms.errors import ConfigError
-from owl_wms.models.flow import drop_controls, frame_times, noised, require_dit
+from owl_wms.models.flow import counted_mse, draw_levels, drop_controls, noised, require_dit
 from owl_wms.nn.dit import DiT
 from owl_wms.nn.embeddings import ControlEmbedding, TimestepEmbedding
 from owl_wms.nn.modulation import FinalProjection
@@ -58,7 +58,8 @@ class ConditionedCore(nn.Module):
         self.transformer = DiT(config)
         if not self.uncond:
             hidden = setting(config, "control_hidden", 2048)
-            self.control_embed = ControlEmbedding(config.n_buttons, config.d_model, hidden)
+            directed = bool(setting(config, "rest_has_direction", True))
+            self.control_embed = ControlEmbedding(config.n_buttons, config.d_model, hidden, rest_has_direction=directed)
         self.t_embed = TimestepEmbedding(config.d_model)
         self.proj_in = nn.Linear(config.channels, config.d_model, bias=False)
         self.proj_out = FinalProjection(config.d_model, config.channels)
@@ -140,8 +141,9 @@ class GameRFT(nn.Module):
         return_dict: bool = False,
         cfg_prob: float | None = None,
         has_controls: Tensor | None = None,
+        levels: LevelsConfig | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Mean squared error of the predicted velocity.
+        """Mean squared error of the predicted velocity, over the frames that count (see `draw_levels`).
 
         Args:
             x: [b, n, c, h, w] clean latents, scaled for the model.
@@ -150,16 +152,17 @@ class GameRFT(nn.Module):
             return_dict: return what the loss was made of.
             cfg_prob: share of items that see no controls; None is the configuration's.
             has_controls: [b] bool, items that have controls at all; None is all.
+            levels: noise levels to draw; None is a level of its own for every frame, sigmoid of a normal.
 
         Returns:
             The scalar loss; or a dict with `diffusion_loss` and `video_loss` (the same), `lerpd_video`, `pred_video`,
-            `z_video` [b, n, c, h, w], `ts` [b, n] fp32 and `cfg_mask` [b] bool.
+            `z_video` [b, n, c, h, w], `ts` [b, n] fp32, `counted` [b, n] bool and `cfg_mask` [b] bool.
         """
         mask = controls_mask(x, mouse, has_controls, self.config.cfg_prob if cfg_prob is None else cfg_prob)
-        ts = frame_times(x)
+        ts, counted = draw_levels(x, levels, doc_id)
         lerpd, z = noised(x, ts)
         pred = self.core(lerpd, ts, mouse, btn, doc_id, mask)
-        loss = F.mse_loss(pred.float(), (z - x).float())
+        loss = counted_mse(pred, z - x, counted)
         if not return_dict:
             return loss
         return {
@@ -169,6 +172,7 @@ class GameRFT(nn.Module):
             "pred_video": pred,
             "z_video": z,
             "ts": ts,
+            "counted": counted,
             "cfg_mask": mask,
         }
 

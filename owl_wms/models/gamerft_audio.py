@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from owl_wms.models.flow import frame_times, noised
+from owl_wms.configs.world import LevelsConfig
+from owl_wms.models.flow import counted_mse, draw_levels, noised
 from owl_wms.models.gamerft import ConditionedCore, controls_mask
 from owl_wms.nn.modulation import FinalProjection
 from owl_wms.nn.ring_cache import Cache
@@ -92,26 +92,27 @@ class GameRFTAudio(nn.Module):
         return_dict: bool = False,
         cfg_prob: float | None = None,
         has_controls: Tensor | None = None,
+        levels: LevelsConfig | None = None,
     ) -> tuple[Tensor, Tensor, Tensor] | dict[str, Tensor]:
         """Mean squared errors of the predicted velocities; picture and sound share their noise levels.
 
         Args:
             x: [b, n, c, h, w] clean latents.
             audio: [b, n, c_a] clean audio latents.
-            mouse, btn, return_dict, cfg_prob, has_controls: as `GameRFT.forward`.
+            mouse, btn, return_dict, cfg_prob, has_controls, levels: as `GameRFT.forward`.
 
         Returns:
             (total, video, audio) losses, total being their sum; or a dict with `diffusion_loss` (total), `video_loss`,
             `audio_loss`, `lerpd_video`, `lerpd_audio`, `pred_video`, `pred_audio`, `z_video`, `z_audio`, `ts`,
-            `cfg_mask`.
+            `counted`, `cfg_mask`.
         """
         mask = controls_mask(x, mouse, has_controls, self.config.cfg_prob if cfg_prob is None else cfg_prob)
-        ts = frame_times(x)
+        ts, counted = draw_levels(x, levels)
         lerpd_video, z_video = noised(x, ts)
         lerpd_audio, z_audio = noised(audio, ts)
         pred_video, pred_audio = self.core(lerpd_video, lerpd_audio, ts, mouse, btn, mask)
-        video_loss = F.mse_loss(pred_video.float(), (z_video - x).float())
-        audio_loss = F.mse_loss(pred_audio.float(), (z_audio - audio).float())
+        video_loss = counted_mse(pred_video, z_video - x, counted)
+        audio_loss = counted_mse(pred_audio, z_audio - audio, counted)
         total = video_loss + audio_loss
         if not return_dict:
             return total, video_loss, audio_loss
@@ -126,5 +127,6 @@ class GameRFTAudio(nn.Module):
             "z_video": z_video,
             "z_audio": z_audio,
             "ts": ts,
+            "counted": counted,
             "cfg_mask": mask,
         }

@@ -48,12 +48,17 @@ class TimestepEmbedding(nn.Module):
 
 
 class MouseEmbedding(nn.Module):
-    """A mouse movement, by direction and by compressed length; keys `angle_proj`, `mlp.fc1`, `mlp.fc2`."""
+    """A mouse movement, by direction and by compressed length; keys `angle_proj`, `mlp.fc1`, `mlp.fc2`.
+
+    A mouse at rest has length 0 and no direction. Upstream embeds the direction "right" then, which is what its weights
+    know; with `rest_has_direction` False the direction is the zero vector.
+    """
 
     SINES = 256
 
-    def __init__(self, d_model: int, hidden: int) -> None:
+    def __init__(self, d_model: int, hidden: int, *, rest_has_direction: bool = True) -> None:
         super().__init__()
+        self._rest_has_direction = rest_has_direction
         self.angle_proj = nn.Linear(2, self.SINES, bias=False)
         self.mlp = MLP(2 * self.SINES, hidden, d_model)
 
@@ -64,7 +69,10 @@ class MouseEmbedding(nn.Module):
         squashed = moved.sign() * moved.abs().log1p()
         angle = torch.atan2(squashed[..., 1], squashed[..., 0])
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1).to(dtype)
-        length = sincos(squashed.norm(dim=-1), self.SINES).to(dtype)
+        norm = squashed.norm(dim=-1)
+        if not self._rest_has_direction:
+            direction = direction * (norm > 0)[..., None]
+        length = sincos(norm, self.SINES).to(dtype)
         return self.mlp(torch.cat([self.angle_proj(direction).to(dtype), length], dim=-1))
 
 
@@ -83,9 +91,9 @@ class ButtonEmbedding(nn.Module):
 class ControlEmbedding(nn.Module):
     """Mouse and buttons, added; `hidden` is the inner width of both, 2048 in every upstream model."""
 
-    def __init__(self, n_buttons: int, d_model: int, hidden: int = 2048) -> None:
+    def __init__(self, n_buttons: int, d_model: int, hidden: int = 2048, *, rest_has_direction: bool = True) -> None:
         super().__init__()
-        self.mouse = MouseEmbedding(d_model, hidden)
+        self.mouse = MouseEmbedding(d_model, hidden, rest_has_direction=rest_has_direction)
         self.button = ButtonEmbedding(n_buttons, d_model, hidden)
 
     def forward(self, mouse: Tensor, buttons: Tensor) -> Tensor:

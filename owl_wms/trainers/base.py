@@ -31,6 +31,8 @@ from owl_wms.configs.world import TrainingConfig, WorldModelConfig, require_trai
 from owl_wms.data.loaders import Loader, get_loader
 from owl_wms.data.loading import Batch
 from owl_wms.errors import CheckpointError, TrainingError
+from owl_wms.models.flow import counted_mse
+from owl_wms.models.latents import LatentSpace
 from owl_wms.sampling import SampleResult, batch_permute_to_length
 from owl_wms.trainers.batches import BatchRule, endless
 from owl_wms.trainers.checkpoints import (
@@ -116,6 +118,7 @@ class BaseTrainer(ABC):
         self._stop = False  # agreed by all ranks, between two steps
         self._opened = False  # whether this run has its folder
         self.journal: Journal | None = None  # on rank 0, once it has
+        self.space = LatentSpace.of(train_cfg).to(self.device)
         torch.manual_seed(train_cfg.seed)
         self.model = self.build_model().to(self.device).train()
         self.ema = EMA(self.model, self.ema_beta)
@@ -318,8 +321,20 @@ class BaseTrainer(ABC):
             _log.log(level, "%s is %s from here on, and was %s in the checkpoint", key, new, old)
 
     def to_latents(self, video: Tensor) -> Tensor:
-        """Stored latents to what the world model sees: divided by `vae_scale`."""
-        return video / self.train_cfg.vae_scale
+        """Return stored latents in the scale of the world model."""
+        return self.space.to_model(video)
+
+    @torch.no_grad()
+    def latent_error(self, x: Tensor, found: dict[str, Tensor]) -> Tensor:
+        """Return the mean squared error of the clean frames that predicted velocities imply, in stored latents.
+
+        Args:
+            x: [b, n, c, h, w] clean latents in the model's scale.
+            found: what `GameRFT.forward(return_dict=True)` returned.
+        """
+        level = found["ts"][..., None, None, None]
+        difference = level * (found["pred_video"].float() - (found["z_video"] - x).float())
+        return counted_mse(self.space.difference_to_stored(difference), torch.zeros_like(x), found["counted"])
 
     def _finished(self) -> bool:
         cfg = self.train_cfg
@@ -382,5 +397,6 @@ class BaseTrainer(ABC):
 
     def endless(self, loader: Loader, section: str) -> Iterator[Batch]:
         """Batches on the device, each compared with the model; `section` is the key of `train` they come from."""
-        rule = BatchRule(self.batch_parts, self.model_cfg, f"train.{section}", getattr(self.train_cfg, section))
+        kwargs = getattr(self.train_cfg, section)
+        rule = BatchRule(self.batch_parts, self.model_cfg, self.space, f"train.{section}", kwargs)
         return endless(loader, rule, self.device)

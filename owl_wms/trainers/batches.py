@@ -4,12 +4,15 @@ Why it exists: columns in another order, or latents of another encoder, otherwis
 product that does not fit, without a word of the file or the key that is wrong.
 
 Usage:
-    rule = BatchRule(("latents", "mouse", "buttons"), cfg.model, "train.data_kwargs", cfg.train.data_kwargs)
+    parts = ("latents", "mouse", "buttons")
+    rule = BatchRule(parts, cfg.model, LatentSpace.of(cfg.train), "train.data_kwargs", cfg.train.data_kwargs)
     batches = endless(loader, rule, device)
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +22,12 @@ from owl_wms.configs.world import WorldModelConfig
 from owl_wms.data.loaders import Loader
 from owl_wms.data.loading import Batch
 from owl_wms.errors import DataError
+from owl_wms.models.latents import LatentSpace
 
 MOUSE_AXES = 2
+_SPREAD = 2.5
+"""Factor by which the spread of latents may differ from that of noise before a scale looks like a mistake."""
+_log = logging.getLogger(__name__)
 
 
 class BatchRule:
@@ -31,25 +38,34 @@ class BatchRule:
     """
 
     def __init__(
-        self, parts: Sequence[str], model: WorldModelConfig, key: str, kwargs: Mapping[str, Any] | None
+        self,
+        parts: Sequence[str],
+        model: WorldModelConfig,
+        space: LatentSpace,
+        key: str,
+        kwargs: Mapping[str, Any] | None,
     ) -> None:
         """Derive the shapes.
 
         Args:
             parts: among latents, audio, mouse, buttons, has_controls.
             model: says channels, sides and numbers of buttons.
+            space: what is done to latents before the model.
             key: dotted key of the configuration that the batches come from, for messages.
             kwargs: its value.
+
+        Raises:
+            ConfigError: the transform of latents does not give the model's channels.
         """
         frames: dict[str, tuple[int, ...]] = {
-            "latents": (model.channels, model.sample_size, model.sample_size),
+            "latents": (space.stored_channels(model.channels), model.sample_size, model.sample_size),
             "audio": (model.audio_channels,),
             "mouse": (MOUSE_AXES,),
             "buttons": (model.n_buttons,),
         }
         self.parts = tuple(parts)
         self._frames = {name: frames[name] for name in parts if name in frames}
-        self._key = key
+        self._key, self._space, self._scaled = key, space, False
         settings = kwargs or {}
         self._source = settings.get("dataset_path") or settings.get("bucket_name")
         self._columns = settings.get("batch_columns")
@@ -68,6 +84,23 @@ class BatchRule:
                 wanted = ", ".join(map(str, (*shapes[0][:2], *self._frames[name])))
                 self._refuse(f"gives {list(shape)} as {name}, and the model wants [{wanted}]")
 
+    def check_scale(self, batch: Batch) -> None:
+        """Warn, once and on the first batch, if the latents' spread in the model's scale is far from that of the noise.
+
+        A constant batch says nothing about a scale.
+        """
+        if self._scaled or "latents" not in self.parts:
+            return
+        self._scaled = True
+        spread = float(self._space.to_model(batch[self.parts.index("latents")].float()).std())
+        if not math.isfinite(spread) or spread < 1e-6 or 1 / _SPREAD <= spread <= _SPREAD:
+            return
+        _log.warning(
+            "latents of train.%s have a standard deviation of %.3g in the model's scale, and noise has 1: set "
+            "train.vae_scale to %.3g instead of %g",
+            *(self._key.removeprefix("train."), spread, spread * self._space.scale, self._space.scale),
+        )
+
     def _refuse(self, problem: str) -> None:
         source = "" if self._source is None else f"{self._source}: "
         columns = "" if self._columns is None else f" (batch_columns: {', '.join(self._columns)})"
@@ -83,5 +116,6 @@ def endless(loader: Loader, rule: BatchRule, device: torch.device) -> Iterator[B
     while True:
         for batch in loader:
             rule.check(batch)
+            rule.check_scale(batch)
             moved = (part.to(device, non_blocking=True) for part in batch)
             yield tuple(part.float() if part.is_floating_point() else part for part in moved)

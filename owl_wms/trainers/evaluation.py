@@ -171,7 +171,7 @@ class Evaluator:
             core = core_of(trainer.ema.model)
             with torch.autocast(trainer.device.type, torch.bfloat16):
                 result = trainer.sample(self.sampler, core, batch)
-        latents = (result.latents.float() * cfg.vae_scale).cpu()
+        latents = trainer.space.to_stored(result.latents.float()).cpu()
         sound = None
         if result.latents_audio is not None and cfg.audio_vae_scale is not None:
             sound = (result.latents_audio.float() * cfg.audio_vae_scale).cpu()
@@ -194,7 +194,7 @@ class Evaluator:
                 name = stem if trainer.world_size == 1 else f"{stem}_rank{rank}"
                 result.paths += self._write(name, *sampled)
         for name, latents in trainer.predictions().items():
-            result.paths += self._write(f"{stem}_{name}", latents * trainer.train_cfg.vae_scale, None)
+            result.paths += self._write(f"{stem}_{name}", trainer.space.to_stored(latents), None)
         if result.paths and self._decode is not None:
             stats = self._decode.stats()
             result.decoded_by = f"{stats.backend}: {stats.reason}"
@@ -236,6 +236,7 @@ class Evaluator:
             _log.warning("train.vae_ckpt_path is not set: evaluation keeps latents only, no clips are decoded")
             return
         # Imported here: a run without a decoder needs none of it.
+        from owl_wms.runtime.latents import latent_channels
         from owl_wms.utils.owl_vae_bridge import (
             get_decoder_only,
             make_batched_audio_decode_fn,
@@ -244,6 +245,13 @@ class Evaluator:
 
         decoder = get_decoder_only(cfg.vae_id, cfg.vae_cfg_path, cfg.vae_ckpt_path, device=trainer.device)
         decoder.requires_grad_(False)
+        wanted, taken = trainer.space.stored_channels(trainer.model_cfg.channels), latent_channels(decoder)
+        if taken is not None and taken != wanted:
+            raise ConfigError(
+                f"train.vae_ckpt_path: the decoder takes latents of {taken} channels, and the model makes {wanted}; "
+                "name the autoencoder that the data were encoded with",
+                key="train.vae_ckpt_path",
+            )
         # The training configuration's tensorrt_* fields hold here; a call's own use_tensorrt would outrank them.
         self._decode = make_batched_decode_fn(
             decoder, cfg.vae_batch_size, use_tensorrt=cfg.use_tensorrt, config=cfg, jit=True

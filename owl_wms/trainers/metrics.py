@@ -30,8 +30,9 @@ class Metrics:
         self._counts[name] = self._counts.get(name, 0) + 1
 
     def shown(self) -> str:
-        """This rank's means so far, for a message."""
-        return ", ".join(f"{name} {float(self._sums[name]) / self._counts[name]:.4g}" for name in sorted(self._sums))
+        """Return this rank's mean losses so far, for a message."""
+        losses = [name for name in sorted(self._sums) if name.endswith("loss")]
+        return ", ".join(f"{name} {float(self._sums[name]) / self._counts[name]:.4g}" for name in losses)
 
     def pop(self, *, stop: bool = False) -> tuple[dict[str, float], bool]:
         """Means of all names, and whether any rank said stop; everything is forgotten afterwards.

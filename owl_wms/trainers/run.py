@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs.world import TrainingConfig
+from owl_wms.configs.world import TrainingConfig, WorldModelConfig
 from owl_wms.data.loaders import Loader
 from owl_wms.data.loading import Batch
+from owl_wms.models.latents import LatentSpace
 from owl_wms.sampling import SampleResult
 from owl_wms.trainers.ema import EMA
 
@@ -35,8 +36,10 @@ class Sampled(Saved, Protocol):
     """A run whose averaged model can continue held-out latents."""
 
     train_cfg: TrainingConfig
+    model_cfg: WorldModelConfig
     world_size: int
     device: torch.device
+    space: LatentSpace
     ema: EMA
 
     def sample(self, sampler: Any, core: nn.Module, batch: Batch) -> SampleResult:

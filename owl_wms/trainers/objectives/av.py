@@ -27,7 +27,9 @@ class AVRFTTrainer(BaseTrainer):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         video, audio, mouse, btn = batch
-        total, video_loss, audio_loss = self.model(self.to_latents(video), self.to_audio(audio), mouse, btn)
+        total, video_loss, audio_loss = self.model(
+            self.to_latents(video), self.to_audio(audio), mouse, btn, levels=self.train_cfg.levels
+        )
         return total, {"diffusion_loss": total, "video_loss": video_loss, "audio_loss": audio_loss}
 
     def to_audio(self, audio: Tensor) -> Tensor:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from owl_wms.data.loading import Batch
 from owl_wms.errors import ConfigError
-from owl_wms.trainers.objectives.dmd import DMDTrainer, Rollout, expand, masked_mse
+from owl_wms.trainers.objectives.dmd import DMDTrainer, Rollout, context_noise, expand, masked_mse
 
-GENERATED_SHARE = 0.25
-LEVELS = (1.0, 0.5)  # noise levels of the two-step student
-CONTEXT_NOISE = 0.2
+GENERATED_SHARE = 0.25  # upstream's fixed values, used when the configuration says nothing
+LEVELS = (1.0, 0.5)
 
 
 class CausVidTrainer(DMDTrainer):
@@ -31,11 +30,14 @@ class CausVidTrainer(DMDTrainer):
     def rollout(self, batch: Batch) -> Rollout:
         video, mouse, btn = batch[:3]
         x = self.to_latents(video)
+        cfg = self.train_cfg
         b, n = x.shape[:2]
-        generated = torch.rand(b, n, dtype=torch.float32, device=x.device) < GENERATED_SHARE
+        share = GENERATED_SHARE if cfg.gen_p is None else cfg.gen_p
+        generated = torch.rand(b, n, dtype=torch.float32, device=x.device) < share
         generated[:, -1] |= ~generated.any(dim=1)  # a clip without a generated frame would teach nothing
-        levels = torch.tensor(LEVELS, dtype=torch.float32, device=x.device)
-        t = torch.where(generated, levels[torch.randint(len(LEVELS), (b, n), device=x.device)], CONTEXT_NOISE)
+        levels = torch.tensor(cfg.student_levels or LEVELS, dtype=torch.float32, device=x.device)
+        drawn = levels[torch.randint(len(levels), (b, n), device=x.device)]
+        t = torch.where(generated, drawn, context_noise(cfg))
         noisy = x.lerp(torch.randn_like(x), expand(t))
         v = self.model(noisy, t, mouse, btn)
         made = torch.where(expand(generated), noisy - expand(t) * v.float(), x)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs.world import load_world_config
+from owl_wms.configs.world import TrainingConfig, load_world_config
 from owl_wms.data.loading import Batch
 from owl_wms.models import make_model
 from owl_wms.models.flow import frame_times, noised
@@ -31,6 +31,7 @@ from owl_wms.trainers.optim.optimisers import load_optimiser
 from owl_wms.trainers.phases import Phase
 
 CFG_SCALE = 1.5  # upstream's fixed value, used when the configuration says nothing
+CONTEXT_NOISE = 0.2  # likewise
 PREDICTION_FRAMES = 16  # of a clip that `log_predictions` shows, upstream's number
 
 
@@ -51,6 +52,13 @@ class Rollout:
     mouse: Tensor
     btn: Tensor
     original: Tensor | None = None
+
+
+def context_noise(cfg: TrainingConfig) -> float:
+    """Return the noise level of the history: the student has to know the one at which it is played."""
+    if cfg.context_noise is not None:
+        return cfg.context_noise
+    return float((cfg.sampler_kwargs or {}).get("noise_prev", CONTEXT_NOISE))
 
 
 def expand(t: Tensor) -> Tensor:
@@ -89,6 +97,7 @@ class DMDTrainer(BaseTrainer):
     ema_beta = 0.99
     stops_by_epochs = False
     _predictions: dict[str, Tensor] | None = None
+    _shared: tuple[int, int, list[Rollout]] = (-1, 0, [])
 
     def build_model(self) -> nn.Module:
         cfg = self.train_cfg
@@ -98,8 +107,9 @@ class DMDTrainer(BaseTrainer):
         self.teacher.to(self.device).eval().requires_grad_(False)
         student = make_model(self.model_cfg).core
         load_core_weights(student, str(cfg.student_ckpt))
-        # The critic starts as the student, whose clips it has to know.
-        self.critic = copy.deepcopy(student).to(self.device).train()
+        # By default the critic starts as the student, whose clips it has to know.
+        start = student if cfg.critic_start == "student" else self.teacher
+        self.critic = copy.deepcopy(start).to(self.device).train().requires_grad_(True)
         return student
 
     def build_phases(self) -> list[Phase]:
@@ -116,13 +126,33 @@ class DMDTrainer(BaseTrainer):
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Rectified-flow loss of the critic on the student's clip, over the generated frames."""
-        with torch.no_grad():
-            made = self.rollout(batch)
-        t = frame_times(made.x)
+        made = self._rollout_for_critic(batch)
+        t = self._judged_levels(made.x)
         noisy, z = noised(made.x, t)
         v = self.critic(noisy, t, made.mouse, made.btn)
         loss = masked_mse(v.float(), z - made.x, made.generated)
         return loss, {"critic_loss": loss}
+
+    @torch.no_grad()
+    def _rollout_for_critic(self, batch: Batch) -> Rollout:
+        """Return a clip of the student; with `shared_rollouts` the first update of a step makes it for all of them.
+
+        The student stands still while the critic learns, and rollouts cost far more than the critic's own passes.
+        """
+        if not self.train_cfg.shared_rollouts:
+            return self.rollout(batch)
+        step, calls, clips = self._shared
+        if step != self.step:
+            calls, clips = 0, []
+        if calls < self.phases[0].accumulation:
+            clips = [*clips, self.rollout(batch)]
+        self._shared = (self.step, calls + 1, clips)
+        return clips[calls % self.phases[0].accumulation]
+
+    def _judged_levels(self, x: Tensor) -> Tensor:
+        """Noise levels [b, n] at which teacher and critic look at a clip."""
+        t = frame_times(x)
+        return t if self.train_cfg.judged_levels == "frame" else t[:, :1].expand_as(t).contiguous()
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         made = self.rollout(batch)
@@ -133,7 +163,7 @@ class DMDTrainer(BaseTrainer):
         """The student's gradient from teacher and critic."""
         scale = CFG_SCALE if self.train_cfg.cfg_scale is None else self.train_cfg.cfg_scale
         with torch.no_grad():
-            t = frame_times(made.x)
+            t = self._judged_levels(made.x)
             noisy, _ = noised(made.x.detach(), t)
             (v_teacher,) = Guidance(model=self.teacher, scale=scale).velocity((noisy,), t, made.mouse, made.btn)
             v_critic = self.critic(noisy, t, made.mouse, made.btn)

@@ -22,7 +22,12 @@ class MixedAVRFTTrainer(AVRFTTrainer):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         video, audio, mouse, btn, has_controls = batch
         total, video_loss, audio_loss = self.model(
-            self.to_latents(video), self.to_audio(audio), mouse, btn, has_controls=has_controls
+            self.to_latents(video),
+            self.to_audio(audio),
+            mouse,
+            btn,
+            has_controls=has_controls,
+            levels=self.train_cfg.levels,
         )
         unlabelled = 1 - has_controls.float().mean()
         reports = {"diffusion_loss": total, "video_loss": video_loss, "audio_loss": audio_loss}

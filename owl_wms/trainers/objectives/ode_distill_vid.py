@@ -1,11 +1,15 @@
-"""`ode_distill_vid`: a shallower student learns the teacher's velocities along the teacher's own way from noise to
-clip.
+"""`ode_distill_vid`: a student learns from the teacher's own way from noise to clip.
+
+Without `student_levels` a shallower student learns the teacher's velocities at all levels of that way, and needs as
+many steps. With them it learns to jump from each of these few levels to the end of the way.
 
 Usage:
     DistillODETrainer(cfg.train, cfg.wandb, cfg.model).train()
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +21,8 @@ from owl_wms.models import make_model
 from owl_wms.sampling import Guidance
 from owl_wms.trainers.base import BaseTrainer
 from owl_wms.trainers.checkpoints import load_core_weights
-from owl_wms.trainers.objectives.dmd import expand, masked_mse
+from owl_wms.trainers.objectives.dmd import context_noise, expand, masked_mse
 
-CONTEXT_NOISE = 0.2
 _BLOCKS = "transformer.blocks."
 
 
@@ -49,7 +52,7 @@ def cut_student(teacher: nn.Module, student: nn.Module, layers: list[int]) -> No
 
 
 class DistillODETrainer(BaseTrainer):
-    """Batches (latents, mouse, buttons); reports `loss`."""
+    """Batches (latents, mouse, buttons); reports `loss`, of velocities over the generated frames."""
 
     trainer_id = "ode_distill_vid"
     stops_by_epochs = False
@@ -77,27 +80,38 @@ class DistillODETrainer(BaseTrainer):
         loss = torch.stack(losses).mean()
         return loss, {"loss": loss}
 
+    def _path_levels(self) -> list[float]:
+        """Noise levels of the teacher's Euler steps: `rollout_steps` even ones, or as fine between the student's."""
+        cfg = self.train_cfg
+        assert cfg.rollout_steps is not None
+        levels: list[float] = []
+        for high, low in pairwise((*(cfg.student_levels or (1.0,)), 0.0)):
+            steps = max(1, round((high - low) * cfg.rollout_steps))
+            levels += [high - (high - low) * step / steps for step in range(steps)]
+        return levels
+
     @torch.no_grad()
     def _teacher_path(
         self, clean: Tensor, generated: Tensor, mouse: Tensor, btn: Tensor
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(x_t, t, v) at every Euler step of the teacher; context frames stay at their noise level, and say so in t."""
+        """(x_t, t, target) at the student's levels; context frames stay at their noise level, and say so in t."""
         cfg = self.train_cfg
-        assert cfg.rollout_steps is not None
         assert cfg.cfg_scale is not None
         guidance = Guidance(model=self.teacher, scale=cfg.cfg_scale)
-        delta = 1 / cfg.rollout_steps
-        t = torch.full(generated.shape, CONTEXT_NOISE, dtype=torch.float32, device=clean.device).masked_fill(
-            generated, 1.0
-        )
-        x = clean.lerp(torch.randn_like(clean), expand(t))
+        levels = self._path_levels()
+        context = torch.full(generated.shape, context_noise(cfg), dtype=torch.float32, device=clean.device)
+        x = clean.lerp(torch.randn_like(clean), expand(context.masked_fill(generated, levels[0])))
         path = []
-        for _ in range(cfg.rollout_steps):
+        for level, following in pairwise((*levels, 0.0)):
+            t = context.masked_fill(generated, level)
             (v,) = guidance.velocity((x,), t, mouse, btn)
             path.append((x, t, v))
-            x = torch.where(expand(generated), x - delta * v.float(), x)
-            t = torch.where(generated, t - delta, t)
-        return path
+            x = torch.where(expand(generated), x - (level - following) * v.float(), x)
+        if cfg.student_levels is None:
+            return path
+        # The straight way from a state to the end of the curved one: a single step of this velocity arrives there.
+        starts = [state for state, level in zip(path, levels, strict=True) if level in cfg.student_levels]
+        return [(state, t, (state - x) / expand(t)) for state, t, _ in starts]
 
     def _some(self, states: list[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """A random share `subsample` of the states, at least one."""

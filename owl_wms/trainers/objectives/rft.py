@@ -14,7 +14,11 @@ from owl_wms.trainers.base import BaseTrainer
 
 
 class RFTTrainer(BaseTrainer):
-    """Batches (latents, mouse, buttons[, doc_id]); reports `diffusion_loss`."""
+    """Batches (latents, mouse, buttons[, doc_id]); reports `diffusion_loss` and `latent_error`.
+
+    `latent_error` is the mean squared error of the clean frame that a prediction implies, in the scale of the stored
+    latents: runs with other scales or transforms of the latents can be compared by it.
+    """
 
     trainer_id = "rft"
 
@@ -23,5 +27,9 @@ class RFTTrainer(BaseTrainer):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         video, mouse, btn, *doc_id = batch
-        loss = self.model(self.to_latents(video), mouse, btn, doc_id=doc_id[0] if doc_id else None)
-        return loss, {"diffusion_loss": loss}
+        x = self.to_latents(video)
+        found = self.model(
+            x, mouse, btn, doc_id=doc_id[0] if doc_id else None, return_dict=True, levels=self.train_cfg.levels
+        )
+        loss = found["diffusion_loss"]
+        return loss, {"diffusion_loss": loss, "latent_error": self.latent_error(x, found)}

@@ -7,6 +7,8 @@ Usage:
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from owl_wms.data.loading import Batch
 from owl_wms.errors import ConfigError
 from owl_wms.nn.kv_cache import KVCache
 from owl_wms.sampling import batch_permute_to_length
-from owl_wms.trainers.objectives.dmd import DMDTrainer, Rollout, expand
+from owl_wms.trainers.objectives.dmd import DMDTrainer, Rollout, context_noise
 
 
 class SelfForceTrainer(DMDTrainer):
@@ -28,54 +30,68 @@ class SelfForceTrainer(DMDTrainer):
         return super().build_model()
 
     def rollout(self, batch: Batch) -> Rollout:
-        """The last window of the context and what follows it.
+        """Return the last window of the context and the frames after it.
 
         All ranks draw the same numbers of frames and steps, or the fastest would wait for the slowest at every update.
+        Frames that leave the window again before the rollout ends are made without gradient: nothing is learnt from
+        them but what later frames remember.
         """
         cfg = self.train_cfg
         assert cfg.min_rollout_frames is not None
-        assert cfg.rollout_steps is not None
         video, mouse, btn = batch[:3]
         x = self.to_latents(video)
-        window = x.shape[1]
+        window, levels = x.shape[1], self._levels()
         shared = torch.Generator().manual_seed(cfg.seed * 1_000_003 + self.step)
-        most = max(window, cfg.min_rollout_frames)
+        most = max(cfg.max_rollout_frames or window, cfg.min_rollout_frames)
         frames = int(torch.randint(cfg.min_rollout_frames, most + 1, (), generator=shared, device="cpu"))
-        steps = torch.randint(1, cfg.rollout_steps + 1, (frames,), generator=shared, device="cpu").tolist()
+        steps = torch.randint(1, len(levels) + 1, (frames,), generator=shared, device="cpu").tolist()
         mouse, btn = batch_permute_to_length(mouse, btn, window + frames)
         cache = KVCache(self.model_cfg, max_window=min(window, self.model_cfg.n_frames))
         self._remember(x, mouse[:, :window], btn[:, :window], cache)
         made = []
         for index, count in enumerate(steps):
             now = slice(window + index, window + index + 1)
-            frame = self._next_frame(x[:, :1], mouse[:, now], btn[:, now], cache, count)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= frames - window):
+                frame = self._next_frame(x[:, :1], mouse[:, now], btn[:, now], cache, levels[:count])
             self._remember(frame.detach(), mouse[:, now], btn[:, now], cache)
             made.append(frame)
         whole = torch.cat([x, *made], dim=1)[:, -window:]
         generated = torch.arange(window, device=x.device) >= window - frames
         return Rollout(x=whole, generated=generated.expand(len(x), -1), mouse=mouse[:, -window:], btn=btn[:, -window:])
 
-    def _next_frame(self, like: Tensor, mouse: Tensor, btn: Tensor, cache: KVCache, steps: int) -> Tensor:
-        """One frame [b, 1, c, h, w]: `steps` - 1 Euler steps without gradient, then a jump to the clean frame with it.
+    def _levels(self) -> tuple[float, ...]:
+        """Noise levels of the student's steps, falling from 1."""
+        cfg = self.train_cfg
+        assert cfg.rollout_steps is not None
+        return cfg.student_levels or tuple(1 - step / cfg.rollout_steps for step in range(cfg.rollout_steps))
 
-        Steps are 1 / rollout_steps long, so the jump starts from a different noise level each time.
+    def _next_frame(
+        self, like: Tensor, mouse: Tensor, btn: Tensor, cache: KVCache, levels: tuple[float, ...]
+    ) -> Tensor:
+        """Return a frame [b, 1, c, h, w]: Euler steps between `levels` without gradient, and a jump from the last of
+        them to the clean frame with it.
+
+        Steps are cut short at a random one, so the jump starts from a different noise level each time.
         """
-        assert self.train_cfg.rollout_steps is not None
-        delta = 1 / self.train_cfg.rollout_steps
         cache.disable_cache_updates()
-        x, t = torch.randn_like(like), torch.ones(like.shape[:2], dtype=torch.float32, device=like.device)
+        x = torch.randn_like(like)
+
+        def velocity(level: float) -> Tensor:
+            t = torch.full(like.shape[:2], level, dtype=torch.float32, device=like.device)
+            return self.model(x, t, mouse, btn, kv_cache=cache).float()
+
         with torch.no_grad():
-            for _ in range(steps - 1):
-                x = x - delta * self.model(x, t, mouse, btn, kv_cache=cache).float()
-                t = t - delta
-        return x - expand(t) * self.model(x, t, mouse, btn, kv_cache=cache).float()
+            for level, following in pairwise(levels):
+                x = x - (level - following) * velocity(level)
+        return x - levels[-1] * velocity(levels[-1])
 
     @torch.no_grad()
     def _remember(self, x: Tensor, mouse: Tensor, btn: Tensor, cache: KVCache) -> None:
-        """Put clean frames (t = 0) into the cache, which forgets the oldest when it is full."""
+        """Put frames into the cache, at the noise level of the history in play; a full cache forgets the oldest."""
         cache.enable_cache_updates()
+        noise = context_noise(self.train_cfg)
         for start in range(0, x.shape[1], cache.largest_pass):
             part = slice(start, start + cache.largest_pass)
             piece = x[:, part]
-            clean = torch.zeros(piece.shape[:2], dtype=torch.float32, device=x.device)
-            self.model(piece, clean, mouse[:, part], btn[:, part], kv_cache=cache)
+            t = torch.full(piece.shape[:2], noise, dtype=torch.float32, device=x.device)
+            self.model(piece.lerp(torch.randn_like(piece), noise), t, mouse[:, part], btn[:, part], kv_cache=cache)
