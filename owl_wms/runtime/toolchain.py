@@ -109,21 +109,25 @@ class Jit:
             begin = time.perf_counter()
             # `auto` would build twice inside the caller's process; bf16 has the range that fp16 lacks.
             precision = "bf16" if request.precision == "auto" else request.precision
-            plan = request.plans[0] if request.plans else "tensorrt"
-
-            def compiled() -> Program:
-                return trt.compile_for_training(
-                    decoder, precision=precision, plan=plan, workspace_size=request.workspace_size, strict=True
-                )
-
-            program = staged("build", compiled)
+            program = trt.compile_for_training(
+                decoder,
+                precision=precision,
+                plan=request.plans[0] if request.plans else "",
+                workspace_size=request.workspace_size,
+                strict=True,
+            )
             staged("build", first_run, program, request)
         return Loaded(
             program=program,
             built=True,
             name="in memory",
             not_kept=f"{self.name} stores nothing on disk",
-            report={"precision": precision, "plan": plan},
+            report={
+                "precision": precision,
+                "plan": program.plan,
+                "latency_ms": program.latency_ms,
+                "relative_error": program.relative_error,
+            },
             file_bytes=0,
             build_seconds=time.perf_counter() - begin,
             load_seconds=0.0,

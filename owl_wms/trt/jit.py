@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError, FastPathError
 from owl_wms.request import Request
+from owl_wms.timing import interleaved
 from owl_wms.trt import plans
 from owl_wms.trt.check.parity import Reference
 from owl_wms.trt.graph.recording import Recording
@@ -41,6 +43,9 @@ class TrainingDecoder(nn.Module):
     Attributes:
         decoder: the original, untouched; its answer is given after any failure.
         reason: why it is eager; empty while the compiled form is used or untried.
+        plan: the plan asked for, then the one that was compiled; empty before the first is chosen.
+        relative_error: of the last shape compiled, against the fp32 decoder; NaN before.
+        latency_ms: of the last shape compiled, `{"pytorch": ..., "compiled": ...}` per call; empty before.
     """
 
     def __init__(self, decoder: nn.Module, precision: str, plan: str, workspace_size: int, strict: bool) -> None:
@@ -52,6 +57,8 @@ class TrainingDecoder(nn.Module):
         self.workspace_size = workspace_size
         self.strict = strict
         self.reason = ""
+        self.relative_error = math.nan
+        self.latency_ms: dict[str, float] = {}
         self._compiled: dict[tuple[int, ...], Any] = {}
         self._process = os.getpid()
         self._lock = threading.Lock()
@@ -74,22 +81,27 @@ class TrainingDecoder(nn.Module):
             self._give_up(error)
             return self.decoder(z)
 
-    def _compile(self, z: Tensor) -> Any:
+    @staticmethod
+    def _require(z: Tensor) -> None:
         if z.device.type != "cuda":
             raise FastPathError(
                 "build", f"TensorRT needs CUDA latents; got {z.device}", "move decoder and latents to a GPU"
             )
         importer.require()
+
+    def _compile(self, z: Tensor) -> Any:
+        self._require(z)
         request = Request(
             input_shape=tuple(z.shape),  # type: ignore[arg-type]
             device=str(z.device),
             precision=self.precision,
-            plans=(self.plan,),
+            plans=(self.plan,) if self.plan else (),
             workspace_size=self.workspace_size,
         )
         recording = Recording.of(self.decoder, request.input_shape)
         fp32 = fp32_copy(self.decoder, z.device)
-        (plan,) = plans.select(fp32, request, recording).plans[self.precision]
+        # Which of several plans is fastest only timing tells, and the first has always won.
+        plan = plans.select(fp32, request, recording).plans[self.precision][0]
         module, _ = plan.lower(fp32, request, self.precision, recording)
         settings = {**compile_settings(request, self.precision), **plan.settings}
         # Dynamo's default is to swallow a failed build; here it must surface, so that the reason is told.
@@ -101,6 +113,17 @@ class TrainingDecoder(nn.Module):
         checked = reference.check(compiled)
         if not checked["passed"]:
             raise FastPathError("parity", checked["reason"], "use another precision")
+        self.plan, self.relative_error = plan.name, checked["relative_error"]
+        z = reference.inputs[0]
+        self.latency_ms = interleaved({"pytorch": eager, "compiled": compiled}, z, rounds=5, budget_seconds=1.0)
+        _LOG.info(
+            "decoding %s takes %.2f ms by plan %s, %.2f ms with PyTorch; relative error %.1e",
+            list(z.shape),
+            self.latency_ms["compiled"],
+            plan.name,
+            self.latency_ms["pytorch"],
+            self.relative_error,
+        )
         return compiled
 
     def _give_up(self, error: Exception) -> None:
@@ -117,7 +140,7 @@ def compile_for_training(
     decoder: nn.Module,
     *,
     precision: str = "bf16",
-    plan: str = "tensorrt",
+    plan: str = "",
     workspace_size: int = 0,
     strict: bool = False,
 ) -> TrainingDecoder:
@@ -128,7 +151,7 @@ def compile_for_training(
             after changing them, wrap again.
         precision: fp16, bf16 or fp32; `auto` is not offered, since two builds inside a trainer cost more than they
             save.
-        plan: name of a registered plan.
+        plan: name of a registered plan; empty for the first that applies, our fused form where the decoder has one.
         workspace_size: bytes of TensorRT scratch memory, 0 for its own choice.
         strict: raise instead of falling back.
 

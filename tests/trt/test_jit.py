@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -24,6 +28,26 @@ def test_cpu_latents_get_the_eager_answer_and_one_warning(caplog: pytest.LogCapt
             assert torch.equal(wrapped(z), decoder(z))
     assert len(caplog.records) == 1
     assert "CUDA latents" in wrapped.reason
+
+
+def test_our_fused_form_is_compiled_checked_and_timed() -> None:
+    """On a stand-in for the GPU: Dynamo, the converters and the partition are real, engines run in PyTorch."""
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        pytest.skip("Torch-TensorRT is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("the stand-in is for machines without a GPU; benchmarks.road does the real thing")
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.trt.jit_child"], capture_output=True, text=True, timeout=280, check=True
+    )
+    said = json.loads(ran.stdout.splitlines()[-1])
+    assert said["plan"] == "tensorrt+ops"
+    assert said["reason"] == ""
+    assert said["dtype"] == "torch.float32"
+    assert said["error"] < 0.02
+    assert said["relative_error"] < 0.02
+    assert said["timed"] == ["compiled", "pytorch"]
+    assert said["wrong"].startswith("parity: ")
+    assert said["fallback"], "a decoder that fails the check is PyTorch's"
 
 
 def test_strict_raises() -> None:
