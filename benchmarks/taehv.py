@@ -1,0 +1,423 @@
+"""Streaming TAEHV: milliseconds per latent beside what people run today, and a check of every kernel in it.
+
+    python -m benchmarks.taehv --check                  # one minute: every op against its reference, then whole steps
+    python -m benchmarks.taehv --out benchmarks/results/taehv_h200.json       # five minutes; writes .md beside it
+
+Rivals, all fp16, one stream: eager PyTorch; the author's arrangement, which takes one frame at a time through all
+layers; torch.compile; the same replayed as a CUDA graph; TensorRT alone as a CUDA graph. A graph's row includes the
+copy of the state into its buffers. `to bytes` is ours until the frames stand on the host as bytes.
+Exit status 1: a wrong result, or an error above 1.2 times that of eager fp16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.harness import (
+    Timing,
+    console,
+    document,
+    finish,
+    machine_line,
+    measure_ceilings,
+    measure_interleaved,
+    require_gpu,
+)
+from benchmarks.ops_taehv import cases
+from owl_wms import cudnn
+from owl_wms.configs import TAEHVConfig
+from owl_wms.env import describe_machine
+from owl_wms.fused.convolution import Chosen
+from owl_wms.fused.taehv import FusedTAEHV, fuse
+from owl_wms.request import Request
+from owl_wms.state import State, zeros
+from owl_wms.trt.run.step_graph import GraphedStep
+from owl_wms.vae import build_decoder
+from owl_wms.vae.taehv import MEMORY_BLOCKS, Grow, TAEHVDecoder
+
+# name -> configuration, latent height and width, milliseconds wanted (issue: streaming TAEHV)
+FORMS: dict[str, tuple[dict[str, Any], int, int, float]] = {
+    "hunyuan1.5 720p": ({"latent_channels": 32, "patch_size": 2}, 45, 80, 0.90),
+    "wan2.1 480x832": ({"latent_channels": 16}, 60, 104, 1.35),
+    "hunyuan1.5 super 720p": ({"latent_channels": 32, "patch_size": 2, "form": "super"}, 45, 80, 2.0),
+}
+CHAIN = 32  # consecutive steps over which errors are compared
+MOST_ERROR = 1.2  # times that of eager fp16
+Step = Callable[[Tensor, State], tuple[Tensor, State]]
+
+
+def make(config: dict[str, Any]) -> TAEHVDecoder:
+    """A decoder with random weights on the GPU, fp32, whose frames spread over [0, 1]."""
+    torch.manual_seed(0)
+    decoder = build_decoder(TAEHVConfig(model_id="taehv", **config)).cuda().eval().requires_grad_(False)
+    assert isinstance(decoder, TAEHVDecoder)
+    for name, parameter in decoder.named_parameters():
+        parameter.normal_(std=0.1 if name.endswith("bias") else (2 / parameter[0].numel()) ** 0.5)
+    last: Any = decoder[22]
+    last.weight.mul_(1e-4)
+    last.bias.fill_(0.5)
+    spread = decoder(torch.randn(1, 2, decoder.latent_channels, 8, 8, device="cuda")).std()
+    last.weight.mul_(0.15 / spread)
+    return decoder
+
+
+def one_frame_at_a_time(decoder: TAEHVDecoder) -> Step:
+    """The author's arrangement: a frame passes all layers before the next one of the same latent does."""
+    layers = list(decoder)
+
+    def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
+        memory, frames = list(state), []
+
+        def walk(x: Tensor, first: int, block: int) -> None:
+            for i in range(first, len(layers)):
+                layer = layers[i]
+                if isinstance(layer, MEMORY_BLOCKS):
+                    x, memory[block] = layer(x, memory[block]), x
+                    block += 1
+                elif isinstance(layer, Grow):
+                    for frame in layer(x).unflatten(0, (len(latent), -1)).unbind(1):
+                        walk(frame, i + 1, block)
+                    return
+                else:
+                    x = layer(x)
+            frames.append(torch.nn.functional.pixel_shuffle(x, decoder.config.patch_size).clamp(0, 1))
+
+        walk(latent, 0, 0)
+        return torch.stack(frames, 1), tuple(memory)
+
+    return step
+
+
+def shape_of(latent: Tensor) -> tuple[int, int, int, int]:
+    streams, channels, height, width = latent.shape
+    return streams, channels, height, width
+
+
+class Stepping(torch.nn.Module):
+    """A step with its state as separate arguments, which is what an exporter takes."""
+
+    def __init__(self, decoder: TAEHVDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latent: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        frames, following = self.decoder.step(latent, state)
+        return frames, *following
+
+
+def tensorrt_step(decoder: TAEHVDecoder, latent: Tensor, state: State) -> Step:
+    """The whole step as TensorRT engines."""
+    from owl_wms.trt.library import importer
+    from owl_wms.trt.spec import compile_settings
+
+    settings = compile_settings(Request(input_shape=shape_of(latent), min_block_size=1), "fp16")
+    exported = torch.export.export(Stepping(decoder), (latent, *state))
+    program = importer.require().compile(exported, ir="dynamo", inputs=[latent, *state], **settings)
+
+    def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
+        frames, *following = program(latent, *state)
+        return frames, tuple(following)
+
+    return step
+
+
+def chained(step: Step, latents: Tensor, state: State) -> list[Tensor]:
+    """Frames of every step, in fp32."""
+    frames = []
+    for latent in latents:
+        decoded, state = step(latent, state)
+        frames.append(decoded.float().clone())
+    return frames
+
+
+def errors(got: list[Tensor], wanted: list[Tensor]) -> list[float]:
+    """Relative error of every step."""
+    return [
+        float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)) for a, b in zip(got, wanted, strict=True)
+    ]
+
+
+class Candidate:
+    """A step and the state of its own stream; called with a latent it goes on by one step."""
+
+    def __init__(self, step: Step, state: State) -> None:
+        self.step, self.state, self.beginning = step, state, state
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        frames, self.state = self.step(latent, self.state)
+        return frames
+
+
+def watts(run: Callable[[], object], rounds: int = 4) -> float:
+    """Power of the GPU in W while `run` repeats, as nvidia-smi reads it; NaN where it cannot be read."""
+    samples = []
+    for _ in range(rounds):
+        for _ in range(400):  # queued: the GPU is busy with them while nvidia-smi starts
+            run()
+        asked = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-i", "0"]
+        try:
+            samples.append(float(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout))
+        except (OSError, subprocess.SubprocessError, ValueError):
+            return float("nan")
+        torch.cuda.synchronize()
+    return sum(samples[1:]) / len(samples[1:])
+
+
+def graphed(step: Step, latent: Tensor, state: State) -> Step:
+    """The step as one CUDA graph for one stream, its state in the graph's buffers."""
+    graph = GraphedStep(step, latent, state)
+    return graph.replay
+
+
+def compiled(decoder: TAEHVDecoder) -> Step:
+    """The step under torch.compile in channels_last."""
+    module = torch.compile(Stepping(decoder.to(memory_format=torch.channels_last)), dynamic=False)  # type: ignore[call-overload]
+
+    def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
+        frames, *following = module(latent, *state)
+        return frames, tuple(following)
+
+    return step
+
+
+def candidates(
+    decoder: TAEHVDecoder, fused: FusedTAEHV, with_tensorrt: bool
+) -> dict[str, Callable[[Tensor, State], Step]]:
+    """Name -> maker of a step, given an example."""
+
+    def half(latent: Tensor, state: State) -> TAEHVDecoder:
+        twin = build_decoder(decoder.config).cuda().eval().requires_grad_(False)
+        twin.load_state_dict(decoder.state_dict())
+        assert isinstance(twin, TAEHVDecoder)
+        return twin.half()
+
+    made: dict[str, Callable[[Tensor, State], Step]] = {
+        "eager": lambda z, s: half(z, s).step,
+        "author's arrangement": lambda z, s: one_frame_at_a_time(half(z, s)),
+        "torch.compile": lambda z, s: compiled(half(z, s)),
+        "torch.compile, CUDA graph": lambda z, s: graphed(compiled(half(z, s)), z, s),
+    }
+    if with_tensorrt:
+        made["TensorRT, CUDA graph"] = lambda z, s: graphed(tensorrt_step(half(z, s), z, s), z, s)
+    made["ours"] = lambda z, s: graphed(fused.step, z, s)
+    made["ours, to bytes on the host"] = lambda z, s: to_host(graphed(fused.step_bytes, z, s))
+    return made
+
+
+def to_host(step: Step) -> Step:
+    """The step, and its bytes copied into pinned memory of the host and waited for."""
+    pinned: list[Tensor] = []
+
+    def with_copy(latent: Tensor, state: State) -> tuple[Tensor, State]:
+        frames, state = step(latent, state)
+        if not pinned:
+            pinned.append(torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True))
+        pinned[0].copy_(frames, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return pinned[0], state
+
+    return with_copy
+
+
+def measure(name: str, with_tensorrt: bool) -> tuple[list[dict[str, Any]], bool]:
+    """Rows of one form, and whether ours is near enough to fp32."""
+    config, height, width, wanted_ms = FORMS[name]
+    decoder = make(config)
+    shape = (1, decoder.latent_channels, height, width)
+    latents = torch.randn(CHAIN, *shape, device="cuda")
+    start = zeros(decoder.state_specs(shape), "cuda")
+    with cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        truth = chained(decoder.step, latents, start)
+    halves, half_start = latents.half(), tuple(tensor.half() for tensor in start)
+    fused = fuse(decoder, torch.float16, shape)
+    running: dict[str, Candidate] = {}
+    found: dict[str, list[float]] = {}
+    for label, maker in candidates(decoder, fused, with_tensorrt).items():
+        began = time.monotonic()
+        try:
+            step = maker(halves[0], half_start)
+            if "bytes" not in label:
+                found[label] = errors(chained(step, halves, half_start), truth)
+            running[label] = Candidate(step, half_start)
+        except Exception as error:  # a rival that does not run here is a row that says so
+            console.print(f"{name}: {label} does not run: {type(error).__name__}: {str(error).splitlines()[0][:160]}")
+            continue
+        console.print(f"{name}: {label} is ready after {time.monotonic() - began:.0f} s", style="dim")
+    rest = {label: run for label, run in running.items() if label != "ours, to bytes on the host"}
+    times: dict[str, Timing] = measure_interleaved(dict(rest), list(halves), rounds=60)
+    for label in running.keys() - rest.keys():
+        times |= measure_interleaved({label: running[label]}, list(halves), rounds=60)
+    rows = []
+    for label in running:
+        strays = found.get(label, [float("nan")])
+        rows.append(
+            {
+                "form": name,
+                "candidate": label,
+                "median_ms": times[label].median_ms,
+                "p20_ms": times[label].p20_ms,
+                "p80_ms": times[label].p80_ms,
+                "error_first": strays[0],
+                "error_last": strays[-1],
+                "error_worst": max(strays),
+                "watts": watts(functools.partial(running[label], halves[0])),
+                "wanted_ms": wanted_ms if label == "ours" else None,
+            }
+        )
+    ways = sorted(
+        {f"{type(m).__name__} {list(m.weight.shape)}: {m.how}" for m in fused.modules() if isinstance(m, Chosen)}
+    )
+    console.print(f"{name}: ways chosen: " + "; ".join(ways), style="dim")
+    fine = "ours" in found and max(found["ours"]) <= MOST_ERROR * max(found["eager"])
+    return rows, fine
+
+
+def long_run(steps: int) -> dict[str, Any]:
+    """Error beside fp32 and memory over many steps of one stream: both must stay where they were."""
+    decoder = make(FORMS["hunyuan1.5 720p"][0])
+    shape = (1, decoder.latent_channels, 12, 20)
+    start = zeros(decoder.state_specs(shape), "cuda")
+    half_start = tuple(tensor.half() for tensor in start)
+    z = torch.randn(64, *shape, device="cuda")
+    fused = fuse(decoder, torch.float16, shape)
+    with cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        exact = GraphedStep(decoder.step, z[0], start)
+    ours = GraphedStep(fused.step, z[0].half(), half_start)
+    state, own = start, half_start
+    worst, memory = [], []
+    for i in range(steps):
+        wanted, state = exact(z[i % 64], state)
+        got, own = ours(z[i % 64].half(), own)
+        if i % (steps // 10) == steps // 10 - 1 or i == 99:
+            worst.append(errors([got.float()], [wanted])[0])
+            torch.cuda.synchronize()
+            memory.append(torch.cuda.memory_allocated())
+    flat = max(worst) <= 1.5 * worst[0] and max(memory) == min(memory)
+    return {"steps": steps, "errors": worst, "bytes_allocated": memory, "flat": flat}
+
+
+def check() -> bool:
+    """Every op on the GPU against its reference at odd shapes, poisoned outputs; then whole steps of every form."""
+    fine = True
+    torch.manual_seed(0)
+    for dtype, most in ((torch.float16, 2e-3), (torch.bfloat16, 1.2e-2)):
+        for index, (op, arguments) in enumerate(cases("cuda", dtype)):
+            wanted = op(*(a.float() if isinstance(a, Tensor) else a for a in arguments))
+            torch.full((1 << 26,), float("nan"), device="cuda", dtype=dtype)  # freed: what is not written shows
+            shapes = [list(a.shape) if isinstance(a, Tensor) else a for a in arguments]
+            try:
+                got = op(*arguments)
+                torch.cuda.synchronize()
+            except Exception as error:
+                console.print(f"FAILS {op} {dtype} {shapes}: {str(error).splitlines()[0][:200]}")
+                fine = False
+                if "CUDA" in str(error) or "launch" in str(error):
+                    return False  # the context is gone
+                continue
+            if got.dtype == torch.uint8:
+                error_now, limit = float((got.int() - wanted.int()).abs().max()), 1.0 if dtype == torch.float16 else 4.0
+            else:
+                difference = torch.linalg.vector_norm(got.float() - wanted)
+                error_now, limit = float(difference / torch.linalg.vector_norm(wanted)), most
+            if not error_now <= limit:
+                console.print(f"WRONG {index} {op} {dtype} {shapes}: error {error_now:.2e}, limit {limit:.0e}")
+                fine = False
+    console.print(f"ops: {'right' if fine else 'WRONG'}")
+    for name, (config, _, _, _) in FORMS.items():
+        decoder = make(config)
+        shape = (2, decoder.latent_channels, 11, 19)
+        z = torch.randn(4, *shape, device="cuda")
+        start = zeros(decoder.state_specs(shape), "cuda")
+        with cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            truth = chained(decoder.step, z, start)
+        half_start = tuple(tensor.half() for tensor in start)
+        fused = fuse(decoder, torch.float16, shape)
+        ours = errors(chained(fused.step, z.half(), half_start), truth)
+        graph = errors(chained(GraphedStep(fused.step, z[0].half(), half_start), z.half(), half_start), truth)
+        eager = errors(chained(decoder.half().step, z.half(), half_start), truth)
+        right = max(ours) <= MOST_ERROR * max(eager) and max(graph) <= MOST_ERROR * max(eager)
+        fine &= right
+        word = "right" if right else "WRONG"
+        console.print(
+            f"{name}: {word}, error {max(ours):.2e}, as a graph {max(graph):.2e}, eager fp16 {max(eager):.2e}"
+        )
+    return fine
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a markdown table, also printed."""
+    shown = Table(*("form", "candidate", "ms per latent", "p20-p80", "error, step 1", f"step {CHAIN}", "W"))
+    lines = [
+        f"| form | candidate | ms per latent | p20-p80 | error, step 1 | step {CHAIN} | W |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        wanted = f" (wanted {row['wanted_ms']:.2f})" if row["wanted_ms"] else ""
+        cells = (
+            row["form"],
+            row["candidate"],
+            f"{row['median_ms']:.3f}{wanted}",
+            f"{row['p20_ms']:.3f}-{row['p80_ms']:.3f}",
+            f"{row['error_first']:.2e}",
+            f"{row['error_last']:.2e}",
+            f"{row['watts']:.0f}",
+        )
+        shown.add_row(*cells)
+        lines.append("| " + " | ".join(cells) + " |")
+    console.print(shown)
+    return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only compare with references")
+    parser.add_argument("--form", action="append", choices=list(FORMS), help="only these forms")
+    parser.add_argument("--no-tensorrt", action="store_true", help="leave TensorRT alone out")
+    parser.add_argument("--steps", type=int, default=10_000, help="of the long run; 0 leaves it out")
+    parser.add_argument("--out", type=Path, help="JSON file; a table in Markdown is written beside it")
+    given = parser.parse_args(arguments)
+    require_gpu(parser)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if given.check:
+        return 0 if check() else 1
+    ceilings = measure_ceilings(torch.float16)
+    rows, fine = [], True
+    for name in given.form or FORMS:
+        measured, right = measure(name, not given.no_tensorrt)
+        rows += measured
+        fine &= right
+        with contextlib.suppress(Exception):
+            torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    run = long_run(given.steps) if given.steps else None
+    if run is not None:
+        fine &= run["flat"]
+        console.print(
+            f"{run['steps']} steps: errors {run['errors'][0]:.2e} to {run['errors'][-1]:.2e}, flat: {run['flat']}"
+        )
+    text = table(rows)
+    line = machine_line(describe_machine(), ceilings)
+    console.print(line)
+    if given.out is not None:
+        given.out.with_suffix(".md").write_text(
+            f"# Streaming TAEHV, fp16, one stream\n\n{line}\n\n{text}", encoding="utf-8"
+        )
+    finish(document("taehv", ceilings, rows, long_run=run), given.out)
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
