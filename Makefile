@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-gpu faults lint bench play clean
+.PHONY: help setup demo test test-gpu faults lint docs bench play clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -41,9 +41,11 @@ bench: $(STAMP) ## the decoder benchmark, on a GPU
 play: $(STAMP) ## the shipped world model in the browser
 	$(BIN)/owl-wms play
 
-lint: $(STAMP) ## ruff and mypy
-	$(BIN)/python -m pip install -q 'ruff>=0.9,<1' 'mypy>=1.13,<3' types-PyYAML
+lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy
 
+docs: $(STAMP) ## the documentation site, into site/
+	$(BIN)/python -m mkdocs build --strict
+
 clean: ## remove .venv, demo and build
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build site *.egg-info
