@@ -34,7 +34,7 @@ from owl_wms.vae.landscape import SquareToLandscape, nearest_landscape
 
 
 def supports(decoder: nn.Module) -> tuple[bool, str]:
-    """Whether `fuse` can rewrite `decoder` (weight norm folded or not), and if not, why: `(False, reason)`."""
+    """Returns whether `fuse` can rewrite `decoder` (weight norm folded or not), and if not, why: `(False, reason)`."""
     if not isinstance(decoder, (DCAEDecoder, DistillDecoder)):
         return False, f"no fused form of {type(decoder).__name__}; only DCAEDecoder and DistillDecoder have one"
     if decoder.out_channels > MAX_OUT:
@@ -127,7 +127,7 @@ class FusedStage(nn.Module):
         return [getattr(self, f"{name}_{j}") for j in range(self.depth)]
 
     def shortcut_of(self, x: Tensor) -> Tensor | None:
-        """What is shuffled onto the stage's result, if anything."""
+        """Returns the tensor that is shuffled onto the stage's result, or None."""
         if self.shortcut is None:
             return x if self.tiled else None
         result: Tensor | None = self.shortcut(x)

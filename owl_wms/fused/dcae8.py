@@ -125,7 +125,7 @@ class FusedStage8(FusedStage):
 
 
 def supports8(decoder: nn.Module) -> tuple[bool, str]:
-    """Whether `fuse8` can rewrite `decoder`, and if not, why."""
+    """Returns whether `fuse8` can rewrite `decoder`, and if not, why."""
     supported, reason = supports(decoder)
     if supported and not any(_suits(module) for module in decoder.modules()):
         return False, f"no stage has {LEAST_CHANNELS} channels or more in a multiple of {GROUP}"

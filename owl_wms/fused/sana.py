@@ -46,7 +46,7 @@ PADDED_CHANNELS = 16  # what three colours times four phases are padded to: tens
 
 
 def supports(decoder: Any) -> tuple[bool, str]:
-    """Whether `fuse` can rewrite `decoder`; `(False, reason)` where not."""
+    """Returns whether `fuse` can rewrite `decoder`; `(False, reason)` where not."""
     if not is_sana_decoder(decoder):
         return False, f"no fused form of {type(decoder).__name__}; only diffusers' AutoencoderDC decoder has one"
     last = decoder.conv_out

@@ -100,7 +100,7 @@ class EnlargeConv(Chosen):
 
 
 class GrowConv(nn.Module):
-    """The same without enlargement: growth in time, 3x3 convolution, and ReLU where asked."""
+    """Growth in time, then a 3x3 convolution, and ReLU where asked; no enlargement."""
 
     weight: Tensor
 

@@ -33,7 +33,7 @@ HEADERS = ("common/hopper.cuh", "stage_tail/branch.cuh", "stage_tail/project.cuh
 
 
 def suits(x: Tensor) -> bool:
-    """Whether the kernel can take `x`, a 16-bit CUDA tensor."""
+    """Returns whether the kernel can take `x`, a 16-bit CUDA tensor."""
     return x.shape[-1] % GROUP == 0
 
 

@@ -1,1 +1,1 @@
-"""What ops share: compiling with NVRTC, launching, stored machine code, registering, tensor maps, device code."""
+"""Code that all ops share: compiling with NVRTC, launching, stored machine code, registering, tensor maps."""

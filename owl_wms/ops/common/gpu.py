@@ -42,7 +42,7 @@ def capability(device: torch.device) -> Capability:
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether `device` runs machine code for sm_90a: warpgroup products, the tensor memory accelerator."""
+    """Returns whether `device` runs machine code for sm_90a: warpgroup products, the tensor memory accelerator."""
     return capability(device) == HOPPER
 
 

@@ -32,7 +32,7 @@ MAX_THREADS = 8
 
 
 class Source(Protocol):
-    """What identifies machine code; `owl_wms.ops.common.nvrtc.Kernel` is one."""
+    """The facts that identify machine code; `owl_wms.ops.common.nvrtc.Kernel` has them."""
 
     @property
     def entry(self) -> str: ...

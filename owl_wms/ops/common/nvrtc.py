@@ -129,7 +129,7 @@ def _function(kernel: Kernel, index: int) -> ctypes.c_void_p:
 
 
 def architecture_of(kernel: Kernel, index: int) -> str:
-    """What `kernel` is compiled for on CUDA device `index`, for example `sm_90`."""
+    """Returns the target that `kernel` is compiled for on CUDA device `index`, for example `sm_90`."""
     return gpu.architecture(torch.device("cuda", index), kernel.suffix)
 
 
@@ -185,7 +185,7 @@ def _compiler_log(program: ctypes.c_void_p) -> str:
 
 
 def nvrtc_library_names() -> list[str]:
-    """Where libnvrtc may be: torch's CUDA wheels in both of their layouts, then the loader's own search path."""
+    """Lists places of libnvrtc: torch's CUDA wheels in both of their layouts, then the loader's own search path."""
     major = (torch.version.cuda or "13").split(".")[0]
     spec = importlib.util.find_spec("nvidia")
     roots = [] if spec is None else [Path(root) for root in spec.submodule_search_locations or []]

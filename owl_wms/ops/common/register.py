@@ -1,4 +1,4 @@
-"""How an op of this package becomes `torch.ops.owl_wms.<name>`: schema, fake, and one function for CPU and CUDA.
+"""Registers an op as `torch.ops.owl_wms.<name>`: schema, fake, and one function for CPU and CUDA.
 
 Why not `torch.library.custom_op`: its Python wrapper costs twice as much a call, and every op here runs dozens of
 times a decode. All ops are functional (no argument is written, no result aliases an argument), so an exported
@@ -35,7 +35,7 @@ def define(schema: str, *, run: Callable[..., Tensor], fake: Callable[..., Tenso
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether the CUDA kernels can take `x`: a tensor of 16-bit floats on a GPU of compute capability 8.0 or newer."""
+    """Returns whether the CUDA kernels take `x`: 16-bit floats on a GPU of compute capability 8.0 or newer."""
     return x.is_cuda and x.dtype in KERNEL_DTYPES and gpu.capability(x.device) >= gpu.OLDEST
 
 

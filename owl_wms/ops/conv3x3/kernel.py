@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one program computes: `pixels x channels` outputs, `depth` input channels of one tap at a time."""
+    """The tile of one Triton program: `pixels x channels` outputs, `depth` input channels of one tap at a time."""
 
     pixels: int
     channels: int
@@ -34,7 +34,7 @@ NARROW = Tile(128, 16, 64, 4, 4)  # the output convolution's
 
 
 def fits(x: Tensor, weight: Tensor, tile: Tile) -> bool:
-    """Whether the tile divides rows and channels.
+    """Returns whether the tile divides rows and channels.
 
     A tile is a piece of one row: a rectangle of several rows would pass through registers on its way.
     """

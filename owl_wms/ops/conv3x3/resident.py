@@ -32,13 +32,13 @@ SHARED_BYTES = (
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether tiles divide `x [B, H, W, C]` and the channels of `weight [O, 3, 3, C]`."""
+    """Returns whether tiles divide `x [B, H, W, C]` and the channels of `weight [O, 3, 3, C]`."""
     height, width, channels = x.shape[1:]
     return height % ROWS == 0 and width % WIDTH == 0 and channels % DEPTH == 0 and weight.shape[0] % COLUMNS == 0
 
 
 def holds_all_channels(weight: Tensor) -> bool:
-    """Whether one tile has every output channel of `weight [O, 3, 3, C]`, as a norm in the kernel needs."""
+    """Returns whether one tile has every output channel of `weight [O, 3, 3, C]`, as a norm in the kernel needs."""
     return weight.shape[0] == COLUMNS
 
 

@@ -55,14 +55,14 @@ def frame_ways(x: Tensor, past: Tensor | None, weight: Tensor) -> list[int]:
 
 
 def enlarge_ways(x: Tensor, weight: Tensor, frames: int) -> list[int]:
-    """The same for `enlarge_conv`."""
+    """Returns every `how` that can compute `enlarge_conv` for this shape."""
     if not has_kernel(x) or not is_hopper(x.device):
         return [LIBRARY]
     return [LIBRARY, *(how for how, columns in COLUMNS.items() if kernel.fits_enlarge(x, weight, frames, columns))]
 
 
 def picture_ways(x: Tensor, weight: Tensor, patch: int) -> list[int]:
-    """The same for `picture_conv`."""
+    """Returns every `how` that can compute `picture_conv` for this shape."""
     ours = has_kernel(x) and is_hopper(x.device) and kernel.fits_picture(x, weight, patch)
     return [LIBRARY, RESIDENT] if ours else [LIBRARY]
 

@@ -49,20 +49,20 @@ def kernel_of(
 
 
 def fits_frame(x: Tensor, past: Tensor | None, weight: Tensor, columns: int) -> bool:
-    """Whether `launch_frame` takes these with tiles of `columns` output channels."""
+    """Returns whether `launch_frame` takes these with tiles of `columns` output channels."""
     inputs = x.shape[-1] * (1 if past is None else 2)
     return x.shape[-1] % DEPTH == 0 and weight.shape[1:] == (3, 3, inputs) and weight.shape[0] % columns == 0
 
 
 def fits_enlarge(x: Tensor, weight: Tensor, frames: int, columns: int) -> bool:
-    """Whether `launch_enlarge` takes these: a tile lies in one phase, and 64 of its channels in one frame."""
+    """Returns whether `launch_enlarge` takes these: a tile lies in one phase, and 64 of its channels in one frame."""
     each = weight.shape[0] // (4 * frames)
     exact = weight.shape[0] == 4 * frames * each and each % DEPTH == 0 and (frames * each) % columns == 0
     return x.shape[-1] % DEPTH == 0 and weight.shape[1:] == (2, 2, x.shape[-1]) and exact
 
 
 def fits_picture(x: Tensor, weight: Tensor, patch: int) -> bool:
-    """Whether `launch_picture` takes these: one chunk of input channels."""
+    """Returns whether `launch_picture` takes these: one chunk of input channels."""
     return x.shape[-1] == DEPTH and weight.shape[1:] == (3, 3, DEPTH) and weight.shape[0] >= COLOURS * patch**2
 
 

@@ -33,7 +33,7 @@ ROUNDER = tl.constexpr(
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one program computes: `pixels x channels` outputs, `depth` codes of a row at a time."""
+    """The tile that one Triton program computes: `pixels x channels` outputs, `depth` codes of a row at a time."""
 
     pixels: int
     channels: int

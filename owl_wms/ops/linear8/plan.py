@@ -1,4 +1,4 @@
-"""How the CUDA kernel of `linear8` is cut: which variant fits a product, its shared memory, its grid.
+"""Chooses the variant of `linear8`'s CUDA kernel that fits a product, with its shared memory and grid.
 
 Why its own module: everything here is arithmetic that can be tested without a GPU, and mirrors what rings.cuh says.
 

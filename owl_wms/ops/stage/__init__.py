@@ -57,7 +57,7 @@ def _enlarge(low: Tensor, scale: int) -> Tensor:
 
 
 def products(x: Tensor, proj: Tensor | None, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
-    """What a stage computes before it enlarges: its projected input and the first block's first product."""
+    """Computes the part of a stage before it enlarges: its projected input and the first block's first product."""
     low = x if proj is None else _linear(x, proj)
     return low, _linear(low, w1, b1)
 

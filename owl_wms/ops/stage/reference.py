@@ -25,7 +25,7 @@ def reference(
     w3: list[Tensor],
     scale: int,
 ) -> Tensor:
-    """What a stage computes; arguments as for the op in `owl_wms.ops.stage`."""
+    """The stage in plain PyTorch; arguments as for the op in `owl_wms.ops.stage`."""
     u = x if proj is None else F.linear(x, proj)
     u = u if scale == 1 else enlarge(u, scale)
     for up, bias, taps, taps_bias, down in zip(w1, b1, w2, b2, w3, strict=True):

@@ -35,7 +35,7 @@ WIDTHS = range(16, 193)
 
 
 def composition(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor) -> Tensor:
-    """The same out of `grouped_conv`, `up_residual` and a library product that accumulates in place."""
+    """Computes the op out of `grouped_conv`, `up_residual` and a library product that accumulates in place."""
     branch = grouped_conv(hidden, w2, b2, True)
     u = up_residual(low, shortcut)
     u.view(-1, u.shape[-1]).addmm_(branch.view(-1, branch.shape[-1]), w3.t())
@@ -43,7 +43,7 @@ def composition(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor
 
 
 def pays(low: Tensor, shortcut: Tensor | None) -> bool:
-    """Whether `stage` should use this op rather than the composition. Decided by measurement, here and only here."""
+    """Returns whether `stage` uses this op rather than the composition; decided by measurement, here only."""
     return low.shape[-1] in WIDTHS and _plan(low, shortcut) is not None
 
 

@@ -1,4 +1,4 @@
-"""How `stage_tail` is cut into kernels and blocks: which variant fits a stage, its shared memory, its grid.
+"""Chooses the kernels of `stage_tail` that fit a stage, with their shared memory and grids.
 
 Why its own module: everything here is arithmetic that can be tested without a GPU, and mirrors what the .cuh files say.
 

@@ -14,5 +14,5 @@ from owl_wms.ops.up_residual.reference import reference as up_residual
 
 
 def reference(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor) -> Tensor:
-    """What the op computes; arguments as for the op in `owl_wms.ops.stage_tail`."""
+    """The op in plain PyTorch; arguments as for the op in `owl_wms.ops.stage_tail`."""
     return up_residual(low, shortcut) + F.linear(grouped_conv(hidden, w2, b2, True), w3)
