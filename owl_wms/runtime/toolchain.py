@@ -43,6 +43,8 @@ class TensorRT(Stored):
         unready = no_device(request)
         if unready is not None:
             return unready
+        if trt.without_library(request):  # a plan of ours may do, and the build process finds out which
+            return None
         status = trt.run_status()  # a stored program needs no more; a build imports the rest in a process of its own
         return None if status.available else FastPathError("import", status.reason, status.remedy)
 
@@ -73,7 +75,7 @@ class TensorRT(Stored):
     def load(self, data: bytes, request: Request, report: Mapping[str, Any]) -> Program:
         from owl_wms import trt
 
-        program = trt.load_program(data, request.device)
+        program = trt.load_program(data, request.device, library=bool(report.get("library", True)))
         if not report.get("cuda_graph"):
             return program
         example = torch.zeros(request.input_shape, dtype=program.input_dtype, device=program.device)

@@ -19,6 +19,7 @@ from owl_wms.trt.jit import compile_for_training
 from owl_wms.trt.key import key_material
 from owl_wms.trt.library.engines import status as run_status
 from owl_wms.trt.library.importer import TensorRTStatus, status
+from owl_wms.trt.plans import without_library
 from owl_wms.trt.run.cuda_graph import GraphedProgram
 from owl_wms.trt.run.load import LoadedProgram, load_program
 from owl_wms.trt.run.load import prepare as prepare_to_load
@@ -34,4 +35,5 @@ __all__ = [
     "prepare_to_load",
     "run_status",
     "status",
+    "without_library",
 ]

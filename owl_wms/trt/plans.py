@@ -51,6 +51,7 @@ class Plan:
         precisions: those the plan offers.
         settings: compile settings that differ from the request's.
         isolates: whether a failing build may be searched for modules to leave in PyTorch.
+        library: whether Torch-TensorRT compiles the lowered module; otherwise it is exported and saved as it is.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Plan:
     precisions: tuple[str, ...] = FLOATS
     settings: dict[str, Any] = field(default_factory=dict)
     isolates: bool = True
+    library: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +183,15 @@ PLANS = {
             lower=lower_with(),
         ),
         Plan(
+            name="ops",
+            summary="our fused kernels and PyTorch's for the rest, without TensorRT; where that is not installed",
+            applies=_fusible,
+            lower=_lower_fused,
+            precisions=("fp16", "bf16"),
+            isolates=False,
+            library=False,
+        ),
+        Plan(
             name="tensorrt+ops8",
             summary="as tensorrt+ops, with 8-bit products in the wide stages, calibrated; only when asked for",
             applies=_eight_bits,
@@ -214,17 +225,26 @@ def check_names(request: Request) -> None:
         raise _no_plan(request, {plan.name: _offers(plan) for plan in named(request)})
 
 
-def select(decoder: nn.Module, request: Request, recording: Recording) -> Selection:
+def without_library(request: Request) -> bool:
+    """Whether a plan that needs no Torch-TensorRT is among those that the request allows."""
+    return any(not plan.library and set(plan.precisions) & set(request.precisions()) for plan in named(request))
+
+
+def select(
+    decoder: nn.Module, request: Request, recording: Recording, missing: FastPathError | None = None
+) -> Selection:
     """Ask each named plan once whether it applies.
 
     Args:
         decoder: weight norm live or folded, any dtype and device.
         request: its plans and precisions are what is chosen from.
         recording: of the decoder as its caller runs it.
+        missing: why Torch-TensorRT cannot be used here, and the plans that need it are refused; None where it can be.
+            Then those that do not need it are built only when they are named, for each has a twin that is faster.
 
     Raises:
-        FastPathError: stage "build", as `check_names`, and when no plan applies; the message says why each was left
-            out.
+        FastPathError: stage "build", as `check_names`, and when no plan applies ("import" where TensorRT is missing);
+            the message says why each was left out.
     """
     check_names(request)
     refused: dict[str, str] = {}
@@ -233,13 +253,19 @@ def select(decoder: nn.Module, request: Request, recording: Recording) -> Select
         if not set(plan.precisions) & set(request.precisions()):
             refused[plan.name] = _offers(plan)
             continue
-        yes, why = plan.applies(decoder, request, recording)
+        if plan.library and missing is not None:
+            yes, why = False, missing.reason
+        elif not (plan.library or missing or request.plans):
+            yes, why = False, "built only without Torch-TensorRT, or when it is named"
+        else:
+            yes, why = plan.applies(decoder, request, recording)
         if yes:
             chosen.append(plan)
         else:
             refused[plan.name] = why
     if not chosen:
-        raise _no_plan(request, refused)
+        failure = _no_plan(request, refused)
+        raise failure if missing is None else FastPathError("import", failure.reason, missing.remedy)
     plans = {at: tuple(plan for plan in chosen if at in plan.precisions) for at in request.precisions()}
     return Selection(plans=plans, refused=refused)
 

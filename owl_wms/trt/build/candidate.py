@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.export import ExportedProgram
+
 from owl_wms.trt.build.isolate import Isolation
 from owl_wms.trt.library.compiler import Partition
 
@@ -21,6 +23,7 @@ class Candidate:
     plan: str
     precision: str
     program: Any = None
+    exported: ExportedProgram | None = None  # what is saved where Torch-TensorRT has no part in it
     partition: Partition | None = None
     rewrites: dict[str, int] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
@@ -50,6 +53,7 @@ class Candidate:
             "latency_ms": self.latency_ms,
             "graph_latency_ms": self.graph_latency_ms,
             "graph_reason": self.graph_reason,
+            "library": self.exported is None,
             "engines": partition.engines if partition else 0,
             "engine_operators": partition.engine_operators if partition else 0,
             "pytorch_operators": [list(pair) for pair in partition.pytorch_operators] if partition else [],

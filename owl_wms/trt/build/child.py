@@ -78,6 +78,7 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
     """
     import torch
 
+    from owl_wms.trt import plans
     from owl_wms.trt.build.attempts import BrokenContext
     from owl_wms.trt.build.worker import Worker
     from owl_wms.trt.graph.recording import Recording
@@ -92,7 +93,9 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
         context = threading.Thread(target=_make_context, args=(device.index or 0,), daemon=True)
         if device.type == "cuda":
             context.start()
-        importer.require()
+        missing = importer.missing()
+        if missing is not None and not plans.without_library(request):
+            raise missing
         register_operators()
         # What was imported stays for good; collecting after every attempt need not look at it again and again.
         gc.freeze()
@@ -107,7 +110,7 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
         recording = Recording.of(decoder, request.input_shape)
         if recording.digest() != job["graph"]:
             raise _another(decoder)
-        worker = Worker(fp32_copy(decoder, device), recording, request, journal)
+        worker = Worker(fp32_copy(decoder, device), recording, request, journal, missing)
         del decoder
         journal.send(event="done", report=worker.build(Path(job["out_dir"])))
     except FastPathError as error:

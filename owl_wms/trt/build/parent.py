@@ -38,6 +38,7 @@ from owl_wms.trt.build.child import DECODER_NAME, GO, JOB_NAME
 from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.graph.shapes import copy_with
 from owl_wms.trt.library import importer
+from owl_wms.vae.fold import folded
 
 Event = dict[str, Any]
 MAX_RESTARTS = 4
@@ -84,9 +85,9 @@ def build_program(
     """
     begin = time.monotonic()
     known = importer.failed_elsewhere()
-    if known is not None:
-        raise known
     plans.check_names(request)
+    if known is not None and not plans.without_library(request):
+        raise known
     with tempfile.TemporaryDirectory(prefix="owl_trt_job_") as name:  # mode 0700
         directory = Path(name)
         build = Build(
@@ -106,14 +107,16 @@ def build_program(
 
 
 def write_decoder(decoder: nn.Module, path: Path) -> None:
-    """Write `decoder` as it is, on the CPU, for the build process. Raises FastPathError, stage "export"."""
+    """Write `decoder` for the build process: on the CPU, in its own dtype, live weight norm folded, since torch pickles no
+    parametrized module. Raises FastPathError, stage "export".
+    """
     remedy = "define the decoder's class in an importable module and keep open handles and lambdas out of it"
     for module in decoder.modules():
         if type(module).__module__ == "__main__":
             reason = f"{type(module).__name__} is defined in __main__, which the build process does not have"
             raise FastPathError("export", reason, remedy)
     try:
-        torch.save(copy_with(decoder, lambda tensor: tensor.to("cpu", copy=True)), path)
+        torch.save(copy_with(folded(decoder), lambda tensor: tensor.to("cpu", copy=True)), path)
     except Exception as error:  # local classes, lambdas, handles: pickle names them in a dozen exception types
         reason = f"{type(decoder).__name__} cannot be handed to the build process: {type(error).__name__}: {error}"
         raise FastPathError("export", reason, remedy) from error

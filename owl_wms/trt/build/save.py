@@ -44,16 +44,20 @@ def save(
     journal.stage("save", plan=best.plan)
     begin = time.monotonic()
     try:
-        compiler.save_program(best.program, path, z, files)
+        if best.exported is None:
+            compiler.save_program(best.program, path, z, files)
+        else:
+            torch.export.save(best.exported, path, extra_files=files)
     except Exception as error:
         remedy = "report this with the decoder's configuration"
         raise FastPathError("save", attempts.reason_of(error), remedy) from error
     save_seconds = time.monotonic() - begin
-    best.program = None
+    library = best.exported is None
+    best.program = best.exported = None
     attempts.release()
     journal.stage("reload", plan=best.plan)
     begin = time.monotonic()
-    loaded = load_program(path.read_bytes(), device)
+    loaded = load_program(path.read_bytes(), device, library=library)
     load_seconds = time.monotonic() - begin
     equal = torch.equal(attempts.run(loaded, z), wanted)
     if not equal:

@@ -51,13 +51,17 @@ class Worker:
         recording: of the decoder as its caller runs it.
         request: what is wanted.
         journal: is told what begins and ends.
+        missing: why Torch-TensorRT cannot be used in this process; None where it can.
     """
 
-    def __init__(self, fp32: nn.Module, recording: Recording, request: Request, journal: Journal) -> None:
+    def __init__(
+        self, fp32: nn.Module, recording: Recording, request: Request, journal: Journal, missing: FastPathError | None = None
+    ) -> None:
         self.folded = fp32
         self.recording = recording
         self.request = request
         self.journal = journal
+        self.missing = missing
         self.device = torch.device(request.device)
         self.prober = Prober(request, journal, self.device)
         self.enough = time.monotonic() + min(ENOUGH_SHARE * request.timeout_seconds, ENOUGH_SECONDS)
@@ -70,7 +74,7 @@ class Worker:
         best: Candidate | None = None
         eager_ms: float | None = None
         refusals: list[str] = []
-        selection = plans.select(self.folded, self.request, self.recording)
+        selection = plans.select(self.folded, self.request, self.recording, self.missing)
         for precision, chosen in selection.plans.items():
             try:
                 found, eager_ms = self.at_precision(precision, chosen)
@@ -256,9 +260,13 @@ class Worker:
                 self.journal.stage("compile", plan=plan.name, precision=precision, kept=len(kept))
                 if ours and not kept:
                     importlib.import_module("owl_wms.ops.common.ahead").compile_ahead(module, z)
-                program, partition = compiler.compile_exported(
-                    exported, z, settings, kept=sorted(kept), progress=self._progress(plan.name)
-                )
+                if plan.library:
+                    program, partition = compiler.compile_exported(
+                        exported, z, settings, kept=sorted(kept), progress=self._progress(plan.name)
+                    )
+                else:
+                    candidate.exported = exported
+                    program, partition = exported.module(), compiler.left_in_pytorch(exported.graph)
                 self.journal.stage("first run", plan=plan.name, precision=precision)
                 attempts.run(program, z)
                 built[kept] = (program, partition)

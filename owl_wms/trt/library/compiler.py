@@ -161,15 +161,20 @@ class _Counter:
 
     def partition(self, program: torch.fx.GraphModule) -> Partition:
         if self.tracker is None:  # too few supported operators: the graph came back as it was
-            nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-            left = tuple((str(node.target), module_path(node)) for node in nodes)
-            return Partition(engines=0, engine_operators=0, pytorch_operators=left)
+            return left_in_pytorch(program.graph)
         left = tuple((operator_name(entry), _location(entry)) for entry in self.tracker.to_run_in_torch)
         return Partition(
             engines=int(self.tracker.tensorrt_graph_count),
             engine_operators=sum(int(data.subgraph_op_count) for data in self.tracker.per_subgraph_data),
             pytorch_operators=left,
         )
+
+
+def left_in_pytorch(graph: torch.fx.Graph) -> Partition:
+    """The partition of a graph without engines."""
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    left = tuple((str(node.target), module_path(node)) for node in nodes)
+    return Partition(engines=0, engine_operators=0, pytorch_operators=left)
 
 
 def operator_name(entry: str) -> str:

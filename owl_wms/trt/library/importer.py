@@ -22,6 +22,7 @@ import logging
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
@@ -91,6 +92,12 @@ def require() -> ModuleType:
     if module is None:
         raise FastPathError("import", state.reason, state.remedy)
     return module
+
+
+def missing() -> FastPathError | None:
+    """Why `require` would fail; None when it would not."""
+    state = status()
+    return None if state.available else FastPathError("import", state.reason, state.remedy)
 
 
 def submodule(name: str) -> Any:
@@ -189,7 +196,7 @@ def explain(error: BaseException) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _quiet(sink: io.StringIO):
+def _quiet(sink: io.StringIO) -> Iterator[None]:
     """Keep what the import prints and warns about (missing modelopt, no TensorRT-LLM) out of the user's terminal."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     root_level = logging.root.manager.disable

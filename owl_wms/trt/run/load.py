@@ -61,12 +61,13 @@ class LoadedProgram:
             return self._module(z)
 
 
-def load_program(data: bytes, device: torch.device | str) -> LoadedProgram:
+def load_program(data: bytes, device: torch.device | str, *, library: bool = True) -> LoadedProgram:
     """Deserialize a program whose bytes the caller has verified.
 
     Args:
         data: the whole `program.pt2`.
         device: where it is to run.
+        library: whether Torch-TensorRT compiled it, as its report says; otherwise that is not imported.
 
     Raises:
         FastPathError: stage "import" when Torch-TensorRT is missing, "parity" when the program does not repeat the
@@ -80,6 +81,8 @@ def load_program(data: bytes, device: torch.device | str) -> LoadedProgram:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                if not library:
+                    return _load(data, device)
                 return engines.reading(lambda: _load(data, device))  # engine class and operator are registered by it
     except FastPathError:
         raise

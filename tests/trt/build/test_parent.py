@@ -25,6 +25,7 @@ from owl_wms.trt.build.parent import BOOTSTRAP, Build, build_program, explain_ex
 from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.graph.shapes import fp32_copy
 from owl_wms.trt.library import importer
+from owl_wms.trt.run.load import load_program
 from owl_wms.request import Request
 from tests.trt import build_child, decoders
 
@@ -65,6 +66,35 @@ def test_whole_build_on_the_cpu(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "program.pt2").stat().st_size == report["program_bytes"]
     assert session.restarts == 0
     assert [event["stage"] for event in events][:2] == ["import", "decoder"]
+
+
+def test_without_tensorrt_our_kernels_are_the_program(tmp_path: Path) -> None:
+    """The real child: it cannot import Torch-TensorRT here, and `ops` needs none."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, and may have TensorRT")
+    report, _, _ = run(tmp_path, "tiled", bootstrap=BOOTSTRAP, precision="bf16")
+    assert (report["plan"], report["library"], report["engines"]) == ("ops", False, 0)
+    assert report["parity"]["passed"]
+    assert report["reload_bit_equal"]
+    assert "import torch_tensorrt failed" in report["refused"]["tensorrt"]
+    assert [row["plan"] for row in report["candidates"]] == ["ops"]
+    decoder, shape = decoders.make("tiled")
+    program = load_program((tmp_path / "out" / "program.pt2").read_bytes(), "cpu", library=False)
+    z = torch.randn(shape)
+    with torch.no_grad():
+        wanted = decoder(z)
+        assert (program(z).float() - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_a_decoder_without_a_form_of_ours_says_that_tensorrt_is_missing(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, and may have TensorRT")
+    net = nn.Conv2d(4, 3, 1).eval()
+    request = Request(input_shape=(1, 4, 3, 3), device="cpu")
+    with pytest.raises(FastPathError, match=r"driver.*no fused form of Conv2d") as raised:
+        build_program(net, request, tmp_path)
+    assert raised.value.stage == "import"
 
 
 def test_no_further_plan_is_begun_when_time_is_short_and_one_works(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from owl_wms.trt.library import engines, importer
 from owl_wms.trt.run.load import load_program
 
 ABSENT = importer.TensorRTStatus(available=False, flavour="rtx", version="", reason="broken", remedy="mend it")
-ON_GPU = Request(input_shape=(1, 3, 2, 2))
+ON_GPU = Request(input_shape=(1, 3, 2, 2), plans=("tensorrt",))
 PRESENT = importer.TensorRTStatus(available=True, flavour="rtx", version="1")
 
 
@@ -164,6 +164,7 @@ def test_without_torch_tensorrt_the_answer_is_what_it_was(monkeypatch: pytest.Mo
     unready = TensorRT().ready(ON_GPU)
     assert unready is not None
     assert (unready.stage, unready.reason) == ("import", "Torch-TensorRT is not installed")
+    assert TensorRT().ready(Request(input_shape=(1, 3, 2, 2))) is None, "a plan of ours may do"
 
 
 def test_the_jit_form_asks_for_the_whole_package(monkeypatch: pytest.MonkeyPatch) -> None:
