@@ -2,7 +2,7 @@
 
 Needs no GPU: NVRTC compiles, and cuobjdump (it comes with Triton) reads what the machine code asks for.
 
-Run: python -m benchmarks.architectures          # writes benchmarks/results/architectures.md
+Run: python -m benchmarks.architectures          # writes docs/gpus.md
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from owl_wms.ops.common.gpu import SHARED_LIMITS
 from owl_wms.ops.common.nvrtc import Kernel, KernelError, compile_kernel
 from tests.ops.common.test_nvrtc import FAMILIES, variants
 
-OUT = Path(__file__).parent / "results" / "architectures.md"
+OUT = Path(__file__).parents[1] / "docs" / "gpus.md"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 

@@ -1,7 +1,7 @@
-"""Results as Markdown: the report beside each JSON document and README's first tables; no figure is typed by hand.
+"""Results as Markdown: the report beside each JSON document and README's table; no figure is typed by hand.
 
 Usage:
-    python -m benchmarks.report results/decoder_h200_202611.json      # writes its .md; README's tables too, for SHOWN
+    python -m benchmarks.report results/decoder_h200_202611.json      # writes its .md; README's table too, for SHOWN
     python -m benchmarks.report --check results/decoder_h200_202611.json
     python -m benchmarks.report results/decoder_h200_202611.json --merge first.json second.json   # made side by side
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SHOWN = ROOT / "benchmarks" / "results" / "decoder_h200_202611.json"  # what README's tables are made of
+SHOWN = ROOT / "benchmarks" / "results" / "decoder_h200_202611.json"  # what README's table is made of
 BEGIN, END = "<!-- decoder table: begin (python -m benchmarks.report) -->", "<!-- decoder table: end -->"
 COLUMNS = (
     ("ms", "median_ms", "{:.2f}"),
@@ -140,55 +140,42 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**results[0], "commit": ", ".join(commits), "rows": rows, "parts": parts}
 
 
-def readme_tables(result: dict[str, Any]) -> str:
-    """README's first tables: batch 8 beside eager and the best compiled PyTorch, and ours at every batch."""
-    return f"{_batch_8(result)}\n\n{_batches(result)}"
-
-
-def _batches(result: dict[str, Any]) -> str:
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in result["rows"]:
-        if row["candidate"].startswith("ours") and "median_ms" in row["figures"]:
-            name = f"{row['decoder']}, {row['candidate'].removeprefix('ours ')}"
-            found.setdefault(name, {})[row["batch"]] = row["figures"]
-    batches = sorted({batch for measured in found.values() for batch in measured}, reverse=True)
-    lines = [
-        "| ours, × over `torch.compile` | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
-        "|---" * (1 + len(batches)) + "|",
-    ]
-    for name, measured in found.items():
-        cells = [_time_and_gain(measured[batch]) if batch in measured else "–" for batch in batches]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _time_and_gain(figures: dict[str, Any]) -> str:
-    return f"{cell(figures, 'median_ms', '{:.2f} ms')}, {cell(figures, 'over_compiled', '{:.2f}×')}"
-
-
-def _batch_8(result: dict[str, Any]) -> str:
-    lines = [
-        "| decoder, batch 8 | eager | `torch.compile` | ours | over eager | over compiled | error: eager → ours |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows = [row for row in result["rows"] if row["batch"] == 8 and "median_ms" in row["figures"]]
-    for decoder in dict.fromkeys(row["decoder"] for row in rows):
-        own = [row for row in rows if row["decoder"] == decoder]
+def batch_8(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows at batch 8 as groups: `name` (decoder and precision), and the figures of `eager`, of the faster
+    `compiled` PyTorch, and of `ours`; an empty dict where one was not measured.
+    """
+    measured = [row for row in rows if row["batch"] == 8 and "median_ms" in row["figures"]]
+    groups: list[dict[str, Any]] = []
+    for decoder in dict.fromkeys(row["decoder"] for row in measured):
+        own = [row for row in measured if row["decoder"] == decoder]
         eager: dict[str, Any] = next((row["figures"] for row in own if row["candidate"] == "eager bf16"), {})
         compiled = [row["figures"] for row in own if row["candidate"].startswith("torch.compile")]
         best = min(compiled, key=operator.itemgetter("median_ms"), default={})
         for row in (row for row in own if row["candidate"].startswith("ours")):
-            figures = row["figures"]
-            cells = (
-                f"{decoder}, {row['candidate'].removeprefix('ours ')}",
-                cell(eager, "median_ms", "{:.1f} ms"),
-                cell(best, "median_ms", "{:.1f} ms"),
-                cell(figures, "median_ms", "**{:.2f} ms**"),
-                cell(figures, "over_eager", "**{:.2f}×**"),
-                cell(figures, "over_compiled", "**{:.2f}×**"),
-                f"{cell(eager, 'relative_l2', '{:.1e}')} → {cell(figures, 'relative_l2', '{:.1e}')}",
-            )
-            lines.append("| " + " | ".join(cells) + " |")
+            name = f"{decoder}, {row['candidate'].removeprefix('ours ')}"
+            groups.append({"name": name, "eager": eager, "compiled": best, "ours": row["figures"]})
+    return groups
+
+
+def readme_table(result: dict[str, Any]) -> str:
+    """README's table of decoders: batch 8 beside eager and the faster compiled PyTorch."""
+    lines = [
+        "| decoder | eager PyTorch | `torch.compile` | owl_wms | over eager | over `torch.compile` | "
+        "relative error: eager, owl_wms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for group in batch_8(result["rows"]):
+        eager, best, ours = group["eager"], group["compiled"], group["ours"]
+        cells = (
+            group["name"],
+            cell(eager, "median_ms", "{:.1f} ms"),
+            cell(best, "median_ms", "{:.1f} ms"),
+            cell(ours, "median_ms", "**{:.2f} ms**"),
+            cell(ours, "over_eager", "{:.2f}x"),
+            cell(ours, "over_compiled", "{:.2f}x"),
+            f"{cell(eager, 'relative_l2', '{:.1e}')}, {cell(ours, 'relative_l2', '{:.1e}')}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -201,7 +188,7 @@ def with_table(readme: str, table: str) -> str:
 
 
 def main() -> None:
-    """Write (or with --check compare) the report and, of the result that README shows, its tables."""
+    """Write (or with --check compare) the report and, of the result that README shows, its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
     parser.add_argument("--check", action="store_true")
@@ -213,7 +200,7 @@ def main() -> None:
     wanted = {args.result.with_suffix(".md"): report(result)}
     if args.result.resolve() == SHOWN:
         readme = ROOT / "README.md"
-        wanted[readme] = with_table(readme.read_text(encoding="utf-8"), readme_tables(result))
+        wanted[readme] = with_table(readme.read_text(encoding="utf-8"), readme_table(result))
     for path, text in wanted.items():
         if args.check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
             parser.error(
