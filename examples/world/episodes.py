@@ -17,16 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from owl_wms.game.controls import ScriptedPlayer
+from owl_wms.game.controls import RestlessPlayer, ScriptedPlayer
 from owl_wms.game.render import render
-from owl_wms.game.world import BUTTONS, GameWorld
+from owl_wms.game.world import GameWorld
 
 SKIP = 3  # 60 game frames a second -> 20 latent frames
 _WARM_UP = 20  # game frames before the first recorded one
 _CHUNK = 64  # frames rendered and encoded at once
-_HOLD = (4, 16)  # latent frames for which a random command stays
-_MOVES = ("W", "A", "S", "D", "LSHIFT")
-_MOVE_CHANCE = (0.55, 0.12, 0.12, 0.12, 0.15)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,42 +58,6 @@ class Episodes:
         heading = torch.stack([yaw[:, 1:].cos(), yaw[:, 1:].sin()], dim=-1)
         moved = self.pose[:, 1:, :2] - self.pose[:, :-1, :2]
         return yaw[:, 1:] - yaw[:, :-1], (moved * heading).sum(dim=-1)
-
-
-class RestlessPlayer:
-    """The scripted player with random commands over it: a third of the players as scripted, a third with random
-    turns, a third with random turns and keys. Without them, what a control does could not be told
-    from why the script pressed it."""
-
-    def __init__(self, world: GameWorld, generator: torch.Generator) -> None:
-        self._scripted = ScriptedPlayer(world)
-        self._world, self._generator = world, generator
-        style = torch.arange(world.batch, device=world.device) % 3
-        self._turns, self._keys = style > 0, style > 1
-        self._mouse = torch.zeros(world.batch, 2, device=world.device)
-        self._moves = torch.zeros(world.batch, len(_MOVES), dtype=torch.bool, device=world.device)
-        self._left = torch.zeros(world.batch, device=world.device)
-        self._where = [BUTTONS.index(name) for name in _MOVES]
-
-    def controls(self) -> tuple[Tensor, Tensor]:
-        """Mouse [B, 2] in [-1, 1] and buttons bool [B, 11] for the next latent frame."""
-        mouse, buttons = self._scripted.controls()
-        self._renew()
-        mouse = torch.where(self._turns[:, None], self._mouse, mouse)
-        buttons[:, self._where] = torch.where(self._keys[:, None], self._moves, buttons[:, self._where])
-        return mouse, buttons
-
-    def _renew(self) -> None:
-        device, batch = self._world.device, self._world.batch
-        over = self._left <= 0
-        draw = torch.rand(batch, 4 + len(_MOVES), generator=self._generator, device=device)
-        yaw = (2 * draw[:, 0] - 1) * 0.9 * (draw[:, 1] > 0.25)  # a quarter of the time the view is still
-        pitch = (2 * draw[:, 2] - 1) * 0.25 + 0.9 * self._world.state.pitch
-        self._mouse = torch.where(over[:, None], torch.stack([yaw, pitch.clamp(-1, 1)], dim=1), self._mouse)
-        moves = draw[:, 4:] < torch.tensor(_MOVE_CHANCE, device=device)
-        self._moves = torch.where(over[:, None], moves, self._moves)
-        hold = (_HOLD[0] + (_HOLD[1] - _HOLD[0]) * draw[:, 3]).floor()
-        self._left = torch.where(over, hold, self._left) - 1
 
 
 def enter(players: int, first_seed: int, device: torch.device | str) -> GameWorld:
@@ -143,7 +104,7 @@ def record(
 ) -> Episodes:
     """Episodes of restless players in fresh worlds; `encode`: [B, 4, H, W] in [-1, 1] to what is kept."""
     world = enter(players, first_seed, device)
-    player = RestlessPlayer(world, torch.Generator(device=device).manual_seed(first_seed))
+    player = RestlessPlayer(world)
     return play(world, lambda frame: player.controls(), frames, encode, size)
 
 

@@ -34,7 +34,7 @@ def sample(
 
     from owl_wms.cli import _shared as shared
     from owl_wms.game.controls import scripted_controls
-    from owl_wms.inference.build import load_core, load_video_config, make_contexts, make_decode
+    from owl_wms.inference.build import latent_space, load_core, load_video_config, make_contexts, make_decode
     from owl_wms.media.arrays import save_array
     from owl_wms.media.video import VideoWriter
     from owl_wms.runtime import decode_stream
@@ -70,13 +70,14 @@ def sample(
             generator=generator,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-        task = bar.add_task("decoding", total=result.latents.shape[1])
+        stored = latent_space(world, config).to(where).to_stored(result.latents)
+        task = bar.add_task("decoding", total=stored.shape[1])
         with VideoWriter(out, world.train.fps) as clip:
-            for pictures in decode_stream(decode, result.latents, scale=world.train.vae_scale):
+            for pictures in decode_stream(decode, stored):
                 clip.write(pictures)
                 bar.advance(task, len(pictures))
     if latents is not None:
-        tensors = {"latents": result.latents * world.train.vae_scale, "mouse": result.mouse, "buttons": result.buttons}
+        tensors = {"latents": stored, "mouse": result.mouse, "buttons": result.buttons}
         save_array(latents, {name: tensor.float() for name, tensor in tensors.items()})
     console.print(f"{out}: {begin.latents.shape[1]} frames of context and {frames} sampled", highlight=False)
 

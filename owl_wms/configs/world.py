@@ -189,6 +189,7 @@ class TrainingConfig(StrictModel):
         context_noise: level of the history in distillation. None: the sampler's `noise_prev`, or 0.2.
         gen_p: share of frames that `ode_distill_vid` and `causvid_vid` (0.25 if None) generate.
         max_rollout_frames: longest rollout of `sforce_vid`. None: the window, or `min_rollout_frames` if longer.
+        teacher_max_level: highest noise level that the teacher is told; see `max_level` of `owl_wms.sampling.guidance`.
         critic_start: the network that the critic of `causvid_vid` and `sforce_vid` starts as.
         shared_rollouts: let all critic updates of a step learn from the same rollouts of the student.
         judged_levels: whether teacher and critic judge a clip with a level of its own for each frame, or with one level
@@ -250,6 +251,7 @@ class TrainingConfig(StrictModel):
     max_rollout_frames: PositiveInt | None = None
     student_levels: Floats | None = None
     context_noise: float | None = None
+    teacher_max_level: float = 1.0
     critic_start: Literal["student", "teacher"] = "student"
     shared_rollouts: bool = False
     judged_levels: Literal["frame", "clip"] = "frame"

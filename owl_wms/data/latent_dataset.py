@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from owl_wms.data.npy_table import NpyTableWriter
 from owl_wms.errors import ConfigError, DataError
-from owl_wms.game.controls import ScriptedPlayer
+from owl_wms.game.controls import RestlessPlayer, ScriptedPlayer
 from owl_wms.game.render import render
 from owl_wms.game.world import FRAMES_PER_SECOND, GameWorld
 
@@ -42,7 +42,7 @@ def make_game_latents(
     encoder_name: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Append episodes of scripted play to a table with columns depth_latent, mouse, buttons, seed, fps.
+    """Append episodes of play by `RestlessPlayer` to a table with columns depth_latent, mouse, buttons, seed, fps.
 
     A table holds every world once, at one frame rate, through one autoencoder. The last is kept as a digest in
     source.json; a table with rows and without that file may be appended to, and stays without it.
@@ -154,11 +154,12 @@ def _play(
     script = ScriptedPlayer(world)
     for _ in range(_WARM_UP):
         world.step(*script.controls())
+    player = RestlessPlayer(world)
     latents: list[Tensor] = []
     mice: list[Tensor] = []
     held: list[Tensor] = []
     for frame in range(frames):
-        mouse, buttons = script.controls()
+        mouse, buttons = player.controls()
         for _ in range(FRAMES_PER_SECOND // fps):
             world.step(mouse, buttons)
         picture = render(world, height=size[0], width=size[1]).to(weight.dtype)

@@ -19,6 +19,10 @@ from owl_wms.game.world import BUTTONS, GameWorld
 
 _FEELERS = (-0.7, 0.0, 0.7)  # radians from the heading
 _NEAR = 3.2  # cells ahead at which it begins to turn away
+_HOLD = (4, 16)  # stored frames for which a piece of a restless player lasts
+_REST = (8, 40)  # and one in which it stands still
+_MOVES = ("W", "A", "S", "D", "LSHIFT")
+_MOVE_CHANCE = (0.55, 0.12, 0.12, 0.12, 0.15)
 
 
 class ScriptedPlayer:
@@ -74,6 +78,62 @@ class ScriptedPlayer:
             stretch = 0.7 + 0.6 * hash_unit(seeds, which, 32 + part)
             total += weight * torch.sin(2 * math.pi * (time * (1 + 0.73 * part) / (seconds * stretch) + phase))
         return total
+
+
+class RestlessPlayer:
+    """Chooses controls for training data, in pieces; deterministic given the world's seeds.
+
+    A script alone would not do: a model could not tell the effect of a control from the script's reason to press it,
+    and would never see a player who stands still or holds a single control, which is all that people do in play.
+
+    | share of pieces | mouse | keys |
+    |---|---|---|
+    | 1/4, longer ones | exactly (0, 0) | none |
+    | 1/8 | only x, y exactly 0 | none |
+    | 1/8 | exactly (0, 0) | one |
+    | 1/6 | as scripted | as scripted |
+    | 1/6 | random, towards level | as scripted |
+    | 1/6 | random, towards level | random moves, others as scripted |
+    """
+
+    def __init__(self, world: GameWorld) -> None:
+        self._scripted, self._world = ScriptedPlayer(world), world
+        batch, device = world.batch, world.device
+        self._piece = torch.full((batch,), -1, dtype=torch.long, device=device)
+        self._left = torch.zeros(batch, dtype=torch.float32, device=device)
+        self._mouse = torch.zeros(batch, 2, dtype=torch.float32, device=device)
+        self._moves = [BUTTONS.index(name) for name in _MOVES]
+
+    def controls(self) -> tuple[Tensor, Tensor]:
+        """Mouse [B, 2] in [-1, 1] and buttons bool [B, 11], to be held for one stored frame."""
+        mouse, buttons = self._scripted.controls()
+        begins = self._left <= 0
+        self._piece = self._piece + begins.long()
+        kind = self._draw(0)
+        still, turn, key = kind < 0.25, (kind >= 0.25) & (kind < 0.375), (kind >= 0.375) & (kind < 0.5)
+        random_turn, random_keys = kind >= 0.5 + 1 / 6, kind >= 0.5 + 2 / 6
+        shortest, longest = (torch.where(still, a, b) for a, b in zip(_REST, _HOLD, strict=True))
+        hold = (shortest + (longest - shortest + 1) * self._draw(1)).floor()
+        self._left = torch.where(begins, hold, self._left) - 1
+
+        yaw = (2 * self._draw(2) - 1) * 0.9
+        pitch = (2 * self._draw(3) - 1) * 0.25 + 0.9 * self._world.state.pitch
+        # A quarter of the random turns keeps the heading.
+        drawn = torch.stack([yaw * (self._draw(4) > 0.25), pitch.clamp(-1, 1)], dim=1)
+        self._mouse = torch.where(begins[:, None], drawn, self._mouse)
+        mouse = torch.where(random_turn[:, None], self._mouse, mouse)
+        mouse = torch.where(turn[:, None], torch.stack([yaw, torch.zeros_like(yaw)], dim=1), mouse)
+        mouse = torch.where((still | key)[:, None], 0.0, mouse)
+
+        moves = torch.stack([self._draw(10 + i) < chance for i, chance in enumerate(_MOVE_CHANCE)], dim=1)
+        buttons[:, self._moves] = torch.where(random_keys[:, None], moves, buttons[:, self._moves])
+        one = (self._draw(5) * len(BUTTONS)).long()[:, None] == torch.arange(len(BUTTONS), device=mouse.device)
+        buttons = torch.where(key[:, None], one, buttons) & ~(still | turn)[:, None]
+        return mouse, buttons
+
+    def _draw(self, salt: int) -> Tensor:
+        """[B] in [0, 1), constant during a piece."""
+        return hash_unit(self._world.seeds, self._piece, 50 + salt)
 
 
 def scripted_controls(seed: int, n: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ Usage:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from owl_wms.configs import TrainingConfig, WorldConfig, load_vae_model, load_world_config
 from owl_wms.configs.paths import find_beside
+from owl_wms.configs.world import with_files_found
 from owl_wms.errors import ConfigError
 from owl_wms.game.world import FRAMES_PER_SECOND
 from owl_wms.inference.context import Context, load_contexts, render_context
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.source import GameSource
+from owl_wms.models.latents import LatentSpace
 from owl_wms.models.load import load_model
 from owl_wms.runtime import VideoDecode
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
@@ -81,7 +84,8 @@ def make_decode(
     decode = make_batched_decode_fn(
         decoder, batch_size, use_tensorrt=tensorrt and train.use_tensorrt, config=train, output=output
     )
-    decode.prepare((model.channels, model.sample_size, model.sample_size))
+    channels = latent_space(config, cfg_path).stored_channels(model.channels)
+    decode.prepare((channels, model.sample_size, model.sample_size))
     return decode
 
 
@@ -128,10 +132,13 @@ def make_contexts(
         DataError: the file cannot be used.
     """
     model, train = config.model, config.train
+    space = latent_space(config, cfg_path)
+    channels = space.stored_channels(model.channels)
     if path is not None:
-        return load_contexts(
-            path, channels=model.channels, side=model.sample_size, n_buttons=model.n_buttons, scale=train.vae_scale
+        found = load_contexts(
+            path, channels=channels, side=model.sample_size, n_buttons=model.n_buttons, scale=train.vae_scale
         )
+        return [_whitened(context, space) for context in found]
     encode = make_encode(config, cfg_path, device, dtype)
     made = [
         render_context(
@@ -145,10 +152,26 @@ def make_contexts(
         )
         for index in range(count)
     ]
-    wanted = (model.channels, model.sample_size, model.sample_size)
+    wanted = (channels, model.sample_size, model.sample_size)
     if tuple(made[0].latents.shape[2:]) != wanted:
         raise ConfigError(f"the model takes latents {wanted}, the encoder gives {tuple(made[0].latents.shape[2:])}")
-    return made
+    return [_whitened(context, space) for context in made]
+
+
+def latent_space(config: WorldConfig, cfg_path: Path | str) -> LatentSpace:
+    """Return the space of the model's latents, its transform found from any working directory.
+
+    Raises:
+        CheckpointError: the transform cannot be read.
+    """
+    return LatentSpace.of(with_files_found(config, cfg_path).train)
+
+
+def _whitened(context: Context, space: LatentSpace) -> Context:
+    """Apply the transform to a beginning that is scaled already."""
+    return replace(
+        context, latents=LatentSpace(1.0, space.whitener).to(context.latents.device).to_model(context.latents)
+    )
 
 
 def build_pipeline(
@@ -187,9 +210,11 @@ def build_pipeline(
         make_decode(config, cfg_path, device, dtype, tensorrt=tensorrt),
         make_contexts(config, cfg_path, device, dtype, path=context, seed=seed, count=count),
         image_scale=config.train.vae_scale,
+        whitener=latent_space(config, cfg_path).whitener,
         steps=given.get("n_steps", 4) if steps is None else steps,
         schedule=given.get("custom_schedule") if steps is None else None,
         cfg_scale=given.get("cfg_scale", 1.0) if cfg_scale is None else cfg_scale,
+        max_level=given.get("max_level", 1.0),
         noise_prev=given.get("noise_prev", 0.2),
         max_window=given.get("max_window") if max_window is None else max_window,
         seed=seed,

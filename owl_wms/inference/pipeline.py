@@ -23,6 +23,7 @@ from owl_wms.errors import ConfigError
 from owl_wms.inference.context import Context
 from owl_wms.inference.pixels import to_uint8
 from owl_wms.inference.source import Frame, describe_decode
+from owl_wms.models.latents import LatentSpace, Whitener
 from owl_wms.sampling import Guidance, custom_deltas, get_sd3_euler
 from owl_wms.sampling.captured import CALLS_BEFORE, Captured
 from owl_wms.sampling.frames import FrameLoop
@@ -40,10 +41,12 @@ class InteractivePipeline:
         core: a GameRFTCore in eval mode, already on its device and in its dtype.
         decode: [1, 1, c, h, w] to [1, 1, C, H, W]; `make_batched_decode_fn(decoder, batch_size=1)` of the bridge.
         contexts: beginnings to choose from, in the model's scale; see `owl_wms.inference.context`.
-        image_scale: what latents were divided by for the model.
+        image_scale: factor by which latents were divided for the model.
+        whitener: transform that was applied after that, or None.
         steps: Euler steps a frame, 1 to 20; without effect while `schedule` is given.
         schedule: noise levels of a distilled model, for example [1.0, 0.5].
         cfg_scale: guidance; anything but 1 doubles the model's work.
+        max_level: highest noise level that the model is told; see `owl_wms.sampling.guidance`.
         noise_prev: noise level at which history is remembered, 0 to 1.
         max_window: frames that attention spans; by default 64, or the model's n_frames when that is less.
         seed: of the noise and of the choice of beginnings.
@@ -60,9 +63,11 @@ class InteractivePipeline:
         contexts: Sequence[Context],
         *,
         image_scale: float = 1.0,
+        whitener: Whitener | None = None,
         steps: int = 4,
         schedule: Sequence[float] | None = None,
         cfg_scale: float = 1.0,
+        max_level: float = 1.0,
         noise_prev: float = 0.2,
         max_window: int | None = None,
         seed: int = 0,
@@ -77,8 +82,9 @@ class InteractivePipeline:
         parameter = next(core.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.image_scale, self.noise_prev, self.bgr = image_scale, noise_prev, bgr
+        self._space = LatentSpace(image_scale, whitener).to(self.device)
         self._core, self._decode, self._contexts = core, decode, list(contexts)
-        self._guidance = Guidance(model=core, scale=cfg_scale)
+        self._guidance = Guidance(model=core, scale=cfg_scale, max_level=max_level)
         self._window = min(core.config.n_frames, DEFAULT_WINDOW) if max_window is None else max_window
         self._schedule = None if schedule is None else custom_deltas(schedule)
         self._steps = steps
@@ -149,7 +155,7 @@ class InteractivePipeline:
         clock.mark()
         latent = self._loop.denoise(moved, held, self._random)
         clock.mark()
-        decoded = self._decode(latent * self.image_scale)
+        decoded = self._decode(self._space.to_stored(latent))
         image = self._to_host(self._pixels(None, decoded[0, 0])[0])
         clock.mark()
         self._loop.remember(latent, moved, held, self._random)

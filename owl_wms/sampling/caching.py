@@ -34,7 +34,7 @@ class AVCachingSampler:
         max_window: frames that attention may span, or None for all (then the clip is bounded by the model's n_frames).
         custom_schedule: noise levels falling from 1.0, for example [1.0, 0.5].
         only_return_generated: leave the context out of the result.
-        unconditional: see `owl_wms.sampling.guidance`.
+        unconditional, max_level: see `owl_wms.sampling.guidance`.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class AVCachingSampler:
         *,
         only_return_generated: bool = False,
         unconditional: Unconditional = "dropped",
+        max_level: float = 1.0,
     ) -> None:
         if num_frames < 0 or not 0 <= noise_prev <= 1:
             raise ConfigError(
@@ -61,6 +62,7 @@ class AVCachingSampler:
         self.max_window = max_window
         self.only_return_generated = only_return_generated
         self.unconditional: Unconditional = unconditional
+        self.max_level = max_level
 
     @uncompiled
     @torch.no_grad()
@@ -110,7 +112,9 @@ class AVCachingSampler:
             )
         window = max(1, context + generated) if self.max_window is None else self.max_window
         passes = torch.compile(model) if compile_on_decode else model
-        guidance = Guidance(model=passes, scale=self.cfg_scale, unconditional=self.unconditional)
+        guidance = Guidance(
+            model=passes, scale=self.cfg_scale, unconditional=self.unconditional, max_level=self.max_level
+        )
         loop = FrameLoop(
             guidance,
             deltas=self.deltas,

@@ -34,6 +34,7 @@ class AVWindowSampler:
         num_frames: frames to generate.
         noise_prev: noise level of the history, 0 to 1.
         only_return_generated: leave the context out of the result.
+        max_level: see `owl_wms.sampling.guidance`.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class AVWindowSampler:
         num_frames: int = 60,
         noise_prev: float = 0.2,
         only_return_generated: bool = False,
+        *,
+        max_level: float = 1.0,
     ) -> None:
         if window_length < 1 or num_frames < 0 or not 0 <= noise_prev <= 1:
             raise ConfigError(
@@ -57,6 +60,7 @@ class AVWindowSampler:
         self.num_frames = num_frames
         self.noise_prev = noise_prev
         self.only_return_generated = only_return_generated
+        self.max_level = max_level
 
     @uncompiled
     @torch.no_grad()
@@ -101,7 +105,7 @@ class AVWindowSampler:
         mouse, btn = batch_permute_to_length(mouse, btn, total, generator)
         parts: Parts = (dummy_batch,) if audio is None else (dummy_batch, audio)
         whole = tuple(torch.cat([p, p.new_zeros(p.shape[0], self.num_frames, *p.shape[2:])], dim=1) for p in parts)
-        guidance = Guidance(model=model, scale=self.cfg_scale)
+        guidance = Guidance(model=model, scale=self.cfg_scale, max_level=self.max_level)
 
         def denoise(*inputs: Tensor) -> Parts:
             return self._denoise(guidance, inputs[:-3], *inputs[-3:])

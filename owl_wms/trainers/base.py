@@ -334,7 +334,8 @@ class BaseTrainer(ABC):
         """
         level = found["ts"][..., None, None, None]
         difference = level * (found["pred_video"].float() - (found["z_video"] - x).float())
-        return counted_mse(self.space.difference_to_stored(difference), torch.zeros_like(x), found["counted"])
+        stored = self.space.difference_to_stored(difference)
+        return counted_mse(stored, torch.zeros_like(stored), found["counted"])
 
     def _finished(self) -> bool:
         cfg = self.train_cfg

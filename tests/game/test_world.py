@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from owl_wms.game.controls import ScriptedPlayer, scripted_controls
+from owl_wms.game.controls import RestlessPlayer, ScriptedPlayer, scripted_controls
 from owl_wms.game.render import render
 from owl_wms.game.world import BUTTONS, YAW_PER_MOUSE, GameWorld
 
@@ -128,6 +128,41 @@ def test_scripted_controls_are_smooth_plausible_and_repeatable() -> None:
     assert 0.4 < buttons[:, 0].float().mean() <= 1  # walks most of the time
     changes = (buttons[1:] != buttons[:-1]).sum(dim=0)
     assert changes.max() < 30  # keys are held, not rattled
+
+
+def test_training_data_have_players_at_rest_and_single_controls() -> None:
+    world = GameWorld(5_000, batch=64)
+    player = RestlessPlayer(world)
+    mice, held = [], []
+    for _ in range(96):
+        mouse, buttons = player.controls()
+        mice.append(mouse)
+        held.append(buttons)
+        world.step(mouse, buttons)
+    mouse, buttons = torch.stack(mice, dim=1), torch.stack(held, dim=1)
+    assert mouse.abs().max() <= 1
+    quiet = (mouse == 0).all(dim=-1) & ~buttons.any(dim=-1)
+    assert 0.25 < quiet.float().mean() < 0.6, "a quarter of the pieces, and the longer ones"
+    runs = quiet.unfold(1, 20, 1).all(dim=-1)
+    assert runs.any(dim=1).float().mean() > 0.4, "in most episodes somebody stands still for 20 frames"
+    only_x = (mouse[..., 0] != 0) & (mouse[..., 1] == 0) & ~buttons.any(dim=-1)
+    one_key = (mouse == 0).all(dim=-1) & (buttons.sum(dim=-1) == 1)
+    assert only_x.float().mean() > 0.05
+    assert one_key.float().mean() > 0.05
+    assert buttons[one_key].any(dim=0).all(), "every key is held alone by somebody"
+    both = (mouse != 0).all(dim=-1)
+    assert both.float().mean() > 0.25
+
+
+def test_restless_play_is_the_same_alone_and_in_a_batch() -> None:
+    alone, both = GameWorld(41), GameWorld(40, batch=2)
+    players = RestlessPlayer(alone), RestlessPlayer(both)
+    for _ in range(60):
+        first, second = players[0].controls(), players[1].controls()
+        torch.testing.assert_close(first[0][0], second[0][1], atol=1e-5, rtol=0)
+        assert torch.equal(first[1][0], second[1][1])
+        alone.step(*first)
+        both.step(*second)
 
 
 def test_wrong_shapes_are_refused() -> None:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from owl_wms.nn.embeddings import TimestepEmbedding, sincos
+from owl_wms.nn.embeddings import MouseEmbedding, TimestepEmbedding, sincos
 from owl_wms.nn.mlp import MLP
 
 
@@ -31,3 +31,15 @@ def test_mlp_starts_near_silent() -> None:
     mlp = MLP(256, 512, 64)
     assert torch.equal(mlp.fc1.bias, torch.zeros(512))
     assert abs(float(mlp.fc1.weight.detach().std()) / (math.sqrt(2 / 256) / 16) - 1) < 0.02
+
+
+def test_a_mouse_at_rest_has_upstreams_direction_or_none() -> None:
+    torch.manual_seed(0)
+    with_direction, without = MouseEmbedding(16, 8), MouseEmbedding(16, 8, rest_has_direction=False)
+    without.load_state_dict(with_direction.state_dict())
+    moving, still = torch.tensor([[[0.3, 0.0], [-0.2, 0.7]]]), torch.zeros(1, 1, 2)
+    nearly = torch.tensor([[[1e-12, 0.0]]])
+    assert torch.equal(with_direction(moving), without(moving))
+    torch.testing.assert_close(with_direction(still), with_direction(nearly))
+    assert not torch.equal(without(still), with_direction(still))
+    assert torch.equal(without(still), without(-still)), "and -0.0 is rest as well"

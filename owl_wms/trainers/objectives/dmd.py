@@ -165,7 +165,8 @@ class DMDTrainer(BaseTrainer):
         with torch.no_grad():
             t = self._judged_levels(made.x)
             noisy, _ = noised(made.x.detach(), t)
-            (v_teacher,) = Guidance(model=self.teacher, scale=scale).velocity((noisy,), t, made.mouse, made.btn)
+            teacher = Guidance(model=self.teacher, scale=scale, max_level=self.train_cfg.teacher_max_level)
+            (v_teacher,) = teacher.velocity((noisy,), t, made.mouse, made.btn)
             v_critic = self.critic(noisy, t, made.mouse, made.btn)
             clean_teacher, clean_critic = noisy - expand(t) * v_teacher, noisy - expand(t) * v_critic
         # Kept only by the step that an evaluation follows: it is what the next clips show.

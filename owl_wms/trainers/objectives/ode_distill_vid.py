@@ -97,7 +97,7 @@ class DistillODETrainer(BaseTrainer):
         """(x_t, t, target) at the student's levels; context frames stay at their noise level, and say so in t."""
         cfg = self.train_cfg
         assert cfg.cfg_scale is not None
-        guidance = Guidance(model=self.teacher, scale=cfg.cfg_scale)
+        guidance = Guidance(model=self.teacher, scale=cfg.cfg_scale, max_level=cfg.teacher_max_level)
         levels = self._path_levels()
         context = torch.full(generated.shape, context_noise(cfg), dtype=torch.float32, device=clean.device)
         x = clean.lerp(torch.randn_like(clean), expand(context.masked_fill(generated, levels[0])))
