@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "sample": ("owl_wms.cli.sample", "sample", "Sample a clip from a world model."),
     "play": ("owl_wms.cli.play", "play", "Play a world model in the browser."),
     "train": ("owl_wms.cli.train", "train", "Train a world model from a YAML configuration."),
+    "report": ("owl_wms.cli.report", "report", "Write one HTML page about a training run."),
     "data": ("owl_wms.cli.data", "app", "Make and inspect data sets of latents."),
     "trt": ("owl_wms.cli.trt", "app", "Build, list, show, verify, prune and time compiled decoders."),
     "doctor": ("owl_wms.cli.doctor", "doctor", "Say what would decode on this machine, and why."),
