@@ -15,6 +15,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import zipfile
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,8 +31,8 @@ _KINDS = {
 }
 
 
-def open_regular(path: Path | str, *, inside: Path | str | None = None) -> BinaryIO:
-    """Open a regular file for reading, unbuffered; never wait for a pipe's other end.
+def open_regular(path: Path | str, *, inside: Path | str | None = None) -> BufferedReader:
+    """Open a regular file for reading; never wait for a pipe's other end.
 
     Args:
         path: the file; symbolic links are followed.
@@ -53,18 +55,18 @@ def open_regular(path: Path | str, *, inside: Path | str | None = None) -> Binar
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if kind != stat.S_IFREG:
             raise OSError(errno.EINVAL, f"is {_KINDS.get(kind, 'something else')}, a file is wanted", str(path))
-        return open(number, "rb", buffering=0)
+        return open(number, "rb")
     except BaseException:
         os.close(number)
         raise
 
 
-def size_of(file: BinaryIO) -> int:
+def size_of(file: BufferedReader) -> int:
     """Return the size of an open file in bytes, now."""
     return os.fstat(file.fileno()).st_size
 
 
-def read_exactly(file: BinaryIO, count: int, offset: int = 0) -> bytearray:
+def read_exactly(file: BufferedReader, count: int, offset: int = 0) -> bytearray:
     """Read `count` bytes from `offset` on; the file's size is compared before memory is taken.
 
     Raises:
@@ -105,3 +107,38 @@ def name_too_long(path: Path | str) -> str | None:
     """Return the first part of a path that is longer than `NAME_BYTES`, shortened for a message; None if all fit."""
     parts = (part for part in Path(path).parts if len(os.fsencode(part)) > NAME_BYTES)
     return next((f"{part[:40]}..." for part in parts), None)
+
+
+def foreign_to_torch(head: bytes) -> str | None:
+    """Say why a file that begins with `head` (16 bytes) cannot be torch.save's: it is neither a zip nor a pickle.
+
+    Returns None when it may be one. torch.load takes any other file for a pickle, and reports `101` for a text.
+    """
+    if not head:
+        return "it is empty"
+    if head.startswith((b"PK", b"\x80")):
+        return None
+    words = " ".join(head.decode("ascii", errors="replace").split())
+    begins = f" and begins with {words!r}" if words.isprintable() and words.isascii() else ""
+    return f"torch.save did not write this file: it is neither a zip archive nor a pickle{begins}"
+
+
+def false_claims(file: BinaryIO) -> str | None:
+    """Say why the members of a zip archive would need more memory than the file has bytes; None when they would not.
+
+    `torch.save` stores its members uncompressed, so members that are compressed (a few KiB can then stand for
+    gigabytes) or that together are larger than the file were not written by it. The file is left at its beginning.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
+        return None  # no archive, or a damaged one, which torch.load reports
+    finally:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+    packed = next((member.filename for member in members if member.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        return f"its member {packed!r} is compressed, which torch.save never does"
+    claimed = sum(member.file_size for member in members)
+    return f"its members claim {claimed} bytes in a file of {size}" if claimed > size else None

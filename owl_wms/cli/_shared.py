@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from owl_wms import env
 from owl_wms.errors import ConfigError
+from owl_wms.files import name_too_long
 from owl_wms.media import sinks
 from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture
 from owl_wms.runtime.stats import DecodeStats
@@ -104,6 +105,9 @@ def check_destination(path: Path, *suffixes: str, key: str = "") -> None:
     said = f"{key}: {path}" if key else str(path)
     if suffixes and path.suffix.lower() not in suffixes:
         raise ConfigError(f"{said}: must end in {' or '.join(suffixes)}, got {path.suffix!r}", path=path, key=key)
+    long = name_too_long(path)
+    if long is not None:
+        raise ConfigError(f"{said}: {long!r} is longer than the 255 bytes that a name may have", path=path, key=key)
     if os.path.isdir(path):
         raise ConfigError(f"{said}: is a folder", path=path, key=key)
     if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
@@ -157,6 +161,9 @@ def check_folder(path: Path, *, key: str = "") -> None:
         ConfigError: a file of that name, or a place where no file can be made.
     """
     said = f"{key}: {path}" if key else str(path)
+    long = name_too_long(path)
+    if long is not None:
+        raise ConfigError(f"{said}: {long!r} is longer than the 255 bytes that a name may have", path=path, key=key)
     if os.path.exists(path) and not os.path.isdir(path):
         raise ConfigError(f"{said}: is a file, a folder is wanted", path=path, key=key)
     _try_to_write_below(said, path)

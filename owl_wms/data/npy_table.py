@@ -1,7 +1,7 @@
 """A table of clips in a folder: one row per clip, every array of it in a `.npy` file of its own.
 
-Why this format: it is upstream's, arrays are memory-mapped, so a window of a long clip costs only the pages it
-touches, and a half-written row is never in the manifest. Layout of the folder:
+Why this format: it is upstream's, a window of a long clip costs only the bytes that it has, and a half-written row is
+never in the manifest. Layout of the folder (docs/formats.md has it whole):
 
     schema.json    {"columns": [...], "array_columns": [...]}
     manifest.json  [{"depth_latent": "depth_latent_0.npy", "seq_len": 900, "missing": false, ...}, ...]
@@ -18,7 +18,6 @@ Usage:
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from owl_wms.errors import DataError
+from owl_wms.errors import DataError, OwlError
+from owl_wms.files import one_line, read_regular
+from owl_wms.media.npy import NpyFile
+from owl_wms.media.whole import written_whole
 
+MAX_JSON_BYTES = 1 << 28
+"""Longest manifest: about a million rows."""
 _OWN_COLUMNS = ("missing", "truncated", "seq_len")
 
 
@@ -67,9 +71,10 @@ class NpyTable:
         schema = _read_json(self.path / "schema.json", dict)
         manifest = _read_json(self.path / "manifest.json", list)
         known = schema.get("array_columns")
-        if not isinstance(known, list):
+        if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
+            file = self.path / "schema.json"
             raise DataError(
-                f"{self.path / 'schema.json'}: `array_columns` must be a list, got {known!r}", path=self.path
+                f"{file}: `array_columns` must be a list of names, got {one_line(repr(known), 80)}", path=file
             )
         self.columns = tuple(known) if columns is None else tuple(columns)
         for column in self.columns:
@@ -83,12 +88,13 @@ class NpyTable:
                 raise DataError(
                     f"{self.path}: row {index} of the manifest must be an object", path=self.path, index=index
                 )
-            if fields.get("missing") or (fields.get("truncated") and not keep_truncated):
+            flags = {name: _flag(fields.get(name), name, index, self.path) for name in ("missing", "truncated")}
+            if flags["missing"] or (flags["truncated"] and not keep_truncated):
                 continue
             self.rows.append(Row(index=index, length=self._length(index, fields), fields=fields))
 
     def slice(self, row: int, column: str, start: int, stop: int) -> np.ndarray:
-        """Frames `start` to `stop` of a column of `rows[row]`, copied out of the map: [stop - start, ...].
+        """Frames `start` to `stop` of a column of `rows[row]`, read from its file: [stop - start, ...].
 
         Raises:
             DataError: the range leaves the clip, the file cannot be read, or a value is NaN or infinite.
@@ -100,46 +106,45 @@ class NpyTable:
                 path=self.path,
                 index=entry.index,
             )
-        values = np.array(self._map(entry.index, entry.fields, column)[start:stop])
+        with self._open(entry.index, entry.fields, column) as file:
+            values = file.read(start, stop)
         # One such value in a batch makes every weight NaN, and nothing on the way there complains.
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-            file = self.path / entry.fields[column]
+            bad_file = self.path / entry.fields[column]
             raise DataError(
-                f"{file}: frame {start + int(bad.argmax())} of {column!r} in row {entry.index} holds NaN or infinity; "
-                "store the clip anew, or mark its row as missing in manifest.json",
-                path=file,
+                f"{bad_file}: frame {start + int(bad.argmax())} of {column!r} in row {entry.index} holds NaN or "
+                "infinity; store the clip anew, or mark its row as missing in manifest.json",
+                path=bad_file,
                 index=entry.index,
             )
         return values
 
     def _length(self, index: int, fields: Mapping[str, Any]) -> int:
-        arrays = {column: self._map(index, fields, column) for column in self.columns}
-        for column, array in arrays.items():
-            shape, first = self._frames.setdefault(column, (array.shape[1:], index))
-            if array.shape[1:] != shape:
+        lengths: dict[str, int] = {}
+        for column in self.columns:
+            with self._open(index, fields, column) as array:
+                lengths[column], shape = array.shape[0], array.shape[1:]
+            held, first = self._frames.setdefault(column, (shape, index))
+            if shape != held:
                 file = self.path / fields[column]
                 raise DataError(
-                    f"{file}: frames of {column!r} in row {index} are {list(array.shape[1:])}, "
-                    f"those of row {first} are {list(shape)}; a column has one shape",
+                    f"{file}: frames of {column!r} in row {index} are {list(shape)}, "
+                    f"those of row {first} are {list(held)}; a column has one shape",
                     path=file,
                     index=index,
                 )
-            if array.dtype.kind not in "biuf":
-                file = self.path / fields[column]
-                raise DataError(
-                    f"{file}: array {column!r} of row {index} must hold numbers, found {array.dtype}",
-                    path=file,
-                    index=index,
-                )
-        lengths = {column: len(array) for column, array in arrays.items()}
+        said = fields.get("seq_len")
+        if said is not None and self.columns:
+            lengths["seq_len"] = said
         if len(set(lengths.values())) > 1:
             raise DataError(
                 f"{self.path}: arrays of row {index} differ in length: {lengths}", path=self.path, index=index
             )
         return next(iter(lengths.values()), 0)
 
-    def _map(self, index: int, fields: Mapping[str, Any], column: str) -> np.ndarray:
+    @contextmanager
+    def _open(self, index: int, fields: Mapping[str, Any], column: str) -> Iterator[NpyFile]:
         name = fields.get(column)
         # A manifest may come from elsewhere: it names files of this folder, never a way out of it.
         if not isinstance(name, str) or Path(name).name != name:
@@ -150,14 +155,18 @@ class NpyTable:
             )
         file = self.path / name
         try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(
-                f"{file}: cannot read array {column!r} of row {index}: {error}", path=file, index=index
-            ) from error
-        if array.ndim == 0:
-            raise DataError(f"{file}: array {column!r} of row {index} has no frame axis", path=file, index=index)
-        return array
+            with NpyFile(file, inside=self.path) as array:
+                if not array.shape:
+                    raise ValueError("it has no frame axis")
+                yield array
+        except (OSError, ValueError) as error:
+            if isinstance(error, OwlError):
+                raise
+            reason = one_line(getattr(error, "strerror", None) or error)
+            text = f"array {column!r} of row {index} {reason}"
+            if not reason.startswith("must"):
+                text = f"cannot read array {column!r} of row {index}: {reason}"
+            raise DataError(f"{file}: {text}", path=file, index=index) from error
 
 
 class NpyTableWriter:
@@ -215,7 +224,8 @@ class NpyTableWriter:
                 path=self.path,
                 index=index,
             )
-        lengths = {column: len(array) for column, array in arrays.items()}
+        stored = {column: self._numbers(column, array, index) for column, array in arrays.items()}
+        lengths = {column: len(array) for column, array in stored.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise DataError(
                 f"{self.path}: arrays of row {index} must share one length above 0: {lengths}",
@@ -223,24 +233,46 @@ class NpyTableWriter:
                 index=index,
             )
         row: dict[str, Any] = {
-            **fields,
+            **{name: self._plain_value(name, value, index) for name, value in fields.items()},
             "missing": False,
-            "truncated": truncated,
+            "truncated": bool(truncated),
             "seq_len": next(iter(lengths.values())),
         }
         for column in arrays:
             row[column] = f"{column}_{index}.npy"
         try:
             with _writing(self.path, index):
-                for column, array in arrays.items():
+                for column, array in stored.items():
                     np.save(self.path / row[column], array, allow_pickle=False)
                 _replace_json(self.path / "manifest.json", [*self._rows, row])
-        except DataError:
+        except BaseException:
             for column in arrays:  # no row names them, and the space may be what is missing
                 (self.path / row[column]).unlink(missing_ok=True)
             raise
         self._rows.append(row)
         return index
+
+    def _numbers(self, column: str, array: Any, index: int) -> np.ndarray:
+        """Return an array as it is stored: numbers of at most 64 bits with a frame axis, in native byte order."""
+        try:
+            values = np.asarray(array)
+        except (TypeError, ValueError, RuntimeError) as error:  # a ragged list, or a tensor that numpy cannot have
+            text = f"{self.path}: {column!r} of row {index} is no array: {one_line(error)}"
+            raise DataError(text, path=self.path, index=index) from error
+        if values.dtype.kind not in "biuf" or values.dtype.itemsize > 8 or values.ndim == 0:
+            text = f"must be numbers [n, ...], got {values.dtype} {list(values.shape)}"
+            raise DataError(f"{self.path}: {column!r} of row {index} {text}", path=self.path, index=index)
+        return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+
+    def _plain_value(self, name: str, value: Any, index: int) -> Any:
+        """Return a field as JSON has it, a number of numpy's as a plain one."""
+        plain = value.item() if isinstance(value, np.generic) or (hasattr(value, "item") and value.ndim == 0) else value
+        try:
+            json.dumps(plain, allow_nan=False).encode("utf-8")
+        except (TypeError, ValueError, RecursionError) as error:
+            text = f"cannot be written as JSON: {one_line(repr(value), 80)}"
+            raise DataError(f"{self.path}: {name!r} of row {index} {text}", path=self.path, index=index) from error
+        return plain
 
     @property
     def rows(self) -> tuple[Mapping[str, Any], ...]:
@@ -270,27 +302,34 @@ class NpyTableWriter:
         return len(self._rows)
 
 
+def _flag(value: Any, name: str, index: int, path: Path) -> bool:
+    """Return a flag of the manifest: true, false, 1 or 0; absent and null are false. Text would count as true."""
+    if value is None or isinstance(value, bool) or (type(value) is int and value in (0, 1)):
+        return bool(value)
+    file = path / "manifest.json"
+    text = f"{name!r} of row {index} must be true or false, got {one_line(repr(value), 80)}"
+    raise DataError(f"{file}: {text}", path=file, index=index)
+
+
 def _read_json(path: Path, kind: type) -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path, MAX_JSON_BYTES, inside=path.parent).decode("utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        made = "`owl-wms data make` makes a table of the rendered game"
+        made = "`owl-wms data make` makes a table of the rendered game, `owl-wms data import` one of your files"
         raise DataError(f"{path}: no such file, so this is no table; {made}", path=path) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot read this part of a table: {reason}", path=path) from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or (
+            "nested too deeply" if isinstance(error, RecursionError) else error
+        )
+        raise DataError(f"{path}: cannot read this part of a table: {one_line(reason)}", path=path) from error
     if not isinstance(value, kind):
         raise DataError(f"{path}: must hold a JSON {kind.__name__}, found {type(value).__name__}", path=path)
     return value
 
 
 def _replace_json(path: Path, value: Any) -> None:
-    draft = path.with_suffix(".tmp")
-    try:
+    with written_whole(path) as draft:
         draft.write_text(json.dumps(value), encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 A tar holds clips as members `{base}.latent.pt`, `{base}.mouse.pt`, `{base}.buttons.pt` and, with sound,
 `{base}.audiolatent.pt`, each a tensor [n, ...]. boto3 is imported when a tar is fetched, and tensors are read with
-`weights_only=True`: a bucket is not trusted to bring code. Credentials come from AWS_ENDPOINT_URL_S3,
-AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION.
+`weights_only=True`: a bucket is not trusted to bring code. Credentials, region and address are found by boto3's own
+search: variables, shared files, profiles, single sign-on, roles of containers and instances.
 
 Usage:
     bucket = TarBucket("cod-data-latent-360x640to5x8", prefix="feats")
@@ -17,25 +17,35 @@ import io
 import logging
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from owl_wms import env
 from owl_wms.errors import ConfigError, DataError
+from owl_wms.files import one_line
+from owl_wms.media.arrays import load_tensor_bytes
 
 SHARDS, SUBDIRS, TARS = 2, 1, 9  # how upstream's buckets are laid out
 ATTEMPTS = 5
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 8.0
-# What another try cannot change: botocore's classes for credentials that are absent, and S3's codes for refusals.
-_FINAL_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "InvalidRegionError"}
-_FINAL_CODES = {
-    "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "NoSuchBucket", "SignatureDoesNotMatch",
-    "401", "403",
+# What another try cannot change: botocore's classes for credentials, profiles and regions, and S3's codes for refusals.
+_FINAL_ERRORS = {
+    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "InvalidRegionError", "NoRegionError",
+    "ProfileNotFound", "ParamValidationError", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError",
+    "LoginRefreshRequired", "InvalidEndpointConfigurationError",
 }  # fmt: skip
+_FINAL_CODES = {
+    "AccessDenied", "AuthorizationHeaderMalformed", "ExpiredToken", "InvalidAccessKeyId", "InvalidBucketName",
+    "InvalidToken", "NoSuchBucket", "PermanentRedirect", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "401", "403",
+}  # fmt: skip
+# The same of one object: it is not there, or lies in an archive.
+_ABSENT_CODES = {"NoSuchKey", "NoSuchVersion", "InvalidObjectState", "404"}
+_FOREIGN = {"__MACOSX", ".AppleDouble"}
+_FOREIGN_BEGINNINGS = ("PaxHeader", "._")
+_PACKED = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ", "zstandard": b"\x28\xb5\x2f\xfd", "zip": b"PK"}
 _log = logging.getLogger(__name__)
 
 
@@ -49,22 +59,24 @@ def tar_key(shard: int, subdir: int, tar: int) -> str:
 
 
 def make_client() -> Any:
-    """A boto3 S3 client from the environment.
+    """Make a boto3 S3 client; boto3 itself finds credentials, region and address.
+
+    AWS_REGION, which boto3 does not read, counts before AWS_DEFAULT_REGION and the profile's region. With none of them
+    the region is `auto`, which stores other than AWS take.
 
     Raises:
-        ConfigError: boto3 is not installed.
+        ConfigError: boto3 is not installed, or its configuration cannot be used (no such profile, a broken file).
     """
     try:
         import boto3
+        from botocore.exceptions import BotoCoreError
     except ImportError as error:
         raise ConfigError("loaders that read S3 need boto3: pip install 'owl_wms[train]'") from error
-    return boto3.client(
-        "s3",
-        endpoint_url=env.read("AWS_ENDPOINT_URL_S3"),
-        aws_access_key_id=env.read("AWS_ACCESS_KEY_ID"),
-        aws_secret_access_key=env.read("AWS_SECRET_ACCESS_KEY"),
-        region_name=env.read("AWS_REGION") or "auto",
-    )
+    try:
+        session = boto3.session.Session()
+        return session.client("s3", region_name=env.read("AWS_REGION") or session.region_name or "auto")
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(f"S3 cannot be reached with this configuration of AWS: {one_line(error)}") from error
 
 
 class TarBucket:
@@ -97,8 +109,8 @@ class TarBucket:
 
         Raises:
             BucketError: the bucket refuses these credentials or does not exist; said after the first try.
-            DataError: the last try failed; the message names bucket, key and reason.
-            ConfigError: boto3 is missing.
+            DataError: there is no such object, said after the first try, or the last try failed.
+            ConfigError: boto3 is missing, or its configuration cannot be used.
         """
         full = f"{self.prefix}/{key}" if self.prefix else key
         if self._client is None:
@@ -109,33 +121,36 @@ class TarBucket:
                 result: bytes = self._client.get_object(Bucket=self.bucket_name, Key=full)["Body"].read()
                 return result
             except Exception as error:  # botocore makes its exception classes at run time: there is no base to name
-                if _is_final(error):
+                said = one_line(error) or type(error).__name__
+                codes = _codes(error)
+                if type(error).__name__ in _FINAL_ERRORS or codes & _FINAL_CODES:
                     raise BucketError(
-                        f"s3://{self.bucket_name}: cannot be read: {error}; "
-                        "check bucket_name, AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                        f"s3://{self.bucket_name}: cannot be read: {said}; check bucket_name and AWS's credentials, "
+                        "region and address (AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL_S3)",
                         path=self.bucket_name,
                     ) from error
+                if codes & _ABSENT_CODES:
+                    raise DataError(f"s3://{self.bucket_name}/{full}: no such object: {said}", path=full) from error
                 if attempt == self.attempts:
                     raise DataError(
-                        f"s3://{self.bucket_name}/{full}: not read after {attempt} tries: {error}; "
+                        f"s3://{self.bucket_name}/{full}: not read after {attempt} tries: {said}; "
                         "check bucket, credentials and network",
                         path=full,
                     ) from error
                 _log.warning(
-                    "s3://%s/%s: try %d of %d failed: %s", self.bucket_name, full, attempt, self.attempts, error
+                    "s3://%s/%s: try %d of %d failed: %s", self.bucket_name, full, attempt, self.attempts, said
                 )
             self._sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
         raise AssertionError("unreachable: the last try returns or raises")
 
 
-def _is_final(error: Exception) -> bool:
-    """Whether trying again, or trying another key, would meet the same refusal."""
-    response = getattr(error, "response", None)  # of botocore's ClientError
+def _codes(error: Exception) -> set[str]:
+    """Return S3's code and the HTTP status of an error, as botocore's ClientError carries them."""
+    response = getattr(error, "response", None)
     found = response if isinstance(response, dict) else {}
-    code = str(found.get("Error", {}).get("Code", ""))
-    status = str(found.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-    return type(error).__name__ in _FINAL_ERRORS or code in _FINAL_CODES or status in _FINAL_CODES
+    status = found.get("ResponseMetadata", {}).get("HTTPStatusCode", "")
+    return {str(found.get("Error", {}).get("Code", "")), str(status)} - {""}
 
 
 def read_clips(data: bytes, *, source: str, members: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -150,14 +165,10 @@ def read_clips(data: bytes, *, source: str, members: Sequence[str]) -> list[dict
         DataError: not a tar, a member that is no tensor, or a clip whose members differ in length.
     """
     clips: dict[str, dict[str, Tensor]] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            for entry in tar:
-                base, _, member = entry.name.removesuffix(".pt").rpartition(".")
-                if entry.isfile() and entry.name.endswith(".pt") and member in members:
-                    clips.setdefault(base, {})[member] = _read_tensor(tar, entry, source)
-    except tarfile.TarError as error:
-        raise DataError(f"{source}: not a readable tar: {error}", path=source) from error
+    for name, member_bytes in tar_members(data, source=source):
+        base, _, member = name.removesuffix(".pt").rpartition(".")
+        if name.endswith(".pt") and member in members:
+            clips.setdefault(base, {})[member] = _read_tensor(member_bytes, name, source)
     whole = {base: clip for base, clip in clips.items() if len(clip) == len(members)}
     for base, clip in whole.items():
         lengths = {member: len(tensor) for member, tensor in clip.items()}
@@ -166,15 +177,39 @@ def read_clips(data: bytes, *, source: str, members: Sequence[str]) -> list[dict
     return list(whole.values())
 
 
-def _read_tensor(tar: tarfile.TarFile, entry: tarfile.TarInfo, source: str) -> Tensor:
-    file = tar.extractfile(entry)
+def tar_members(data: bytes, *, source: str) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of a tar's files, without those that archivers add on their own.
+
+    Passed over are AppleDouble files (`._clip.latent.pt`, `__MACOSX/`), `PaxHeader/` and other hidden names, which are
+    no data.
+
+    Raises:
+        DataError: not a plain tar (one that is compressed or sparse can claim any size), or one that breaks off.
+    """
     try:
-        value = torch.load(io.BytesIO(file.read() if file is not None else b""), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises whatever the unpickler trips over
-        raise DataError(f"{source}: member {entry.name} is not a readable tensor file: {error}", path=source) from error
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        raise DataError(
-            f"{source}: member {entry.name} must hold a tensor with a frame axis, found {type(value).__name__}",
-            path=source,
-        )
-    return value
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for entry in tar:
+                parts = entry.name.split("/")
+                foreign = any(part in _FOREIGN or part.startswith(_FOREIGN_BEGINNINGS) for part in parts[:-1])
+                if not entry.isfile() or foreign or parts[-1].startswith("."):
+                    continue
+                if entry.issparse() or entry.size > len(data):
+                    raise ValueError(f"member {entry.name} claims more bytes than the tar has")
+                file = tar.extractfile(entry)
+                yield entry.name, b"" if file is None else file.read()
+    except Exception as error:  # damaged headers lead tarfile to raise more than its own errors
+        if isinstance(error, DataError):
+            raise
+        packed = next((f" (it is compressed: {kind})" for kind, head in _PACKED.items() if data.startswith(head)), "")
+        raise DataError(f"{source}: not a readable tar{packed}: {one_line(error)}", path=source) from error
+
+
+def _read_tensor(data: bytes, name: str, source: str) -> Tensor:
+    try:
+        value = load_tensor_bytes(data)
+    except ValueError as error:
+        raise DataError(f"{source}: member {name} is not a readable tensor file: {error}", path=source) from error
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.is_complex():
+        found = f"one of {value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise DataError(f"{source}: member {name} must hold a tensor with a frame axis, found {found}", path=source)
+    return value.float() if value.is_floating_point() and value.element_size() == 1 else value

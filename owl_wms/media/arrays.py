@@ -10,6 +10,7 @@ Usage:
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
 import zipfile
@@ -20,12 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from owl_wms.errors import DataError
+from owl_wms.files import false_claims, foreign_to_torch, one_line, open_regular, read_exactly, size_of
+from owl_wms.media.facts import MEMBER, METADATA_KEY, Facts
+from owl_wms.media.npy import NpyFile
 from owl_wms.media.whole import why_unwritten, written_whole
-from owl_wms.vae.weight_files import not_from_torch
 
 ARRAY_SUFFIXES = (".pt", ".npy", ".safetensors")
 KEY = "latents"  # of a file that holds several tensors, the one that is meant
@@ -47,66 +51,119 @@ def load_array(path: Path | str, *, mapped: bool = False) -> Tensor:
 
 
 def read_arrays(path: Path | str, *, mapped: bool = False) -> Any:
-    """What a file holds, on the CPU, as stored: a tensor, or a mapping that has tensors in it; `mapped` as above.
+    """The value in a file, on the CPU, as stored: a tensor, or a mapping that has tensors in it; `mapped` as above.
+
+    Unless mapped, the file is read whole: it may change or go afterwards.
 
     Raises:
-        DataError: missing, unreadable or truncated file, unknown ending, pickled objects.
+        DataError: missing, unreadable or truncated file, unknown ending, pickled objects, compressed members, or a
+            tensor that is not an ordinary one or claims more values than the file holds.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in ARRAY_SUFFIXES:
         raise DataError(f"{path}: the ending must be one of {', '.join(ARRAY_SUFFIXES)}, got {suffix!r}", path=path)
-    if not path.is_file():
-        raise DataError(f"{path}: {'is a folder, a file is wanted' if path.is_dir() else 'no such file'}", path=path)
     try:
-        if suffix == ".pt":
-            with (
-                warnings.catch_warnings()
-            ):  # a damaged file is one error below, not also a remark on its pickle protocol
-                warnings.simplefilter("ignore", UserWarning)
-                # Only torch's own zip archives can be mapped, which it made the default in version 1.6.
-                mapped = mapped and zipfile.is_zipfile(path)
-                value: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        elif suffix == ".npy":
-            # Mapped first: a header that claims more than the file holds fails here instead of allocating it.
-            array = np.load(path, allow_pickle=False, mmap_mode="r")
-            with warnings.catch_warnings():  # that it is read-only
-                warnings.simplefilter("ignore", UserWarning)
-                value = torch.from_numpy(array if mapped else np.array(array))
+        if suffix == ".npy":
+            with NpyFile(path) as array:
+                value: Any = _mapped_npy(path) if mapped and array.dtype.isnative else torch.from_numpy(array.read())
         else:
-            value = load_file(path)
+            with open_regular(path) as file:
+                if suffix == ".pt":
+                    value = _load_torch(file, path if mapped else None)
+                else:
+                    value = load_file(path) if mapped else load_bytes(bytes(read_exactly(file, size_of(file))))
+        for tensor in value.values() if isinstance(value, Mapping) else [value]:
+            if isinstance(tensor, Tensor):
+                _require_ordinary(tensor)
     except Exception as error:  # damaged bytes lead numpy and torch to raise almost anything (TokenError, SyntaxError)
         raise DataError(f"{path}: {_why_unreadable(path, suffix, error)}", path=path) from error
     return value
 
 
+def _mapped_npy(path: Path) -> Tensor:
+    with warnings.catch_warnings():  # that it is read-only
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(np.load(path, allow_pickle=False, mmap_mode="r"))
+
+
+def load_tensor_bytes(data: bytes) -> Any:
+    """The value in the bytes of a `.pt` file, under the rules of `read_arrays`.
+
+    Raises:
+        ValueError: the bytes cannot be read, in one line that says why.
+    """
+    try:
+        value = _load_torch(io.BytesIO(data))
+        if isinstance(value, Tensor):
+            _require_ordinary(value)
+    except Exception as error:  # see above
+        raise ValueError(_why_not_torch(data[:16], error)) from error
+    return value
+
+
+def _load_torch(file: io.BufferedReader | io.BytesIO, mapped: Path | None = None) -> Any:
+    """Load a `.pt` file, from the name `mapped` if it is to be mapped, which only torch's zip archives can be."""
+    claims = false_claims(file)
+    if claims is not None:
+        raise ValueError(claims)
+    where = mapped if mapped is not None and zipfile.is_zipfile(mapped) else file
+    with warnings.catch_warnings():  # a damaged file is one error, not also a remark on its pickle protocol
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.load(where, map_location="cpu", weights_only=True, mmap=where is mapped)
+
+
+def _require_ordinary(tensor: Tensor) -> None:
+    """Refuse what is not a dense tensor in memory, and one whose strides make many values of few."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else f"{tensor.layout}"
+        where = f" on {tensor.device}" if tensor.device.type != "cpu" else ""
+        raise ValueError(f"it holds a {kind} tensor{where}, a dense one is wanted")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        shape = list(tensor.shape)
+        raise ValueError(f"it holds fewer values than its shape {shape} says; save tensor.contiguous() instead")
+
+
 def _why_unreadable(path: Path, suffix: str, error: Exception) -> str:
-    if isinstance(error, PermissionError):
-        return f"cannot be read: {error.strerror}"
-    foreign = not_from_torch(path) if suffix == ".pt" else None
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder, a file is wanted"
+    if isinstance(error, OSError) and error.strerror is not None and error.filename is not None:
+        return error.strerror if error.strerror.startswith("is ") else f"cannot be read: {error.strerror}"
+    if path.stat().st_size == 0:
+        return f"cannot be read as {suffix}: it is empty"
+    if suffix == ".safetensors" and isinstance(error, LookupError):
+        return f"cannot be read as {suffix}: the library knows no type {one_line(error)}"
+    if suffix != ".pt":
+        return f"cannot be read as {suffix}: {one_line(error) or type(error).__name__}"
+    with open_regular(path) as file:
+        head = bytes(read_exactly(file, min(16, size_of(file))))
+        if head.startswith(b"PK\x03\x04") and _lacks_its_end(file):
+            return "cannot be read as .pt: the file is truncated; copy or write it again"
+    return _why_not_torch(head, error)
+
+
+def _why_not_torch(head: bytes, error: Exception) -> str:
+    """Say why bytes that begin with `head` could not be read, without torch's advice to load them unsafely."""
+    foreign = foreign_to_torch(head)
     if isinstance(error, pickle.UnpicklingError) and foreign is None:
         return "holds more than tensors (or is damaged), and pickled code is not run; save the tensor alone"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if foreign is not None:
-        reason = foreign
-    elif path.stat().st_size == 0:
-        reason = "it is empty"
-    elif _lacks_its_end(path):
-        reason = "the file is truncated; copy or write it again"
-    elif isinstance(error, LookupError):  # its text is a key alone
+    reason = foreign or one_line(str(error).split("\n", 1)[0]) or type(error).__name__
+    if foreign is None and isinstance(error, LookupError):  # its text is a key alone
         reason = f"the file is damaged ({type(error).__name__}: {reason})"
-    return f"cannot be read as {suffix}: {reason}"
+    if "weights_only" in reason:
+        reason = "it is damaged, or holds more than tensors"
+    return f"cannot be read as .pt: {reason}"
 
 
-def _lacks_its_end(path: Path) -> bool:
+def _lacks_its_end(file: io.BufferedReader) -> bool:
     """Whether a zip archive, as torch writes, breaks off before its directory, which stands last.
 
     torch then says "[Errno 22] Invalid argument" or speaks of its archive reader, according to where it breaks off.
     """
-    with path.open("rb") as file:
-        begins = file.read(4) == b"PK\x03\x04"
     try:
-        return begins and not zipfile.is_zipfile(path)
+        return not zipfile.is_zipfile(file)
     except zipfile.BadZipFile:  # it has a directory, a damaged one
         return False
 
@@ -143,6 +200,8 @@ def load_latents(path: Path | str, channels: int | None = None) -> Tensor:
 def as_clips(latents: Tensor, path: Path | str, channels: int | None = None) -> Tensor:
     """Returns the latents of a file as [b, n, c, h, w]; arguments as in `load_latents`, values are not looked at.
 
+    float8 becomes float32.
+
     Raises:
         DataError: as there.
     """
@@ -151,6 +210,11 @@ def as_clips(latents: Tensor, path: Path | str, channels: int | None = None) -> 
         raise DataError(f"{path}: latents must be floating point, got {latents.dtype}", path=path)
     if latents.dim() not in (3, 4, 5):
         raise DataError(f"{path}: latents must be [b, n, c, h, w], [n, c, h, w] or [c, h, w], got {shape}", path=path)
+    if latents.element_size() == 1:  # float8 is a way to store numbers; nothing computes with it
+        try:
+            latents = latents.float()
+        except RuntimeError as error:  # torch names dtypes that it has no conversions for
+            raise DataError(f"{path}: latents of {latents.dtype} cannot be converted", path=path) from error
     while latents.dim() < 5:
         latents = latents[None]
     if latents.numel() == 0:
@@ -170,30 +234,55 @@ def check_finite(frames: Tensor, path: Path | str, first: int = 0) -> None:
         raise DataError(f"{path}: frame {index} has values that are not finite", path=path, index=index)
 
 
-def save_array(path: Path | str, tensor: Tensor | Mapping[str, Tensor]) -> None:
+def save_array(path: Path | str, tensor: Tensor | Mapping[str, Tensor], *, facts: Facts | None = None) -> None:
     """Write one tensor, or several by name, in the form that the path's ending says; folders are made.
 
+    Only the tensor's own values are written, not the storage that a view is cut from.
+
+    Args:
+        path: the file; `.npy` has bfloat16 and float8 as float32.
+        tensor: dense tensors.
+        facts: see `owl_wms.media.facts`; `.npy` has no place for them.
+
     Raises:
-        DataError: unknown ending, several tensors for `.npy`, or the path cannot be written; what stood there
-            then stays as it was.
+        DataError: unknown ending, several tensors for `.npy`, a tensor that is not dense, or the path cannot be
+            written; what stood there then stays as it was.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in ARRAY_SUFFIXES:
         raise DataError(f"{path}: the ending must be one of {', '.join(ARRAY_SUFFIXES)}, got {suffix!r}", path=path)
     named = {KEY: tensor} if isinstance(tensor, Tensor) else tensor
-    stored = {name: value.detach().contiguous().cpu() for name, value in named.items()}
+    stored = {name: _own_values(value, path) for name, value in named.items()}
     if suffix == ".npy" and len(stored) != 1:
         raise DataError(f"{path}: .npy holds one tensor, got {', '.join(stored)}", path=path)
+    if suffix == ".safetensors" and any(value.dtype == torch.float8_e8m0fnu for value in stored.values()):
+        raise DataError(f"{path}: safetensors writes float8_e8m0fnu, and cannot read it; use .pt", path=path)
+    told = None if facts is None or not facts.to_dict() else facts.to_text()
     try:
         with written_whole(path) as draft:
             if suffix == ".pt":
                 torch.save(stored[KEY] if isinstance(tensor, Tensor) else stored, draft)
+                if told is not None:
+                    with zipfile.ZipFile(draft, "a") as archive:
+                        archive.writestr(f"{archive.namelist()[0].partition('/')[0]}/{MEMBER}", told)
             elif suffix == ".npy":
                 (only,) = stored.values()
+                as_float = only.is_floating_point() and only.dtype not in (torch.float16, torch.float32, torch.float64)
                 with draft.open("wb") as file:  # given a name, numpy would add to one that ends in .NPY
-                    np.save(file, only.float().numpy() if only.dtype == torch.bfloat16 else only.numpy())
+                    np.save(file, only.float().numpy() if as_float else only.numpy(), allow_pickle=False)
             else:
-                save_file(stored, draft)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError for a missing folder
-        raise DataError(f"{path}: cannot be written: {why_unwritten(error)}", path=path) from error
+                save_file(stored, draft, metadata=None if told is None else {METADATA_KEY: told})
+    except (OSError, RuntimeError, TypeError, ValueError, LookupError, SafetensorError) as error:
+        # torch.save says RuntimeError for a missing folder; the others are of dtypes that a form does not have.
+        raise DataError(f"{path}: cannot be written: {one_line(why_unwritten(error))}", path=path) from error
+
+
+def _own_values(tensor: Tensor, path: Path) -> Tensor:
+    """A dense tensor on the CPU whose storage holds its values and nothing else."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        raise DataError(
+            f"{path}: only dense tensors can be written, got {type(tensor).__name__} {tensor.dtype}", path=path
+        )
+    plain = tensor.detach().as_subclass(Tensor).cpu().resolve_conj().resolve_neg()
+    return plain.clone(memory_format=torch.contiguous_format)

@@ -12,17 +12,16 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from owl_wms.errors import DataError
 from owl_wms.media.arrays import ARRAY_SUFFIXES, load_array
-from owl_wms.media.video import VIDEO_SUFFIXES, read_video
+from owl_wms.media.stills import picture_files, read_picture
+from owl_wms.media.watch import VIDEO_SUFFIXES, read_video
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FAR_OUT = 8.0  # a decoder's frames pass 1 a little; numbers like these are bytes, or no frames
 
 
 def frame_batches(
@@ -37,8 +36,8 @@ def frame_batches(
     """Batches of frames, float32 [<= batch_size, channels, H, W] in [-1, 1].
 
     Args:
-        source: a clip, a folder of pictures in the order of their names, or an array file of frames [n, C, H, W]
-            (float in [-1, 1], or uint8).
+        source: a clip, a folder of pictures in the order of the numbers in their names, or an array file of frames
+            [n, C, H, W] (float in [-1, 1], or uint8).
         channels: what the encoder takes; 4 is colour and depth.
         size: (H, W) the encoder takes.
         batch_size: frames a batch, the last may have fewer.
@@ -68,11 +67,7 @@ def _take(frames: Iterator[Tensor], count: int) -> Iterator[tuple[int, Tensor]]:
 def _frames(source: Path) -> Iterator[Tensor]:
     """Single frames [C, H, W], float32 in [-1, 1]."""
     if source.is_dir():
-        files = sorted(p for p in source.iterdir() if p.suffix.lower() in _PICTURES)
-        if not files:
-            raise DataError(f"{source}: no pictures ({', '.join(_PICTURES)}) in this folder", path=source)
-        for path in files:
-            yield _unit(_read_picture(path))
+        yield from map(read_picture, picture_files(source))
     elif source.suffix.lower() in ARRAY_SUFFIXES:
         array = load_array(source)
         if array.dim() != 4:
@@ -80,7 +75,12 @@ def _frames(source: Path) -> Iterator[Tensor]:
         if array.dtype == torch.uint8:
             yield from (frame.float() / 127.5 - 1 for frame in array)
         elif array.is_floating_point():
-            yield from (frame.float() for frame in array)
+            for index, frame in enumerate(array):
+                values = frame.float()
+                if not values.isfinite().all() or values.abs().max() > _FAR_OUT:
+                    text = f"frame {index} is far from [-1, 1]; bytes from 0 to 255 are stored as uint8"
+                    raise DataError(f"{source}: {text}", path=source, index=index)
+                yield values
         else:
             raise DataError(f"{source}: frames must be float in [-1, 1] or uint8, got {array.dtype}", path=source)
     elif source.suffix.lower() in VIDEO_SUFFIXES:
@@ -88,14 +88,6 @@ def _frames(source: Path) -> Iterator[Tensor]:
     else:
         known = ", ".join(VIDEO_SUFFIXES + ARRAY_SUFFIXES)
         raise DataError(f"{source}: must be a folder of pictures or a file ending in {known}", path=source)
-
-
-def _read_picture(path: Path) -> Tensor:
-    try:
-        with Image.open(path) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB")))
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{path}: cannot be read as a picture: {error}", path=path) from error
 
 
 def _unit(frame: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -25,14 +25,17 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import ConfigError, DataError
+from owl_wms.media.facts import Facts
+from owl_wms.media.watch import BT709, LIMITED, VIDEO_SUFFIXES, pyav, read_video
 from owl_wms.media.whole import why_unwritten, written_whole
 from owl_wms.timing import Spent
+
+__all__ = ["VIDEO_SUFFIXES", "VideoWriter", "Y4mWriter", "choose_encoder", "read_video", "said"]
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 STDOUT = Path("-")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 X264, NVENC = "libx264", "h264_nvenc"
 ENCODERS = {
     X264: ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo"),
@@ -51,14 +54,6 @@ _AT_ONCE = 32  # pictures that may be converted before the first of them is enco
 def said(path: Path) -> str:
     """Returns the name of an output for messages."""
     return "standard output" if path == STDOUT else str(path)
-
-
-def _av(path: Path | str) -> ModuleType:
-    try:
-        import av
-    except ImportError as error:
-        raise DataError(f"{path}: reading or writing video needs PyAV; pip install av", path=path) from error
-    return av
 
 
 def choose_encoder(name: str, preset: str | None = None) -> tuple[str, str]:
@@ -84,7 +79,7 @@ def choose_encoder(name: str, preset: str | None = None) -> tuple[str, str]:
 
 def _opens(name: str) -> bool:
     """Whether the encoder exists and takes a small picture's settings; opening finds a missing driver or chip."""
-    av = _av(name)
+    av = pyav(name)
     try:
         context = av.CodecContext.create(name, "w")
         context.width, context.height, context.pix_fmt, context.framerate = 256, 256, "yuv420p", 30
@@ -102,7 +97,7 @@ class _FrameWriter:
         # A smaller rate would be rounded to 0, for which the encoder takes 24.
         if not 1 / 1001 <= fps < float("inf"):
             raise ValueError(f"fps must be finite and at least 1/1001, got {fps}")
-        self._av, self._fps = _av(path), Fraction(fps).limit_denominator(1001)
+        self._av, self._fps = pyav(path), Fraction(fps).limit_denominator(1001)
         self._spent = Spent() if spent is None else spent
         self._pool = ThreadPoolExecutor(_CONVERTERS, "owl-wms-convert")  # its threads start with the first frame
         self._local = threading.local()
@@ -171,7 +166,10 @@ class _FrameWriter:
             picture = self._av.VideoFrame.from_ndarray(frame, format="rgba")
         else:
             picture = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[..., :3]), format="rgb24")
-        return self._local.converter.reformat(picture, format=_PIXELS)
+        return self._coloured(self._local.converter, picture)
+
+    def _coloured(self, converter: Any, picture: Any) -> Any:
+        return converter.reformat(picture, format=_PIXELS)
 
     @contextmanager
     def _naming_the_clip(self) -> Iterator[None]:
@@ -197,6 +195,7 @@ class VideoWriter(_FrameWriter):
         crf: int = CRF,
         preset: str | None = None,
         spent: Spent | None = None,
+        facts: Facts | None = None,
     ) -> None:
         """Check the destination; nothing is written yet.
 
@@ -206,6 +205,7 @@ class VideoWriter(_FrameWriter):
             encoder, preset: of ENCODERS, as `choose_encoder` returns them.
             crf: see CRF.
             spent: receives seconds of the stages `encode` and `write`.
+            facts: kept in the clip's comment (`owl_wms.media.facts`).
 
         Raises:
             DataError: the name does not end in `.mp4`, or PyAV is missing.
@@ -215,6 +215,7 @@ class VideoWriter(_FrameWriter):
             raise DataError(f"{path}: clips are written as .mp4, got the ending {Path(path).suffix!r}", path=path)
         super().__init__(path, fps, spent)
         quality = {"crf": str(crf)} if encoder == X264 else {"rc": "constqp", "qp": str(crf)}
+        self._facts = facts or Facts()
         self._encoder, self._options = encoder, {"preset": preset or PRESETS[encoder], **quality}
 
     def _open(self, height: int, width: int) -> tuple[Any, Any]:
@@ -222,11 +223,26 @@ class VideoWriter(_FrameWriter):
             raise DataError(f"{self.path}: H.264 needs even sides, got {height}x{width}", path=self.path)
         draft = self._stack.enter_context(written_whole(self.path))
         container = self._av.open(str(draft), mode="w")
+        if self._facts.to_dict():
+            container.metadata["comment"] = self._facts.to_text()
         stream = container.add_stream(self._encoder, rate=self._fps)
         stream.height, stream.width, stream.pix_fmt, stream.options = height, width, _PIXELS, self._options
         # PyAV's default divides each frame among the threads, which for small frames leaves most cores idle.
         stream.codec_context.thread_type = "FRAME"
+        self._tag(stream.codec_context)
         return container, stream
+
+    def _coloured(self, converter: Any, picture: Any) -> Any:
+        spaces = self._av.video.reformatter.Colorspace
+        return self._tag(converter.reformat(picture, format=_PIXELS, dst_colorspace=spaces.ITU709))
+
+    @staticmethod
+    def _tag(what: Any) -> Any:
+        """Says how the colours are to be read. Without it players take large clips for BT.709 and small ones for
+        BT.601, and reds and greens shift."""
+        what.colorspace = what.color_primaries = what.color_trc = BT709
+        what.color_range = LIMITED
+        return what
 
 
 class Y4mWriter(_FrameWriter):
@@ -259,28 +275,3 @@ class Y4mWriter(_FrameWriter):
         stream = container.add_stream("wrapped_avframe", rate=self._fps)
         stream.height, stream.width, stream.pix_fmt = height, width, _PIXELS
         return container, stream
-
-
-def read_video(path: Path | str) -> Iterator[Tensor]:
-    """The frames of a clip's first video stream, uint8 [H, W, 3] each.
-
-    Raises:
-        DataError: no such file, not a video, or it breaks off; `index` is then the frame.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file", path=path)
-    av = _av(path)
-    index = 0
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DataError(f"{path}: has no video stream", path=path)
-            for frame in container.decode(video=0):
-                yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
-                index += 1
-    except av.FFmpegError as error:
-        reason = error.strerror or error
-        raise DataError(
-            f"{path}: cannot be read as video at frame {index}: {reason}", path=path, index=index
-        ) from error

@@ -10,15 +10,25 @@ Usage:
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from owl_wms.files import NAME_BYTES
 
 
 def draft_beside(path: Path) -> Path:
-    """A hidden name in the folder of the file that `path` is, or links to; it keeps the ending, which says the form."""
+    """A hidden name in the folder of the file that `path` is, or links to; it keeps the ending, which says the form.
+
+    A name may be as long as names can be: of one that would leave no room, the beginning and a checksum stand for it.
+    """
     target = Path(os.path.realpath(path))
-    return target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    end = f".{os.getpid()}.tmp{target.suffix}"
+    stem, room = target.stem, NAME_BYTES - len(os.fsencode(end)) - 1
+    if len(os.fsencode(stem)) > room:
+        stem = f"{os.fsencode(stem)[: room // 2].decode(errors='ignore')}.{zlib.crc32(os.fsencode(stem)):08x}"
+    return target.with_name(f".{stem}{end}")
 
 
 def keep_draft(draft: Path, path: Path) -> None:
@@ -41,7 +51,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield draft
         keep_draft(draft, path)
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # the body's error says more
+            draft.unlink(missing_ok=True)
 
 
 def why_unwritten(error: Exception) -> str:

@@ -19,7 +19,6 @@ import pickle
 import re
 import types
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import safetensors.torch
 import torch
 
 from owl_wms.errors import CheckpointError
+from owl_wms.files import false_claims, foreign_to_torch
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 INDEX = ".index.json"
@@ -115,7 +115,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_torch(path: Path) -> Any:
-    claims = false_claims(path)
+    with path.open("rb") as file:
+        claims = false_claims(file)
     if claims is not None:
         raise CheckpointError(f"{path}: truncated or not a PyTorch checkpoint: {claims}", path=path)
     try:
@@ -148,31 +149,7 @@ def not_from_torch(path: Path) -> str | None:
             head = file.read(16)
     except OSError:  # torch.load has said so
         return None
-    if not head:
-        return "it is empty"
-    if head.startswith((b"PK", b"\x80")):
-        return None
-    words = " ".join(head.decode("ascii", errors="replace").split())
-    begins = f" and begins with {words!r}" if words.isprintable() and words.isascii() else ""
-    return f"torch.save did not write this file: it is neither a zip archive nor a pickle{begins}"
-
-
-def false_claims(path: Path) -> str | None:
-    """Returns why the members of a zip archive would need more memory than the file has bytes, or None.
-
-    `torch.save` stores its members uncompressed, so members that are compressed (a few KiB can then stand for
-    gigabytes) or that together are larger than the file were not written by it.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, UnicodeDecodeError):
-        return None  # no archive, or a damaged one, which torch.load reports
-    packed = next((member.filename for member in members if member.compress_type != zipfile.ZIP_STORED), None)
-    if packed is not None:
-        return f"its member {packed!r} is compressed, which torch.save never does"
-    size, claimed = path.stat().st_size, sum(member.file_size for member in members)
-    return f"its members claim {claimed} bytes in a file of {size}" if claimed > size else None
+    return foreign_to_torch(head)
 
 
 # ---- several files

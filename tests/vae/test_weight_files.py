@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from owl_wms.errors import CheckpointError
+from owl_wms.files import false_claims
 from owl_wms.vae import build_autoencoder, build_decoder, load_weights, read_state_dict, select_part
-from owl_wms.vae.weight_files import false_claims
 from tests.vae.helpers import randomize, small_dcae
 
 MODEL = randomize(build_autoencoder(small_dcae()))
@@ -148,7 +148,8 @@ def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
     ):
         for member in source.infolist():
             target.writestr(member.filename, source.read(member.filename))
-    assert false_claims(tmp_path / "s.pt") is None
+    with (tmp_path / "s.pt").open("rb") as file:
+        assert false_claims(file) is None
     with pytest.raises(CheckpointError, match=r"is compressed, which torch.save never does"):
         read_state_dict(tmp_path / "packed.pt")
     # A stride of 0 lets four bytes stand for any shape: the shape is compared before a value is read.

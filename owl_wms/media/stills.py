@@ -1,0 +1,116 @@
+"""Reads folders of pictures as viewers show them: turned upright, all 16 bits, in sRGB, in the order of their numbers.
+
+Why: a library's decoded bytes are not yet the picture. A camera stores it lying down and says so in EXIF, a depth map
+of 16 bits becomes white when it is cut to 8, `frame_10` sorts before `frame_2` as text, and a memory stick from a Mac
+has a `._frame_0.png` beside each picture. What cannot be read without a guess (transparency, an animation) is refused.
+
+Usage:
+    for path in picture_files(Path("frames")):
+        frame = read_picture(path)      # float32 [3, H, W] in [-1, 1]
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
+
+from owl_wms.errors import DataError
+from owl_wms.files import one_line, open_regular
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAX_PIXELS = 1 << 27
+"""Largest picture or video frame that is decoded: 134 million pixels, 1.6 GB as float32 colours."""
+
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_ANIMATED = ("PNG", "WEBP", "GIF")  # a phone's JPEG may have further pictures (MPO), of which the first is the picture
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Return the pictures of a folder, in the order of the numbers in their names.
+
+    Hidden files (`._x.png`, `.DS_Store`), folders and other endings are passed over.
+
+    Raises:
+        DataError: none, a folder that cannot be read, or two pictures of one name with different endings.
+    """
+    try:
+        entries = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}", path=folder) from error
+    files = sorted((path for path in entries if path.name[0] != "." and not path.is_dir()), key=natural_order)
+    if not files:
+        raise DataError(f"{folder}: no pictures ({', '.join(PICTURE_SUFFIXES)}) in this folder", path=folder)
+    stems: dict[str, Path] = {}
+    for path in files:
+        other = stems.setdefault(path.stem, path)
+        if other is not path:
+            text = f"{other.name} and {path.name} are two pictures of one name; which of them is the frame?"
+            raise DataError(f"{folder}: {text}", path=folder)
+    return files
+
+
+def natural_order(path: Path) -> tuple[list[tuple[int, int, str]], str]:
+    """Return a key that sorts names by the numbers in them: `frame_2` before `frame_10`; the name decides a tie."""
+    pieces = re.split(r"([0-9]+)", path.name.casefold())
+    return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece], path.name
+
+
+def read_picture(path: Path) -> Tensor:
+    """Read one picture as float32 [3, H, W] in [-1, 1], upright, in sRGB.
+
+    Raises:
+        DataError: no picture, more than `MAX_PIXELS`, an animation, a pixel that is not opaque, or a colour profile
+            that cannot be applied.
+    """
+    try:
+        # Of its size Pillow warns at 89 million pixels and fails at twice that; the bound here is between the two.
+        with open_regular(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file) as picture:
+                return _decode(picture)
+    except Exception as error:  # damaged bytes lead Pillow's parsers to raise almost anything
+        reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
+        reason = reason.split(" <_io.")[0]
+        raise DataError(f"{path}: cannot be read as a picture: {reason}", path=path) from error
+
+
+def _decode(picture: Image.Image) -> Tensor:
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"{picture.width}x{picture.height} are more than {MAX_PIXELS} pixels")
+    if picture.format in _ANIMATED and getattr(picture, "n_frames", 1) > 1:
+        raise ValueError("it is an animation; give the frames as files, or a clip")
+    profile = picture.info.get("icc_profile")
+    upright: Image.Image = ImageOps.exif_transpose(picture)
+    if upright.mode in _SIXTEEN_BITS:
+        grey = np.array(upright).astype(np.float32)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("its grey values leave the 16 bits of a picture")
+        return torch.from_numpy(grey / 32767.5 - 1).expand(3, -1, -1)
+    if upright.has_transparency_data:
+        alpha = np.array(upright.convert("RGBA"))[..., 3]
+        if alpha.min() < 255:
+            raise ValueError("it is transparent in places; lay it on a background first")
+    return torch.from_numpy(np.array(_in_srgb(upright, profile))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _in_srgb(picture: Image.Image, profile: Any) -> Image.Image:
+    if not profile or picture.mode not in ("RGB", "RGBA", "CMYK"):
+        return picture.convert("RGB")
+    opaque = picture.convert("RGB") if picture.mode == "RGBA" else picture
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(given).lower():
+            return opaque.convert("RGB")
+        changed = ImageCms.profileToProfile(opaque, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        raise ValueError(f"its colour profile cannot be applied: {error}") from error
+    assert changed is not None
+    return changed

@@ -1,0 +1,154 @@
+"""Reads clips as a player shows them, frame by frame, through PyAV.
+
+Why frame by frame: ten seconds at 60 frames per second are 1.6 GB as float tensors. PyAV is imported when a clip is
+opened, so that machines without it (a training node) can import everything else.
+
+Usage:
+    for frame in read_video("clip.mp4"): ...     # uint8 [H, W, 3]
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from owl_wms.errors import DataError
+from owl_wms.files import one_line, open_regular
+from owl_wms.media.stills import MAX_PIXELS
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
+_FORMATS = {"mov", "mp4", "matroska", "webm", "avi"}  # as FFmpeg calls what `VIDEO_SUFFIXES` hold
+# ITU-T H.273: matrix, primaries and transfer of BT.709; 2 is "unspecified"; transfers of PQ and HLG.
+BT709, _UNSAID, _HDR = 1, 2, (16, 18)
+LIMITED = 1  # FFmpeg's AVCOL_RANGE_MPEG
+_LARGE = 720  # lines from which players take an untagged clip for BT.709
+
+
+def pyav(path: Path | str) -> ModuleType:
+    """Import PyAV; `path` is the clip, for the message.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise DataError(f"{path}: reading or writing video needs PyAV; pip install av", path=path) from error
+    return av
+
+
+def comment_of(path: Path) -> str | None:
+    """Return a clip's comment, in which `VideoWriter` puts facts; None when it has none.
+
+    Raises:
+        DataError: not a readable clip, or PyAV is missing.
+    """
+    av = pyav(path)
+    try:
+        with _opened(av, path) as container:
+            return container.metadata.get("comment")  # type: ignore[no-any-return]
+    except Exception as error:  # see `read_video`
+        raise DataError(f"{path}: cannot be read as video: {_why(error)}", path=path) from error
+
+
+def read_video(path: Path | str) -> Iterator[Tensor]:
+    """The frames of a clip's first video stream as a player shows them, uint8 [H, W, 3] each.
+
+    Turned and mirrored as the clip's display matrix says, pixels made square, colours by the clip's tags (BT.709 from
+    720 lines on where it has none, as players do).
+
+    Raises:
+        DataError: no such file, not a video, or it breaks off; a damaged frame, a turn by other than quarters, HDR,
+            more than `MAX_PIXELS`. `index` is then the frame.
+    """
+    path = Path(path)
+    av = pyav(path)
+    index = 0
+    try:
+        with _opened(av, path) as container:
+            if not container.streams.video:
+                raise DataError(f"{path}: has no video stream", path=path)
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError("its codec is not known here")
+            if stream.width * stream.height > MAX_PIXELS:
+                raise ValueError(f"{stream.width}x{stream.height} are more than {MAX_PIXELS} pixels")
+            for frame in container.decode(stream):
+                yield torch.from_numpy(_as_shown(av, frame, stream.sample_aspect_ratio))
+                index += 1
+    except (OSError, ValueError, av.FFmpegError) as error:
+        if isinstance(error, DataError):
+            raise
+        where = (
+            ""
+            if isinstance(error, (FileNotFoundError, IsADirectoryError))
+            else f"cannot be read as video at frame {index}: "
+        )
+        raise DataError(f"{path}: {where}{_why(error)}", path=path, index=index) from error
+
+
+def _opened(av: ModuleType, path: Path) -> Any:
+    """The container of a regular file; nothing else is opened for it.
+
+    By descriptor and absolute name: FFmpeg takes `10:30.mp4` for a protocol, and some formats name further files.
+    """
+    open_regular(path).close()
+    container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
+    if not _FORMATS & set(container.format.name.split(",")):
+        name = container.format.name
+        container.close()
+        raise ValueError(f"it is {name}, not a clip ({', '.join(VIDEO_SUFFIXES)})")
+    return container
+
+
+def _as_shown(av: ModuleType, frame: Any, aspect: Fraction | None) -> np.ndarray:
+    """Convert a decoded frame to uint8 [H, W, 3] as a player shows it."""
+    if frame.is_corrupt:
+        raise ValueError("the frame is damaged")
+    if int(frame.color_trc) in _HDR:
+        raise ValueError("it is HDR (PQ or HLG); convert it to SDR first, which needs a choice of brightness")
+    spaces = av.video.reformatter.Colorspace
+    untagged = int(frame.colorspace) == _UNSAID
+    known = {"src_colorspace": spaces.ITU709 if frame.height >= _LARGE else spaces.ITU601} if untagged else {}
+    width = frame.width if not aspect else max(1, round(frame.width * aspect))
+    if width * frame.height > MAX_PIXELS:
+        raise ValueError(f"{width}x{frame.height} are more than {MAX_PIXELS} pixels")
+    picture: np.ndarray = frame.to_ndarray(format="rgb24", width=width, height=frame.height, **known)
+    matrix = next((bytes(side) for side in frame.side_data if side.type.name == "DISPLAYMATRIX"), None)
+    return picture if matrix is None else np.ascontiguousarray(_turned(picture, matrix))
+
+
+def _turned(picture: np.ndarray, matrix: bytes) -> np.ndarray:
+    """Apply a display matrix: 9 numbers of 32 bits, of which the first of each pair maps x, the second y.
+
+    (x', y') = (a x + c y, b x + d y), as ISO/IEC 14496-12, 6.2.2 has it; x goes right and y down.
+    """
+    a, b, _, c, d = (np.sign(value) if abs(value) == 1 << 16 else value for value in struct.unpack("=9i", matrix)[:5])
+    turns = {
+        (1, 0, 0, 1): picture,
+        (-1, 0, 0, 1): picture[:, ::-1],
+        (1, 0, 0, -1): picture[::-1],
+        (-1, 0, 0, -1): picture[::-1, ::-1],
+        (0, 1, 1, 0): picture.transpose(1, 0, 2),
+        (0, 1, -1, 0): picture.transpose(1, 0, 2)[:, ::-1],
+        (0, -1, 1, 0): picture.transpose(1, 0, 2)[::-1],
+        (0, -1, -1, 0): picture.transpose(1, 0, 2)[::-1, ::-1],
+    }
+    turned = turns.get((int(a), int(b), int(c), int(d)))
+    if turned is None:
+        raise ValueError("its display matrix turns by other than quarters")
+    return turned
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return one_line(getattr(error, "strerror", None) or error) or type(error).__name__
