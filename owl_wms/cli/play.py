@@ -49,7 +49,10 @@ def play(
     origin: Annotated[
         list[str] | None, typer.Option(help="Address of a proxy in front, such as https://play.example.org; repeats.")
     ] = None,
-    token: Annotated[str | None, typer.Option(help="Part of the address; random if left out.")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(help="Part of the address, at least 16 characters; random, and kept for a restart, if left out."),
+    ] = None,
     max_clients: Annotated[int, typer.Option(min=1, help="Players at once; they share the model.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
@@ -62,6 +65,7 @@ def play(
     from owl_wms.inference.build import build_game, build_pipeline
 
     try:
+        from owl_wms.inference.kept_token import keep_token
         from owl_wms.inference.server import ServerSettings, new_token
         from owl_wms.inference.session import Pace
     except ImportError as error:
@@ -87,11 +91,12 @@ def play(
     settings = ServerSettings(
         host=host,
         port=port,
-        token=new_token() if token is None else token,
+        token=token if token is not None else keep_token(port) if port else new_token(),
         max_clients=max_clients,
         origins=tuple(origin or ()),
         pace=Pace(fps=rate, kind="webp" if webp else "jpeg", quality=quality),
     )
+    loading = Loading(console)
     common: dict[str, Any] = {"device": where, "dtype": precision, "tensorrt": tensorrt, "seed": seed}
     if game:
         vae_config, vae_checkpoint = DEMO_VAE if vae else (None, None)
@@ -103,8 +108,25 @@ def play(
         assert checkpoint is not None
         chosen = config, checkpoint
         options: dict[str, Any] = {"context": context, "steps": steps, "cfg_scale": cfg_scale, "max_window": max_window}
+        options["progress"] = loading
         new_source = lambda: build_pipeline(chosen[0], chosen[1], **options, **common)  # noqa: E731
-    serve(new_source, settings, console, open_page=open_page)
+    serve(new_source, settings, console, open_page=open_page, loading=loading)
+
+
+class Loading:
+    """Says in the terminal what is being loaded, and how far it is."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._last = console, ""
+        self.status = console.status("loading")
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """See `owl_wms.inference.build.Progress`."""
+        if self._console.is_terminal:
+            self.status.update(f"loading: {what}" + (f", {done} of {total}" if total else ""))
+        elif what != self._last:  # a log has one line for each
+            self._console.print(f"loading: {what}", highlight=False)
+        self._last = what
 
 
 def _own_rate(config: Path | None) -> float:
@@ -113,7 +135,14 @@ def _own_rate(config: Path | None) -> float:
     return 60.0 if config is None else float(load_world_config(config).train.fps)
 
 
-def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, open_page: bool) -> None:
+def serve(
+    new_source: Callable[[], Any],
+    settings: Any,
+    console: Console,
+    *,
+    open_page: bool,
+    loading: Loading | None = None,
+) -> None:
     """Take the port, load a source for every player, then listen until interrupted."""
     import asyncio
 
@@ -123,7 +152,7 @@ def serve(new_source: Callable[[], Any], settings: Any, console: Console, *, ope
     try:
         # Loaded before the address is shown: what is wrong with files is said here, not in the browser. One for every
         # player: one thread prepares and plays, so that a beginning made later would stop whoever plays already.
-        with console.status("loading"):
+        with (Loading(console) if loading is None else loading).status:
             first = new_source()
             numbers = itertools.count(1)
             ready = [first, *(first.twin(next(numbers)) for _ in range(1, settings.max_clients))]

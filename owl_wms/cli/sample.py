@@ -35,6 +35,7 @@ def sample(
     from owl_wms.cli import _shared as shared
     from owl_wms.game.controls import scripted_controls
     from owl_wms.inference.build import latent_space, load_core, load_video_config, make_contexts, make_decode
+    from owl_wms.inference.context import fit_buttons
     from owl_wms.media.arrays import save_array
     from owl_wms.media.video import VideoWriter
     from owl_wms.runtime import decode_stream
@@ -53,12 +54,12 @@ def sample(
     run = _make_sampler(world.train, sampler, frames, steps, cfg_scale)
     core = load_core(config, checkpoint, where, precision)
     decode = make_decode(world, config, where, precision, tensorrt=tensorrt, batch_size=8, output="uint8")
-    begin = make_contexts(world, config, where, precision, path=context, count=1, seed=seed)[0].to(where, precision)
+    begin = make_contexts(world, config, where, precision, path=context, seed=seed)[0].to(where, precision)
 
     mouse, buttons = scripted_controls(seed=seed, n=frames)
     controls = (
         torch.cat([begin.mouse, mouse[None].to(begin.mouse)], 1),
-        torch.cat([begin.buttons, buttons[None, :, : world.model.n_buttons].to(begin.buttons)], 1),
+        torch.cat([begin.buttons, fit_buttons(buttons[None].to(begin.buttons), world.model.n_buttons)], 1),
     )
     generator = torch.Generator(where).manual_seed(seed)
     with shared.progress(console) as bar:

@@ -10,6 +10,7 @@ Usage:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -284,12 +285,36 @@ class TrainingConfig(StrictModel):
         return self
 
 
+class ButtonConfig(StrictModel):
+    """One button of the model, for playing it in a browser.
+
+    `name` is free, `key` is the browser's `KeyboardEvent.code` or Mouse0 to Mouse2, `label` says what the button does.
+    """
+
+    name: str
+    key: str
+    label: str
+
+    @model_validator(mode="after")
+    def _fits(self) -> ButtonConfig:
+        named = bool(re.fullmatch(r"[\w-]{1,32}", self.name))
+        rule(named, "name", f"must be 1 to 32 letters, digits, - or _, received {self.name!r}")
+        rule(
+            bool(re.fullmatch(r"[A-Z][A-Za-z]*[0-9]{0,2}", self.key)),
+            "key",
+            f"must be a KeyboardEvent.code such as KeyW, Space, ShiftLeft, or Mouse0, received {self.key!r}",
+        )
+        rule(len(self.label) <= 40, "label", f"must be at most 40 characters, received {len(self.label)}")
+        return self
+
+
 class WorldConfig(StrictModel):
-    """One world-model file."""
+    """One world-model file; `controls` has one entry per button of the model, and is only needed to play it."""
 
     model: WorldModelConfig
     train: TrainingConfig
     wandb: WandbConfig = WandbConfig()
+    controls: list[ButtonConfig] | None = None
 
 
 def load_world_config(path: Path | str) -> WorldConfig:

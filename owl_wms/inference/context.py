@@ -16,7 +16,7 @@ from torch import Tensor
 from owl_wms.errors import DataError
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
-from owl_wms.game.world import GameWorld
+from owl_wms.game.world import BUTTONS, GameWorld
 from owl_wms.media.arrays import read_arrays
 
 NAMES = ("latents", "mouse", "buttons")
@@ -39,6 +39,12 @@ class Context:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Context:
         """The same elsewhere."""
         return Context(**{name: getattr(self, name).to(device, dtype) for name in NAMES})
+
+
+def fit_buttons(held: Tensor, n_buttons: int) -> Tensor:
+    """Returns the game's buttons [..., k] as [..., n_buttons]: the first ones, and zeros for those that it lacks."""
+    missing = max(0, n_buttons - held.shape[-1])
+    return torch.nn.functional.pad(held, (0, missing))[..., :n_buttons]
 
 
 def load_contexts(path: Path | str, *, channels: int, side: int, n_buttons: int, scale: float) -> list[Context]:
@@ -94,19 +100,23 @@ def render_context(
     scale: float,
     repeat: int = 1,
     seed: int = 0,
-    n_buttons: int = 11,
+    n_buttons: int = len(BUTTONS),
+    size: tuple[int, int] = (360, 640),
     device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Context:
-    """A beginning from the game itself.
+    """Renders a beginning of the game itself.
 
     Args:
-        encode: frames [k, 4, 360, 640] in [-1, 1] to latents [k, c, h, w].
+        encode: frames [k, 4, *size] in [-1, 1] to latents [k, c, h, w].
         frames: how many, at least 1.
         scale: the latents are divided by it.
         repeat: game frames (of 1/60 s) in one of the model's; they share one control.
         seed: of the world; the scripted player follows from it.
-        n_buttons: what the model takes, at most the game's 11.
+        n_buttons: how many the model takes; the game's first ones, and zeros for what it does not have.
+        size: height and width to render, in pixels.
         device: where to render and encode.
+        progress: called with (frames done, frames to do).
 
     Returns:
         fp32, on the device; frame k was rendered after its own controls were applied.
@@ -114,11 +124,12 @@ def render_context(
     world = GameWorld(seed, 1, device)
     player = ScriptedPlayer(world)
     latents, mice, buttons = [], [], []
-    for _ in range(frames):
+    for done in range(frames):
+        progress(done, frames)
         mouse, held = player.controls()
         for _ in range(repeat):
             world.step(mouse, held)
-        latents.append(encode(render(world)).float() / scale)
+        latents.append(encode(render(world, height=size[0], width=size[1])).float() / scale)
         mice.append(mouse.float())
-        buttons.append(held.float()[:, :n_buttons])
+        buttons.append(fit_buttons(held.float(), n_buttons))
     return Context(latents=torch.stack(latents, 1), mouse=torch.stack(mice, 1), buttons=torch.stack(buttons, 1))

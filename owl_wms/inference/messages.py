@@ -24,7 +24,9 @@ MAX_MESSAGE_BYTES = 2048
 _HEADER = struct.Struct("<IIdfff")
 HEADER_BYTES = _HEADER.size
 
-ButtonName = Literal["W", "A", "S", "D", "LSHIFT", "SPACE", "R", "F", "E", "LMB", "RMB"]
+MAX_BUTTONS = 64
+MAX_SEED = 2**31 - 1
+ButtonName = Annotated[str, Field(max_length=32)]
 Clock = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 Movement = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
@@ -38,10 +40,13 @@ class _Message(BaseModel):
 
 
 class InputMessage(_Message):
-    """Buttons that are down now, and how far the mouse went since the last input, in units of a full frame's turn."""
+    """Buttons that are down now, and how far the mouse went since the last input, in units of a full frame's turn.
+
+    The session refuses names that are none of its source's.
+    """
 
     type: Literal["input"]
-    buttons: Annotated[list[ButtonName], Field(max_length=11)]
+    buttons: Annotated[list[ButtonName], Field(max_length=MAX_BUTTONS)]
     mouse: Annotated[list[Movement], Field(min_length=2, max_length=2)]
     sent: Clock
 
@@ -54,10 +59,11 @@ class AckMessage(_Message):
 
 
 class CommandMessage(_Message):
-    """Something asked of the source."""
+    """Something asked of the source or of its session; `seed` goes with `new_world`, and None draws one."""
 
     type: Literal["command"]
-    name: Literal["restart", "more_steps", "fewer_steps"]
+    name: Literal["play", "pause", "restart", "new_world", "more_steps", "fewer_steps"]
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
 
 
 ClientMessage = Annotated[InputMessage | AckMessage | CommandMessage, Field(discriminator="type")]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from owl_wms.errors import ConfigError
 from owl_wms.inference.context import Context
+from owl_wms.inference.controls import GAME_CONTROLS, Button
 from owl_wms.inference.pixels import to_uint8
 from owl_wms.inference.source import Frame, describe_decode
 from owl_wms.models.latents import LatentSpace, Whitener
@@ -51,9 +52,11 @@ class InteractivePipeline:
         max_window: frames that attention spans; by default 64, or the model's n_frames when that is less.
         seed: of the noise and of the choice of beginnings.
         bgr: pictures with blue first.
+        controls: the model's buttons; None is the game's.
+        new_context: makes the beginning of a seed's world; None takes one of `contexts`.
 
     Raises:
-        ConfigError: not causal, no beginnings, or a number out of range.
+        ConfigError: not causal, no beginnings, a number out of range, or controls for another number of buttons.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class InteractivePipeline:
         max_window: int | None = None,
         seed: int = 0,
         bgr: bool = False,
+        controls: tuple[Button, ...] | None = None,
+        new_context: Callable[[int], Context] | None = None,
     ) -> None:
         if not core.config.causal:
             raise ConfigError("playing needs a causal model", key="model.causal")
@@ -79,6 +84,12 @@ class InteractivePipeline:
             raise ConfigError("at least one context to begin from is needed, got none", key="context")
         if not 1 <= steps <= MAX_STEPS or not 0 <= noise_prev <= 1:
             raise ConfigError(f"steps must be 1 to {MAX_STEPS} and noise_prev 0 to 1, got {steps} and {noise_prev}")
+        self.controls = GAME_CONTROLS if controls is None else controls
+        if len(self.controls) != core.config.n_buttons:
+            raise ConfigError(
+                f"the model has {core.config.n_buttons} buttons, got controls for {len(self.controls)}", key="controls"
+            )
+        self._new_context = new_context
         parameter = next(core.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.image_scale, self.noise_prev, self.bgr = image_scale, noise_prev, bgr
@@ -97,8 +108,8 @@ class InteractivePipeline:
             self._guidance, deltas=self._deltas(), noise_prev=self.noise_prev, max_window=self._window
         )
         self._pixels = Captured(lambda frame: (to_uint8(frame, bgr=self.bgr),), allowed=self._loop.captures)
-        self._random = torch.Generator(self.device).manual_seed(seed)
-        self._choice = torch.Generator().manual_seed(seed)
+        self._random = torch.Generator(self.device)
+        self._begin = self._contexts[0]
         self._host: Tensor | None = None
         self._index = 0
         self.restart(0)
@@ -110,8 +121,7 @@ class InteractivePipeline:
         still = torch.zeros(2), torch.zeros(self._core.config.n_buttons)
         for _ in range(self._window + CALLS_BEFORE + 1):  # until the ring is full, and then until that is captured
             self(*still)
-        self._random.manual_seed(self._seed)
-        self.restart(0)
+        self.restart()
 
     def _deltas(self) -> Tensor:
         return get_sd3_euler(self._steps) if self._schedule is None else self._schedule
@@ -128,16 +138,23 @@ class InteractivePipeline:
 
     @torch.no_grad()
     def restart(self, which: int | None = None) -> None:
-        """Begin again.
+        """Begins again, with the same noise.
 
         Args:
-            which: index of the beginning; None draws one.
+            which: index of the beginning; None is the one before.
         """
-        if which is None:
-            which = int(torch.randint(len(self._contexts), (), generator=self._choice, device="cpu"))
-        context = self._contexts[which].to(self.device, self.dtype)
+        if which is not None:
+            self._begin = self._contexts[which]
+        context = self._begin.to(self.device, self.dtype)
+        self._random.manual_seed(self._seed)
         self._loop.begin(context.latents, context.mouse, context.buttons, self._random)
         self._index = 0
+
+    def new_world(self, seed: int) -> None:
+        """See `owl_wms.inference.source.Source`: the seed gives beginning and noise."""
+        made = self._contexts[seed % len(self._contexts)] if self._new_context is None else self._new_context(seed)
+        self._seed, self._begin = seed, made
+        self.restart()
 
     @torch.no_grad()
     def __call__(self, mouse: Tensor, buttons: Tensor) -> Frame:
@@ -203,4 +220,5 @@ class InteractivePipeline:
         config = self._core.config
         parameters = sum(p.numel() for p in self._core.parameters())
         name = f"{config.model_id}, {parameters / 1e6:.1f} M parameters"
-        return {"source": name, "steps": self.steps, "device": str(self.device), **describe_decode(self._decode)}
+        about = {"source": name, "steps": self.steps, "seed": self._seed, "device": self.device.type}
+        return {**about, **describe_decode(self._decode)}

@@ -24,15 +24,21 @@ from importlib import resources
 
 from aiohttp import WSCloseCode, web
 
-from owl_wms.errors import ConfigError
+from owl_wms.errors import ConfigError, DataError
+from owl_wms.inference.clip import to_mp4
 from owl_wms.inference.limits import KEEP_ALIVE_SECONDS, ConnectionLimits
 from owl_wms.inference.messages import MAX_MESSAGE_BYTES
 from owl_wms.inference.origins import is_local_name, parse_origin
-from owl_wms.inference.session import Pace, Session
+from owl_wms.inference.session import Pace, Session, Threads
 from owl_wms.inference.source import Source
 
 _LOG = logging.getLogger("owl_wms.inference")
-PAGE = {"": ("play.html", "text/html"), "play.js": ("play.js", "text/javascript"), "play.css": ("play.css", "text/css")}
+PAGE = {
+    "": ("play.html", "text/html"),
+    "play.js": ("play.js", "text/javascript"),
+    "controls.js": ("controls.js", "text/javascript"),
+    "play.css": ("play.css", "text/css"),
+}
 GOODBYE_SECONDS = 2
 HEARTBEAT_SECONDS = 8  # a player who vanished holds the place for one and a half of these
 HEADERS = {
@@ -100,7 +106,10 @@ class PlayServer:
             name: (folder.joinpath(file).read_text(encoding="utf-8"), kind) for name, (file, kind) in PAGE.items()
         }
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="owl-play")
-        self._turn = asyncio.Lock()
+        # Two: one encodes clips for a second or more, and no picture should wait for it.
+        self._encoder = ThreadPoolExecutor(max_workers=2, thread_name_prefix="owl-encode")
+        self._threads = Threads(source=self._worker, turn=asyncio.Lock(), encoder=self._encoder)
+        self._sessions: dict[str, Session] = {}
         self._sockets: set[web.WebSocketResponse] = set()
         self._sources: list[Source] = []
 
@@ -110,6 +119,7 @@ class PlayServer:
         self._limits.guard(app)
         app.router.add_get("/{token}", self._add_slash)
         app.router.add_get("/{token}/ws", self._play)
+        app.router.add_get("/{token}/clip.mp4", self._clip)
         app.router.add_get("/{token}/{name:[a-z.]*}", self._page)
         app.on_shutdown.append(self._close)
         app.on_cleanup.append(self._stop)
@@ -161,12 +171,12 @@ class PlayServer:
             return socket
         self._sockets.add(socket)
         try:
-            await self._run(socket)
+            await self._run(socket, paused="paused" in request.query)
         finally:
             self._sockets.discard(socket)
         return socket
 
-    async def _run(self, socket: web.WebSocketResponse) -> None:
+    async def _run(self, socket: web.WebSocketResponse, *, paused: bool) -> None:
         loop = asyncio.get_running_loop()
         # A source may hold a model's cache and a compiled decoder: it is kept for the next player.
         try:
@@ -180,10 +190,26 @@ class PlayServer:
             await socket.send_json({"type": "error", "reason": f"the source could not start: {type(error).__name__}"})
             await socket.close(code=WSCloseCode.INTERNAL_ERROR)
             return
+        session = Session(socket, source, self._threads, self._settings.pace, paused=paused)
+        self._sessions[session.number] = session
         try:
-            await Session(socket, source, self._worker, self._turn, self._settings.pace).run()
+            await session.run()
         finally:
+            del self._sessions[session.number]
             self._sources.append(source)
+
+    async def _clip(self, request: web.Request) -> web.StreamResponse:
+        """Returns the last seconds of a session that still plays, as a file to keep."""
+        session = self._sessions.get(request.query.get("session", ""))
+        if session is None:
+            raise web.HTTPNotFound(text="no such session\n")
+        loop = asyncio.get_running_loop()
+        try:
+            clip = await loop.run_in_executor(self._encoder, to_mp4, session.recent.snapshot())
+        except DataError as error:
+            return web.Response(status=409, text=f"{error}\n")
+        named = {"Content-Disposition": 'attachment; filename="owl-wms-play.mp4"'}
+        return web.Response(body=clip, content_type="video/mp4", headers=named)
 
     async def _close(self, app: web.Application) -> None:
         closing = [s.close(code=WSCloseCode.GOING_AWAY, message=b"the server is stopping") for s in self._sockets]
@@ -193,6 +219,7 @@ class PlayServer:
 
     async def _stop(self, app: web.Application) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
+        self._encoder.shutdown(wait=True, cancel_futures=True)
 
 
 def _refuse(text: str) -> web.Response:

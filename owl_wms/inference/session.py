@@ -1,15 +1,17 @@
-"""One player's connection: reads controls, runs the source at its pace, sends the newest picture.
+"""Plays one player's connection: reads controls, runs the source at its pace, sends the newest picture.
 
-Three tasks share a few variables of one event loop. The reader keeps the controls; the maker runs the source, and
-compresses, on the worker thread; the sender sends what the maker made last. A slow client costs dropped frames, never
-a growing queue: at most `IN_FLIGHT` frames are on their way without being acknowledged. A client that has drawn
-nothing for `UNSEEN_SECONDS` (a hidden page, a dead link) stops the source until it draws again.
+Five tasks share a few variables of one event loop. The reader stores the controls; the maker runs the source on the
+worker thread; the encoder compresses the newest frame on a thread of its own, while the next one is made; the sender
+sends the newest picture; the reporter sends the state of the source. A slow client costs dropped frames, never a
+growing queue: at most `IN_FLIGHT` frames are on their way without being acknowledged. A client that has drawn nothing
+for `UNSEEN_SECONDS` (a hidden page, a dead link) stops the source until it draws again, and so does a pause.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -19,16 +21,25 @@ from typing import Any
 import torch
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from owl_wms.game.world import BUTTONS
-from owl_wms.inference.messages import CommandMessage, InputMessage, MessageError, pack_frame, parse_message
+from owl_wms.inference.clip import Recent
+from owl_wms.inference.controls import as_json
+from owl_wms.inference.messages import (
+    CommandMessage,
+    InputMessage,
+    MessageError,
+    pack_frame,
+    parse_message,
+)
 from owl_wms.inference.pixels import ImageFormat, encode_image
-from owl_wms.inference.source import Source
+from owl_wms.inference.source import Frame, Source
 
 _LOG = logging.getLogger("owl_wms.inference")
 # Two: one being drawn while the next is on the wire. More would only add latency.
 IN_FLIGHT = 2
 STATUS_SECONDS = 0.5
 UNSEEN_SECONDS = 5
+# Seeds that the server draws are short enough to read out.
+DRAWN_SEEDS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +47,7 @@ class Pace:
     """How pictures are made.
 
     Attributes:
-        fps: most frames a second; the source may be slower.
+        fps: most frames per second; the source may be slower.
         kind: jpeg or webp.
         quality: 1 to 95.
     """
@@ -46,29 +57,63 @@ class Pace:
     quality: int = 85
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Threads:
+    """Where blocking work runs.
+
+    Attributes:
+        source: one thread, which runs the sources of all players.
+        turn: held while a player's frame is made there.
+        encoder: threads that compress pictures.
+    """
+
+    source: Executor
+    turn: asyncio.Lock
+    encoder: Executor
+
+
 class Session:
-    """A connection that plays; `run` returns when it is over."""
+    """A connection that plays; `run` returns when it is over.
+
+    Args:
+        socket: the player's connection.
+        source: what is played.
+        threads: where it runs.
+        pace: frame rate and compression.
+        paused: True makes no frame before the client sends the command `play`.
+
+    Attributes:
+        number: names this session in the page's requests.
+        recent: the last pictures that were sent.
+    """
 
     def __init__(
-        self, socket: web.WebSocketResponse, source: Source, worker: Executor, turn: asyncio.Lock, pace: Pace
+        self, socket: web.WebSocketResponse, source: Source, threads: Threads, pace: Pace, *, paused: bool = False
     ) -> None:
-        self._socket, self._source, self._worker, self._turn, self._pace = socket, source, worker, turn, pace
+        self._socket, self._source, self._threads, self._pace = socket, source, threads, pace
+        self.number = secrets.token_hex(8)
+        self.recent = Recent()
+        self._names = [button.name for button in source.controls]
         self._held: frozenset[str] = frozenset()
         self._tapped: set[str] = set()
         self._moved = [0.0, 0.0]
         self._sent = 0.0
-        self._commands: list[str] = []
+        self._commands: list[CommandMessage] = []
+        self._made: tuple[Frame, float] | None = None
         self._newest: dict[str, Any] | None = None
-        self._fresh = asyncio.Event()
-        self._room = asyncio.Event()
+        self._raw, self._fresh = asyncio.Event(), asyncio.Event()
+        self._room, self._running = asyncio.Event(), asyncio.Event()
         self._room.set()
+        if not paused:
+            self._running.set()
         self._waiting: list[int] = []
         self._drawn = time.perf_counter()
         self._dropped = 0
 
     async def run(self) -> None:
         """Play until the client leaves, breaks the rules, or the source fails."""
-        tasks = [asyncio.create_task(part()) for part in (self._read, self._make, self._send, self._report)]
+        parts = (self._read, self._make, self._encode, self._send, self._report)
+        tasks = [asyncio.create_task(part()) for part in parts]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -96,22 +141,37 @@ class Session:
                 raise MessageError("bad message: only text is understood")
             parsed = parse_message(message.data)
             if isinstance(parsed, InputMessage):
-                self._held = frozenset(parsed.buttons)
-                # A tap that begins and ends between two frames still counts for one.
-                self._tapped |= self._held
-                self._moved = [a + b for a, b in zip(self._moved, parsed.mouse, strict=True)]
-                self._sent = parsed.sent
+                self._hear(parsed)
             elif isinstance(parsed, CommandMessage):
-                self._commands = [*self._commands, parsed.name][-8:]
+                self._obey(parsed)
             else:
                 self._drawn = time.perf_counter()
                 self._waiting = [index for index in self._waiting if index > parsed.index]
                 if len(self._waiting) < IN_FLIGHT:
                     self._room.set()
 
+    def _hear(self, parsed: InputMessage) -> None:
+        held = frozenset(parsed.buttons)
+        if not held <= set(self._names) or len(parsed.buttons) > len(self._names):
+            raise MessageError("bad message: buttons: a name that this source does not have, or too many")
+        self._held = held
+        # A tap that begins and ends between two frames still counts for one.
+        self._tapped |= held
+        self._moved = [a + b for a, b in zip(self._moved, parsed.mouse, strict=True)]
+        self._sent = parsed.sent
+
+    def _obey(self, command: CommandMessage) -> None:
+        if command.name == "pause":
+            self._running.clear()
+        elif command.name == "play":
+            self._drawn = time.perf_counter()
+            self._running.set()
+        else:
+            self._commands = [*self._commands, command][-8:]
+
     def _take_controls(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         down = self._held | self._tapped
-        buttons = torch.tensor([name in down for name in BUTTONS])
+        buttons = torch.tensor([name in down for name in self._names])
         mouse = torch.tensor(self._moved).clamp(-1, 1)
         self._tapped.clear()
         self._moved = [0.0, 0.0]
@@ -121,39 +181,64 @@ class Session:
         loop = asyncio.get_running_loop()
         due = time.perf_counter()
         while True:
+            if not self._running.is_set():
+                self._newest, self._made = None, None  # what was made before the pause would be old when it ends
+                await self._running.wait()
+                due = time.perf_counter()
             if not self._room.is_set() and time.perf_counter() - self._drawn > UNSEEN_SECONDS:
                 self._newest = None  # too old to be seen by a client that comes back
                 await self._room.wait()
             # In the worker's queue, behind other players' frames, controls would age: they are taken when it is free.
-            async with self._turn:
+            async with self._threads.turn:
                 commands, self._commands = self._commands, []
                 mouse, buttons, sent = self._take_controls()
-                made = await loop.run_in_executor(self._worker, self._work, commands, mouse, buttons)
-            if self._newest is not None:
-                self._dropped += 1
-            self._newest = {**made, "sent": sent}
-            self._fresh.set()
-            # Behind schedule, start afresh: catching up would play the game too fast.
-            due = max(due + 1 / self._pace.fps, time.perf_counter())
+                frame = await loop.run_in_executor(self._threads.source, self._work, commands, mouse, buttons)
+            self._dropped += self._made is not None
+            self._made = frame, sent
+            self._raw.set()
+            # The rate is kept over frames that are late by less than a period. Further behind, the clock starts
+            # afresh: catching up would play the game too fast.
+            period = 1 / self._pace.fps
+            due += period
+            if due < time.perf_counter() - period:
+                due = time.perf_counter()
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
 
-    def _work(self, commands: list[str], mouse: torch.Tensor, buttons: torch.Tensor) -> dict[str, Any]:
-        """On the worker thread: obey, make a frame, compress it."""
-        for name in commands:
-            if name == "restart":
+    def _work(self, commands: list[CommandMessage], mouse: torch.Tensor, buttons: torch.Tensor) -> Frame:
+        """On the worker thread: obeys, then makes a frame."""
+        for command in commands:
+            if command.name == "restart":
                 self._source.restart()
+            elif command.name == "new_world":
+                self._source.new_world(secrets.randbelow(DRAWN_SEEDS) if command.seed is None else command.seed)
             else:
-                self._source.change_steps(1 if name == "more_steps" else -1)
-        frame = self._source(mouse, buttons)
-        began = time.perf_counter()
-        picture = encode_image(frame.image, self._pace.kind, self._pace.quality)
-        return {
-            "picture": picture,
-            "index": frame.index,
-            "model_ms": frame.model_ms,
-            "decode_ms": frame.decode_ms,
-            "encode_ms": (time.perf_counter() - began) * 1e3,
-        }
+                self._source.change_steps(1 if command.name == "more_steps" else -1)
+        return self._source(mouse, buttons)
+
+    async def _encode(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._raw.wait()
+            self._raw.clear()
+            made, self._made = self._made, None
+            if made is None:
+                continue
+            frame, sent = made
+            began = time.perf_counter()
+            picture = await loop.run_in_executor(
+                self._threads.encoder, encode_image, frame.image, self._pace.kind, self._pace.quality
+            )
+            if not self._running.is_set():
+                continue
+            self._dropped += self._newest is not None
+            self._newest = {
+                "picture": picture,
+                "sent": sent,
+                "model_ms": frame.model_ms,
+                "decode_ms": frame.decode_ms,
+                "encode_ms": (time.perf_counter() - began) * 1e3,
+            }
+            self._fresh.set()
 
     async def _send(self) -> None:
         number = 0
@@ -168,12 +253,14 @@ class Session:
             self._waiting.append(number)
             if len(self._waiting) >= IN_FLIGHT:
                 self._room.clear()
-            await self._socket.send_bytes(pack_frame(**{**newest, "index": number}, dropped=self._dropped))
+            self.recent.add(newest["picture"], time.monotonic())
+            await self._socket.send_bytes(pack_frame(**newest, index=number, dropped=self._dropped))
             number += 1
 
     async def _report(self) -> None:
         loop = asyncio.get_running_loop()
+        fixed = {"type": "status", "session": self.number, "controls": as_json(self._source.controls)}
         while True:
-            described = await loop.run_in_executor(self._worker, self._source.describe)
-            await self._socket.send_json({"type": "status", **described})
+            described = await loop.run_in_executor(self._threads.source, self._source.describe)
+            await self._socket.send_json({**fixed, "fps": self._pace.fps, **described})
             await asyncio.sleep(STATUS_SECONDS)

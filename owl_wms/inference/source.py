@@ -18,11 +18,12 @@ from torch import Tensor
 
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
-from owl_wms.game.world import BUTTONS, GameWorld
+from owl_wms.game.world import GameWorld
+from owl_wms.inference.controls import GAME_CONTROLS, Button
 from owl_wms.inference.pixels import to_image
 
 _WARM_UP = 30  # game frames
-WORLDS_APART = 1000  # of twins; a restart takes the next one
+WORLDS_APART = 1000  # seeds of twins
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,13 +44,22 @@ class Frame:
 
 
 class Source(Protocol):
-    """A thing that can be played; used by one thread at a time."""
+    """Can be played; used by one thread at a time.
+
+    Attributes:
+        controls: its buttons, in the order in which it takes them.
+    """
+
+    controls: tuple[Button, ...]
 
     def __call__(self, mouse: Tensor, buttons: Tensor) -> Frame:
-        """The next frame. mouse [2] nominally -1 to 1; buttons bool [n_buttons] in the order of `BUTTONS`."""
+        """Returns the next frame. mouse [2] nominally -1 to 1; buttons bool [n_buttons] in the order of `controls`."""
 
     def restart(self) -> None:
-        """Begin again; sources with several beginnings take another one."""
+        """Begins the same world again."""
+
+    def new_world(self, seed: int) -> None:
+        """Begins the world of a seed, 0 to 2**31 - 1; the same seed gives the same world."""
 
     def change_steps(self, by: int) -> int:
         """More or fewer sampling steps; returns how many there are now (0 where there are none)."""
@@ -58,20 +68,22 @@ class Source(Protocol):
         """Another player's source, the `number`-th (from 1): what is large is shared, what is played is its own."""
 
     def describe(self) -> dict[str, Any]:
-        """What runs, as JSON: `source`, `backend`, `reason`, `steps`; some say more."""
+        """Returns what runs, as JSON: `source`, `backend`, `reason`, `steps`, `seed`; some say more."""
 
 
 class GameSource:
     """The rendered game as a source, as it is or through an autoencoder.
 
     Args:
-        seed: world to start in; a restart takes the next one.
+        seed: world to start in.
         repeat: game frames (of 1/60 s) a step; they share one control.
         height, width: of the rendered picture; an autoencoder with a fixed output ignores them.
         encode: [1, 4, H, W] in [-1, 1] to latents [1, c, h, w]; None shows the rendering.
         decode: [1, 1, c, h, w] to [1, 1, C, H, W], as the bridge makes it. With `encode` only.
         device: where to render.
     """
+
+    controls = GAME_CONTROLS
 
     def __init__(
         self,
@@ -122,9 +134,12 @@ class GameSource:
             torch.cuda.synchronize(self._device)
 
     def restart(self) -> None:
-        """The next world."""
-        self._seed += 1
-        self._index = 0
+        """See `Source`."""
+        self.new_world(self._seed)
+
+    def new_world(self, seed: int) -> None:
+        """See `Source`."""
+        self._seed, self._index = seed, 0
         self._world = self._enter()
 
     def twin(self, number: int) -> GameSource:
@@ -142,7 +157,14 @@ class GameSource:
         """See `Source`."""
         stats = describe_decode(self._decode) if self._decode is not None else {"backend": "none", "reason": "rendered"}
         name = "rendered game" if self._decode is None else "rendered game through the autoencoder"
-        return {"source": name, "steps": 0, "height": self._size[0], "width": self._size[1], **stats}
+        return {
+            "source": name,
+            "steps": 0,
+            "seed": self._seed,
+            "height": self._size[0],
+            "width": self._size[1],
+            **stats,
+        }
 
 
 def describe_decode(decode: Any) -> dict[str, Any]:
@@ -153,6 +175,3 @@ def describe_decode(decode: Any) -> dict[str, Any]:
     found = stats()
     read = found.get if isinstance(found, dict) else lambda key, default=None: getattr(found, key, default)
     return {"backend": str(read("backend", "unknown")), "reason": str(read("reason", "") or "")}
-
-
-__all__ = ["BUTTONS", "Frame", "GameSource", "Source", "describe_decode"]

@@ -64,9 +64,23 @@ class Page:
         """Press or release."""
         await self.ask("Input.dispatchKeyEvent", type="keyDown" if down else "keyUp", code=code, key=key)
 
+    async def click(self, element: str) -> None:
+        """Presses and releases the left button in the middle of an element, given by its id."""
+        box = f"document.getElementById({element!r}).getBoundingClientRect()"
+        x, y = await self.value(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({box})")
+        for kind in ("mousePressed", "mouseReleased"):
+            await self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
     async def screenshot(self, path: Path) -> None:
         """The page as a PNG."""
         path.write_bytes(base64.b64decode((await self.ask("Page.captureScreenshot"))["data"]))
+
+
+async def click_to_play(page: Page) -> None:
+    """Begins the game as a player does; nothing is made before."""
+    await page.until("['ready', 'paused'].includes(document.body.dataset.state)")
+    await page.click("start")
+    await page.until("document.body.dataset.state === 'playing'")
 
 
 @asynccontextmanager

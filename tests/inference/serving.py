@@ -11,6 +11,7 @@ from aiohttp import ClientSession, WSMsgType
 from aiohttp.test_utils import TestServer
 
 from owl_wms.game.world import BUTTONS
+from owl_wms.inference.controls import GAME_CONTROLS
 from owl_wms.inference.server import ServerSettings, make_app
 from owl_wms.inference.session import Pace
 from owl_wms.inference.source import Frame
@@ -21,7 +22,10 @@ TOKEN = "test-token-of-twenty-four"
 class BarSource:
     """Every held button is a white column of the picture, the mouse a grey level below it: what was heard is seen."""
 
+    controls = GAME_CONTROLS
+
     def __init__(self) -> None:
+        self.seed = 0
         self.index, self.steps, self.restarts, self.fail_at = 0, 4, 0, -1
         self.heard: list[tuple[list[str], float]] = []
 
@@ -40,12 +44,15 @@ class BarSource:
     def restart(self) -> None:
         self.restarts += 1
 
+    def new_world(self, seed: int) -> None:
+        self.seed = seed
+
     def change_steps(self, by: int) -> int:
         self.steps += by
         return self.steps
 
     def describe(self) -> dict[str, Any]:
-        return {"source": "bars", "backend": "none", "reason": "a test", "steps": self.steps}
+        return {"source": "bars", "backend": "none", "reason": "a test", "steps": self.steps, "seed": self.seed}
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import ClientSession, WSMsgType
 
 from owl_wms.inference.source import GameSource
-from tests.inference.chromium import BINARY, Page, open_page
+from tests.inference.chromium import BINARY, Page, click_to_play, open_page
 from tests.inference.serving import TOKEN, BarSource, connect, next_frame, serve
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here; install Debian's package chromium")
@@ -23,8 +23,9 @@ PIXEL = "(x, y) => [...document.getElementById('view').getContext('2d').getImage
 def test_frames_arrive_and_keys_change_them() -> None:
     async def test() -> None:
         async with serve() as (client, address, made), open_page(f"{address}/{TOKEN}/") as page:
+            await click_to_play(page)
             await page.until("Number(document.body.dataset.frames) > 10")
-            assert await page.value("document.body.dataset.state") == "ready"
+            assert await page.value("document.body.dataset.state") == "playing"
             assert max(await page.value(f"({PIXEL})(4, 4)")) < 40
             await page.key("KeyW", "w", True)
             await page.until(f"({PIXEL})(4, 4)[0] > 200")
@@ -84,8 +85,9 @@ def test_a_refused_page_joins_once_the_place_is_free(tmp_path: Path) -> None:
         async with serve() as (client, address, made):
             async with refused_page(client, address, "tries again") as (first, page):
                 await first.close()
+                await page.until("document.body && document.body.dataset.state === 'ready'")
+                await click_to_play(page)
                 await page.until("document.body && Number(document.body.dataset.frames) > 1")
-                assert await page.value("document.body.dataset.state") == "ready"
             assert len(made) == 1
 
     asyncio.run(asyncio.wait_for(test(), 60))
@@ -97,6 +99,7 @@ def test_the_rendered_game_is_seen(tmp_path: Path) -> None:
     async def test() -> None:
         source = GameSource(3, height=180, width=320)
         async with serve(source) as (_, address, _made), open_page(f"{address}/{TOKEN}/") as page:
+            await click_to_play(page)
             await page.until("Number(document.body.dataset.frames) > 3")
             assert await page.value("document.getElementById('view').width") == 320
             before = float(source._world.state.position.sum())
@@ -123,14 +126,11 @@ async def heard(source: BarSource, wanted: Callable[[list[str], float], bool]) -
 def test_the_captured_mouse_looks_and_shoots() -> None:
     async def test() -> None:
         async with serve() as (_, address, made), open_page(f"{address}/{TOKEN}/") as page:
+            await click_to_play(page)
             await page.until("Number(document.body.dataset.frames) > 3")
-            box = "document.getElementById('start').getBoundingClientRect()"
-            middle = f"(r => [r.x + r.width / 2, r.y + r.height / 2])({box})"
-            x, y = await page.value(middle)
+            x, y = 500, 300
             click = {"x": x, "y": y, "button": "left", "clickCount": 1}
-            await page.ask("Input.dispatchMouseEvent", type="mousePressed", **click)
-            await page.ask("Input.dispatchMouseEvent", type="mouseReleased", **click)
-            await page.until("document.body.dataset.state === 'playing'")
+            await page.until("document.pointerLockElement !== null")
             assert not any(held for held, _ in made[0].heard), "the click that captures is not a shot"
             # The browser swallows movements while it captures the pointer, for as long as it takes.
             for step in range(1, 200):

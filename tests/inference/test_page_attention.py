@@ -11,7 +11,7 @@ import pytest
 
 from owl_wms.inference import session
 from owl_wms.inference.server import PlayServer
-from tests.inference.chromium import BINARY, Page, open_page
+from tests.inference.chromium import BINARY, Page, click_to_play, open_page
 from tests.inference.serving import TOKEN, serve
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here; install Debian's package chromium")
@@ -30,6 +30,7 @@ PRESS = "(code, repeat = false) => dispatchEvent(new KeyboardEvent('keydown', { 
 def on_page(test: Callable[[Page, list[Any]], Awaitable[None]]) -> None:
     async def run() -> None:
         async with serve() as (_, address, made), open_page(f"{address}/{TOKEN}/") as page:
+            await click_to_play(page)
             await page.until(f"{FRAMES} > 3")
             await test(page, made)
 
@@ -89,10 +90,6 @@ def test_a_hidden_page_draws_nothing_and_the_source_rests(monkeypatch: pytest.Mo
 
 def test_the_mouse_is_given_back_when_the_game_ends() -> None:
     async def test(page: Page, made: list[Any]) -> None:
-        box = "document.getElementById('start').getBoundingClientRect()"
-        x, y = await page.value(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({box})")
-        for kind in ("mousePressed", "mouseReleased"):
-            await page.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
         await page.until("document.pointerLockElement !== null && document.body.dataset.state === 'playing'")
         made[0].fail_at = made[0].index + 50
         await page.until("document.body.dataset.state === 'closed'")

@@ -1,33 +1,28 @@
 "use strict";
 // The page of `owl-wms play`: draws the frames it is sent, sends the controls it is given, and measures both.
-// Wire format: owl_wms/inference/messages.py.
+// Wire format: owl_wms/inference/messages.py. Nothing is made before the player begins, or while the game is paused.
 
 const HEADER_BYTES = 28;
-const KEYS = {
-  KeyW: "W", KeyA: "A", KeyS: "S", KeyD: "D", ShiftLeft: "LSHIFT", Space: "SPACE", KeyR: "R", KeyF: "F", KeyE: "E",
-  ArrowUp: "W", ArrowLeft: "A", ArrowDown: "S", ArrowRight: "D",
-};
-const POINTERS = { 0: "LMB", 2: "RMB" };
-const MOUSE_SCALE = 0.04; // one unit is a full frame's turn; 25 pixels in a frame reach it
 const SEND_MS = 1000 / 120;
 const RETRY_MS = 3000;
+const RECONNECT_MS = 1000;
+const RATE_SECONDS = 1; // of frames that the rate counts, and more of them where frames are few
+const WAITING = ["ready", "paused"];
 
 const at = (id) => document.getElementById(id);
 const view = at("view");
 const context = view.getContext("2d", { alpha: false });
-const held = new Set();
-const drawn = []; // times of the last second's frames
+const drawn = []; // times of the last frames
 const delays = []; // hand-to-eye milliseconds of the last second
-let moved = [0, 0];
-let changed = true;
 let lastSent = 0;
 let frames = 0;
 let latest = -1;
 let heard = 0; // the input that the last picture had seen
-
-const scheme = location.protocol === "https:" ? "wss:" : "ws:";
-const socket = new WebSocket(`${scheme}//${location.host}${location.pathname}ws`);
-socket.binaryType = "arraybuffer";
+let hiddenWhile = false; // paused by hiding the page: showing it goes on
+let about = {}; // the last status
+let wanted = null; // the world that was asked for and is not there yet
+let everOpen = false;
+let socket;
 
 function show(state, title, hint) {
   document.body.dataset.state = state;
@@ -35,10 +30,15 @@ function show(state, title, hint) {
   at("start").hidden = state === "playing";
   at("title").textContent = title;
   at("hint").textContent = hint;
+  at("legend").textContent = WAITING.includes(state) && !document.body.classList.contains("touch") ? legend() : "";
 }
 
 function send(message) {
   if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message));
+}
+
+function command(name) {
+  send({ type: "command", name });
 }
 
 function sendInput(atOnce = false) {
@@ -56,23 +56,77 @@ function median(values) {
   return sorted.length ? sorted[sorted.length >> 1] : NaN;
 }
 
-// The server rests while nothing is drawn, so a hidden page costs no GPU.
+const pauseFor = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
 async function untilVisible() {
   while (document.hidden) {
     await new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
   }
 }
 
-async function waitForTurn(reason) {
-  show("refused", "Not now", `${reason}. This page tries again by itself.`);
-  for (;;) {
-    // Not all pages at once, and not into the browser's own error page while the server is away.
-    await new Promise((resolve) => setTimeout(resolve, RETRY_MS * (0.5 + Math.random())));
-    await untilVisible();
-    const answer = await fetch(location.href).catch(() => null);
-    if (answer && answer.ok) location.reload();
-  }
+// ---- playing, pausing
+
+function begin(byMouse) {
+  if (!WAITING.includes(document.body.dataset.state)) return;
+  const world = worldInAddress();
+  if (world !== null && world !== about.seed) askFor(world);
+  command("play");
+  changed = true;
+  show("playing", "", "");
+  // A refusal (a browser wants a second between two captures) leaves the keys working; a click tries again.
+  if (byMouse) Promise.resolve(view.requestPointerLock()).catch(() => {});
 }
+
+function pause(hint = "Click, or press P, to go on.") {
+  if (document.body.dataset.state !== "playing") return;
+  release();
+  command("pause");
+  show("paused", "Paused", hint);
+}
+
+function togglePause() {
+  if (document.body.dataset.state === "playing") pause();
+  else begin(true);
+}
+
+function fullScreen() {
+  if (document.fullscreenElement) document.exitFullscreen();
+  else document.documentElement.requestFullscreen?.().catch(() => {});
+}
+
+// ---- worlds: the seed stands in the address, so that the address is a link to this world
+
+function worldInAddress() {
+  const found = /^#world=(\d{1,10})$/.exec(location.hash);
+  return found && Number(found[1]) < 2 ** 31 ? Number(found[1]) : null;
+}
+
+function askFor(seed) {
+  wanted = seed;
+  send({ type: "command", name: "new_world", ...(seed === undefined ? {} : { seed }) });
+}
+
+function newWorld() {
+  if (about.seed === undefined) return;
+  notice("making a new world", true);
+  history.replaceState(null, "", location.pathname);
+  askFor(undefined);
+}
+
+function notice(text, busy = false) {
+  at("notice").hidden = !text;
+  at("notice").classList.toggle("busy", busy);
+  at("notice").textContent = text || "";
+}
+
+function showNotice() {
+  const rate = Number(at("fps").value);
+  const pace = rate > 0 ? `about ${rate < 10 ? rate.toFixed(1) : rate.toFixed(0)} frames/s` : "few frames per second";
+  const slow = about.device === "cpu";
+  notice(slow ? `No GPU: ${pace} here. owl-wms play --game shows the real game.` : "");
+}
+
+// ---- frames
 
 async function draw(buffer) {
   const hidden = document.hidden;
@@ -90,6 +144,7 @@ async function draw(buffer) {
   if (view.width !== picture.width || view.height !== picture.height) {
     view.width = picture.width;
     view.height = picture.height;
+    document.documentElement.style.setProperty("--shape", picture.width / picture.height);
   }
   context.drawImage(picture, 0, 0);
   picture.close();
@@ -109,98 +164,178 @@ async function draw(buffer) {
 }
 
 function refresh() {
-  const since = performance.now() - 1000;
-  while (drawn.length && drawn[0] < since) drawn.shift();
-  while (delays.length && delays[0].now < since) delays.shift();
-  at("fps").textContent = drawn.length;
+  const now = performance.now();
+  while (drawn.length > 4 && drawn[0] < now - 1000 * RATE_SECONDS) drawn.shift();
+  while (drawn.length && drawn[0] < now - 10000) drawn.shift();
+  while (delays.length && delays[0].now < now - Math.max(1000, now - (drawn[0] || now))) delays.shift();
+  const seconds = (now - drawn[0]) / 1000;
+  const rate = drawn.length > 1 ? (drawn.length - 1) / ((drawn.at(-1) - drawn[0]) / 1000) : 1 / seconds;
+  const playing = document.body.dataset.state === "playing";
+  at("fps").textContent = playing && rate > 0 ? rate.toFixed(rate < 10 ? 1 : 0) : "–";
   const delay = median(delays.map((entry) => entry.ms));
-  at("latency").textContent = Number.isNaN(delay) ? "–" : delay.toFixed(0);
+  at("latency").textContent = playing && !Number.isNaN(delay) ? delay.toFixed(0) : "–";
 }
 
 function status(message) {
-  at("backend").textContent = message.backend === "none" ? "nothing decoded" : message.backend;
+  about = message;
+  if (message.controls) setControls(message.controls);
+  const plain = message.backend === "none";
+  at("backend").textContent = plain ? "nothing decoded" : message.backend;
   at("backend").title = message.reason || "";
   at("backend").classList.toggle("slow", message.backend === "pytorch");
   at("source").textContent = message.source;
   at("steps").textContent = message.steps || "–";
+  at("stepping").hidden = !message.steps;
+  at("decoding").classList.toggle("dead", plain);
+  at("worlds").hidden = message.seed === undefined;
+  if (message.seed !== undefined) {
+    at("world").textContent = `world ${message.seed}`;
+    at("world").href = `#world=${message.seed}`;
+    const arrived = wanted === null || wanted === undefined || wanted === message.seed;
+    if (arrived && frames && worldInAddress() !== message.seed) history.replaceState(null, "", `#world=${message.seed}`);
+    if (arrived) wanted = null;
+  }
+  showNotice();
+  if (WAITING.includes(document.body.dataset.state) && !document.body.classList.contains("touch")) {
+    at("legend").textContent = legend();
+  }
 }
 
-socket.onopen = () => show("ready", "Click to play", "W A S D to walk, mouse to look. Esc frees the mouse.");
-socket.onmessage = (event) => {
-  if (event.data instanceof ArrayBuffer) {
-    draw(event.data).catch((error) => show("closed", "A frame could not be drawn", String(error)));
-    return;
+// ---- the connection
+
+async function waitForTurn(reason) {
+  show("refused", "Not now", `${reason}. This page tries again by itself.`);
+  for (;;) {
+    // Not all pages at once, and not into the browser's own error page while the server is away.
+    await pauseFor(RETRY_MS * (0.5 + Math.random()));
+    await untilVisible();
+    const answer = await fetch(location.pathname).catch(() => null);
+    if (answer && answer.ok) location.reload();
   }
-  const message = JSON.parse(event.data);
-  if (message.type === "status") status(message);
-  else if (message.type === "refused") waitForTurn(message.reason);
-  else if (message.type === "error") show("closed", "The game ended", message.reason);
-};
-socket.onclose = (event) => {
-  if (document.body.dataset.state === "connecting") {
+}
+
+async function reconnect(reason) {
+  show("lost", "Connection lost", `${reason || "The server does not answer"}. This page tries again by itself.`);
+  for (;;) {
+    await pauseFor(RECONNECT_MS * (0.7 + 0.6 * Math.random()));
+    await untilVisible();
+    const answer = await fetch(location.pathname, { cache: "no-store" }).catch(() => null);
+    if (answer && answer.ok) return connect();
+    if (answer && answer.status === 403) {
+      show("closed", "The server has a new address", "It was started with another token: open the address that it printed.");
+      return undefined;
+    }
+  }
+}
+
+function opened() {
+  const again = everOpen;
+  everOpen = true;
+  latest = -1;
+  heard = 0;
+  changed = true;
+  if (again) show("paused", "Connected again", "Click to go on.");
+  else if (document.body.classList.contains("touch")) show("ready", "Tap to play", "Left: walk. Right: look.");
+  else show("ready", "Click to play", "The mouse looks. Esc or P pauses.");
+}
+
+function closed(event) {
+  const state = document.body.dataset.state;
+  release();
+  if (!everOpen && state === "connecting") {
     show("closed", "No connection", "The server has stopped, or was not told of this address (--origin).");
-  } else if (!["refused", "closed"].includes(document.body.dataset.state)) {
-    show("closed", "Connection lost", event.reason || "Reload the page to play again.");
+  } else if (!["refused", "closed", "lost"].includes(state)) {
+    reconnect(event.reason);
+  } else if (state === "lost") {
+    setTimeout(reconnect, 0, event.reason);
   }
-};
-
-function hold(name, down) {
-  if (!name || down === held.has(name)) return;
-  if (down) held.add(name);
-  else held.delete(name);
-  const cap = document.querySelector(`[data-button="${name}"]`);
-  cap.classList.toggle("held", down);
-  changed = true;
-  sendInput();
 }
 
-function release() {
-  for (const name of [...held]) hold(name, false);
-  sendInput(true); // a page that is being hidden has slow timers, and keys would stay down until the next
+function connect() {
+  const scheme = location.protocol === "https:" ? "wss:" : "ws:";
+  socket = new WebSocket(`${scheme}//${location.host}${location.pathname}ws?paused=1`);
+  socket.binaryType = "arraybuffer";
+  socket.onopen = opened;
+  socket.onclose = closed;
+  socket.onmessage = (event) => {
+    if (event.data instanceof ArrayBuffer) {
+      draw(event.data).catch((error) => show("closed", "A frame could not be drawn", String(error)));
+      return;
+    }
+    const message = JSON.parse(event.data);
+    if (message.type === "status") status(message);
+    else if (message.type === "refused") waitForTurn(message.reason);
+    else if (message.type === "error") show("closed", "The game ended", message.reason);
+  };
 }
 
-addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.code === "Backspace" && !event.repeat) send({ type: "command", name: "restart" });
-  if (event.code in KEYS) {
-    event.preventDefault();
-    hold(KEYS[event.code], true);
+async function record() {
+  at("record").disabled = true;
+  at("record").textContent = "saving";
+  const answer = await fetch(`clip.mp4?session=${about.session}`).catch(() => null);
+  if (answer && answer.ok) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(await answer.blob());
+    link.download = `owl-wms-${about.seed ?? "play"}.mp4`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   }
-});
-addEventListener("keyup", (event) => hold(KEYS[event.code], false));
-addEventListener("blur", release);
-addEventListener("mousemove", (event) => {
-  if (document.pointerLockElement !== view) return;
-  moved = [moved[0] + event.movementX * MOUSE_SCALE, moved[1] + event.movementY * MOUSE_SCALE];
-  changed = true;
-});
-addEventListener("mousedown", (event) => {
-  if (document.pointerLockElement === view) hold(POINTERS[event.button], true);
-});
-addEventListener("mouseup", (event) => hold(POINTERS[event.button], false));
-addEventListener("contextmenu", (event) => event.preventDefault());
+  at("record").textContent = answer && answer.ok ? "saved" : "nothing to save yet";
+  setTimeout(() => {
+    at("record").textContent = "save clip";
+    at("record").disabled = false;
+  }, 2000);
+}
+
+// ---- the page's own events
+
 document.addEventListener("pointerlockchange", () => {
-  const locked = document.pointerLockElement === view;
-  if (!locked) release();
-  if (["ready", "playing"].includes(document.body.dataset.state)) {
-    if (locked) show("playing", "", "");
-    else show("ready", "Click to play", "W A S D to walk, mouse to look. Esc frees the mouse.");
+  if (document.pointerLockElement !== view) pause(); // Esc
+});
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) {
+    hiddenWhile = document.body.dataset.state === "playing";
+    pause("The page was hidden. Click to go on.");
+  } else if (hiddenWhile) {
+    hiddenWhile = false;
+    begin(false);
   }
 });
-function lock() {
-  if (["ready", "playing"].includes(document.body.dataset.state)) {
-    // Chromium answers with a promise, older browsers with nothing; a refusal leaves the keys working.
-    Promise.resolve(view.requestPointerLock()).catch(() => {});
-  }
+addEventListener("hashchange", () => {
+  const world = worldInAddress();
+  if (world !== null && world !== about.seed) askFor(world);
+});
+// The first touch tells a phone from a mouse: its screen may be large, and a laptop may have both.
+addEventListener("pointerdown", (event) => {
+  const touches = event.pointerType === "touch";
+  if (event.pointerType) document.body.classList.toggle("touch", touches);
+}, { capture: true });
+if (matchMedia("(pointer: coarse)").matches) document.body.classList.add("touch");
+
+function beginHere() {
+  if (document.body.dataset.state === "closed") location.reload();
+  else if (document.body.dataset.state === "playing") Promise.resolve(view.requestPointerLock()).catch(() => {});
+  else begin(!document.body.classList.contains("touch"));
 }
-at("start").addEventListener("click", lock);
-view.addEventListener("click", lock);
-for (const button of document.querySelectorAll("[data-command]")) {
+at("start").addEventListener("click", beginHere);
+view.addEventListener("click", () => { if (!document.body.classList.contains("touch")) beginHere(); });
+for (const button of document.querySelectorAll("[data-command], [data-action]")) {
   button.addEventListener("click", () => {
-    send({ type: "command", name: button.dataset.command });
+    const { action } = button.dataset;
+    if (action === "pause") togglePause();
+    else if (action === "full") fullScreen();
+    else if (action === "record") record();
+    else if (button.dataset.command === "new_world") newWorld();
+    else command(button.dataset.command);
     button.blur(); // or the next Space would press it again
   });
 }
+at("full").hidden = !document.fullscreenEnabled;
 
+connect();
 setInterval(() => sendInput(), SEND_MS);
 setInterval(refresh, 250);
+(function poll() {
+  pollGamepad();
+  requestAnimationFrame(poll);
+})();
