@@ -178,7 +178,8 @@ def make_renderer(
         if tuple(latents.shape[1:]) != wanted:
             found = list(latents.shape[1:])
             raise ConfigError(
-                f"{cfg_path}: the model takes latents {list(wanted)}, the encoder of its VAE gives {found}"
+                f"{cfg_path}: the model takes latents {list(wanted)}, its VAE encodes to {found}: "
+                "train.vae_cfg_path must name the VAE of the model's data"
             )
         return latents
 
@@ -251,7 +252,7 @@ def build_pipeline(
     progress("model", 0, 0)
     core = load_core(cfg_path, ckpt_path, device, dtype)
     progress("decoder", 0, 0)
-    decode = make_decode(config, cfg_path, device, _picture_dtype(device, dtype), tensorrt=tensorrt)
+    decode = make_decode(config, cfg_path, device, _picture_dtype(device, dtype), tensorrt=tensorrt, output="uint8")
     render = None if context is not None else make_renderer(config, cfg_path, device, dtype, progress)
     contexts = make_contexts(config, cfg_path, device, dtype, path=context) if render is None else [render(seed)]
     progress("first passes", 0, 0)

@@ -40,7 +40,8 @@ class InteractivePipeline:
 
     Args:
         core: a GameRFTCore in eval mode, already on its device and in its dtype.
-        decode: [1, 1, c, h, w] to [1, 1, C, H, W]; `make_batched_decode_fn(decoder, batch_size=1)` of the bridge.
+        decode: [1, 1, c, h, w] to [1, 1, C, H, W], or to bytes [1, 1, H, W, C];
+            `make_batched_decode_fn(decoder, batch_size=1, output="uint8")` of the bridge.
         contexts: beginnings to choose from, in the model's scale; see `owl_wms.inference.context`.
         image_scale: factor by which latents were divided for the model.
         whitener: transform that was applied after that, or None.
@@ -107,7 +108,7 @@ class InteractivePipeline:
         self._loop = FrameLoop(
             self._guidance, deltas=self._deltas(), noise_prev=self.noise_prev, max_window=self._window
         )
-        self._pixels = Captured(lambda frame: (to_uint8(frame, bgr=self.bgr),), allowed=self._loop.captures)
+        self._pixels = Captured(lambda frame: (self._to_bytes(frame),), allowed=self._loop.captures)
         self._random = torch.Generator(self.device)
         self._begin = self._contexts[0]
         self._host: Tensor | None = None
@@ -181,6 +182,12 @@ class InteractivePipeline:
         return Frame(
             image=image.numpy().copy(), index=index, model_ms=clock.between(0, 1), decode_ms=clock.between(1, 2)
         )
+
+    def _to_bytes(self, frame: Tensor) -> Tensor:
+        if frame.dtype != torch.uint8:
+            return to_uint8(frame, bgr=self.bgr)
+        colour = frame[..., :3].flip(-1) if self.bgr else frame[..., :3]
+        return colour.contiguous()
 
     def _to_host(self, image: Tensor) -> Tensor:
         """A queued copy into pinned memory; ready after the clock's last mark, overwritten by the next frame."""

@@ -100,6 +100,47 @@ def test_bgr_is_rgb_backwards() -> None:
     assert images[0].dtype == np.uint8
 
 
+def test_a_decoder_of_bytes_gives_the_same_pictures() -> None:
+    def decode_bytes(latents: torch.Tensor) -> torch.Tensor:
+        frames = ((decode(latents).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return frames.permute(0, 1, 3, 4, 2)
+
+    for bgr in (False, True):
+        images = [
+            InteractivePipeline(tiny_core(), way, [context()], bgr=bgr)(torch.zeros(2), torch.zeros(11)).image
+            for way in (decode, decode_bytes)
+        ]
+        assert images[1].shape == images[0].shape == (6, 6, 3)
+        np.testing.assert_array_equal(images[0], images[1])
+
+
+def test_a_world_is_its_seed_and_a_restart_repeats_it() -> None:
+    made = []
+
+    def new_context(seed: int) -> Context:
+        made.append(seed)
+        return context(seed=seed)
+
+    def frames(pipeline: InteractivePipeline) -> list[np.ndarray]:
+        return [pipeline(torch.zeros(2), torch.zeros(11)).image for _ in range(3)]
+
+    pipeline = InteractivePipeline(tiny_core(), decode, [context()], steps=1, seed=3, new_context=new_context)
+    first = frames(pipeline)
+    pipeline.restart()
+    np.testing.assert_array_equal(frames(pipeline), first)
+    pipeline.new_world(8)
+    other = frames(pipeline)
+    assert (made, pipeline.describe()["seed"]) == ([8], 8)
+    assert not np.array_equal(other, first)
+    pipeline.new_world(9)
+    frames(pipeline)
+    pipeline.new_world(8)
+    np.testing.assert_array_equal(frames(pipeline), other)
+    listed = InteractivePipeline(tiny_core(), decode, [context(seed=s) for s in (1, 2)], steps=1)
+    listed.new_world(5)
+    assert torch.equal(listed._begin.latents, context(seed=2).latents)
+
+
 def test_pixels_are_rounded_clamped_and_finite() -> None:
     frame = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0, float("nan")]).view(1, 1, 6).expand(4, 1, 6)
     assert to_uint8(frame)[0, :, 0].tolist() == [0, 0, 128, 255, 255, 0]
@@ -120,6 +161,8 @@ def test_what_cannot_be_played_is_refused(changes: dict, message: str) -> None:
         InteractivePipeline(tiny_core(), decode, **values)
     with pytest.raises(ConfigError, match="causal"):
         InteractivePipeline(tiny_core(causal=False), decode, [context()])
+    with pytest.raises(ConfigError, match="the model has 7 buttons"):
+        InteractivePipeline(tiny_core(n_buttons=7), decode, [context()])
 
 
 def test_beginnings_from_files(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ let heard = 0; // the input that the last picture had seen
 let hiddenWhile = false; // paused by hiding the page: showing it goes on
 let about = {}; // the last status
 let wanted = null; // the world that was asked for and is not there yet
+let rate = 0; // frames per second when the game last ran
 let everOpen = false;
 let socket;
 
@@ -77,11 +78,15 @@ function begin(byMouse) {
   if (byMouse) Promise.resolve(view.requestPointerLock()).catch(() => {});
 }
 
-function pause(hint = "Click, or press P, to go on.") {
+function goOn() {
+  return document.body.classList.contains("touch") ? "Tap to go on." : "Click, or press P, to go on.";
+}
+
+function pause(reason = "") {
   if (document.body.dataset.state !== "playing") return;
   release();
   command("pause");
-  show("paused", "Paused", hint);
+  show("paused", "Paused", `${reason} ${goOn()}`);
 }
 
 function togglePause() {
@@ -120,7 +125,7 @@ function notice(text, busy = false) {
 }
 
 function showNotice() {
-  const rate = Number(at("fps").value);
+  rate = Number(at("fps").value) || rate;
   const pace = rate > 0 ? `about ${rate < 10 ? rate.toFixed(1) : rate.toFixed(0)} frames/s` : "few frames per second";
   const slow = about.device === "cpu";
   notice(slow ? `No GPU: ${pace} here. owl-wms play --game shows the real game.` : "");
@@ -234,7 +239,7 @@ function opened() {
   latest = -1;
   heard = 0;
   changed = true;
-  if (again) show("paused", "Connected again", "Click to go on.");
+  if (again) show("paused", "Connected again", goOn());
   else if (document.body.classList.contains("touch")) show("ready", "Tap to play", "Left: walk. Right: look.");
   else show("ready", "Click to play", "The mouse looks. Esc or P pauses.");
 }
@@ -295,7 +300,7 @@ document.addEventListener("pointerlockchange", () => {
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) {
     hiddenWhile = document.body.dataset.state === "playing";
-    pause("The page was hidden. Click to go on.");
+    pause("The page was hidden.");
   } else if (hiddenWhile) {
     hiddenWhile = false;
     begin(false);
