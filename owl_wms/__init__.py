@@ -12,6 +12,10 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     # Reaching a model needs torch and the bridge; `owl-wms --help` and configuration readers need neither.
+    if name == "accelerate":
+        from owl_wms.runtime.accelerate import accelerate
+
+        return accelerate
     if name == "from_pretrained":
         from owl_wms.inference.pretrained import from_pretrained
 

@@ -28,7 +28,7 @@ from owl_wms.runtime import recording
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, is_out_of_memory, release_memory
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.latents import check_video, check_video_shape
-from owl_wms.runtime.output import DTYPES, Output
+from owl_wms.runtime.output import DTYPES, Output, Sink
 from owl_wms.runtime.programs import Progress, Toolchain, renew_locks
 from owl_wms.runtime.slot import Slot
 from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
@@ -188,7 +188,7 @@ class VideoDecode:
                     self._compare(eager, slot, frames[start : start + step].to(device), start, out)
 
     def _by_program(
-        self, slot: Slot, chunk: Tensor, start: int, out: Output, check: bool, flags: list[tuple[int, Tensor]]
+        self, slot: Slot, chunk: Tensor, start: int, out: Sink, check: bool, flags: list[tuple[int, Tensor]]
     ) -> bool:
         try:
             floating = chunk if chunk.is_floating_point() else chunk.float()

@@ -28,11 +28,14 @@ class Generation:
 
     Attributes:
         eager: the PyTorch decoder; `eager.stamp` says whether the caller's weights are still these.
+        dtype: of every float parameter and buffer of the decoder; None where there are several, or none.
         frame_shapes: latent `(c, h, w)` -> frame `(C, H, W)`, as far as decodes have shown.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
         self.eager = EagerDecoder(decoder)
+        dtypes = {t.dtype for t in (*decoder.parameters(), *decoder.buffers()) if t.is_floating_point()}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         self.frame_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._slots: dict[tuple[tuple[int, ...], torch.device], Slot] = {}
         self._guard = threading.Lock()
@@ -49,6 +52,14 @@ class Generation:
         """Every slot so far, oldest first."""
         with self._guard:
             return list(self._slots.values())
+
+    def carried_to(self, decoder: nn.Module) -> Generation:
+        """A generation of `decoder`, whose weights have the same values elsewhere, with the programs of this one."""
+        moved = Generation(decoder)
+        moved.frame_shapes = self.frame_shapes
+        with self._guard:
+            moved._slots = dict(self._slots)
+        return moved
 
     def forget_programs(self) -> list[Slot]:
         """For a forked child, where programs do not run and locks that another thread held stay locked for ever.

@@ -10,6 +10,8 @@ Usage:
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,13 @@ from owl_wms.ops.frame_bytes import frame_bytes
 from owl_wms.runtime.eager import is_out_of_memory
 
 DTYPES = {"bf16": torch.bfloat16, "uint8": torch.uint8}
+
+
+class Sink(Protocol):
+    """Where a program's frames go before its buffers are used again."""
+
+    def write(self, start: int, frames: Tensor) -> None:
+        """Stores frames `[k, C, H, W]` from place `start` on."""
 
 
 class Output:

@@ -1,0 +1,112 @@
+"""`owl_wms.accelerate`: a faster decoder in the place of one that stands in somebody else's model.
+
+Usage:
+    pipe = owl_wms.accelerate(pipe)                             # a diffusers pipeline; its decoders are replaced
+    vae.decoder = owl_wms.accelerate(vae.decoder)               # the same for one decoder
+    pipe.vae.decoder = pipe.vae.decoder.original                # and back
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from owl_wms.errors import ConfigError
+from owl_wms.runtime.accelerated import AcceleratedDecoder, Options
+from owl_wms.runtime.eager import unwrap
+from owl_wms.runtime.toolchain import Toolchain
+from owl_wms.settings import TensorRTConfig
+from owl_wms.vae.autoencoder_dc import is_sana_decoder
+from owl_wms.vae.dcae import DCAEDecoder
+from owl_wms.vae.distill import DistillDecoder
+
+KNOWN = "diffusers' AutoencoderDC (Sana), and this package's DCAE and distilled decoders"
+_LOG = logging.getLogger("owl_wms.runtime")
+_T = TypeVar("_T")
+
+
+def accelerate(
+    module: _T,
+    *,
+    precision: str = "auto",
+    batch_sizes: Sequence[int] = (),
+    cache_dir: Path | str | None = None,
+    strict: bool = False,
+    background: bool = False,
+    toolchain: Toolchain | None = None,
+) -> _T:
+    """Makes a decoder, or the decoders of a model or pipeline, decode by compiled programs.
+
+    A program is found in the cache or built (some minutes) when latents of its shape are first decoded. It is compared
+    with the fp32 decoder before it is used. PyTorch decodes whatever no program is right for: gradients, train mode,
+    weights that changed, hooks inside the decoder, other dtypes.
+
+    Args:
+        module: a decoder `[B, C, H, W] -> [B, C, H, W]`, which is returned wrapped; or an autoencoder with `.decoder`
+            or a pipeline whose components have one, which are changed in place and returned. A name in the log
+            (`owl_wms.runtime`, level INFO) says what was replaced.
+        precision: arithmetic of the programs as in TensorRTConfig: `auto` takes fp16 if every output is finite and the
+            parity check passes, else bf16, also for a decoder in fp32. The result has the decoder's dtype.
+        batch_sizes: programs are built for these batch sizes only, >= 1 each. Empty: the first batch of a latent shape
+            decides. Other batches are split, padded or left to PyTorch, whichever is measured to be fastest.
+        cache_dir: directory of the programs; None as in TensorRTConfig.
+        strict: raise FastPathError if a program cannot be built or fails, instead of decoding by PyTorch.
+        background: build in the background and decode by PyTorch meanwhile. Programs that a GPU is busy with are timed
+            less exactly.
+        toolchain: what builds programs; None means TensorRT.
+
+    Returns:
+        The wrapped decoder, or `module` itself. Something unknown is returned as it is, with one warning.
+
+    Raises:
+        ConfigError: a batch size below 1, or a setting out of range.
+    """
+    if any(size < 1 for size in batch_sizes):
+        raise ConfigError(f"batch_sizes must be >= 1; got {list(batch_sizes)}", key="batch_sizes")
+    settings = TensorRTConfig.resolve(precision=precision, cache_dir=cache_dir)
+    options = Options(
+        settings=settings,
+        batch_sizes=tuple(sorted({min(size, settings.max_batch_size) for size in batch_sizes})),
+        strict=strict or not settings.fallback_on_error,
+        background=background,
+        toolchain=toolchain,
+    )
+    if isinstance(module, nn.Module):
+        if isinstance(module, AcceleratedDecoder):
+            return module
+        inner = unwrap(module)
+        if is_known(inner):
+            return AcceleratedDecoder(inner, options)  # type: ignore[return-value]
+    replaced = []
+    for name, holder in _holders(module):
+        decoder = unwrap(holder.decoder)
+        if is_known(decoder):
+            holder.decoder = AcceleratedDecoder(decoder, options)
+            replaced.append(f"{name}{type(decoder).__name__}")
+        elif isinstance(decoder, AcceleratedDecoder):
+            replaced.append(f"{name}{type(decoder.original).__name__} (before)")
+    if replaced:
+        _LOG.info("accelerated: %s", ", ".join(replaced))
+    else:
+        _LOG.warning("%s is left as it is: no decoder in it is known; known are %s", type(module).__name__, KNOWN)
+    return module
+
+
+def is_known(module: Any) -> bool:
+    """Whether `module` is a decoder that programs can be made of."""
+    return isinstance(module, (DCAEDecoder, DistillDecoder)) or (
+        isinstance(module, nn.Module) and is_sana_decoder(module)
+    )
+
+
+def _holders(module: Any) -> Iterator[tuple[str, Any]]:
+    """What has a decoder: the autoencoder itself or a pipeline's components, with their names."""
+    components = getattr(module, "components", None)
+    named = components.items() if isinstance(components, dict) else [("", module)]
+    for name, part in named:
+        if isinstance(part, nn.Module) and isinstance(getattr(part, "decoder", None), nn.Module):
+            yield f"{name}.decoder: " if name else "decoder: ", part

@@ -1,0 +1,305 @@
+"""`AcceleratedDecoder`: a decoder in the place of the one it wraps, which decodes by programs where that is right.
+
+Why a module: people put it where the decoder was (`pipe.vae.decoder`), and everything around goes on using it as one:
+moves and casts it, copies and saves it, hangs hooks onto it, tiles and slices its input, differentiates through it. It
+holds no weight of its own: parameters, buffers, submodules and hooks are those of the wrapped decoder, in the very same
+containers, so that none of these operations can see a difference.
+
+Where PyTorch decodes, it is the wrapped decoder's own forward, under the caller's autocast, modes and gradients.
+`stats().pytorch` counts the reasons.
+
+Usage:
+    pipe.vae.decoder = AcceleratedDecoder(pipe.vae.decoder, Options(settings=settings))
+    pipe.vae.decoder.original, pipe.vae.decoder.stats()
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from owl_wms.dynamo import uncompiled
+from owl_wms.runtime import recording
+from owl_wms.runtime.batches import Way, covers, measured
+from owl_wms.runtime.images import ImageDecode
+from owl_wms.runtime.stats import DecodeStats
+from owl_wms.runtime.toolchain import Toolchain
+from owl_wms.settings import TensorRTConfig
+
+MAX_PROGRAMS = 8
+"""Programs in memory at once; each holds a copy of the weights, and latents of ever new sizes would fill a GPU."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_LOG = logging.getLogger("owl_wms.runtime")
+# What this module keeps for itself; everything else that is set on it belongs to the wrapped decoder.
+_OWN = ("_original", "_options", "_state")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `owl_wms.accelerate` was asked for, see there."""
+
+    settings: TensorRTConfig
+    batch_sizes: tuple[int, ...] = ()
+    strict: bool = False
+    background: bool = False
+    toolchain: Toolchain | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AcceleratedStats:
+    """What an accelerated decoder has done.
+
+    Attributes:
+        calls: how often it was called.
+        program_calls: calls that programs answered.
+        pytorch: calls that PyTorch answered, by reason.
+        ways: how batches are decoded: `(batch, c, h, w)` -> sizes of the programs that run, empty for PyTorch.
+        programs: the state of the programs, by their batch size.
+    """
+
+    calls: int
+    program_calls: int
+    pytorch: dict[str, int]
+    ways: dict[tuple[int, ...], Way]
+    programs: dict[int, DecodeStats]
+
+
+class _State:
+    """What exists only in this process, and is made anew for a copy."""
+
+    def __init__(self, original: nn.Module, options: Options) -> None:
+        self.twin = without_hooks(original)
+        self.options = options
+        self.decodes: dict[int, ImageDecode] = {}
+        self.ways: dict[tuple[int, ...], Way] = {}
+        self.pytorch: Counter[str] = Counter()
+        self.program_calls = 0
+        self.autocast_dtypes: dict[tuple[torch.dtype, torch.dtype], torch.dtype] = {}
+
+    def decode(self, size: int) -> ImageDecode:
+        """The programs for batches of `size`."""
+        decode = self.decodes.get(size)
+        if decode is None:
+            decode = self.decodes[size] = ImageDecode(
+                self.twin,
+                batch_size=size,
+                settings=self.options.settings,
+                strict=self.options.strict,
+                background=self.options.background,
+                toolchain=self.options.toolchain,
+            )
+        return decode
+
+    def by_programs(self, way: Way, z: Tensor, dtype: torch.dtype, cast: bool) -> Tensor | None:
+        """`z` in pieces as `way` says, the last one padded; None if any of them has no program."""
+        if len(way) == 1:
+            return self.decode(way[0]).images(z, dtype, cast)
+        done: list[Tensor] = []
+        start = 0
+        for size in way:
+            frames = self.decode(size).images(z[start : start + size], dtype, cast)
+            if frames is None:
+                return None
+            done.append(frames)
+            start += size
+        return torch.cat(done)
+
+    def programs(self) -> int:
+        """How many programs are in memory."""
+        return sum(p["state"] == "ready" for decode in self.decodes.values() for p in decode.stats().programs)
+
+
+class AcceleratedDecoder(nn.Module):
+    """Decodes `[B, C, H, W] -> [B, C, H, W]` like `original`, faster where a program is right; made by
+    `owl_wms.accelerate`.
+
+    A program answers if the latents are a plain dense tensor on the decoder's device and in its dtype (or autocast is
+    on), the decoder is in eval mode and no gradient is wanted. Everything else is the wrapped decoder's own forward.
+    """
+
+    _original: nn.Module
+    _options: Options
+    _state: _State
+
+    def __init__(self, original: nn.Module, options: Options) -> None:
+        super().__init__()
+        own = vars(self)
+        own.update({name: value for name, value in vars(original).items() if _is_shared(name)})
+        own.update(_original=original, _options=options, _state=_State(original, options))
+
+    @property
+    def original(self) -> nn.Module:
+        """The decoder that this one stands for; both have the same weights."""
+        return self._original
+
+    def stats(self) -> AcceleratedStats:
+        """What happened so far."""
+        state = self._state
+        return AcceleratedStats(
+            calls=state.program_calls + sum(state.pytorch.values()),
+            program_calls=state.program_calls,
+            pytorch=dict(state.pytorch),
+            ways=dict(state.ways),
+            programs={size: decode.stats() for size, decode in sorted(state.decodes.items())},
+        )
+
+    @uncompiled
+    def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Decode latents; whatever else the wrapped decoder takes is handed to it."""
+        reason = "further arguments" if args or kwargs else self._why_pytorch(z)
+        if not reason:
+            cast = torch.is_autocast_enabled(z.device.type)
+            dtypes = (torch.get_autocast_dtype(z.device.type), z.dtype) if cast else None
+            dtype = z.dtype if dtypes is None else self._state.autocast_dtypes.get(dtypes)
+            if dtype is not None:
+                frames = self._by_program(z, dtype, cast)
+                if frames is not None:
+                    self._state.program_calls += 1
+                    return frames
+                reason = "no program"
+            else:
+                # What a forward returns under autocast is known once it has run there.
+                self._state.pytorch["first call under autocast"] += 1
+                result = self._original.forward(z)
+                if dtypes is not None and isinstance(result, Tensor):
+                    self._state.autocast_dtypes[dtypes] = result.dtype
+                return result
+        self._state.pytorch[reason] += 1
+        return self._original.forward(z, *args, **kwargs)
+
+    # ---- which way
+
+    def _why_pytorch(self, z: Any) -> str:
+        """Why the wrapped decoder has to compute this one itself; empty where a program may."""
+        if type(z) is not Tensor:  # a fake, functional or distributed tensor, a subclass: its own rules hold
+            return "no plain tensor"
+        if z.dim() != 4 or not z.shape[0] or z.dtype not in FLOATS or z.layout is not torch.strided:
+            return "no batch of float latents"
+        if self._original.training:
+            return "train mode"
+        if torch.is_grad_enabled() and (z.requires_grad or any(p.requires_grad for p in self._original.parameters())):
+            return "gradients are wanted (decode under torch.no_grad() otherwise)"
+        if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a dispatch mode or function transform"
+        if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
+            return "differentiated forwards or traced"
+        return "a CUDA graph is recorded" if recording.underway() else ""
+
+    def _by_program(self, z: Tensor, dtype: torch.dtype, cast: bool) -> Tensor | None:
+        state, key = self._state, tuple(z.shape)
+        way = state.ways.get(key)
+        if way is None:
+            way = self._choose(z, dtype, cast)
+            if way is None:
+                return None
+            state.ways[key] = way
+        return state.by_programs(way, z, dtype, cast) if way else None
+
+    def _choose(self, z: Tensor, dtype: torch.dtype, cast: bool) -> Way | None:
+        """How to decode batches like `z` from now on; None for PyTorch this time, and another look the next time."""
+        state, batch, one = self._state, len(z), tuple(z.shape[1:])
+        sizes = state.options.batch_sizes or tuple(
+            sorted(size for size, decode in state.decodes.items() if decode.has_program(one))
+        )
+        largest = state.options.settings.max_batch_size
+        if not sizes or batch in sizes:
+            if state.programs() >= MAX_PROGRAMS and not state.decode(min(batch, largest)).has_program(one):
+                _LOG.info("PyTorch decodes %s: %d programs are in memory already", list(z.shape), MAX_PROGRAMS)
+                return ()
+            way = covers(batch, (min(batch, largest),))[0]
+            return way if state.by_programs(way, z, dtype, cast) is not None else None
+        ways = [way for way in covers(batch, sizes) if state.by_programs(way, z, dtype, cast) is not None]
+        if not ways:
+            return None
+        candidates: dict[Way, Callable[[Tensor], Any]] = {
+            way: functools.partial(state.by_programs, way, dtype=dtype, cast=cast) for way in ways
+        }
+        candidates[()] = self._original.forward
+        return measured(candidates, z)
+
+    # ---- standing in for the wrapped decoder
+
+    @property
+    def training(self) -> bool:
+        """The wrapped decoder's mode."""
+        return bool(self._original.training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_original" in vars(self):  # not yet while nn.Module sets itself up
+            self._original.training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_original" not in vars(self):  # a copy that is being made
+                raise
+            return getattr(self._original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What a library hangs onto a module to wrap its forward must stay here; what a forward reads must not.
+        stays = name.startswith("_") or name in ("forward", "training") or isinstance(value, (nn.Module, nn.Parameter))
+        if stays or "_original" not in vars(self):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._original, name, value)
+            vars(self)["_state"] = _State(self._original, self._options)  # programs were made with the old value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        moved = [(decode, before) for decode in self._state.decodes.values() if (before := decode.weights())]
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for decode, before in moved:
+            decode.carry(before)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AcceleratedDecoder:
+        twin = AcceleratedDecoder(copy.deepcopy(self._original, memo), self._options)
+        memo[id(self)] = twin
+        for name, value in self._hung_on():
+            vars(twin)[name] = copy.deepcopy(value, memo)
+        return twin
+
+    def __reduce__(self) -> Any:
+        return AcceleratedDecoder, (self._original, self._options), dict(self._hung_on())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def _hung_on(self) -> Iterator[tuple[str, Any]]:
+        """What others set on this module and not on the wrapped one."""
+        for name, value in vars(self).items():
+            if name not in _OWN and not _is_shared(name):
+                yield name, value
+
+    def _get_name(self) -> str:
+        return f"Accelerated{type(self._original).__name__}"
+
+
+_SHARED = frozenset(vars(nn.Module())) - {"training"}
+
+
+def _is_shared(name: str) -> bool:
+    """Whether an attribute is one of those in which nn.Module keeps members and hooks."""
+    return name in _SHARED
+
+
+def without_hooks(original: nn.Module) -> nn.Module:
+    """A module of the same class, members and attributes, with no hooks of its own and in eval mode.
+
+    Hooks on the decoder itself run around whatever decodes; those within it would be lost in a program, and keep it
+    from being compiled.
+    """
+    twin = object.__new__(type(original))
+    fresh = {name: value for name, value in vars(nn.Module()).items() if "hooks" in name}
+    vars(twin).update({**vars(original), **fresh, "training": False})
+    return twin

@@ -1,0 +1,178 @@
+"""`ImageDecode`: one batch of images by its program, in the caller's dtype, or None where PyTorch has to decode.
+
+Why beside `VideoDecode`: a decoder that stands inside somebody else's model is called once per image, and expects back
+what it would have computed. So nothing is stacked into clips, the caller keeps his own PyTorch path, and a call costs
+little beside the program. Whether the weights are still those of the program is looked at after the launch, while the
+GPU works; frames of old weights are thrown away.
+
+Usage:
+    decode = ImageDecode(decoder, batch_size=4, settings=settings)
+    frames = decode.images(z, torch.bfloat16)       # z [k <= 4, c, h, w] -> [k, C, H, W], or None
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.dynamo import uncompiled
+from owl_wms.errors import FastPathError
+from owl_wms.runtime.decode import VideoDecode
+from owl_wms.runtime.generation import Generation
+from owl_wms.runtime.slot import Slot, all_finite
+
+
+class _Frames:
+    """What `Output` is for clips: keeps a program's frames before its buffers are used again."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self.tensor: Tensor | None = None
+
+    def write(self, start: int, frames: Tensor) -> None:
+        self.tensor = frames.to(self._dtype, copy=True)
+
+
+class ImageDecode(VideoDecode):
+    """Decodes image batches by programs; arguments as for `VideoDecode`.
+
+    Args:
+        background: obtain programs in a thread of their own; until one is ready, `images` returns None.
+    """
+
+    def __init__(self, decoder: nn.Module, *, background: bool = False, **options: Any) -> None:
+        super().__init__(decoder, **options)
+        self.background = background
+        self._lanes: dict[tuple[int, ...], tuple[Generation, Slot, list[dict[str, Any]]]] = {}
+        self._threads: dict[tuple[int, ...], threading.Thread] = {}
+
+    @uncompiled
+    @torch.no_grad()
+    def images(self, z: Tensor, dtype: torch.dtype, cast: bool = False) -> Tensor | None:
+        """Decodes `[k, c, h, w]`, k <= batch_size, on the decoder's device.
+
+        Args:
+            z: latents in the dtype of every weight; in any float dtype with `cast`.
+            dtype: of the result.
+            cast: the caller's PyTorch path converts latents and weights, as autocast does.
+
+        Returns:
+            `[k, C, H, W]` in `dtype`; None where there is no program, where it failed, and where a module of the
+            decoder is in train mode: the caller decodes then.
+
+        Raises:
+            FastPathError: in strict mode.
+        """
+        one = tuple(z.shape[1:])
+        for _ in range(2):  # weights that changed since the last call cost one more look
+            lane = self._lanes.get(one) or self._lane(one, z.device)
+            if lane is not None and not cast and lane[0].dtype is not z.dtype:
+                lane = self._lane(one, z.device)  # the weights may have been cast since
+                if lane is not None and lane[0].dtype is not z.dtype:
+                    return None
+            if lane is None:
+                return None
+            generation, slot, modules = lane
+            if slot.state != "ready":
+                self._lanes.pop(one, None)
+                return None
+            frames = self._run(generation, slot, z, dtype)
+            if any(own["training"] for own in modules):
+                return None
+            if generation.eager.stamp.matches(self.decoder):
+                self._ledger.add("fallbacks", int(frames is None))
+                self._ledger.add("frames", 0 if frames is None else len(z))
+                return frames
+            self._lanes.clear()
+        return None
+
+    def _run(self, generation: Generation, slot: Slot, z: Tensor, dtype: torch.dtype) -> Tensor | None:
+        kept = _Frames(dtype)
+        check = slot.wants_check(self.check)
+        if not self._by_program(slot, z.contiguous(), 0, kept, False, []):
+            return None
+        frames = kept.tensor
+        # Looked at in the caller's dtype, where a value that the program could hold may be infinity.
+        if not check or frames is None or bool(all_finite(frames)):
+            return frames
+        truth = generation.eager(z).to(dtype)
+        worse = int((truth.isfinite() & ~frames.isfinite()).sum())
+        if not worse:
+            return frames
+        reason = f"the program gave {worse} non-finite values where PyTorch gives finite ones"
+        self._failed_run(slot, FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
+        return truth
+
+    def _lane(self, one: tuple[int, ...], device: torch.device) -> tuple[Generation, Slot, list[dict[str, Any]]] | None:
+        """The program of one latent shape and what it was made from, found or built; None where there is none."""
+        tensors = (*self.decoder.parameters(), *self.decoder.buffers())
+        if any(tensor.device != device for tensor in tensors):  # some offloading leaves weights elsewhere, or nowhere
+            return None
+        if any(module.training for module in self.decoder.modules()):
+            return None
+        generation = self._current()
+        slot = self._slot(generation, one, device)
+        if slot.state == "new" and self.background:
+            self._begin(one)
+            return None
+        if not self._ready(generation.eager, slot):
+            return None
+        lane = generation, slot, [vars(module) for module in self.decoder.modules()]
+        if self._generation is generation:  # not one that a recording made for itself
+            self._lanes[one] = lane
+        return lane
+
+    def _begin(self, one: tuple[int, ...]) -> None:
+        """Obtain the program of a shape in a thread, one at a time for each shape."""
+        with self._guard:
+            thread = self._threads.get(one)
+            if thread is not None and thread.is_alive():
+                return
+            thread = threading.Thread(target=self._prepare, args=(one,), name="owl-wms-program", daemon=True)
+            self._threads[one] = thread
+            thread.start()
+
+    def _prepare(self, one: tuple[int, ...]) -> None:
+        try:
+            self.prepare(one)  # type: ignore[arg-type]
+        except Exception as error:  # a strict failure is kept in the slot and raised by the next call
+            self._ledger.note(f"background {one}", f"no program for latents {list(one)}: {error}")
+
+    def has_program(self, one: tuple[int, ...]) -> bool:
+        """Whether latents `(c, h, w)` have a program in memory."""
+        generation = self._generation
+        slots = [] if generation is None else generation.slots()
+        return any(slot.state == "ready" and slot.request.shape[1:] == one for slot in slots)
+
+    # ---- weights that move
+
+    def weights(self) -> list[Tensor] | None:
+        """The decoder's parameters and buffers as they are, if programs stand for them; else None."""
+        generation = self._generation
+        if generation is None or not generation.eager.stamp.matches(self.decoder):
+            return None
+        return [tensor.detach() for tensor in (*self.decoder.parameters(), *self.decoder.buffers())]
+
+    def carry(self, before: Sequence[Tensor]) -> None:
+        """Keep the programs although every weight was moved: they stand for values, and those are the same.
+
+        Args:
+            before: what `weights` returned before the move.
+        """
+        after = [*self.decoder.parameters(), *self.decoder.buffers()]
+        if len(after) != len(before) or any(tensor.is_meta for tensor in after):
+            return
+        pairs = zip(after, before, strict=True)
+        if all(a.dtype == b.dtype and torch.equal(a.detach(), b.to(a.device)) for a, b in pairs):
+            with self._guard:
+                if self._generation is not None:
+                    self._generation = self._generation.carried_to(self.decoder)
+        self._lanes.clear()
+
+    def _reset_in_child(self) -> None:
+        super()._reset_in_child()
+        self._lanes, self._threads = {}, {}
