@@ -107,7 +107,7 @@ class WeightsStamp:
         children = [module._modules for module in modules]
         holders = [held for module in modules for held in (module._parameters, module._buffers)]
         hooks = [held for module in modules for held in (module._forward_hooks, module._forward_pre_hooks)]
-        self._counted: list[Mapping[str, Any]] = [*children, *holders, *hooks]
+        self._counted: list[Mapping[Any, Any]] = [*children, *holders, *hooks]
         self._counts = list(map(len, self._counted))
         self._own = [module.__dict__ for module in modules]
         self._forwards = self._added()

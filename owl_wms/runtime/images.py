@@ -12,6 +12,7 @@ Usage:
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,9 @@ from owl_wms.errors import FastPathError
 from owl_wms.runtime.decode import VideoDecode
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.slot import Slot, all_finite
+
+
+_TRAINING = operator.itemgetter("training")
 
 
 class _Frames:
@@ -81,7 +85,7 @@ class ImageDecode(VideoDecode):
                 self._lanes.pop(one, None)
                 return None
             frames = self._run(generation, slot, z, dtype)
-            if any(own["training"] for own in modules):
+            if any(map(_TRAINING, modules)):
                 return None
             if generation.eager.stamp.matches(self.decoder):
                 self._ledger.add("fallbacks", int(frames is None))
