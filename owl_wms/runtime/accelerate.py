@@ -18,7 +18,7 @@ from torch import nn
 from owl_wms.errors import ConfigError
 from owl_wms.runtime.accelerated import AcceleratedDecoder, Options
 from owl_wms.runtime.eager import unwrap
-from owl_wms.runtime.toolchain import Toolchain
+from owl_wms.runtime.programs import Toolchain
 from owl_wms.settings import TensorRTConfig
 from owl_wms.vae.autoencoder_dc import is_sana_decoder
 from owl_wms.vae.dcae import DCAEDecoder

@@ -31,8 +31,8 @@ from owl_wms.dynamo import uncompiled
 from owl_wms.runtime import recording
 from owl_wms.runtime.batches import Way, covers, measured
 from owl_wms.runtime.images import ImageDecode
+from owl_wms.runtime.programs import Toolchain
 from owl_wms.runtime.stats import DecodeStats
-from owl_wms.runtime.toolchain import Toolchain
 from owl_wms.settings import TensorRTConfig
 
 MAX_PROGRAMS = 8

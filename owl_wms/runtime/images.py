@@ -26,7 +26,6 @@ from owl_wms.runtime.decode import VideoDecode
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.slot import Slot, all_finite
 
-
 _TRAINING = operator.itemgetter("training")
 
 
@@ -150,7 +149,7 @@ class ImageDecode(VideoDecode):
         """Whether latents `(c, h, w)` have a program in memory."""
         generation = self._generation
         slots = [] if generation is None else generation.slots()
-        return any(slot.state == "ready" and slot.request.shape[1:] == one for slot in slots)
+        return any(slot.state == "ready" and slot.request.input_shape[1:] == one for slot in slots)
 
     # ---- weights that move
 

@@ -21,7 +21,7 @@ import owl_wms
 from owl_wms.errors import ConfigError, FastPathError
 from owl_wms.runtime import batches
 from owl_wms.runtime.accelerated import MAX_PROGRAMS, AcceleratedDecoder
-from owl_wms.trt.plans import require_unaltered
+from owl_wms.trt.graph.recording import require_unaltered
 from tests.runtime.sana import LATENTS, autoencoder
 from tests.runtime.toolchains import ExportToolchain
 
