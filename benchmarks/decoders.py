@@ -19,6 +19,7 @@ from owl_wms.vae import build_decoder, load_decoder
 
 ROOT = Path(__file__).resolve().parents[1]
 VAE_CONFIGS = ROOT / "configs" / "vae"
+SMALL = ROOT / "benchmarks" / "small.yml"
 DEMO = ROOT / "examples" / "demo"
 
 # AutoencoderDC f64c128 (mit-han-lab/dc-ae-f64c128-mix-1.0), decoder side: 412.3 M parameters, 22.4 TFLOP a batch of 8.
@@ -73,6 +74,7 @@ SUBJECTS = {
         Subject(name="distill_vae", make=_random("cod_64x_c64_depth_distill_dec.yml", None), latent_shape=(64, 8, 8)),
         Subject(name="sana", make=_sana),
         Subject(name="demo", make=_demo),
+        Subject(name="small", make=_random(str(SMALL), "tiled"), latent_shape=(16, 8, 8)),
     )
 }
 

@@ -1,0 +1,256 @@
+"""The parts of `benchmarks.road`, each run in a process of its own: what one process leaves behind (a CUDA context, a
+compiler, cached memory) must not help or hinder the next.
+
+Usage: python -m benchmarks.road_parts PART JSON      prints one JSON object as its last line
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Settings = dict[str, Any]
+PIECE = 32  # frames per call of the decode function: as many as a piece of `decode_stream` has
+
+
+def files(s: Settings) -> Settings:
+    """Writes the decoder's checkpoint and configuration, and `frames` random latents, where they are not there yet."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    from benchmarks.decoders import subject
+
+    made = subject(s["decoder"])
+    if not Path(s["checkpoint"]).exists():
+        weights = {name: value.contiguous() for name, value in made.make().state_dict().items()}
+        save_file(weights, s["checkpoint"])
+    if not Path(s["latents"]).exists():
+        latents = torch.randn(s["frames"], *made.latent_shape, generator=torch.Generator().manual_seed(0))
+        np.save(s["latents"], latents.numpy())
+    return {"latents_bytes": Path(s["latents"]).stat().st_size}
+
+
+def first(s: Settings) -> Settings:
+    """Times the way from the start of this process (`s["begun"]`, wall clock) to the first decoded batch."""
+    marks = [("interpreter", time.time())]
+    import torch
+
+    marks.append(("import torch", time.time()))
+    from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
+
+    marks.append(("import owl_wms", time.time()))
+    if s["device"] == "cuda":
+        torch.zeros(1, device="cuda")
+    marks.append(("CUDA", time.time()))
+    decoder = get_decoder_only(None, s["config"], s["checkpoint"], device=s["device"], dtype=_dtype(s))
+    marks.append(("weights", time.time()))
+    decode = make_batched_decode_fn(decoder, s["batch"], output="uint8")
+    shape = (1, s["batch"], *_latent_shape(s))
+    frames = decode(torch.zeros(shape, device=s["device"])).cpu()
+    marks.append(("program and first batch", time.time()))
+    stats, before, spent = decode.stats(), s["begun"], {}
+    for name, at in marks:
+        spent[name], before = at - before, at
+    return {
+        "seconds": spent,
+        "after_torch": sum(seconds for name, seconds in spent.items() if name not in ("interpreter", "import torch")),
+        "frame": list(frames.shape[2:]),
+        "build_seconds": stats.build_seconds,
+        "load_seconds": stats.load_seconds,
+        "backend": stats.backend,
+        "reason": stats.reason,
+    }
+
+
+def rate(s: Settings) -> Settings:
+    """Frames per second of the decode function (bf16 and bytes), of the stream, and of the stream into an array, in
+    turns; and whether the stream's bytes are the function's."""
+    import torch
+
+    from owl_wms.media.latents import LatentFile
+    from owl_wms.media.sinks import open_sink
+    from owl_wms.ops.frame_bytes import frame_bytes, reference
+    from owl_wms.runtime import decode_stream
+    from owl_wms.utils.owl_vae_bridge import make_batched_decode_fn
+
+    decoder, source = _decoder(s), LatentFile(s["latents"])
+    count = min(s["frames"], source.shape[1])
+    floats = make_batched_decode_fn(decoder, s["batch"])
+    pictures = make_batched_decode_fn(decoder, s["batch"], output="uint8")
+    latents = source.read(0, count).to(s["device"])
+
+    def function(decode: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for part in latents.split(PIECE):
+                decode(part[None])
+
+        return run
+
+    def stream() -> None:
+        for _ in decode_stream(pictures, source):
+            pass
+
+    def array() -> None:
+        with open_sink(Path(s["work"], "rate.npy"), shape=source.shape[:2], fps=60) as sink:
+            for frames in decode_stream(pictures, source):
+                sink.write(frames)
+
+    runs = {"function, bf16": function(floats), "function, bytes": function(pictures), "stream": stream}
+    samples: dict[str, list[float]] = {name: [] for name in (*runs, "stream to .npy")}
+    for run in runs.values():
+        run()
+    for _ in range(s["rounds"]):
+        for name, run in (*runs.items(), ("stream to .npy", array)):
+            _wait(s)
+            begun = time.perf_counter()
+            run()
+            _wait(s)
+            samples[name].append(count / (time.perf_counter() - begun))
+    few = latents[: 5 * s["batch"] + 3]
+    streamed = torch.cat([frames.clone() for frames in decode_stream(pictures, few[None])])
+    x = 1.5 * torch.randn(3, 4, 90, 160, device=s["device"]).to(_dtype(s))
+    return {
+        "frames_per_second": {name: median(values) for name, values in samples.items()},
+        "same_bytes": bool(torch.equal(streamed, pictures(few[None])[0].cpu())),
+        "kernel_is_the_reference": bool(torch.equal(frame_bytes(x), reference(x))),
+        "backend": pictures.stats().backend,
+        "reason": pictures.stats().reason,
+    }
+
+
+def x264(s: Settings) -> Settings:
+    """Frames per second of the encoder fed from memory, with the settings of `owl-wms decode`."""
+    import numpy as np
+    import torch
+
+    from owl_wms.media.video import VideoWriter
+    from owl_wms.timing import Spent
+
+    frames, spent = torch.from_numpy(np.load(s["array"])), Spent()
+    begun = time.perf_counter()
+    with VideoWriter(Path(s["work"], "memory.mp4"), 60, spent=spent) as clip:
+        for part in frames.split(PIECE):
+            clip.write(part)
+    seconds = time.perf_counter() - begun
+    return {"frames_per_second": len(frames) / seconds, "seconds": seconds, "spent": spent.seconds}
+
+
+def training(s: Settings) -> Settings:
+    """Milliseconds per batch and errors of `compile_for_training`, eager and torch.compile, in turns."""
+    import torch
+
+    from benchmarks.harness import measure_interleaved
+    from owl_wms.runtime import VideoDecode
+    from owl_wms.trt import compile_for_training
+    from owl_wms.trt.check.parity import errors, reference_arithmetic
+    from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
+
+    fp32 = get_decoder_only(None, s["config"], s["checkpoint"], device="cuda", dtype=torch.float32)
+    decoder = get_decoder_only(None, s["config"], s["checkpoint"], device="cuda")
+    compiled = torch.compile(
+        get_decoder_only(None, s["config"], s["checkpoint"], device="cuda").to(memory_format=torch.channels_last),
+        dynamic=False,
+    )
+    ours = compile_for_training(decoder)
+    evaluation: VideoDecode = make_batched_decode_fn(decoder, s["batch"], jit=True)
+    candidates: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "eager": decoder,
+        "torch.compile": compiled,
+        "compile_for_training": ours,
+        "evaluation's decode function": lambda z: evaluation(z[None])[0],
+    }
+    inputs = [torch.randn(s["batch"], *_latent_shape(s), device="cuda").bfloat16() for _ in range(3)]
+    seconds, found = {}, {}
+    with torch.no_grad():
+        with reference_arithmetic():
+            want = fp32(inputs[0].float())
+        for name, run in candidates.items():
+            begun = time.perf_counter()
+            found[name] = errors(run(inputs[0]), want)
+            torch.cuda.synchronize()
+            seconds[name] = time.perf_counter() - begun
+        timings = measure_interleaved(candidates, inputs, rounds=20)
+    return {
+        "ms": {name: timing.median_ms for name, timing in timings.items()},
+        "relative_error": {name: error.relative for name, error in found.items()},
+        "absolute_error": {name: error.absolute for name, error in found.items()},
+        "first_call_seconds": seconds,
+        "plan": ours.plan,
+        "reason": ours.reason,
+    }
+
+
+def memory(s: Settings) -> Settings:
+    """Host memory in MiB while `frames` latents are streamed: after a tenth of them, and at the end."""
+    import torch
+
+    from owl_wms.runtime import decode_stream
+    from owl_wms.utils.owl_vae_bridge import make_batched_decode_fn
+
+    class Endless:
+        shape = (1, s["frames"], *_latent_shape(s))
+        drawn = torch.randn(PIECE, *_latent_shape(s))
+
+        def read(self, start: int, stop: int) -> torch.Tensor:
+            return self.drawn[: stop - start].clone()
+
+    decode = make_batched_decode_fn(_decoder(s), s["batch"], output="uint8")
+    done, early, piece_bytes, begun = 0, 0.0, 0, time.perf_counter()
+    for frames in decode_stream(decode, Endless()):
+        done, piece_bytes = done + len(frames), max(piece_bytes, frames.nbytes)
+        if not early and done >= s["frames"] / 10:
+            early = _resident_mib()
+    seconds = time.perf_counter() - begun
+    return {
+        "frames": done,
+        "seconds": seconds,
+        "early_mib": early,
+        "end_mib": _resident_mib(),
+        "piece_mib": piece_bytes / 2**20,
+    }
+
+
+def _decoder(s: Settings) -> Any:
+    import torch
+
+    from owl_wms.cli._shared import quick_on
+    from owl_wms.utils.owl_vae_bridge import get_decoder_only
+
+    decoder = get_decoder_only(None, s["config"], s["checkpoint"], device=s["device"], dtype=_dtype(s))
+    return quick_on(torch.device(s["device"]), decoder)
+
+
+def _dtype(s: Settings) -> Any:
+    import torch
+
+    return torch.bfloat16 if s["device"] == "cuda" else torch.float32
+
+
+def _latent_shape(s: Settings) -> tuple[int, int, int]:
+    from benchmarks.decoders import subject
+
+    return subject(s["decoder"]).latent_shape
+
+
+def _wait(s: Settings) -> None:
+    import torch
+
+    if s["device"] == "cuda":
+        torch.cuda.synchronize()
+
+
+def _resident_mib() -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+PARTS = {part.__name__: part for part in (files, first, rate, x264, training, memory)}
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(PARTS[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)
