@@ -33,7 +33,7 @@ from benchmarks.report import require_alike, write_markdown, write_merged
 from owl_wms import trt
 from owl_wms.cache import CacheStore, Key, Miss
 from owl_wms.request import Request
-from owl_wms.trt.check.answer import output_digest
+from owl_wms.trt.check.output import output_digest
 from owl_wms.trt.check.parity import latents
 
 ROWS = (

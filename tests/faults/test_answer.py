@@ -21,7 +21,7 @@ from owl_wms.request import Request
 from owl_wms.runtime import VideoDecode
 from owl_wms.runtime.turns import tracing
 from owl_wms.settings import TensorRTConfig
-from owl_wms.trt.check import answer
+from owl_wms.trt.check import output
 from owl_wms.trt.check.parity import Reference, latents
 from owl_wms.trt.library import engines
 from owl_wms.trt.run.load import LoadedProgram
@@ -39,9 +39,9 @@ class AnsweringToolchain(PlainToolchain):
         z = latents(request.input_shape, 1.0, torch.float32, "cpu")
         with tracing(), torch.no_grad():
             limits = Reference.measure(decoder, decoder, request.input_shape, torch.float32, torch.device("cpu"))
-            built = answer.Answer.of(decoder(z), limits.check(decoder), seed=0)
+            built = output.RecordedOutput.of(decoder(z), limits.check(decoder), seed=0)
             exported = torch.export.export(decoder, (z,))
-            torch.export.save(exported, folder / "program.pt2", extra_files={answer.FILE: built.pack()})
+            torch.export.save(exported, folder / "program.pt2", extra_files={output.FILE: built.pack()})
         return {"precision": "fp32", "plan": "plain"}
 
     def load(self, data: bytes, request: Request, report: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:

@@ -17,8 +17,8 @@ from owl_wms.request import Request
 from owl_wms.runtime import VideoDecode
 from owl_wms.settings import TensorRTConfig
 from owl_wms.trt import plans
-from owl_wms.trt.check import answer
-from owl_wms.trt.check.answer import Answer, sample_of
+from owl_wms.trt.check import output
+from owl_wms.trt.check.output import RecordedOutput, sample_of
 from owl_wms.trt.check.parity import latents
 from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.library import engines
@@ -47,8 +47,8 @@ def program() -> bytes:
     model = nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.Tanh()).half().eval().requires_grad_(False)
     z = latents(SHAPE, 1.0, torch.float16, "cpu")
     buffer = io.BytesIO()
-    built = Answer.of(model(z), {}, seed=0)
-    torch.export.save(torch.export.export(model, (z,)), buffer, extra_files={answer.FILE: built.pack()})
+    built = RecordedOutput.of(model(z), {}, seed=0)
+    torch.export.save(torch.export.export(model, (z,)), buffer, extra_files={output.FILE: built.pack()})
     return buffer.getvalue()
 
 

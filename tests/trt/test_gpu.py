@@ -12,7 +12,7 @@ import torch
 from owl_wms import trt
 from owl_wms.errors import FastPathError
 from owl_wms.request import Request
-from owl_wms.trt.check.answer import output_digest
+from owl_wms.trt.check.output import output_digest
 from owl_wms.trt.check.parity import latents
 from tests.trt import decoders
 
@@ -120,7 +120,7 @@ import sys
 from pathlib import Path
 from owl_wms import trt
 from owl_wms.ops import nvrtc
-from owl_wms.trt.check.answer import output_digest
+from owl_wms.trt.check.output import output_digest
 from owl_wms.trt.check.parity import latents
 def compiled(kernel, architecture): raise AssertionError(f"{kernel} was compiled again")
 nvrtc._compile = compiled

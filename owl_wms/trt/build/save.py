@@ -16,7 +16,7 @@ from owl_wms.errors import FastPathError
 from owl_wms.request import Request
 from owl_wms.trt.run import kernels
 from owl_wms.trt.library import compiler
-from owl_wms.trt.check import answer
+from owl_wms.trt.check import output
 from owl_wms.trt.build import attempts
 from owl_wms.trt.build.candidate import Candidate
 from owl_wms.trt.build.journal import Journal
@@ -38,8 +38,8 @@ def save(
     z = latents(request.input_shape, 1.0, dtype_of(best.precision), device, request.seed)
     with kernels.collected(z) as files:
         wanted = attempts.run(best.program, z)
-    found = answer.Answer.of(wanted, best.parity, seed=request.seed)
-    files[answer.FILE] = found.pack()
+    found = output.RecordedOutput.of(wanted, best.parity, seed=request.seed)
+    files[output.FILE] = found.pack()
     path = out_dir / PROGRAM_NAME
     journal.stage("save", plan=best.plan)
     begin = time.monotonic()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-Answer = Callable[..., "Tensor | None"]
+Rule = Callable[..., "Tensor | None"]
 
 
 class QuickShapes(TorchDispatchMode):
@@ -32,10 +32,10 @@ class QuickShapes(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return answer(func, args, kwargs or {})
+        return result_of(func, args, kwargs or {})
 
 
-def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def result_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `func` returns for meta tensors, by a rule where one fits, else by torch."""
     rule = RULES.get(func)
     if rule is not None and not kwargs:
@@ -137,7 +137,7 @@ def _same_order(x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     return made if plain(made) or made.dim() != 4 else None
 
 
-RULES: dict[Any, Answer] = {
+RULES: dict[Any, Rule] = {
     aten.convolution.default: _convolution,
     aten.upsample_bicubic2d.default: _enlargement,
     aten.upsample_bilinear2d.default: _enlargement,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from owl_wms.trt.graph.meta import QuickShapes, answer
+from owl_wms.trt.graph.meta import QuickShapes, result_of
 from owl_wms.trt.graph.shapes import named_tensors
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
@@ -51,8 +51,8 @@ def record(module: nn.Module, z: Tensor) -> str:
         _Calls(book),
         _Operators(book),
     ):
-        answered = module(z)
-    book.line(f"return {book.text(answered)}")
+        returned = module(z)
+    book.line(f"return {book.text(returned)}")
     return "\n".join(book.lines)
 
 
@@ -143,7 +143,7 @@ class _Operators(QuickShapes):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._book.line(f"{func} {self._book.text(args)} {self._book.text(kwargs or {})}")
-        results = answer(func, args, kwargs or {})
+        results = result_of(func, args, kwargs or {})
         self._book.results(results, f"v{len(self._book.lines)}")
         return results
 

@@ -4,7 +4,7 @@ Why bytes: `torch.export.load` runs code from a crafted file and does not notice
 reads the file hashes it first and hands over those same bytes. Never `torch_tensorrt.load`, which tries other
 unpicklers when the first one fails.
 
-A program counts as loaded when it has repeated the answer of its build (`answer.py`).
+A program counts as loaded when it has repeated the answer of its build (`check/output.py`).
 
 Usage:
     program = load_program(entry.read("program.pt2"), "cuda:0")
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt.check import answer
+from owl_wms.trt.check import output
 from owl_wms.trt.check.parity import latents
 from owl_wms.trt.library import engines
 from owl_wms.trt.run import kernels
@@ -93,7 +93,7 @@ def load_program(data: bytes, device: torch.device | str, *, library: bool = Tru
 
 
 def _load(data: bytes, device: torch.device) -> LoadedProgram:
-    extra: dict[str, str] = {kernels.FILE: "", answer.FILE: ""}  # an empty dict would be replaced, not filled
+    extra: dict[str, str] = {kernels.FILE: "", output.FILE: ""}  # an empty dict would be replaced, not filled
     exported = torch.export.load(io.BytesIO(data), extra_files=extra)
     kernels.adopt(extra)
     inputs = exported.graph_signature.user_inputs
@@ -108,12 +108,12 @@ def _load(data: bytes, device: torch.device) -> LoadedProgram:
 
         exported = move_to_device_pass(exported, str(device))
     program = LoadedProgram(exported.module(), tuple(example.shape), example.dtype, device)
-    if extra[answer.FILE]:
-        confirm(program, answer.Answer.unpack(extra[answer.FILE]))
+    if extra[output.FILE]:
+        confirm(program, output.RecordedOutput.unpack(extra[output.FILE]))
     return program
 
 
-def confirm(program: LoadedProgram, built: answer.Answer) -> None:
+def confirm(program: LoadedProgram, built: output.RecordedOutput) -> None:
     """Decode the latents of the build once more. Raises FastPathError, stage "parity", for another answer."""
     z = latents(program.input_shape, 1.0, program.input_dtype, program.device, built.seed)
     strays = built.compare(program(z))

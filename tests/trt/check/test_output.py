@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt.check import answer
-from owl_wms.trt.check.answer import Answer
+from owl_wms.trt.check import output
+from owl_wms.trt.check.output import RecordedOutput
 from owl_wms.trt.check.parity import Reference, latents
 from owl_wms.trt.library import engines
 from owl_wms.trt.run.load import load_program
@@ -29,10 +29,10 @@ def packed(change: float = 0.0) -> bytes:
     model = decoder().eval().requires_grad_(False)
     z = latents(SHAPE, 1.0, torch.float32, "cpu")
     parity = Reference.measure(model, model, SHAPE, torch.float32, torch.device("cpu")).check(model)
-    built = Answer.of(model(z), parity, seed=0)
+    built = RecordedOutput.of(model(z), parity, seed=0)
     model[3].weight.mul_(1 + change)
     buffer = io.BytesIO()
-    torch.export.save(torch.export.export(model, (z,)), buffer, extra_files={answer.FILE: built.pack()})
+    torch.export.save(torch.export.export(model, (z,)), buffer, extra_files={output.FILE: built.pack()})
     return buffer.getvalue()
 
 
@@ -87,7 +87,7 @@ def test_a_fault_anywhere_is_seen(what: str) -> None:
     generator = torch.Generator().manual_seed(0)
     output = torch.rand(2, 4, 360, 640, generator=generator) * 2 - 1
     limits = {"scales": [{"scale": 1, "relative_limit": 1e-3, "absolute_limit": 1e-2}]}
-    built = Answer.unpack(Answer.of(output, limits, seed=3).pack())
+    built = RecordedOutput.unpack(RecordedOutput.of(output, limits, seed=3).pack())
     assert (built.seed, built.compare(output)) == (3, "")
     assert built.compare(output * (1 + 1e-4)).startswith("other bits")
     with pytest.raises(FastPathError):
@@ -95,7 +95,7 @@ def test_a_fault_anywhere_is_seen(what: str) -> None:
 
 
 def test_without_limits_only_the_same_bits_will_do() -> None:
-    built = Answer.of(torch.ones(7), {}, seed=0)
+    built = RecordedOutput.of(torch.ones(7), {}, seed=0)
     assert built.compare(torch.ones(7)) == ""
     with pytest.raises(FastPathError):
         built.compare(torch.ones(7) * (1 + 1e-6))
@@ -103,5 +103,5 @@ def test_without_limits_only_the_same_bits_will_do() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 4095, 4096, 7_372_800])
 def test_the_sample_takes_no_value_twice(count: int) -> None:
-    sample = answer.sample_of(torch.arange(count, dtype=torch.float64))
-    assert len(sample) == min(count, answer.SAMPLES) == len(set(sample.tolist()))
+    sample = output.sample_of(torch.arange(count, dtype=torch.float64))
+    assert len(sample) == min(count, output.SAMPLES) == len(set(sample.tolist()))

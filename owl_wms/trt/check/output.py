@@ -7,8 +7,8 @@ loaded program does is to decode the latents of its build once more. The same bi
 allows, and it may be used; anything else, and PyTorch decodes.
 
 Usage:
-    files[FILE] = Answer.of(program(z), parity, seed=0).pack()      # at build; z = parity.latents(shape, 1.0, ...)
-    Answer.unpack(files[FILE]).compare(loaded(z))                   # "", or how far it strays; FastPathError
+    files[FILE] = RecordedOutput.of(program(z), parity, seed=0).pack()      # at build; z = parity.latents(shape, 1.0, ...)
+    RecordedOutput.unpack(files[FILE]).compare(loaded(z))                   # "", or how far it strays; FastPathError
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch import Tensor
 
 from owl_wms.errors import FastPathError
 
-FILE = "owl_wms_answer.json"
+FILE = "owl_wms_output.json"
 # One value in 1,800 of a batch of 8 frames at 360x640: a wrong tile of 64x64 holds two of them, and a wrong channel of
 # any layer is in all.
 SAMPLES = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class RecordedOutput:
     """An output in short.
 
     Attributes:
@@ -52,7 +52,7 @@ class Answer:
     seed: int
 
     @classmethod
-    def of(cls, output: Tensor, parity: dict[str, Any], *, seed: int) -> Answer:
+    def of(cls, output: Tensor, parity: dict[str, Any], *, seed: int) -> RecordedOutput:
         """What `output` is in short; `parity` is what `Reference.check` said of the program, whose limits hold here."""
         row: dict[str, Any] = next((row for row in parity.get("scales", ()) if row["scale"] == 1), {})
         relative, absolute = row.get("relative_limit"), row.get("absolute_limit")
@@ -73,7 +73,7 @@ class Answer:
         return json.dumps({**told, "sample": sample})
 
     @classmethod
-    def unpack(cls, text: str) -> Answer:
+    def unpack(cls, text: str) -> RecordedOutput:
         """Inverse of `pack`. Raises whatever a text that `pack` did not write makes it raise."""
         told = json.loads(text)
         sample = torch.frombuffer(bytearray(base64.b64decode(told["sample"])), dtype=torch.float32)
