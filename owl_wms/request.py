@@ -37,10 +37,7 @@ class Request:
         plans: names of the plans to build and compare; empty means every plan that applies.
         workspace_size: bytes of scratch memory TensorRT may plan with; 0 leaves it to TensorRT.
         min_block_size: fewest operators worth an engine of their own, >= 1.
-        optimization_level: TensorRT builder level 0-5, or None for its default.
         timeout_seconds: wall-clock limit of the whole build, isolation included.
-        isolation_seconds: share of it that the search for a failing module may take.
-        isolation_tries: most builds that search may make.
         seed: of the latents that parity check and timing use.
         calibration: `.safetensors` file of latents that fp8 and int8 are calibrated on; empty for seeded ones. Not in
             the key; its digest is.
@@ -57,10 +54,7 @@ class Request:
     plans: tuple[str, ...] = ()
     workspace_size: int = 0
     min_block_size: int = 5
-    optimization_level: int | None = None
     timeout_seconds: float = 300.0
-    isolation_seconds: float = 60.0
-    isolation_tries: int = 16
     seed: int = 0
     calibration: str = ""
     calibration_digest: str = ""
@@ -77,11 +71,7 @@ class Request:
             raise ConfigError(
                 f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}", key="precision"
             )
-        if self.optimization_level is not None and self.optimization_level not in range(6):
-            raise ConfigError(
-                f"optimization_level must be 0..5 or None; got {self.optimization_level}", key="optimization_level"
-            )
-        for name, least in (("workspace_size", 0), ("min_block_size", 1), ("isolation_tries", 0)):
+        for name, least in (("workspace_size", 0), ("min_block_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be >= {least}; got {getattr(self, name)}", key=name)
         if self.precision in EIGHT_BITS and not self.calibration_digest:
@@ -118,12 +108,7 @@ class Request:
             "input_shape": list(self.input_shape),
             "precision": self.precision,
             "calibration": self.calibration_digest if self.precision in EIGHT_BITS else "",
-            "build": {
-                "isolation_seconds": self.isolation_seconds,
-                "isolation_tries": self.isolation_tries,
-                "seed": self.seed,
-                "timeout_seconds": self.timeout_seconds,
-            },
+            "build": {"seed": self.seed, "timeout_seconds": self.timeout_seconds},
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -6,21 +6,19 @@ deserialized here.
 
 Usage:
     entry = load(cache_path, cache_fd, expected)
-    with entry.in_use():
-        data = entry.read("program.pt2")
+    data = entry.read("program.pt2")
+    entry.close()                           # until then it is protected from eviction
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import fcntl
 import functools
 import hashlib
-import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -99,16 +97,6 @@ class Entry:
             raise CacheError(f"entry {self.name} was closed; look it up again", path=self.path or name)
         return self._data
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[Entry]:
-        """Keep the entry from being evicted inside the block, also past `close`. Before `close` it is kept anyway."""
-        held = None if self._lock_fd is None or not self._is_open() else os.dup(self._lock_fd)
-        try:
-            yield self
-        finally:
-            if held is not None:
-                fs.close(held)
-
     def close(self) -> None:
         """Let go of the bytes and of the lock that keeps the entry from eviction.
 
@@ -117,9 +105,6 @@ class Entry:
         self._data = None
         if self._finalizer is not None:
             self._finalizer()
-
-    def _is_open(self) -> bool:
-        return self._finalizer is not None and self._finalizer.alive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

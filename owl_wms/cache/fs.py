@@ -9,7 +9,7 @@ POSIX only (Linux is what is tested): `dir_fd`, `flock` and directory fsync have
 
 Usage:
     handle = fs.open_directory("/var/cache/owl")
-    data = fs.read_file(handle, "manifest.json", limit=1 << 20)
+    descriptor = fs.open_file("manifest.json", handle)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 STORAGE_ERRNOS = frozenset(
     {
@@ -37,14 +37,16 @@ STORAGE_ERRNOS = frozenset(
 )
 """What a disk, a quota or a mount says when it cannot take more; none of them is the caller's fault."""
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _CHUNK = 1 << 22
 # A file that is kept whole is read whole: joining pieces would copy 500 MB once more, a third of a second.
 _WHOLE = 1 << 30
 _NEARLY_FULL_BYTES = 1 << 20
 
 
-def _call(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The gate: `name` is the system call, the rest is what to run. Tests replace this function."""
+def _call(name: str, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Make the system call `name`. Tests replace this function."""
     return function(*args, **kwargs)
 
 
@@ -170,15 +172,6 @@ def iterate_descriptor(descriptor: int) -> Iterator[bytes]:
     while part := _call("read", os.pread, descriptor, _CHUNK, offset):
         yield part
         offset += len(part)
-
-
-def read_file(dir_fd: int, name: str, limit: int) -> bytes:
-    """At most `limit` + 1 bytes of a regular file, so that the caller can tell "too long" without reading it all."""
-    descriptor = open_file(name, dir_fd)
-    try:
-        return read_descriptor(descriptor, limit + 1)
-    finally:
-        close(descriptor)
 
 
 def remove_tree(name: str, dir_fd: int) -> None:

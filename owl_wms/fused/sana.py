@@ -8,9 +8,7 @@ All released configurations have a fused form: f32c32 of the Sana pipelines (att
 nearest neighbour, RMS norm and SiLU in every residual block) and f32c32, f64c128 and f128c512 of the first release
 (one scale, pixel shuffle, batch norm and ReLU).
 
-`hybrid=True` leaves everything after the last EfficientViT block as plain convolutions in NCHW, for TensorRT to take
-as one engine, so that both ways can be built and the faster one chosen. diffusers is never imported: its classes are
-known by name.
+diffusers is never imported: its classes are known by name.
 
 Usage:
     fused = fuse(decoder_fp32.cuda(), torch.float16, (8, 128, 8, 8))     # the shape: to measure the convolutions
@@ -19,7 +17,6 @@ Usage:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +37,7 @@ from owl_wms.ops.nearest_up import pack as pack_nearest
 from owl_wms.ops.pointwise import pointwise
 from owl_wms.ops.resize import resize
 from owl_wms.ops.shuffle_add import phases_first, shuffle_add, shuffle_frames
-from owl_wms.vae.autoencoder_dc import ResidualBlock, UpBlock, channel_norm, is_sana_decoder
+from owl_wms.vae.autoencoder_dc import is_sana_decoder
 
 PADDED_CHANNELS = 16  # what three colours times four phases are padded to: tensor cores take multiples of 8
 
@@ -74,16 +71,13 @@ def supports(decoder: Any) -> tuple[bool, str]:
     return True, ""
 
 
-def fuse(
-    decoder: Any, dtype: torch.dtype, input_shape: tuple[int, ...] | None = None, *, hybrid: bool = False
-) -> nn.Module:
+def fuse(decoder: Any, dtype: torch.dtype, input_shape: tuple[int, ...] | None = None) -> nn.Module:
     """The fused form of `decoder` (fp32, eval), weights cast to `dtype` once, on the decoder's device.
 
     Args:
         decoder: diffusers' decoder; not changed.
         dtype: of the result's weights and activations.
         input_shape: `(B, c, h, w)`; on a GPU, every convolution of that shape is timed and the fastest way kept.
-        hybrid: leave what follows the last EfficientViT block as plain NCHW convolutions.
 
     Raises:
         ValueError: `supports` says no.
@@ -92,7 +86,7 @@ def fuse(
     if not supported:
         raise ValueError(reason)
     with torch.no_grad():
-        fused = FusedSana(decoder, dtype, hybrid).eval()
+        fused = FusedSana(decoder, dtype).eval()
         choose(fused, dtype, input_shape)
     return fused
 
@@ -252,55 +246,22 @@ class Output(nn.Module):
         return resize(image, self.channels, image.shape[1], image.shape[2], self.dtype)
 
 
-def plain(block: Any) -> nn.Module:
-    """A block in NCHW and ATen operators, for TensorRT."""
-    if type(block).__name__ == "DCUpBlock2d":
-        return UpBlock(block)
-    return FoldedResidual(block) if block.norm_type == "batch_norm" else ResidualBlock(block)
-
-
-class FoldedResidual(nn.Module):
-    """`Residual` with its batch norm folded, in NCHW and ATen operators."""
-
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = copy.deepcopy(block.conv1), copy.deepcopy(block.conv2)
-        self.nonlinearity = block.nonlinearity
-        weight, bias = fold_batch_norm(block.conv2, block.norm)
-        self.conv2.weight = nn.Parameter(weight, requires_grad=False)
-        self.conv2.bias = nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv2(self.nonlinearity(self.conv1(x)))
-        return x + y
-
-
 class FusedSana(nn.Module):
     """`z [B, c, h, w] -> x [B, C, H, W]`, the same function as the decoder it was made from. Built by `fuse`."""
 
-    def __init__(self, decoder: Any, dtype: torch.dtype, hybrid: bool) -> None:
+    def __init__(self, decoder: Any, dtype: torch.dtype) -> None:
         super().__init__()
         conv = decoder.conv_in
         self.repeats = decoder.in_shortcut_repeats if decoder.in_shortcut else 0
         self.register_buffer("in_weight", pack(conv.weight.detach()).to(dtype))
         self.register_buffer("in_bias", conv.bias.detach().to(dtype))
         blocks = [block for stage in reversed(decoder.up_blocks) for block in stage]
-        attentive = [i for i, block in enumerate(blocks) if type(block).__name__ == "EfficientViTBlock"]
-        split = (attentive[-1] + 1 if attentive else 0) if hybrid else len(blocks)
         kinds: dict[str, Callable[[Any, torch.dtype], nn.Module]]
         kinds = {"DCUpBlock2d": up, "ResBlock": Residual, "EfficientViTBlock": EfficientViT}
-        self.body = nn.Sequential(*(kinds[type(block).__name__](block, dtype) for block in blocks[:split]))
-        self.output = None if hybrid else output(decoder, dtype)
-        tail: list[nn.Module] = []
-        if hybrid:
-            rest = copy.deepcopy(blocks[split:])
-            last = copy.deepcopy(decoder.conv_out)
-            tail = [plain(block) for block in rest]
-            tail += [channel_norm(copy.deepcopy(decoder.norm_out)), nn.ReLU()]
-            tail.append(last if isinstance(last, nn.Conv2d) else UpBlock(last))
-        self.tail = nn.Sequential(*tail).to(dtype).requires_grad_(False)
+        self.body = nn.Sequential(*(kinds[type(block).__name__](block, dtype) for block in blocks))
+        self.output = output(decoder, dtype)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.body(latent_conv(z, self.in_weight, self.in_bias, self.repeats))
-        frames: Tensor = self.tail(x.permute(0, 3, 1, 2)) if self.output is None else self.output(x)
+        frames: Tensor = self.output(x)
         return frames

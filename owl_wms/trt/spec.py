@@ -28,7 +28,7 @@ def compile_settings(request: Request, precision: str) -> dict[str, Any]:
     Torch-TensorRT's engine cache stays off, because its key leaves out weights and operator arguments. TF32 is switched
     off where fp32 was asked for.
     """
-    settings: dict[str, Any] = {
+    return {
         "use_explicit_typing": True,
         "immutable_weights": True,
         "cache_built_engines": False,
@@ -41,6 +41,3 @@ def compile_settings(request: Request, precision: str) -> dict[str, Any]:
         "min_block_size": request.min_block_size,
         "workspace_size": request.workspace_size,
     }
-    if request.optimization_level is not None:
-        settings["optimization_level"] = request.optimization_level
-    return settings

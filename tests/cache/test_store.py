@@ -99,9 +99,8 @@ def test_a_program_above_the_limit_is_used_but_not_kept(tmp_path: Path) -> None:
 def test_entries_in_use_outlast_pruning(tmp_path: Path) -> None:
     store = CacheStore(tmp_path / "cache")
     entry = store.get_or_build(NAME, Key.of(MATERIAL), Builder(b"program"))
-    with entry.in_use():
-        entry.close()
-        assert store.prune(0).in_use == (entry.name,)
+    assert store.prune(0).in_use == (entry.name,)
+    entry.close()
     assert store.prune(0).removed == (entry.name,)
     assert list((tmp_path / "cache" / ".use").iterdir()) == []
 

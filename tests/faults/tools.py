@@ -54,8 +54,7 @@ def looked_up(store: CacheStore, material: Mapping[str, Any] = MATERIAL) -> byte
     entry = store.lookup(NAME, Key.of(material))
     if not isinstance(entry, Entry):
         return None
-    with entry.in_use():
-        data = entry.read()
+    data = entry.read()
     entry.close()
     return data
 

@@ -26,7 +26,7 @@ class BrokenContext(BaseException):
 def run(program: Any, z: torch.Tensor) -> torch.Tensor:
     """`program(z)`, waited for, so that what fails on the device fails here."""
     with torch.no_grad():
-        x = program(z)
+        x: torch.Tensor = program(z)
     if z.device.type == "cuda":
         torch.cuda.synchronize(z.device)
     return x

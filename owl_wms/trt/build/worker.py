@@ -38,6 +38,8 @@ from owl_wms.trt.spec import compile_settings, dtype_of
 
 # A graph costs memory and a copy of the output; it is recommended where it saves at least this share of the time.
 GRAPH_GAIN = 0.03
+# Bounds of the search for a module that cannot be compiled: its seconds, and the builds that it makes.
+ISOLATION_SECONDS, ISOLATION_TRIES = 60.0, 16
 # Once a plan is usable, no further one is begun after this share of the time, or these seconds, and none is searched
 # for what fails in it: a late build must not cost the program that exists, nor make a user wait for two minutes.
 ENOUGH_SHARE, ENOUGH_SECONDS = 0.5, 60.0
@@ -279,16 +281,16 @@ class Worker:
 
         failure = works(frozenset())
         kept = frozenset[str]()
-        if failure and plan.isolates and self.request.isolation_tries:
+        if failure and plan.isolates:
             candidate.kept_reason = failure
             groups = like_units(module, exported)
             candidate.probes = self.prober.probe(module, groups, precision, settings)
             self.journal.stage("isolation", plan=plan.name, precision=precision, suspects=len(candidate.probes))
-            deadline = time.monotonic() + self.request.isolation_seconds
+            deadline = time.monotonic() + ISOLATION_SECONDS
             candidate.isolation = smallest_kept(
                 groups,
                 works,
-                max_tries=self.request.isolation_tries,
+                max_tries=ISOLATION_TRIES,
                 deadline=min(deadline, self.enough) if self.usable else deadline,
                 suspects=candidate.probes,
                 reason=failure,

@@ -7,8 +7,8 @@ loaded program does is to decode the latents of its build once more. The same bi
 allows, and it may be used; anything else, and PyTorch decodes.
 
 Usage:
-    files[FILE] = RecordedOutput.of(program(z), parity, seed=0).pack()      # at build; z = parity.latents(shape, 1.0, ...)
-    RecordedOutput.unpack(files[FILE]).compare(loaded(z))                   # "", or how far it strays; FastPathError
+    files[FILE] = RecordedOutput.of(program(z), parity, seed=0).pack()      # z = parity.latents(shape, 1.0, ...)
+    RecordedOutput.unpack(files[FILE]).compare(loaded(z))                   # "", or how it differs; FastPathError
 """
 
 from __future__ import annotations

@@ -24,7 +24,10 @@ Rule = Callable[..., "Tensor | None"]
 
 
 class QuickShapes(TorchDispatchMode):
-    """Inside the block, plain cases of common operators on meta tensors are answered by the rules below."""
+    """Inside the block, plain cases of common operators on meta tensors follow the rules below."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

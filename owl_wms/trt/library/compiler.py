@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from owl_wms.errors import FastPathError
 from owl_wms.trt.library import importer
 
 Progress = Callable[[str, int, int], None]
@@ -199,7 +200,7 @@ def _builder_progress(progress: Progress | None) -> Iterator[None]:
         interpreter = importer.submodule("dynamo.conversion._TRTInterpreter")
         monitor_base = interpreter.trt.IProgressMonitor
         original = interpreter.TRTInterpreter._populate_trt_builder_config
-    except (AttributeError, importer.FastPathError):  # an older or newer release without it: build without progress
+    except (AttributeError, FastPathError):  # an older or newer release without it: build without progress
         yield
         return
 

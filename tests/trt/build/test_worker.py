@@ -263,8 +263,9 @@ def test_a_usable_plan_bounds_the_search_for_what_fails_in_the_next(
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(worker, "smallest_kept", smallest_kept)
+    monkeypatch.setattr(worker, "ISOLATION_SECONDS", 1000.0)
     monkeypatch.setattr(worker.compiler, "compile_exported", fail)
-    work = worker_of(nn.Conv2d(4, 3, 1), Memory(), isolation_seconds=1000.0)
+    work = worker_of(nn.Conv2d(4, 3, 1), Memory())
     monkeypatch.setattr(work.prober, "probe", lambda *_: {})
     work.usable = usable
     assert "no kernel" in work.candidate(plans.PLANS["tensorrt"], "bf16").reason
