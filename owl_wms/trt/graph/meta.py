@@ -27,7 +27,7 @@ class QuickShapes(TorchDispatchMode):
     """Inside the block, plain cases of common operators on meta tensors follow the rules below."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

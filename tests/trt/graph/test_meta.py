@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from owl_wms.trt.graph.meta import RULES, QuickShapes, answer
+from owl_wms.trt.graph.meta import RULES, QuickShapes, result_of
 from owl_wms.trt.graph.shapes import meta_copy, module_dtype, record_shapes
 from owl_wms.vae import fold_weight_norm
 from tests.trt import decoders
@@ -45,9 +45,9 @@ def same(func: Any, *args: Any) -> None:
         wanted = func(*args)
     except Exception as error:
         with pytest.raises(type(error)):
-            answer(func, args, {})
+            result_of(func, args, {})
         return
-    got = answer(func, args, {})
+    got = result_of(func, args, {})
     assert (got.shape, got.dtype, got.stride(), got.device) == (
         wanted.shape,
         wanted.dtype,
@@ -103,16 +103,16 @@ def test_pointwise(data: st.DataObject) -> None:
 def test_every_rule_is_compared_somewhere_above_or_here() -> None:
     x = torch.empty((2, 3, 4, 5), device="meta")
     for op in (aten.leaky_relu_.default, aten.relu_.default, aten.silu_.default):
-        assert answer(op, (x,), {}) is x
+        assert result_of(op, (x,), {}) is x
     source = open(__file__, encoding="utf-8").read()  # noqa: SIM115
     assert not [str(op) for op in RULES if str(op) not in source], "a rule without a comparison"
 
 
 def test_in_place_on_other_layouts_and_integers_is_left_to_torch() -> None:
     for x in (torch.empty((2, 3, 4, 5), dtype=torch.int64), torch.zeros(2, 3, 4, 5), torch.zeros(1, 1)):
-        assert torch.equal(answer(aten.relu.default, (x,), {}), torch.relu(x)), "a real tensor has values"
+        assert torch.equal(result_of(aten.relu.default, (x,), {}), torch.relu(x)), "a real tensor has values"
     with pytest.raises(RuntimeError):
-        answer(aten.add.Tensor, (torch.empty(2, 3, device="meta"), torch.empty(2, 4, device="meta")), {})
+        result_of(aten.add.Tensor, (torch.empty(2, 3, device="meta"), torch.empty(2, 4, device="meta")), {})
 
 
 @pytest.mark.parametrize("family", decoders.FAMILIES)
