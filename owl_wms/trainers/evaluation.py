@@ -202,7 +202,9 @@ class Evaluator:
     def _write(self, name: str, latents: Tensor, sound: Tensor | None) -> list[Path]:
         trainer = self._trainer
         assert self._decode is not None  # asked for by `run`
-        video = self._decode(latents.to(trainer.device, torch.bfloat16))
+        # Imported here: a run without a decoder needs none of it.
+        from owl_wms.runtime import decode_stream
+
         audio = None
         if self._decode_audio is not None and sound is not None:
             audio = self._decode_audio(sound.to(trainer.device, torch.bfloat16))
@@ -210,11 +212,11 @@ class Evaluator:
         return [
             write_clip(
                 stem.with_name(f"{name}_{index}"),
-                clip,
+                decode_stream(self._decode, clip[None].to(trainer.device, torch.bfloat16)),
                 None if audio is None else audio[index],
                 fps=trainer.train_cfg.fps,
             )
-            for index, clip in enumerate(video)
+            for index, clip in enumerate(latents)
         ]
 
     def _keep_latents(self, latents: Tensor, sound: Tensor | None) -> None:
@@ -254,7 +256,7 @@ class Evaluator:
             )
         # The training configuration's tensorrt_* fields hold here; a call's own use_tensorrt would outrank them.
         self._decode = make_batched_decode_fn(
-            decoder, cfg.vae_batch_size, use_tensorrt=cfg.use_tensorrt, config=cfg, jit=True
+            decoder, cfg.vae_batch_size, use_tensorrt=cfg.use_tensorrt, config=cfg, jit=True, output="uint8"
         )
         if cfg.audio_vae_ckpt_path is not None:
             audio = get_decoder_only(
