@@ -132,6 +132,18 @@ class DecodeMemoryError(OwlError, MemoryError):
         self.latent_shape = latent_shape
 
 
+class NonFiniteError(OwlError, ArithmeticError):
+    """Decoded frames that have NaN or infinity in them, where the caller asked for an error.
+
+    Attributes:
+        frame: the first frame of the batch in which they are, counted through all clips.
+    """
+
+    def __init__(self, message: str, *, frame: int) -> None:
+        super().__init__(message)
+        self.frame = frame
+
+
 class CacheError(OwlError):
     """Base of what the on-disk cache refuses.
 

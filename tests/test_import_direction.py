@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "owl_wms"
 STAGES = [
     *(
         "errors",
+        "interrupts",
         "env",
         "files",
         "cudnn",

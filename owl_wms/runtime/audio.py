@@ -1,4 +1,4 @@
-"""Audio latents to samples: upstream's batching, without its gradients and shape surprises.
+"""Audio latents to samples: upstream's batching, without its shape surprises.
 
 Why it is plain PyTorch: the audio decoder is a hundredth of the video decoder's work.
 
@@ -9,13 +9,16 @@ Usage:
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
 from owl_wms.runtime import recording
-from owl_wms.runtime.eager import EagerDecoder, decode_in_memory
+from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, decode_with_gradients
 from owl_wms.runtime.latents import check_audio
 
 
@@ -38,11 +41,11 @@ class AudioDecode:
         self._eager: EagerDecoder | None = None
 
     @uncompiled
-    @torch.no_grad()
-    def __call__(self, latents: Tensor) -> Tensor:
-        """`[b, n, c]`, any real dtype, strides or device, to `[b, samples, C]` bf16 on the latents' device.
+    def __call__(self, x: Tensor) -> Tensor:
+        """Latents `x` `[b, n, c]`, any real dtype, strides or device, to `[b, samples, C]` bf16 on their device.
 
-        No clips or no latents in them give no clips or no samples.
+        No clips or no latents in them give no clips or no samples. If `x` asks for a gradient and gradients are on, the
+        samples have one; otherwise no graph is recorded.
 
         Raises:
             LatentShapeError: wrong rank or channel count.
@@ -50,7 +53,14 @@ class AudioDecode:
             DecodeMemoryError: one clip does not fit into memory.
         """
         eager = self._current()
-        check_audio(latents, eager.channels)
+        check_audio(x, eager.channels)
+        if x.requires_grad and torch.is_grad_enabled() and x.numel():
+            samples = decode_with_gradients(eager, self.decoder, x.transpose(1, 2), self.batch_size)
+            return samples.to(x.device, torch.bfloat16).transpose(1, 2)
+        with torch.no_grad():
+            return self._samples(eager, x)
+
+    def _samples(self, eager: EagerDecoder, latents: Tensor) -> Tensor:
         clips = latents.transpose(1, 2)
         count, channels, length = clips.shape
         if count == 0 or length == 0:  # the decoder's convolutions refuse nothing, so one latent says the shape
@@ -68,6 +78,12 @@ class AudioDecode:
         decode_in_memory(eager, clips, write, self.batch_size)
         return out[0].transpose(1, 2)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> AudioDecode:
+        return AudioDecode(copy.deepcopy(self.decoder, memo), batch_size=self.batch_size)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_anew, (self.decoder, self.batch_size)
+
     def _current(self) -> EagerDecoder:
         if recording.underway():  # what is folded while a caller records a CUDA graph exists in its replays only
             return EagerDecoder(self.decoder)
@@ -75,3 +91,7 @@ class AudioDecode:
         if eager is None or not eager.stamp.matches(self.decoder):
             eager = self._eager = EagerDecoder(self.decoder)
         return eager
+
+
+def _made_anew(decoder: nn.Module, batch_size: int) -> AudioDecode:
+    return AudioDecode(decoder, batch_size=batch_size)

@@ -12,6 +12,7 @@ Usage:
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import os
 import threading
@@ -22,22 +23,29 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
-from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError
+from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NonFiniteError
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.request import Request
 from owl_wms.runtime import recording
-from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, is_out_of_memory, release_memory
+from owl_wms.runtime.eager import (
+    EagerDecoder,
+    decode_in_memory,
+    decode_with_gradients,
+    is_out_of_memory,
+    release_memory,
+)
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.latents import check_video, check_video_shape
 from owl_wms.runtime.output import DTYPES, Output, Sink
 from owl_wms.runtime.programs import Progress, Toolchain, renew_locks
-from owl_wms.runtime.slot import Slot
+from owl_wms.runtime.slot import Slot, all_finite
 from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
 from owl_wms.runtime.stopwatch import Stopwatch
 from owl_wms.runtime.toolchain import TensorRT
 from owl_wms.settings import TensorRTConfig
 from owl_wms.vae.landscape import other_latent_size
 
-CHECKS = ("auto", "always", "sampled", "off")
+CHECKS = ("auto", "always", "sampled", "off", "error")
 
 
 class VideoDecode:
@@ -56,9 +64,10 @@ class VideoDecode:
         timing: record the milliseconds of every batch (CUDA events).
         output: `bf16`, or `uint8` for bytes as `owl_wms.ops.frame_bytes` makes them: channels last, [-1, 1] clamped and
             rounded to [0, 255].
-        check: look for non-finite output: `always`, `sampled` (first 8 calls, then every 64th), `off`, or `auto`:
-            always for fp16 programs (they can overflow), sampled for others. A hit is compared with PyTorch's answer,
-            which replaces it.
+        check: when to look for non-finite frames: `always`, `sampled` (first 8 calls, then every 64th), `off`, or
+            `auto`: always in fp16 (which can overflow), sampled otherwise. Those of a program are compared with
+            PyTorch's, which replace them; if PyTorch's are not finite either, one warning says so. `error` looks always
+            and raises instead of warning.
         toolchain: what builds programs; None means TensorRT.
         progress: receives build events.
 
@@ -93,6 +102,7 @@ class VideoDecode:
         self.output = output
         self.toolchain: Toolchain = TensorRT() if toolchain is None else toolchain
         self._progress = progress
+        self._timing = timing
         self._stopwatch = Stopwatch() if timing else None
         self._ledger = Ledger()
         self._guard = threading.Lock()
@@ -101,9 +111,11 @@ class VideoDecode:
         _LIVE.add(self)
 
     @uncompiled
-    @torch.no_grad()
-    def __call__(self, latents: Tensor) -> Tensor:
-        """Decode `[b, n, c, h, w]`, any real dtype, strides or device; zero frames allowed.
+    def __call__(self, x: Tensor) -> Tensor:
+        """Decode latents `x` `[b, n, c, h, w]`, any real dtype, strides or device; zero frames allowed.
+
+        If `x` asks for a gradient and gradients are on, PyTorch decodes and the bf16 frames have one; otherwise no
+        graph is recorded. Bytes have no gradient.
 
         Returns:
             `[b, n, C, H, W]` bf16, or `[b, n, H, W, C]` uint8 if `output` says so, on the latents' device (computed on
@@ -113,8 +125,21 @@ class VideoDecode:
             LatentShapeError: wrong rank or channel count.
             DataError: no tensor, or not a dense one of real numbers.
             DecodeMemoryError: the output or a single frame does not fit into memory.
+            NonFiniteError: PyTorch's frames have NaN or infinity in them, and `check` is `error`.
             FastPathError: in strict mode, or in a process forked from one that used the GPU.
         """
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and self.output == "bf16":
+            eager = self._current().eager
+            check_video(x, eager.channels)
+            frames = decode_with_gradients(eager, self.decoder, x.reshape(-1, *x.shape[2:]), self.batch_size)
+            self._ledger.add("chunks_pytorch", -(-len(frames) // self.batch_size))
+            self._ledger.add("decodes")
+            self._ledger.add("frames", len(frames))
+            return frames.to(x.device, torch.bfloat16).reshape(*x.shape[:2], *frames.shape[1:])
+        with torch.no_grad():
+            return self._frames(x)
+
+    def _frames(self, latents: Tensor) -> Tensor:
         generation = self._current()
         eager = generation.eager
         check_video(latents, eager.channels)
@@ -164,13 +189,35 @@ class VideoDecode:
             latency_ms=None if self._stopwatch is None else self._stopwatch.percentiles(),
         )
 
+    # ---- copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VideoDecode:
+        """Returns a decode function of the copied decoder, which obtains its programs anew (from the cache)."""
+        return VideoDecode(copy.deepcopy(self.decoder, memo), **self._arguments())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_anew, (self.decoder, self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "settings": self.settings,
+            "strict": self.strict,
+            "timing": self._timing,
+            "output": self.output,
+            "check": self.check,
+            "toolchain": self.toolchain,
+            "progress": self._progress,
+        }
+
     # ---- the decode loop
 
     def _decode(self, eager: EagerDecoder, slot: Slot, frames: Tensor, out: Output, device: torch.device) -> None:
         step = self.batch_size
         ready = self._ready(eager, slot)
-        check = ready and slot.wants_check(self.check)
-        flags: list[tuple[int, Tensor]] = []
+        # While a caller records a graph nothing can be waited for, and reading a flag waits.
+        check = slot.wants_check(self.check, eager.dtype) and not recording.underway()
+        flags: list[tuple[int, bool, Tensor]] = []
         for start in range(0, len(frames), step):
             chunk = frames[start : start + step].to(device)
             with _measured(self._stopwatch, device):
@@ -179,16 +226,29 @@ class VideoDecode:
                     done = self._by_program(slot, chunk, start, out, check, flags)
                     self._ledger.add("fallbacks", int(not done))
                 if not done:
-                    self._by_pytorch(eager, slot, chunk, start, out)
-        if flags:
-            # One wait for the device per decode, not per batch: the loop above only launches.
-            finite = torch.stack([flag for _, flag in flags]).tolist()
-            for (start, _), good in zip(flags, finite, strict=True):
-                if not good:
-                    self._compare(eager, slot, frames[start : start + step].to(device), start, out)
+                    self._by_pytorch(eager, slot, chunk, start, out, check, flags)
+        if not flags:
+            return
+        # One wait for the device per decode, not per batch: the loop above only launches.
+        finite = torch.stack([flag for _, _, flag in flags]).tolist()
+        wrong = [(start, by_program) for (start, by_program, _), good in zip(flags, finite, strict=True) if not good]
+        for start, by_program in wrong:
+            chunk = frames[start : start + step].to(device)
+            if not (by_program and self._compare(eager, slot, chunk, start, out)):
+                self._report_non_finite(start, len(chunk), eager.dtype)
+
+    def _report_non_finite(self, start: int, count: int, dtype: torch.dtype | None) -> None:
+        """Warns once, or raises, about a batch that PyTorch decodes to values that are not finite."""
+        name = str(dtype).removeprefix("torch.")
+        wider = "decode in a wider dtype (bf16, fp32)" if dtype == torch.float16 else "look at the latents and weights"
+        text = f"frames {start} to {start + count - 1} have values that are not finite (NaN or infinite) in {name}"
+        self._ledger.add("non_finite", count)
+        if self.check == "error":
+            raise NonFiniteError(f"{text}; {wider}", frame=start)
+        self._ledger.warn("non-finite frames", f"{text}; {wider}")
 
     def _by_program(
-        self, slot: Slot, chunk: Tensor, start: int, out: Sink, check: bool, flags: list[tuple[int, Tensor]]
+        self, slot: Slot, chunk: Tensor, start: int, out: Output, check: bool, flags: list[tuple[int, bool, Tensor]]
     ) -> bool:
         try:
             floating = chunk if chunk.is_floating_point() else chunk.float()
@@ -196,6 +256,7 @@ class VideoDecode:
         except DecodeMemoryError:
             raise
         except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this batch
+            raise_interrupt(error)
             memory = is_out_of_memory(error)
             text = " ".join(str(error).split())[:300]
             failure = FastPathError(
@@ -206,7 +267,7 @@ class VideoDecode:
             failure.__cause__ = None if memory else error
         else:
             if flag is not None:
-                flags.append((start, flag))
+                flags.append((start, True, flag))
             self._ledger.add("chunks_program")
             return True
         if memory:
@@ -215,17 +276,38 @@ class VideoDecode:
         self._failed_run(slot, failure, "out of memory" if memory else "run")
         return False
 
-    def _by_pytorch(self, eager: EagerDecoder, slot: Slot, chunk: Tensor, start: int, out: Output) -> None:
-        slot.eager_step = decode_in_memory(
-            eager, chunk, lambda offset, frames: out.write(start + offset, frames), slot.eager_step
-        )
+    def _by_pytorch(
+        self,
+        eager: EagerDecoder,
+        slot: Slot,
+        chunk: Tensor,
+        start: int,
+        out: Output,
+        check: bool,
+        flags: list[tuple[int, bool, Tensor]],
+    ) -> None:
+        finite: list[Tensor] = []
+
+        def write(offset: int, frames: Tensor) -> None:
+            out.write(start + offset, frames)
+            if check:
+                finite.append(all_finite(frames))
+
+        slot.eager_step = decode_in_memory(eager, chunk, write, slot.eager_step)
+        if finite:
+            flags.append((start, False, torch.stack(finite).all()))
         self._ledger.add("chunks_pytorch")
 
-    def _compare(self, eager: EagerDecoder, slot: Slot, chunk: Tensor, start: int, out: Output) -> None:
-        """A program answered NaN or infinity: if PyTorch does not do so in the same places, its answer stands."""
+    def _compare(self, eager: EagerDecoder, slot: Slot, chunk: Tensor, start: int, out: Output) -> bool:
+        """A program answered NaN or infinity: if PyTorch does not do so in the same places, its answer stands.
+
+        Returns:
+            Whether PyTorch's answer is finite everywhere.
+        """
         truth = Output("bf16", len(chunk), out.tensor.device, tuple(chunk.shape[1:]))
         slot.eager_step = decode_in_memory(eager, chunk, truth.write, slot.eager_step)
         worse = truth.tensor.isfinite()
+        finite = bool(worse.all())
         if self.output == "bf16":
             worse &= ~out.tensor[start : start + len(chunk)].isfinite()
         else:  # bytes do not show what was not finite, so the program runs once more
@@ -236,11 +318,12 @@ class VideoDecode:
                 worse &= ~again.tensor.isfinite()
         places = int(worse.sum())
         if not places:
-            return
+            return finite
         out.write(start, truth.tensor)
         self._ledger.add("fallbacks")
         reason = f"the program gave {places} non-finite values where PyTorch gives finite ones"
         self._failed_run(slot, FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
+        return finite
 
     def _failed_run(self, slot: Slot, failure: FastPathError, kind: str) -> None:
         slot.strike(failure)
@@ -304,6 +387,8 @@ class VideoDecode:
 
     def _obtain(self, eager: EagerDecoder, slot: Slot) -> None:
         try:
+            if eager.hindrance is not None:
+                raise FastPathError("export", eager.hindrance, "remove the hooks, or call decoder.eval()")
             loaded = self.toolchain.obtain(eager.module, slot.request, self.settings, self._progress)
         except FastPathError as failure:
             slot.put_off(f"{failure.stage}: {failure.reason}", failure)
@@ -348,6 +433,10 @@ class VideoDecode:
         if self._generation is not None:
             _ABANDONED.extend(self._generation.forget_programs())
         self._forked = True
+
+
+def _made_anew(decoder: nn.Module, arguments: dict[str, Any]) -> VideoDecode:
+    return VideoDecode(decoder, **arguments)
 
 
 def _measured(stopwatch: Stopwatch | None, device: torch.device) -> contextlib.AbstractContextManager[None]:

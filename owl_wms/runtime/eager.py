@@ -13,18 +13,22 @@ Usage:
 from __future__ import annotations
 
 import copy
+<<<<<<< HEAD
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+=======
+from collections.abc import Callable
+>>>>>>> a62886e (A stamp that sees fused steps, parts' modes, global and class hooks)
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 
 from owl_wms.errors import ConfigError, DecodeMemoryError
 from owl_wms.runtime.latents import latent_channels
+from owl_wms.runtime.stamp import WeightsStamp, hindrance
 from owl_wms.vae import fold_weight_norm
 from owl_wms.vae.fold import shared_hooks
 
@@ -33,10 +37,11 @@ class EagerDecoder:
     """A decoder ready to run, sharing the caller's weights where nothing had to be folded.
 
     Attributes:
-        module: eval-mode module without weight norm.
+        module: the decoder without weight norm, in eval mode; parts of an eval-mode decoder keep their own modes.
         device, dtype: of its parameters; input is converted to both.
         channels: latent channels, None when the decoder does not say.
         stamp: identity of the caller's weights at the time.
+        hindrance: why PyTorch alone may decode, whatever can be compiled; None when nothing is in the way.
 
     Raises:
         ConfigError: the weights have no values yet, or a decoder in train mode cannot be copied.
@@ -46,6 +51,7 @@ class EagerDecoder:
         # Before the weights are read: one that changes meanwhile shows as a difference later, never as none.
         self.stamp = WeightsStamp(decoder)
         inner = unwrap(decoder)
+        self.hindrance = hindrance(inner)
         self.module = _runnable(inner)
         tensor = next((t for t in (*inner.parameters(), *inner.buffers()) if t.is_floating_point()), None)
         self.device: torch.device | None = None if tensor is None else tensor.device
@@ -64,10 +70,11 @@ class EagerDecoder:
 
 
 def _runnable(inner: nn.Module) -> nn.Module:
-    """`inner` in eval mode without weight norm: itself where it is that already, else a copy."""
+    """Returns `inner` in eval mode without weight norm: itself where it is that already, else a copy."""
     try:
         if any(parametrize.is_parametrized(module) for module in inner.modules()):
-            return fold_weight_norm(inner).eval()
+            plain = fold_weight_norm(inner)
+            return plain.eval() if inner.training else plain
         if inner.training:
             shared = {id(tensor): tensor for tensor in (*inner.parameters(), *inner.buffers())}
             # The structure is copied, the tensors are not.
@@ -90,6 +97,7 @@ def unwrap(decoder: nn.Module) -> nn.Module:
         decoder = inner
 
 
+<<<<<<< HEAD
 class WeightsStamp:
     """What a decoder's weights were at one moment: matches until one is updated in place, replaced or moved, a module
     is exchanged or its forward replaced, a hook comes or goes, or the mode switches. Reads no data, keeps no weight
@@ -158,6 +166,8 @@ def _values(held: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
     return itertools.chain.from_iterable(map(dict.values, held))  # type: ignore[arg-type]
 
 
+=======
+>>>>>>> a62886e (A stamp that sees fused steps, parts' modes, global and class hooks)
 def decode_in_memory(eager: EagerDecoder, z: Tensor, write: Callable[[int, Tensor], None], step: int) -> int:
     """Decode `z` in chunks of at most `step`, halving the chunk each time memory runs out.
 
@@ -191,6 +201,33 @@ def decode_in_memory(eager: EagerDecoder, z: Tensor, write: Callable[[int, Tenso
         write(start, decoded)
         start += len(part)
     return step
+
+
+def decode_with_gradients(eager: EagerDecoder, decoder: nn.Module, z: Tensor, step: int) -> Tensor:
+    """Decode `z` `[k, c, h, w]` in chunks of `step` so that gradients reach it; returns `[k, C, H, W]`.
+
+    An eval-mode decoder runs as the caller has it, so that its weights receive gradients too where they ask for them.
+
+    Raises:
+        DecodeMemoryError: the activations that a backward pass needs do not fit.
+    """
+    inner = unwrap(decoder)
+    module = eager.module if inner.training else inner
+    z = z.to(device=eager.device, dtype=eager.dtype or z.dtype)
+    try:
+        with torch.autocast(z.device.type, enabled=False):
+            # Zero frames have a shape too, and one that was not asked for gives it.
+            chunks = [module(chunk) for chunk in (z if len(z) else z.new_zeros(1, *z.shape[1:])).split(step)]
+            return torch.cat(chunks)[: len(z)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DecodeMemoryError(
+            f"decoding {len(z)} frames with gradients needs more memory than is free: {str(error).splitlines()[0]}. "
+            "Decode fewer frames at a time, or latents that ask for no gradient",
+            frames=len(z),
+            latent_shape=tuple(z.shape[1:]),
+        ) from None
 
 
 def _attempt(eager: EagerDecoder, part: Tensor) -> tuple[Tensor | None, str]:

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from owl_wms import env
 from owl_wms.cache import CacheStore, Entry, Key, NoStore
 from owl_wms.errors import FastPathError
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.request import Request
 from owl_wms.runtime import turns
-from owl_wms.runtime.eager import WeightsStamp, is_out_of_memory
+from owl_wms.runtime.eager import is_out_of_memory
+from owl_wms.runtime.stamp import WeightsStamp
 from owl_wms.settings import TensorRTConfig
 
 Program = Callable[[Tensor], Tensor]
@@ -322,11 +324,16 @@ def first_run(program: Program, request: Request) -> None:
 
 
 def staged(stage: str, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Call, and turn whatever is raised into a FastPathError of `stage`; one that already is keeps its own."""
+    """Call, and turn whatever is raised into a FastPathError of `stage`; one that already is keeps its own.
+
+    An exception of the caller's own signal handler passes through, so that nothing is remembered as failed.
+    """
     try:
         return function(*args, **kwargs)
-    except FastPathError:
+    except FastPathError as failure:
+        raise_interrupt(failure)
         raise
     except Exception as error:  # TensorRT and CUDA raise bare Exception, RuntimeError, AssertionError, OSError, ...
+        raise_interrupt(error)
         text = " ".join(str(error).split())[:500] or "no message"
         raise FastPathError(stage, f"{type(error).__name__}: {text}", "run owl-wms doctor") from error

@@ -71,18 +71,18 @@ class Slot:
                 reason = f"put aside after {STRIKES} failed runs, last: {failure.reason}"
                 self.put_off(reason, FastPathError(failure.stage, reason, failure.remedy))
 
-    def wants_check(self, mode: str) -> bool:
-        """Whether this call's output is to be looked at; counts the call."""
+    def wants_check(self, mode: str, dtype: torch.dtype | None) -> bool:
+        """Whether this call's output is to be looked at; counts the call. `dtype` is PyTorch's where no program is."""
         with self.lock:
             self._calls += 1
             calls = self._calls
         if mode == "auto":
             # fp16 overflows depending on the latents, so only looking at every output can rule it out.
-            fp16 = self.loaded is not None and self.loaded.report.get("precision") == "fp16"
+            fp16 = dtype == torch.float16 if self.loaded is None else self.loaded.report.get("precision") == "fp16"
             mode = "always" if fp16 else "sampled"
         if mode == "sampled":
             return calls <= CHECKED_CALLS or calls % CHECK_EVERY == 0
-        return mode == "always"
+        return mode in ("always", "error")
 
     def run(self, z: Tensor, write: Callable[[Tensor], None], check: bool) -> Tensor | None:
         """Run the program on `[k <= B, c, h, w]` and hand `[k, C, H, W]` to `write` before anyone else may run it.

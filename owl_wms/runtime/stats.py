@@ -109,13 +109,17 @@ class Ledger:
                 "%sPyTorch decodes instead: %s failed: %s; %s", rank_prefix(), error.stage, error.reason, remedy
             )
 
-    def note(self, kind: str, text: str) -> None:
-        """Say something at info level, once."""
+    def note(self, kind: str, text: str, level: int = logging.INFO) -> None:
+        """Log something once per kind."""
         with self._guard:
             if kind in self._said:
                 return
             self._said.add(kind)
-        _LOG.info("%s%s", rank_prefix(), text)
+        _LOG.log(level, "%s%s", rank_prefix(), text)
+
+    def warn(self, kind: str, text: str) -> None:
+        """Log a warning once per kind."""
+        self.note(kind, text, logging.WARNING)
 
 
 def summarise(

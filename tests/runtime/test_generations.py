@@ -17,7 +17,7 @@ from torch import nn
 from owl_wms.errors import ConfigError
 from owl_wms.runtime import AudioDecode, VideoDecode
 from owl_wms.runtime import decode as decode_module
-from owl_wms.runtime.eager import WeightsStamp
+from owl_wms.runtime.stamp import WeightsStamp
 from owl_wms.vae import fold_weight_norm
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
 

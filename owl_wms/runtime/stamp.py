@@ -1,0 +1,176 @@
+"""Whether a decoder is still the one that a program was made of, asked before every decode.
+
+Why polling: weights are changed by optimisers, by `load_state_dict`, by hand and by other libraries, and torch tells
+nobody. Version counters show most in-place changes, addresses show `tensor.data = other`, and the steps of optimisers
+are counted here, because fused ones write weights without raising a version.
+
+Hooks and forwards of instances are looked at closely only if a cheap sign of them has changed since the last call, so
+that a call costs about 0.35 us per tensor (`benchmarks/stamp.py`).
+
+Usage:
+    stamp = WeightsStamp(decoder)
+    stamp.matches(decoder)          # False once a weight, module, hook, mode or class that matters has changed
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, ValuesView
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as nn_module
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+_training = itemgetter("training")
+_forward = attrgetter("forward")
+_GLOBAL_HOOKS: tuple[Mapping[Any, Any], ...] = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+)
+# Modules that compute the same in train mode as in eval mode, with their parameters and nothing else.
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.LeakyReLU, nn.SiLU, nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Identity)
+
+
+class _Steps:
+    """Counts the steps of every optimiser in this process."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        self.count += 1
+        self.last[optimizer] = self.count
+
+    def since(self, count: int) -> list[Optimizer]:
+        """Returns the optimisers that have stepped after the step of that number."""
+        return [optimizer for optimizer, at in list(self.last.items()) if at > count]
+
+
+_STEPS = _Steps()
+register_optimizer_step_post_hook(_STEPS)
+
+
+class WeightsStamp:
+    """What a decoder computes with at one moment; holds no weight alive that the decoder has let go of.
+
+    Matches until a weight is written in place, replaced or moved; an optimiser that has one of them steps; a module is
+    exchanged; a part's mode switches; a hook comes or goes, of a module or of all modules; a forward is replaced, in an
+    instance or in a class.
+
+    Not seen are writes through `tensor.data` or a raw pointer outside of an optimiser's step, writes of another process
+    into shared memory, updates of tensors made in inference mode, and plain attributes that a forward reads (some count
+    their calls in one). After such, make a new decode function.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        modules = list(decoder.modules())
+        active = [module for module in modules if not _is_plain(module)]
+        self._steps = _STEPS.count
+        # Views, which show what the modules hold at the time of reading.
+        self._holders: list[ValuesView[Tensor | None]] = [
+            held.values() for module in modules for held in (module._parameters, module._buffers) if held
+        ]
+        values = [*chain(*self._holders)]
+        self._ids = list(map(id, values))
+        self._places = [i for i, value in enumerate(values) if value is not None]
+        tensors = [value for value in values if value is not None]
+        self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        self._pointers = [storage.cdata for storage in self._storages]
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._memory = {storage.data_ptr() for storage in map(Tensor.untyped_storage, tensors)}
+        # A tensor made in inference mode has no version.
+        self._counted = [i for i in self._places if not values[i].is_inference()]  # type: ignore[union-attr]
+        self._versions = self._sum_of_versions(values)
+        self._children = [module._modules for module in modules if module._modules]
+        self._children_then = [dict(children) for children in self._children]
+        # Of modules whose own forward may look at them; what is added to these is new to the computation.
+        self._empty = [d for m in active for d in (m._parameters, m._buffers, m._modules) if not d]
+        self._mode_of = [module.__dict__ for module in active]
+        self._modes = list(map(_training, self._mode_of))
+        self._own = [module.__dict__ for module in modules]
+        self._hooks = [*_GLOBAL_HOOKS, *(held for m in modules for held in (m._forward_hooks, m._forward_pre_hooks))]
+        self._hooked = [held for held in self._hooks if held]
+        self._classes = list(dict.fromkeys(type(module) for module in modules))
+        self._forwards = list(map(_forward, self._classes))
+        self._signs = self._cheap_signs()
+        self._additions = self._close_look()
+
+    def matches(self, decoder: nn.Module) -> bool:
+        """Whether `decoder`, the one that the stamp was made of, still computes with the same."""
+        if self._children != self._children_then or any(self._empty):
+            return False
+        if list(map(_training, self._mode_of)) != self._modes or list(map(_forward, self._classes)) != self._forwards:
+            return False
+        values = [*chain(*self._holders)]
+        if list(map(id, values)) != self._ids or self._sum_of_versions(values) != self._versions:
+            return False
+        tensors = [values[i] for i in self._places]
+        if list(map(Tensor.data_ptr, tensors)) != self._addresses:  # type: ignore[arg-type]
+            return False
+        # An allocator gives the address of a freed weight to the next one of its size, so equal addresses mean the
+        # same weights only where none of the old ones was freed by the time the addresses were read.
+        if any(map(torch.UntypedStorage._expired, self._pointers)):
+            return False
+        return self._unstepped() and self._unhooked()
+
+    def _sum_of_versions(self, values: list[Tensor | None]) -> int:
+        """Returns a number that is another one as soon as one of the same tensors is written: versions only grow."""
+        return sum([values[i]._version for i in self._counted])  # type: ignore[union-attr]
+
+    def _unstepped(self) -> bool:
+        """Whether no optimiser has stepped that has one of the weights."""
+        if self._steps == _STEPS.count:
+            return True
+        count = _STEPS.count
+        for optimizer in _STEPS.since(self._steps):
+            weights = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+            if any(weight.untyped_storage().data_ptr() in self._memory for weight in weights):
+                return False
+        self._steps = count
+        return True
+
+    def _unhooked(self) -> bool:
+        """Whether hooks and the forwards of instances are what they were."""
+        signs = self._cheap_signs()
+        if signs == self._signs:
+            return True
+        if self._close_look() != self._additions:
+            return False
+        self._signs = signs
+        return True
+
+    def _cheap_signs(self) -> tuple[Any, ...]:
+        """Returns what differs after each addition or removal, and at times without one."""
+        # torch numbers the hooks of a process, so a new number means a new hook somewhere.
+        lengths = sum(map(len, self._own)), sum(map(len, self._hooked))
+        return RemovableHandle.next_id, lengths, nn.Module.__call__, nn.Module._call_impl
+
+    def _close_look(self) -> tuple[Any, ...]:
+        hooks = [(place, *held.items()) for place, held in enumerate(self._hooks) if held]
+        forwards = [(place, own["forward"]) for place, own in enumerate(self._own) if "forward" in own]
+        return hooks, forwards, nn.Module.__call__, nn.Module._call_impl
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) in _PLAIN
+
+
+def hindrance(decoder: nn.Module) -> str | None:
+    """Returns why no compiled program may stand for `decoder` as it is, or None.
+
+    A program calls no hooks that belong to all modules, and it was compared with a decoder in one mode.
+    """
+    if any(_GLOBAL_HOOKS):
+        return "forward hooks for all modules are registered, which a compiled program does not call"
+    if not decoder.training:
+        name = next((name for name, part in decoder.named_modules() if part.training and not _is_plain(part)), None)
+        if name is not None:
+            return f"its part {name} is in train mode while the decoder is in eval mode"
+    return None
