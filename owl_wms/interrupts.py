@@ -33,7 +33,7 @@ def _handlers() -> set[CodeType]:
     for number in signal.valid_signals():
         handler: Any = signal.getsignal(number)
         handler = getattr(handler, "func", handler)  # functools.partial
-        for function in (handler, getattr(type(handler), "__call__", None)):
+        for function in (handler, getattr(type(handler), "__call__", None)):  # noqa: B004  (its code is wanted)
             code = getattr(function, "__code__", None)
             if isinstance(code, CodeType):
                 codes.add(code)

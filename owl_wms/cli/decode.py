@@ -87,7 +87,9 @@ def decode(
     if remark is not None:
         console.print(f"{latents}: {remark}", markup=False, highlight=False, soft_wrap=True)
     decoder = get_decoder_only(None, vae_config, checkpoint, device=where, dtype=precision)
-    run = make_batched_decode_fn(shared.quick_on(where, decoder), batch_size, use_tensorrt=tensorrt, output="uint8")
+    run = make_batched_decode_fn(
+        shared.quick_on(where, decoder), batch_size, use_tensorrt=tensorrt, output="uint8", check="error"
+    )
 
     spent, sheet, count = Spent(), shared.Sheet(clips * length), clips * length
     make = partial(sinks.open_sink, shape=(clips, length), fps=fps, form=form, each=each)

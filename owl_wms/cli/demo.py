@@ -57,7 +57,9 @@ def demo(
     encoder = fold_weight_norm(load_encoder(None, config, checkpoint))
     encoder = shared.quick_on(where, encoder.to(where, dtype))
     decoder = get_decoder_only(None, config, checkpoint, device=where, dtype=dtype)
-    run = make_batched_decode_fn(shared.quick_on(where, decoder), batch_size, use_tensorrt=tensorrt, timing=True)
+    run = make_batched_decode_fn(
+        shared.quick_on(where, decoder), batch_size, use_tensorrt=tensorrt, timing=True, check="error"
+    )
 
     with torch.inference_mode(), shared.progress(console) as bar:
         task = bar.add_task("rendering", total=frames)

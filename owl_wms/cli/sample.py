@@ -53,7 +53,9 @@ def sample(
     world = load_video_config(config)
     run = _make_sampler(world.train, sampler, frames, steps, cfg_scale)
     core = load_core(config, checkpoint, where, precision)
-    decode = make_decode(world, config, where, precision, tensorrt=tensorrt, batch_size=8, output="uint8")
+    decode = make_decode(
+        world, config, where, precision, tensorrt=tensorrt, batch_size=8, output="uint8", check="error"
+    )
     begin = make_contexts(world, config, where, precision, path=context, seed=seed)[0].to(where, precision)
 
     mouse, buttons = scripted_controls(seed=seed, n=frames)

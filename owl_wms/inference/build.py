@@ -79,16 +79,17 @@ def make_decode(
     tensorrt: bool = True,
     batch_size: int = 1,
     output: str = "bf16",
+    check: str = "auto",
 ) -> VideoDecode:
     """Returns the configuration's decoder behind the bridge; its program is found or built here.
 
-    `batch_size` and `output` are as in `make_batched_decode_fn`; play decodes one frame at a time.
+    `batch_size`, `output` and `check` are as in `make_batched_decode_fn`; play decodes one frame at a time.
     """
     train, model = config.train, config.model
     cfg, ckpt = _named(train, "vae_cfg_path", cfg_path), _named(train, "vae_ckpt_path", cfg_path)
     decoder = _quick(get_decoder_only(train.vae_id, cfg, ckpt, device=device, dtype=dtype), device)
     decode = make_batched_decode_fn(
-        decoder, batch_size, use_tensorrt=tensorrt and train.use_tensorrt, config=train, output=output
+        decoder, batch_size, use_tensorrt=tensorrt and train.use_tensorrt, config=train, output=output, check=check
     )
     channels = latent_space(config, cfg_path).stored_channels(model.channels)
     decode.prepare((channels, model.sample_size, model.sample_size))

@@ -23,22 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
-from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NonFiniteError
-from owl_wms.interrupts import raise_interrupt
+from owl_wms.errors import ConfigError, FastPathError, NonFiniteError
 from owl_wms.request import Request
 from owl_wms.runtime import recording
-from owl_wms.runtime.eager import (
-    EagerDecoder,
-    decode_in_memory,
-    decode_with_gradients,
-    is_out_of_memory,
-    release_memory,
-)
+from owl_wms.runtime.decoding import Decoding
+from owl_wms.runtime.eager import EagerDecoder, decode_with_gradients
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.latents import check_video, check_video_shape
 from owl_wms.runtime.output import DTYPES, Output, Sink
 from owl_wms.runtime.programs import Progress, Toolchain, renew_locks
-from owl_wms.runtime.slot import Slot, all_finite
+from owl_wms.runtime.slot import Slot
 from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
 from owl_wms.runtime.stopwatch import Stopwatch
 from owl_wms.runtime.toolchain import TensorRT
@@ -210,32 +204,20 @@ class VideoDecode:
             "progress": self._progress,
         }
 
-    # ---- the decode loop
-
     def _decode(self, eager: EagerDecoder, slot: Slot, frames: Tensor, out: Output, device: torch.device) -> None:
-        step = self.batch_size
         ready = self._ready(eager, slot)
-        # While a caller records a graph nothing can be waited for, and reading a flag waits.
-        check = slot.wants_check(self.check, eager.dtype) and not recording.underway()
-        flags: list[tuple[int, bool, Tensor]] = []
-        for start in range(0, len(frames), step):
-            chunk = frames[start : start + step].to(device)
+        # While a caller records a graph nothing can be waited for, and looking at values waits.
+        looked = slot.wants_check(self.check, eager.dtype) and not recording.underway()
+        decoding = self._decoding(eager, slot, out, looked)
+        for start in range(0, len(frames), self.batch_size):
+            chunk = frames[start : start + self.batch_size].to(device)
             with _measured(self._stopwatch, device):
-                done = False
-                if ready and slot.state == "ready":
-                    done = self._by_program(slot, chunk, start, out, check, flags)
-                    self._ledger.add("fallbacks", int(not done))
-                if not done:
-                    self._by_pytorch(eager, slot, chunk, start, out, check, flags)
-        if not flags:
-            return
-        # One wait for the device per decode, not per batch: the loop above only launches.
-        finite = torch.stack([flag for _, _, flag in flags]).tolist()
-        wrong = [(start, by_program) for (start, by_program, _), good in zip(flags, finite, strict=True) if not good]
-        for start, by_program in wrong:
-            chunk = frames[start : start + step].to(device)
-            if not (by_program and self._compare(eager, slot, chunk, start, out)):
-                self._report_non_finite(start, len(chunk), eager.dtype)
+                decoding.decode(chunk, start, by_program=ready)
+        for start in decoding.not_finite(lambda start: frames[start : start + self.batch_size].to(device)):
+            self._report_non_finite(start, min(self.batch_size, len(frames) - start), eager.dtype)
+
+    def _decoding(self, eager: EagerDecoder, slot: Slot, out: Sink, looked: bool) -> Decoding:
+        return Decoding(eager, slot, out, ledger=self._ledger, strict=self.strict, looked=looked, rebuild=self._rebuild)
 
     def _report_non_finite(self, start: int, count: int, dtype: torch.dtype | None) -> None:
         """Warns once, or raises, about a batch that PyTorch decodes to values that are not finite."""
@@ -247,92 +229,8 @@ class VideoDecode:
             raise NonFiniteError(f"{text}; {wider}", frame=start)
         self._ledger.warn("non-finite frames", f"{text}; {wider}")
 
-    def _by_program(
-        self, slot: Slot, chunk: Tensor, start: int, out: Output, check: bool, flags: list[tuple[int, bool, Tensor]]
-    ) -> bool:
-        try:
-            floating = chunk if chunk.is_floating_point() else chunk.float()
-            flag = slot.run(floating, lambda frames: out.write(start, frames), check)
-        except DecodeMemoryError:
-            raise
-        except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this batch
-            raise_interrupt(error)
-            memory = is_out_of_memory(error)
-            text = " ".join(str(error).split())[:300]
-            failure = FastPathError(
-                "run",
-                f"{type(error).__name__}: {text}",
-                "free GPU memory or lower the batch size" if memory else self._rebuild(slot),
-            )
-            failure.__cause__ = None if memory else error
-        else:
-            if flag is not None:
-                flags.append((start, True, flag))
-            self._ledger.add("chunks_program")
-            return True
-        if memory:
-            release_memory(chunk.device)
-            slot.eager_step = max(1, min(slot.eager_step, len(chunk)) // 2)
-        self._failed_run(slot, failure, "out of memory" if memory else "run")
-        return False
-
-    def _by_pytorch(
-        self,
-        eager: EagerDecoder,
-        slot: Slot,
-        chunk: Tensor,
-        start: int,
-        out: Output,
-        check: bool,
-        flags: list[tuple[int, bool, Tensor]],
-    ) -> None:
-        finite: list[Tensor] = []
-
-        def write(offset: int, frames: Tensor) -> None:
-            out.write(start + offset, frames)
-            if check:
-                finite.append(all_finite(frames))
-
-        slot.eager_step = decode_in_memory(eager, chunk, write, slot.eager_step)
-        if finite:
-            flags.append((start, False, torch.stack(finite).all()))
-        self._ledger.add("chunks_pytorch")
-
-    def _compare(self, eager: EagerDecoder, slot: Slot, chunk: Tensor, start: int, out: Output) -> bool:
-        """A program answered NaN or infinity: if PyTorch does not do so in the same places, its answer stands.
-
-        Returns:
-            Whether PyTorch's answer is finite everywhere.
-        """
-        truth = Output("bf16", len(chunk), out.tensor.device, tuple(chunk.shape[1:]))
-        slot.eager_step = decode_in_memory(eager, chunk, truth.write, slot.eager_step)
-        worse = truth.tensor.isfinite()
-        finite = bool(worse.all())
-        if self.output == "bf16":
-            worse &= ~out.tensor[start : start + len(chunk)].isfinite()
-        else:  # bytes do not show what was not finite, so the program runs once more
-            again = Output("bf16", len(chunk), worse.device, tuple(chunk.shape[1:]))
-            with contextlib.suppress(Exception):  # it was put aside meanwhile, or fails: PyTorch's answer stands
-                floating = chunk if chunk.is_floating_point() else chunk.float()
-                slot.run(floating, lambda frames: again.write(0, frames), False)
-                worse &= ~again.tensor.isfinite()
-        places = int(worse.sum())
-        if not places:
-            return finite
-        out.write(start, truth.tensor)
-        self._ledger.add("fallbacks")
-        reason = f"the program gave {places} non-finite values where PyTorch gives finite ones"
-        self._failed_run(slot, FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
-        return finite
-
-    def _failed_run(self, slot: Slot, failure: FastPathError, kind: str) -> None:
-        slot.strike(failure)
-        self._ledger.failure(failure, kind)
-        if self.strict:
-            raise failure
-
     def _rebuild(self, slot: Slot) -> str:
-        """What a user does about a program that fails when it runs."""
+        """Returns what a user does about a program that fails when it runs."""
         if slot.loaded is None or slot.loaded.not_kept:
             return "start again, which builds the program anew, or choose another TENSORRT_PRECISION"
         # `trt build` alone would find the entry in the cache and load the same program.
@@ -376,9 +274,9 @@ class VideoDecode:
 
     def _ready(self, eager: EagerDecoder, slot: Slot) -> bool:
         """Whether the slot has a program; obtains it on the first call. Other threads wait here meanwhile."""
-        if slot.state == "new":
+        if slot.state == "new" and slot.rested():
             with slot.lock:
-                if slot.state == "new":
+                if slot.state == "new" and slot.rested():
                     self._obtain(eager, slot)
         failure = slot.failure
         if failure is not None and self.strict:
@@ -399,6 +297,9 @@ class VideoDecode:
             if self.strict:
                 raise
             return
+        except Exception:  # the caller's time limit, say; see owl_wms.interrupts
+            slot.rest()
+            raise
         slot.accept(loaded)
         self._ledger.add("builds" if loaded.built else "hits")
         self._ledger.spend("build", loaded.build_seconds)

@@ -13,14 +13,7 @@ Usage:
 from __future__ import annotations
 
 import copy
-<<<<<<< HEAD
-import itertools
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
-=======
 from collections.abc import Callable
->>>>>>> a62886e (A stamp that sees fused steps, parts' modes, global and class hooks)
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from owl_wms.errors import ConfigError, DecodeMemoryError
 from owl_wms.runtime.latents import latent_channels
-from owl_wms.runtime.stamp import WeightsStamp, hindrance
+from owl_wms.runtime.stamp import WeightsStamp, hindrance, hooks_for_all
 from owl_wms.vae import fold_weight_norm
 from owl_wms.vae.fold import shared_hooks
 
@@ -52,7 +45,8 @@ class EagerDecoder:
         self.stamp = WeightsStamp(decoder)
         inner = unwrap(decoder)
         self.hindrance = hindrance(inner)
-        self.module = _runnable(inner)
+        # Hooks of all modules would not see the modules that folding leaves out.
+        self.module = inner if hooks_for_all() and not inner.training else _runnable(inner)
         tensor = next((t for t in (*inner.parameters(), *inner.buffers()) if t.is_floating_point()), None)
         self.device: torch.device | None = None if tensor is None else tensor.device
         if self.device is not None and self.device.type == "meta":
@@ -65,8 +59,7 @@ class EagerDecoder:
         z = z.to(device=self.device, dtype=self.dtype or z.dtype)
         # A surrounding autocast would make the answer depend on the caller's context.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            frames: Tensor = self.module(z)
-            return frames
+            return self.module(z)
 
 
 def _runnable(inner: nn.Module) -> nn.Module:
@@ -97,77 +90,6 @@ def unwrap(decoder: nn.Module) -> nn.Module:
         decoder = inner
 
 
-<<<<<<< HEAD
-class WeightsStamp:
-    """What a decoder's weights were at one moment: matches until one is updated in place, replaced or moved, a module
-    is exchanged or its forward replaced, a hook comes or goes, or the mode switches. Reads no data, keeps no weight
-    alive that the decoder has let go of.
-
-    Every decode asks, so it must cost little beside half a millisecond of decoding. The tree of modules is walked once;
-    what could differ since is then read by loops that run in C, some 80 us for 230 modules with 200 tensors.
-
-    Writes through `tensor.data` or a raw pointer do not show, nor updates of tensors made in inference mode, nor plain
-    attributes that a forward reads (some count their calls in one); after such, make a new decode function.
-    """
-
-    def __init__(self, decoder: nn.Module) -> None:
-        modules = list(decoder.modules())
-        self._training = decoder.training
-        children = [module._modules for module in modules]
-        holders = [held for module in modules for held in (module._parameters, module._buffers)]
-        hooks = [held for module in modules for held in (module._forward_hooks, module._forward_pre_hooks)]
-        self._counted: list[Mapping[Any, Any]] = [*children, *holders, *hooks]
-        self._counts = list(map(len, self._counted))
-        self._own = [module.__dict__ for module in modules]
-        self._forwards = self._added()
-        self._children = [held for held in children if held]
-        self._modules = list(_values(self._children))  # held, so that no other module gets the address of one
-        self._holders = [held for held in holders if held]
-        present = list(_values(self._holders))
-        self._there = [tensor is not None for tensor in present]
-        tensors = [tensor for tensor in present if tensor is not None]
-        self._versioned = [not tensor.is_inference() for tensor in tensors]
-        self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
-        self._addresses = [storage.cdata for storage in self._storages]
-        self._facts = self._read(tensors)
-
-    def matches(self, decoder: nn.Module) -> bool:
-        """Whether the weights of `decoder`, the one it was made of, are still those."""
-        if self._training != decoder.training or self._counts != list(map(len, self._counted)):
-            return False
-        if self._forwards != self._added() or not all(map(operator.is_, _values(self._children), self._modules)):
-            return False
-        present = list(_values(self._holders))
-        if [tensor is not None for tensor in present] != self._there:
-            return False
-        try:
-            if self._facts != self._read([*itertools.compress(present, self._there)]):
-                return False
-        except RuntimeError:  # a tensor made in inference mode has no version: there was none when this was made
-            return False
-        # An allocator gives the address of a freed weight to the next one of its size, so equal addresses mean the
-        # same weights only where none of the old ones was freed by the time the addresses were read.
-        return not any(map(torch.UntypedStorage._expired, self._addresses))
-
-    def _added(self) -> list[Any]:
-        """Forwards that stand in a module itself and not in its class."""
-        return [own["forward"] for own in self._own if "forward" in own]
-
-    def _read(self, tensors: list[Any]) -> tuple[list[Any], ...]:
-        """Tells one state of the tensors from another."""
-        versions = map(_version, itertools.compress(tensors, self._versioned))
-        return list(map(_pointer, tensors)), list(map(_dtype, tensors)), list(versions)
-
-
-_pointer, _version, _dtype = torch.Tensor.data_ptr, operator.attrgetter("_version"), operator.attrgetter("dtype")
-
-
-def _values(held: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
-    return itertools.chain.from_iterable(map(dict.values, held))  # type: ignore[arg-type]
-
-
-=======
->>>>>>> a62886e (A stamp that sees fused steps, parts' modes, global and class hooks)
 def decode_in_memory(eager: EagerDecoder, z: Tensor, write: Callable[[int, Tensor], None], step: int) -> int:
     """Decode `z` in chunks of at most `step`, halving the chunk each time memory runs out.
 
@@ -217,8 +139,8 @@ def decode_with_gradients(eager: EagerDecoder, decoder: nn.Module, z: Tensor, st
     try:
         with torch.autocast(z.device.type, enabled=False):
             # Zero frames have a shape too, and one that was not asked for gives it.
-            chunks = [module(chunk) for chunk in (z if len(z) else z.new_zeros(1, *z.shape[1:])).split(step)]
-            return torch.cat(chunks)[: len(z)]
+            given = z if len(z) else torch.cat([z, z.new_zeros(1, *z.shape[1:])])
+            return torch.cat([module(chunk) for chunk in given.split(step)])[: len(z)]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -95,8 +95,9 @@ class ImageDecode(VideoDecode):
 
     def _run(self, generation: Generation, slot: Slot, z: Tensor, dtype: torch.dtype) -> Tensor | None:
         kept = _Frames(dtype)
-        check = slot.wants_check(self.check)
-        if not self._by_program(slot, z.contiguous(), 0, kept, False, []):
+        check = slot.wants_check(self.check, generation.eager.dtype)
+        decoding = self._decoding(generation.eager, slot, kept, looked=False)
+        if not decoding.run(z.contiguous(), 0):
             return None
         frames = kept.tensor
         # Looked at in the caller's dtype, where a value that the program could hold may be infinity.
@@ -107,7 +108,7 @@ class ImageDecode(VideoDecode):
         if not worse:
             return frames
         reason = f"the program gave {worse} non-finite values where PyTorch gives finite ones"
-        self._failed_run(slot, FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
+        decoding.failed(FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
         return truth
 
     def _lane(self, one: tuple[int, ...], device: torch.device) -> tuple[Generation, Slot, list[dict[str, Any]]] | None:

@@ -21,6 +21,7 @@ _HELP = {
     "hits": "programs loaded from the cache",
     "builds": "programs built",
     "fallbacks": "batches PyTorch answered because the compiled path failed",
+    "non_finite": "frames of batches in which PyTorch's values are not finite",
 }
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ from owl_wms.runtime.programs import Loaded
 
 STRIKES = 3
 """Run failures after which a program is put aside."""
+REST_SECONDS = 10.0
+"""After a caller's time limit has ended a build, PyTorch decodes for so long: the limit would end the next one too."""
 CHECKED_CALLS, CHECK_EVERY = 8, 64
 """Sampled output check: the first calls, then every so many."""
 
@@ -51,6 +54,7 @@ class Slot:
         self.failures = 0
         self.eager_step = request.input_shape[0]
         self._calls = 0
+        self._rest_until = 0.0
         self._last: tuple[Any, Any] | None = None
 
     def accept(self, loaded: Loaded) -> None:
@@ -62,6 +66,15 @@ class Slot:
         """Drop the program for good."""
         self.failure = None if failure is None else failure.again()
         self.loaded, self.state, self.reason = None, "off", reason
+
+    def rest(self) -> None:
+        """Leave the program alone for `REST_SECONDS`: an exception of the caller's ended the work for it."""
+        self._rest_until = time.monotonic() + REST_SECONDS
+        self.reason = "an exception of the caller's ended the search for a program, which begins again in a while"
+
+    def rested(self) -> bool:
+        """Whether that time is over."""
+        return time.monotonic() >= self._rest_until
 
     def strike(self, failure: FastPathError) -> None:
         """Count a failed run; the third puts the program aside."""

@@ -27,6 +27,8 @@ from torch.nn.modules import module as nn_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+MOST_GONE = 64
+"""Optimisers that are remembered after they were deleted."""
 _training = itemgetter("training")
 _forward = attrgetter("forward")
 _GLOBAL_HOOKS: tuple[Mapping[Any, Any], ...] = (
@@ -37,20 +39,50 @@ _GLOBAL_HOOKS: tuple[Mapping[Any, Any], ...] = (
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.LeakyReLU, nn.SiLU, nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Identity)
 
 
+class _Stepped:
+    """An optimiser, the number of its last step, and where its weights were at its first."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._first = _memory_of(optimizer)
+        self.last = 0
+
+    @property
+    def gone(self) -> bool:
+        return self._optimizer() is None
+
+    def memory(self) -> set[int]:
+        """Returns the addresses of the memory that its steps write."""
+        optimizer = self._optimizer()
+        return self._first if optimizer is None else _memory_of(optimizer)
+
+
 class _Steps:
-    """Counts the steps of every optimiser in this process."""
+    """Counts the steps of every optimiser in this process: about a microsecond per step."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.last: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[Optimizer, _Stepped] = weakref.WeakKeyDictionary()
+        self._all: list[_Stepped] = []
 
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        stepped = self._known.get(optimizer)
+        if stepped is None:
+            gone = [one for one in self._all if one.gone]
+            self._all = [one for one in self._all if not one.gone] + gone[-MOST_GONE:]
+            stepped = self._known[optimizer] = _Stepped(optimizer)
+            self._all.append(stepped)
         self.count += 1
-        self.last[optimizer] = self.count
+        stepped.last = self.count
 
-    def since(self, count: int) -> list[Optimizer]:
-        """Returns the optimisers that have stepped after the step of that number."""
-        return [optimizer for optimizer, at in list(self.last.items()) if at > count]
+    def wrote(self, memory: set[int], since: int) -> bool:
+        """Whether a step after the one numbered `since` wrote some of `memory`."""
+        return any(stepped.last > since and not memory.isdisjoint(stepped.memory()) for stepped in self._all)
+
+
+def _memory_of(optimizer: Optimizer) -> set[int]:
+    weights = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return {weight.untyped_storage().data_ptr() for weight in weights}
 
 
 _STEPS = _Steps()
@@ -65,8 +97,9 @@ class WeightsStamp:
     instance or in a class.
 
     Not seen are writes through `tensor.data` or a raw pointer outside of an optimiser's step, writes of another process
-    into shared memory, updates of tensors made in inference mode, and plain attributes that a forward reads (some count
-    their calls in one). After such, make a new decode function.
+    into shared memory, updates of tensors made in inference mode, a replaced `nn.Module.__call__` (tracing replaces it
+    too, for a while) and plain attributes that a forward reads (some count their calls in one). After such, make a new
+    decode function.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -99,6 +132,8 @@ class WeightsStamp:
         self._hooked = [held for held in self._hooks if held]
         self._classes = list(dict.fromkeys(type(module) for module in modules))
         self._forwards = list(map(_forward, self._classes))
+        self._calls = list(map(_own_call, self._classes))
+        self._forwarded = [own for own in self._own if "forward" in own]
         self._signs = self._cheap_signs()
         self._additions = self._close_look()
 
@@ -106,7 +141,9 @@ class WeightsStamp:
         """Whether `decoder`, the one that the stamp was made of, still computes with the same."""
         if self._children != self._children_then or any(self._empty):
             return False
-        if list(map(_training, self._mode_of)) != self._modes or list(map(_forward, self._classes)) != self._forwards:
+        if list(map(_training, self._mode_of)) != self._modes:
+            return False
+        if list(map(_forward, self._classes)) != self._forwards or list(map(_own_call, self._classes)) != self._calls:
             return False
         values = [*chain(*self._holders)]
         if list(map(id, values)) != self._ids or self._sum_of_versions(values) != self._versions:
@@ -122,17 +159,15 @@ class WeightsStamp:
 
     def _sum_of_versions(self, values: list[Tensor | None]) -> int:
         """Returns a number that is another one as soon as one of the same tensors is written: versions only grow."""
-        return sum([values[i]._version for i in self._counted])  # type: ignore[union-attr]
+        return sum(values[i]._version for i in self._counted)  # type: ignore[union-attr, misc]
 
     def _unstepped(self) -> bool:
         """Whether no optimiser has stepped that has one of the weights."""
         if self._steps == _STEPS.count:
             return True
         count = _STEPS.count
-        for optimizer in _STEPS.since(self._steps):
-            weights = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-            if any(weight.untyped_storage().data_ptr() in self._memory for weight in weights):
-                return False
+        if _STEPS.wrote(self._memory, self._steps):
+            return False
         self._steps = count
         return True
 
@@ -150,12 +185,22 @@ class WeightsStamp:
         """Returns what differs after each addition or removal, and at times without one."""
         # torch numbers the hooks of a process, so a new number means a new hook somewhere.
         lengths = sum(map(len, self._own)), sum(map(len, self._hooked))
-        return RemovableHandle.next_id, lengths, nn.Module.__call__, nn.Module._call_impl
+        forwards = [own.get("forward") for own in self._forwarded]
+        return RemovableHandle.next_id, lengths, forwards
 
     def _close_look(self) -> tuple[Any, ...]:
         hooks = [(place, *held.items()) for place, held in enumerate(self._hooks) if held]
         forwards = [(place, own["forward"]) for place, own in enumerate(self._own) if "forward" in own]
-        return hooks, forwards, nn.Module.__call__, nn.Module._call_impl
+        return hooks, forwards
+
+
+def hooks_for_all() -> bool:
+    """Whether forward hooks are registered that every module calls."""
+    return any(_GLOBAL_HOOKS)
+
+
+def _own_call(kind: type[nn.Module]) -> Any:
+    return kind.__dict__.get("__call__")
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -167,8 +212,11 @@ def hindrance(decoder: nn.Module) -> str | None:
 
     A program calls no hooks that belong to all modules, and it was compared with a decoder in one mode.
     """
-    if any(_GLOBAL_HOOKS):
+    if hooks_for_all():
         return "forward hooks for all modules are registered, which a compiled program does not call"
+    for kind in dict.fromkeys(type(module) for module in decoder.modules()):
+        if _own_call(kind) is not None and not issubclass(kind, torch.fx.GraphModule):
+            return f"{kind.__name__} has a __call__ of its own, which a compiled program does not call"
     if not decoder.training:
         name = next((name for name, part in decoder.named_modules() if part.training and not _is_plain(part)), None)
         if name is not None:

@@ -40,6 +40,7 @@ class DecodeStats:
         hits: programs found in the cache.
         builds: programs built by this object.
         fallbacks: batches that PyTorch answered because the compiled path failed.
+        non_finite: frames of batches in which PyTorch's own values were not finite, as far as was looked.
         failures: count by stage (`import`, `export`, `build`, `parity`, `save`, `load`, `run`).
         latency_ms: `p50`, `p90`, `p99`, `samples` of one batch; None unless timing was asked for.
         cache_bytes: size of the programs in use, as files.
@@ -57,6 +58,7 @@ class DecodeStats:
     hits: int
     builds: int
     fallbacks: int
+    non_finite: int
     failures: dict[str, int]
     latency_ms: dict[str, float] | None
     cache_bytes: int
@@ -144,6 +146,7 @@ def summarise(
         hits=count("hits"),
         builds=count("builds"),
         fallbacks=count("fallbacks"),
+        non_finite=count("non_finite"),
         failures=ledger.failures(),
         latency_ms=latency_ms,
         cache_bytes=sum(loaded.file_bytes for slot in ready if (loaded := slot.loaded) is not None),

@@ -32,6 +32,7 @@ from owl_wms.runtime.programs import store_of
 from owl_wms.settings import PRECISIONS, TensorRTConfig
 from owl_wms.timing import measure_inference_time
 from owl_wms.vae import fold_weight_norm, load_decoder
+from owl_wms.vae.checkpoint import check_values
 
 __all__ = [
     "TENSORRT_AVAILABLE",
@@ -85,10 +86,13 @@ def get_decoder_only(
 
     Raises:
         ConfigError: the configuration is missing or wrong, or LOCAL_RANK is no number and no device is given.
-        CheckpointError: the file cannot be read or belongs to another architecture.
+        CheckpointError: the file cannot be read or belongs to another architecture; or a weight is not finite, in the
+            file or in `dtype`.
     """
     decoder = fold_weight_norm(load_decoder(vae_id, cfg_path, ckpt_path))
-    return decoder.requires_grad_(False).eval().to(device=_own_device() if device is None else device, dtype=dtype)
+    decoder = decoder.requires_grad_(False).eval().to(dtype=dtype)
+    check_values(decoder, str(ckpt_path))
+    return decoder.to(device=_own_device() if device is None else device)
 
 
 def make_batched_decode_fn(

@@ -108,11 +108,16 @@ def _unfit(key: str, value: Tensor) -> str | None:
 
 
 def check_values(module: nn.Module, path: Path | str) -> None:
-    """Raise CheckpointError naming the first weight of `module` that has NaN or infinity in it."""
-    own = module.state_dict()
-    problem = next((text for key, value in own.items() if (text := _unlike(key, value, value))), None)
-    if problem is not None:
-        raise CheckpointError(f"{path}: {problem}", path=path, mismatch=problem)
+    """Raise CheckpointError naming the first weight of `module` that has NaN or infinity in it.
+
+    Weights that were finite in their file are so no longer if they were cast to a dtype that does not reach so far.
+    """
+    wrong = next((key for key, value in module.state_dict().items() if not _is_finite(value)), None)
+    if wrong is not None:
+        dtype = module.state_dict()[wrong].dtype
+        text = f"{wrong} has values that are not finite (NaN or infinite) in {str(dtype).removeprefix('torch.')}"
+        remedy = "; use bf16 or fp32" if dtype == torch.float16 else ""
+        raise CheckpointError(f"{path}: {text}{remedy}", path=path, mismatch=wrong)
 
 
 def _unlike(key: str, value: Tensor, own: Tensor) -> str | None:
@@ -120,12 +125,16 @@ def _unlike(key: str, value: Tensor, own: Tensor) -> str | None:
     if value.is_floating_point() != own.is_floating_point():
         # An integer for a float is a quantised weight whose scale is not applied.
         return f"{key} is {value.dtype} in the file and {own.dtype} in the configured model"
-    if not value.is_floating_point() or not value.numel():
-        return None
-    low, high = torch.aminmax(value if value.itemsize > 1 else value.float())  # NaN passes through both
-    if low.isfinite() and high.isfinite():
+    if _is_finite(value):
         return None
     return f"{key} has values that are not finite (NaN or infinite); use a checkpoint from before the run diverged"
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not value.is_floating_point() or not value.numel():
+        return True
+    low, high = torch.aminmax(value if value.itemsize > 1 else value.float())  # NaN passes through both
+    return bool(low.isfinite() & high.isfinite())
 
 
 def first_mismatch(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:

@@ -61,6 +61,8 @@ def _is_weight_normed(conv: nn.Module) -> bool:
     # weight is more than a norm: such stay as they are.
     if type(conv).__bases__ not in ((nn.Conv1d,), (nn.Conv2d,)) or not parametrize.is_parametrized(conv, "weight"):
         return False
+    if any(callable(value) for value in vars(conv).values()):  # a forward of its own, say, which a new one would lack
+        return False
     alone = len(cast(Any, conv).parametrizations) == 1 and len(_parametrization(conv)) == 1
     return alone and isinstance(_parametrization(conv)[0], _WeightNorm) and _parametrization(conv)[0].dim == 0
 

@@ -27,7 +27,7 @@ class TinyAudio(nn.Module):
 
 def test_result_and_batches() -> None:
     decoder = TinyAudio().eval()
-    latents = torch.randn(10, 7, 3, requires_grad=True)
+    latents = torch.randn(10, 7, 3)
     samples = AudioDecode(decoder, batch_size=4)(latents)
     assert samples.shape == (10, 35, 2)
     assert samples.dtype == torch.bfloat16

@@ -1,0 +1,153 @@
+"""The batches of one decode: by the program, by PyTorch where that fails, and what is looked at in their values.
+
+Usage:
+    decoding = Decoding(eager, slot, out, ledger=ledger, strict=False, looked=True, rebuild=remedy_of)
+    decoding.decode(chunk, start=0, by_program=True)         # into `out`
+    for start in decoding.not_finite(chunk_at): ...          # batches in which PyTorch's values are not finite either
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from owl_wms.errors import DecodeMemoryError, FastPathError
+from owl_wms.interrupts import raise_interrupt
+from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, is_out_of_memory, release_memory
+from owl_wms.runtime.output import Output, Sink
+from owl_wms.runtime.slot import Slot, all_finite
+from owl_wms.runtime.stats import Ledger
+
+
+class Decoding:
+    """Decodes batch after batch into one output.
+
+    Args:
+        eager: PyTorch's decoder.
+        slot: the program's state.
+        out: receives the frames; an `Output` where values are looked at.
+        ledger: counts batches and failures.
+        strict: a failed run of the program raises instead of being answered by PyTorch.
+        looked: look for values that are not finite.
+        rebuild: returns the remedy for a program that fails when it runs.
+    """
+
+    def __init__(
+        self,
+        eager: EagerDecoder,
+        slot: Slot,
+        out: Sink,
+        *,
+        ledger: Ledger,
+        strict: bool,
+        looked: bool,
+        rebuild: Callable[[Slot], str],
+    ) -> None:
+        self._eager, self._slot, self._out = eager, slot, out
+        self._ledger, self._strict, self._looked, self._rebuild = ledger, strict, looked, rebuild
+        # First frame of a batch, whether the program computed it, and whether all its values are finite.
+        self._flags: list[tuple[int, bool, Tensor]] = []
+
+    def decode(self, chunk: Tensor, start: int, *, by_program: bool) -> None:
+        """Decodes latents `[k, c, h, w]`, the frames from number `start` on."""
+        done = False
+        if by_program and self._slot.state == "ready":
+            done = self.run(chunk, start)
+            self._ledger.add("fallbacks", int(not done))
+        if not done:
+            self._fall_back(chunk, start)
+
+    def not_finite(self, chunk_at: Callable[[int], Tensor]) -> Iterator[int]:
+        """Yields the first frame of every batch in which PyTorch's values are not finite.
+
+        Values of the program that are not finite where PyTorch's are get replaced by PyTorch's.
+
+        Args:
+            chunk_at: latents of the batch that begins with that frame.
+        """
+        if not self._flags:
+            return
+        # One wait for the device per decode, not per batch: decoding only launches.
+        finite = torch.stack([flag for _, _, flag in self._flags]).tolist()
+        for (start, by_program, _), good in zip(self._flags, finite, strict=True):
+            if not good and not (by_program and self._compare(chunk_at(start), start)):
+                yield start
+
+    def run(self, chunk: Tensor, start: int) -> bool:
+        """Whether the program could decode latents `[k, c, h, w]`; a failed run is counted."""
+        try:
+            floating = chunk if chunk.is_floating_point() else chunk.float()
+            flag = self._slot.run(floating, lambda frames: self._out.write(start, frames), self._looked)
+        except DecodeMemoryError:
+            raise
+        except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this batch
+            raise_interrupt(error)
+            memory = is_out_of_memory(error)
+            text = " ".join(str(error).split())[:300]
+            failure = FastPathError(
+                "run",
+                f"{type(error).__name__}: {text}",
+                "free GPU memory or lower the batch size" if memory else self._rebuild(self._slot),
+            )
+            failure.__cause__ = None if memory else error
+        else:
+            if flag is not None:
+                self._flags.append((start, True, flag))
+            self._ledger.add("chunks_program")
+            return True
+        if memory:
+            release_memory(chunk.device)
+            self._slot.eager_step = max(1, min(self._slot.eager_step, len(chunk)) // 2)
+        self.failed(failure, "out of memory" if memory else "run")
+        return False
+
+    def _fall_back(self, chunk: Tensor, start: int) -> None:
+        finite: list[Tensor] = []
+
+        def write(offset: int, frames: Tensor) -> None:
+            self._out.write(start + offset, frames)
+            if self._looked:
+                finite.append(all_finite(frames))
+
+        self._slot.eager_step = decode_in_memory(self._eager, chunk, write, self._slot.eager_step)
+        if finite:
+            self._flags.append((start, False, torch.stack(finite).all()))
+        self._ledger.add("chunks_pytorch")
+
+    def _compare(self, chunk: Tensor, start: int) -> bool:
+        """Decodes again what the program gave NaN or infinity for; PyTorch's frames replace those that are worse.
+
+        Returns:
+            Whether PyTorch's values are finite everywhere.
+        """
+        out, slot = self._out, self._slot
+        assert isinstance(out, Output)
+        truth = Output("bf16", len(chunk), out.tensor.device, tuple(chunk.shape[1:]))
+        slot.eager_step = decode_in_memory(self._eager, chunk, truth.write, slot.eager_step)
+        worse = truth.tensor.isfinite()
+        finite = bool(worse.all())
+        if out.tensor.is_floating_point():
+            worse &= ~out.tensor[start : start + len(chunk)].isfinite()
+        else:  # bytes do not show what was not finite, so the program runs once more
+            again = Output("bf16", len(chunk), worse.device, tuple(chunk.shape[1:]))
+            with contextlib.suppress(Exception):  # it was put aside meanwhile, or fails: PyTorch's answer stands
+                floating = chunk if chunk.is_floating_point() else chunk.float()
+                slot.run(floating, lambda frames: again.write(0, frames), False)
+                worse &= ~again.tensor.isfinite()
+        places = int(worse.sum())
+        if places:
+            out.write(start, truth.tensor)
+            self._ledger.add("fallbacks")
+            reason = f"the program gave {places} non-finite values where PyTorch gives finite ones"
+            self.failed(FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
+        return finite
+
+    def failed(self, failure: FastPathError, kind: str) -> None:
+        """Counts a failed run; raises it in strict mode."""
+        self._slot.strike(failure)
+        self._ledger.failure(failure, kind)
+        if self._strict:
+            raise failure

@@ -1,0 +1,185 @@
+"""Every way in which a decoder can change between two decodes, against PyTorch's answer of that moment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize
+
+from owl_wms.runtime import VideoDecode
+from owl_wms.runtime.stamp import WeightsStamp
+from owl_wms.vae import fold_weight_norm
+from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
+
+LATENTS = torch.randn(1, 2, 4, 3, 3)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    forward = TinyDecoder.forward
+    yield
+    TinyDecoder.forward = forward  # type: ignore[method-assign]
+    if "__call__" in vars(TinyDecoder):
+        del TinyDecoder.__call__
+    for hooks in (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks):
+        hooks.clear()
+
+
+def fused(decoder: nn.Module) -> None:
+    _step(decoder, torch.optim.AdamW(decoder.parameters(), lr=0.5, fused=True))
+
+
+def foreach(decoder: nn.Module) -> None:
+    _step(decoder, torch.optim.SGD(decoder.parameters(), lr=0.5, foreach=True))
+
+
+class ByData(torch.optim.Optimizer):
+    """Writes past version counters, as several published optimisers do."""
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        super().__init__(weights, {})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.data.add_(weight.grad, alpha=0.5)
+
+
+def by_data(decoder: nn.Module) -> None:
+    _step(decoder, ByData(list(decoder.parameters())))
+
+
+def of_a_view(decoder: nn.Module) -> None:
+    """An optimiser that owns views of the weights, as sharded training does."""
+    views = [nn.Parameter(weight.detach().view(-1)) for weight in decoder.parameters()]
+    for view in views:
+        view.grad = torch.ones_like(view)
+    torch.optim.AdamW(views, lr=0.5, fused=True).step()
+
+
+def _step(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for weight in decoder.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+
+
+def in_place(decoder: nn.Module) -> None:
+    with torch.no_grad():
+        next(iter(decoder.parameters())).add_(0.5)
+
+
+def swapped(decoder: nn.Module) -> None:
+    for weight in decoder.parameters():
+        weight.data = weight.data + 0.5
+
+
+def swapped_twice(decoder: nn.Module) -> None:
+    swapped(decoder)
+    swapped(decoder)
+
+
+def wrapped_again(decoder: nn.Module) -> None:
+    decoder.conv_out.bias = nn.Parameter(decoder.conv_out.bias.data + 0.5)
+
+
+def global_hook(decoder: nn.Module) -> None:
+    nn_module.register_module_forward_hook(lambda module, inputs, out: out * 2 if isinstance(out, Tensor) else None)
+
+
+def global_pre_hook(decoder: nn.Module) -> None:
+    nn_module.register_module_forward_pre_hook(
+        lambda module, inputs: (inputs[0] + 0.5,) if isinstance(module, nn.Conv2d) else None
+    )
+
+
+def hook(decoder: nn.Module) -> None:
+    decoder.conv_in.register_forward_hook(lambda module, inputs, out: out * 2)
+
+
+def class_forward(decoder: nn.Module) -> None:
+    plain = TinyDecoder.forward
+    TinyDecoder.forward = lambda self, z: plain(self, z) + 1  # type: ignore[method-assign]
+
+
+def class_call(decoder: nn.Module) -> None:
+    TinyDecoder.__call__ = lambda self, z: nn.Module.__call__(self, z) + 1  # type: ignore[method-assign]
+
+
+def instance_forward(decoder: nn.Module) -> None:
+    plain = decoder.conv_out.forward
+    decoder.conv_out.forward = lambda x: plain(x) + 1
+
+
+CHANGES: list[Callable[[nn.Module], None]] = [
+    *(fused, foreach, by_data, of_a_view, in_place, swapped, swapped_twice, wrapped_again),
+    *(global_hook, global_pre_hook, hook, class_forward, class_call, instance_forward),
+]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_old_frame_is_served(
+    tmp_path: Path, change: Callable[[nn.Module], None], folded: bool, enabled: bool
+) -> None:
+    torch.manual_seed(0)
+    decoder: nn.Module = TinyDecoder().eval()
+    if folded:
+        decoder = fold_weight_norm(decoder)
+    chosen = settings(tmp_path, enabled=enabled, use_cache=False)
+    decode = VideoDecode(decoder, batch_size=2, settings=chosen, toolchain=ExportToolchain())
+    before = decode(LATENTS)
+    change(decoder)
+    with torch.no_grad():
+        wanted = decoder(LATENTS[0])
+    assert float((before[0].float() - wanted).abs().max()) > 0.05
+    torch.testing.assert_close(decode(LATENTS)[0].float(), wanted, rtol=2e-2, atol=3e-2)
+
+
+class Noisy(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w * 1.5 if self.training else w
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_part_in_train_mode_is_in_the_frames(tmp_path: Path, enabled: bool) -> None:
+    decoder = TinyDecoder().eval()
+    parametrize.register_parametrization(decoder.conv_out, "weight", Noisy())
+    chosen = settings(tmp_path, enabled=enabled, use_cache=False)
+    decode = VideoDecode(decoder, batch_size=2, settings=chosen, toolchain=ExportToolchain())
+    for mode in (False, True, False, True):
+        decoder.conv_out.train(mode)
+        with torch.no_grad():
+            wanted = decoder(LATENTS[0])
+        torch.testing.assert_close(decode(LATENTS)[0].float(), wanted, rtol=2e-2, atol=3e-2)
+        assert decode.stats().backend == ("export" if enabled and not mode else "pytorch")
+    if enabled:
+        assert "in train mode while the decoder is in eval mode" in decode.stats().reason
+
+
+def test_steps_of_other_optimisers_and_hooks_elsewhere_cost_no_program(tmp_path: Path) -> None:
+    decoder, other = TinyDecoder().eval(), nn.Linear(2, 2)
+    decode = VideoDecode(decoder, batch_size=2, settings=settings(tmp_path), toolchain=ExportToolchain())
+    decode(LATENTS)
+    for _ in range(3):
+        _step(other, torch.optim.AdamW(other.parameters(), fused=True))
+        other.register_forward_hook(lambda *_: None)
+        decode(LATENTS)
+    assert decode.stats().builds == 1
+    assert decode.stats().chunks_program == 4
+
+
+def test_what_a_stamp_does_not_see_is_written_down() -> None:
+    """The limit that the class states: a write through `.data` by nobody's optimiser."""
+    decoder = TinyDecoder().eval()
+    stamp = WeightsStamp(decoder)
+    decoder.conv_out.bias.data.add_(1)  # type: ignore[union-attr, operator]
+    assert stamp.matches(decoder)
+    assert "through `tensor.data`" in str(WeightsStamp.__doc__)
+    assert not math.isnan(float(decoder.conv_out.bias.sum()))  # type: ignore[arg-type, operator]
