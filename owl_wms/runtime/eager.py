@@ -59,7 +59,8 @@ class EagerDecoder:
         z = z.to(device=self.device, dtype=self.dtype or z.dtype)
         # A surrounding autocast would make the answer depend on the caller's context.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            return self.module(z)
+            frames: Tensor = self.module(z)
+            return frames
 
 
 def _runnable(inner: nn.Module) -> nn.Module:
