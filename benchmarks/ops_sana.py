@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.case import Case
-from owl_wms.ops import channel_norm, conv3x3, depthwise_gate, shuffle_add
+from owl_wms.ops import channel_norm, conv3x3, conv_out, depthwise_gate, linear_attention, nearest_up, shuffle_add
 
 OPS = torch.ops.owl_wms
 # (side of the image, channels, channels of the result, whether a residual is added instead of a ReLU)
@@ -50,7 +52,7 @@ def _convolution(
     weight = conv3x3.pack(torch.randn(out, channels, 3, 3, device=device) * (9 * channels) ** -0.5).to(dtype)
     bias = torch.randn(out, device=device)
 
-    def make(b: int) -> tuple:
+    def make(b: int) -> tuple[Any, ...]:
         x = torch.randn(b, side, side, channels, device=device).to(dtype)
         return x, weight, bias, torch.randn(b, side, side, out, device=device).to(dtype) if adds else None, not adds
 
@@ -103,3 +105,59 @@ def _norm(batch: int, device: str, dtype: torch.dtype, side: int, channels: int)
         reference=channel_norm.reference,
         bytes_moved=4 * batch * side * side * channels,
     )
+
+
+def checks(
+    dtype: torch.dtype, device: str = "cuda", most_side: int = 512
+) -> Iterator[tuple[str, Callable[[], Tensor], Tensor]]:
+    """Every operator of AutoencoderDC in all its ways: name, a call on the GPU, and its reference in fp32 on the same
+    values. Sizes are those of 512x512 pixels, and some that no tile divides; none has a side above `most_side`.
+    """
+
+    def t(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    def wide(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    def case(name: str, op: Any, *values: Any, tail: tuple[Any, ...] = ()) -> tuple[str, Callable[[], Tensor], Tensor]:
+        exact = [value.float() if isinstance(value, Tensor) else value for value in values]
+        return name, lambda: op(*values, *tail), op(*exact, *tail)
+
+    for side, channels in ((512, 128), (256, 256), (48, 128), (21, 64)):
+        if side > most_side:
+            continue
+        x, weight, bias, gain = t(1, side, side, channels), t(channels, 3, 3, channels), wide(channels), wide(channels)
+        weight = weight * (9 * channels) ** -0.5
+        residual, name = t(1, side, side, channels), f"{side}x{side}x{channels}"
+        for how in conv3x3.ways(x, weight, False, False, silu=True):
+            one, run, _ = case(f"conv3x3 SiLU {name} way {how}", OPS.conv3x3, x, weight, bias, None, False, how, True)
+            yield one, run, conv3x3.reference(x.float(), weight.float(), bias, None, False, True)
+        wanted = OPS.conv3x3_norm(x.float(), weight.float(), gain, bias, residual.float(), 1e-5, conv3x3.LIBRARY)
+        for how in conv3x3.ways(x, weight, True, False, norm=True):
+            arguments = (x, weight, gain, bias, residual, 1e-5, how)
+            yield f"conv3x3_norm {name} way {how}", functools.partial(OPS.conv3x3_norm, *arguments), wanted
+    for batch, side, channels, out in ((1, 256, 256, 128), (2, 64, 512, 512), (1, 17, 64, 32)):
+        if side > most_side:
+            continue
+        weight = nearest_up.pack(wide(out, channels, 3, 3) * (9 * channels) ** -0.5).to(dtype)
+        yield case(
+            f"nearest_up {side}x{side} {channels} to {out}",
+            OPS.nearest_up, t(batch, side, side, channels), weight, wide(out), (4 * out) % channels == 0,
+        )  # fmt: skip
+    for batch, height, width, heads in ((1, 64, 64, 16), (8, 16, 16, 32), (1, 33, 29, 32), (1, 256, 256, 16)):
+        if height > most_side:
+            continue
+        qkv = t(batch, height, width, heads * 96)
+        taps, point = linear_attention.pack_scale(wide(heads * 96, 1, 5, 5) / 5, wide(heads * 96, 32, 1, 1) / 6)
+        name = f"{batch}x{height}x{width}, {heads} heads"
+        yield case(f"linear_attention {name}", OPS.linear_attention, qkv, tail=(32, 1e-15))
+        yield case(
+            f"multiscale_attention {name}", OPS.multiscale_attention, qkv, taps, point.to(dtype), tail=(32, 1e-15)
+        )
+    weight, bias = wide(3, 128, 3, 3) / 34, wide(4)
+    packed = conv_out.pack(weight.to(dtype))
+    x = t(1, most_side, most_side, 128)
+    yield case(f"conv_out without SiLU {most_side}x{most_side}x128", OPS.conv_out, x, packed, bias, tail=(False,))
+    image = wide(1, 200, 300, 4)
+    yield "resize to the size it has", lambda: OPS.resize(image, 3, 200, 300, dtype), image[..., :3].permute(0, 3, 1, 2)

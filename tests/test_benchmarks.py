@@ -12,7 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, decoder, kernels, ops, ops8, ops_sana, plot, report, sana_parts, trt_matrix
+from benchmarks import (
+    accuracy,
+    baselines,
+    decoder,
+    kernels,
+    ops,
+    ops8,
+    ops_sana,
+    plot,
+    report,
+    sana,
+    sana_parts,
+    trt_matrix,
+)
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 RENDERED = {"decoder": report.report, "kernels": kernels.render, "ops": ops.render, "trt_matrix": trt_matrix.render}
@@ -130,6 +143,33 @@ def test_cases_of_sana_run_and_are_what_they_say() -> None:
         tensors = [out, *(value for value in values if isinstance(value, torch.Tensor) and value.dim() == 4)]
         moved = sum(2 * tensor.numel() for tensor in tensors)  # of 16-bit elements
         assert case.bytes_moved == pytest.approx(moved, rel=0.2), case.name
+
+
+def test_checks_of_sana_hold_and_its_table_has_every_row() -> None:
+    """On the CPU an operator is its reference, so only arguments and rounding are tried."""
+    names = []
+    for name, run, wanted in ops_sana.checks(torch.bfloat16, "cpu", 48):
+        assert accuracy.relative_l2(run().float(), wanted) < 1.2e-2, name
+        names.append(name.split()[0])
+    assert {"conv3x3", "conv3x3_norm", "nearest_up", "linear_attention", "multiscale_attention"} <= set(names)
+    ours = {
+        "median_ms": 1.0,
+        "p20_ms": 1.0,
+        "p80_ms": 1.0,
+        "error": 1e-3,
+        "watts": 3.0,
+        "wanted_ms": 19.0,
+        "reason": "",
+    }
+    rows = [
+        {"size": "1 x 8x8", "candidate": "eager", **ours, "median_ms": 4.0},
+        {"size": "1 x 8x8", "candidate": "ours", **ours},
+        {"size": "1 x 8x8", "candidate": "torch.compile", "reason": "TimeoutError: not ready"},
+    ]
+    lines = sana.table(rows).splitlines()
+    assert len(lines) == 5
+    assert "4.00x" in lines[3]
+    assert "TimeoutError" in lines[4]
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.md")), ids=lambda path: path.stem)

@@ -1,0 +1,306 @@
+"""AutoencoderDC of the Sana pipelines (f32c32) in bf16: eager, torch.compile and ours, with errors and power.
+
+    python -m benchmarks.sana --check     # one minute: every operator against its reference, then whole decoders
+    python -m benchmarks.sana --out benchmarks/results/sana_h200.json      # some six minutes; writes .md beside it
+    python -m benchmarks.sana --isolate   # TensorRT alone: which modules it cannot run, found by itself
+
+Weights are random and seeded, nothing is downloaded. Errors are relative L2 distances from the fp32 decoder on the same
+latents. Exit status 1: a wrong result, an error above 1.2 times that of eager bf16, or no program of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.accuracy import relative_l2
+from benchmarks.baselines import time_limit
+from benchmarks.decoders import SANA_DECODER
+from benchmarks.harness import (
+    console,
+    document,
+    finish,
+    machine_line,
+    measure_ceilings,
+    measure_interleaved,
+    require_gpu,
+)
+from benchmarks.ops_sana import checks
+from benchmarks.ours import build_ours
+from owl_wms import trt
+from owl_wms.env import describe_machine
+from owl_wms.fused.sana import fuse
+from owl_wms.request import Request
+from owl_wms.trt.check.parity import reference_arithmetic
+
+# dc-ae-f32c32-sana-1.0, decoder side: 8.4 TFLOP for 1024x1024 pixels.
+F32C32: dict[str, Any] = {
+    "in_channels": 3,
+    "latent_channels": 32,
+    "attention_head_dim": 32,
+    "block_type": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "block_out_channels": (128, 256, 512, 512, 1024, 1024),
+    "layers_per_block": (3,) * 6,
+    "qkv_multiscales": ((),) * 3 + ((5,),) * 3,
+    "norm_type": "rms_norm",
+    "act_fn": "silu",
+    "upsample_block_type": "interpolate",
+}
+FORMS: dict[str, dict[str, Any]] = {"f32c32": F32C32, "f64c128": SANA_DECODER}
+PIXELS = {"f32c32": 32, "f64c128": 64}  # of a latent's side
+# name -> batch, side of the latents, milliseconds wanted
+SIZES = {"1 x 1024x1024": (1, 32, 19.0), "8 x 512x512": (8, 16, 31.0), "1 x 2048x2048": (1, 64, 63.0)}
+MOST_ERROR = 1.2  # times that of eager bf16
+COMPILE_SECONDS = 150
+Run = Callable[[Tensor], Tensor]
+
+
+def make(form: str) -> nn.Module:
+    """The decoder in fp32 on the GPU, in eval mode, with seeded random weights."""
+    from diffusers.models.autoencoders.autoencoder_dc import Decoder
+
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        decoder: nn.Module = Decoder(**FORMS[form]).eval().requires_grad_(False)
+    return decoder
+
+
+def latents(form: str, batch: int, side: int) -> Tensor:
+    """Seeded normal latents in bf16."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (batch, FORMS[form]["latent_channels"], side, side)
+    return torch.randn(shape, device="cuda", generator=generator).bfloat16()
+
+
+def reference(decoder: nn.Module, z: Tensor) -> Tensor:
+    """The fp32 decoder's frames, one image at a time."""
+    with torch.no_grad(), reference_arithmetic():
+        return torch.cat([decoder(one.float()) for one in z.split(1)])
+
+
+def watts(run: Callable[[], object], seconds: float = 1.5) -> float:
+    """Power of the GPU in W while `run` repeats, as nvidia-smi reads it; NaN where it cannot be read."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    times = max(1, math.ceil(seconds / max(time.perf_counter() - begin, 1e-4)))
+    asked = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-i", "0"]
+    for _ in range(times):  # queued: the GPU is busy with them while nvidia-smi starts
+        run()
+    time.sleep(0.5 * seconds)  # power readings are averages over the last second or so
+    try:
+        return float(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return math.nan
+    finally:
+        torch.cuda.synchronize()
+
+
+def compiled(decoder: nn.Module, layout: torch.memory_format) -> Run:
+    """The decoder under torch.compile in its default mode."""
+    module = torch.compile(decoder.to(memory_format=layout), dynamic=False)  # type: ignore[call-overload]
+
+    def run(z: Tensor) -> Tensor:
+        frames: Tensor = module(z.contiguous(memory_format=layout))
+        return frames
+
+    return run
+
+
+@torch.no_grad()
+def measure(form: str, name: str, precision: str) -> tuple[list[dict[str, Any]], bool]:
+    """One size: a row per candidate, and whether ours ran and is right."""
+    batch, side, wanted_ms = SIZES[name]
+    fp32, z = make(form), latents(form, batch, side)
+    wanted = reference(fp32, z)
+    eager = copy.deepcopy(fp32).bfloat16()
+    runs: dict[str, Run] = {}
+    rows: dict[str, dict[str, Any]] = {}
+
+    def add(candidate: str, prepare: Callable[[], tuple[Run, dict[str, Any]]]) -> None:
+        row = rows[candidate] = {"form": form, "size": name, "candidate": candidate, "reason": ""}
+        begin = time.perf_counter()
+        try:
+            run, extra = prepare()
+            with time_limit(COMPILE_SECONDS):
+                got = run(z)
+            row |= {"prepared_seconds": time.perf_counter() - begin, "error": relative_l2(got, wanted), **extra}
+            row["finite"] = bool(got.isfinite().all())
+            runs[candidate] = run
+        except Exception as error:  # a candidate that cannot run is a row that says so
+            row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            console.print(f"{name}, {candidate}: {row['reason']}", markup=False)
+        torch.cuda.empty_cache()
+
+    add("eager", lambda: (eager, {}))
+    add("torch.compile", lambda: (compiled(copy.deepcopy(eager), torch.contiguous_format), {}))
+    add("torch.compile channels_last", lambda: (compiled(copy.deepcopy(eager), torch.channels_last), {}))
+    add("ours", lambda: build_ours(eager, tuple(z.shape), precision))  # type: ignore[arg-type]
+    del fp32
+    for candidate, timing in measure_interleaved(runs, [z, z.flip(0)], rounds=15, warmup=2).items():
+        rows[candidate] |= {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
+        rows[candidate]["watts"] = watts(lambda candidate=candidate: runs[candidate](z))  # type: ignore[misc]
+    ours = rows["ours"]
+    ours["wanted_ms"] = wanted_ms
+    fine = not ours["reason"] and ours["finite"] and ours["error"] <= MOST_ERROR * rows["eager"]["error"]
+    if not fine and not ours["reason"]:
+        console.print(f"{name}: error {ours['error']:.2e} of ours, {rows['eager']['error']:.2e} of eager")
+    return list(rows.values()), bool(fine)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, also printed."""
+    titles = ("size", "candidate", "ms", "p20-p80", "eager / this", "error", "W", "plan")
+    shown, lines = Table(*titles), [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    eager = {row["size"]: row.get("median_ms") for row in rows if row["candidate"] == "eager"}
+    for row in rows:
+        if "median_ms" not in row:
+            cells = [row["size"], row["candidate"], "-", "-", "-", "-", "-", row["reason"][:80]]
+        else:
+            base = eager.get(row["size"])
+            goal = f" (wanted {row['wanted_ms']:.0f})" if "wanted_ms" in row else ""
+            report = row.get("report", {})
+            cells = [
+                row["size"],
+                row["candidate"],
+                f"{row['median_ms']:.2f}{goal}",
+                f"{row['p20_ms']:.2f}-{row['p80_ms']:.2f}",
+                f"{base / row['median_ms']:.2f}x" if base else "-",
+                f"{row['error']:.2e}",
+                f"{row['watts']:.0f}",
+                str(report.get("plan", "")),
+            ]
+        shown.add_row(*cells)
+        lines.append(f"| {' | '.join(cells)} |")
+    console.print(shown)
+    return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def check() -> bool:
+    """Every operator of the family against its reference on the GPU, then whole decoders; True if all are right."""
+    fine = True
+    shown = Table("operator", "dtype", "relative error", "largest error", "verdict")
+    for dtype, limit in ((torch.bfloat16, 1.2e-2), (torch.float16, 2e-3)):
+        for name, run, wanted in checks(dtype):
+            try:
+                # What was freed before the call is full of NaN: an output element that is not written shows.
+                torch.full((1 << 26,), math.nan, device="cuda", dtype=dtype)
+                got = run().float()
+                error = relative_l2(got, wanted)
+                largest = float((got - wanted).abs().max() / wanted.abs().max())
+                right = error <= limit and largest <= 10 * limit and bool(got.isfinite().all())
+                cells = [f"{error:.1e}", f"{largest:.1e}", "right" if right else "WRONG"]
+            except Exception as raised:
+                right, cells = False, ["-", "-", f"{type(raised).__name__}: {str(raised).splitlines()[0][:80]}"]
+            fine &= right
+            shown.add_row(name, str(dtype).removeprefix("torch."), *cells)
+    for form in FORMS:
+        fp32, z = make(form), latents(form, 1, 512 // PIXELS[form])
+        wanted = reference(fp32, z)
+        for dtype in (torch.bfloat16, torch.float16):
+            eager = relative_l2(copy.deepcopy(fp32).to(dtype)(z.to(dtype)), wanted)
+            got = fuse(fp32, dtype, tuple(z.shape))(z.to(dtype))
+            error = relative_l2(got, wanted)
+            right = error <= MOST_ERROR * eager and bool(got.isfinite().all())
+            fine &= right
+            cells = [f"{error:.1e}", f"eager {eager:.1e}", "right" if right else "WRONG"]
+            shown.add_row(f"{form} 512x512, fused", str(dtype).removeprefix("torch."), *cells)
+        torch.cuda.empty_cache()
+    console.print(shown)
+    return fine
+
+
+@torch.no_grad()
+def isolate(form: str) -> tuple[dict[str, Any], bool]:
+    """Build with TensorRT alone in bf16, whose depthwise convolutions have no execution context there, and say what
+    isolation found, how long it took and whether the program survives being saved.
+    """
+    z = latents(form, 1, 512 // PIXELS[form])
+    decoder = make(form)
+    wanted = reference(decoder, z)
+    eager = copy.deepcopy(decoder).bfloat16()
+    request = Request(
+        input_shape=tuple(z.shape),  # type: ignore[arg-type]
+        precision="bf16",
+        plans=("tensorrt",),
+        timeout_seconds=420.0,
+    )
+    row: dict[str, Any] = {"form": form, "eager_error": relative_l2(eager(z), wanted)}
+    begin = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            report = trt.build_program(eager, request, Path(folder))
+            row["build_seconds"] = time.perf_counter() - begin
+            data = (Path(folder) / "program.pt2").read_bytes()
+        programs = [trt.load_program(data, torch.device("cuda")) for _ in range(2)]
+        first, second = (program(z) for program in programs)
+        row |= {"report": report, "bit_equal": torch.equal(first, second), "error": relative_l2(first, wanted)}
+    except Exception as error:
+        row |= {"reason": f"{type(error).__name__}: {error}", "build_seconds": time.perf_counter() - begin}
+        console.print(f"{form}: {row['reason']}", markup=False)
+        return row, False
+    errors = f"error {row['error']:.2e} (eager {row['eager_error']:.2e})"
+    console.print(f"{form}: {row['build_seconds']:.0f} s in all, {errors}, two loads bit-equal: {row['bit_equal']}")
+    for candidate in report.get("candidates", []):
+        tries = candidate.get("attempts", [])
+        seconds = sum(one["seconds"] for one in tries)
+        console.print(
+            f"  {candidate['plan']}: {candidate.get('engines')} engines; {len(tries)} tries in {seconds:.0f} s"
+        )
+        for key in ("reason", "failed_alone", "kept_modules", "kept_minimal", "kept_reason", "pytorch_operators"):
+            console.print(f"    {key}: {str(candidate.get(key))[:500]}", markup=False)
+    return row, bool(row["bit_equal"]) and row["error"] <= 2 * row["eager_error"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare with references")
+    parser.add_argument("--isolate", action="store_true", help="only build with TensorRT alone")
+    parser.add_argument("--size", action="append", choices=list(SIZES), help="only these sizes")
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "auto"], help="of our program")
+    parser.add_argument("--out", type=Path, help="JSON file; a table in Markdown is written beside it")
+    given = parser.parse_args(arguments)
+    require_gpu(parser)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if given.check:
+        return 0 if check() else 1
+    if given.isolate:
+        found = [isolate(form) for form in reversed(FORMS)]
+        finish(document("sana_isolation", None, [row for row, _ in found]), given.out)
+        return 0 if all(fine for _, fine in found) else 1
+    ceilings = measure_ceilings(torch.bfloat16)
+    line = machine_line(describe_machine(), ceilings)
+    rows, fine = [], True
+    for name in given.size or SIZES:
+        measured, right = measure("f32c32", name, given.precision)
+        rows += measured
+        fine &= right
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    text = table(rows)
+    console.print(line)
+    if given.out is not None:
+        given.out.with_suffix(".md").write_text(
+            f"# AutoencoderDC f32c32 (Sana), bf16, random weights\n\n{line}\n\n{text}", encoding="utf-8"
+        )
+    finish(document("sana", ceilings, rows), given.out)
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
