@@ -38,7 +38,7 @@ for step in $steps; do
     sana)    run sana 500 "$python" -m benchmarks.decoder --decoder sana --batch 8 1 4 --plans tensorrt+ops --out "$out/sana.json" ;;
     ops)     run ops 120 "$python" -m benchmarks.ops --out "$out/ops.json" ;;
     kernels) run kernels 200 "$python" -m benchmarks.kernels --precision bf16 fp8 int8 --out "$out/kernels.json" ;;
-    play)    run play 200 "$python" -m benchmarks.play --checkpoint examples/world/game_rft.safetensors --out "$out/play.json" ;;
+    play)    run play 400 "$python" -m benchmarks.play --out "$out/play.json" ;;
     soak)    run soak 900 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/faults/test_gpu.py --full-counts -s
              cp docs/faults.md "$out/" ;;
     *)       echo "no step is called $step" >&2; exit 2 ;;

@@ -1,72 +1,86 @@
-"""Frames a second of play, from controls to compressed picture at the client, with TensorRT on and off.
+"""Measures play: frames per second and milliseconds from key to picture, and upstream's model size against PyTorch.
 
-Each row is one pipeline. `loop` calls it as fast as it goes; `page` puts the real server, codec and a WebSocket client
-on loopback around it. Shares are of the wall time of a frame in the loop; model and decode times are the device's own
-(CUDA events).
+Shipped model: the whole pipeline, called as fast as it goes (`loop`), then behind the real server and codec with a
+client on loopback that presses keys at recorded times (`page`). A key's time ends when the first picture that has seen
+it has arrived. `eager` launches every kernel from Python; `captured` replays CUDA graphs, which is the default.
+
+Upstream's size (configs/dit_v4.yml, random weights): latents alone, without a decoder. `eager` is a cache that grows
+and moves, as before the ring; `torch.compile` compiles the model in that loop; ours is the ring, captured, and compiled
+and captured.
+
+A row whose frames differ from eager's by more than rounding fails the run.
 
 Usage:
-    python -m benchmarks.play                                                        # random weights, shipped sizes
-    python -m benchmarks.play --config examples/world/game_rft.yml --checkpoint examples/world/game_rft.safetensors
-    python -m benchmarks.play --decoder dist --decoder base --frames 300 --out build/play.json
+    python -m benchmarks.play --out build/play.json            # about 4 minutes on an H200; writes build/play.md too
+    python -m benchmarks.play --seconds 300 --no-upstream      # five minutes of steady play
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from aiohttp import ClientSession, WSMsgType
 from aiohttp.test_utils import TestServer
 from rich.table import Table
+from torch import Tensor
 
-from benchmarks import decoders, harness
+from benchmarks import harness
 from owl_wms.configs import load_world_config
-from owl_wms.inference.build import load_core, make_decode
-from owl_wms.inference.context import Context
+from owl_wms.inference.build import build_pipeline
 from owl_wms.inference.messages import unpack_header
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.server import ServerSettings, make_app
 from owl_wms.inference.session import Pace
 from owl_wms.models import get_model_cls
-from owl_wms.utils.owl_vae_bridge import make_batched_decode_fn
-from owl_wms.vae import fold_weight_norm
+from owl_wms.nn.kv_cache import KVCache
+from owl_wms.sampling import Guidance, get_sd3_euler, zlerp
+from owl_wms.sampling import frames as frames_module
+from owl_wms.sampling.captured import may_capture
+from owl_wms.sampling.frames import FrameLoop
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "examples" / "world" / "game_rft.yml"
-CONTEXT_FRAMES = 12
-WARM_UP = 10
-
-
-def make_core(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model of the arguments; random weights when no checkpoint is given."""
-    if args.checkpoint is not None:
-        return load_core(args.config, args.checkpoint, device, dtype)
-    config = load_world_config(args.config).model
-    torch.manual_seed(0)
-    return get_model_cls(config.model_id)(config).core.eval().requires_grad_(False).to(device=device, dtype=dtype)
-
-
-def decode_fn(name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, tensorrt: bool) -> Any:
-    """A named decoder of the benchmarks, or the configuration's own, one frame at a time."""
-    world = load_world_config(args.config)
-    shape = (world.model.channels, world.model.sample_size, world.model.sample_size)
-    if name == "config":
-        return make_decode(world, args.config, device, dtype, tensorrt=tensorrt)
-    decoder = fold_weight_norm(decoders.subject(name).make()).requires_grad_(False).to(device=device, dtype=dtype)
-    decode = make_batched_decode_fn(decoder, 1, use_tensorrt=tensorrt)
-    decode.prepare(shape)
-    return decode
+ROOT = Path(__file__).resolve().parents[1]
+WORLD = ROOT / "examples" / "world" / "game_rft.yml"
+UPSTREAM = ROOT / "configs" / "dit_v4.yml"
+UPSTREAM_WINDOW = 64
+UNCAPPED_FPS = 240.0
+COMPARED_FRAMES = 4
+# bf16 pictures of two ways to compute the same: mean difference in levels of 255.
+LARGEST_DIFFERENCE = 2.0
+LARGEST_RELATIVE = 0.1
 
 
-def loop(pipeline: InteractivePipeline, frames: int) -> dict[str, float]:
-    """Medians in milliseconds over `frames` frames, and frames a second."""
-    mouse, buttons = torch.tensor([0.2, 0.0]), torch.eye(11)[0]
-    for _ in range(WARM_UP):
+# ---- the shipped model
+
+
+def shipped(captured: bool, args: argparse.Namespace) -> InteractivePipeline:
+    """Returns the pipeline of `owl-wms play`, or the same without CUDA graphs and without compiled programs."""
+    if not captured:
+        frames_module.may_capture = lambda model: False
+    try:
+        device = torch.device(args.device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        weights = WORLD.with_suffix(".safetensors")
+        return build_pipeline(WORLD, weights, device=device, dtype=dtype, tensorrt=captured, steps=args.steps)
+    finally:
+        frames_module.may_capture = may_capture
+
+
+def loop(pipeline: InteractivePipeline, frames: int) -> tuple[dict[str, float], list[np.ndarray]]:
+    """Returns medians in milliseconds over `frames` frames, frames per second, and the first pictures of a world."""
+    mouse, buttons = torch.tensor([0.2, 0.0]), torch.eye(len(pipeline.controls))[0]
+    pipeline.restart()
+    first = [pipeline(mouse, buttons).image for _ in range(COMPARED_FRAMES)]
+    for _ in range(40):
         pipeline(mouse, buttons)
     walls, models, decodes = [], [], []
     began = time.perf_counter()
@@ -82,120 +96,282 @@ def loop(pipeline: InteractivePipeline, frames: int) -> dict[str, float]:
         "frame_ms": statistics.median(walls),
         "model_ms": statistics.median(models),
         "decode_ms": statistics.median(decodes),
-        "decode_share": sum(decodes) / (seconds * 1e3),
-    }
+    }, first
 
 
-async def page(pipeline: InteractivePipeline, seconds: float) -> dict[str, float]:
-    """Frames a second and median milliseconds from input to picture at a client that acknowledges at once."""
-    settings = ServerSettings(pace=Pace(fps=240))
+def key_times(seconds: float) -> list[float]:
+    """Returns the recorded client's keys: a press or release every 30 to 120 ms, the same in every run."""
+    drawn, at, times = random.Random(7), 0.5, []
+    while at < seconds:
+        times.append(at)
+        at += drawn.uniform(0.03, 0.12)
+    return times
+
+
+async def page(pipeline: InteractivePipeline, seconds: float, fps: float) -> dict[str, float]:
+    """Returns frames per second (mean, and the worst second), and key to picture in milliseconds, p50 and p95."""
+    pipeline.restart()
+    settings = ServerSettings(pace=Pace(fps=fps))
     server = TestServer(make_app(lambda: pipeline, settings), host="127.0.0.1")
     await server.start_server()
     address = f"http://127.0.0.1:{server.port}"
-    count, delays, sizes = 0, [], []
+    arrived: list[float] = []
+    sizes: list[int] = []
+    delays: list[float] = []
+    waiting: list[float] = []
     try:
         async with (
             ClientSession() as client,
             client.ws_connect(f"{address}/{settings.token}/ws", origin=address) as socket,
         ):
-            end = time.perf_counter() + seconds
-            while (now := time.perf_counter()) < end:
-                await socket.send_json({"type": "input", "buttons": ["W"], "mouse": [0.1, 0.0], "sent": now * 1e3})
-                message = await socket.receive(timeout=60)
+            began = time.perf_counter()
+
+            async def press() -> None:
+                for number, at in enumerate(key_times(seconds)):
+                    await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
+                    now = time.perf_counter() * 1e3
+                    waiting.append(now)
+                    held = [pipeline.controls[0].name] if number % 2 else []
+                    await socket.send_json({"type": "input", "buttons": held, "mouse": [0.02, 0.0], "sent": now})
+
+            keys = asyncio.create_task(press())
+            while time.perf_counter() - began < seconds:
+                message = await socket.receive(timeout=120)
                 if message.type != WSMsgType.BINARY:
                     continue
+                now = time.perf_counter()
                 header = unpack_header(message.data)
                 await socket.send_json({"type": "ack", "index": int(header["index"])})
-                count += 1
+                arrived.append(now - began)
                 sizes.append(len(message.data))
-                if header["sent"]:
-                    delays.append(time.perf_counter() * 1e3 - header["sent"])
+                while waiting and waiting[0] <= header["sent"]:
+                    delays.append(now * 1e3 - waiting.pop(0))
+            await keys
     finally:
         await server.close()
+    whole = [sum(second <= at < second + 1 for at in arrived) for second in range(1, int(seconds))]
+    ranks = statistics.quantiles(delays, n=20) if len(delays) > 1 else [float("nan")] * 19
     return {
-        "page_fps": count / seconds,
-        "page_latency_ms": statistics.median(delays) if delays else float("nan"),
-        "page_bytes": statistics.median(sizes) if sizes else 0,
+        "page_fps": len(arrived) / seconds,
+        "worst_second_fps": min(whole, default=0),
+        "key_ms_p50": ranks[9],
+        "key_ms_p95": ranks[18],
+        "frame_bytes": statistics.median(sizes) if sizes else 0,
     }
 
 
-def measure(name: str, tensorrt: bool, args: argparse.Namespace, core: Any, device: torch.device) -> dict[str, Any]:
-    """One row."""
-    dtype = next(core.parameters()).dtype
-    decode = decode_fn(name, args, device, dtype, tensorrt)
-    config, train = core.config, load_world_config(args.config).train
-    given = dict(train.sampler_kwargs or {})
-    side = config.sample_size
-    context = Context(
-        latents=torch.randn(1, CONTEXT_FRAMES, config.channels, side, side, generator=torch.Generator().manual_seed(0)),
-        mouse=torch.zeros(1, CONTEXT_FRAMES, 2),
-        buttons=torch.zeros(1, CONTEXT_FRAMES, config.n_buttons),
-    )
-    pipeline = InteractivePipeline(
-        core,
-        decode,
-        [context],
-        image_scale=train.vae_scale,
-        steps=args.steps or given.get("n_steps", 4),
-        max_window=given.get("max_window"),
-    )
-    steps = pipeline.steps
-    result: dict[str, Any] = {"decoder": name, "tensorrt": tensorrt, "steps": steps, **loop(pipeline, args.frames)}
-    result |= asyncio.run(page(pipeline, args.seconds))
-    stats = decode.stats()
-    return result | {"backend": stats.backend, "reason": stats.reason}
+def measure_shipped(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns a row for each way, and the failures."""
+    rows, failures, wanted = [], [], None
+    for captured in (False, True):
+        began = time.perf_counter()
+        pipeline = shipped(captured, args)
+        loaded = time.perf_counter() - began
+        row: dict[str, Any] = {"model": "shipped", "way": "captured" if captured else "eager", "steps": pipeline.steps}
+        timed, pictures = loop(pipeline, args.frames if captured else min(60, args.frames))
+        row |= timed | {"load_seconds": loaded, "replayed": pipeline.replayed}
+        if wanted is None:
+            wanted = pictures
+        difference = max(float(np.abs(a.astype(int) - b).mean()) for a, b in zip(pictures, wanted, strict=True))
+        row["difference_levels"] = difference
+        if not difference <= LARGEST_DIFFERENCE:
+            failures.append(f"shipped, {row['way']}: pictures differ from eager's by {difference:.2f} levels")
+        if captured and args.device.startswith("cuda") and not pipeline.replayed:
+            failures.append("shipped, captured: nothing was replayed")
+        row |= asyncio.run(page(pipeline, args.seconds if captured else min(8.0, args.seconds), UNCAPPED_FPS))
+        if captured:
+            own = float(load_world_config(WORLD).train.fps)
+            at_rate = asyncio.run(page(pipeline, min(10.0, args.seconds), own))
+            row |= {f"own_rate_{name}": value for name, value in at_rate.items()} | {"own_rate": own}
+        row |= pipeline.describe()
+        rows.append(row)
+    return rows, failures
 
+
+# ---- upstream's size
+
+
+class GrowingLoop:
+    """Makes frames with `KVCache`: new shapes for every frame while it fills, moved to the front when it is full."""
+
+    def __init__(self, guidance: Guidance, config: Any, deltas: Tensor, noise: float) -> None:
+        self._guidance, self._deltas, self._noise = guidance, deltas, noise
+        self._cache = KVCache(config, max_window=UPSTREAM_WINDOW)
+
+    def begin(self, x: Tensor, mouse: Tensor, btn: Tensor, generator: torch.Generator) -> None:
+        """Stores a context."""
+        noisy = zlerp(x, self._noise, generator)
+        for frame in range(x.shape[1]):
+            span = slice(frame, frame + 1)
+            self._pass(noisy[:, span], self._noise, mouse[:, span], btn[:, span])
+
+    def _pass(self, x: Tensor, level: float, mouse: Tensor, btn: Tensor) -> None:
+        self._cache.enable_cache_updates()
+        t = torch.full(x.shape[:2], level, dtype=torch.float32, device=x.device)
+        self._guidance.velocity((x,), t, mouse, btn, self._cache)
+        self._cache.disable_cache_updates()
+
+    def denoise(self, mouse: Tensor, btn: Tensor, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns the next frame."""
+        frame = torch.randn(like.shape, device=like.device, dtype=like.dtype, generator=generator)
+        t = torch.ones(frame.shape[:2], dtype=torch.float32, device=frame.device)
+        for delta in self._deltas.tolist():
+            (velocity,) = self._guidance.velocity((frame,), t, mouse, btn, self._cache)
+            frame, t = frame - delta * velocity, t - delta
+        return frame
+
+    def remember(self, x: Tensor, mouse: Tensor, btn: Tensor, generator: torch.Generator) -> None:
+        """Stores a frame."""
+        self._pass(zlerp(x, self._noise, generator), self._noise, mouse, btn)
+
+
+def measure_upstream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns a row for each way to run a model of upstream's published size, and the failures."""
+    world = load_world_config(args.upstream)
+    config, given = world.model, dict(world.train.sampler_kwargs or {})
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    core = get_model_cls(config.model_id)(config).core.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    steps = given.get("n_steps", 4) if args.steps is None else args.steps
+    deltas, noise, scale = get_sd3_euler(steps), given.get("noise_prev", 0.2), given.get("cfg_scale", 1.0)
+    plain, compiled = Guidance(model=core, scale=scale), Guidance(model=torch.compile(core), scale=scale)
+    side = config.sample_size
+    x = torch.randn(1, UPSTREAM_WINDOW, config.channels, side, side, device=device, dtype=dtype)
+    mouse = torch.zeros(1, UPSTREAM_WINDOW, 2, device=device, dtype=dtype)
+    btn = torch.zeros(1, UPSTREAM_WINDOW, config.n_buttons, device=device, dtype=dtype)
+
+    def ring(guidance: Guidance, capture: bool) -> FrameLoop:
+        return FrameLoop(
+            guidance, deltas=deltas, noise_prev=noise, max_window=UPSTREAM_WINDOW, capture=capture, fixed=True
+        )
+
+    ways: dict[str, Callable[[], Any]] = {
+        "eager": lambda: GrowingLoop(plain, config, deltas, noise),
+        "torch.compile": lambda: GrowingLoop(compiled, config, deltas, noise),
+        "ring, captured": lambda: ring(plain, True),
+        "ring, compiled and captured": lambda: ring(compiled, True),
+    }
+    rows, failures, wanted = [], [], None
+    for name, make in ways.items():
+        began = time.perf_counter()
+        row = {"model": args.upstream.name, "way": name, "steps": steps}
+        with torch.no_grad():
+            try:
+                row |= _time_latents(make(), x, mouse, btn, args.frames)
+            except Exception as error:  # a rival that does not run on this machine is a row without numbers
+                if name.startswith("ring") or name == "eager":
+                    failures.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
+                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                rows.append(row)
+                continue
+        first = row.pop("first")
+        wanted = first if wanted is None else wanted
+        row["difference_relative"] = float((first - wanted).norm() / wanted.norm())
+        if not row["difference_relative"] <= LARGEST_RELATIVE:
+            failures.append(f"{name}: its first frame differs from eager's by {row['difference_relative']:.3f}")
+        row["prepare_seconds"] = time.perf_counter() - began - row["timed_seconds"]
+        rows.append(row)
+        torch.cuda.empty_cache() if device.type == "cuda" else None
+    return rows, failures
+
+
+def _time_latents(made: Any, x: Tensor, mouse: Tensor, btn: Tensor, frames: int) -> dict[str, Any]:
+    generator = torch.Generator(x.device).manual_seed(1)
+    made.begin(x, mouse, btn, generator)
+    controls = mouse[:, :1], btn[:, :1]
+    extra = (x[:, :1],) if isinstance(made, GrowingLoop) else ()
+
+    def one() -> Tensor:
+        latent: Tensor = made.denoise(*controls, *extra, generator)
+        made.remember(latent, *controls, generator)
+        return latent
+
+    first = one().float()
+    for _ in range(UPSTREAM_WINDOW // 4):  # compiling, capturing, and every shape that moving to the front needs
+        one()
+    walls = []
+    while len(walls) < frames and sum(walls) < 8:
+        began = time.perf_counter()
+        one()
+        _wait(x.device)
+        walls.append(time.perf_counter() - began)
+    return {
+        "first": first,
+        "loop_fps": len(walls) / sum(walls),
+        "frame_ms": statistics.median(walls) * 1e3,
+        "timed_seconds": sum(walls),
+        "replayed": getattr(made, "replayed", 0),
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---- the report
 
 COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
-    ("decoder", lambda r: r["decoder"]),
-    ("TensorRT", lambda r: "on" if r["tensorrt"] else "off"),
-    ("ran by", lambda r: r["backend"]),
+    ("model", lambda r: r["model"]),
+    ("way", lambda r: r["way"]),
     ("steps", lambda r: str(r["steps"])),
-    ("loop fps", lambda r: f"{r['loop_fps']:.1f}"),
-    ("frame ms", lambda r: f"{r['frame_ms']:.2f}"),
-    ("model ms", lambda r: f"{r['model_ms']:.2f}"),
-    ("decode ms", lambda r: f"{r['decode_ms']:.2f}"),
-    ("decode share", lambda r: f"{r['decode_share']:.0%}"),
-    ("page fps", lambda r: f"{r['page_fps']:.1f}"),
-    ("page latency ms", lambda r: f"{r['page_latency_ms']:.1f}"),
+    ("frames/s", lambda r: _number(r, "loop_fps", 1)),
+    ("ms per frame", lambda r: _number(r, "frame_ms", 2)),
+    ("model ms", lambda r: _number(r, "model_ms", 2)),
+    ("decode ms", lambda r: _number(r, "decode_ms", 2)),
+    ("page frames/s", lambda r: _number(r, "page_fps", 1)),
+    ("worst second", lambda r: _number(r, "worst_second_fps", 0)),
+    ("key to picture ms p50 / p95", lambda r: _pair(r, "")),
+    ("at its own rate", lambda r: _pair(r, "own_rate_")),
+    ("difference", lambda r: _number(r, "difference_levels", 2) + _number(r, "difference_relative", 4)),
 )
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """The table."""
+def _number(row: dict[str, Any], name: str, places: int) -> str:
+    return f"{row[name]:.{places}f}" if name in row else "failed" if name == "loop_fps" else ""
+
+
+def _pair(row: dict[str, Any], prefix: str) -> str:
+    names = f"{prefix}key_ms_p50", f"{prefix}key_ms_p95"
+    return " / ".join(f"{row[name]:.0f}" for name in names) if names[0] in row else ""
+
+
+def show(rows: list[dict[str, Any]], out: Path | None) -> None:
+    """Prints the table, and writes it beside the JSON as Markdown."""
     table = Table(*[title for title, _ in COLUMNS])
     for row in rows:
         table.add_row(*[cell(row) for _, cell in COLUMNS])
     harness.console.print(table)
+    if out is not None:
+        lines = [[title for title, _ in COLUMNS], ["---"] * len(COLUMNS), *[[c(r) for _, c in COLUMNS] for r in rows]]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML of the world model")
-    parser.add_argument("--checkpoint", type=Path, help="its weights; random when left out")
-    parser.add_argument(
-        "--decoder",
-        action="append",
-        choices=["config", *decoders.SUBJECTS],
-        help="may be repeated; 'config' is the YAML's own (default: config)",
-    )
-    parser.add_argument("--steps", type=int, help="sampling steps a frame; the YAML's when left out")
-    parser.add_argument("--frames", type=int, default=120, help="frames timed in the loop")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of play through the page's server")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tensorrt", choices=["both", "on", "off"], default="both")
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--steps", type=int, help="sampling steps per frame; the configuration's when left out")
+    parser.add_argument("--frames", type=int, default=300, help="frames timed in each loop")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of play through the page's server")
+    parser.add_argument("--upstream", type=Path, default=UPSTREAM, help="YAML of the model with random weights")
+    parser.add_argument("--no-upstream", action="store_true", help="leave the model with random weights out")
+    parser.add_argument("--no-shipped", action="store_true", help="leave the shipped model out")
+    parser.add_argument("--out", type=Path, help="JSON file; a table of the same name, .md, is written beside it")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    core = make_core(args, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    modes = {"both": (False, True), "on": (True,), "off": (False,)}[args.tensorrt]
-    rows = [measure(name, mode, args, core, device) for name in args.decoder or ["config"] for mode in modes]
-    show(rows)
-    parameters = sum(p.numel() for p in core.parameters())
-    harness.finish(
-        harness.document("play", None, rows, parameters=parameters, random_weights=args.checkpoint is None), args.out
-    )
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    for left_out, measure in ((args.no_shipped, measure_shipped), (args.no_upstream, measure_upstream)):
+        if not left_out:
+            more, failed = measure(args)
+            rows, failures = rows + more, failures + failed
+    show(rows, args.out)
+    harness.finish(harness.document("play", None, rows, failures=failures), args.out)
+    for failure in failures:
+        print(f"wrong: {failure}", file=sys.stderr)
+    sys.exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

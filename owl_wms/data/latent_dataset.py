@@ -22,7 +22,7 @@ from owl_wms.data.npy_table import NpyTableWriter
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.game.controls import RestlessPlayer, ScriptedPlayer
 from owl_wms.game.render import render
-from owl_wms.game.world import FRAMES_PER_SECOND, GameWorld
+from owl_wms.game.world import FRAME_SIZE, FRAMES_PER_SECOND, GameWorld
 
 LATENT_COLUMN = "depth_latent"  # upstream's name for latents of colour and depth
 _WARM_UP = 20  # game frames before the first stored one
@@ -38,7 +38,7 @@ def make_game_latents(
     fps: int = 20,
     first_seed: int = 10_000_000,
     batch: int = 8,
-    size: tuple[int, int] = (360, 640),
+    size: tuple[int, int] = FRAME_SIZE,
     encoder_name: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> int:

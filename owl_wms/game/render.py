@@ -22,7 +22,7 @@ from torch import Tensor
 from owl_wms.game.hand import draw_hand
 from owl_wms.game.sprites import draw_creatures
 from owl_wms.game.view import View
-from owl_wms.game.world import WALL_HEIGHT, GameState, GameWorld
+from owl_wms.game.world import FRAME_SIZE, WALL_HEIGHT, GameState, GameWorld
 
 HALF_DEPTH = 4.0  # cells at which the depth channel is 0
 _HALF_WIDTH = 0.84  # tan of half the horizontal field of view: 80 degrees
@@ -75,7 +75,9 @@ def make_view(world: GameWorld, state: GameState, height: int, width: int) -> Vi
 
 
 @torch.no_grad()
-def render(world: GameWorld, state: GameState | None = None, height: int = 360, width: int = 640) -> Tensor:
+def render(
+    world: GameWorld, state: GameState | None = None, height: int = FRAME_SIZE[0], width: int = FRAME_SIZE[1]
+) -> Tensor:
     """Frames of a state.
 
     Args:

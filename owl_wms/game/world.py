@@ -25,6 +25,7 @@ from owl_wms.game.maps import GRID_SIZE, bake_floor_light, hash_unit, make_grid
 
 BUTTONS = ("W", "A", "S", "D", "LSHIFT", "SPACE", "R", "F", "E", "LMB", "RMB")
 FRAMES_PER_SECOND = 60
+FRAME_SIZE = (360, 640)  # height and width in pixels, if nobody asks for another
 CREATURES = 8
 WALL_HEIGHT = 1.4
 EYE_HEIGHT = 0.62

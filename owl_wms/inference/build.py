@@ -18,7 +18,7 @@ from owl_wms.configs import TrainingConfig, WorldConfig, load_vae_model, load_wo
 from owl_wms.configs.paths import find_beside
 from owl_wms.configs.world import with_files_found
 from owl_wms.errors import ConfigError
-from owl_wms.game.world import FRAMES_PER_SECOND
+from owl_wms.game.world import FRAME_SIZE, FRAMES_PER_SECOND
 from owl_wms.inference.context import Context, load_contexts, render_context
 from owl_wms.inference.controls import controls_for
 from owl_wms.inference.pipeline import InteractivePipeline
@@ -125,10 +125,13 @@ def make_encode(
 def frame_size(config: WorldConfig, cfg_path: Path | str) -> tuple[int, int]:
     """Returns height and width in pixels of the frames that the configuration's autoencoder takes and gives."""
     vae_path = _named(config.train, "vae_cfg_path", cfg_path)
-    size = None if vae_path is None else getattr(load_vae_model(vae_path), "sample_size", None)
-    if size is None:
-        return (HUB_SCALE * config.model.sample_size,) * 2
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    size = None if vae_path is None else _pixels(load_vae_model(vae_path))
+    return (HUB_SCALE * config.model.sample_size,) * 2 if size is None else size
+
+
+def _pixels(model: Any) -> tuple[int, int] | None:
+    size = getattr(model, "sample_size", None)
+    return size if size is None or isinstance(size, tuple) else (size, size)
 
 
 def make_contexts(
@@ -298,10 +301,13 @@ def build_game(
     encoder = fold_weight_norm(load_encoder(None, vae_config, vae_checkpoint)).requires_grad_(False)
     encoder = _quick(encoder.to(device=device, dtype=dtype), device)
     decoder = _quick(get_decoder_only(None, vae_config, vae_checkpoint, device=device, dtype=dtype), device)
-    channels = getattr(load_vae_model(vae_config), "channels", 3)
+    model = load_vae_model(vae_config)
+    channels, (height, width) = getattr(model, "channels", 3), _pixels(model) or FRAME_SIZE
     return GameSource(
         seed,
         repeat=repeat,
+        height=height,
+        width=width,
         encode=lambda x: encoder(x[:, :channels].to(dtype)),
         decode=make_batched_decode_fn(decoder, 1, use_tensorrt=tensorrt),
         device=device,

@@ -16,7 +16,7 @@ from torch import Tensor
 from owl_wms.errors import DataError
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
-from owl_wms.game.world import BUTTONS, GameWorld
+from owl_wms.game.world import BUTTONS, FRAME_SIZE, GameWorld
 from owl_wms.media.arrays import read_arrays
 
 NAMES = ("latents", "mouse", "buttons")
@@ -101,7 +101,7 @@ def render_context(
     repeat: int = 1,
     seed: int = 0,
     n_buttons: int = len(BUTTONS),
-    size: tuple[int, int] = (360, 640),
+    size: tuple[int, int] = FRAME_SIZE,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Context:

@@ -133,6 +133,11 @@ class InteractivePipeline:
         return self._steps if self._schedule is None else len(self._schedule)
 
     @property
+    def replayed(self) -> int:
+        """Returns how many passes were replayed from CUDA graphs so far."""
+        return self._loop.replayed
+
+    @property
     def cached_frames(self) -> int:
         """Frames of history that the next one may see."""
         return len(self._loop.ring)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
-from owl_wms.game.world import GameWorld
+from owl_wms.game.world import FRAME_SIZE, GameWorld
 from owl_wms.inference.controls import GAME_CONTROLS, Button
 from owl_wms.inference.pixels import to_image
 
@@ -90,8 +90,8 @@ class GameSource:
         seed: int = 0,
         *,
         repeat: int = 1,
-        height: int = 360,
-        width: int = 640,
+        height: int = FRAME_SIZE[0],
+        width: int = FRAME_SIZE[1],
         encode: Callable[[Tensor], Tensor] | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str = "cpu",

@@ -39,6 +39,10 @@ class RingCache:
             is not stored yet is masked. 1 attends to exactly the frames stored and needs no mask; a larger number
             gives fewer different shapes, for captured graphs.
 
+    Attributes:
+        shape: on which the shapes of the next pass depend: frames attended to, and whether some are masked.
+        angles: cosines and sines of the pass that runs.
+
     Storage takes device, dtype and batch of the first frame.
 
     Raises:
@@ -55,6 +59,9 @@ class RingCache:
         self.angles: tuple[Tensor, Tensor] | None = None
         self._round_to = round_to
         self._stored = 0
+        # Read by passes instead of the count, which changes with every frame: a compiled pass is made anew for each
+        # value that it reads.
+        self.shape = self._shape()
         self._position: Tensor | None = None
         self._keys: list[Tensor | None] = [None] * int(config.n_layers)
         self._values: list[Tensor | None] = [None] * int(config.n_layers)
@@ -63,9 +70,7 @@ class RingCache:
         """Returns how many frames before the new one are visible."""
         return min(self._stored, self.max_window - 1)
 
-    @property
-    def shape(self) -> tuple[int, bool]:
-        """Returns what the shapes of the next pass depend on: frames attended to, and whether some are masked."""
+    def _shape(self) -> tuple[int, bool]:
         seen = len(self) + 1
         rounded = min(self.max_window, -(-seen // self._round_to) * self._round_to)
         return rounded, rounded > seen
@@ -86,6 +91,7 @@ class RingCache:
     def reset(self) -> None:
         """Forgets all frames; storage and its addresses stay."""
         self._stored = 0
+        self.shape = self._shape()
         if self._position is not None:
             self._position.zero_()
 
@@ -94,6 +100,7 @@ class RingCache:
         if self._position is None:
             raise ValueError("no frame has been passed yet")
         self._stored += 1
+        self.shape = self._shape()
         self._position.add_(1)
 
     def begin(self, frames: int, tokens: int, rope: RotaryTable) -> None:

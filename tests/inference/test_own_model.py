@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+import owl_wms
 from owl_wms.cli import main
 from owl_wms.configs import load_vae_model, load_world_config
 from owl_wms.errors import ConfigError
@@ -138,3 +140,20 @@ def test_an_autoencoder_of_other_latents_is_one_line(tmp_path: Path) -> None:
     torch.save({f"core.{k}": v for k, v in core.state_dict().items()}, weights)
     with pytest.raises(ConfigError, match=r"takes latents \[8, 2, 2\], its VAE encodes to \[8, 4, 4\]"):
         build_pipeline(config, weights)
+
+
+# Rooms in which a number of buttons or a frame size is data. `data/s3_windows.py` reads a published format of 11.
+ROOMS = ("inference", "cli", "sampling", "models", "nn", "trainers", "configs")
+
+
+def test_no_room_counts_on_the_games_buttons_or_its_frame_size() -> None:
+    package = Path(owl_wms.__file__).parent
+    found = []
+    for path in sorted(path for room in ROOMS for path in (package / room).rglob("*.py")):
+        with tokenize.open(path) as file:
+            numbers = [t for t in tokenize.generate_tokens(file.readline) if t.type == tokenize.NUMBER]
+        heights = {t.start[0] for t in numbers if t.string == "360"}
+        widths = {t.start[0] for t in numbers if t.string == "640"}
+        lines = {t.start[0] for t in numbers if t.string == "11"} | (heights & widths)
+        found += [f"{path.name}:{line}" for line in sorted(lines)]
+    assert found == []

@@ -81,6 +81,26 @@ def test_memory_stays_flat_for_20000_frames() -> None:
     run_long(20_000)
 
 
+def test_a_compiled_model_is_traced_once_for_filling_and_once_for_full() -> None:
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    core = tiny_core(n_frames=12)
+    torch._dynamo.reset()
+    compiled = torch.compile(core, backend=backend, fullgraph=True, dynamic=False)
+    loops = [
+        FrameLoop(Guidance(model=model, scale=1.5), deltas=get_sd3_euler(2), noise_prev=0.2, max_window=6, fixed=True)
+        for model in (core, compiled)
+    ]
+    with torch.no_grad():
+        clips = [play(loop, 25) for loop in loops]
+    assert relative(clips[1], clips[0]) < 1e-3
+    assert len(traced) == 3, "the first pass also makes the storage"
+
+
 class FakeGraph:
     """Counts as a capture and calls the function: what `Captured` does around one can be seen on a CPU."""
 
