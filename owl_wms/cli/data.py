@@ -2,13 +2,14 @@
 
 Usage:
     owl-wms data make data/game --episodes 64 --frames 240 --fps 20
-    owl-wms data show data/game
+    owl-wms data import clips/ --out data/mine --fps 12
+    owl-wms data show data/mine --vae-config C --vae-checkpoint K --sheet frames.png
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -66,16 +67,148 @@ def make(
     typer.echo(f"{path}: {rows} episodes of {frames} frames at {fps} a second")
 
 
-@app.command()
-def show(path: Annotated[Path, typer.Argument(help="Folder of a table.")]) -> None:
-    """Say what a table holds, after checking that every array of it can be opened."""
-    from owl_wms.data.npy_table import NpyTable
+@app.command(name="import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Array file, .tar, video, a folder of them, a Hugging Face data set's folder, or s3://bucket/prefix."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the table; clips that it lacks are added.")],
+    fps: Annotated[float | None, typer.Option(help="Frames per second, for files that do not say.")] = None,
+    vae_config: Annotated[Path | None, typer.Option(help="YAML of the autoencoder that encodes videos.")] = None,
+    vae_checkpoint: Annotated[Path | None, typer.Option(help="Weights of that autoencoder.")] = None,
+    resize: Annotated[bool, typer.Option(help="Scale frames of another size instead of refusing them.")] = False,
+    batch: int = typer.Option(8, min=1, help="Frames encoded at once."),
+    skip_bad: Annotated[bool, typer.Option(help="Leave out clips that cannot be used, each with one line.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
+) -> None:
+    """Bring clips of latents, or videos with controls, into an .npy table; run it again to go on."""
+    from owl_wms.cli import _shared as shared
+    from owl_wms.data.importing import FrameEncoder, import_clips
+    from owl_wms.errors import ConfigError, DataError
 
+    shared.check_number("--fps", fps, shared.FPS)
+    shared.check_folder(out)
+    where = shared.choose_device(device)
+    if (vae_config is None) != (vae_checkpoint is None):
+        raise ConfigError("--vae-config and --vae-checkpoint belong together: give both or none", key="vae_config")
+    encoder: FrameEncoder | None = None
+    if vae_config is not None and vae_checkpoint is not None:
+        encoder = _frame_encoder(vae_config, vae_checkpoint, where, batch, resize)
+    console = Console(stderr=True)
+
+    def left_out(error: DataError) -> None:
+        console.print(f"left out: {error}", highlight=False, markup=False, soft_wrap=True)
+
+    with console.status("importing") as status:
+        done = import_clips(
+            source,
+            out,
+            fps=fps,
+            encoder=encoder,
+            skip_bad=left_out if skip_bad else None,
+            progress=lambda counts, name: status.update(f"{counts.added} clips, {counts.frames} frames: {name}"),
+        )
+    more = f", {done.present} were there already" * bool(done.present) + f", {done.skipped} left out" * bool(
+        done.skipped
+    )
+    typer.echo(f"{out}: {done.added} clips of {done.frames} frames added{more}")
+
+
+def _frame_encoder(config: Path, checkpoint: Path, where: Any, batch: int, resize: bool) -> Any:
+    from owl_wms.cli import _shared as shared
+    from owl_wms.configs import load_vae_model
+    from owl_wms.data.importing import FrameEncoder
+    from owl_wms.errors import ConfigError
+    from owl_wms.media.facts import Facts
+    from owl_wms.media.read_facts import file_digest
+    from owl_wms.vae import fold_weight_norm, load_encoder
+
+    model = load_vae_model(config)
+    size = getattr(model, "sample_size", None)
+    if size is None or model.model_id == "audio_ae":
+        raise ConfigError(f"{config}: {model.model_id} does not take pictures", path=config, key="model.model_id")
+    precision = shared.choose_dtype(None, where)
+    module = shared.quick_on(where, fold_weight_norm(load_encoder(None, config, checkpoint)).to(where, precision))
+    return FrameEncoder(
+        encode=lambda frames: module(frames.to(where, precision)),
+        channels=getattr(model, "channels", 3),
+        size=(size, size) if isinstance(size, int) else tuple(size),
+        batch=batch,
+        resize=resize,
+        facts=Facts(vae=checkpoint.name, vae_sha256=file_digest(checkpoint) if checkpoint.is_file() else None),
+    )
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="Folder of a table.")],
+    vae_config: Annotated[Path | None, typer.Option(help="YAML of the autoencoder, to see frames.")] = None,
+    vae_checkpoint: Annotated[Path | None, typer.Option(help="Weights of that autoencoder.")] = None,
+    sheet: Annotated[Path, typer.Option(help="Picture with five decoded frames.")] = Path("frames.png"),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
+) -> None:
+    """Say what a table holds, after checking that every array of it can be opened; decode five frames of it."""
+    from owl_wms.cli import _shared as shared
+    from owl_wms.data.npy_table import NpyTable
+    from owl_wms.data.statistics import describe_table
+    from owl_wms.errors import ConfigError
+
+    if (vae_config is None) != (vae_checkpoint is None):
+        raise ConfigError("--vae-config and --vae-checkpoint belong together: give both or none", key="vae_config")
+    if vae_config is not None:
+        shared.check_destination(sheet, ".png", ".jpg", ".webp")
     table = NpyTable(path)
     lengths = [row.length for row in table.rows]
     typer.echo(f"{path}: {len(lengths)} clips, {sum(lengths)} frames, columns {', '.join(table.columns)}")
-    if lengths:
-        typer.echo(f"frames in a clip: {min(lengths)} to {max(lengths)}")
-        for column in table.columns:
-            first = table.slice(0, column, 0, 1)
-            typer.echo(f"{column}: {first.dtype} {list(first.shape[1:])} a frame")
+    if not lengths:
+        return
+    typer.echo(f"frames in a clip: {min(lengths)} to {max(lengths)}")
+    for column in table.columns:
+        first = table.slice(0, column, 0, 1)
+        typer.echo(f"{column}: {first.dtype} {list(first.shape[1:])} a frame")
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=len(lengths))
+        found = describe_table(table, progress=lambda done, total: bar.update(task, completed=done))
+    if found.rates:
+        seconds = sum(lengths) / found.rates[0]
+        typer.echo(f"frames per second: {', '.join(f'{rate:g}' for rate in found.rates)} ({seconds:.0f} s in all)")
+    for channel, (mean, std) in enumerate(zip(found.mean, found.std, strict=True)):
+        typer.echo(f"channel {channel}: mean {mean:.4f}, standard deviation {std:.4f}")
+    if found.vae_scale is not None:
+        typer.echo(
+            f"vae_scale: {found.vae_scale:g} gives latents a standard deviation of 1 (of {found.sampled} frames)"
+        )
+    if len(found.pressed):
+        typer.echo(f"buttons held: {', '.join(f'{100 * share:.1f} %' for share in found.pressed)} of the frames")
+    if len(found.mouse):
+        typer.echo(f"mouse: standard deviation {', '.join(f'{axis:.4f}' for axis in found.mouse)}")
+    if vae_config is not None and vae_checkpoint is not None:
+        _write_sheet(table, vae_config, vae_checkpoint, sheet, shared.choose_device(device))
+        typer.echo(f"{sheet}: five decoded frames")
+
+
+def _write_sheet(table: Any, config: Path, checkpoint: Path, sheet: Path, where: Any) -> None:
+    import torch
+
+    from owl_wms.cli import _shared as shared
+    from owl_wms.data.npy_table import LATENT_COLUMN
+    from owl_wms.errors import DataError
+    from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture, to_bytes
+    from owl_wms.vae import load_decoder
+
+    if LATENT_COLUMN not in table.columns:
+        raise DataError(f"{table.path}: has no column {LATENT_COLUMN} to decode", path=table.path)
+    picks = [(len(table.rows) * i // 5, i) for i in range(5)]
+    places = [(row, table.rows[row].length * (2 * i + 1) // 10) for row, i in picks]
+    latents = torch.cat([torch.from_numpy(table.slice(r, LATENT_COLUMN, at, at + 1)) for r, at in places])
+    precision = shared.choose_dtype(None, where)
+    decoder = load_decoder(None, config, checkpoint).to(where, precision)
+    with torch.inference_mode():
+        frames = decoder(latents.to(where, precision)).float().cpu()
+    rows = {"decoded": to_bytes(frames[:, :3])}
+    if frames.shape[1] > 3:
+        rows["depth"] = depth_bytes(frames[:, 3])
+    save_picture(sheet, contact_sheet(rows, [f"clip {row}, frame {at}" for row, at in places]))

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from owl_wms.data.npy_table import NpyTableWriter
+from owl_wms.data.npy_table import LATENT_COLUMN, NpyTableWriter
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.game.controls import RestlessPlayer, ScriptedPlayer
 from owl_wms.game.render import render
 from owl_wms.game.world import FRAME_SIZE, FRAMES_PER_SECOND, GameWorld
 
-LATENT_COLUMN = "depth_latent"  # upstream's name for latents of colour and depth
 _WARM_UP = 20  # game frames before the first stored one
 
 
@@ -72,7 +71,7 @@ def make_game_latents(
             raise ConfigError(f"{name} must be at least 1, got {value}", key=name)
     if FRAMES_PER_SECOND % fps:
         raise ConfigError(f"fps must divide {FRAMES_PER_SECOND}, got {fps}", key="fps")
-    writer = NpyTableWriter(path, (LATENT_COLUMN, "mouse", "buttons"), columns=("seed", "fps"))
+    writer = NpyTableWriter(path, (LATENT_COLUMN, "mouse", "buttons"), columns=("seed", "fps"), begin=False)
     _require_new_worlds(writer, first_seed, episodes, fps)
     _require_one_encoder(writer, encoder, encoder_name)
     for start in range(0, episodes, batch):

@@ -31,6 +31,7 @@ from owl_wms.files import one_line, read_regular
 from owl_wms.media.npy import NpyFile
 from owl_wms.media.whole import written_whole
 
+LATENT_COLUMN = "depth_latent"  # upstream's name for latents, of colour and depth or not
 MAX_JSON_BYTES = 1 << 28
 """Longest manifest: about a million rows."""
 _OWN_COLUMNS = ("missing", "truncated", "seq_len")
@@ -172,13 +173,17 @@ class NpyTable:
 class NpyTableWriter:
     """Appends rows to a folder; the manifest is replaced whole after each row, so a crash loses at most that row."""
 
-    def __init__(self, path: Path | str, array_columns: Sequence[str], columns: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: Path | str, array_columns: Sequence[str], columns: Sequence[str] = (), *, begin: bool = True
+    ) -> None:
         """Open the folder for appending; it is created when absent.
 
         Args:
             path: the folder.
             array_columns: columns that every row brings as arrays [n, ...].
             columns: further columns of plain values.
+            begin: make an empty table at once; False makes it with its first row, so that whoever is killed before it
+                leaves no table without clips.
 
         Raises:
             DataError: the folder already holds a table of other columns, or cannot be written.
@@ -189,6 +194,7 @@ class NpyTableWriter:
             self.path.mkdir(parents=True, exist_ok=True)
         schema = {"columns": [*array_columns, *columns, *_OWN_COLUMNS], "array_columns": list(array_columns)}
         self._rows: list[dict[str, Any]] = []
+        self._schema: dict[str, Any] | None = None
         if (self.path / "schema.json").exists():
             present = _read_json(self.path / "schema.json", dict)
             if present != schema:
@@ -197,9 +203,11 @@ class NpyTableWriter:
                 )
             self._rows = _read_json(self.path / "manifest.json", list)
         else:
+            self._schema = schema
             with _writing(self.path):
                 _replace_json(self.path / "manifest.json", self._rows)
-                _replace_json(self.path / "schema.json", schema)  # last: it is what says that there is a table
+                if begin:
+                    self._make_table()
         self._plain = tuple(columns)
 
     def append(self, arrays: Mapping[str, np.ndarray], *, truncated: bool = False, **fields: Any) -> int:
@@ -245,12 +253,19 @@ class NpyTableWriter:
                 for column, array in stored.items():
                     np.save(self.path / row[column], array, allow_pickle=False)
                 _replace_json(self.path / "manifest.json", [*self._rows, row])
+                self._make_table()
         except BaseException:
             for column in arrays:  # no row names them, and the space may be what is missing
                 (self.path / row[column]).unlink(missing_ok=True)
             raise
         self._rows.append(row)
         return index
+
+    def _make_table(self) -> None:
+        """Write the schema, if it is not written yet; it says that there is a table, so it comes last."""
+        if self._schema is not None:
+            _replace_json(self.path / "schema.json", self._schema)
+            self._schema = None
 
     def _numbers(self, column: str, array: Any, index: int) -> np.ndarray:
         """Return an array as it is stored: numbers of at most 64 bits with a frame axis, in native byte order."""

@@ -104,6 +104,13 @@ class TarBucket:
         self._factory, self._sleep = client_factory, sleep
         self._client: Any = None
 
+    @property
+    def client(self) -> Any:
+        """The client, made when it is first asked for."""
+        if self._client is None:
+            self._client = self._factory()
+        return self._client
+
     def fetch(self, key: str) -> bytes:
         """The object's bytes, tried `attempts` times with doubling waits.
 
@@ -113,12 +120,11 @@ class TarBucket:
             ConfigError: boto3 is missing, or its configuration cannot be used.
         """
         full = f"{self.prefix}/{key}" if self.prefix else key
-        if self._client is None:
-            self._client = self._factory()
         wait = _FIRST_WAIT_SECONDS
         for attempt in range(1, self.attempts + 1):
+            client = self.client
             try:
-                result: bytes = self._client.get_object(Bucket=self.bucket_name, Key=full)["Body"].read()
+                result: bytes = client.get_object(Bucket=self.bucket_name, Key=full)["Body"].read()
                 return result
             except Exception as error:  # botocore makes its exception classes at run time: there is no base to name
                 said = one_line(error) or type(error).__name__
@@ -143,6 +149,25 @@ class TarBucket:
             self._sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
         raise AssertionError("unreachable: the last try returns or raises")
+
+
+def list_tars(bucket: TarBucket, prefix: str) -> list[str]:
+    """Keys of the tars below a prefix, in the order of their names.
+
+    Raises:
+        BucketError: the bucket cannot be listed.
+        DataError: it has none there.
+    """
+    try:
+        pages = bucket.client.get_paginator("list_objects_v2").paginate(Bucket=bucket.bucket_name, Prefix=prefix)
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+    except Exception as error:  # see `fetch`
+        text = f"s3://{bucket.bucket_name}: cannot be listed: {one_line(error)}; check bucket and AWS's credentials"
+        raise BucketError(text, path=bucket.bucket_name) from error
+    tars = sorted(key for key in keys if key.endswith(".tar"))
+    if not tars:
+        raise DataError(f"s3://{bucket.bucket_name}/{prefix}: no .tar below this prefix", path=prefix)
+    return tars
 
 
 def _codes(error: Exception) -> set[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+import tempfile
 import warnings
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +52,18 @@ class NpyFile:
         except BaseException:
             self._file.close()
             raise
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> NpyFile:
+        """Open the bytes of such a file, which came inside of another.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            return cls(file.name)
 
     def _read_header(self) -> None:
         size = size_of(self._file)

@@ -59,6 +59,21 @@ def comment_of(path: Path) -> str | None:
         raise DataError(f"{path}: cannot be read as video: {_why(error)}", path=path) from error
 
 
+def rate_of(path: Path) -> float | None:
+    """Return a clip's average frames per second, to 3 decimals; None when it does not say.
+
+    Raises:
+        DataError: not a readable clip, or PyAV is missing.
+    """
+    av = pyav(path)
+    try:
+        with _opened(av, path) as container:
+            rate = container.streams.video[0].average_rate if container.streams.video else None
+            return round(float(rate), 3) if rate else None
+    except Exception as error:  # see `read_video`
+        raise DataError(f"{path}: cannot be read as video: {_why(error)}", path=path) from error
+
+
 def read_video(path: Path | str) -> Iterator[Tensor]:
     """The frames of a clip's first video stream as a player shows them, uint8 [H, W, 3] each.
 
@@ -123,7 +138,8 @@ def _as_shown(av: ModuleType, frame: Any, aspect: Fraction | None) -> np.ndarray
         raise ValueError(f"{width}x{frame.height} are more than {MAX_PIXELS} pixels")
     picture: np.ndarray = frame.to_ndarray(format="rgb24", width=width, height=frame.height, **known)
     matrix = next((bytes(side) for side in frame.side_data if side.type.name == "DISPLAYMATRIX"), None)
-    return picture if matrix is None else np.ascontiguousarray(_turned(picture, matrix))
+    shown: np.ndarray = picture if matrix is None else np.ascontiguousarray(_turned(picture, matrix))
+    return shown
 
 
 def _turned(picture: np.ndarray, matrix: bytes) -> np.ndarray:

@@ -1,0 +1,220 @@
+"""Brings clips from elsewhere into an `NpyTable`, checked one by one; an interrupted import goes on where it was.
+
+Every clip becomes a row in one step, and a row knows by its name which clip it was: whoever runs the same import again
+adds what is missing. Nothing is a table before its first row is whole.
+
+Usage:
+    import_clips("clips/", "data/mine", fps=12)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+from torch import Tensor
+
+from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable, NpyTableWriter
+from owl_wms.data.sources import Clip, clips_of
+from owl_wms.errors import ConfigError, DataError
+from owl_wms.media.facts import Facts
+from owl_wms.media.frames import frame_batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameEncoder:
+    """How frames of a video become latents.
+
+    Attributes:
+        encode: float32 [b, C, H, W] in [-1, 1] -> latents [b, c, h, w].
+        channels: C; 4 is colour and depth, from `a.depth.mp4` beside `a.mp4`.
+        size: (H, W).
+        batch: most frames at once.
+        resize: scale frames of another size instead of refusing them.
+        facts: name and digest of the autoencoder.
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    channels: int
+    size: tuple[int, int]
+    batch: int = 8
+    resize: bool = False
+    facts: Facts = field(default_factory=Facts)
+
+
+@dataclass(kw_only=True)
+class Imported:
+    """Counts of one run: rows added, rows that were there already, clips left out, frames added."""
+
+    added: int = 0
+    present: int = 0
+    skipped: int = 0
+    frames: int = 0
+
+
+def import_clips(
+    source: str,
+    table: Path | str,
+    *,
+    fps: float | None = None,
+    encoder: FrameEncoder | None = None,
+    skip_bad: Callable[[DataError], None] | None = None,
+    progress: Callable[[Imported, str], None] | None = None,
+) -> Imported:
+    """Append every clip of a source that the table does not have yet.
+
+    Args:
+        source: see `owl_wms.data.sources`.
+        table: the folder; created when absent.
+        fps: frames per second of the clips, for files that do not say.
+        encoder: for videos.
+        skip_bad: called with the error of a clip that cannot be used, which is then left out; None raises it.
+        progress: called after every clip with the counts so far and its name.
+
+    Raises:
+        DataError: a source or clip that cannot be used, no clip at all, a table of other columns or frames, or another
+            import that is writing to it.
+        ConfigError: no frame rate, or a video without an encoder.
+    """
+    folder, done = Path(table), Imported()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".import.lock", timeout=0):
+            _import(source, folder, fps, encoder, skip_bad, progress, done)
+    except filelock.Timeout as error:
+        raise DataError(f"{folder}: another import is writing to this table", path=folder) from error
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {error.strerror or error}", path=folder) from error
+    return done
+
+
+def _import(
+    source: str,
+    folder: Path,
+    fps: float | None,
+    encoder: FrameEncoder | None,
+    skip_bad: Callable[[DataError], None] | None,
+    progress: Callable[[Imported, str], None] | None,
+    done: Imported,
+) -> None:
+    writer: NpyTableWriter | None = None
+    held: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
+    told: Facts | None = None
+    if (folder / "schema.json").exists():
+        present = NpyTable(folder)
+        held = {str(row.fields.get("source")) for row in present.rows}
+        shapes = (
+            {column: present.slice(0, column, 0, 1).shape[1:] for column in present.columns} if present.rows else {}
+        )
+        told = Facts(fps=present.rows[0].fields.get("fps")) if present.rows else None
+    for clip in clips_of(source):
+        if clip.name in held:
+            done.present += 1
+            continue
+        try:
+            rate = _rate(clip, fps, told)
+            arrays = _checked(clip, encoder, shapes, source)
+        except DataError as error:
+            if skip_bad is None:
+                raise
+            skip_bad(error)
+            done.skipped += 1
+            continue
+        if writer is None:
+            writer = NpyTableWriter(folder, tuple(arrays), columns=("source", "fps"), begin=False)
+            if not len(writer):
+                writer.set_source({**_facts_of(clip, encoder).to_dict(), "imported": source})
+        writer.append(arrays, source=clip.name, fps=rate)
+        shapes = shapes or {column: array.shape[1:] for column, array in arrays.items()}
+        told = told or Facts(fps=rate)
+        held.add(clip.name)
+        done.added += 1
+        done.frames += len(arrays[LATENT_COLUMN])
+        if progress is not None:
+            progress(done, clip.name)
+    if not done.added and not done.present:
+        why = f"; {done.skipped} cannot be used" if done.skipped else ""
+        raise DataError(f"{source}: no clip was imported{why}", path=source)
+
+
+def _facts_of(clip: Clip, encoder: FrameEncoder | None) -> Facts:
+    own = clip.facts if clip.video is None or encoder is None else encoder.facts
+    return Facts(vae=own.vae, vae_sha256=own.vae_sha256, vae_scale=own.vae_scale, layout="n c h w")
+
+
+def _rate(clip: Clip, fps: float | None, told: Facts | None) -> float:
+    rate = fps if fps is not None else clip.facts.fps
+    if rate is None and clip.video is not None:
+        rate = _rate_of_video(clip.video)
+    if rate is None:
+        raise ConfigError(f"{clip.name}: does not say its frames per second; say them with --fps", key="fps")
+    if told is not None and told.fps is not None and told.fps != rate:
+        text = f"has {rate} frames per second, the rows of the table have {told.fps}; choose another folder"
+        raise DataError(f"{clip.name}: {text}", path=clip.name)
+    return rate
+
+
+def _rate_of_video(path: Path) -> float | None:
+    from owl_wms.media.watch import rate_of
+
+    return rate_of(path)
+
+
+def _checked(
+    clip: Clip, encoder: FrameEncoder | None, shapes: dict[str, tuple[int, ...]], source: str
+) -> dict[str, np.ndarray]:
+    arrays = dict(clip.arrays)
+    if clip.video is not None:
+        if encoder is None:
+            text = "is a video; give the autoencoder that encodes it with --vae-config and --vae-checkpoint"
+            raise ConfigError(f"{clip.name}: {text}", key="vae_config")
+        arrays[LATENT_COLUMN] = _encoded(clip.video, encoder)
+
+    def fail(text: str) -> DataError:
+        return DataError(f"{source}: clip {clip.name}: {text}", path=source)
+
+    latents = arrays.get(LATENT_COLUMN)
+    if latents is None:
+        raise fail(f"has no latents; found {', '.join(arrays) or 'nothing'}")
+    if latents.ndim != 4 or latents.dtype.kind != "f":
+        raise fail(f"latents must be floating point [n, c, h, w], got {latents.dtype} {list(latents.shape)}")
+    for name, array in arrays.items():
+        if array.ndim == 0 or len(array) != len(latents) or not len(latents):
+            raise fail(f"{name} has {list(array.shape)} for {len(latents)} frames of latents")
+        if not np.isfinite(array).all():
+            raise fail(f"{name} holds NaN or infinity")
+    if "buttons" in arrays:
+        held = arrays["buttons"]
+        if held.ndim != 2 or not np.isin(held, (0, 1)).all():
+            raise fail(f"buttons must be 0 or 1, [n, k], got {held.dtype} {list(held.shape)}")
+        arrays["buttons"] = held.astype(np.uint8)
+    if "mouse" in arrays:
+        if arrays["mouse"].shape[1:] != (2,):
+            raise fail(f"mouse must be [n, 2], got {list(arrays['mouse'].shape)}")
+        arrays["mouse"] = arrays["mouse"].astype(np.float32)
+    if latents.dtype.itemsize > 4:
+        arrays[LATENT_COLUMN] = latents.astype(np.float32)
+    found = {column: array.shape[1:] for column, array in arrays.items()}
+    if shapes and found != shapes:
+        raise fail(f"its frames are {_shown(found)}, those of the table {_shown(shapes)}")
+    return {column: arrays[column] for column in sorted(arrays, key=lambda name: (name != LATENT_COLUMN, name))}
+
+
+def _shown(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
+
+
+@torch.inference_mode()
+def _encoded(video: Path, encoder: FrameEncoder) -> np.ndarray:
+    depth: Any = video.with_name(f"{video.stem}.depth{video.suffix}") if encoder.channels == 4 else None
+    batches: Iterator[Tensor] = frame_batches(
+        video, channels=encoder.channels, size=encoder.size, batch_size=encoder.batch,
+        depth=depth if depth is not None and depth.exists() else None, resize=encoder.resize,
+    )  # fmt: skip
+    return torch.cat([encoder.encode(batch).float().cpu() for batch in batches]).numpy()

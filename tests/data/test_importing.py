@@ -1,0 +1,311 @@
+"""`owl-wms data import`: every form gives the same table; an import that is killed goes on; bad clips are named."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save, save_file
+
+from owl_wms.data.importing import FrameEncoder, Imported, import_clips
+from owl_wms.data.npy_table import NpyTable, NpyTableWriter
+from owl_wms.data.sources import clips_of
+from owl_wms.data.statistics import describe_table
+from owl_wms.errors import ConfigError, DataError
+from owl_wms.media.arrays import save_array
+from owl_wms.media.facts import Facts
+from owl_wms.media.read_facts import read_facts
+from owl_wms.media.video import VideoWriter
+from tests.cli.runner import run
+from tests.media.test_video import gradient
+
+
+def clip(seed: int, n: int = 5) -> dict[str, torch.Tensor]:
+    """A clip of 3x5 latents of 6 channels and 7 buttons."""
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "latent": torch.randn(n, 6, 3, 5, generator=draw) * 2 + 1,
+        "mouse": torch.randn(n, 2, generator=draw),
+        "buttons": (torch.rand(n, 7, generator=draw) > 0.5).float(),
+    }
+
+
+CLIPS = {name: clip(seed) for seed, name in enumerate(("a 2", "a 10", "b.c"))}
+
+
+def pt(tensor: torch.Tensor) -> bytes:
+    out = io.BytesIO()
+    torch.save(tensor, out)
+    return out.getvalue()
+
+
+def npy(tensor: torch.Tensor) -> bytes:
+    out = io.BytesIO()
+    np.save(out, tensor.numpy())
+    return out.getvalue()
+
+
+def tar(encode: Callable[[torch.Tensor], bytes], suffix: str) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for base, members in CLIPS.items():
+            for member, tensor in members.items():
+                entry = tarfile.TarInfo(f"{base}.{member}{suffix}")
+                data = encode(tensor)
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+            note = tarfile.TarInfo(f"{base}.json")
+            archive.addfile(note, io.BytesIO(b""))
+    return out.getvalue()
+
+
+def make_source(form: str, place: Path) -> str:
+    """The clips in one of the forms; returns the source."""
+    place.mkdir()
+    if form in (".pt", ".npy", ".safetensors"):
+        for base, members in CLIPS.items():
+            for member, tensor in members.items():
+                save_array(place / f"{base}.{member}{form}", tensor)
+    elif form == "one file each":
+        for base, members in CLIPS.items():
+            save_file({k: v.contiguous() for k, v in members.items()}, place / f"{base}.safetensors")
+    elif form == "one file":
+        stacked = {key: torch.stack([members[key] for members in CLIPS.values()]) for key in CLIPS["b.c"]}
+        save_array(place / "all.pt", {"latents": stacked.pop("latent"), **stacked})
+        return str(place / "all.pt")
+    elif form == "arrow":
+        pyarrow = pytest.importorskip("pyarrow")
+        rows = pyarrow.Table.from_pylist([{k: v.tolist() for k, v in members.items()} for members in CLIPS.values()])
+        path = str(place / "data-00000-of-00001.arrow")
+        with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, rows.schema) as writer:
+            writer.write_table(rows)
+        (place / "state.json").write_text("{}")
+    elif form == "parquet":
+        pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        rows = pyarrow.Table.from_pylist([{k: v.tolist() for k, v in members.items()} for members in CLIPS.values()])
+        pyarrow.parquet.write_table(rows, place / "train.parquet")
+    else:
+        encode = {"tar": pt, "tar of npy": npy, "tar of safetensors": lambda t: save({"x": t})}[form]
+        (place / "0000.tar").write_bytes(tar(encode, {"tar": ".pt", "tar of npy": ".npy"}.get(form, ".safetensors")))
+    return str(place)
+
+
+FORMS = [".pt", ".npy", ".safetensors", "one file each", "one file", "tar", "tar of npy", "tar of safetensors", "arrow",
+         "parquet"]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_table(tmp_path: Path, form: str) -> None:
+    source = make_source(form, tmp_path / "source")
+    done = import_clips(source, tmp_path / "table", fps=12)
+    assert done == Imported(added=3, frames=15)
+    table = NpyTable(tmp_path / "table")
+    assert table.columns == ("depth_latent", "buttons", "mouse")
+    found = [table.slice(row, "depth_latent", 0, 5) for row in range(3)]
+    for members in CLIPS.values():
+        row = next(i for i, latents in enumerate(found) if np.allclose(latents, members["latent"], atol=1e-6))
+        assert np.array_equal(table.slice(row, "buttons", 0, 5), members["buttons"])
+        assert np.allclose(table.slice(row, "mouse", 0, 5), members["mouse"])
+    assert {row.fields["fps"] for row in table.rows} == {12}
+    assert import_clips(source, tmp_path / "table", fps=12) == Imported(present=3)
+    assert len(NpyTable(tmp_path / "table").rows) == 3
+
+
+def test_clips_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    source = make_source(".npy", tmp_path / "source")
+    assert [found.name for found in clips_of(source)] == ["a 2", "a 10", "b.c"]
+
+
+def test_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        def get_paginator(self, name: str) -> Any:
+            return self
+
+        def paginate(self, Bucket: str, Prefix: str) -> list[dict[str, Any]]:
+            keys = ["feats/0001.tar", "feats/readme.md", "feats/0000.tar"]
+            return [{"Contents": [{"Key": key} for key in keys if key.startswith(Prefix)]}]
+
+        def get_object(self, Bucket: str, Key: str) -> dict[str, Any]:
+            return {"Body": io.BytesIO(tar(pt, ".pt"))}
+
+    monkeypatch.setattr("owl_wms.data.s3.TarBucket.client", Client())
+    assert import_clips("s3://b/feats", tmp_path / "table", fps=12).added == 6
+    with pytest.raises(DataError, match=r"no \.tar below this prefix"):
+        import_clips("s3://b/other", tmp_path / "other", fps=12)
+
+
+def spoilt(**changes: Any) -> dict[str, torch.Tensor]:
+    made: dict[str, Any] = {**clip(9), **changes}
+    return {key: value for key, value in made.items() if value is not None}
+
+
+BAD = {
+    "nan": (spoilt(latent=torch.full((5, 6, 3, 5), float("nan"))), "depth_latent holds NaN"),
+    "length": (spoilt(mouse=torch.zeros(4, 2)), r"mouse has \[4, 2\] for 5 frames"),
+    "buttons": (spoilt(buttons=torch.full((5, 7), 0.5)), "buttons must be 0 or 1"),
+    "axes": (spoilt(mouse=torch.zeros(5, 3)), r"mouse must be \[n, 2\]"),
+    "integers": (spoilt(latent=torch.zeros(5, 6, 3, 5, dtype=torch.int32)), "must be floating point"),
+    "rank": (spoilt(latent=torch.zeros(5, 6)), "must be floating point"),
+    "empty": (spoilt(latent=torch.zeros(0, 6, 3, 5)), "for 0 frames"),
+    "no latents": (spoilt(latent=None), "has no latents"),
+    "other size": (spoilt(latent=torch.zeros(5, 6, 4, 4)), "those of the table"),
+    "no mouse": (spoilt(mouse=None), "those of the table"),
+    "other buttons": (spoilt(buttons=torch.zeros(5, 8)), "those of the table"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_clips_that_cannot_be_used_are_named_or_left_out(tmp_path: Path, name: str) -> None:
+    members, words = BAD[name]
+    source = tmp_path / "source"
+    source.mkdir()
+    save_array(source / "a.safetensors", CLIPS["a 2"])
+    save_array(source / "b.safetensors", members)
+    save_array(source / "c.safetensors", CLIPS["b.c"])
+    with pytest.raises(DataError, match=words) as caught:
+        import_clips(str(source), tmp_path / "table", fps=12)
+    assert "\n" not in str(caught.value)
+    assert len(NpyTable(tmp_path / "table").rows) == 1, "what came before is a whole table"
+    if name == "no latents":  # a file without them is an error of the source, not of one of its clips
+        return
+    said: list[DataError] = []
+    done = import_clips(str(source), tmp_path / "table", fps=12, skip_bad=said.append)
+    assert (done.added, done.present, done.skipped, len(said)) == (1, 1, 1, 1)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    source = make_source(".pt", tmp_path / "source")
+    with pytest.raises(ConfigError, match="frames per second; say them with --fps"):
+        import_clips(source, tmp_path / "table")
+    assert not (tmp_path / "table" / "schema.json").exists(), "no table without a clip"
+    import_clips(source, tmp_path / "table", fps=12)
+    save_array(tmp_path / "source" / "z.pt", CLIPS["b.c"])
+    with pytest.raises(DataError, match=r"has 13 frames per second, the rows of the table have 12"):
+        import_clips(source, tmp_path / "table", fps=13)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "x.doc").write_text("")
+    for bad, words in {
+        "none": "holds no clips",
+        "nowhere": "no such file",
+        "x.doc": "ending in",
+        "table": "a table already",
+    }.items():
+        with pytest.raises(DataError, match=words):
+            import_clips(str(tmp_path / bad), tmp_path / "t", fps=12)
+    import filelock
+
+    with filelock.FileLock(tmp_path / "table" / ".import.lock"), pytest.raises(DataError, match="another import"):
+        import_clips(source, tmp_path / "table", fps=12)
+
+
+def test_facts_of_a_file_are_taken(tmp_path: Path) -> None:
+    facts = Facts(fps=15, vae="v.safetensors", vae_sha256="b" * 64, vae_scale=0.5, layout="n c h w")
+    save_array(tmp_path / "x.safetensors", CLIPS["b.c"]["latent"], facts=facts)
+    import_clips(str(tmp_path / "x.safetensors"), tmp_path / "table")
+    assert NpyTable(tmp_path / "table").rows[0].fields["fps"] == 15
+    assert read_facts(tmp_path / "table").vae_sha256 == "b" * 64
+
+
+def test_videos_are_encoded_with_their_controls(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    frames = gradient(6)
+    with VideoWriter(source / "a.mp4", 12) as video:
+        video.write(frames)
+    rows = "\n".join(f"{i / 2},{-i},{i % 2},0,1" for i in range(6))
+    (source / "a.csv").write_text(f"mouse_x,mouse_y,W,A,S\r\n{rows}\r\n", encoding="utf-8-sig")
+    encoder = FrameEncoder(encode=lambda x: x[:, :, ::12, ::16], channels=3, size=(36, 64), batch=4)
+    with pytest.raises(ConfigError, match="is a video; give the autoencoder"):
+        import_clips(str(source), tmp_path / "table")
+    done = import_clips(str(source), tmp_path / "table", encoder=encoder)
+    assert (done.added, done.frames) == (1, 6)
+    table = NpyTable(tmp_path / "table")
+    assert table.rows[0].fields["fps"] == 12
+    assert table.slice(0, "mouse", 0, 6).tolist() == [[i / 2, -i] for i in range(6)]
+    assert table.slice(0, "buttons", 3, 4).tolist() == [[1, 0, 1]]
+    shown = frames.permute(0, 3, 1, 2)[:, :, ::12, ::16].float() / 127.5 - 1
+    assert np.abs(table.slice(0, "depth_latent", 0, 6) - shown.numpy()).mean() < 0.05
+    (source / "a.csv").write_text("mouse_x,mouse_y,W\n0,0,no\n")
+    with pytest.raises(DataError, match=r"a\.csv: cannot be read as controls"):
+        import_clips(str(source), tmp_path / "other", encoder=encoder)
+
+
+def test_statistics(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    writer = NpyTableWriter(tmp_path, ("depth_latent", "buttons", "mouse"), ("fps",))
+    centre = np.array([1e4, -3.0])
+    latents = [draw.normal(size=(50, 2, 3, 3)) * [[[0.5]], [[2.0]]] + centre[:, None, None] for _ in range(4)]
+    for part in latents:
+        held = np.tile(np.array([[1, 0], [0, 0]], np.uint8), (25, 1))
+        writer.append(
+            {"depth_latent": part.astype(np.float32), "buttons": held, "mouse": draw.normal(size=(50, 2))}, fps=20
+        )
+    whole = np.concatenate(latents)
+    found = describe_table(NpyTable(tmp_path))
+    assert np.allclose(found.mean, whole.mean(axis=(0, 2, 3)), rtol=1e-4)
+    assert np.allclose(found.std, whole.std(axis=(0, 2, 3)), rtol=1e-3)
+    assert found.vae_scale == pytest.approx(whole.std(), rel=0.01)
+    assert found.pressed.tolist() == [0.5, 0]
+    assert (found.clips, found.frames, found.sampled, found.rates) == (4, 200, 200, (20.0,))
+    assert describe_table(NpyTable(tmp_path), limit=40).sampled == 40
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_source("tar", tmp_path / "source")
+    assert run("data", "import", source, "--out", str(tmp_path / "table"), "--fps", "12") == 0
+    assert "3 clips of 15 frames added" in capsys.readouterr().out
+    assert run("data", "show", str(tmp_path / "table")) == 0
+    shown = capsys.readouterr().out
+    for words in ("3 clips, 15 frames", "depth_latent: float32 [6, 3, 5]", "frames per second: 12", "channel 5: mean",
+                  "vae_scale: 2", "buttons held:"):  # fmt: skip
+        assert words in shown
+
+
+SCRIPT = """
+import sys, time
+from owl_wms.data import npy_table
+from owl_wms.data.importing import import_clips
+replace = npy_table._replace_json
+def slowly(*a):
+    time.sleep(0.02); replace(*a); time.sleep(0.02)
+npy_table._replace_json = slowly
+print("begun", flush=True)
+import_clips(sys.argv[1], sys.argv[2], fps=12)
+"""
+
+
+def test_an_import_that_is_killed_goes_on(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for index in range(12):
+        save_array(source / f"{index}.safetensors", clip(index))
+    command = [sys.executable, "-c", SCRIPT, str(source), str(tmp_path / "table")]
+    draw = np.random.default_rng(0)
+    for _ in range(4):
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            time.sleep(float(draw.uniform(0.01, 0.3)))
+            child.send_signal(signal.SIGKILL)
+        if (tmp_path / "table" / "schema.json").exists():
+            assert len(NpyTable(tmp_path / "table").rows) >= 1, "a table has its clips"
+    import_clips(str(source), tmp_path / "table", fps=12)
+    rows = NpyTable(tmp_path / "table").rows
+    assert sorted(row.fields["source"] for row in rows) == sorted(str(index) for index in range(12))
+    assert json.loads((tmp_path / "table" / "source.json").read_text())["imported"] == str(source)
+    named = {name for row in rows for name in row.fields.values() if str(name).endswith(".npy")}
+    assert {name for name in os.listdir(tmp_path / "table") if name.endswith(".npy")} == named
