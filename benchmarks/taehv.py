@@ -45,6 +45,7 @@ from owl_wms.request import Request
 from owl_wms.state import State, zeros
 from owl_wms.trt.run.step_graph import GraphedStep
 from owl_wms.vae import build_decoder
+from owl_wms.vae.stepping import Stepping
 from owl_wms.vae.taehv import MEMORY_BLOCKS, Grow, TAEHVDecoder
 
 # name -> configuration, latent height and width, milliseconds wanted (issue: streaming TAEHV)
@@ -103,18 +104,6 @@ def one_frame_at_a_time(decoder: TAEHVDecoder) -> Step:
 def shape_of(latent: Tensor) -> tuple[int, int, int, int]:
     streams, channels, height, width = latent.shape
     return streams, channels, height, width
-
-
-class Stepping(torch.nn.Module):
-    """A step with its state as separate arguments, which is what an exporter takes."""
-
-    def __init__(self, decoder: TAEHVDecoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, latent: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        frames, following = self.decoder.step(latent, state)
-        return frames, *following
 
 
 def tensorrt_step(decoder: TAEHVDecoder, latent: Tensor, state: State) -> Step:
@@ -177,8 +166,32 @@ def watts(run: Callable[[], object], rounds: int = 4) -> float:
 
 def graphed(step: Step, latent: Tensor, state: State) -> Step:
     """The step as one CUDA graph for one stream, its state in the graph's buffers."""
-    graph = GraphedStep(step, latent, state)
-    return graph.replay
+    graph = GraphedStep(_flat(step), latent, *state)
+
+    def replayed(latent: Tensor, state: State) -> tuple[Tensor, State]:
+        frames, *following = graph.replay(latent, *state)
+        return frames, tuple(following)
+
+    return replayed
+
+
+def _flat(step: Step) -> Callable[..., tuple[Tensor, ...]]:
+    def flat(latent: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        frames, following = step(latent, state)
+        return frames, *following
+
+    return flat
+
+
+def as_program(step: Step, latent: Tensor, state: State) -> Step:
+    """The step as one CUDA graph whose results are new tensors, as a loaded program gives them."""
+    graph = GraphedStep(_flat(step), latent, *state)
+
+    def called(latent: Tensor, state: State) -> tuple[Tensor, State]:
+        frames, *following = graph(latent, *state)
+        return frames, tuple(following)
+
+    return called
 
 
 def compiled(decoder: TAEHVDecoder) -> Step:
@@ -293,8 +306,8 @@ def long_run(steps: int) -> dict[str, Any]:
     z = torch.randn(64, *shape, device="cuda")
     fused = fuse(decoder, torch.float16, shape)
     with cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
-        exact = GraphedStep(decoder.step, z[0], start)
-    ours = GraphedStep(fused.step, z[0].half(), half_start)
+        exact = as_program(decoder.step, z[0], start)
+    ours = as_program(fused.step, z[0].half(), half_start)
     state, own = start, half_start
     worst, memory = [], []
     for i in range(steps):
@@ -345,7 +358,7 @@ def check() -> bool:
         half_start = tuple(tensor.half() for tensor in start)
         fused = fuse(decoder, torch.float16, shape)
         ours = errors(chained(fused.step, z.half(), half_start), truth)
-        graph = errors(chained(GraphedStep(fused.step, z[0].half(), half_start), z.half(), half_start), truth)
+        graph = errors(chained(as_program(fused.step, z[0].half(), half_start), z.half(), half_start), truth)
         eager = errors(chained(decoder.half().step, z.half(), half_start), truth)
         right = max(ours) <= MOST_ERROR * max(eager) and max(graph) <= MOST_ERROR * max(eager)
         fine &= right

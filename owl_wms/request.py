@@ -43,6 +43,8 @@ class Request:
             the key; its digest is.
         calibration_digest: of that file when the request was made, filled in where it is empty. The build refuses a
             file that has another one.
+        state: shapes of the tensors of a streaming decoder's state, in order; empty for other decoders. The program
+            then takes them after the latents, in its own dtype, and returns the next ones after the frames.
 
     Raises:
         ConfigError: a value out of range.
@@ -58,11 +60,13 @@ class Request:
     seed: int = 0
     calibration: str = ""
     calibration_digest: str = ""
+    state: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the usual way to normalise inside a frozen dataclass
         put(self, "input_shape", tuple(int(size) for size in self.input_shape))
         put(self, "plans", tuple(self.plans))
+        put(self, "state", tuple(tuple(int(size) for size in shape) for shape in self.state))
         if len(self.input_shape) != 4 or min(self.input_shape) < 1:
             raise ConfigError(
                 f"input_shape must be four sizes >= 1, (B, c, h, w); got {self.input_shape}", key="input_shape"
@@ -78,8 +82,17 @@ class Request:
             put(self, "calibration_digest", _digest_of(self.calibration))
 
     @classmethod
-    def of(cls, settings: TensorRTConfig, input_shape: tuple[int, ...], device: str) -> Request:
-        """The request that the settings make for latents of this shape. Reads the calibration file, if there is one."""
+    def of(
+        cls,
+        settings: TensorRTConfig,
+        input_shape: tuple[int, ...],
+        device: str,
+        state: tuple[tuple[int, ...], ...] = (),
+    ) -> Request:
+        """The request that the settings make for latents of this shape, and for a state of these shapes.
+
+        Reads the calibration file, if there is one.
+        """
         return cls(
             input_shape=input_shape,  # type: ignore[arg-type]  # four sizes; anything else is refused above
             device=device,
@@ -87,6 +100,7 @@ class Request:
             plans=settings.plans,
             workspace_size=settings.workspace_size,
             calibration="" if settings.calibration is None else str(settings.calibration.absolute()),
+            state=state,
         )
 
     @property
@@ -106,6 +120,7 @@ class Request:
         """
         return {
             "input_shape": list(self.input_shape),
+            "state": [list(shape) for shape in self.state],
             "precision": self.precision,
             "calibration": self.calibration_digest if self.precision in EIGHT_BITS else "",
             "build": {"seed": self.seed, "timeout_seconds": self.timeout_seconds},

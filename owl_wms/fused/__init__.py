@@ -19,7 +19,7 @@ from types import ModuleType
 
 from torch import nn
 
-FORMS = ("owl_wms.fused.dcae", "owl_wms.fused.sana")
+FORMS = ("owl_wms.fused.dcae", "owl_wms.fused.sana", "owl_wms.fused.taehv")
 """Modules with the fused form of a decoder family; the first that supports a decoder is taken."""
 
 

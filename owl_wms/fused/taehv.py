@@ -28,6 +28,7 @@ from owl_wms.ops.frame_depthwise import pack as pack_depthwise
 from owl_wms.ops.pointwise import pointwise, pointwise_add, pointwise_frames, pointwise_relu
 from owl_wms.ops.shuffle_add import phases_first, shuffle_add
 from owl_wms.state import State, StateSpec, zeros
+from owl_wms.vae.stepping import Stepping
 from owl_wms.vae.taehv import BLOCKS_PER_STAGE, STAGES, Grow, TAEHVDecoder, state_specs
 
 INPUT_CHANNELS = 64  # what the latents' channels are filled up to a multiple of, since our kernel reads 64 at a time
@@ -36,6 +37,7 @@ MAX_OUT = 64
 
 def supports(decoder: nn.Module) -> tuple[bool, str]:
     """Returns whether `fuse` can rewrite `decoder`, and if not, why: `(False, reason)`."""
+    decoder = _inner(decoder)
     if not isinstance(decoder, TAEHVDecoder):
         return False, f"no fused form of {type(decoder).__name__}; only TAEHVDecoder has one"
     outputs = decoder.out_channels * decoder.config.patch_size**2
@@ -46,11 +48,11 @@ def supports(decoder: nn.Module) -> tuple[bool, str]:
     return True, ""
 
 
-def fuse(decoder: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | None = None) -> FusedTAEHV:
+def fuse(decoder: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | None = None) -> Any:
     """Returns the fused form of a decoder, with weights cast to `dtype` once, on the decoder's device.
 
     Args:
-        decoder: a TAEHVDecoder, best in fp32; not changed.
+        decoder: a TAEHVDecoder, best in fp32; not changed. Its `Stepping` gives the `Stepping` of the fused form.
         dtype: of weights and activations.
         input_shape: `(b, c, h, w)`; on a GPU, every convolution of that shape is timed and the fastest way kept.
 
@@ -60,11 +62,24 @@ def fuse(decoder: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | 
     supported, reason = supports(decoder)
     if not supported:
         raise ValueError(reason)
-    assert isinstance(decoder, TAEHVDecoder)
+    inner = _inner(decoder)
+    assert isinstance(inner, TAEHVDecoder)
     with torch.no_grad():
-        fused = FusedTAEHV(decoder, dtype).eval()
+        fused = FusedTAEHV(inner, dtype).eval()
         choose(fused, dtype, input_shape)
-    return fused
+    return fused if inner is decoder else Stepping(fused)
+
+
+def standard(decoder: nn.Module) -> nn.Module:
+    """Returns a new decoder of the same configuration, with random weights."""
+    inner = _inner(decoder)
+    assert isinstance(inner, TAEHVDecoder)
+    fresh = TAEHVDecoder(inner.config)
+    return fresh if inner is decoder else Stepping(fresh)
+
+
+def _inner(decoder: nn.Module) -> nn.Module:
+    return decoder.decoder if isinstance(decoder, Stepping) else decoder
 
 
 class FrameConv(Chosen):

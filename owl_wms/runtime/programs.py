@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from owl_wms import env
 from owl_wms.cache import CacheStore, Entry, Key, NoStore
@@ -30,8 +30,10 @@ from owl_wms.runtime import turns
 from owl_wms.runtime.eager import is_out_of_memory
 from owl_wms.runtime.stamp import WeightsStamp
 from owl_wms.settings import TensorRTConfig
+from owl_wms.vae.stepping import Stepping
 
-Program = Callable[[Tensor], Tensor]
+Program = Callable[..., Any]
+"""`[B, c, h, w] -> [B, C, H, W]`; with a state, `(latents, *state) -> (frames, *state)`."""
 Progress = Callable[[dict[str, Any]], None]
 STALE_SECONDS = 1.0
 """Age of a key after which it is computed again before something is built for it."""
@@ -113,7 +115,8 @@ def renew_locks() -> None:
 
 def model_label(decoder: nn.Module) -> str:
     """Model name used in entry names: the decoder's class, lower case, without `Decoder` (`dcae`, `distill`)."""
-    name = type(decoder).__name__.lower().removesuffix("decoder")
+    inner = decoder.decoder if isinstance(decoder, Stepping) else decoder
+    name = type(inner).__name__.lower().removesuffix("decoder")
     return name or "decoder"
 
 
@@ -318,7 +321,7 @@ def first_run(program: Program, request: Request) -> None:
     """Run once on zeros: an execution context that cannot be made must show here, not in a caller's decode."""
     device = torch.device(request.device)
     with torch.no_grad():
-        program(torch.zeros(request.input_shape, device=device))
+        program(*(torch.zeros(shape, device=device) for shape in (request.input_shape, *request.state)))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

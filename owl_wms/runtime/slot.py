@@ -24,6 +24,7 @@ from torch import Tensor
 from owl_wms.errors import FastPathError
 from owl_wms.request import Request
 from owl_wms.runtime.programs import Loaded
+from owl_wms.state import State
 
 STRIKES = 3
 """Run failures after which a program is put aside."""
@@ -96,6 +97,14 @@ class Slot:
         if mode == "sampled":
             return calls <= CHECKED_CALLS or calls % CHECK_EVERY == 0
         return mode in ("always", "error")
+
+    def step(self, z: Tensor, state: State) -> tuple[Tensor, State]:
+        """Run one step of a streaming decoder's program: frames and the next state, in the program's dtype."""
+        with self.lock, self._ordered(z.device):
+            if self.loaded is None:
+                raise RuntimeError("the program was put aside by another thread")
+            frames, *following = self.loaded.program(z, *state)
+            return frames, tuple(following)
 
     def run(self, z: Tensor, write: Callable[[Tensor], None], check: bool) -> Tensor | None:
         """Run the program on `[k <= B, c, h, w]` and hand `[k, C, H, W]` to `write` before anyone else may run it.

@@ -2,64 +2,79 @@
 
 Why it exists: a decoder with memory gives the right frame only if every step receives the state of the step before, and
 a step that fails must be able to run again. So the state belongs to this object and to nothing else: a step reads it,
-and it is replaced once the frames are there.
+and it is replaced once the frames are there. A compiled program that fails is answered by PyTorch from the same state.
 
 Usage:
     stream = StreamDecode(decoder)
     frames = stream.step(latent)        # [b, c, h, w] -> [b, k, C, H, W]; one row per stream
     other = stream.fork()               # goes on from here by itself
     stream.reset()                      # the next latent begins a video
+    stream.stats().reason               # what ran it and why
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError, LatentShapeError
-from owl_wms.runtime.eager import EagerDecoder, unwrap
 from owl_wms.runtime.latents import check_video
-from owl_wms.state import State, zeros
-
-_LOG = logging.getLogger("owl_wms.runtime")
-
-
-def streams(decoder: nn.Module) -> bool:
-    """Returns whether `decoder` has a state: whether it is one for StreamDecode."""
-    return hasattr(unwrap(decoder), "state_specs")
+from owl_wms.runtime.programs import Progress, Toolchain
+from owl_wms.runtime.stats import DecodeStats
+from owl_wms.runtime.steps import Steps
+from owl_wms.settings import TensorRTConfig
+from owl_wms.state import State
 
 
 class StreamDecode:
     """Decodes one latent of each of b streams per step.
 
     Thread-safe. The number of streams and the latents' size are those of the first step after `reset`. Weights that
-    change end the video: the next step begins a new one, which is logged once, since a state that old weights made
-    must not meet new ones.
+    change end the video: the next step begins a new one, which is logged, since a state that old weights made must not
+    meet new ones. Forks share the programs of their original.
 
     Args:
         decoder: a streaming decoder, such as `owl_wms.vae.taehv.TAEHVDecoder`; never changed.
+        settings: None reads the environment over the defaults.
+        strict: True raises FastPathError instead of falling back; None follows `settings.fallback_on_error`.
+        check: look for values that are not finite in frames and state, as in `VideoDecode`.
+        toolchain: what builds programs; None means TensorRT.
+        progress: receives build events.
 
     Raises:
-        ConfigError: the decoder has no state.
+        ConfigError: the decoder has no state, or an unknown check.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
-        if not streams(decoder):
-            raise ConfigError(
-                f"StreamDecode wants a decoder with a state, and {type(unwrap(decoder)).__name__} has none; decode it "
-                "with owl_wms.runtime.VideoDecode"
-            )
-        self.decoder = decoder
+    def __init__(
+        self,
+        decoder: nn.Module,
+        *,
+        settings: TensorRTConfig | None = None,
+        strict: bool | None = None,
+        check: str = "auto",
+        toolchain: Toolchain | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._steps = Steps(
+            decoder,
+            settings=TensorRTConfig.resolve() if settings is None else settings,
+            strict=strict,
+            check=check,
+            toolchain=toolchain,
+            progress=progress,
+        )
         self._guard = threading.Lock()
-        self._eager = EagerDecoder(decoder)
         self._state: State = ()
+        self._weights = 0  # the generation that made the state
         self._began: list[bool] = []
         self._shape: tuple[int, ...] | None = None
+
+    def stats(self) -> DecodeStats:
+        """What this stream and its forks did so far; `decodes` counts steps."""
+        return self._steps.stats()
 
     @uncompiled
     @torch.no_grad()
@@ -76,6 +91,8 @@ class StreamDecode:
 
         Raises:
             LatentShapeError: another rank or channel count, or another shape than the stream's.
+            DecodeMemoryError: not even PyTorch has the memory for a step.
+            FastPathError: in strict mode, or in a process forked from one that used the GPU.
             ConfigError: some streams begin with this step and others do not, so that their frames differ in number;
                 `step_each` returns those.
         """
@@ -135,40 +152,25 @@ class StreamDecode:
     def _advance(self, latents: Tensor) -> tuple[Tensor, list[int]]:
         """Returns all frames `[b, n t, C, H, W]` of these latents, and the first one that counts in each stream."""
         video = latents[:, None] if isinstance(latents, Tensor) and latents.dim() == 4 else latents
-        check_video(video, self._eager.channels)
+        check_video(video, self._steps.channels)
         shape = (len(video), *video.shape[2:])
         if not video.shape[0] or not video.shape[1]:
             self._refuse(tuple(latents.shape), "[b, c, h, w] or [b, n, c, h, w] with b and n of at least 1")
         if self._shape is not None and shape != self._shape:
             self._refuse(tuple(latents.shape), f"of streams {list(self._shape)}; call reset() before another size")
-        self._follow_weights()
-        state, decoded = self._state or self._beginning(shape), []
+        weights = self._steps.follow_weights()
+        known = weights == self._weights
+        if self._state and not known:
+            self._steps.say_anew()
+        state, began = (self._state, self._began) if known else ((), [])
+        decoded = []
         for latent in video.unbind(1):
-            frames, state = self._by_pytorch(latent, state)
+            frames, state = self._steps.run(latent, state)
             decoded.append(frames.to(latents.device))
         # A step that failed never comes here, so the stream stands where it was.
-        first = [0 if began else frames.shape[1] - 1 for began in self._began or [False] * len(video)]
-        self._state, self._shape, self._began = state, shape, [True] * len(video)
+        first = [0 if old else frames.shape[1] - 1 for old in began or [False] * len(video)]
+        self._state, self._weights, self._shape, self._began = state, weights, shape, [True] * len(video)
         return torch.cat(decoded, 1) if len(decoded) > 1 else decoded[0], first
 
     def _refuse(self, got: tuple[int, ...], expected: str) -> None:
         raise LatentShapeError(f"latents must be {expected}; got {list(got)}", got=got, expected=expected)
-
-    def _beginning(self, shape: tuple[int, ...]) -> State:
-        module = cast(Any, self._eager.module)
-        return zeros(module.state_specs(shape), self._eager.device)
-
-    def _by_pytorch(self, latent: Tensor, state: State) -> tuple[Tensor, State]:
-        eager = self._eager
-        z = latent.to(device=eager.device, dtype=eager.dtype or latent.dtype)
-        with torch.autocast(z.device.type, enabled=False):
-            frames, following = cast(Any, eager.module).step(z, tuple(t.to(z.dtype) for t in state))
-        return frames, following
-
-    def _follow_weights(self) -> None:
-        if self._eager.stamp.matches(self.decoder):
-            return
-        self._eager = EagerDecoder(self.decoder)
-        if self._state:
-            _LOG.warning("the decoder's weights changed: its streams begin anew, for their state was the old weights'")
-        self._state, self._began = (), []

@@ -78,6 +78,10 @@ class TensorRT(Stored):
         program = trt.load_program(data, request.device, library=bool(report.get("library", True)))
         if not report.get("cuda_graph"):
             return program
+        if request.state:
+            shapes = (request.input_shape, *request.state)
+            inputs = [torch.zeros(shape, dtype=program.input_dtype, device=program.device) for shape in shapes]
+            return trt.GraphedStep.attempt(program, inputs)[0] or program
         example = torch.zeros(request.input_shape, dtype=program.input_dtype, device=program.device)
         return trt.GraphedProgram(program, example)
 

@@ -23,9 +23,11 @@ from owl_wms.trt.plans import without_library
 from owl_wms.trt.run.cuda_graph import GraphedProgram
 from owl_wms.trt.run.load import LoadedProgram, load_program
 from owl_wms.trt.run.load import prepare as prepare_to_load
+from owl_wms.trt.run.step_graph import GraphedStep
 
 __all__ = [
     "GraphedProgram",
+    "GraphedStep",
     "LoadedProgram",
     "TensorRTStatus",
     "build_program",

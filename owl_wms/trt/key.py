@@ -55,7 +55,7 @@ def key_material(decoder: nn.Module, request: Request) -> dict[str, Any]:
         FastPathError: stage "export" when the decoder cannot be recorded or carries hooks; such a decoder has no
             program anyway.
     """
-    recording = Recording.of(decoder, request.input_shape)
+    recording = Recording.of(decoder, request.input_shape, request.state)
     machine = env.describe_machine(request.device_index)
     return {
         "schema": SCHEMA,

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from owl_wms.configs import TAEHVConfig
-from owl_wms.errors import ConfigError, LatentShapeError
+from owl_wms.errors import ConfigError, FastPathError, LatentShapeError
+from owl_wms.request import Request
 from owl_wms.runtime import StreamDecode
+from owl_wms.runtime.programs import Loaded, Progress
+from owl_wms.settings import TensorRTConfig
 from owl_wms.state import State
 from owl_wms.vae import build_decoder
 from owl_wms.vae.taehv import TAEHVDecoder
@@ -132,6 +137,129 @@ def test_threads_take_turns() -> None:
     for thread in threads:
         thread.join()
     assert sorted(done) == [1, 4, 4, 4]
+
+
+class Programs:
+    """A toolchain whose program is the step itself in float64, or what `fault` makes of it."""
+
+    name = "stand-in"
+
+    def __init__(self, fault: Callable[[int, tuple[Tensor, ...]], Any] = lambda call, answered: answered) -> None:
+        self.fault, self.calls, self.obtained = fault, 0, list[Request]()
+
+    def obtain(
+        self, decoder: nn.Module, request: Request, settings: TensorRTConfig, progress: Progress | None
+    ) -> Loaded:
+        self.obtained.append(request)
+        step = copy.deepcopy(decoder).double()
+
+        def program(z: Tensor, *state: Tensor) -> Any:
+            self.calls += 1
+            return self.fault(self.calls, step(z.double(), *(tensor.double() for tensor in state)))
+
+        return Loaded(
+            program=program,
+            built=True,
+            name="x_1",
+            not_kept="",
+            report={},
+            file_bytes=0,
+            build_seconds=0,
+            load_seconds=0,
+        )
+
+
+SETTINGS = TensorRTConfig()
+
+
+def decoded(stream: StreamDecode, latents: Tensor) -> Tensor:
+    return torch.cat([stream.step(latent) for latent in latents.unbind(1)], 1)
+
+
+def test_a_program_decodes_and_forks_share_it() -> None:
+    programs, latents = Programs(), clip(4, streams=2)
+    stream = StreamDecode(DECODER, settings=SETTINGS, toolchain=programs)
+    first = decoded(stream, latents[:, :2])
+    fork = stream.fork()
+    rest, again = decoded(stream, latents[:, 2:]), decoded(fork, latents[:, 2:])
+    assert near(torch.cat([first, rest], 1), DECODER(latents))
+    assert torch.equal(rest, again)
+    assert rest.dtype == torch.float32
+    (request,) = programs.obtained
+    assert request.input_shape == (2, 4, 3, 2)
+    assert request.state == tuple(spec.shape for spec in DECODER.state_specs((2, 4, 3, 2)))
+    stats = fork.stats()
+    assert (stats.decodes, stats.chunks_program, stats.chunks_pytorch, stats.builds) == (6, 6, 0, 1)
+    stream.reset()
+    stream.step(clip(1, streams=1))
+    assert [asked.input_shape[0] for asked in programs.obtained] == [2, 1]
+
+
+def nan_in_the_state(answered: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    broken = answered[5].clone()
+    broken[0, 0, 0, 0] = torch.nan
+    return (*answered[:5], broken, *answered[6:])
+
+
+@pytest.mark.parametrize("kind", ["raises", "nan", "other state"])
+def test_pytorch_takes_over_in_mid_stream(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """From step 3 on the program fails: that very step is PyTorch's, from a state that nobody has touched."""
+
+    def fault(call: int, answered: tuple[Tensor, ...]) -> Any:
+        if call < 3:
+            return answered
+        if kind == "raises":
+            raise RuntimeError("device lost")
+        return nan_in_the_state(answered) if kind == "nan" else 7
+
+    programs, latents = Programs(fault), clip(7)
+    stream = StreamDecode(DECODER, settings=SETTINGS, toolchain=programs, check="always")
+    with caplog.at_level(logging.WARNING, logger="owl_wms.runtime"):
+        frames = decoded(stream, latents)
+    assert near(frames, DECODER(latents))
+    stats = stream.stats()
+    assert (stats.chunks_program, stats.chunks_pytorch, stats.fallbacks) == (2, 5, 3)
+    assert programs.calls == 5, "after three failures the program is left alone"
+    assert stats.backend == "pytorch"
+    assert "put aside after 3 failed runs" in stats.reason
+    assert sum("PyTorch decodes instead" in record.message for record in caplog.records) == 1
+
+
+def test_strict_raises_and_keeps_the_state() -> None:
+    def fault(call: int, answered: tuple[Tensor, ...]) -> Any:
+        if call == 2:
+            raise RuntimeError("device lost")
+        return answered
+
+    latents = clip(3)
+    stream = StreamDecode(DECODER, settings=SETTINGS, toolchain=Programs(fault), strict=True)
+    frames = [stream.step(latents[:, 0])]
+    with pytest.raises(FastPathError, match="device lost"):
+        stream.step(latents[:, 1])
+    frames += [stream.step(latents[:, 1]), stream.step(latents[:, 2])]
+    assert near(torch.cat(frames, 1), DECODER(latents))
+
+
+def test_new_weights_drop_the_program() -> None:
+    decoder, programs, latents = make(), Programs(), clip(2)
+    stream = StreamDecode(decoder, settings=SETTINGS, toolchain=programs)
+    stream.step(latents[:, 0])
+    with torch.no_grad():
+        decoder[1].weight.mul_(1.5)
+    assert near(stream.step(latents[:, 1]), decoder(latents[:, 1:]))
+    assert len(programs.obtained) == 2
+
+
+def test_switched_off_and_without_a_gpu() -> None:
+    off = StreamDecode(DECODER, settings=TensorRTConfig(enabled=False), toolchain=Programs())
+    assert near(off.step(clip(2)), DECODER(clip(2)))
+    assert off.stats().reason == "switched off by the settings (enabled=False)"
+    plain = StreamDecode(DECODER, settings=SETTINGS)
+    plain.step(clip(1))
+    assert plain.stats().backend == "pytorch"
+    assert "no CUDA device" in plain.stats().reason
+    with pytest.raises(ConfigError, match="check must be one of"):
+        StreamDecode(DECODER, check="never")
 
 
 def test_a_decoder_without_a_state_is_refused() -> None:

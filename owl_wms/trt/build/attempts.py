@@ -23,10 +23,10 @@ class BrokenContext(BaseException):
     """The CUDA context is unusable; not an Exception, so that no attempt mistakes it for its own failure."""
 
 
-def run(program: Any, z: torch.Tensor) -> torch.Tensor:
-    """`program(z)`, waited for, so that what fails on the device fails here."""
+def run(program: Any, z: torch.Tensor, *state: torch.Tensor) -> Any:
+    """`program(z, *state)`, waited for, so that what fails on the device fails here."""
     with torch.no_grad():
-        x: torch.Tensor = program(z)
+        x = program(z, *state)
     if z.device.type == "cuda":
         torch.cuda.synchronize(z.device)
     return x

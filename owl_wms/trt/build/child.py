@@ -107,7 +107,7 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
             return  # the caller gave up
         journal.stage("decoder")
         decoder = torch.load(directory / DECODER_NAME, map_location="cpu", weights_only=False, mmap=True)
-        recording = Recording.of(decoder, request.input_shape)
+        recording = Recording.of(decoder, request.input_shape, request.state)
         if recording.digest() != job["graph"]:
             raise _another(decoder)
         worker = Worker(fp32_copy(decoder, device), recording, request, journal, missing)

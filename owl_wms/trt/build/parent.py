@@ -93,7 +93,7 @@ def build_program(
         build = Build(
             directory=directory,
             request=request,
-            graph=graph or Recording.of(decoder, request.input_shape).digest(),
+            graph=graph or Recording.of(decoder, request.input_shape, request.state).digest(),
             out_dir=out_dir,
             progress=progress,
             deadline=begin + request.timeout_seconds,

@@ -21,7 +21,7 @@ from owl_wms.trt.build import attempts
 from owl_wms.trt.build.candidate import Candidate
 from owl_wms.trt.build.journal import Journal
 from owl_wms.trt.run.load import load_program
-from owl_wms.trt.check.parity import latents
+from owl_wms.trt.check.parity import example
 from owl_wms.trt.spec import dtype_of
 
 PROGRAM_NAME = "program.pt2"
@@ -35,9 +35,9 @@ def save(
     Raises:
         FastPathError: stage "save", "load" or "parity".
     """
-    z = latents(request.input_shape, 1.0, dtype_of(best.precision), device, request.seed)
+    z, *state = example(request.input_shape, request.state, dtype_of(best.precision), device, request.seed)
     with kernels.collected(z) as files:
-        wanted = attempts.run(best.program, z)
+        wanted = attempts.run(best.program, z, *state)
     found = output.RecordedOutput.of(wanted, best.parity, seed=request.seed)
     files[output.FILE] = found.pack()
     path = out_dir / PROGRAM_NAME
@@ -45,7 +45,7 @@ def save(
     begin = time.monotonic()
     try:
         if best.exported is None:
-            compiler.save_program(best.program, path, z, files)
+            compiler.save_program(best.program, path, z, files, state)
         else:
             torch.export.save(best.exported, path, extra_files=files)
     except Exception as error:
@@ -59,7 +59,8 @@ def save(
     begin = time.monotonic()
     loaded = load_program(path.read_bytes(), device, library=library)
     load_seconds = time.monotonic() - begin
-    equal = torch.equal(attempts.run(loaded, z), wanted)
+    wanted = output.joined(wanted)
+    equal = torch.equal(output.joined(attempts.run(loaded, z, *state)), wanted)
     if not equal:
         reason = "the saved program gives other frames than the program it was saved from"
         raise FastPathError("parity", reason, "report this with the decoder's configuration")

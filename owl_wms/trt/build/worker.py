@@ -28,12 +28,14 @@ from owl_wms.trt.build.isolate import smallest_kept
 from owl_wms.trt.build.journal import Journal
 from owl_wms.trt.build.probe import Prober, like_units
 from owl_wms.trt.build.save import save
-from owl_wms.trt.check.parity import PSNR_GATE_DB, Reference, latents
+from owl_wms.trt.check.chain import STEPS, Chain
+from owl_wms.trt.check.parity import PSNR_GATE_DB, Reference, example
 from owl_wms.trt.graph.export import export_decoder
 from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.library import compiler, importer
 from owl_wms.trt.run import kernels
 from owl_wms.trt.run.cuda_graph import GraphedProgram
+from owl_wms.trt.run.step_graph import GraphedStep
 from owl_wms.trt.spec import compile_settings, dtype_of
 
 # A graph costs memory and a copy of the output; it is recommended where it saves at least this share of the time.
@@ -131,9 +133,9 @@ class Worker:
         dtype = dtype_of(precision)
         eager = plans.cast_copy(self.folded, precision).eval()
         reference = Reference.measure(
-            self.folded,
-            eager,
-            self.request.input_shape,
+            self.chained(self.folded),
+            self.chained(eager),
+            self.checked_shape(),
             dtype,
             self.device,
             self.request.seed,
@@ -162,7 +164,7 @@ class Worker:
             else:
                 self.usable = True
             found.append(candidate)
-        z = reference.inputs[min(1, len(reference.inputs) - 1)]
+        z = reference.inputs[min(1, len(reference.inputs) - 1)][: self.request.input_shape[0]]
         del reference
         self.journal.stage("timing", precision=precision)
         return found, self.time(found, eager, z, precision)
@@ -173,7 +175,7 @@ class Worker:
         """
         self.journal.stage("parity", plan=candidate.plan, precision=candidate.precision)
         try:
-            candidate.parity = reference.check(candidate.program)
+            candidate.parity = reference.check(self.chained(candidate.program))
             failure = candidate.parity["reason"]
         except Exception as error:  # out of memory on these latents, say; the next plan may need less
             failure = attempts.reason_of(error)
@@ -187,10 +189,11 @@ class Worker:
         comparison loses eager (None). Raises BrokenContext when the process has to end.
         """
         timed = [c for c in found if c.program is not None]
-        runs: dict[str, Any] = {"eager": eager}
+        runs: dict[str, Any] = {"eager": self.with_state(eager, precision)}
         keys = {"eager": f"eager|{precision}"}
         for candidate in timed:
-            runs[candidate.plan], keys[candidate.plan] = candidate.program, _plan_key(candidate)
+            runs[candidate.plan] = self.with_state(candidate.program, precision)
+            keys[candidate.plan] = _plan_key(candidate)
             graphed = self.captured(candidate, z)
             if graphed is not None:
                 runs[f"{candidate.plan} graphed"], keys[f"{candidate.plan} graphed"] = graphed, _graph_key(candidate)
@@ -220,17 +223,44 @@ class Worker:
                 candidate.program = None
         return times.get("eager")
 
-    def captured(self, candidate: Candidate, z: torch.Tensor) -> GraphedProgram | None:
+    def captured(self, candidate: Candidate, z: torch.Tensor) -> Callable[[torch.Tensor], Any] | None:
         """The candidate's program as a CUDA graph; None where it cannot be one, and `graph_reason` says why."""
         candidate.graph_reason = self.journal.attempt(_graph_key(candidate)) or ""
         if candidate.graph_reason:
             return None
-        graphed = GraphedProgram(candidate.program, z)
-        candidate.graph_reason = graphed.reason
-        if not graphed.graphed:
+        graphed: GraphedProgram | GraphedStep | None
+        if self.request.state:
+            graphed, candidate.graph_reason = GraphedStep.attempt(candidate.program, self.example(candidate.precision))
+        else:
+            graphed = GraphedProgram(candidate.program, z)
+            candidate.graph_reason = graphed.reason
+        if candidate.graph_reason:
             attempts.check_context(self.device)
-        self.journal.outcome(_graph_key(candidate), graphed.reason)
-        return graphed if graphed.graphed else None
+        self.journal.outcome(_graph_key(candidate), candidate.graph_reason)
+        return None if candidate.graph_reason or graphed is None else self.with_state(graphed, candidate.precision)
+
+    # ---- streaming decoders: a step takes a state after the latents and returns the next one after the frames
+
+    def example(self, precision: str) -> tuple[torch.Tensor, ...]:
+        """Seeded latents of one call, followed by a state where there is one."""
+        request = self.request
+        return example(request.input_shape, request.state, dtype_of(precision), self.device, request.seed)
+
+    def chained(self, decode: Any) -> Any:
+        """What the parity check runs: the decoder, or `chain.STEPS` steps of it."""
+        return Chain(decode, self.request.state) if self.request.state else decode
+
+    def checked_shape(self) -> tuple[int, ...]:
+        """Shape of the latents that the parity check decodes."""
+        streams, *latent = self.request.input_shape
+        return (streams * STEPS, *latent) if self.request.state else self.request.input_shape
+
+    def with_state(self, decode: Callable[..., Any], precision: str) -> Callable[[torch.Tensor], Any]:
+        """`decode` as a function of latents alone, always from the same state."""
+        if not self.request.state:
+            return decode
+        state = self.example(precision)[1:]
+        return lambda z: decode(z, *state)
 
     def candidate(self, plan: plans.Plan, precision: str) -> Candidate:
         """Lower, build and first-run one plan, isolating what fails. Never raises for a failing plan; its `reason` says
@@ -242,8 +272,8 @@ class Worker:
         try:
             self.journal.stage("lower", plan=plan.name, precision=precision)
             module, candidate.rewrites = plan.lower(self.folded, self.request, precision, self.recording)
-            z = latents(self.request.input_shape, 1.0, dtype_of(precision), self.device, self.request.seed)
-            exported = export_decoder(module, z)
+            z, *state = self.example(precision)
+            exported = export_decoder(module, z, *state)
             ours = kernels.calls_ours(exported)
         except Exception as error:
             candidate.reason = attempts.reason_of(error)
@@ -264,13 +294,13 @@ class Worker:
                     importlib.import_module("owl_wms.ops.common.ahead").compile_ahead(module, z)
                 if plan.library:
                     program, partition = compiler.compile_exported(
-                        exported, z, settings, kept=sorted(kept), progress=self._progress(plan.name)
+                        exported, z, settings, state=state, kept=sorted(kept), progress=self._progress(plan.name)
                     )
                 else:
                     candidate.exported = exported
                     program, partition = exported.module(), compiler.left_in_pytorch(exported.graph)
                 self.journal.stage("first run", plan=plan.name, precision=precision)
-                attempts.run(program, z)
+                attempts.run(program, z, *state)
                 built[kept] = (program, partition)
                 reason = ""
             except Exception as error:

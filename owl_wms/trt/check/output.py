@@ -52,8 +52,9 @@ class RecordedOutput:
     seed: int
 
     @classmethod
-    def of(cls, output: Tensor, parity: dict[str, Any], *, seed: int) -> RecordedOutput:
+    def of(cls, output: Tensor | tuple[Tensor, ...], parity: dict[str, Any], *, seed: int) -> RecordedOutput:
         """What `output` is in short; `parity` is what `Reference.check` said of the program, whose limits hold here."""
+        output = joined(output)
         row: dict[str, Any] = next((row for row in parity.get("scales", ()) if row["scale"] == 1), {})
         relative, absolute = row.get("relative_limit"), row.get("absolute_limit")
         return cls(
@@ -79,7 +80,7 @@ class RecordedOutput:
         sample = torch.frombuffer(bytearray(base64.b64decode(told["sample"])), dtype=torch.float32)
         return cls(**{**told, "shape": tuple(told["shape"]), "sample": sample})
 
-    def compare(self, output: Tensor) -> str:
+    def compare(self, output: Tensor | tuple[Tensor, ...]) -> str:
         """Hold the output of the loaded program against it.
 
         Returns:
@@ -88,6 +89,7 @@ class RecordedOutput:
         Raises:
             FastPathError: stage "parity", when it strays further than another right answer may.
         """
+        output = joined(output)
         if tuple(output.shape) != self.shape:
             raise _otherwise(f"its frames are {list(output.shape)}, not {list(self.shape)}")
         if output_digest(output) == self.sha256:
@@ -109,6 +111,11 @@ def _otherwise(problem: str) -> FastPathError:
         f"the program does not repeat the answer of its build: {problem}",
         "the file is as it was written, so look at this GPU, its driver and libraries; PyTorch decodes meanwhile",
     )
+
+
+def joined(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Returns the one output, or frames and state of a step end to end."""
+    return output if isinstance(output, Tensor) else torch.cat([tensor.reshape(-1) for tensor in output])
 
 
 def sample_of(output: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ FP32_ERROR = 5e-5
 MOST_EPS = 8.0
 PSNR_GATE_DB = {"fp8": 40.0, "int8": 40.0}
 
-Decode = Callable[[Tensor], Tensor]
+Decode = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+"""Latents to frames, or to several tensors that are each compared (`check.chain`)."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -88,6 +89,17 @@ def latents(
     return (drawn * scale).to(dtype).to(device)
 
 
+def example(
+    shape: tuple[int, ...],
+    state: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
+    """Seeded normal latents and, for a step, a state of such values; each tensor has a seed of its own."""
+    return tuple(latents(size, 1.0, dtype, device, seed + i) for i, size in enumerate((shape, *state)))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Errors:
     """Distance from the fp32 output: relative L2, largest absolute difference where |fp32| <= 1, all finite, and PSNR
@@ -115,12 +127,23 @@ def errors(output: Tensor, reference: Tensor) -> Errors:
     return Errors(relative=relative, absolute=absolute, finite=finite, psnr_db=psnr)
 
 
+def _outputs(decode: Decode, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Every tensor that `decode` returns for every input, in order; one input's at a time are in memory."""
+    for z in inputs:
+        output = decode(z)
+        yield from (output,) if isinstance(output, Tensor) else output
+
+
+def _compared(decode: Decode, inputs: list[Tensor], wanted: list[Tensor]) -> list[Errors]:
+    return [errors(output, r) for output, r in zip(_outputs(decode, inputs), wanted, strict=True)]
+
+
 def _second_run(eager: Decode, inputs: list[Tensor], wanted: list[Tensor]) -> list[Errors]:
     """Eager's errors in the arithmetic of now; empty where it cannot run in that, which costs the check of eager alone:
     not every operator without cuDNN need know every dtype.
     """
     try:
-        return [errors(eager(z), r) for z, r in zip(inputs, wanted, strict=True)]
+        return _compared(eager, inputs, wanted)
     except Exception as error:
         _LOG.info("eager's error is measured once: %s: %s", type(error).__name__, error)
         return []
@@ -140,7 +163,7 @@ class Reference:
 
     Attributes:
         inputs: one latent batch a scale, in the precision's dtype.
-        wanted: the fp32 decoder's outputs (float32, same device).
+        wanted: the fp32 decoder's outputs (float32, same device), as many for each input as a decode returns.
         eager: eager's errors against them, as far as they are believed.
         scales: of the latents, in the order of the lists.
         psnr_gate_db: for the 8-bit rule; None for the other one.
@@ -169,10 +192,10 @@ class Reference:
         """Run both decoders on seeded latents of every scale, eager twice unless `dtype` is float32."""
         inputs = [latents(shape, scale, dtype, device, seed + i) for i, scale in enumerate(scales)]
         with reference_arithmetic():
-            wanted = [fp32(z.float()) for z in inputs]
+            wanted = list(_outputs(fp32, (z.float() for z in inputs)))
             # Not in fp32, where this is the reference itself and its zero would hide what eager's TF32 costs.
             again = [] if dtype == torch.float32 else _second_run(eager, inputs, wanted)
-        usual = [errors(eager(z), r) for z, r in zip(inputs, wanted, strict=True)]
+        usual = _compared(eager, inputs, wanted)
         return cls(
             inputs=inputs,
             wanted=wanted,
@@ -194,9 +217,10 @@ class Reference:
             `passed`, `reason` (empty when passed), `relative_error` and `absolute_error` (worst scale), and `scales`,
             one dict each. JSON-ready: a number that is not finite is None, and so is the worst of several with one.
         """
-        rows = []
-        for scale, z, r, eager in zip(self.scales, self.inputs, self.wanted, self.eager, strict=True):
-            rows.append(self._row(scale, errors(program(z), r), eager))
+        each = len(self.wanted) // len(self.inputs)
+        scales = [scale for scale in self.scales for _ in range(each)]
+        compared = _compared(program, self.inputs, self.wanted)
+        rows = [self._row(*row) for row in zip(scales, compared, self.eager, strict=True)]
         bad = [row["reason"] for row in rows if row["reason"]]
         return {
             "passed": not bad,

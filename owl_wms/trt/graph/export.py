@@ -14,8 +14,12 @@ from torch.export import ExportedProgram
 from owl_wms.errors import FastPathError
 
 
-def export_decoder(module: nn.Module, z_BCHW: Tensor) -> ExportedProgram:
-    """`torch.export` at the static shape of `z_BCHW`, in eval mode and without gradients.
+def export_decoder(module: nn.Module, *inputs: Tensor) -> ExportedProgram:
+    """Exports the forward at the static shapes of `inputs`, in eval mode and without gradients.
+
+    Args:
+        module: a decoder or a part of one.
+        inputs: latents, followed by the state where the decoder streams.
 
     Non-strict tracing: it follows Python as eager does, so a decoder needs no changes for Dynamo's sake.
 
@@ -24,7 +28,7 @@ def export_decoder(module: nn.Module, z_BCHW: Tensor) -> ExportedProgram:
     """
     try:
         with torch.no_grad():
-            return torch.export.export(module.eval(), (z_BCHW,), strict=False)
+            return torch.export.export(module.eval(), inputs, strict=False)
     except Exception as error:  # export raises its own dozen types, and whatever the decoder's forward raises
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         raise FastPathError(

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from owl_wms.trt.graph.record import record
-from owl_wms.trt.graph.recording import Recording
+from owl_wms.trt.graph.recording import Recording, meta_inputs
 from owl_wms.trt.graph.shapes import meta_copy
 from owl_wms.vae.fold import folded
 
@@ -36,12 +36,14 @@ def is_ordinary(decoder: nn.Module, recording: Recording, standard: Callable[[nn
     """
     with torch.device("meta"):
         fresh = standard(decoder)
-    z = torch.empty(recording.input_shape, dtype=recording.dtype, device="meta")
+    inputs = meta_inputs(recording.input_shape, recording.state, recording.dtype)
     with torch.inference_mode(False), torch.no_grad():
         try:
-            wanted = f"recorded\n{record(_plain(fresh, z.dtype), z)}"
+            wanted = f"recorded\n{record(_plain(fresh, recording.dtype), *inputs)}"
             # Another memory order, or parts in another dtype, make another text of the same operators.
-            return recording.text == wanted or f"recorded\n{record(_plain(decoder, z.dtype), z)}" == wanted
+            return (
+                recording.text == wanted or f"recorded\n{record(_plain(decoder, recording.dtype), *inputs)}" == wanted
+            )
         except Exception as error:  # whatever a forward of somebody's own raises on the meta device
             _LOG.info("%s cannot be compared with a new one: %s", type(decoder).__name__, error)
             return False

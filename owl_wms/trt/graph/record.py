@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,14 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 
 
 @torch.no_grad()
-def record(module: nn.Module, z: Tensor) -> str:
-    """What `module(z)` does, as text; equal for equal decoders, whatever the process, hash seed or dict order.
+def record(module: nn.Module, z: Tensor, *state: Tensor, inspect: Callable[[Any], None] | None = None) -> str:
+    """What `module(z, *state)` does, as text; equal for equal decoders, whatever the process, hash seed or dict order.
 
     Args:
         module: all its tensors on the meta device; eval mode.
         z: latents on the meta device.
+        state: of a streaming decoder, on the meta device; named `s.0`, `s.1` and so on.
+        inspect: called with what the module returned.
 
     Raises:
         Exception: whatever the forward raises, and what an operator raises that has no meta form.
@@ -44,6 +47,7 @@ def record(module: nn.Module, z: Tensor) -> str:
     for name, tensor in named_tensors(module):
         book.value(tensor, f"self.{name}")
     book.value(z, "z")
+    book.results(state, "s")
     with (
         torch.random.fork_rng(devices=[]),  # what a forward draws on the CPU is drawn for real
         torch.autocast("cuda", enabled=False),  # a surrounding autocast is the caller's context, not the decoder's
@@ -51,7 +55,9 @@ def record(module: nn.Module, z: Tensor) -> str:
         _Calls(book),
         _Operators(book),
     ):
-        returned = module(z)
+        returned = module(z, *state)
+    if inspect is not None:
+        inspect(returned)
     book.line(f"return {book.text(returned)}")
     return "\n".join(book.lines)
 

@@ -12,10 +12,12 @@ Usage:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +40,7 @@ class Recording:
             graph, where the forward cannot be followed on the meta device. The first word keeps the two apart.
         shapes: input shape of every submodule that is called with one tensor, by dotted name; None when exported.
         input_shape: `(B, c, h, w)` of the latents.
+        state: shapes of a streaming decoder's state.
         dtype: of the decoder's parameters.
     """
 
@@ -45,36 +48,60 @@ class Recording:
     shapes: Mapping[str, tuple[int, ...]] | None
     input_shape: tuple[int, ...]
     dtype: torch.dtype
+    state: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
-    def of(cls, decoder: nn.Module, input_shape: tuple[int, ...]) -> Recording:
+    def of(cls, decoder: nn.Module, input_shape: tuple[int, ...], state: tuple[tuple[int, ...], ...] = ()) -> Recording:
         """Run `decoder` once on the meta device: no weight is read, tens of milliseconds.
 
         Args:
             decoder: any device and float dtype, weight norm live or folded, eval or train mode; not changed.
             input_shape: static `(B, c, h, w)`.
+            state: shapes of the state that the forward takes after the latents and returns after the frames.
 
         Raises:
-            FastPathError: stage "export"; a module has a hook or a forward that is not its class's, or neither way can
-                follow the forward.
+            FastPathError: stage "export"; a module has a hook or a forward that is not its class's, neither way can
+                follow the forward, or the state that it returns is not like the one that it takes.
         """
         require_unaltered(decoder)
         dtype = module_dtype(decoder)
         with torch.inference_mode(False), torch.no_grad():  # in a caller's inference mode other operators are recorded
             twin = folded(meta_copy(decoder)).eval().requires_grad_(False)
-            z = torch.empty(input_shape, dtype=dtype, device="meta")
+            inputs = meta_inputs(input_shape, state, dtype)
             shapes: Mapping[str, tuple[int, ...]] | None
             try:
                 with noted_shapes(twin) as shapes:
-                    text = f"recorded\n{record(twin, z)}"
+                    text = f"recorded\n{record(twin, *inputs, inspect=functools.partial(_require_alike, inputs[1:]))}"
+            except FastPathError:
+                raise
             except Exception as error:  # an operator without a meta form, or whatever the forward itself raises
                 _LOG.info("the forward of %s cannot be recorded, so it is exported: %s", type(decoder).__name__, error)
-                text, shapes = f"exported\n{graph_text(export_decoder(twin, z))}", None
-        return cls(text=text, shapes=shapes, input_shape=tuple(input_shape), dtype=dtype)
+                text, shapes = f"exported\n{graph_text(export_decoder(twin, *inputs))}", None
+        return cls(text=text, shapes=shapes, input_shape=tuple(input_shape), dtype=dtype, state=state)
 
     def digest(self) -> str:
         """SHA-256 of the text, 64 hex digits: the field `graph` of the key material."""
         return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def meta_inputs(
+    input_shape: tuple[int, ...], state: tuple[tuple[int, ...], ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """Returns latents and state without values."""
+    return tuple(torch.empty(shape, dtype=dtype, device="meta") for shape in (input_shape, *state))
+
+
+def _require_alike(state: tuple[torch.Tensor, ...], answered: Any) -> None:
+    if not state:
+        return
+    following = answered[1:] if isinstance(answered, (tuple, list)) else ()
+    took, gave = ([(list(t.shape), str(t.dtype)) for t in tensors] for tensors in (state, following))
+    if took != gave:
+        raise FastPathError(
+            "export",
+            f"the step takes a state of {took} and returns one of {gave}",
+            "make the step return a state like the one that it takes",
+        )
 
 
 def require_unaltered(decoder: nn.Module) -> None:

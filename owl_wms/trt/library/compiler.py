@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ def compile_exported(
     z: Tensor,
     settings: dict[str, Any],
     *,
+    state: Sequence[Tensor] = (),
     kept: Collection[str] = (),
     progress: Progress | None = None,
 ) -> tuple[torch.fx.GraphModule, Partition]:
@@ -103,6 +104,7 @@ def compile_exported(
     Args:
         settings: keyword arguments of `torch_tensorrt.compile`, from `spec.compile_settings` (plus `dryrun` in
             tests).
+        state: what a step takes after its latents `z`; inputs like these.
         kept: module paths (as `module_path` gives them) whose own nodes stay in PyTorch.
         progress: called with TensorRT's own build phases, where this TensorRT reports them.
 
@@ -122,7 +124,7 @@ def compile_exported(
         program = torch_tensorrt.compile(
             exported,
             ir="dynamo",
-            inputs=[z],
+            inputs=[z, *state],
             # The default file is shared by all users of the machine and written without a lock.
             timing_cache_path=str(Path(private) / "timing.bin"),
             **settings,
@@ -130,14 +132,16 @@ def compile_exported(
     return program, counted.partition(program)
 
 
-def save_program(program: torch.fx.GraphModule, path: Path, z: Tensor, extra: dict[str, str]) -> None:
-    """Write `program` as an exported program to `path` (a name ending in `.pt2`), retraced at the shape of `z`, with
-    `extra` texts by name beside it in the same file.
+def save_program(
+    program: torch.fx.GraphModule, path: Path, z: Tensor, extra: dict[str, str], state: Sequence[Tensor] = ()
+) -> None:
+    """Write `program` as an exported program to `path` (a name ending in `.pt2`), retraced at the shapes of `z` and
+    `state`, with `extra` texts by name beside it in the same file.
     """
     torch_tensorrt = importer.require()
     form: dict[str, Any] = {"output_format": "exported_program", "retrace": True}
     with torch.no_grad():
-        torch_tensorrt.save(program, str(path), extra_files=extra, arg_inputs=[z], **form)
+        torch_tensorrt.save(program, str(path), extra_files=extra, arg_inputs=[z, *state], **form)
 
 
 class _Counter:

@@ -19,13 +19,14 @@ import io
 import logging
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from owl_wms.errors import FastPathError
 from owl_wms.trt.check import output
-from owl_wms.trt.check.parity import latents
+from owl_wms.trt.check.parity import example
 from owl_wms.trt.library import engines
 from owl_wms.trt.run import kernels
 
@@ -35,30 +36,42 @@ _LOG = logging.getLogger(__name__)
 class LoadedProgram:
     """A loaded program: `[B, c, h, w] -> [B, C, H, W]`, one static shape, no gradients.
 
+    The program of a streaming decoder takes a state after the latents and returns the next one after the frames.
+
     Attributes:
         input_shape, input_dtype: of the latents it takes; another dtype is cast, another shape refused.
+        state: shapes of the state that it takes, none for other decoders.
         device: where it runs.
     """
 
     def __init__(
-        self, module: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        module: Callable[..., Any],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        state: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self._module = module
         self.input_shape = shape
         self.input_dtype = dtype
         self.device = device
+        self.state = state
 
-    def __call__(self, z: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, *state: Tensor) -> Any:
         if tuple(z.shape) != self.input_shape:
             raise FastPathError(
                 "run", f"this program takes latents {list(self.input_shape)}; got {list(z.shape)}", "pad to that shape"
             )
+        if tuple(tuple(tensor.shape) for tensor in state) != self.state:
+            raise FastPathError("run", f"this program takes a state of {len(self.state)} tensors", "begin a new stream")
         z = z.to(device=self.device, dtype=self.input_dtype).contiguous()
+        state = tuple(tensor.to(device=self.device, dtype=self.input_dtype) for tensor in state)
         # Engines run on the current device and stream, whichever device their weights are on; and a caller's autocast
         # would cast what the program was built without.
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), on_device:
-            return self._module(z)
+            return self._module(z, *state)
 
 
 def load_program(data: bytes, device: torch.device | str, *, library: bool = True) -> LoadedProgram:
@@ -97,9 +110,10 @@ def _load(data: bytes, device: torch.device) -> LoadedProgram:
     exported = torch.export.load(io.BytesIO(data), extra_files=extra)
     kernels.adopt(extra)
     inputs = exported.graph_signature.user_inputs
-    example = next(
+    first, *state = (
         node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs
     )
+    shapes = tuple(tuple(tensor.shape) for tensor in state)
     elsewhere = {
         t.device for t in [*exported.state_dict.values(), *exported.constants.values()] if isinstance(t, Tensor)
     }
@@ -107,7 +121,7 @@ def _load(data: bytes, device: torch.device) -> LoadedProgram:
         from torch.export.passes import move_to_device_pass
 
         exported = move_to_device_pass(exported, str(device))
-    program = LoadedProgram(exported.module(), tuple(example.shape), example.dtype, device)
+    program = LoadedProgram(exported.module(), tuple(first.shape), first.dtype, device, shapes)
     if extra[output.FILE]:
         confirm(program, output.RecordedOutput.unpack(extra[output.FILE]))
     return program
@@ -115,8 +129,8 @@ def _load(data: bytes, device: torch.device) -> LoadedProgram:
 
 def confirm(program: LoadedProgram, built: output.RecordedOutput) -> None:
     """Decode the latents of the build once more. Raises FastPathError, stage "parity", for another answer."""
-    z = latents(program.input_shape, 1.0, program.input_dtype, program.device, built.seed)
-    strays = built.compare(program(z))
+    inputs = example(program.input_shape, program.state, program.input_dtype, program.device, built.seed)
+    strays = built.compare(program(*inputs))
     if strays:
         _LOG.info("a loaded program answers within what its build allows, but not with its bits: %s", strays)
 

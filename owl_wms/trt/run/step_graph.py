@@ -5,22 +5,22 @@ buffers of the graph: it is copied in before and out after a replay, so what the
 that fails can therefore be repeated by PyTorch, and one graph serves any number of streams and their forks.
 
 Usage:
-    fast = GraphedStep(step, latent, state)         # captures; RuntimeError where that is not possible
-    frames, state = fast(latent, state)             # fresh tensors, safe to keep
+    fast = GraphedStep(step, latent, *state)        # captures; RuntimeError where that is not possible
+    frames, *state = fast(latent, *state)           # fresh tensors, safe to keep
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from owl_wms.ops.common.streams import own_stream
-from owl_wms.state import State
 
-Step = Callable[[Tensor, State], tuple[Tensor, State]]
+Step = Callable[..., Sequence[Tensor]]
+"""`(latent, *state) -> (frames, *state)`."""
 WARMUP_CALLS = 3
 
 
@@ -38,15 +38,15 @@ class GraphedStep:
 
     @torch.inference_mode(False)  # buffers made in a caller's inference mode could not be written outside of it
     @torch.no_grad()
-    def __init__(self, step: Step, latent: Tensor, state: State) -> None:
+    def __init__(self, step: Step, latent: Tensor, *state: Tensor) -> None:
         self._lock = threading.Lock()
         with torch.cuda.device(latent.device):
-            self._latent, self._state = latent.detach().clone(), state
+            self._latent, self._state = latent.detach().clone(), tuple(state)
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARMUP_CALLS):
-                    _, following = step(self._latent, self._state)
+                    _, *following = step(self._latent, *self._state)
                     # In the memory order that the step itself gives a state, so that none is reordered at every step.
                     pairs = zip(following, state, strict=True)
                     self._state = tuple(torch.empty_like(tensor).copy_(old) for tensor, old in pairs)
@@ -56,26 +56,34 @@ class GraphedStep:
                 torch.cuda.stream(own),
                 torch.cuda.graph(self._graph, stream=own, capture_error_mode="thread_local"),
             ):
-                self._frames, self._following = step(self._latent, self._state)
+                self._frames, *self._following = step(self._latent, *self._state)
             torch.cuda.current_stream().wait_stream(own)
             # Other values than those captured: a graph that does nothing must not pass.
-            changed = self._latent + 0.5, tuple(tensor * 0.5 for tensor in self._state)
-            frames, following = self(*changed)
-            wanted, expected = step(*changed)
-            repeats = (torch.equal(a, b) for a, b in zip((frames, *following), (wanted, *expected), strict=True))
+            changed = self._latent + 0.5, *(tensor * 0.5 for tensor in self._state)
+            repeats = (torch.equal(a, b) for a, b in zip(self(*changed), step(*changed), strict=True))
             if not all(repeats):
                 raise RuntimeError("the captured graph does not repeat the step")
 
-    @torch.no_grad()
-    def __call__(self, latent: Tensor, state: State) -> tuple[Tensor, State]:
-        """Returns frames and the next state, both new tensors."""
-        with self._lock, torch.cuda.device(self._latent.device):
-            self.replay(latent, state)
-            following = tuple(torch.empty_like(tensor) for tensor in self._following)
-            torch._foreach_copy_(following, self._following)
-            return self._frames.clone(), following
+    @classmethod
+    def attempt(cls, step: Step, inputs: Sequence[Tensor]) -> tuple[GraphedStep | None, str]:
+        """Returns the graph of a step for inputs like these, or None and the reason; never raises."""
+        if inputs[0].device.type != "cuda":
+            return None, f"CUDA graphs need CUDA latents; got {inputs[0].device}"
+        try:
+            return cls(step, *inputs), ""
+        except Exception as error:  # capture refuses in many ways; the plain program answers all the same
+            return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
-    def replay(self, latent: Tensor, state: State) -> tuple[Tensor, State]:
+    @torch.no_grad()
+    def __call__(self, latent: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """Returns frames and the next state, all of them new tensors."""
+        with self._lock, torch.cuda.device(self._latent.device):
+            frames, *following = self.replay(latent, *state)
+            copies = [torch.empty_like(tensor) for tensor in following]
+            torch._foreach_copy_(copies, following)
+            return frames.clone(), *copies
+
+    def replay(self, latent: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """Does the same and returns the graph's own buffers, which the next call overwrites: for one single stream.
 
         A state that this method returned itself is moved within the graph's memory.
@@ -83,4 +91,4 @@ class GraphedStep:
         self._latent.copy_(latent)
         torch._foreach_copy_(self._state, state)
         self._graph.replay()
-        return self._frames, self._following
+        return self._frames, *self._following

@@ -1,0 +1,233 @@
+"""Steps of a streaming decoder by a compiled program where that works, and by PyTorch where it does not.
+
+Why apart from `StreamDecode`: a stream and its forks differ in their states and share everything else.
+
+Usage:
+    steps = Steps(decoder, settings=TensorRTConfig.resolve())
+    frames, state = steps.run(latent, state)        # () is the beginning of a video
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError
+from owl_wms.request import Request
+from owl_wms.runtime import recording
+from owl_wms.runtime.decode import CHECKS
+from owl_wms.runtime.eager import EagerDecoder, is_out_of_memory, release_memory, unwrap
+from owl_wms.runtime.programs import Progress, Toolchain
+from owl_wms.runtime.slot import Slot, all_finite
+from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
+from owl_wms.runtime.toolchain import TensorRT
+from owl_wms.settings import TensorRTConfig
+from owl_wms.state import State, zeros
+from owl_wms.vae.stepping import Stepping
+
+_LOG = logging.getLogger("owl_wms.runtime")
+_ABANDONED: list[Any] = []  # programs in a forked child, where their destructors would end the process
+
+
+def streams(decoder: nn.Module) -> bool:
+    """Returns whether `decoder` has a state: whether it is one for StreamDecode."""
+    return hasattr(unwrap(decoder), "state_specs")
+
+
+class Steps:
+    """Runs steps; arguments and errors are those of `StreamDecode`.
+
+    Attributes:
+        channels: of the latents, None when the decoder does not say.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        *,
+        settings: TensorRTConfig,
+        strict: bool | None = None,
+        check: str = "auto",
+        toolchain: Toolchain | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if not streams(decoder):
+            raise ConfigError(
+                f"StreamDecode wants a decoder with a state, and {type(unwrap(decoder)).__name__} has none; decode it "
+                "with owl_wms.runtime.VideoDecode"
+            )
+        if check not in CHECKS:
+            raise ConfigError(f"check must be one of {', '.join(CHECKS)}; got {check!r}", key="check")
+        self.decoder = decoder
+        self.settings = settings
+        self.strict = not settings.fallback_on_error if strict is None else strict
+        self.check = check
+        self.toolchain: Toolchain = TensorRT() if toolchain is None else toolchain
+        self._progress = progress
+        self._ledger = Ledger()
+        self._guard = threading.Lock()
+        self._process = os.getpid()
+        self._weights = 1
+        self._take_weights()
+        self.channels = self._eager.channels
+
+    def follow_weights(self) -> int:
+        """Returns a number that is another one whenever the weights have changed; programs of old ones are dropped."""
+        if os.getpid() != self._process:
+            self._after_fork()
+        with self._guard:
+            if not self._eager.stamp.matches(self.decoder):
+                self._weights += 1
+                self._take_weights()
+            return self._weights
+
+    def say_anew(self) -> None:
+        """Logs that a stream begins anew because of new weights."""
+        _LOG.warning("the decoder's weights changed: its streams begin anew, for their state was the old weights'")
+
+    def run(self, latent: Tensor, state: State) -> tuple[Tensor, State]:
+        """Decodes one latent `[b, c, h, w]` of each stream: frames in the decoder's dtype on its device, next state."""
+        eager = self._eager
+        latent = latent.to(device=eager.device, dtype=latent.dtype if latent.is_floating_point() else torch.float32)
+        specs = cast(Any, eager.module).state_specs(tuple(latent.shape))
+        state = state or zeros(specs, latent.device)
+        slot = self._slot(tuple(latent.shape), latent.device, tuple(spec.shape for spec in specs))
+        done = self._by_program(eager, slot, latent, state) if self._ready(slot) else None
+        frames, state = done or self._by_pytorch(eager, latent, state)
+        self._ledger.add("decodes")
+        self._ledger.add("frames", frames.shape[0] * frames.shape[1])
+        return frames.to(eager.dtype or frames.dtype), state
+
+    def stats(self) -> DecodeStats:
+        """What happened so far."""
+        return summarise(
+            self._ledger,
+            list(self._slots.values()),
+            toolchain=self.toolchain.name,
+            enabled=self.settings.enabled,
+            latency_ms=None,
+        )
+
+    # ---- the two ways
+
+    def _by_pytorch(self, eager: EagerDecoder, latent: Tensor, state: State) -> tuple[Tensor, State]:
+        z = latent.to(eager.dtype or latent.dtype)
+        try:
+            with torch.autocast(z.device.type, enabled=False):
+                frames, following = cast(Any, eager.module).step(z, tuple(tensor.to(z.dtype) for tensor in state))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            text = f"a step of {len(z)} streams of latents {list(z.shape[1:])} needs more memory than is free"
+            raise DecodeMemoryError(
+                f"{text}: {str(error).splitlines()[0]}. Free memory on the device or decode fewer streams at once",
+                frames=len(z),
+                latent_shape=tuple(z.shape[1:]),
+            ) from None
+        self._ledger.add("chunks_pytorch")
+        return frames, following
+
+    def _by_program(self, eager: EagerDecoder, slot: Slot, latent: Tensor, state: State) -> tuple[Tensor, State] | None:
+        """The program's answer, or None where PyTorch has to give one; `state` is as it was then."""
+        try:
+            frames, following = slot.step(latent, state)
+            finite = True
+            if slot.wants_check(self.check):
+                finite = bool(torch.stack([all_finite(tensor) for tensor in (frames, *following)]).all())
+        except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this step
+            memory = is_out_of_memory(error)
+            text = " ".join(str(error).split())[:300]
+            remedy = "free GPU memory" if memory else "build the program anew, or choose another TENSORRT_PRECISION"
+            failure = FastPathError("run", f"{type(error).__name__}: {text}", remedy)
+            failure.__cause__ = None if memory else error
+        else:
+            if finite:
+                self._ledger.add("chunks_program")
+                return frames, following
+            answered = self._by_pytorch(eager, latent, state)
+            places = sum(
+                int((truth.isfinite() & ~got.isfinite()).sum())
+                for truth, got in zip((answered[0], *answered[1]), (frames, *following), strict=True)
+            )
+            if not places:
+                return answered
+            reason = f"the program gave {places} non-finite values where PyTorch gives finite ones"
+            failure = FastPathError("run", reason, "set TENSORRT_PRECISION=bf16")
+            self._failed(slot, failure, "non-finite")
+            return answered
+        if memory:
+            release_memory(latent.device)
+        self._failed(slot, failure, "out of memory" if memory else "run")
+        return None
+
+    def _failed(self, slot: Slot, failure: FastPathError, kind: str) -> None:
+        self._ledger.add("fallbacks")
+        slot.strike(failure)
+        self._ledger.failure(failure, kind)
+        if self.strict:
+            raise failure
+
+    # ---- programs
+
+    def _slot(self, shape: tuple[int, ...], device: torch.device, state: tuple[tuple[int, ...], ...]) -> Slot:
+        with self._guard:
+            slot = self._slots.get((shape, device))
+            if slot is None:
+                slot = self._slots[shape, device] = Slot(Request.of(self.settings, shape, str(device), state))
+                if not self.settings.enabled:
+                    slot.put_off(SWITCHED_OFF)
+        return slot
+
+    def _ready(self, slot: Slot) -> bool:
+        if recording.underway():  # what a caller records in a CUDA graph of its own is PyTorch's step
+            return False
+        if slot.state == "new":
+            with slot.lock:
+                if slot.state == "new":
+                    self._obtain(slot)
+        if slot.failure is not None and self.strict:
+            raise slot.failure.again()
+        return slot.state == "ready"
+
+    def _obtain(self, slot: Slot) -> None:
+        try:
+            loaded = self.toolchain.obtain(self._stepping, slot.request, self.settings, self._progress)
+        except FastPathError as failure:
+            slot.put_off(f"{failure.stage}: {failure.reason}", failure)
+            if failure.quiet:
+                self._ledger.note(failure.reason, f"PyTorch decodes: {failure.reason}")
+            else:
+                self._ledger.failure(failure)
+            if self.strict:
+                raise
+            return
+        slot.accept(loaded)
+        self._ledger.add("builds" if loaded.built else "hits")
+        self._ledger.spend("build", loaded.build_seconds)
+        self._ledger.spend("load", loaded.load_seconds)
+        shape = slot.request.input_shape
+        self._ledger.note(f"ready {shape}", f"{slot.reason} decodes {list(shape)}")
+
+    def _take_weights(self) -> None:
+        self._eager = EagerDecoder(self.decoder)
+        self._stepping = Stepping(self._eager.module)
+        self._slots: dict[tuple[tuple[int, ...], torch.device], Slot] = {}
+
+    def _after_fork(self) -> None:
+        """In a forked child: locks may be held by threads that do not exist here, and CUDA does not work."""
+        device = self._eager.device
+        if device is not None and device.type == "cuda":
+            raise FastPathError(
+                "run",
+                "this process was forked from one that used the GPU, where CUDA does not work",
+                "start workers with the spawn method, or make the StreamDecode inside the worker",
+            )
+        _ABANDONED.append(self._slots)
+        self._process, self._guard, self._ledger = os.getpid(), threading.Lock(), Ledger()
+        torch.set_num_threads(1)  # OpenMP's worker threads were not forked; waiting for them would never end
+        self._take_weights()
