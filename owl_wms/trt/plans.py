@@ -240,7 +240,8 @@ def select(
         request: its plans and precisions are what is chosen from.
         recording: of the decoder as its caller runs it.
         missing: why Torch-TensorRT cannot be used here, and the plans that need it are refused; None where it can be.
-            Then those that do not need it are built only when they are named, for each has a twin that is faster.
+            Then those that do not need it are built only when they are named, for each has a twin that is faster. For a
+            step both are built: our operators leave TensorRT views of its state, and engines of those cost time.
 
     Raises:
         FastPathError: stage "build", as `check_names`, and when no plan applies ("import" where TensorRT is missing);
@@ -255,7 +256,7 @@ def select(
             continue
         if plan.library and missing is not None:
             yes, why = False, missing.reason
-        elif not (plan.library or missing or request.plans):
+        elif not (plan.library or missing or request.plans or request.state):
             yes, why = False, "built only without Torch-TensorRT, or when it is named"
         else:
             yes, why = plan.applies(decoder, request, recording)

@@ -5,6 +5,7 @@ Usage: python -m tests.trt.conversion_child
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -50,6 +51,18 @@ def partition(name: str, plan_name: str, precision: str, kept: tuple[str, ...] =
     )
 
 
+def partition_of_a_step() -> None:
+    step, wanted = decoders.make_step()
+    spec = dataclasses.replace(wanted, precision="fp16")
+    recording = Recording.of(step, spec.input_shape, spec.state)
+    module, _ = plans.PLANS["tensorrt"].lower(fp32_copy(step, "cpu"), spec, "fp16", recording)
+    z, *state = (torch.randn(shape, dtype=torch.float16) for shape in (spec.input_shape, *spec.state))
+    settings = {**compile_settings(spec, "fp16"), "dryrun": True}
+    _, found = compiler.compile_exported(export_decoder(module, z, *state), z, settings, state=state)
+    left = [list(pair) for pair in found.pytorch_operators]
+    say(name="step", engines=found.engines, engine_operators=found.engine_operators, left=left)
+
+
 def serialized() -> None:
     decoder, shape = decoders.make("tiled")
     spec = Request(input_shape=shape, precision="fp16")
@@ -72,4 +85,5 @@ if __name__ == "__main__":
         partition(family, "tensorrt", "fp16")
     partition("sana", "tensorrt-plain", "bf16")
     partition("sana", "tensorrt", "bf16", kept=("up_blocks.1.0.conv_out.conv_depth",), min_block=1)
+    partition_of_a_step()
     serialized()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from owl_wms.configs.vae import DCAEConfig, DistillVAEConfig
+from owl_wms.configs.vae import DCAEConfig, DistillVAEConfig, TAEHVConfig
 from owl_wms.request import Request
 from owl_wms.trt import plans
 from owl_wms.trt.graph.recording import Recording
 from owl_wms.vae import build_decoder
+from owl_wms.vae.stepping import Stepping
 
 FAMILIES = ("tiled", "learned", "square", "distill", "sana")
 
@@ -82,3 +83,19 @@ def selected(decoder: nn.Module, request: Request) -> plans.Selection:
 def plan_names(decoder: nn.Module, request: Request, precision: str) -> list[str]:
     """Their names at one precision."""
     return [plan.name for plan in selected(decoder, request).plans[precision]]
+
+
+def make_step() -> tuple[Stepping, Request]:
+    """The step of a TAEHV decoder in eval mode, float32, at the smallest latents, and a request for it on the CPU."""
+    torch.manual_seed(7)
+    decoder = build_decoder(TAEHVConfig(model_id="taehv", latent_channels=4, patch_size=2)).eval().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.normal_(std=0.1 if parameter.dim() == 1 else (2 / parameter[0].numel()) ** 0.5)
+        last = decoder.get_submodule("22")
+        last.weight.mul_(0.01)  # type: ignore[operator, union-attr]
+        last.bias.fill_(0.5)  # type: ignore[operator, union-attr]
+    step = Stepping(decoder)
+    shape = (1, 4, 2, 1)
+    state = tuple(spec.shape for spec in step.state_specs(shape))
+    return step, Request(input_shape=shape, device="cpu", precision="bf16", state=state)

@@ -62,3 +62,10 @@ def test_an_engine_is_built_and_reports_progress(answers: list[dict]) -> None:
     found = find(answers, name="serialized")
     assert found["engine_bytes"] > 10_000
     assert "Building engine" in found["phases"]
+
+
+def test_a_step_and_its_state_are_one_engine(answers: list[dict]) -> None:
+    found = find(answers, name="step")
+    assert found["engines"] == 1
+    assert found["engine_operators"] > 60
+    assert found["left"] == []
