@@ -52,6 +52,8 @@ class Plan:
         settings: compile settings that differ from the request's.
         isolates: whether a failing build may be searched for modules to leave in PyTorch.
         library: whether Torch-TensorRT compiles the lowered module; otherwise it is exported and saved as it is.
+        settles_on: compute capabilities of the GPUs on which this plan, where it applies, was the fastest in every
+            measurement: once it is right there, no later plan is built unless the request names plans.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Plan:
     settings: dict[str, Any] = field(default_factory=dict)
     isolates: bool = True
     library: bool = True
+    settles_on: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +172,7 @@ PLANS = {
             precisions=("fp16", "bf16"),
             settings={"min_block_size": 1},
             isolates=False,
+            settles_on=((9, 0),),  # benchmarks/results: H100 and H200, every decoder family that it applies to
         ),
         Plan(
             name="tensorrt",

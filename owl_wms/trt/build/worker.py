@@ -144,11 +144,12 @@ class Worker:
         if not reference.eager_is_finite() and self.request.precision == "auto":
             raise FastPathError("parity", f"eager PyTorch overflows at {precision}", "use bf16")
         found: list[Candidate] = []
+        settled = ""
         for plan in chosen:
-            if time.monotonic() > self.enough and self.usable:
-                found.append(
-                    Candidate(plan=plan.name, precision=precision, reason="not tried: the build's time was spent")
-                )
+            spent = "the build's time was spent" if time.monotonic() > self.enough and self.usable else ""
+            if settled or spent:
+                reason = f"not tried: {settled or spent}"
+                found.append(Candidate(plan=plan.name, precision=precision, reason=reason))
                 continue
             candidate = Candidate(plan=plan.name, precision=precision)
             # Around everything that is done with the plan, so that whatever kills the process is not tried again.
@@ -163,11 +164,19 @@ class Worker:
                 attempts.release()
             else:
                 self.usable = True
+                settled = self.settled(plan)
             found.append(candidate)
         z = reference.inputs[min(1, len(reference.inputs) - 1)][: self.request.input_shape[0]]
         del reference
         self.journal.stage("timing", precision=precision)
         return found, self.time(found, eager, z, precision)
+
+    def settled(self, plan: plans.Plan) -> str:
+        """Returns why no plan after this one, which is usable, needs to be built; empty where one may be faster."""
+        if self.request.plans or self.device.type != "cuda":
+            return ""
+        capability = torch.cuda.get_device_capability(self.device)
+        return f"{plan.name} was faster in every measurement on such a GPU" if capability in plan.settles_on else ""
 
     def judge(self, candidate: Candidate, reference: Reference) -> None:
         """Hold a built candidate against the parity gate; its `reason` says what failed, a program that raises

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,6 +247,33 @@ def test_no_further_plan_is_begun_when_one_is_usable_and_time_is_spent(
     assert report["plan"] == FIRST
     assert [c["reason"] for c in report["candidates"]] == ["", "not tried: the build's time was spent"]
     assert ("made", SECOND) not in journal.stages
+
+
+def test_no_plan_is_begun_after_one_that_has_always_won(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worker, "settled", lambda self, plan: "it was faster" if plan.name == FIRST else "")
+    journal = Memory()
+    report = build(journal, lambda good: good)
+    assert report["plan"] == FIRST
+    assert [c["reason"] for c in report["candidates"]] == ["", "not tried: it was faster"]
+    assert ("made", SECOND) not in journal.stages
+
+
+@pytest.mark.parametrize(
+    ("named", "device", "capability", "settled"),
+    [
+        ((), "cuda:0", (9, 0), True),
+        ((), "cuda:0", (8, 9), False),
+        (("tensorrt+ops", "tensorrt"), "cuda:0", (9, 0), False),
+        ((), "cpu", (9, 0), False),
+    ],
+)
+def test_our_plan_settles_where_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch, named: tuple[str, ...], device: str, capability: tuple[int, int], settled: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    asked = SimpleNamespace(request=SimpleNamespace(plans=named), device=torch.device(device))
+    assert bool(Worker.settled(asked, plans.PLANS["tensorrt+ops"])) == settled  # type: ignore[arg-type]
+    assert Worker.settled(asked, plans.PLANS["tensorrt"]) == ""  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("usable", [True, False])
