@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-gpu faults lint docs bench play clean
+.PHONY: help setup demo test test-gpu faults lint docs bench play world clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,10 @@ bench: $(STAMP) ## the decoder benchmark, on a GPU
 
 play: $(STAMP) ## the shipped world model in the browser
 	$(BIN)/owl-wms play
+
+world: $(STAMP) ## train the world model of the game again, on one GPU (hours); continues where it stopped
+	@while $(BIN)/python examples/world/train.py --out build/world $(WORLD); test $$? -eq 75; do :; done
+	$(BIN)/python examples/world/train.py --out build/world $(WORLD)
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy

@@ -23,6 +23,7 @@ from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
 from owl_wms.game.world import BUTTONS, YAW_PER_MOUSE
 from owl_wms.media.metrics import psnr
+from owl_wms.models.latents import LatentSpace
 from owl_wms.sampling import get_sampler_cls
 
 _SKY_ROWS = 0.45  # above crosshair and hand
@@ -40,14 +41,14 @@ class Settings:
         players: held-out worlds; half turn, half walk.
         context: real latent frames before generation.
         frames: latent frames generated.
-        vae_scale: what latents are divided by for the model.
+        space: of the model's latents.
         size: height and width of rendered frames.
     """
 
     players: int
     context: int
     frames: int
-    vae_scale: float
+    space: LatentSpace
     size: tuple[int, int]
 
 
@@ -171,7 +172,7 @@ class Bench:
         last = picture(render(world, height=settings.size[0], width=settings.size[1]))[:, None]
         mouse, buttons = self._asked = commands(settings.players, settings.frames, device)
         after = play(world, lambda k: (mouse[:, k], buttons[:, k]), settings.frames, picture, settings.size)
-        self._context = before.latents.float() / settings.vae_scale
+        self._context = settings.space.to_model(before.latents.float())
         self._mouse, self._buttons = torch.cat([before.mouse, mouse], 1), torch.cat([before.buttons, buttons], 1)
         self.true_frames = torch.cat([last.half(), after.latents], dim=1)
 
@@ -192,7 +193,7 @@ class Bench:
         with torch.autocast(device.type, torch.bfloat16):
             latents = run(core, self._context, self._mouse, self._buttons, generator=generator).latents
         latents = latents[:, settings.context - 1 :].float()
-        made = self._pictures(latents * settings.vae_scale)
+        made = self._pictures(settings.space.to_stored(latents))
         seen = {
             "sampler": sampler,
             **self._obedience(made),

@@ -1,22 +1,25 @@
-"""Train the small world model of the game by the clock, and measure whether it obeys its controls.
+"""Trains the world model of the game in stages, a piece at each call, and measures whether it obeys its controls.
 
-Episodes are rendered and encoded on the device, kept in memory, and given to the `rft` trainer. 38 % of
-`--seconds` make data, the rest trains; measuring comes on top (about half a minute on an H200). The learning rate
-follows the share of the time that has passed.
+A call renders and encodes new episodes for a share of `--seconds`, keeps them in memory, and trains for the rest. It
+leaves everything that the next call needs in `--out`: that one continues where this one stopped, also on another
+machine that was given `carry.safetensors`, `whitener.safetensors` and `state.json` alone. When all stages are done, the
+next call writes the weights and measures them.
 
 Usage:
-    python examples/world/train.py --seconds 150 --out build/world
-    python examples/world/train.py --small --seconds 40 --out build/world-small     # a toy, for a CPU
-    python examples/world/train.py --measure examples/world/game_rft.safetensors --out build/world     # no training
+    python examples/world/train.py --out build/world                 # again and again, until it says that all is done
+    python examples/world/train.py --small --out build/world-small   # a toy, for a CPU
+    python examples/world/train.py --measure examples/world/game_rft.safetensors --config examples/world/game_rft.yml \\
+        --out build/world-measured                                   # no training
 
-Writes to --out: game_rft.safetensors (averaged weights, bfloat16), log.jsonl, metrics.json, sheet.png.
+Writes to --out: world.safetensors (averaged weights, bfloat16), whitener.safetensors, log.jsonl, metrics.json,
+sheet.png. Exit status 75 while stages are left.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,47 +28,22 @@ from typing import Any
 import torch
 from control import Bench, Clips, Settings
 from episodes import Episodes, MemoryLoader, record
-from safetensors.torch import load_file, save_file
+from own_history import OwnHistoryLoader
+from safetensors.torch import load_file
+from stages import STAGES, Progress, Stage, carry, make_trainer, smaller
 from torch import Tensor, nn
 
 from owl_wms.configs.world import WorldConfig, load_world_config, with_files_found
 from owl_wms.media.pictures import contact_sheet, to_bytes
 from owl_wms.models import GameRFT
-from owl_wms.trainers.objectives.rft import RFTTrainer
+from owl_wms.models.latents import LatentSpace, Whitener
 from owl_wms.vae import fold_weight_norm, load_decoder, load_encoder
 
 HERE = Path(__file__).resolve().parent
 FIRST_SEED = 10_000_000
-DATA_SHARE = 0.38
-WARM_UP_STEPS = 100
-COOL_DOWN_FROM = 0.55  # share of the training time after which the learning rate falls to zero
-LOG_EVERY = 20
-
-
-class TimedTrainer(RFTTrainer):
-    """The `rft` trainer with a learning rate by the clock, which starts after the first steps: those compile."""
-
-    seconds = 0.0
-    _since: float | None = None
-
-    def train_step(self) -> dict[str, float]:
-        groups = self.phases[0].optimiser.param_groups
-        for group in groups:
-            group["lr"] = group.setdefault("base_lr", group["lr"]) if self.step == 0 else group["base_lr"] * self.rate()
-        values = super().train_step()
-        if self.step == 3:
-            self._since = time.monotonic()
-        if self._since is not None and time.monotonic() - self._since > self.seconds:
-            self._stop = True
-        return {**values, "rate": self.rate()}
-
-    def rate(self) -> float:
-        """Factor on the learning rates: up over the first steps, down to zero at the end."""
-        share = 0.0 if self._since is None else min(1.0, (time.monotonic() - self._since) / self.seconds)
-        return min(1.0, (self.step + 1) / WARM_UP_STEPS, max(0.0, (1 - share) / (1 - COOL_DOWN_FROM)))
-
-    def evaluate(self, journal: Any) -> None:
-        """Left to `control.measure`, once, at the end."""
+DATA_SHARE = 0.3
+WHITENER_FRAMES = 20_000
+WORLDS_PER_CALL = 1_000_000  # seeds between calls, so that no world comes twice
 
 
 def make_codec(cfg: WorldConfig, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -82,6 +60,7 @@ def collect(
     seconds: float,
     players: int,
     frames: int,
+    first_seed: int,
     encode: Callable[[Tensor], Tensor],
     device: torch.device,
     size: tuple[int, int],
@@ -90,7 +69,7 @@ def collect(
     started, parts, longest = time.monotonic(), [], 0.0
     while not parts or time.monotonic() - started + longest < seconds:
         begun = time.monotonic()
-        seed = FIRST_SEED + len(parts) * players
+        seed = first_seed + len(parts) * players
         parts.append(record(players=players, frames=frames, first_seed=seed, encode=encode, device=device, size=size))
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -115,27 +94,53 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
 
 
-def smaller(cfg: WorldConfig) -> WorldConfig:
-    """A toy of the same shape for a CPU."""
-    model = cfg.model.model_copy(
-        update={"n_layers": 2, "d_model": 64, "n_heads": 2, "n_frames": 24, "control_hidden": 32}
-    )
-    train = cfg.train.model_copy(update={"batch_size": 4, "target_batch_size": 4})
-    return cfg.model_copy(update={"model": model, "train": train})
+def whiten(out: Path, data: Episodes, cfg: WorldConfig) -> WorldConfig:
+    """The configuration with the transform of latents, which the first call fits."""
+    path = out / "whitener.safetensors"
+    if not path.exists():
+        latents = data.latents.flatten(0, 1)
+        picked = latents[torch.randperm(len(latents), device=latents.device)[:WHITENER_FRAMES]].float()
+        Whitener.fit(picked / cfg.train.vae_scale, power=0.5, channels=cfg.model.channels).save(path)
+        say(f"fitted the transform of latents to {len(picked)} frames")
+    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"latent_transform": str(path)})})
+
+
+def train(out: Path, stage: Stage, state: Progress, cfg: WorldConfig, data: Episodes, seconds: float) -> None:
+    """Train a stage for so long, or to its end; leaves checkpoint, weights to carry, log and state."""
+    device = data.mouse.device
+    window = min(24, cfg.model.n_frames // 4)
+    space = LatentSpace.of(cfg.train).to(device)
+    settings: dict[str, Any] = {"window": window, "batch_size": cfg.train.batch_size, "seed": state.calls}
+    sampler = {k: v for k, v in (cfg.train.sampler_kwargs or {}).items() if k != "num_frames"}
+    sampler["max_window"] = window
+    loader = OwnHistoryLoader(data, space, sampler=sampler, **settings) if stage.own else MemoryLoader(data, **settings)
+    trainer = make_trainer(out, stage, state, cfg, loader, seconds)
+    if device.type == "cuda":
+        torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is
+        for block in trainer.model.core.transformer.blocks:
+            block.compile()
+    begun = time.monotonic()
+    trainer.train()
+    if not trainer.losses:
+        raise SystemExit("no time was left for a step: give more --seconds")
+    tail = trainer.losses[-min(50, len(trainer.losses)) :]
+    means = {name: sum(values[name] for values in tail) / len(tail) for name in tail[-1]}
+    pace = len(trainer.losses) / (time.monotonic() - begun)
+    say(f"{stage.name}: step {trainer.step} of {stage.steps}, {pace:.1f} steps/s, {json.dumps(means)}")
+    carry(out, stage, state, trainer)
 
 
 def main() -> None:
-    """Parse arguments, make data, train, measure, write."""
+    """Parse arguments, make data, train a piece of a stage, or measure what is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=150, help="time for data and training")
+    parser.add_argument("--seconds", type=float, default=530, help="time for data and training in this call")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--config", type=Path, default=HERE / "game_rft.yml")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--config", type=Path, default=HERE / "world_28m.yml")
     parser.add_argument("--small", action="store_true", help="a toy run for a CPU, measured on 4 worlds and 16 frames")
     parser.add_argument("--measure", type=Path, help="measure these weights instead of training")
     parser.add_argument("--players", type=int, default=48, help="held-out worlds to measure in; even")
     parser.add_argument("--frames", type=int, default=60, help="frames to generate in each")
-    parser.add_argument("--variants", type=int, default=3, help="how many sampler settings to measure")
+    parser.add_argument("--variants", type=int, default=2, help="how many sampler settings to measure")
     args = parser.parse_args()
     if args.measure is not None and not args.measure.is_file():
         parser.error(f"--measure {args.measure}: no such file")
@@ -144,52 +149,36 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     cfg = with_files_found(load_world_config(args.config), args.config)
     cfg = smaller(cfg) if args.small else cfg
+    stages = [stage.smaller() for stage in STAGES] if args.small else STAGES
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
-    players, frames, window = (6, 10, 6) if args.small else (256, 48, 24)
     size = (45, 80) if args.small else (360, 640)
     encode, decode = make_codec(cfg, device)
     if args.measure is not None:
-        measure_shipped(args.measure, cfg, encode, decode, device, args)
+        transform = args.measure.parent / "whitener.safetensors"
+        if transform.exists() and cfg.model.channels != 128:
+            cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"latent_transform": str(transform)})})
+        measure(args.measure, cfg, encode, decode, device, args)
         return
+    state = Progress.read(args.out)
+    stage = next((stage for stage in stages if stage.name not in state.done), None)
+    if stage is None:
+        cfg = whiten(args.out, record(players=1, frames=2, first_seed=0, encode=encode, device=device, size=size), cfg)
+        measure(args.out / "world.safetensors", cfg, encode, decode, device, args)
+        say("all stages are done; world.safetensors, metrics.json and sheet.png are written")
+        return
+    players, frames = (6, 14) if args.small else (256, 120)
+    seed = FIRST_SEED + state.calls * WORLDS_PER_CALL
     with torch.no_grad():
-        data = collect(DATA_SHARE * args.seconds, players, frames, encode, device, size)
-    std = (data.latents[:64].float() / cfg.train.vae_scale).std().item()
-    say(f"{data.mouse.shape[0]} episodes of {frames} frames; latents have std {std:.3f} after scaling")
-
-    with tempfile.TemporaryDirectory() as folder:
-        train_cfg = cfg.train.model_copy(
-            update={"checkpoint_dir": folder, "save_interval": 10**9, "seed": args.seed, "max_steps": 10**9}
-        )
-        loader = MemoryLoader(data, window, train_cfg.batch_size, args.seed)
-        trainer = TimedTrainer(train_cfg, None, cfg.model, loader=loader, sample_loader=loader)
-        trainer.seconds = (1 - DATA_SHARE) * args.seconds
-        if device.type == "cuda":
-            torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is
-            for block in trainer.model.core.transformer.blocks:
-                block.compile()
-        begun = time.monotonic()
-        trainer.train()
-        log = (Path(folder) / "log.jsonl").read_text().splitlines()
-    (args.out / "log.jsonl").write_text("\n".join(log[::LOG_EVERY] + log[-1:]) + "\n")
-    weights = trainer.ema.model.state_dict()
-    save_file({k: v.bfloat16().contiguous().cpu() for k, v in weights.items()}, args.out / "game_rft.safetensors")
-    tail = trainer.losses[-min(50, len(trainer.losses)) :]
-    report: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "training_frames": data.mouse.shape[0] * frames,
-        "training_worlds": data.mouse.shape[0],
-        "steps": trainer.step,
-        "training_seconds": round(time.monotonic() - begun, 1),
-        "loss_first": round(trainer.losses[0]["diffusion_loss"], 4),
-        "loss_last": round(sum(v["diffusion_loss"] for v in tail) / len(tail), 4),
-        "latent_std_scaled": round(std, 4),
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none",
-    }
-    save_report(report, args.out)
-    say(f"trained {trainer.step} steps, loss {report['loss_first']} -> {report['loss_last']}")
-
-    judge(trainer.ema.model.core, cfg, encode, decode, device, args, report)
+        data = collect(DATA_SHARE * args.seconds, players, frames, seed, encode, device, size)
+    cfg = whiten(args.out, data, cfg)
+    spread = LatentSpace.of(cfg.train).to(device).to_model(data.latents[:64].float()).std().item()
+    say(f"{data.mouse.shape[0]} episodes of {frames} frames; latents have a spread of {spread:.3f} for the model")
+    train(args.out, stage, state, cfg, data, args.seconds - (time.monotonic() - STARTED))
+    left = [stage.name for stage in stages if stage.name not in state.done]
+    say(f"stages left: {', '.join(left) or 'none; call once more to measure'}")
+    if left:
+        sys.exit(75)  # "try again" of sysexits.h: `make world` calls until this is not the answer
 
 
 def judge(
@@ -208,22 +197,22 @@ def judge(
         players=args.players,
         context=4 if args.small else 12,
         frames=args.frames,
-        vae_scale=cfg.train.vae_scale,
+        space=LatentSpace.of(cfg.train).to(device),
         size=(45, 80) if args.small else (360, 640),
     )
     bench = Bench(decode, encode, device, settings)
     report["control"] = bench.report
     say(f"the game itself: {json.dumps(bench.report['real'])}")
-    variants = {"guided": {}, "plain": {"cfg_scale": 1.0}, "cleaner_history": {"noise_prev": 0.05}}
+    variants = {"as_configured": {}, "no_guidance": {"cfg_scale": 1.0}, "cleaner_history": {"noise_prev": 0.05}}
     for name, change in list(variants.items())[: args.variants]:
         bench.report[name], clips = bench.roll(core, {**base, **change})
         save_report(report, args.out)
         say(f"{name}: {json.dumps(bench.report[name])}")
-        if name == "guided":
+        if name == "as_configured":
             write_sheet(clips, args.out / "sheet.png")
 
 
-def measure_shipped(
+def measure(
     weights: Path,
     cfg: WorldConfig,
     encode: Callable[[Tensor], Tensor],
@@ -231,11 +220,13 @@ def measure_shipped(
     device: torch.device,
     args: argparse.Namespace,
 ) -> None:
-    """Measure stored weights; what metrics.json in --out says about training is kept."""
+    """Measure stored weights; what metrics.json in --out says besides is kept."""
     model = GameRFT(cfg.model)
     model.load_state_dict(load_file(weights))
     known = args.out / "metrics.json"
-    report = json.loads(known.read_text()) if known.exists() else {}
+    report: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
+    report["parameters"] = sum(p.numel() for p in model.parameters())
+    report["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else "none"
     judge(model.float().to(device).eval().core, cfg, encode, decode, device, args, report)
 
 

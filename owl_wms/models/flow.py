@@ -25,7 +25,9 @@ def frame_times(x: Tensor) -> Tensor:
     return torch.randn(x.shape[:2], dtype=torch.float32, device=x.device).sigmoid()
 
 
-def draw_levels(x: Tensor, levels: LevelsConfig | None, doc_id: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def draw_levels(
+    x: Tensor, levels: LevelsConfig | None, doc_id: Tensor | None = None, history: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw the noise levels of a training step.
 
     Args:
@@ -33,6 +35,8 @@ def draw_levels(x: Tensor, levels: LevelsConfig | None, doc_id: Tensor | None = 
         levels: what to draw; None draws `frame_times`, as upstream does, and counts all frames.
         doc_id: [b, n] integers, the clip that each frame of a packed sequence belongs to; every clip has a history of
             its own.
+        history: [b] int64, frames of each row that are history, known beforehand because they are of another kind (the
+            model's own); a negative number draws as configured. With `levels` only.
 
     Returns:
         (levels [b, n] fp32 in [0, 1], bool [b, n] that is True for the frames whose loss counts).
@@ -54,7 +58,7 @@ def draw_levels(x: Tensor, levels: LevelsConfig | None, doc_id: Tensor | None = 
         return uniform().gather(1, first)
 
     shortest = length.clamp(max=levels.prefix_min + 1) - 1  # a frame remains to be learnt from
-    history = shortest + (per_clip() * (length - shortest)).floor()
+    history_length = shortest + (per_clip() * (length - shortest)).floor()
     low, high = levels.context
     context = low + (high - low) * per_clip()
     context = context.masked_fill(per_clip() < levels.context_low_share, levels.context_low)
@@ -62,7 +66,11 @@ def draw_levels(x: Tensor, levels: LevelsConfig | None, doc_id: Tensor | None = 
     behind = levels.shift * u / (1 + (levels.shift - 1) * u)
     behind = behind.masked_fill(uniform() < levels.prefix_ones, 1.0)
     prefixed = (per_clip() < levels.prefix) & (length > 1)
-    remembered = prefixed & (torch.arange(shape[1], device=device) - first < history)
+    if history is not None:
+        known = (history >= 0)[:, None]
+        prefixed, length_known = prefixed | known, history[:, None].clamp(min=0, max=shape[1] - 1)
+        history_length = torch.where(known, length_known, history_length)
+    remembered = prefixed & (torch.arange(shape[1], device=device) - first < history_length)
     return torch.where(remembered, context, torch.where(prefixed, behind, alone)), ~remembered
 
 

@@ -142,6 +142,7 @@ class GameRFT(nn.Module):
         cfg_prob: float | None = None,
         has_controls: Tensor | None = None,
         levels: LevelsConfig | None = None,
+        history: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Mean squared error of the predicted velocity, over the frames that count (see `draw_levels`).
 
@@ -152,6 +153,7 @@ class GameRFT(nn.Module):
             return_dict: return what the loss was made of.
             cfg_prob: share of items that see no controls; None is the configuration's.
             has_controls: [b] bool, items that have controls at all; None is all.
+            history: [b] frames at the beginning that are history for certain; see `draw_levels`.
             levels: noise levels to draw; None is a level of its own for every frame, sigmoid of a normal.
 
         Returns:
@@ -159,7 +161,7 @@ class GameRFT(nn.Module):
             `z_video` [b, n, c, h, w], `ts` [b, n] fp32, `counted` [b, n] bool and `cfg_mask` [b] bool.
         """
         mask = controls_mask(x, mouse, has_controls, self.config.cfg_prob if cfg_prob is None else cfg_prob)
-        ts, counted = draw_levels(x, levels, doc_id)
+        ts, counted = draw_levels(x, levels, doc_id, history)
         lerpd, z = noised(x, ts)
         pred = self.core(lerpd, ts, mouse, btn, doc_id, mask)
         loss = counted_mse(pred, z - x, counted)

@@ -94,8 +94,9 @@ class Phase:
                 last = micro == self.accumulation - 1
                 ddp = self._step if isinstance(self._step, DistributedDataParallel) else None
                 with nullcontext() if last or ddp is None else ddp.no_sync():
+                    batch = next(batches)  # read outside of autocast, which would round what a loader computes
                     with self._autocast:
-                        loss, reports = self._step(next(batches))
+                        loss, reports = self._step(batch)
                     (loss / self.accumulation).backward()
                 for name, value in reports.items():
                     metrics.add(name, value)
