@@ -2,6 +2,7 @@
 
 Usage:
     owl-wms decode clip.pt --vae-config configs/vae/dec_dist.yml --checkpoint dec.pt --out clip.mp4
+    owl-wms decode clip.pt --family taehv --checkpoint taew2_1.pth
     owl-wms decode clip.npy --vae-config C --checkpoint K --out - | ffmpeg -i - -c:v libx265 clip.mkv
 """
 
@@ -11,7 +12,7 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,8 +20,9 @@ from rich.console import Console
 
 def decode(
     latents: Annotated[Path, typer.Argument(help="Latents \\[b,n,c,h,w] or \\[n,c,h,w]: .pt, .npy or .safetensors.")],
-    vae_config: Annotated[Path, typer.Option(help="YAML of the autoencoder.")],
     checkpoint: Annotated[Path, typer.Option(help="Its weights: decoder, full model or training checkpoint.")],
+    vae_config: Annotated[Path | None, typer.Option(help="YAML of the autoencoder; --family needs none.")] = None,
+    family: Annotated[str | None, typer.Option(help="taehv: the decoder's sizes are read off its checkpoint.")] = None,
     out: Annotated[
         Path, typer.Option(help="NAME.mp4, .npy, .y4m or .raw; a folder for pictures; - for standard output.")
     ] = Path("clip.mp4"),
@@ -54,7 +56,9 @@ def decode(
     from owl_wms.media import sinks
     from owl_wms.media.latents import LatentFile
     from owl_wms.media.video import choose_encoder
-    from owl_wms.runtime import decode_stream
+    from owl_wms.runtime import StreamDecode, decode_clips, decode_stream
+    from owl_wms.runtime.steps import frames_of, streams
+    from owl_wms.settings import TensorRTConfig
     from owl_wms.timing import Spent
     from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
     from owl_wms.vae.landscape import other_latent_size
@@ -71,10 +75,21 @@ def decode(
     depth_out = out.with_stem(out.stem + "_depth")
     if depth and chosen != "mp4":
         raise ConfigError(f"--depth goes with a clip, .mp4; --out {out} is {chosen}", key="depth")
-    model = load_vae_model(vae_config)
+    if family not in (None, "taehv") or (family is None and vae_config is None):
+        got = f"--family {family} is not known" if family else "neither --vae-config nor --family is given"
+        raise ConfigError(f"{got}; give --vae-config FILE, or --family taehv", key="family")
+    decoder = None
+    model: Any
+    if vae_config is None:
+        decoder = get_decoder_only(family, None, checkpoint, device=where, dtype=precision)
+        model = decoder.config
+    else:
+        model = load_vae_model(vae_config)
     channels = getattr(model, "channels", 3)
     if depth and channels < 4:
-        raise ConfigError(f"--depth: {vae_config} decodes {channels} channels, depth is the fourth", key="depth")
+        raise ConfigError(
+            f"--depth: {vae_config or checkpoint} decodes {channels} channels, depth is the fourth", key="depth"
+        )
     source = LatentFile(latents, channels=model.latent_channels)
     clips, length, *one = source.shape
     for path in (out, depth_out) if depth else (out,):
@@ -86,12 +101,20 @@ def decode(
     remark = other_latent_size(model, source.shape[3], source.shape[4])
     if remark is not None:
         console.print(f"{latents}: {remark}", markup=False, highlight=False, soft_wrap=True)
-    decoder = get_decoder_only(None, vae_config, checkpoint, device=where, dtype=precision)
-    run = make_batched_decode_fn(
-        shared.quick_on(where, decoder), batch_size, use_tensorrt=tensorrt, output="uint8", check="error"
-    )
+    if decoder is None:
+        decoder = get_decoder_only(family, vae_config, checkpoint, device=where, dtype=precision)
+    decoder, spent = shared.quick_on(where, decoder), Spent()
+    run: Any
+    if streams(decoder):
+        settings = TensorRTConfig.resolve(enabled=None if tensorrt else False)
+        run = StreamDecode(decoder, settings=settings, check="error")
+        pieces = decode_clips(run, source, scale=scale)
+        length = frames_of(decoder, length)
+    else:
+        run = make_batched_decode_fn(decoder, batch_size, use_tensorrt=tensorrt, output="uint8", check="error")
+        pieces = decode_stream(run, source, scale=scale, spent=spent)
 
-    spent, sheet, count = Spent(), shared.Sheet(clips * length), clips * length
+    sheet, count = shared.Sheet(clips * length), clips * length
     make = partial(sinks.open_sink, shape=(clips, length), fps=fps, form=form, each=each)
     make = partial(make, encoder=encoder, crf=crf, preset=preset, spent=spent)
     made = [make(path) for path in ((out, depth_out) if depth else (out,))]
@@ -101,7 +124,7 @@ def decode(
         task = bar.add_task("decoding", total=count)
         run.prepare((one[0], one[1], one[2]))  # a build is not part of the rate
         begun = time.perf_counter()
-        for frames in decode_stream(run, source, scale=scale, spent=spent):
+        for frames in pieces:
             colour_sink.write(frames)
             for sink in depth_sinks:
                 sink.write(frames[..., 3:4].expand(-1, -1, -1, 3))

@@ -16,7 +16,7 @@ from owl_wms.runtime.decode import VideoDecode
 from owl_wms.runtime.programs import Stored, Toolchain
 from owl_wms.runtime.stats import DecodeStats
 from owl_wms.runtime.stream import Latents, decode_stream
-from owl_wms.runtime.streaming import StreamDecode
+from owl_wms.runtime.streaming import StreamDecode, decode_clips
 from owl_wms.runtime.toolchain import Jit, TensorRT
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "TensorRT",
     "Toolchain",
     "VideoDecode",
+    "decode_clips",
     "decode_stream",
 ]

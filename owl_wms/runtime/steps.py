@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError
+from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NonFiniteError
 from owl_wms.request import Request
 from owl_wms.runtime import recording
 from owl_wms.runtime.decode import CHECKS
@@ -37,6 +37,12 @@ _ABANDONED: list[Any] = []  # programs in a forked child, where their destructor
 def streams(decoder: nn.Module) -> bool:
     """Returns whether `decoder` has a state: whether it is one for StreamDecode."""
     return hasattr(unwrap(decoder), "state_specs")
+
+
+def frames_of(decoder: nn.Module, latents: int) -> int:
+    """Returns how many frames a video of so many latents has."""
+    each = cast(Any, unwrap(decoder)).frames_per_latent
+    return max(0, (latents - 1) * int(each) + 1)
 
 
 class Steps:
@@ -99,9 +105,19 @@ class Steps:
         slot = self._slot(tuple(latent.shape), latent.device, tuple(spec.shape for spec in specs))
         done = self._by_program(eager, slot, latent, state) if self._ready(slot) else None
         frames, state = done or self._by_pytorch(eager, latent, state)
+        if self.check == "error" and not bool(all_finite(frames)):
+            first = self._ledger.count("frames")
+            text = f"frames from {first} on have values that are not finite (NaN or infinite)"
+            raise NonFiniteError(f"{text}; look at the latents and weights", frame=first)
         self._ledger.add("decodes")
         self._ledger.add("frames", frames.shape[0] * frames.shape[1])
         return frames.to(eager.dtype or frames.dtype), state
+
+    def prepare(self, shape: tuple[int, ...]) -> None:
+        """Finds or builds the program for latents `(b, c, h, w)`."""
+        specs = cast(Any, self._eager.module).state_specs(shape)
+        device = self._eager.device or torch.device("cpu")
+        self._ready(self._slot(shape, device, tuple(spec.shape for spec in specs)))
 
     def stats(self) -> DecodeStats:
         """What happened so far."""
@@ -137,7 +153,7 @@ class Steps:
         try:
             frames, following = slot.step(latent, state)
             finite = True
-            if slot.wants_check(self.check):
+            if slot.wants_check(self.check, eager.dtype):
                 finite = bool(torch.stack([all_finite(tensor) for tensor in (frames, *following)]).all())
         except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this step
             memory = is_out_of_memory(error)

@@ -29,6 +29,7 @@ from owl_wms.cache.manifest import PROGRAM
 from owl_wms.errors import CacheError, ConfigError
 from owl_wms.runtime import AudioDecode, Jit, Toolchain, VideoDecode
 from owl_wms.runtime.programs import store_of
+from owl_wms.runtime.steps import streams
 from owl_wms.settings import PRECISIONS, TensorRTConfig
 from owl_wms.timing import measure_inference_time
 from owl_wms.vae import fold_weight_norm, load_decoder
@@ -73,8 +74,9 @@ def get_decoder_only(
     """A frozen decoder in eval mode, weight norm folded in float32 before the cast.
 
     Args:
-        vae_id: "dcae" means diffusers' AutoencoderDC (`ckpt_path`: folder or hub id, None for the hub); anything else,
-            None included, the autoencoder that `cfg_path` describes.
+        vae_id: "dcae" means diffusers' AutoencoderDC (`ckpt_path`: folder or hub id, None for the hub); "taehv" without
+            `cfg_path` the TAEHV of `ckpt_path`, a streaming decoder; anything else, None included, the autoencoder that
+            `cfg_path` describes.
         cfg_path: YAML file with a `model` section.
         ckpt_path: `.pt` or `.safetensors`.
         device: None means this process's GPU (the current device; under a launcher that set none, the one of
@@ -130,8 +132,15 @@ def make_batched_decode_fn(
         toolchain: what compiles; None means TensorRT.
 
     Raises:
-        ConfigError: an unknown setting, check or output, one out of range, or a batch_size that is no integer >= 1.
+        ConfigError: an unknown setting, check or output, one out of range, a batch_size that is no integer >= 1, or a
+            streaming decoder, whose frames depend on those before.
     """
+    if streams(decoder):
+        raise ConfigError(
+            f"{type(decoder).__name__} decodes a stream, where frames depend on those before, and batches do not carry "
+            "that on; use owl_wms.runtime.StreamDecode",
+            key="vae_id",
+        )
     settings = TensorRTConfig.resolve(config, enabled=None if use_tensorrt else False)
     return VideoDecode(
         decoder,

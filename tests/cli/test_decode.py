@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from owl_wms.cli import main
-from owl_wms.configs import load_vae_config
+from owl_wms.configs import TAEHVConfig, load_vae_config
+from owl_wms.errors import ConfigError
 from owl_wms.media.arrays import load_array
 from owl_wms.media.video import VideoWriter, read_video
-from owl_wms.vae import build_autoencoder
+from owl_wms.utils.owl_vae_bridge import make_batched_decode_fn
+from owl_wms.vae import build_autoencoder, build_decoder
 from tests.media.test_video import gradient
 
 CONFIG = """
@@ -146,3 +149,31 @@ def test_a_text_is_no_checkpoint_and_no_latents(place: Path, capsys: pytest.Capt
             "torch.save did not write this file: it is neither a zip archive nor a pickle and begins with 'hello world'"
             in error.replace("\n", " ")
         )
+
+
+def test_a_family_needs_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two clips of three latents: each is 4 * 3 - 3 frames, decoded from its own beginning."""
+    decoder = build_decoder(TAEHVConfig(model_id="taehv", latent_channels=4)).eval()
+    torch.save({f"decoder.{key}": value for key, value in decoder.state_dict().items()}, tmp_path / "tae.pth")
+    latents = torch.randn(2, 3, 4, 2, 3)
+    torch.save(latents, tmp_path / "latents.pt")
+    base = ["decode", str(tmp_path / "latents.pt"), "--checkpoint", str(tmp_path / "tae.pth"), "--device", "cpu"]
+    with pytest.raises(SystemExit) as caught:
+        main([*base, "--family", "taehv", "--out", str(tmp_path / "out.npy")])
+    assert not caught.value.code, capsys.readouterr().err
+    frames = np.load(tmp_path / "out.npy")
+    with torch.no_grad():
+        wanted = decoder(latents).mul(255).round().permute(0, 1, 3, 4, 2)
+    assert frames.shape == (2, 9, 16, 24, 3)
+    assert np.abs(frames.astype(float) - wanted.numpy()).max() <= 1
+    for wrong in ([], ["--family", "taesd"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*base, *wrong, "--out", str(tmp_path / "other.npy")])
+        assert caught.value.code == 2
+        assert "--family taehv" in capsys.readouterr().err
+
+
+def test_frames_of_a_stream_are_not_decoded_in_batches() -> None:
+    decoder = build_decoder(TAEHVConfig(model_id="taehv", latent_channels=4))
+    with pytest.raises(ConfigError, match=r"use owl_wms\.runtime\.StreamDecode"):
+        make_batched_decode_fn(decoder, 1)

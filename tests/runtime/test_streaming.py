@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from owl_wms.configs import TAEHVConfig
-from owl_wms.errors import ConfigError, FastPathError, LatentShapeError
+from owl_wms.errors import ConfigError, FastPathError, LatentShapeError, NonFiniteError
 from owl_wms.request import Request
 from owl_wms.runtime import StreamDecode
 from owl_wms.runtime.programs import Loaded, Progress
@@ -265,3 +265,11 @@ def test_switched_off_and_without_a_gpu() -> None:
 def test_a_decoder_without_a_state_is_refused() -> None:
     with pytest.raises(ConfigError, match="Linear has none; decode it with"):
         StreamDecode(torch.nn.Linear(1, 1))
+
+
+def test_frames_that_are_not_finite_are_an_error_where_asked() -> None:
+    decoder = make()
+    with torch.no_grad():
+        decoder[22].bias.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        StreamDecode(decoder, check="error").step(clip(1))
