@@ -37,7 +37,7 @@ from owl_wms.errors import ConfigError
 TrainerId = Literal["rft", "av", "mixed_av", "causvid_vid", "sforce_vid", "ode_distill_vid"]
 # Spelt out as well as registered, because reading a configuration must not import torch; a test compares the two.
 DataId = Literal["cod", "sequence_packing", "cod_s3", "cod_s3_audio", "cod_s3_mixed"]
-SamplerId = Literal["av_window", "av_causal", "av_causal_no_cfg", "av_caching"]
+SamplerId = Literal["av_window", "av_causal", "av_causal_no_cfg", "av_caching", "av_caching_one_step"]
 
 # Files that a training run reads besides its data and its own checkpoints.
 _READ = (
@@ -72,7 +72,9 @@ _OPT_KEYS = {
 class WorldModelConfig(StrictModel):
     """The `model` section. Windows and `n_frames` are in frames; `sample_size` is the side of the square latent.
 
-    `rest_has_direction` False gives a mouse at rest no direction; upstream's weights were trained with True.
+    `video_head_norm` belongs to `game_rft_audio`: False for weights of upstream before 2025-07-28, whose picture head
+    has no layer norm before it. `rest_has_direction` False gives a mouse at rest no direction; upstream's weights were
+    trained with True.
     `n_mouse_axes`, `patch_size` and `audio_tokens` are accepted because shipped files have them; no model reads them.
     """
 
@@ -88,6 +90,7 @@ class WorldModelConfig(StrictModel):
     n_mouse_axes: PositiveInt = 2
     control_hidden: PositiveInt = 2048
     rest_has_direction: bool = True
+    video_head_norm: bool = True
     n_frames: PositiveInt = 120
     cfg_prob: float = 0.1
     causal: bool = False

@@ -1,7 +1,8 @@
 """GameRFTAudio: the world model that makes a picture and its sound together.
 
-Each frame carries one more token for its audio latent, last in the frame; everything else is GameRFT's. Upstream's own
-class cannot be imported, so there is no reference output; the names of the two audio projections follow the video's.
+Each frame carries one more token for its audio latent, last in the frame; everything else is GameRFT's, but for the
+head of the picture: since 2025-07-28 upstream normalises its tokens and the condition before it. Weights of either kind
+have the same keys, so the configuration has to say which it is (`model.video_head_norm`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from owl_wms.configs.world import LevelsConfig
@@ -19,13 +21,19 @@ from owl_wms.nn.ring_cache import Cache
 
 
 class GameRFTAudioCore(ConditionedCore):
-    """The network itself; keys as GameRFTCore's, and `audio_proj_in`, `audio_proj_out`."""
+    """The network itself; keys as GameRFTCore's, and `audio_proj_in`, `audio_proj_out`.
+
+    Attributes:
+        video_head_norm: the picture's head follows a layer norm of tokens and condition (upstream's main); without it
+            for weights of upstream before 2025-07-28.
+    """
 
     extra_tokens = 1
 
     def __init__(self, config: Any) -> None:
         super().__init__(_WithAudio(config))
         self.config = config
+        self.video_head_norm = bool(getattr(config, "video_head_norm", True))
         self.audio_proj_in = nn.Linear(config.audio_channels, config.d_model, bias=False)
         self.audio_proj_out = FinalProjection(config.d_model, config.audio_channels)
 
@@ -58,7 +66,10 @@ class GameRFTAudioCore(ConditionedCore):
         cond = self.condition(t, mouse, btn, has_controls)
         tokens = torch.cat([self.video_tokens(x), self.audio_proj_in(audio).unsqueeze(2)], dim=2)
         tokens = self.transformer(tokens, cond, None, kv_cache)
-        video = self.proj_out(tokens[:, :, :-1], cond).transpose(2, 3).unflatten(3, x.shape[3:])
+        picture, steered = tokens[:, :, :-1], cond
+        if self.video_head_norm:
+            picture, steered = (F.layer_norm(value, value.shape[-1:]) for value in (picture, cond))
+        video = self.proj_out(picture, steered).transpose(2, 3).unflatten(3, x.shape[3:])
         return video, self.audio_proj_out(tokens[:, :, -1:], cond).squeeze(2)
 
 

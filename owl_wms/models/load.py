@@ -6,13 +6,17 @@ Usage:
 
 from __future__ import annotations
 
+import functools
+import logging
 from pathlib import Path
 
 import torch
 
-from owl_wms.configs import load_world_config
+from owl_wms.configs import WorldModelConfig, load_world_config
 from owl_wms.models import GameRFT, GameRFTAudio, make_model
 from owl_wms.vae import load_weights, read_state_dict, select_core
+
+_log = logging.getLogger(__name__)
 
 
 def load_model(cfg_path: Path | str, ckpt_path: Path | str, *, prefer_ema: bool = True) -> GameRFT | GameRFTAudio:
@@ -29,9 +33,19 @@ def load_model(cfg_path: Path | str, ckpt_path: Path | str, *, prefer_ema: bool 
         CheckpointError: the file cannot be read or belongs to another architecture.
     """
     config = load_world_config(cfg_path).model
+    if isinstance(config, WorldModelConfig) and config.model_id == "game_rft_audio":
+        _tell_head(str(cfg_path), config)
     # On meta nothing is initialised only to be overwritten; the file's tensors become the parameters.
     with torch.device("meta"):
         model = make_model(config)
     weights = select_core(read_state_dict(ckpt_path, prefer_ema=prefer_ema), ckpt_path)
     load_weights(model.core, weights, ckpt_path, assign=True)
     return model.to("cpu")
+
+
+@functools.cache
+def _tell_head(cfg_path: str, config: WorldModelConfig) -> None:
+    """Says once which picture head the weights are taken for, since both kinds of weights have the same keys."""
+    kind = "after a layer norm (upstream since 2025-07-28)" if config.video_head_norm else "without a layer norm"
+    said = "as it says" if "video_head_norm" in config.model_fields_set else "which it does not say"
+    _log.warning("%s: the picture head is taken to be %s, %s (model.video_head_norm)", cfg_path, kind, said)

@@ -6,6 +6,7 @@
 | `av_causal` | the same window, cached between the steps of a frame | noised anew for every frame | yes | optional |
 | `av_causal_no_cfg` | as av_causal | as av_causal | no | optional |
 | `av_caching` | everything, or `max_window` frames, cached for good | noised once | yes | no |
+| `av_caching_one_step` | as av_caching; one step per frame | noised once | yes | no |
 
 Usage:
     sampler = get_sampler_cls("av_caching")(n_steps=16, num_frames=60)
@@ -17,7 +18,7 @@ from __future__ import annotations
 import difflib
 
 from owl_wms.errors import ConfigError
-from owl_wms.sampling.caching import AVCachingSampler
+from owl_wms.sampling.caching import AVCachingOneStepSampler, AVCachingSampler
 from owl_wms.sampling.causal import CausalAVWindowSampler, CausalAVWindowSamplerNoCFG
 from owl_wms.sampling.controls import batch_permute, batch_permute_to_length
 from owl_wms.sampling.guidance import Guidance
@@ -30,10 +31,12 @@ SAMPLERS: dict[str, type[AVWindowSampler] | type[AVCachingSampler]] = {
     "av_causal": CausalAVWindowSampler,
     "av_causal_no_cfg": CausalAVWindowSamplerNoCFG,
     "av_caching": AVCachingSampler,
+    "av_caching_one_step": AVCachingOneStepSampler,
 }
 
 __all__ = [
     "SAMPLERS",
+    "AVCachingOneStepSampler",
     "AVCachingSampler",
     "AVWindowSampler",
     "CausalAVWindowSampler",

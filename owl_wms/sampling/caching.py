@@ -3,6 +3,8 @@
 The context, and each finished frame, is noised once to `noise_prev`, passed once, and never run again. With
 `max_window` attention spans that many frames (the new one included) and the clip may be of any length; the result is
 what the whole sequence gives under a window mask of that size (`tests/sampling/test_caching.py`).
+
+`av_caching_one_step` is the same with a single Euler step per frame, for models that were distilled to it.
 """
 
 from __future__ import annotations
@@ -137,4 +139,39 @@ class AVCachingSampler:
             mouse=mouse[:, keep],
             buttons=btn[:, keep],
             video=None if decode_fn is None else decode_fn(latents[:, keep] * image_scale),
+        )
+
+
+class AVCachingOneStepSampler(AVCachingSampler):
+    """`AVCachingSampler` for distilled models: every frame is made in one step of size 1, by default without guidance.
+
+    Args:
+        n_steps: accepted because configurations of other samplers have it; 1.
+        others: as `AVCachingSampler`.
+    """
+
+    def __init__(
+        self,
+        n_steps: int = 1,
+        cfg_scale: float = 1.0,
+        num_frames: int = 60,
+        noise_prev: float = 0.2,
+        max_window: int | None = None,
+        *,
+        only_return_generated: bool = False,
+        unconditional: Unconditional = "dropped",
+        max_level: float = 1.0,
+    ) -> None:
+        if n_steps != 1:
+            text = f"av_caching_one_step takes one step per frame, got n_steps {n_steps}; use av_caching"
+            raise ConfigError(text, key="train.sampler_kwargs.n_steps")
+        super().__init__(
+            1,
+            cfg_scale,
+            num_frames,
+            noise_prev,
+            max_window,
+            only_return_generated=only_return_generated,
+            unconditional=unconditional,
+            max_level=max_level,
         )

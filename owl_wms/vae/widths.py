@@ -64,8 +64,9 @@ def check_dcae(config: DCAEConfig, widths: list[int], depths: tuple[int, ...], d
             f"received {config.ch_max}",
             "ch_max",
         )
+    # Without shortcuts nothing repeats or averages whole groups of latent channels.
     require(
-        config.ch_max % config.latent_channels == 0,
+        (variant == "learned" and config.skip_residuals) or config.ch_max % config.latent_channels == 0,
         f"must be a multiple of latent_channels ({config.latent_channels}), received {config.ch_max}",
         "ch_max",
     )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from owl_wms.models import GameRFTAudio
+from owl_wms.models.load import load_model
 from owl_wms.nn.kv_cache import KVCache
 from tests.world import inputs, relative, tiny_config, tiny_core
 
+DATA = Path(__file__).parents[1] / "data"
 AUDIO = {"model_id": "game_rft_audio"}
 
 
@@ -66,3 +71,31 @@ def test_audio_of_another_length_is_refused() -> None:
     x, t, mouse, btn = inputs(1, 3)
     with pytest.raises(ValueError, match=r"audio must be \[b, n, 3\]"):
         core(x, torch.randn(1, 4, 3), t, mouse, btn)
+
+
+@torch.no_grad()
+def test_upstreams_own_core() -> None:
+    """Upstream's main, with its own weights and inputs; `cond` is the condition of the full vector, which the vectors
+    of GameRFT cover (`tests/models/test_gamerft.py`).
+    """
+    golden = torch.load(DATA / "gamerft_audio_core.pt", weights_only=True)
+    for normed in (True, False):
+        core = GameRFTAudio(SimpleNamespace(**golden["cfg"], video_head_norm=normed)).core.eval()
+        core.load_state_dict(golden["state_dict"], strict=False)
+        core.condition = lambda *_: golden["cond"]
+        video, audio = core(golden["x"], golden["audio"], golden["t"])
+        assert relative(audio, golden["audio_out"]) < 1e-5
+        assert relative(video, golden["video"]) < 1e-5 if normed else relative(video, golden["video"]) > 0.05
+
+
+def test_loading_says_which_head_it_took(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = {**vars(tiny_config(**AUDIO)), "global_window": 8}
+    weights = GameRFTAudio(tiny_config(**AUDIO)).state_dict()
+    torch.save(weights, tmp_path / "w.pt")
+    for name, head in (("silent", {}), ("old", {"video_head_norm": False}), ("new", {"video_head_norm": True})):
+        (tmp_path / f"{name}.yml").write_text(json.dumps({"model": {**values, **head}, "train": {"trainer_id": "av"}}))
+        core = load_model(tmp_path / f"{name}.yml", tmp_path / "w.pt").core
+        assert core.video_head_norm is (name != "old")
+    said = [record.getMessage() for record in caplog.records if "picture head" in record.getMessage()]
+    assert ["after a layer norm" in text for text in said] == [True, False, True]
+    assert ["which it does not say" in text for text in said] == [True, False, False]

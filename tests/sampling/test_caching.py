@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owl_wms.errors import ConfigError
-from owl_wms.sampling import AVCachingSampler, AVWindowSampler, SampleResult, zlerp
+from owl_wms.sampling import (
+    AVCachingOneStepSampler,
+    AVCachingSampler,
+    AVWindowSampler,
+    SampleResult,
+    get_sampler_cls,
+    zlerp,
+)
 from tests.world import inputs, relative, tiny_core
 
 
@@ -157,3 +164,15 @@ def test_compiled_decoding_is_the_same_clip_on_a_gpu() -> None:
         for compiled in (False, True)
     ]
     assert relative(clips[1], clips[0]) < 2e-2
+
+
+def test_one_step_is_caching_with_one_step() -> None:
+    core = tiny_core()
+    x, _, mouse, btn = inputs(1, 9)
+    args = (core, x[:, :3], mouse, btn)
+    one = AVCachingOneStepSampler(num_frames=4)(*args, generator=torch.Generator().manual_seed(0))
+    same = AVCachingSampler(1, 1.0, 4)(*args, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(one.latents, same.latents)
+    assert get_sampler_cls("av_caching_one_step") is AVCachingOneStepSampler
+    with pytest.raises(ConfigError, match="one step per frame, got n_steps 4"):
+        AVCachingOneStepSampler(n_steps=4)

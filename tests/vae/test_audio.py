@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from owl_wms.configs import load_vae_config
+from owl_wms.configs import load_vae_config, parse_vae_model
 from owl_wms.errors import ConfigError
-from owl_wms.vae import build_decoder, build_encoder, fold_weight_norm
+from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_audio_decode_fn
+from owl_wms.vae import build_decoder, build_encoder, fold_weight_norm, load_weights
 from owl_wms.vae.audio import SnakeBeta
-from tests.vae.helpers import VAE_CONFIGS, randomize, relative_error, small_audio
+from tests.vae.helpers import DATA, VAE_CONFIGS, randomize, relative_error, small_audio
 
 
 def test_counts_are_upstreams() -> None:
@@ -46,6 +50,35 @@ def test_snake_beta_formula() -> None:
         -1.2 + math.sin(-1.2 * 0.75) ** 2 / (1e-6 + math.exp(2.0)),
     ]
     assert torch.allclose(out.flatten(), torch.tensor(want))
+
+
+@torch.no_grad()
+def test_upstreams_decoder(tmp_path: Path) -> None:
+    """Weights and samples that upstream's own decoder gave."""
+    golden = torch.load(DATA / "audio_decoder.pt", weights_only=True)["three"]
+    decoder = build_decoder(parse_vae_model(golden["cfg"])).eval()
+    assert decoder.state_dict().keys() == golden["decoder"].keys()
+    load_weights(decoder, golden["decoder"], "golden")
+    assert relative_error(decoder(golden["z"]), golden["y"]) < 2e-6
+    config = tmp_path / "a.yml"
+    config.write_text(json.dumps({"model": golden["cfg"]}))
+    torch.save({f"decoder.{key}": value for key, value in golden["decoder"].items()}, tmp_path / "a.pt")
+    decode = make_batched_audio_decode_fn(get_decoder_only(None, config, tmp_path / "a.pt", device="cpu"), 1)
+    samples = decode(golden["z"].transpose(1, 2))
+    assert relative_error(samples.float(), golden["y"].transpose(1, 2)) < 0.05
+
+
+def test_names_of_our_older_files() -> None:
+    decoder = randomize(build_decoder(small_audio()))
+    old = {
+        re.sub(r"block([123])\.", lambda m: f"blocks.{int(m[1]) - 1}.", key): value
+        for key, value in decoder.state_dict().items()
+    }
+    old = {key.replace("final.", "act_out."): value for key, value in old.items()}
+    assert "blocks.0.blocks.0.conv1.bias" in old
+    fresh = build_decoder(small_audio())
+    load_weights(fresh, old, "old.pt")
+    assert all(torch.equal(value, decoder.state_dict()[key]) for key, value in fresh.state_dict().items())
 
 
 def test_rules() -> None:

@@ -246,3 +246,12 @@ def test_variants_are_checked() -> None:
         build_decoder(small_dcae(), "latest")
     with pytest.raises(ConfigError, match="at least 32"):
         build_decoder(small_dcae(do_channel_mask=True))
+
+
+@torch.no_grad()
+def test_without_shortcuts_any_width_goes_with_any_latent() -> None:
+    config = small_dcae(latent_channels=7, skip_residuals=True)
+    decoder, encoder = build_decoder(config, "learned").eval(), build_encoder(config, "learned").eval()
+    z = encoder(torch.randn(1, 3, 64, 64))
+    assert z.shape[1] == 7
+    assert decoder(z).shape == (1, 3, 64, 64)
