@@ -1,9 +1,13 @@
-"""The process environment and the machine: the only module that reads `os.environ`.
+"""Reads the process environment and describes the machine: the only module that reads `os.environ`.
 
 Why it exists: three readers want the same description of the machine (the cache key, the benchmark header and `owl-wms
 doctor`), and a setting read in two places is a setting read in two ways. Nothing here touches CUDA at import;
 `describe_machine` asks the GPU when it is called, never imports TensorRT, and answers `"unknown: reason"` where a probe
 fails, so that a missing fact is visible in a key or a report instead of absent from it.
+
+Why not nvidia-ml-py: torch says everything about the GPU but the driver's version, which is one call. Why not
+pydantic-settings: four variables override a call and a file in an order of our own (`settings`), each with a message
+that names the variable, which its sources would have to be taught.
 
 Usage:
     env.read("TENSORRT_PRECISION")        # stripped text, or None when unset or empty
@@ -47,9 +51,7 @@ _NVML = "libnvidia-ml.so.1"
 
 
 def read(name: str) -> str | None:
-    """The stripped value of an environment variable; None when it is unset or empty (an empty variable means "no
-    opinion").
-    """
+    """Returns the stripped value of an environment variable; None, "no opinion", when it is unset or empty."""
     value = os.environ.get(name, "").strip()
     return value or None
 
@@ -61,7 +63,7 @@ def tensorrt_overrides() -> dict[str, str]:
 
 
 def cache_hmac_key() -> bytes | None:
-    """The shared secret of a signed cache directory (`TENSORRT_CACHE_KEY`), or None when entries are not signed."""
+    """Returns the shared secret of a signed cache directory (`TENSORRT_CACHE_KEY`); None when none is set."""
     text = read("TENSORRT_CACHE_KEY")
     return None if text is None else os.fsencode(text)  # any bytes make a key
 
@@ -137,7 +139,7 @@ def _driver_version() -> str:
 
 
 def _nvml_driver_version() -> str:
-    """What NVML says, the library that nvidia-smi asks; empty when it cannot be asked."""
+    """Asks NVML, the library behind nvidia-smi; returns an empty text when it cannot be asked."""
     text = ctypes.create_string_buffer(96)
     try:
         nvml = ctypes.CDLL(_NVML)
@@ -203,5 +205,5 @@ def _describe_gpu(device_index: int | None) -> dict[str, str | int]:
 
 
 def python_executable() -> str:
-    """The interpreter that runs this process, for child processes."""
+    """Returns the interpreter that runs this process, for child processes."""
     return sys.executable

@@ -45,6 +45,7 @@ def make(
     """Render the game, encode it, and store latents, mouse and buttons as an .npy table."""
     from owl_wms.cli import _shared as shared
     from owl_wms.data.latent_dataset import make_game_latents
+    from owl_wms.media.read_facts import file_digest
     from owl_wms.vae import load_encoder
 
     shared.check_number("--seed", seed, shared.SEEDS)
@@ -62,6 +63,7 @@ def make(
             first_seed=seed,
             batch=batch,
             encoder_name=vae_checkpoint.name,
+            vae_sha256=file_digest(vae_checkpoint) if vae_checkpoint.is_file() else None,
             progress=lambda done, total: bar.update(task, completed=done),
         )
     typer.echo(f"{path}: {rows} episodes of {frames} frames at {fps} a second")

@@ -40,7 +40,7 @@ MAX_SHOWN = 80
 
 
 class FrozenDict(dict[str, Any]):
-    """A dict that refuses changes; it still unpacks with `**`, pickles and serialises as a dict."""
+    """Refuses changes; it still unpacks with `**`, pickles and serialises as a dict."""
 
     def _refuse(self, *_: Any, **__: Any) -> None:
         raise TypeError("configurations are immutable; build a changed copy with {**config, key: value}")
@@ -125,7 +125,7 @@ def _cut(text: str) -> str:
 
 
 def nearest(name: object, names: Any) -> str | None:
-    """The entry of `names` most like `name`, or None when nothing is alike."""
+    """Returns the entry of `names` most like `name`, or None when nothing is alike."""
     found = difflib.get_close_matches(str(name)[:MAX_SHOWN], [str(n) for n in names], n=1, cutoff=0.5)
     return found[0] if found else None
 

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class WandbConfig(StrictModel):
-    """Where runs are logged: entity, project and run name."""
+    """Names where runs are logged: entity, project and run name."""
 
     name: str | None = None
     project: str | None = None
@@ -182,7 +182,7 @@ class VAEConfig(StrictModel):
 
 
 def parse_vae_model(data: Mapping[str, Any], *, path: Path | str | None = None) -> VAEModelConfig:
-    """The `model` section as the class that its `model_id` names.
+    """Returns the `model` section as the class that its `model_id` names.
 
     Raises:
         ConfigError: unknown id, unknown key, wrong type, missing key.

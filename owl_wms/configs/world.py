@@ -70,7 +70,7 @@ _OPT_KEYS = {
 
 
 class WorldModelConfig(StrictModel):
-    """The `model` section. Windows and `n_frames` are in frames; `sample_size` is the side of the square latent.
+    """Holds the `model` section. Windows and `n_frames` are in frames; `sample_size` is the side of the square latent.
 
     `video_head_norm` belongs to `game_rft_audio`: False for weights of upstream before 2025-07-28, whose picture head
     has no layer norm before it. `rest_has_direction` False gives a mouse at rest no direction; upstream's weights were
@@ -175,7 +175,7 @@ class LevelsConfig(StrictModel):
 
 
 class TrainingConfig(StrictModel):
-    """The `train` section of all six trainers; None means "not said". Intervals are in optimiser steps.
+    """Holds the `train` section of all six trainers; None means "not said". Intervals are in optimiser steps.
 
     `uncond` and `audio_vae_batch_size` are accepted because shipped files have them; nothing reads them.
 
@@ -330,7 +330,7 @@ def load_world_config(path: Path | str) -> WorldConfig:
 
 
 def parse_world(data: Mapping[str, Any], *, path: Path | str | None = None) -> WorldConfig:
-    """A world model's sections as one configuration.
+    """Returns a world model's sections as one configuration.
 
     Raises:
         ConfigError: as `load_world_config`; an autoencoder's file is told as what it is, not key by key.
@@ -345,7 +345,7 @@ def parse_world(data: Mapping[str, Any], *, path: Path | str | None = None) -> W
 
 
 def with_files_found(cfg: WorldConfig, path: Path | str) -> WorldConfig:
-    """The configuration with the files of `_READ` found from any working directory (`find_beside`).
+    """Returns the configuration with the files of `_READ` found from any working directory (`find_beside`).
 
     The trainers never hear where the configuration stands.
     """

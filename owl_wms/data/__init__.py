@@ -1,1 +1,1 @@
-"""Where clips, latents and controls come from: the rendered game world and the loaders of stored data."""
+"""Brings clips, latents and controls to a trainer: the rendered game, imports, tables and loaders."""

@@ -28,7 +28,7 @@ from owl_wms.media.frames import frame_batches
 
 @dataclass(frozen=True, kw_only=True)
 class FrameEncoder:
-    """How frames of a video become latents.
+    """Says how frames of a video become latents.
 
     Attributes:
         encode: float32 [b, C, H, W] in [-1, 1] -> latents [b, c, h, w].

@@ -1,4 +1,4 @@
-"""The rendered game as a data set of latents: play, render, encode, store, one row of an `NpyTable` per episode.
+"""Makes a data set of latents of the rendered game: play, render, encode, store, one row of an `NpyTable` per episode.
 
 Several players act at once as a batch, each in a world of its own. A stored frame is the picture after `60 / fps` game
 frames under one control, so its controls are those that led to it.
@@ -11,7 +11,7 @@ Usage:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from owl_wms.errors import ConfigError, DataError
 from owl_wms.game.controls import RestlessPlayer, ScriptedPlayer
 from owl_wms.game.render import render
 from owl_wms.game.world import FRAME_SIZE, FRAMES_PER_SECOND, GameWorld
+from owl_wms.media.facts import Facts
 
 _WARM_UP = 20  # game frames before the first stored one
 
@@ -39,6 +40,7 @@ def make_game_latents(
     batch: int = 8,
     size: tuple[int, int] = FRAME_SIZE,
     encoder_name: str = "",
+    vae_sha256: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Append episodes of play by `RestlessPlayer` to a table with columns depth_latent, mouse, buttons, seed, fps.
@@ -56,6 +58,7 @@ def make_game_latents(
         batch: players at once.
         size: height and width of rendered frames.
         encoder_name: for messages, beside the digest of its weights.
+        vae_sha256: of the autoencoder's file of weights, kept with the table's facts.
         progress: called with (frames done, frames in all).
 
     Returns:
@@ -73,7 +76,7 @@ def make_game_latents(
         raise ConfigError(f"fps must divide {FRAMES_PER_SECOND}, got {fps}", key="fps")
     writer = NpyTableWriter(path, (LATENT_COLUMN, "mouse", "buttons"), columns=("seed", "fps"), begin=False)
     _require_new_worlds(writer, first_seed, episodes, fps)
-    _require_one_encoder(writer, encoder, encoder_name)
+    _require_one_encoder(writer, encoder, encoder_name, fps, vae_sha256)
     for start in range(0, episodes, batch):
         players = min(batch, episodes - start)
         done = start * frames
@@ -110,8 +113,11 @@ def _require_new_worlds(writer: NpyTableWriter, first_seed: int, episodes: int, 
         )
 
 
-def _require_one_encoder(writer: NpyTableWriter, encoder: nn.Module, name: str) -> None:
-    own = {"autoencoder": name, "sha256": _digest(encoder)}
+def _require_one_encoder(
+    writer: NpyTableWriter, encoder: nn.Module, name: str, fps: int, vae_sha256: str | None
+) -> None:
+    facts = Facts(fps=fps, vae=name or None, vae_sha256=vae_sha256, layout="n c h w")
+    own = {"autoencoder": name, "sha256": _digest(encoder), **facts.to_dict()}
     if not len(writer):
         writer.set_source(own)
         return
@@ -134,7 +140,7 @@ def _digest(encoder: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _named(source: dict[str, str]) -> str:
+def _named(source: Mapping[str, object]) -> str:
     return f"{source.get('autoencoder') or 'an autoencoder'} with weights {str(source.get('sha256'))[:12]}"
 
 

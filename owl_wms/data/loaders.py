@@ -37,7 +37,7 @@ _S3_BUCKET = "cod-data-latent-360x640to5x8"
 
 
 class Loader(Protocol):
-    """What trainers use of a loader: epochs of batches, and a position that can be stored."""
+    """Names what trainers use of a loader: epochs of batches, and a position that can be stored."""
 
     @property
     def epoch(self) -> int: ...
@@ -47,7 +47,7 @@ class Loader(Protocol):
 
 
 class StreamLoader:
-    """Batches of an endless random stream; its position is a count, from which a resumed run derives a fresh seed.
+    """Yields batches of an endless random stream; its position is a count, which seeds a resumed run afresh.
 
     A stream over a network cannot be rewound cheaply, so a resumed run sees other samples than the killed one would
     have.
@@ -79,7 +79,7 @@ class StreamLoader:
         return 0
 
     def state_dict(self) -> dict[str, int]:
-        """Batches delivered so far."""
+        """Returns the batches delivered so far."""
         return {"seen": self._seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -47,7 +47,7 @@ def positive(value: Any, name: str) -> int:
 
 
 class Carried(Dataset[Any]):
-    """A map-style data set that returns our errors as samples instead of raising them."""
+    """Returns our errors as samples instead of raising them."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -60,7 +60,7 @@ class Carried(Dataset[Any]):
 
 
 class CarriedStream(IterableDataset[Any]):
-    """The same for a stream, which ends with its error."""
+    """Does the same for a stream, which ends with its error."""
 
     def __init__(self, dataset: IterableDataset[Any]) -> None:
         self.dataset = dataset
@@ -127,7 +127,7 @@ def stack(parts: Sequence[Tensor], name: str) -> Tensor:
 
 
 class _EpochOrder(Sampler[list[Any]]):
-    """Batches of indices for one rank in one epoch, after the first `skip` samples of its order."""
+    """Yields batches of indices for one rank in one epoch, after the first `skip` samples of its order."""
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int, world_size: int, tag_epoch: bool) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
@@ -207,7 +207,7 @@ class ResumableLoader:
         self._samples = 0  # of the epoch's order, received by all ranks together
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Returns the batches in a whole epoch."""
         return self._order.batches()
 
     def __iter__(self) -> Iterator[Batch]:

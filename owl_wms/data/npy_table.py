@@ -1,4 +1,4 @@
-"""A table of clips in a folder: one row per clip, every array of it in a `.npy` file of its own.
+"""Reads and writes a table of clips in a folder: one row per clip, every array of it in a `.npy` file of its own.
 
 Why this format: it is upstream's, a window of a long clip costs only the bytes that it has, and a half-written row is
 never in the manifest. Layout of the folder (docs/formats.md has it whole):
@@ -95,7 +95,7 @@ class NpyTable:
             self.rows.append(Row(index=index, length=self._length(index, fields), fields=fields))
 
     def slice(self, row: int, column: str, start: int, stop: int) -> np.ndarray:
-        """Frames `start` to `stop` of a column of `rows[row]`, read from its file: [stop - start, ...].
+        """Return frames `start` to `stop` of a column of `rows[row]`, read from its file: [stop - start, ...].
 
         Raises:
             DataError: the range leaves the clip, the file cannot be read, or a value is NaN or infinite.
@@ -291,12 +291,12 @@ class NpyTableWriter:
 
     @property
     def rows(self) -> tuple[Mapping[str, Any], ...]:
-        """The manifest's entries so far, those of earlier writers included."""
+        """Return the manifest's entries so far, those of earlier writers included."""
         return tuple(self._rows)
 
     @property
     def source(self) -> dict[str, Any] | None:
-        """What `set_source` kept in this folder, or None.
+        """Return what `set_source` wrote to this folder, or None.
 
         Raises:
             DataError: the file is not a JSON object.

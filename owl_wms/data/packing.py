@@ -1,4 +1,4 @@
-"""Clips laid end to end and cut into windows, each frame tagged with its clip (`data_id: sequence_packing`).
+"""Lays clips end to end and cuts them into windows, each frame tagged with its clip (`data_id: sequence_packing`).
 
 Why: long windows would otherwise waste every clip shorter than the window. The order of the clips is drawn anew for
 each epoch; the epoch travels inside the sample's index, because worker processes hold copies of the data set that a
@@ -27,7 +27,7 @@ from owl_wms.errors import DataError
 
 
 class PackedDataset(Dataset[tuple[Tensor, ...]]):
-    """Windows over a stream of all clips; the stream's tail, another one each epoch, is dropped."""
+    """Gives windows over a stream of all clips; the stream's tail, another one each epoch, is dropped."""
 
     def __init__(
         self,

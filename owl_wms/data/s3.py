@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 
 class BucketError(DataError):
-    """A bucket that cannot be read at all, whichever of its objects is asked for."""
+    """Says that a bucket cannot be read at all, whichever of its objects is asked for."""
 
 
 def tar_key(shard: int, subdir: int, tar: int) -> str:
@@ -106,13 +106,13 @@ class TarBucket:
 
     @property
     def client(self) -> Any:
-        """The client, made when it is first asked for."""
+        """Return the client, made when it is first asked for."""
         if self._client is None:
             self._client = self._factory()
         return self._client
 
     def fetch(self, key: str) -> bytes:
-        """The object's bytes, tried `attempts` times with doubling waits.
+        """Return the object's bytes, tried `attempts` times with doubling waits.
 
         Raises:
             BucketError: the bucket refuses these credentials or does not exist; said after the first try.
@@ -179,7 +179,7 @@ def _codes(error: Exception) -> set[str]:
 
 
 def read_clips(data: bytes, *, source: str, members: Sequence[str]) -> list[dict[str, Tensor]]:
-    """Clips of a tar that have all of `members`, each {member: tensor [n, ...]} of one length n.
+    """Returns the clips of a tar that have all of `members`, each {member: tensor [n, ...]} of one length n.
 
     Args:
         data: the tar's bytes.

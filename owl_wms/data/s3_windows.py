@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class S3Windows(IterableDataset[tuple[Tensor, ...]]):
-    """Windows [window_length, ...] of the named members, without end."""
+    """Yields windows [window_length, ...] of the named members, without end."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class S3Windows(IterableDataset[tuple[Tensor, ...]]):
             yield pool.pop()
 
     def _windows(self, rng: random.Random) -> list[tuple[Tensor, ...]]:
-        """Windows of the next usable tar; DataError when too many in a row are unusable."""
+        """Returns windows of the next usable tar; DataError when too many in a row are unusable."""
         last: DataError | None = None
         for _ in range(_FAILED_TARS_IN_A_ROW):
             key = tar_key(*(rng.randrange(n) for n in self.layout))

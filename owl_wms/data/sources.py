@@ -63,7 +63,7 @@ class Clip:
 
 
 def clips_of(source: str) -> Iterator[Clip]:
-    """Clips of a source, in a fixed order.
+    """Yield the clips of a source, in a fixed order.
 
     Raises:
         DataError: no such source, one without clips, or a file that cannot be read.

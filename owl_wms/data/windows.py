@@ -1,4 +1,4 @@
-"""Windows of fixed length out of a table of clips (`data_id: cod`).
+"""Cuts windows of fixed length out of a table of clips (`data_id: cod`).
 
 Usage:
     dataset = WindowDataset("data/game", window_length=32, batch_columns=("depth_latent", "mouse", "buttons"))
@@ -22,7 +22,7 @@ DEFAULT_COLUMNS = ("video", "mouse", "buttons")
 
 
 class WindowDataset(Dataset[tuple[Tensor, ...]]):
-    """Windows of every clip of at least `window_length` frames, `stride` apart (side by side by default)."""
+    """Gives windows of every clip of at least `window_length` frames, `stride` apart (side by side by default)."""
 
     def __init__(
         self,

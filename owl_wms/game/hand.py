@@ -1,4 +1,4 @@
-"""The player's own hand, its blaster, the muzzle flash and the crosshair: what is fixed to the screen.
+"""Draws the player's own hand, its blaster, the muzzle flash and the crosshair: what is fixed to the screen.
 
 Why: it is what shows fire, reload, aim and stride, so the controls can be seen in a single frame. Shapes are
 distances to segments, shaded like round rods. Only the part of the frame that they can reach is computed.
@@ -62,7 +62,7 @@ def _rod(
     tint: Tensor,
     height: int,
 ) -> None:
-    """A round rod between two points, lit from the upper left; `tint` [B, 3]."""
+    """Draws a round rod between two points, lit from the upper left; `tint` [B, 3]."""
     (ax, ay), (bx, by), radius = shape
     ux, uy = bx - ax, by - ay
     length = math.hypot(ux, uy)
@@ -79,7 +79,7 @@ def _rod(
 
 
 def _crosshair(state: GameState, colour: Tensor) -> None:
-    """A soft ring at the middle of the frame that tightens when aiming."""
+    """Draws a soft ring at the middle of the frame that tightens when aiming."""
     height, width = colour.shape[-2:]
     half = max(2, height // 24)
     middle = colour[:, :, height // 2 - half : height // 2 + half, width // 2 - half : width // 2 + half]

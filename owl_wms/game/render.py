@@ -50,7 +50,7 @@ def channel_to_depth(channel: Tensor) -> Tensor:
 
 
 def make_view(world: GameWorld, state: GameState, height: int, width: int) -> View:
-    """The camera of a state for frames of `height` x `width` pixels."""
+    """Returns the camera of a state for frames of `height` x `width` pixels."""
     device = world.device
     focal = width / 2 / _HALF_WIDTH * (1 + _ZOOM * state.zoom)
     table = torch.tensor(_SKY, dtype=torch.float32, device=device)
@@ -78,7 +78,7 @@ def make_view(world: GameWorld, state: GameState, height: int, width: int) -> Vi
 def render(
     world: GameWorld, state: GameState | None = None, height: int = FRAME_SIZE[0], width: int = FRAME_SIZE[1]
 ) -> Tensor:
-    """Frames of a state.
+    """Draws the frames of a state.
 
     Args:
         world: maps and light.
@@ -221,7 +221,7 @@ def _walls(
 
 
 def _glow(state: GameState, colour: Tensor, depth: Tensor) -> None:
-    """The scan ring of E: a band of light that runs away from the player, in place."""
+    """Draws the scan ring of E: a band of light that runs away from the player, in place."""
     radius = state.pulse[:, None, None]
     ring = torch.exp(-(((depth - radius) / 0.5) ** 2)) * (0.5 * torch.exp(-radius / 5))
     colour[:, 1].add_(ring, alpha=0.8)

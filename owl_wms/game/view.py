@@ -1,4 +1,4 @@
-"""The camera and the light of one frame, as the parts of the renderer share them."""
+"""Holds the camera and the light of one frame, as the parts of the renderer share them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The game's rules: who stands where, and what mouse and buttons do to it, sixty times a second.
+"""Holds the game's rules: who stands where, and what mouse and buttons do to it, sixty times a second.
 
 Why it exists: real input for the decoder and training data for the world model, from the repository alone. One object
 holds a batch of independent players, each in a world of its own; everything is tensors, so a batch runs on a GPU.
@@ -46,7 +46,7 @@ _PULSE_SPEED = 7.0
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class GameState:
-    """What changes from frame to frame; every tensor has the batch in front, float32 unless said.
+    """Holds what changes from frame to frame; every tensor has the batch in front, float32 unless said.
 
     Attributes:
         position: [B, 2] cells.
@@ -100,7 +100,7 @@ class GameState:
 
 
 class GameWorld:
-    """A batch of players, player i in the world of seed `seed + i`."""
+    """Moves a batch of players, player i in the world of seed `seed + i`."""
 
     def __init__(self, seed: int, batch: int = 1, device: torch.device | str = "cpu") -> None:
         """Make the maps and put everybody at the start.
@@ -135,7 +135,7 @@ class GameWorld:
         return self.seeds.device
 
     def spawn(self, salt: int) -> GameState:
-        """A fresh state: players and creatures at random free cells, drawn from the seed and `salt`."""
+        """Returns a fresh state: players and creatures at random free cells, drawn from the seed and `salt`."""
         batch, device = self.batch, self.device
         zero = torch.zeros(batch, dtype=torch.float32, device=device)
         who = torch.arange(CREATURES, device=device)[None] + 100 * salt
@@ -179,7 +179,7 @@ class GameWorld:
         return torch.stack([1.5 + 2 * a for a in along], dim=-1)
 
     def solid(self, points: Tensor) -> Tensor:
-        """Whether points lie in a wall: [B, K, 2] cells -> bool [B, K]."""
+        """Returns whether points lie in a wall: [B, K, 2] cells -> bool [B, K]."""
         cell = points.floor().long().clamp(0, GRID_SIZE - 1)
         return self.grid.flatten(1).gather(1, cell[..., 1] * GRID_SIZE + cell[..., 0]) > 0
 

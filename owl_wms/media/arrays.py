@@ -1,4 +1,4 @@
-"""Latents and frames as array files: `.pt`, `.npy` and `.safetensors`, read without running code from them.
+"""Reads and writes latents and frames as `.pt`, `.npy` and `.safetensors`, without running code from them.
 
 Why one reader: whatever is wrong with a file (missing, truncated, pickled code, an odd rank, not-a-number) is found
 here, once, before a decoder is built.
@@ -36,7 +36,7 @@ KEY = "latents"  # of a file that holds several tensors, the one that is meant
 
 
 def load_array(path: Path | str, *, mapped: bool = False) -> Tensor:
-    """The tensor in a file, on the CPU, as stored.
+    """Returns the tensor in a file, on the CPU, as stored.
 
     A `.pt` or `.safetensors` file may hold several tensors if one of them is called `latents`.
 
@@ -51,7 +51,7 @@ def load_array(path: Path | str, *, mapped: bool = False) -> Tensor:
 
 
 def read_arrays(path: Path | str, *, mapped: bool = False) -> Any:
-    """The value in a file, on the CPU, as stored: a tensor, or a mapping that has tensors in it; `mapped` as above.
+    """Returns the value in a file, on the CPU, as stored: a tensor, or a mapping with tensors in it; `mapped` as above.
 
     Unless mapped, the file is read whole: it may change or go afterwards.
 
@@ -88,7 +88,7 @@ def _mapped_npy(path: Path) -> Tensor:
 
 
 def load_tensor_bytes(data: bytes) -> Any:
-    """The value in the bytes of a `.pt` file, under the rules of `read_arrays`.
+    """Returns the value in the bytes of a `.pt` file, under the rules of `read_arrays`.
 
     Raises:
         ValueError: the bytes cannot be read, in one line that says why.
@@ -158,7 +158,7 @@ def _why_not_torch(head: bytes, error: Exception) -> str:
 
 
 def _lacks_its_end(file: io.BufferedReader) -> bool:
-    """Whether a zip archive, as torch writes, breaks off before its directory, which stands last.
+    """Returns whether a zip archive, as torch writes, breaks off before its directory, which stands last.
 
     torch then says "[Errno 22] Invalid argument" or speaks of its archive reader, according to where it breaks off.
     """
@@ -183,7 +183,7 @@ def _single(value: Any, path: Path) -> Tensor:
 
 
 def load_latents(path: Path | str, channels: int | None = None) -> Tensor:
-    """Latents of a file as float [b, n, c, h, w]; ranks 3 and 4 count as one frame and one clip.
+    """Returns latents of a file as float [b, n, c, h, w]; ranks 3 and 4 count as one frame and one clip.
 
     Args:
         path: see `load_array`.
@@ -279,7 +279,7 @@ def save_array(path: Path | str, tensor: Tensor | Mapping[str, Tensor], *, facts
 
 
 def _own_values(tensor: Tensor, path: Path) -> Tensor:
-    """A dense tensor on the CPU whose storage holds its values and nothing else."""
+    """Returns a dense tensor on the CPU whose storage holds its values and nothing else."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
         raise DataError(
             f"{path}: only dense tensors can be written, got {type(tensor).__name__} {tensor.dtype}", path=path

@@ -38,7 +38,7 @@ _FORM: dict[str, type | tuple[type, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known about a file; None where nothing is.
+    """Holds what is known about a file; None where nothing is.
 
     Attributes:
         fps: frames per second.

@@ -1,4 +1,4 @@
-"""Frames from wherever they are kept, as the batches an encoder takes: clips, folders of pictures, array files.
+"""Reads frames in the batches that an encoder takes: from clips, folders of pictures, array files.
 
 Usage:
     for batch in frame_batches(Path("clip.mp4"), channels=4, size=(360, 640), batch_size=8,
@@ -33,7 +33,7 @@ def frame_batches(
     depth: Path | None = None,
     resize: bool = False,
 ) -> Iterator[Tensor]:
-    """Batches of frames, float32 [<= batch_size, channels, H, W] in [-1, 1].
+    """Yields batches of frames, float32 [<= batch_size, channels, H, W] in [-1, 1].
 
     Args:
         source: a clip, a folder of pictures in the order of the numbers in their names, or an array file of frames

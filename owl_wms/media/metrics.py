@@ -1,4 +1,4 @@
-"""How near two pictures are: PSNR, SSIM and depth error, one number per frame.
+"""Measures how near two pictures are: PSNR, SSIM and depth error, one number per frame.
 
 Why own code: both are a few tensor operations, and they must run where the frames are without a further dependency.
 

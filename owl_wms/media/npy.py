@@ -27,7 +27,7 @@ _WIDEST = 8  # bytes of a number; wider ones (float128) differ between machines
 
 
 class NpyFile:
-    """An open `.npy` file of numbers.
+    """Reads an open `.npy` file of numbers.
 
     Attributes:
         shape: of the whole array.

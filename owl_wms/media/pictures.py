@@ -1,4 +1,4 @@
-"""Frames as pictures: bytes for files, depth and differences made visible, labelled contact sheets.
+"""Makes pictures of frames: bytes for files, depth and differences made visible, labelled contact sheets.
 
 Usage:
     sheet = contact_sheet({"source": to_bytes(x[:, :3]), "depth": depth_bytes(x[:, 3])}, times=["0.0 s", "0.5 s"])

@@ -75,7 +75,7 @@ def rate_of(path: Path) -> float | None:
 
 
 def read_video(path: Path | str) -> Iterator[Tensor]:
-    """The frames of a clip's first video stream as a player shows them, uint8 [H, W, 3] each.
+    """Yields the frames of a clip's first video stream as a player shows them, uint8 [H, W, 3] each.
 
     Turned and mirrored as the clip's display matrix says, pixels made square, colours by the clip's tags (BT.709 from
     720 lines on where it has none, as players do).
@@ -111,7 +111,7 @@ def read_video(path: Path | str) -> Iterator[Tensor]:
 
 
 def _opened(av: ModuleType, path: Path) -> Any:
-    """The container of a regular file; nothing else is opened for it.
+    """Opens the container of a regular file; nothing else is opened for it.
 
     By descriptor and absolute name: FFmpeg takes `10:30.mp4` for a protocol, and some formats name further files.
     """
@@ -158,7 +158,7 @@ def _turned(picture: np.ndarray, matrix: bytes) -> np.ndarray:
         (0, -1, 1, 0): picture.transpose(1, 0, 2)[::-1],
         (0, -1, -1, 0): picture.transpose(1, 0, 2)[::-1, ::-1],
     }
-    turned = turns.get((int(a), int(b), int(c), int(d)))
+    turned: np.ndarray | None = turns.get((int(a), int(b), int(c), int(d)))
     if turned is None:
         raise ValueError("its display matrix turns by other than quarters")
     return turned

@@ -1,4 +1,4 @@
-"""Files written whole or not at all: under another name in the same folder, renamed at the end.
+"""Writes files whole or not at all: under another name in the same folder, renamed at the end.
 
 Why: whoever interrupts a long decode, or fills the disk with it, keeps the clip that stood there before.
 
@@ -19,7 +19,7 @@ from owl_wms.files import NAME_BYTES
 
 
 def draft_beside(path: Path) -> Path:
-    """A hidden name in the folder of the file that `path` is, or links to; it keeps the ending, which says the form.
+    """Returns a hidden name beside the file that `path` is, or links to, with its ending, which says the form.
 
     A name may be as long as names can be: of one that would leave no room, the beginning and a checksum stand for it.
     """
@@ -38,7 +38,7 @@ def keep_draft(draft: Path, path: Path) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """The name to write to; what was written takes the place of `path` when the body ends, and goes when it raises.
+    """Yields the name to write to; when the body ends it takes the place of `path`, and when it raises it goes.
 
     Folders are made. A process that is killed leaves the old file, and its draft.
 
@@ -56,5 +56,5 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def why_unwritten(error: Exception) -> str:
-    """What the system said, without the draft's name, which the user never gave."""
+    """Returns the system's words, without the draft's name, which the user never gave."""
     return str(getattr(error, "strerror", None) or error)
