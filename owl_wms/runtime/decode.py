@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError, FastPathError, NonFiniteError
+from owl_wms.ops.frame_bytes import compile_soon
 from owl_wms.request import Request
 from owl_wms.runtime import recording
 from owl_wms.runtime.decoding import Decoding
@@ -284,6 +285,8 @@ class VideoDecode:
         return slot.state == "ready"
 
     def _obtain(self, eager: EagerDecoder, slot: Slot) -> None:
+        if self.output == "uint8" and eager.device is not None:  # while the program is read or built
+            compile_soon(eager.dtype, getattr(eager.module, "out_channels", 3), eager.device)
         try:
             if eager.hindrance is not None:
                 raise FastPathError("export", eager.hindrance, "remove the hooks, or call decoder.eval()")

@@ -247,6 +247,53 @@ def test_channel_and_ahead() -> None:
     assert closed == ["owl-wms-test"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("output", ["bf16", "uint8"])
+def test_on_a_gpu_the_bits_are_the_plain_decodes(output: str) -> None:
+    decoder = TinyDecoder().cuda().bfloat16().eval()
+    decode = VideoDecode(decoder, batch_size=4, settings=OFF, output=output)
+    latents = torch.randn(3, 37, 4, 45, 80)
+    whole = decode(latents.cuda()).flatten(0, 1).cpu()
+    for source in (latents, latents.cuda()):
+        for ring in (2, 5):
+            pieces = []
+            for frames in decode_stream(decode, source, batches=2, ring=ring):
+                assert frames.device.type == "cpu"
+                assert frames.is_pinned()
+                pieces.append(frames.clone())
+                time.sleep(0.005)  # a piece stays what it is while the next ones are decoded and copied
+                assert torch.equal(pieces[-1], frames)
+            assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_callers_stream_comes_first() -> None:
+    """Latents that the caller's own stream is still making are not decoded before they are made."""
+    decode = VideoDecode(TinyDecoder().cuda().eval(), batch_size=4, settings=OFF, output="uint8")
+    latents = torch.randn(1, 16, 4, 32, 32, device="cuda")
+    want = decode(latents).flatten(0, 1).cpu()
+    decode(torch.zeros_like(latents))
+    late = torch.zeros_like(latents)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(latents)
+        got = torch.cat([frames.clone() for frames in decode_stream(decode, late)])
+    assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_memory_does_not_grow_with_the_length() -> None:
+    decode = VideoDecode(TinyDecoder().cuda().bfloat16().eval(), batch_size=8, settings=OFF, output="uint8")
+    latents = torch.randn(1, 64, 4, 45, 80)
+    list(decode_stream(decode, latents))
+    torch.cuda.reset_peak_memory_stats()
+    list(decode_stream(decode, latents))
+    few = torch.cuda.max_memory_allocated()
+    list(decode_stream(decode, latents.expand(20, -1, -1, -1, -1)))
+    assert torch.cuda.max_memory_allocated() < 1.2 * few + 2**20
+
+
 SLOW = """
 import sys, time, torch
 from tests.runtime.test_stream import Counting, OFF, numbered, threads

@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from owl_wms.ops.common.nvrtc import Kernel
-from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel
+from owl_wms.ops.common.nvrtc import Kernel, compile_ahead
+from owl_wms.ops.common.register import KERNEL_DTYPES, aligned, define, dtype_defines, has_kernel
 from owl_wms.ops.frame_bytes.reference import reference
 
-__all__ = ["frame_bytes", "kernel_of", "reference"]
+__all__ = ["compile_soon", "frame_bytes", "kernel_of", "reference"]
 
 _THREADS = 256
 _MOST_CHANNELS = 8  # a thread holds the bytes of four pixels in registers
@@ -25,6 +25,13 @@ _MOST_CHANNELS = 8  # a thread holds the bytes of four pixels in registers
 def kernel_of(dtype: torch.dtype, channels: int) -> Kernel:
     """Returns the variant for a 16-bit element type and 1 to 8 channels."""
     return Kernel("frame_bytes", "frame_bytes", (f"CHANNELS={channels}", *dtype_defines(dtype)))
+
+
+def compile_soon(dtype: torch.dtype, channels: int, device: torch.device) -> None:
+    """Compiles in another thread what frames of that kind will need, if they will need a kernel."""
+    if device.type == "cuda" and dtype in KERNEL_DTYPES and channels <= _MOST_CHANNELS:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        compile_ahead([kernel_of(dtype, channels)], index)
 
 
 def _run(x: Tensor) -> Tensor:
