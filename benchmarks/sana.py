@@ -62,6 +62,7 @@ FORMS: dict[str, dict[str, Any]] = {"f32c32": F32C32, "f64c128": SANA_DECODER}
 PIXELS = {"f32c32": 32, "f64c128": 64}  # of a latent's side
 # name -> batch, side of the latents, milliseconds wanted
 SIZES = {"1 x 1024x1024": (1, 32, 19.0), "8 x 512x512": (8, 16, 31.0), "1 x 2048x2048": (1, 64, 63.0)}
+LAYOUTS = {"default": torch.contiguous_format, "channels_last": torch.channels_last}
 MOST_ERROR = 1.2  # times that of eager bf16
 COMPILE_SECONDS = 150
 Run = Callable[[Tensor], Tensor]
@@ -121,7 +122,9 @@ def compiled(decoder: nn.Module, layout: torch.memory_format) -> Run:
 
 
 @torch.no_grad()
-def measure(form: str, name: str, precision: str) -> tuple[list[dict[str, Any]], bool]:
+def measure(
+    form: str, name: str, precision: str, plans: tuple[str, ...], layouts: tuple[str, ...]
+) -> tuple[list[dict[str, Any]], bool]:
     """One size: a row per candidate, and whether ours ran and is right."""
     batch, side, wanted_ms = SIZES[name]
     fp32, z = make(form), latents(form, batch, side)
@@ -146,9 +149,9 @@ def measure(form: str, name: str, precision: str) -> tuple[list[dict[str, Any]],
         torch.cuda.empty_cache()
 
     add("eager", lambda: (eager, {}))
-    add("torch.compile", lambda: (compiled(copy.deepcopy(eager), torch.contiguous_format), {}))
-    add("torch.compile channels_last", lambda: (compiled(copy.deepcopy(eager), torch.channels_last), {}))
-    add("ours", lambda: build_ours(eager, tuple(z.shape), precision))  # type: ignore[arg-type]
+    for layout in layouts:
+        add(f"torch.compile {layout}", lambda layout=layout: (compiled(copy.deepcopy(eager), LAYOUTS[layout]), {}))  # type: ignore[misc]
+    add("ours", lambda: build_ours(eager, tuple(z.shape), precision, plans))  # type: ignore[arg-type]
     del fp32
     for candidate, timing in measure_interleaved(runs, [z, z.flip(0)], rounds=15, warmup=2).items():
         rows[candidate] |= {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
@@ -273,6 +276,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--isolate", action="store_true", help="only build with TensorRT alone")
     parser.add_argument("--size", action="append", choices=list(SIZES), help="only these sizes")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "auto"], help="of our program")
+    parser.add_argument("--form", action="append", choices=list(FORMS), help="of --isolate: only these forms")
+    parser.add_argument("--plan", action="append", help="of our program; every plan that applies: all")
+    parser.add_argument("--compile", action="append", choices=[*LAYOUTS, "none"], help="rivals; both if left out")
     parser.add_argument("--out", type=Path, help="JSON file; a table in Markdown is written beside it")
     given = parser.parse_args(arguments)
     require_gpu(parser)
@@ -280,14 +286,16 @@ def main(arguments: list[str] | None = None) -> int:
     if given.check:
         return 0 if check() else 1
     if given.isolate:
-        found = [isolate(form) for form in reversed(FORMS)]
+        found = [isolate(form) for form in given.form or reversed(FORMS)]
         finish(document("sana_isolation", None, [row for row, _ in found]), given.out)
         return 0 if all(fine for _, fine in found) else 1
     ceilings = measure_ceilings(torch.bfloat16)
     line = machine_line(describe_machine(), ceilings)
+    plans = () if given.plan == ["all"] else tuple(given.plan or ["tensorrt+ops"])
+    layouts = tuple(layout for layout in given.compile or LAYOUTS if layout != "none")
     rows, fine = [], True
     for name in given.size or SIZES:
-        measured, right = measure("f32c32", name, given.precision)
+        measured, right = measure("f32c32", name, given.precision, plans, layouts)
         rows += measured
         fine &= right
         torch._dynamo.reset()

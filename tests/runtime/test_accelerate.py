@@ -9,6 +9,7 @@ import copy
 import logging
 import pickle
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,27 @@ def test_hooks_on_the_decoder_itself_run_around_the_program(fast: AcceleratedDec
     handle.remove()
     fast(z)
     assert seen == ["before", "after", "before"]
+
+
+def test_inference_mode_channels_last_and_views(fast: AcceleratedDecoder) -> None:
+    z = latents(2)
+    with torch.inference_mode():
+        assert who(fast, torch.randn(2, LATENTS, 4, 4)) == "program"
+        assert fast(z).is_inference()
+    assert who(fast, z) == "program"  # what was made in inference mode does not stay
+    assert who(fast, z.to(memory_format=torch.channels_last)) == "program"
+    assert who(fast, z.transpose(2, 3)) == "program"
+    assert fast.stats().pytorch == {}
+
+
+@torch.no_grad()
+def test_threads_get_their_own_frames(fast: AcceleratedDecoder, tools: Offset) -> None:
+    given = [latents() for _ in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        got = list(pool.map(torch.no_grad()(fast), given))
+    for z, frames in zip(given, got, strict=True):
+        torch.testing.assert_close(frames, fast.original(z) + Offset.BY_PROGRAM, rtol=0, atol=1e-5)
+    assert tools.builds == 1
 
 
 @torch.no_grad()
