@@ -1,4 +1,4 @@
-"""One cached program in the hand: read once, checked, and the checked bytes are the ones handed out.
+"""Reads one entry: its bytes are read once, checked, and handed out.
 
 Why: between checking a file and using it, somebody can swap it. So the payload is read a single time, its size and
 SHA-256 are compared with a manifest that proved itself first, and `read` returns those same bytes. Nothing is
@@ -82,7 +82,7 @@ class Entry:
 
     @property
     def cached(self) -> bool:
-        """Whether it stands in the cache directory; False means it lives in memory only."""
+        """Returns whether it stands in the cache directory; False means it lives in memory only."""
         return self.path is not None
 
     def read(self, name: str = PROGRAM) -> bytes:
@@ -109,7 +109,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Expected:
-    """What a caller looks for: model label and key, and how the entry must be signed."""
+    """The entry that a caller looks for: model label and key, and how it must be signed."""
 
     label: str
     key: Key
@@ -245,7 +245,7 @@ def _open_member(file: str, name: str, cache_path: Path, cache_fd: int, entry_fd
 
 
 def _is_still_there(name: str, cache_fd: int, entry_fd: int) -> bool:
-    """Whether the name still leads to the directory that was opened.
+    """Returns whether the name still leads to the directory that was opened.
 
     An evicted entry lost its files lawfully, a standing one did not.
     """

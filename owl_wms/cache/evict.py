@@ -30,7 +30,8 @@ LOCKS = ".locks"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Shrunk:
-    """What an eviction did: names removed, bytes they held, names that would have gone but are in use, bytes left."""
+    """The result of an eviction: names removed, bytes they held, names that would have gone but are in use, bytes
+    left."""
 
     removed: tuple[str, ...]
     freed_bytes: int
@@ -87,7 +88,8 @@ def _marks(folder_fd: int) -> dict[str, int]:
 
 
 def shrink(cache_fd: int, max_bytes: int, mode: int, keep: Collection[str] = ()) -> Shrunk:
-    """Remove least recently used entries until the rest fit in `max_bytes`; entries in `keep` or in use stay.
+    """Remove least recently used entries until the rest fit in `max_bytes`; entries in `keep` (protected) or in use
+    stay.
 
     Raises:
         OSError: the cache directory cannot be listed.

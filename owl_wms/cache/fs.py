@@ -35,7 +35,7 @@ STORAGE_ERRNOS = frozenset(
         errno.EFBIG,
     }
 )
-"""What a disk, a quota or a mount says when it cannot take more; none of them is the caller's fault."""
+"""Errors of a disk, a quota or a mount that cannot take more; none of them is the caller's fault."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -219,7 +219,7 @@ def free_bytes(path: str) -> int:
 
 
 def is_storage_trouble(error: BaseException, path: str) -> bool:
-    """Whether a failed build is to be put down to the file system of `path`.
+    """Returns whether a failed build is to be put down to the file system of `path`.
 
     The build may word "disk full" in its own way, or die in a child process; so besides the errors it was raised from,
     the disk is asked.

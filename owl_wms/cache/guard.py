@@ -1,4 +1,4 @@
-"""Which directory may be trusted with compiled programs.
+"""Decides which directory may be trusted with compiled programs.
 
 Why: whoever can write an entry can write its hash too, and a compiled program is code. So the boundary is the
 directory: it must be a real one, ours, and closed to others. A directory that fails this is refused with the reason,
@@ -63,7 +63,7 @@ def open_trusted(path: Path, *, shared: bool = False, create: bool = True) -> in
 
 
 def file_problem(found: os.stat_result, shared: bool) -> str | None:
-    """Why a file or directory inside the cache may not be used; None when it may."""
+    """Returns why a file or directory inside the cache may not be used; None when it may."""
     if shared:
         return None
     if found.st_uid not in (os.geteuid(), 0):
@@ -115,7 +115,7 @@ def _distrust(path: Path, found: os.stat_result, shared: bool) -> str | None:
 
 
 def _is_private_group(uid: int, gid: int) -> bool:
-    """Whether a group is its user's own, as systems with umask 002 make them: same name, nobody else listed in it."""
+    """Returns whether a group is its user's own, as systems with umask 002 make them: same name, nobody else in it."""
     try:
         user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
     except KeyError:

@@ -125,5 +125,5 @@ def entry_name(name: str, key: str) -> str:
 
 
 def is_entry_name(text: str) -> bool:
-    """Whether a directory name has the form that `entry_name` gives."""
+    """Returns whether a directory name has the form that `entry_name` gives."""
     return _ENTRY.fullmatch(text) is not None

@@ -26,7 +26,7 @@ POLL_SECONDS = 0.02
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Flight:
-    """How taking the lock ended.
+    """The result of taking the lock.
 
     Attributes:
         held: this caller is the only builder, as far as locks can say.
@@ -83,7 +83,7 @@ def _take(lock: filelock.BaseFileLock, note_path: Path, timeout: float) -> Fligh
 
 
 def _holder(note_path: Path) -> str:
-    """Who holds a lock, for a message; never trusted for anything else."""
+    """Returns who holds a lock, for a message; never trusted for anything else."""
     try:
         with note_path.open(encoding="ascii", errors="replace") as note:
             text = note.read(20).strip()

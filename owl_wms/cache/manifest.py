@@ -159,7 +159,7 @@ def _checked(found: dict[str, Any], refuse: Any) -> Manifest:
 
 
 def signature_problem(data: bytes, hmac_key: bytes) -> str | None:
-    """Why a manifest (already parsed successfully) may not be used under `hmac_key`.
+    """Returns why a manifest (already parsed successfully) may not be used under `hmac_key`.
 
     None when its signature is right.
     """

@@ -1,7 +1,7 @@
-"""Bad entries are moved aside, not deleted and not used.
+"""Moves bad entries aside; they are neither deleted nor used.
 
 Why: a damaged entry is evidence (of a disk, a crash, an attacker), and must be out of the way at once; one rename does
-both. The place is bounded in count and bytes, so evidence cannot fill the disk.
+both. The folder is bounded in count and bytes, so evidence cannot fill the disk.
 
 Layout: `<cache>/quarantine/<entry>.<random>/entry` and beside it `reason.txt`.
 """
@@ -19,7 +19,7 @@ MAX_COUNT = 16
 MAX_BYTES = 1 << 30
 
 
-def put_aside(entry: str, reason: str, cache_fd: int, mode: int) -> bool:
+def move(entry: str, reason: str, cache_fd: int, mode: int) -> bool:
     """Move `<cache>/<entry>` (directory, file or link) into quarantine.
 
     Returns:

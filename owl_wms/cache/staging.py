@@ -1,4 +1,4 @@
-"""Where entries are made, and how what a dead writer left is told from what a live one is using.
+"""Makes the temporary directories that entries are written in, and removes those of writers that are dead.
 
 Why: an entry appears by one rename, so it is made beside its place, on the same file system, under a name nobody else
 has. A writer that is killed leaves that directory behind. It may be swept only when its writer is certainly gone: the
@@ -63,7 +63,7 @@ class Process:
         return f"{self.host}-{self.boot}-{self.namespace}-{self.pid}-{self.start}-{uuid.uuid4().hex}"
 
     def is_dead(self) -> bool:
-        """Whether it has certainly ended; False when that cannot be known from here."""
+        """Returns whether it has certainly ended; False when that cannot be known from here."""
         here = Process.current()
         if self.boot != here.boot:
             return self.host == here.host  # this machine was restarted; of another machine nothing is known
@@ -80,7 +80,7 @@ class Process:
 
 
 class Stage:
-    """One writer's private directory, on the cache's file system.
+    """The private directory of one writer, on the cache's file system.
 
     Attributes:
         path: the directory to write the entry's files into.

@@ -1,8 +1,8 @@
-"""The cache as its callers see it: give a key and a way to build, get a program whose bytes are right.
+"""The cache as its callers see it: it takes a key and a way to build, and returns a program whose bytes are right.
 
-Why it never fails its caller: a cache is an economy. If the directory is refused, full, read-only or broken, the build
-still runs and its bytes are returned; the store says so once and counts it. What is raised is what the build itself
-raised.
+It never fails its caller. If the directory is refused, full, read-only or broken, the build still runs and its bytes
+are returned; the store logs that once and counts it. The only errors raised are those of the build itself. Why: a cache
+only saves time, so its failure may cost no more than that.
 
 Usage:
     store = CacheStore(Path("trt_cache"), max_bytes=20 * 2**30)
@@ -163,7 +163,7 @@ class CacheStore:
             if repair:
                 for info in found:
                     if info.status == "corrupt":
-                        self._put_aside(info.name, info.reason, cache_fd)
+                        self._quarantine(info.name, info.reason, cache_fd)
             return found
 
     def reject(self, name: str, reason: str) -> None:
@@ -175,7 +175,7 @@ class CacheStore:
         """
         with self._opened() as cache_fd:
             if cache_fd is not None:
-                self._put_aside(name, reason, cache_fd)
+                self._quarantine(name, reason, cache_fd)
 
     def prune(self, max_bytes: int | None = None) -> evict.Shrunk:
         """Sweep what dead writers left, then evict to `max_bytes`.
@@ -224,7 +224,7 @@ class CacheStore:
         except EntryGoneError as error:
             return Miss(reason=str(error), kind="gone")
         except CacheCorruptError as error:
-            self._put_aside(name, str(error), cache_fd)
+            self._quarantine(name, str(error), cache_fd)
             return Miss(reason=f"{name}: {error}", kind="corrupt")
         except (OSError, MemoryError) as error:  # a program larger than the free memory is not damaged
             return Miss(reason=f"{name} cannot be read: {error or type(error).__name__}", kind="unreadable")
@@ -233,9 +233,9 @@ class CacheStore:
         self._tally.count("hits")
         return entry
 
-    def _put_aside(self, name: str, reason: str, cache_fd: int) -> None:
+    def _quarantine(self, name: str, reason: str, cache_fd: int) -> None:
         try:
-            quarantine.put_aside(name, reason, cache_fd, self._modes.directory)
+            quarantine.move(name, reason, cache_fd, self._modes.directory)
         except OSError as error:
             self._tally.warn(
                 f"stuck {name}", "%s: %s; it is not used, but cannot be moved away: %s", name, reason, error

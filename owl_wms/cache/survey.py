@@ -1,4 +1,4 @@
-"""What stands in the cache and why each entry would or would not be used: what `owl-wms trt list` and `verify` show.
+"""Lists the entries of the cache and why each would or would not be used, for `owl-wms trt list` and `verify`.
 
 Why it reads and never loads: a listing must be safe on a cache that another version, machine or attacker filled. Only
 manifests are parsed (and payloads hashed on request); a reason is text, found by comparing the key material with the

@@ -1,4 +1,4 @@
-"""What happened, counted; and warnings said once.
+"""Counts events, and logs each kind of warning once.
 
 Why: a decode that falls back ten thousand times must not log ten thousand lines, and must still be countable.
 

@@ -48,7 +48,7 @@ class VideoDecode:
 
     Thread-safe. A chunk shorter than the batch is padded for the program and sliced. Each latent shape has its own
     program. Weights that change in place drop the programs made from the old ones. A run that fails is answered by
-    PyTorch and counted; after three the program is put aside. What a caller records in a CUDA graph of its own is
+    PyTorch and counted; after three the program is switched off. What a caller records in a CUDA graph of its own is
     PyTorch's decode.
 
     Args:
@@ -174,7 +174,7 @@ class VideoDecode:
         return self._current().eager.device
 
     def stats(self) -> DecodeStats:
-        """What happened so far. Waits for timed batches that still run; otherwise free."""
+        """Returns the counters so far. Waits for timed batches that still run; otherwise free."""
         generation = self._generation
         return summarise(
             self._ledger,
@@ -241,7 +241,9 @@ class VideoDecode:
     # ---- state
 
     def _current(self) -> Generation:
-        """What is made from the weights as they are now. A decode asks once and then uses nothing of another one."""
+        """Returns the Generation for the decoder's current weights, and makes a new one if they changed. A decode calls
+        this once and uses that Generation to its end.
+        """
         if self._forked:
             self._after_fork()
         if recording.underway():
@@ -265,16 +267,16 @@ class VideoDecode:
             if remark is not None:
                 self._ledger.note(f"size {one}", remark)
         if slot.state == "new" and not self.settings.enabled:
-            slot.put_off(SWITCHED_OFF)
+            slot.switch_off(SWITCHED_OFF)
         elif slot.state == "new" and self._forked:
             reason = "this process was forked after the decode function was made"
-            slot.put_off(reason, FastPathError("run", reason, "make the decode function inside the worker"))
+            slot.switch_off(reason, FastPathError("run", reason, "make the decode function inside the worker"))
         elif slot.state == "new" and recording.underway():
-            slot.put_off("a CUDA graph is being recorded")
+            slot.switch_off("a CUDA graph is being recorded")
         return slot
 
     def _ready(self, eager: EagerDecoder, slot: Slot) -> bool:
-        """Whether the slot has a program; obtains it on the first call. Other threads wait here meanwhile."""
+        """Returns whether the slot has a program; obtains it on the first call. Other threads wait here meanwhile."""
         if slot.state == "new" and slot.rested():
             with slot.lock:
                 if slot.state == "new" and slot.rested():
@@ -292,7 +294,7 @@ class VideoDecode:
                 raise FastPathError("export", eager.hindrance, "remove the hooks, or call decoder.eval()")
             loaded = self.toolchain.obtain(eager.module, slot.request, self.settings, self._progress)
         except FastPathError as failure:
-            slot.put_off(f"{failure.stage}: {failure.reason}", failure)
+            slot.switch_off(f"{failure.stage}: {failure.reason}", failure)
             if failure.quiet:
                 self._ledger.note(failure.reason, f"PyTorch decodes: {failure.reason}")
             else:
@@ -312,7 +314,9 @@ class VideoDecode:
         )
 
     def _while_recording(self) -> Generation:
-        """One without programs, and not kept: what is folded while recording exists in the replays only."""
+        """Returns a Generation without programs, for this call only. It must not be reused: weights folded during a
+        capture get their values when the graph is replayed, not before.
+        """
         if self.strict and self.settings.enabled:
             raise FastPathError("run", "a CUDA graph is being recorded around it", "decode outside of the graph")
         self._ledger.note("recording", "PyTorch decodes inside a CUDA graph that the caller records")

@@ -77,7 +77,7 @@ class Decoding:
                 yield start
 
     def run(self, chunk: Tensor, start: int) -> bool:
-        """Whether the program could decode latents `[k, c, h, w]`; a failed run is counted."""
+        """Returns whether the program could decode latents `[k, c, h, w]`; a failed run is counted."""
         try:
             floating = chunk if chunk.is_floating_point() else chunk.float()
             flag = self._slot.run(floating, lambda frames: self._out.write(start, frames), self._looked)
@@ -133,7 +133,7 @@ class Decoding:
             worse &= ~out.tensor[start : start + len(chunk)].isfinite()
         else:  # bytes do not show what was not finite, so the program runs once more
             again = Output("bf16", len(chunk), worse.device, tuple(chunk.shape[1:]))
-            with contextlib.suppress(Exception):  # it was put aside meanwhile, or fails: PyTorch's answer stands
+            with contextlib.suppress(Exception):  # it was switched off meanwhile, or fails: PyTorch's answer stands
                 floating = chunk if chunk.is_floating_point() else chunk.float()
                 slot.run(floating, lambda frames: again.write(0, frames), False)
                 worse &= ~again.tensor.isfinite()

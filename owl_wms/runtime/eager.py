@@ -41,7 +41,8 @@ class EagerDecoder:
     """
 
     def __init__(self, decoder: nn.Module) -> None:
-        # Before the weights are read: one that changes meanwhile shows as a difference later, never as none.
+        # Take the stamp before reading the weights. If a weight changes while we read, the next comparison finds a
+        # difference. In the other order the change would go unnoticed.
         self.stamp = WeightsStamp(decoder)
         inner = unwrap(decoder)
         self.hindrance = hindrance(inner)
@@ -165,7 +166,7 @@ def _attempt(eager: EagerDecoder, part: Tensor) -> tuple[Tensor | None, str]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out, on either kind of device and from TensorRT too."""
+    """Returns whether an exception means that memory ran out, on either kind of device and from TensorRT too."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()

@@ -1,8 +1,8 @@
-"""What was made from one state of the caller's weights: the PyTorch decoder, its programs, the sizes of its frames.
+"""`Generation`: the PyTorch decoder, the programs and the frame sizes that were made from one state of the weights.
 
 Why one object: weights change while other threads decode and while a program is being built, which takes minutes. A
-decode takes the generation of its moment and puts whatever it makes there; so what was made from old weights goes away
-with them, whenever it is finished, and no program can meet weights that it was not made from.
+decode takes the generation of its moment and puts whatever it makes there. So everything made from old weights goes
+away with them, whenever it is finished, and no program can meet weights that it was not made from.
 
 Usage:
     generation = Generation(decoder)

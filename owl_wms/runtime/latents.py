@@ -1,4 +1,4 @@
-"""What may be decoded: the checks on latents, in one place and with one wording.
+"""Checks the shape and type of latents, in one place and with one wording.
 
 Why: a wrong rank or channel count otherwise appears as a convolution error five modules down, or, worse, as frames of
 another clip.
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.errors import DataError, LatentShapeError
+
+_AXES = "add or remove axes"
+_CHANNELS = "these latents belong to another decoder, or their axes are in another order"
 
 
 def latent_channels(decoder: nn.Module) -> int | None:
@@ -36,11 +39,11 @@ def check_video_shape(shape: tuple[int, ...], channels: int | None) -> None:
     """The same for a shape alone."""
     expected = _video(channels)
     if len(shape) != 5:
-        _refuse(shape, expected, f"rank 5, got rank {len(shape)}")
+        _refuse(shape, expected, f"rank 5, got rank {len(shape)}", _AXES)
     if channels is not None and shape[2] != channels:
-        _refuse(shape, expected, f"{channels} channels, got {shape[2]}")
+        _refuse(shape, expected, f"{channels} channels, got {shape[2]}", _CHANNELS)
     if min(shape[2:]) < 1:
-        _refuse(shape, expected, "c, h and w of at least 1")
+        _refuse(shape, expected, "c, h and w of at least 1", "decode latents that have values")
 
 
 def _video(channels: int | None) -> str:
@@ -53,9 +56,9 @@ def check_audio(latents: Tensor, channels: int | None) -> None:
     _check_tensor(latents, expected)
     shape = tuple(latents.shape)
     if len(shape) != 3:
-        _refuse(shape, expected, f"rank 3, got rank {len(shape)}")
+        _refuse(shape, expected, f"rank 3, got rank {len(shape)}", _AXES)
     if channels is not None and shape[2] != channels:
-        _refuse(shape, expected, f"{channels} channels, got {shape[2]}")
+        _refuse(shape, expected, f"{channels} channels, got {shape[2]}", _CHANNELS)
 
 
 def _check_tensor(latents: Tensor, expected: str) -> None:
@@ -65,9 +68,9 @@ def _check_tensor(latents: Tensor, expected: str) -> None:
         raise DataError(f"latents must be a dense real tensor {expected}; got {latents.dtype}, {latents.layout}")
 
 
-def _refuse(got: tuple[int, ...], expected: str, rule: str) -> None:
+def _refuse(got: tuple[int, ...], expected: str, rule: str, remedy: str) -> None:
     raise LatentShapeError(
-        f"latents must be {expected} ({rule}); got {list(got)}. Add or move axes before decoding",
+        f"latents must be {expected} ({rule}); got {list(got)}: {remedy}",
         got=got,
         expected=expected,
     )

@@ -78,7 +78,7 @@ class Loaded:
 
 
 class Toolchain(Protocol):
-    """What makes programs, as far as the decode loop knows it."""
+    """Makes programs; this is all that the decode loop knows of it."""
 
     name: str
 
@@ -142,11 +142,11 @@ class Stored(abc.ABC):
 
     @abc.abstractmethod
     def ready(self, request: Request) -> FastPathError | None:
-        """Why nothing can be built or loaded for the request; None when it can."""
+        """Returns why nothing can be built or loaded for the request; None when it can."""
 
     @abc.abstractmethod
     def key_material(self, decoder: nn.Module, request: Request) -> Mapping[str, Any]:
-        """Everything the program depends on, JSON-ready."""
+        """Returns everything the program depends on, JSON-ready."""
 
     @abc.abstractmethod
     def build(

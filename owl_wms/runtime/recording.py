@@ -1,7 +1,7 @@
-"""Whether the caller records a CUDA graph around a decode: then PyTorch's operators and nothing else.
+"""Detects that the caller is capturing a CUDA graph. During a capture only PyTorch decodes.
 
-Why it matters: a program has buffers and engines of its own, which the caller's graph would use at any later time, next
-to our own runs; and building, waiting, timing and keeping what was made are nothing that a recording can do.
+Why it matters: a program has buffers of its own, and the caller's graph would use them again at every replay, possibly
+while we run. Building, waiting, timing and storing cannot happen during a capture either.
 
 Usage:
     if recording.underway():
@@ -14,5 +14,5 @@ import torch
 
 
 def underway() -> bool:
-    """Whether the current stream is being recorded."""
+    """Returns whether the current stream is being recorded."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

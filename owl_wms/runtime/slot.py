@@ -1,7 +1,7 @@
-"""One latent shape's program and its history: not tried, ready, or off with a reason.
+"""The program of one latent shape and its state: new, ready or off.
 
-Why: state per shape keeps one shape's failure from slowing the others, and one lock per program keeps threads and
-streams apart; a TensorRT execution context has scratch memory that two runs at once would share.
+Why: one state per shape keeps one shape's failure from slowing the others. One lock per program keeps threads and
+streams apart, because two runs at once would share the scratch memory of one TensorRT execution context.
 
 Usage:
     slot = Slot(request)
@@ -27,7 +27,7 @@ from owl_wms.runtime.programs import Loaded
 from owl_wms.state import State
 
 STRIKES = 3
-"""Run failures after which a program is put aside."""
+"""Failed runs after which a program is switched off."""
 REST_SECONDS = 10.0
 """After a caller's time limit has ended a build, PyTorch decodes for so long: the limit would end the next one too."""
 CHECKED_CALLS, CHECK_EVERY = 8, 64
@@ -63,7 +63,7 @@ class Slot:
         self.loaded, self.state = loaded, "ready"
         self.reason = f"{'built' if loaded.built else 'cached'} program {loaded.name}"
 
-    def put_off(self, reason: str, failure: FastPathError | None = None) -> None:
+    def switch_off(self, reason: str, failure: FastPathError | None = None) -> None:
         """Drop the program for good."""
         self.failure = None if failure is None else failure.again()
         self.loaded, self.state, self.reason = None, "off", reason
@@ -74,19 +74,19 @@ class Slot:
         self.reason = "an exception of the caller's ended the search for a program, which begins again in a while"
 
     def rested(self) -> bool:
-        """Whether that time is over."""
+        """Returns whether that time is over."""
         return time.monotonic() >= self._rest_until
 
     def strike(self, failure: FastPathError) -> None:
-        """Count a failed run; the third puts the program aside."""
+        """Count a failed run; the third switches the program off."""
         with self.lock:
             self.failures += 1
             if self.failures >= STRIKES:
-                reason = f"put aside after {STRIKES} failed runs, last: {failure.reason}"
-                self.put_off(reason, FastPathError(failure.stage, reason, failure.remedy))
+                reason = f"switched off after {STRIKES} failed runs, last: {failure.reason}"
+                self.switch_off(reason, FastPathError(failure.stage, reason, failure.remedy))
 
     def wants_check(self, mode: str, dtype: torch.dtype | None) -> bool:
-        """Whether this call's output is to be looked at; counts the call. `dtype` is PyTorch's where no program is."""
+        """Returns whether to look at this call's output; counts the call. `dtype`: PyTorch's where no program is."""
         with self.lock:
             self._calls += 1
             calls = self._calls
@@ -102,7 +102,7 @@ class Slot:
         """Run one step of a streaming decoder's program: frames and the next state, in the program's dtype."""
         with self.lock, self._ordered(z.device):
             if self.loaded is None:
-                raise RuntimeError("the program was put aside by another thread")
+                raise RuntimeError("the program was switched off by another thread")
             frames, *following = self.loaded.program(z, *state)
             return frames, tuple(following)
 
@@ -114,7 +114,7 @@ class Slot:
         """
         with self.lock, self._ordered(z.device):
             if self.loaded is None:
-                raise RuntimeError("the program was put aside by another thread")
+                raise RuntimeError("the program was switched off by another thread")
             missing = self.request.input_shape[0] - len(z)
             frames = self.loaded.program(F.pad(z, (0,) * 7 + (missing,)) if missing else z)[: len(z)]
             if len(frames) != len(z):

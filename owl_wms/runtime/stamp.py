@@ -76,7 +76,7 @@ class _Steps:
         stepped.last = self.count
 
     def wrote(self, memory: set[int], since: int) -> bool:
-        """Whether a step after the one numbered `since` wrote some of `memory`."""
+        """Returns whether a step after the one numbered `since` wrote some of `memory`."""
         return any(stepped.last > since and not memory.isdisjoint(stepped.memory()) for stepped in self._all)
 
 
@@ -138,7 +138,7 @@ class WeightsStamp:
         self._additions = self._close_look()
 
     def matches(self, decoder: nn.Module) -> bool:
-        """Whether `decoder`, the one that the stamp was made of, still computes with the same."""
+        """Returns whether `decoder`, the one that the stamp was made of, still computes with the same."""
         if self._children != self._children_then or any(self._empty):
             return False
         if list(map(_training, self._mode_of)) != self._modes:
@@ -162,7 +162,7 @@ class WeightsStamp:
         return sum(values[i]._version for i in self._counted)  # type: ignore[union-attr, misc]
 
     def _unstepped(self) -> bool:
-        """Whether no optimiser has stepped that has one of the weights."""
+        """Returns whether no optimiser has stepped that has one of the weights."""
         if self._steps == _STEPS.count:
             return True
         count = _STEPS.count
@@ -172,7 +172,7 @@ class WeightsStamp:
         return True
 
     def _unhooked(self) -> bool:
-        """Whether hooks and the forwards of instances are what they were."""
+        """Returns whether hooks and the forwards of instances are what they were."""
         signs = self._cheap_signs()
         if signs == self._signs:
             return True
@@ -195,7 +195,7 @@ class WeightsStamp:
 
 
 def hooks_for_all() -> bool:
-    """Whether forward hooks are registered that every module calls."""
+    """Returns whether forward hooks are registered that every module calls."""
     return any(_GLOBAL_HOOKS)
 
 

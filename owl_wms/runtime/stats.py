@@ -1,7 +1,7 @@
-"""What a decode function has done, counted; and each kind of failure said once.
+"""Counts what a decode function does, and logs each kind of failure once.
 
-Why: a fast path that quietly is not used looks like a slow machine. The counters say what ran, how often and why not
-the other thing.
+Why: a compiled path that is not used without a word looks like a slow machine. The counters say what ran, how often,
+and why the other way was not taken.
 
 Usage:
     ledger = Ledger()

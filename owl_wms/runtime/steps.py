@@ -196,7 +196,7 @@ class Steps:
             if slot is None:
                 slot = self._slots[shape, device] = Slot(Request.of(self.settings, shape, str(device), state))
                 if not self.settings.enabled:
-                    slot.put_off(SWITCHED_OFF)
+                    slot.switch_off(SWITCHED_OFF)
         return slot
 
     def _ready(self, slot: Slot) -> bool:
@@ -214,7 +214,7 @@ class Steps:
         try:
             loaded = self.toolchain.obtain(self._stepping, slot.request, self.settings, self._progress)
         except FastPathError as failure:
-            slot.put_off(f"{failure.stage}: {failure.reason}", failure)
+            slot.switch_off(f"{failure.stage}: {failure.reason}", failure)
             if failure.quiet:
                 self._ledger.note(failure.reason, f"PyTorch decodes: {failure.reason}")
             else:

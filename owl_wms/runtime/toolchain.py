@@ -25,7 +25,7 @@ from owl_wms.settings import TensorRTConfig
 
 
 def no_device(request: Request) -> FastPathError | None:
-    """Why nothing can be compiled for the request's device; None when it is a GPU."""
+    """Returns why nothing can be compiled for the request's device; None when it is a GPU."""
     if request.device.startswith("cuda"):
         return None
     remedy = "move the decoder to a GPU" if torch.cuda.is_available() else "run on a machine with an NVIDIA GPU"
@@ -92,7 +92,7 @@ class Jit:
     name = "tensorrt-jit"
 
     def ready(self, request: Request) -> FastPathError | None:
-        """Why nothing can be compiled here; None when it can."""
+        """Returns why nothing can be compiled here; None when it can."""
         from owl_wms import trt
 
         unready = no_device(request)

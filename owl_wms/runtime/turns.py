@@ -1,15 +1,15 @@
-"""What threads of one process may do at the same time while they obtain programs, and what not.
+"""Decides which threads of one process may obtain programs at the same time.
 
 Three rules, from the outside in; a thread that holds one asks only for those after it, so nobody waits in a circle:
 
-    one_of(key)    one thread a key: who asks for the program that another thread is building waits and finds it
-    building()     one build a process: two at once would time their candidates on a GPU that the other one uses
-    tracing()      one trace, load or import a process: torch.export keeps process-wide state (2.11: a second load at
+    one_of(key)    one thread per key: a thread that asks for the program that another one is building waits for it
+    building()     one build per process: two at once would time their candidates on a GPU that the other one uses
+    tracing()      one trace, load or import per process: torch.export keeps process-wide state (2.11: a second load at
                    the same time fails with "_CURRENT_DESERIALIZER is already set"), and a build that failed for that
                    would be remembered. It also keeps imports of torch's parts apart, which meet half-made otherwise.
 
-A build runs in a process of its own and holds no `tracing()`, so a key or a cached program of another shape does not
-wait for it.
+A build runs in a process of its own and holds no `tracing()`, so the key or the stored program of another shape does
+not wait for it.
 
 Usage:
     with tracing():

@@ -45,7 +45,7 @@ them builds anew. `tests/runtime/test_counts.py` holds it to that.
 
 
 def key_material(decoder: nn.Module, request: Request) -> dict[str, Any]:
-    """What a program for `decoder` under `request` depends on.
+    """Returns what a program for `decoder` under `request` depends on.
 
     Args:
         decoder: any device and float dtype, weight norm live or folded; not changed.

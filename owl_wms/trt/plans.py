@@ -230,7 +230,7 @@ def check_names(request: Request) -> None:
 
 
 def without_library(request: Request) -> bool:
-    """Whether a plan that needs no Torch-TensorRT is among those that the request allows."""
+    """Returns whether a plan that needs no Torch-TensorRT is among those that the request allows."""
     return any(not plan.library and set(plan.precisions) & set(request.precisions()) for plan in named(request))
 
 

@@ -79,7 +79,7 @@ def test_a_program_that_answers_otherwise_is_not_used(
             decode = fresh()
             assert same(decode(z), z, decoder)
         assert decode.stats().backend == "pytorch", name
-        assert "does not repeat the answer of its build" in decode.stats().reason
+        assert "does not repeat the output of its build" in decode.stats().reason
         assert len(caplog.records) == 1, [record.getMessage() for record in caplog.records]
     healed = fresh().stats()
     assert (healed.backend, healed.hits, toolchain.builds) == ("plain", 1, 1)

@@ -188,14 +188,14 @@ def test_entry_is_not_blamed_for_memory(tmp_path: Path) -> None:
     assert not (tmp_path / "cache" / "quarantine").exists()
 
 
-def test_run_raises_three_times_then_the_program_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_raises_three_times_then_it_is_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     toolchain = ExportToolchain(fail={"run": RuntimeError("launch failed")})
     decode = assert_pytorch_answers(tmp_path, caplog, toolchain, "run", "launch failed")
     assert toolchain.runs == 4, "one smoke run, three failures, then never again"
     assert decode.stats().failures == {"run": 3}
     assert decode.stats().fallbacks == 3
     assert decode.stats().backend == "pytorch"
-    assert "put aside after 3" in decode.stats().reason
+    assert "switched off after 3" in decode.stats().reason
 
 
 def test_one_failed_run_does_not_end_the_program(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_non_finite_output_is_replaced(
     for _ in range(4):
         assert torch.equal(decode(latents), truth)
     assert decode.stats().failures == {"run": 3}
-    assert "put aside" in decode.stats().reason
+    assert "switched off" in decode.stats().reason
     (said,) = warnings_of(caplog)
     assert "1 non-finite values where PyTorch gives finite ones" in said
 
@@ -243,7 +243,7 @@ def test_many_non_finite_batches_of_one_decode_into_bytes(tmp_path: Path) -> Non
     truth = VideoDecode(decoder, batch_size=2, settings=settings(tmp_path, enabled=False), output="uint8")(latents)
     decode = VideoDecode(decoder, batch_size=2, settings=settings(tmp_path), toolchain=toolchain, output="uint8")
     assert torch.equal(decode(latents), truth)
-    assert "put aside" in decode.stats().reason
+    assert "switched off" in decode.stats().reason
 
 
 def test_latents_that_are_nan_are_not_the_programs_fault_in_bytes(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_out_of_memory_in_the_program(tmp_path: Path, caplog: pytest.LogCaptureF
         torch.testing.assert_close(decode(latents), truth, rtol=2e-2, atol=1e-2)
     (said,) = warnings_of(caplog)
     assert "lower the batch size" in said
-    assert "put aside" in decode.stats().reason
+    assert "switched off" in decode.stats().reason
 
 
 class Hungry(TinyDecoder):
@@ -392,5 +392,5 @@ def test_strict_says_the_same_at_every_call(tmp_path: Path, step: str, stage: st
         raised.append(caught.value)
     assert {error.stage for error in raised} == {stage}
     assert len({error.remedy for error in raised}) == 1
-    assert "put aside" in str(raised[-1]) if step == "run" else str(raised[-1]) == f"{stage}: boom (turn it off)"
+    assert "switched off" in str(raised[-1]) if step == "run" else str(raised[-1]) == f"{stage}: boom (turn it off)"
     assert len({id(error) for error in raised}) == 5, "one that is kept would hold the tensors of its first traceback"

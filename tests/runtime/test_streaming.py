@@ -221,7 +221,7 @@ def test_pytorch_takes_over_in_mid_stream(kind: str, caplog: pytest.LogCaptureFi
     assert (stats.chunks_program, stats.chunks_pytorch, stats.fallbacks) == (2, 5, 3)
     assert programs.calls == 5, "after three failures the program is left alone"
     assert stats.backend == "pytorch"
-    assert "put aside after 3 failed runs" in stats.reason
+    assert "switched off after 3 failed runs" in stats.reason
     assert sum("PyTorch decodes instead" in record.message for record in caplog.records) == 1
 
 

@@ -1,4 +1,4 @@
-"""What is known of one plan at one precision after trying to build it: the unit of comparison and a row of the report.
+"""`Candidate`: one plan at one precision, with everything that its build showed; a row of the report.
 
 Usage:
     candidate = Candidate(plan="tensorrt", precision="fp16")

@@ -1,7 +1,7 @@
-"""The process that builds: reads a job, works, and tells its parent line by line.
+"""The build process: reads a job, builds, and reports to its parent line by line.
 
-Why a process: a new engine may segfault on its first run, hang, or leave the CUDA context unusable, and none of that
-may reach the caller.
+Why a process: a new engine may cause a segmentation fault on its first run, hang, or leave the CUDA context unusable.
+None of that may reach the caller.
 
 Trust: the decoder arrives as a `torch.save` file, which is a pickle. That is safe here and only here: the parent wrote
 it a moment ago into a directory of mode 0700 that it had just created, and the child is its own.
@@ -12,7 +12,7 @@ Messages, one JSON object a line on the file descriptor given as the second argu
         others possibly between
     {"event": "done", "report": {...}}     or     {"event": "failed", "stage": ..., "reason": ..., "remedy": ...}
 
-Usage (by `build.py` alone): python -c <bootstrap> JOB_DIRECTORY FD
+Usage (by `parent.py` alone): python -c <bootstrap> JOB_DIRECTORY FD
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ BROKEN_CONTEXT_EXIT = 70
 JOB_NAME = "job.json"
 DECODER_NAME = "decoder.pt"
 GO = b"g"
-"""What the parent writes to the child's standard input once the decoder is in the directory; closing it without means
-that there will be none.
+"""The parent writes this to the standard input once the decoder is in the directory. If it closes that without, there
+will be no decoder.
 """
 
 

@@ -39,7 +39,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Isolation:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         kept: units that stay in PyTorch, sorted; None when no set short of all of them was seen to work.
@@ -66,7 +66,7 @@ class _Search:
     known: dict[frozenset[Unit], str] = field(default_factory=dict)
 
     def ok(self, kept: frozenset[Unit]) -> bool:
-        """Whether `kept` works; answers what follows from earlier tries by monotonicity without trying."""
+        """Returns whether `kept` works; answers what follows from earlier tries by monotonicity without trying."""
         if kept == self.everything or any(not reason and good <= kept for good, reason in self.known.items()):
             return True
         if any(reason and kept <= bad for bad, reason in self.known.items()):

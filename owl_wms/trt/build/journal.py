@@ -1,4 +1,4 @@
-"""What a building process says while it works, so that its parent knows what was going on when it died.
+"""The interface through which a build process announces its steps, so that its parent knows what it died of.
 
 Usage:
     journal.stage("compile", plan="tensorrt")
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 
 class Journal(Protocol):
-    """Where the worker says what it does; the parent reads it."""
+    """Receives the steps of a worker; the parent reads them."""
 
     def stage(self, name: str, **details: Any) -> None:
         """A stage begins."""

@@ -272,7 +272,7 @@ class Build:
 
 
 def explain_exit(status: int | None, timeout_seconds: float, last: Event | None = None) -> str:
-    """How a building process ended, in words: timeout, a CUDA context beyond repair, a signal by name, or an exit
+    """Returns in words how a build process ended: timeout, a CUDA context beyond repair, a signal by name, or an exit
     status.
     """
     if status is None:

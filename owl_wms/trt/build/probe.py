@@ -1,4 +1,4 @@
-"""Which kinds of modules cannot be built alone: the suspects that isolation begins with.
+"""Finds the kinds of modules that cannot be built alone: the suspects that isolation begins with.
 
 Why it exists: a decoder has a dozen kinds of modules and hundreds of modules. One small build a kind costs seconds and
 usually names the culprit; trying subsets of the whole costs a whole build each.

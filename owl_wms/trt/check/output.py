@@ -1,10 +1,10 @@
-"""What a program answered when it was built, kept inside its file, so that whoever loads it can see that it still does.
+"""The output of a program at build time, stored in the program's file. A process that loads the file decodes the same
+latents and compares the two outputs.
 
 Why it exists: the hash of a file says that its bytes are those that were checked, not that this process computes with
 them what the checking one did. A library may choose another algorithm, a driver may compile an engine anew, a GPU may
-be faulty: cuDNN was seen to give wrong channels in some processes and not in others (docs/log.md). So the first thing a
-loaded program does is to decode the latents of its build once more. The same bits, or bits as near as the parity gate
-allows, and it may be used; anything else, and PyTorch decodes.
+be faulty: cuDNN was seen to give wrong channels in some processes and not in others (docs/log.md). If the output is
+bit-identical or within the limits of the parity check, the program is used; otherwise PyTorch decodes.
 
 Usage:
     files[FILE] = RecordedOutput.of(program(z), parity, seed=0).pack()      # z = parity.latents(shape, 1.0, ...)
@@ -26,14 +26,14 @@ from torch import Tensor
 from owl_wms.errors import FastPathError
 
 FILE = "owl_wms_output.json"
-# One value in 1,800 of a batch of 8 frames at 360x640: a wrong tile of 64x64 holds two of them, and a wrong channel of
-# any layer is in all.
+# 8 frames of 4 channels at 360x640 have 7.4 million values, so 1 in 1,800 is sampled. A wrong 64x64 tile of one channel
+# then contains two samples. A wrong channel inside the network changes all of them.
 SAMPLES = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedOutput:
-    """An output in short.
+    """An output in short: a digest and a sample.
 
     Attributes:
         sha256: of its bytes.
@@ -53,7 +53,7 @@ class RecordedOutput:
 
     @classmethod
     def of(cls, output: Tensor | tuple[Tensor, ...], parity: dict[str, Any], *, seed: int) -> RecordedOutput:
-        """What `output` is in short; `parity` is what `Reference.check` said of the program, whose limits hold here."""
+        """Records `output`. `parity` is the result of `Reference.check` for this program, whose limits hold here."""
         output = joined(output)
         row: dict[str, Any] = next((row for row in parity.get("scales", ()) if row["scale"] == 1), {})
         relative, absolute = row.get("relative_limit"), row.get("absolute_limit")
@@ -108,8 +108,8 @@ class RecordedOutput:
 def _otherwise(problem: str) -> FastPathError:
     return FastPathError(
         "parity",
-        f"the program does not repeat the answer of its build: {problem}",
-        "the file is as it was written, so look at this GPU, its driver and libraries; PyTorch decodes meanwhile",
+        f"the program does not repeat the output of its build: {problem}",
+        "its file is intact, so suspect this GPU, its driver or libraries: compare with another machine",
     )
 
 

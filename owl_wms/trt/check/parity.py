@@ -1,9 +1,8 @@
-"""The parity gate: a program is used only if it is about as near to the fp32 decoder as eager PyTorch is at the same
+"""The parity check: a program is used only if it is about as near to the fp32 decoder as eager PyTorch is at the same
 precision.
 
 Why it exists: a compiler that picks another algorithm may be right to, but a tolerance such as 1e-1 hides broken
-programs. Eager PyTorch at the same precision is the honest yardstick: whoever chose fp16 or bf16 has accepted its
-error.
+programs. Eager PyTorch at the same precision is the measure: whoever chose fp16 or bf16 has accepted its error.
 
 The rule, for seeded latents of several scales (the same rounded latents for all three):
     r = fp32 decoder without TF32 and cuDNN, e = eager at the precision, y = the program
@@ -21,9 +20,9 @@ fp32 has the same rule with constants in e's place: relative 2 * 5e-5, absolute 
 summation pass (about 1e-6 a layer) and stops TF32 (2e-4 to 1e-3), which eager's own convolutions use by default:
 whoever asks for fp32 by name does not ask for that, so eager's error is reported and widens nothing.
 
-fp8 and int8 are another bargain, struck by whoever asks for them by name, and have a rule of their own: finite as
-above, and at scale 1, the one that they are calibrated for,
-    psnr        20 log10(2 / rms(y - r)), both clamped to [-1, 1], is >= PSNR_GATE_DB[precision]
+fp8 and int8 are used only by a user who asks for them by name, and have a rule of their own: finite as above, and at
+    scale 1, the one that they are calibrated for, psnr        20 log10(2 / rms(y - r)), both clamped to [-1, 1], is >=
+    PSNR_GATE_DB[precision]
 (40 dB: an rms error of a hundredth of the range). The other numbers are
 reported all the same.
 
@@ -66,7 +65,8 @@ def reference_arithmetic() -> Iterator[None]:
     """Products in full float32 (TF32 off) and convolutions as PyTorch's own products, without cuDNN, inside the block.
 
     Why without: cuDNN 9.19 gave 63 of 2048 channels of one fp32 convolution of AutoencoderDC wrong on an H100, in a
-    process's first decodes at batch 8 and not always later (docs/log.md). A yardstick must not depend on that.
+    process's first decodes at batch 8 and not always later (docs/log.md). What programs are compared with must not
+    depend on that.
     """
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -150,8 +150,8 @@ def _second_run(eager: Decode, inputs: list[Tensor], wanted: list[Tensor]) -> li
 
 
 def _yardstick(usual: Errors, again: Errors) -> Errors:
-    """Which of eager's two runs counts. The same products in another order are as near, give or take; a run that would
-    not pass the gate of the other has a fault of its own. One that overflows stays: that is about the precision.
+    """Chooses between eager's error with cuDNN (`usual`) and without (`again`). Normally the first is used. If it is
+    more than twice the second, cuDNN is at fault and the second is used. If either run overflowed, the first is used.
     """
     believed = not usual.finite or not again.finite or usual.relative <= RELATIVE_FACTOR * again.relative
     return usual if believed else again
@@ -206,7 +206,7 @@ class Reference:
         )
 
     def eager_is_finite(self) -> bool:
-        """Whether eager at this precision stays finite; where it does not, the precision is not usable at all."""
+        """Returns whether eager at this precision stays finite; where it does not, the precision cannot be used."""
         return all(e.finite for e in self.eager)
 
     @torch.no_grad()

@@ -1,1 +1,1 @@
-"""What a decoder computes: shapes, recording, digest, export."""
+"""The computation of a decoder: shapes, recording, digest, export."""

@@ -39,7 +39,7 @@ class QuickShapes(TorchDispatchMode):
 
 
 def result_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `func` returns for meta tensors, by a rule where one fits, else by torch."""
+    """Returns what `func` returns for meta tensors, by a rule where one fits, else by torch."""
     rule = RULES.get(func)
     if rule is not None and not kwargs:
         quick = rule(*args)

@@ -94,7 +94,7 @@ class _Book:
             self.line(f"{prefix}: {self.text(values)}")
 
     def known(self, values: Any) -> bool:
-        """Whether every tensor in `values` has a name."""
+        """Returns whether every tensor in `values` has a name."""
         if isinstance(values, Tensor):
             return id(values) in self._names
         if isinstance(values, dict):

@@ -34,7 +34,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Partition:
-    """How a program is split.
+    """The split of a program between TensorRT and PyTorch.
 
     Attributes:
         engines: TensorRT engines in it.
@@ -67,7 +67,7 @@ def operators_by_module(exported: ExportedProgram) -> dict[str, list[str]]:
 
 
 @contextlib.contextmanager
-def keep_in_pytorch(kept: Collection[str]) -> Iterator[None]:
+def leave_in_pytorch(kept: Collection[str]) -> Iterator[None]:
     """Inside the block every converter refuses nodes whose innermost module is in `kept`; restored afterwards."""
     if not kept:
         yield
@@ -116,7 +116,7 @@ def compile_exported(
     counted = _Counter()
     with (
         tempfile.TemporaryDirectory(prefix="owl_trt_") as private,
-        keep_in_pytorch(kept),
+        leave_in_pytorch(kept),
         _builder_progress(progress),
         counted.watch(),
         torch.no_grad(),
@@ -195,7 +195,10 @@ def _location(entry: str) -> str:
 
 @contextlib.contextmanager
 def _builder_progress(progress: Progress | None) -> Iterator[None]:
-    """Attach a progress monitor to every builder configuration that Torch-TensorRT makes inside the block."""
+    """Attach a progress monitor to every builder configuration that Torch-TensorRT makes inside the block.
+
+    By replacing one of its methods: no setting of 2.11 takes a monitor, its own ones draw on the terminal.
+    """
     if progress is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What it takes to run an engine, without what it takes to make one.
+"""Loads what runs an engine, without what makes one.
 
 Why it exists: `import torch_tensorrt` takes three seconds, nearly all of it for converters, lowering passes and
 Inductor, and a start that finds its program in the cache makes nothing. The class that holds an engine and the operator
@@ -35,7 +35,8 @@ _T = TypeVar("_T")
 
 
 def status() -> importer.TensorRTStatus:
-    """Whether this process can run engines: by the library alone where that works, else as `importer.status()` says.
+    """Returns whether this process can run engines: by the library alone where that works, else as `importer.status()`
+    says.
 
     Never raises.
     """
@@ -67,7 +68,7 @@ def reading(load: Callable[[], _T]) -> _T:
 
 
 def attached() -> bool:
-    """Whether torch knows engines; loads the library when asked for the first time. Never raises."""
+    """Returns whether torch knows engines; loads the library when asked for the first time. Never raises."""
     with importer.LOCK:
         return _attach()
 

@@ -48,7 +48,7 @@ _elsewhere: list[FastPathError] = []
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRTStatus:
-    """What is known of Torch-TensorRT in this process.
+    """The state of Torch-TensorRT in this process.
 
     Attributes:
         available: whether `require()` returns the module.
@@ -95,7 +95,7 @@ def require() -> ModuleType:
 
 
 def missing() -> FastPathError | None:
-    """Why `require` would fail; None when it would not."""
+    """Returns why `require` would fail; None when it would not."""
     state = status()
     return None if state.available else FastPathError("import", state.reason, state.remedy)
 
@@ -123,7 +123,7 @@ def remember(failure: FastPathError) -> None:
 
 
 def failed_elsewhere() -> FastPathError | None:
-    """What `remember` was told, as a new error; None when nothing was."""
+    """Returns the error that `remember` was given, as a new one; None without one."""
     with LOCK:
         return FastPathError(_elsewhere[0].stage, _elsewhere[0].reason, _elsewhere[0].remedy) if _elsewhere else None
 

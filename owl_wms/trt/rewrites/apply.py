@@ -1,4 +1,4 @@
-"""What is changed in a decoder before it is exported, as a list; each entry is exact or states its error.
+"""Rewrites a decoder before it is exported. Each rewrite in the list is exact or states its error.
 
 Why it exists: TensorRT is only as good as the graph it is given. Every rewrite here replaces a module by one that
 computes the same thing in operators TensorRT runs well, and each has an equivalence test against the module it

@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def calls_ours(exported: ExportedProgram) -> bool:
-    """Whether an operator of `owl_wms.ops` is in the graph."""
+    """Returns whether an operator of `owl_wms.ops` is in the graph."""
     targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
     return any(getattr(target, "namespace", "") == NAMESPACE for target in targets)
 

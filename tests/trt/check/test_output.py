@@ -63,7 +63,7 @@ def test_another_order_of_summation_is_loaded_and_told(caplog: pytest.LogCapture
 
 
 def test_another_answer_is_refused() -> None:
-    with pytest.raises(FastPathError, match="does not repeat the answer of its build: relative distance") as error:
+    with pytest.raises(FastPathError, match="does not repeat the output of its build: relative distance") as error:
         load_program(packed(3e-3), "cpu")
     assert error.value.stage == "parity"
 
