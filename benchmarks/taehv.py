@@ -36,17 +36,15 @@ from benchmarks.harness import (
     require_gpu,
 )
 from benchmarks.ops_taehv import cases
+from benchmarks.taehv_steps import Step, as_program, candidates
 from owl_wms import cudnn
 from owl_wms.configs import TAEHVConfig
 from owl_wms.env import describe_machine
 from owl_wms.fused.convolution import Chosen
-from owl_wms.fused.taehv import FusedTAEHV, fuse
-from owl_wms.request import Request
+from owl_wms.fused.taehv import fuse
 from owl_wms.state import State, zeros
-from owl_wms.trt.run.step_graph import GraphedStep
 from owl_wms.vae import build_decoder
-from owl_wms.vae.stepping import Stepping
-from owl_wms.vae.taehv import MEMORY_BLOCKS, Grow, TAEHVDecoder
+from owl_wms.vae.taehv import TAEHVDecoder
 
 # name -> configuration, latent height and width, milliseconds wanted (issue: streaming TAEHV)
 FORMS: dict[str, tuple[dict[str, Any], int, int, float]] = {
@@ -56,7 +54,6 @@ FORMS: dict[str, tuple[dict[str, Any], int, int, float]] = {
 }
 CHAIN = 32  # consecutive steps over which errors are compared
 MOST_ERROR = 1.2  # times that of eager fp16
-Step = Callable[[Tensor, State], tuple[Tensor, State]]
 
 
 def make(config: dict[str, Any]) -> TAEHVDecoder:
@@ -72,54 +69,6 @@ def make(config: dict[str, Any]) -> TAEHVDecoder:
     spread = decoder(torch.randn(1, 2, decoder.latent_channels, 8, 8, device="cuda")).std()
     last.weight.mul_(0.15 / spread)
     return decoder
-
-
-def one_frame_at_a_time(decoder: TAEHVDecoder) -> Step:
-    """The author's arrangement: a frame passes all layers before the next one of the same latent does."""
-    layers = list(decoder)
-
-    def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
-        memory, frames = list(state), []
-
-        def walk(x: Tensor, first: int, block: int) -> None:
-            for i in range(first, len(layers)):
-                layer = layers[i]
-                if isinstance(layer, MEMORY_BLOCKS):
-                    x, memory[block] = layer(x, memory[block]), x
-                    block += 1
-                elif isinstance(layer, Grow):
-                    for frame in layer(x).unflatten(0, (len(latent), -1)).unbind(1):
-                        walk(frame, i + 1, block)
-                    return
-                else:
-                    x = layer(x)
-            frames.append(torch.nn.functional.pixel_shuffle(x, decoder.config.patch_size).clamp(0, 1))
-
-        walk(latent, 0, 0)
-        return torch.stack(frames, 1), tuple(memory)
-
-    return step
-
-
-def shape_of(latent: Tensor) -> tuple[int, int, int, int]:
-    streams, channels, height, width = latent.shape
-    return streams, channels, height, width
-
-
-def tensorrt_step(decoder: TAEHVDecoder, latent: Tensor, state: State) -> Step:
-    """The whole step as TensorRT engines."""
-    from owl_wms.trt.library import importer
-    from owl_wms.trt.spec import compile_settings
-
-    settings = compile_settings(Request(input_shape=shape_of(latent), min_block_size=1), "fp16")
-    exported = torch.export.export(Stepping(decoder), (latent, *state))
-    program = importer.require().compile(exported, ir="dynamo", inputs=[latent, *state], **settings)
-
-    def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
-        frames, *following = program(latent, *state)
-        return frames, tuple(following)
-
-    return step
 
 
 def chained(step: Step, latents: Tensor, state: State) -> list[Tensor]:
@@ -162,86 +111,6 @@ def watts(run: Callable[[], object], rounds: int = 4) -> float:
             return float("nan")
         torch.cuda.synchronize()
     return sum(samples[1:]) / len(samples[1:])
-
-
-def graphed(step: Step, latent: Tensor, state: State) -> Step:
-    """The step as one CUDA graph for one stream, its state in the graph's buffers."""
-    graph = GraphedStep(_flat(step), latent, *state)
-
-    def replayed(latent: Tensor, state: State) -> tuple[Tensor, State]:
-        frames, *following = graph.replay(latent, *state)
-        return frames, tuple(following)
-
-    return replayed
-
-
-def _flat(step: Step) -> Callable[..., tuple[Tensor, ...]]:
-    def flat(latent: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        frames, following = step(latent, state)
-        return frames, *following
-
-    return flat
-
-
-def as_program(step: Step, latent: Tensor, state: State) -> Step:
-    """The step as one CUDA graph whose results are new tensors, as a loaded program gives them."""
-    graph = GraphedStep(_flat(step), latent, *state)
-
-    def called(latent: Tensor, state: State) -> tuple[Tensor, State]:
-        frames, *following = graph(latent, *state)
-        return frames, tuple(following)
-
-    return called
-
-
-def compiled(decoder: TAEHVDecoder) -> Step:
-    """The step under torch.compile in channels_last."""
-    module = torch.compile(Stepping(decoder.to(memory_format=torch.channels_last)), dynamic=False)  # type: ignore[call-overload]
-
-    def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
-        frames, *following = module(latent, *state)
-        return frames, tuple(following)
-
-    return step
-
-
-def candidates(
-    decoder: TAEHVDecoder, fused: FusedTAEHV, with_tensorrt: bool
-) -> dict[str, Callable[[Tensor, State], Step]]:
-    """Name -> maker of a step, given an example."""
-
-    def half(latent: Tensor, state: State) -> TAEHVDecoder:
-        twin = build_decoder(decoder.config).cuda().eval().requires_grad_(False)
-        twin.load_state_dict(decoder.state_dict())
-        assert isinstance(twin, TAEHVDecoder)
-        return twin.half()
-
-    made: dict[str, Callable[[Tensor, State], Step]] = {
-        "eager": lambda z, s: half(z, s).step,
-        "author's arrangement": lambda z, s: one_frame_at_a_time(half(z, s)),
-        "torch.compile": lambda z, s: compiled(half(z, s)),
-        "torch.compile, CUDA graph": lambda z, s: graphed(compiled(half(z, s)), z, s),
-    }
-    if with_tensorrt:
-        made["TensorRT, CUDA graph"] = lambda z, s: graphed(tensorrt_step(half(z, s), z, s), z, s)
-    made["ours"] = lambda z, s: graphed(fused.step, z, s)
-    made["ours, to bytes on the host"] = lambda z, s: to_host(graphed(fused.step_bytes, z, s))
-    return made
-
-
-def to_host(step: Step) -> Step:
-    """The step, and its bytes copied into pinned memory of the host and waited for."""
-    pinned: list[Tensor] = []
-
-    def with_copy(latent: Tensor, state: State) -> tuple[Tensor, State]:
-        frames, state = step(latent, state)
-        if not pinned:
-            pinned.append(torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True))
-        pinned[0].copy_(frames, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
-        return pinned[0], state
-
-    return with_copy
 
 
 def measure(name: str, with_tensorrt: bool) -> tuple[list[dict[str, Any]], bool]:

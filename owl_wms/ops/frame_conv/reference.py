@@ -3,7 +3,8 @@
 Usage:
     y = frame_reference(x, past, pack(conv.weight), conv.bias, None)
     y = enlarge_reference(x, pack_enlarging(grow.weight, conv.weight), frames=2, relu=False)
-    frames = picture_reference(x, *pack_picture(conv.weight, conv.bias), patch=2, as_bytes=False)
+    weight, bias = pack_picture(conv.weight, conv.bias)
+    frames = picture_reference(x, weight, bias, patch=2, as_bytes=False)
 """
 
 from __future__ import annotations

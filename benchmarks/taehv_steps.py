@@ -1,0 +1,146 @@
+"""The ways to run one step of a streaming decoder that `benchmarks.taehv` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from owl_wms.fused.taehv import FusedTAEHV
+from owl_wms.request import Request
+from owl_wms.state import State
+from owl_wms.trt.run.step_graph import GraphedStep
+from owl_wms.vae import build_decoder
+from owl_wms.vae.stepping import Stepping
+from owl_wms.vae.taehv import MEMORY_BLOCKS, Grow, TAEHVDecoder
+
+Step = Callable[[Tensor, State], tuple[Tensor, State]]
+
+
+def one_frame_at_a_time(decoder: TAEHVDecoder) -> Step:
+    """The author's arrangement: a frame passes all layers before the next one of the same latent does."""
+    layers = list(decoder)
+
+    def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
+        memory, frames = list(state), []
+
+        def walk(x: Tensor, first: int, block: int) -> None:
+            for i in range(first, len(layers)):
+                layer = layers[i]
+                if isinstance(layer, MEMORY_BLOCKS):
+                    x, memory[block] = layer(x, memory[block]), x
+                    block += 1
+                elif isinstance(layer, Grow):
+                    for frame in layer(x).unflatten(0, (len(latent), -1)).unbind(1):
+                        walk(frame, i + 1, block)
+                    return
+                else:
+                    x = layer(x)
+            frames.append(torch.nn.functional.pixel_shuffle(x, decoder.config.patch_size).clamp(0, 1))
+
+        walk(latent, 0, 0)
+        return torch.stack(frames, 1), tuple(memory)
+
+    return step
+
+
+def shape_of(latent: Tensor) -> tuple[int, int, int, int]:
+    streams, channels, height, width = latent.shape
+    return streams, channels, height, width
+
+
+def tensorrt_step(decoder: TAEHVDecoder, latent: Tensor, state: State) -> Step:
+    """The whole step as TensorRT engines."""
+    from owl_wms.trt.library import importer
+    from owl_wms.trt.spec import compile_settings
+
+    settings = compile_settings(Request(input_shape=shape_of(latent), min_block_size=1), "fp16")
+    exported = torch.export.export(Stepping(decoder), (latent, *state))
+    program = importer.require().compile(exported, ir="dynamo", inputs=[latent, *state], **settings)
+
+    def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
+        frames, *following = program(latent, *state)
+        return frames, tuple(following)
+
+    return step
+
+
+def graphed(step: Step, latent: Tensor, state: State) -> Step:
+    """The step as one CUDA graph for one stream, its state in the graph's buffers."""
+    graph = GraphedStep(_flat(step), latent, *state)
+
+    def replayed(latent: Tensor, state: State) -> tuple[Tensor, State]:
+        frames, *following = graph.replay(latent, *state)
+        return frames, tuple(following)
+
+    return replayed
+
+
+def _flat(step: Step) -> Callable[..., tuple[Tensor, ...]]:
+    def flat(latent: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        frames, following = step(latent, state)
+        return frames, *following
+
+    return flat
+
+
+def as_program(step: Step, latent: Tensor, state: State) -> Step:
+    """The step as one CUDA graph whose results are new tensors, as a loaded program gives them."""
+    graph = GraphedStep(_flat(step), latent, *state)
+
+    def called(latent: Tensor, state: State) -> tuple[Tensor, State]:
+        frames, *following = graph(latent, *state)
+        return frames, tuple(following)
+
+    return called
+
+
+def compiled(decoder: TAEHVDecoder) -> Step:
+    """The step under torch.compile in channels_last."""
+    module = torch.compile(Stepping(decoder.to(memory_format=torch.channels_last)), dynamic=False)  # type: ignore[call-overload]
+
+    def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
+        frames, *following = module(latent, *state)
+        return frames, tuple(following)
+
+    return step
+
+
+def candidates(
+    decoder: TAEHVDecoder, fused: FusedTAEHV, with_tensorrt: bool
+) -> dict[str, Callable[[Tensor, State], Step]]:
+    """Name -> maker of a step, given an example."""
+
+    def half(latent: Tensor, state: State) -> TAEHVDecoder:
+        twin = build_decoder(decoder.config).cuda().eval().requires_grad_(False)
+        twin.load_state_dict(decoder.state_dict())
+        assert isinstance(twin, TAEHVDecoder)
+        return twin.half()
+
+    made: dict[str, Callable[[Tensor, State], Step]] = {
+        "eager": lambda z, s: half(z, s).step,
+        "author's arrangement": lambda z, s: one_frame_at_a_time(half(z, s)),
+        "torch.compile": lambda z, s: compiled(half(z, s)),
+        "torch.compile, CUDA graph": lambda z, s: graphed(compiled(half(z, s)), z, s),
+    }
+    if with_tensorrt:
+        made["TensorRT, CUDA graph"] = lambda z, s: graphed(tensorrt_step(half(z, s), z, s), z, s)
+    made["ours"] = lambda z, s: graphed(fused.step, z, s)
+    made["ours, to bytes on the host"] = lambda z, s: to_host(graphed(fused.step_bytes, z, s))
+    return made
+
+
+def to_host(step: Step) -> Step:
+    """The step, and its bytes copied into pinned memory of the host and waited for."""
+    pinned: list[Tensor] = []
+
+    def with_copy(latent: Tensor, state: State) -> tuple[Tensor, State]:
+        frames, state = step(latent, state)
+        if not pinned:
+            pinned.append(torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True))
+        pinned[0].copy_(frames, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return pinned[0], state
+
+    return with_copy
