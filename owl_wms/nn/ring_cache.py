@@ -143,7 +143,7 @@ class RingCache:
         mask = None
         if filling:
             stored = torch.arange(visible, device=k.device) <= self._position
-            mask = stored.repeat_interleave(k.shape[2])[None, None, None]
+            mask = stored[:, None].expand(visible, k.shape[2]).reshape(1, 1, 1, -1)
         return keys[:, :, :visible].flatten(2, 3), values[:, :, :visible].flatten(2, 3), mask
 
     def _storage(self, layer: int, k: Tensor, size: int) -> tuple[Tensor, Tensor]:

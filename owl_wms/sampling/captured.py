@@ -113,7 +113,8 @@ class _Graph:
                     raise RuntimeError("the captured graph gives other values than the function")
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for held, given in zip(self._inputs, inputs, strict=True):
-            held.copy_(given, non_blocking=True)
-        self._graph.replay()
-        return tuple(x.clone() for x in self._outputs)
+        with torch.cuda.device(self._inputs[0].device):  # a replay goes to the current device's stream
+            for held, given in zip(self._inputs, inputs, strict=True):
+                held.copy_(given, non_blocking=True)
+            self._graph.replay()
+            return tuple(x.clone() for x in self._outputs)
