@@ -244,7 +244,13 @@ def measure_upstream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], li
 
     def ring(guidance: Guidance, capture: bool) -> FrameLoop:
         return FrameLoop(
-            guidance, deltas=deltas, noise_prev=noise, max_window=UPSTREAM_WINDOW, capture=capture, fixed=True
+            guidance,
+            deltas=deltas,
+            noise_prev=noise,
+            max_window=UPSTREAM_WINDOW,
+            capture=capture,
+            fixed=True,
+            prefill=plain,
         )
 
     ways: dict[str, Callable[[], Any]] = {

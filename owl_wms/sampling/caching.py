@@ -10,6 +10,7 @@ what the whole sequence gives under a window mask of that size (`tests/sampling/
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,16 +114,16 @@ class AVCachingSampler:
                 key="max_window",
             )
         window = max(1, context + generated) if self.max_window is None else self.max_window
-        passes = torch.compile(model) if compile_on_decode else model
         guidance = Guidance(
-            model=passes, scale=self.cfg_scale, unconditional=self.unconditional, max_level=self.max_level
+            model=model, scale=self.cfg_scale, unconditional=self.unconditional, max_level=self.max_level
         )
         loop = FrameLoop(
-            guidance,
+            replace(guidance, model=torch.compile(model)) if compile_on_decode else guidance,
             deltas=self.deltas,
             noise_prev=self.noise_prev,
             max_window=window,
             fixed=True if compile_on_decode else None,
+            prefill=guidance if compile_on_decode else None,
         )
         loop.begin(x, mouse, btn, generator)
         latents = torch.cat([x, x.new_zeros(x.shape[0], generated, *x.shape[2:])], dim=1)

@@ -13,6 +13,8 @@ Usage:
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,7 @@ class FrameLoop:
         max_window: frames that attention may span, the new one included.
         capture: False never uses CUDA graphs.
         fixed: None rounds lengths only if frames are captured; True always does, as compiled models want it.
+        prefill: stores the context, if not `guidance`: the same model uncompiled spares shapes that are met once.
 
     Attributes:
         captures: whether passes become CUDA graphs.
@@ -52,6 +55,7 @@ class FrameLoop:
         max_window: int,
         capture: bool = True,
         fixed: bool | None = None,
+        prefill: Guidance | None = None,
     ) -> None:
         self.deltas, self.noise_prev = deltas, noise_prev
         allowed = capture and may_capture(guidance.model)
@@ -60,7 +64,10 @@ class FrameLoop:
         self.ring = RingCache(guidance.model.config, max_window=max_window, round_to=ROUND_TO if rounded else 1)
         self._guidance = guidance
         self._denoise = Captured(self._denoise_frame, allowed=allowed)
-        self._store = Captured(self._store_frame, allowed=allowed)
+        self._store = Captured(partial(self._store_frame, guidance), allowed=allowed)
+        self._prefill = (
+            self._store if prefill is None else Captured(partial(self._store_frame, prefill), allowed=allowed)
+        )
         self._like: Tensor | None = None
 
     @property
@@ -85,7 +92,7 @@ class FrameLoop:
         noisy = zlerp(x, self.noise_prev, generator)
         for frame in range(x.shape[1]):
             span = slice(frame, frame + 1)
-            self._keep(noisy[:, span], mouse[:, span], btn[:, span])
+            self._keep(self._prefill, noisy[:, span], mouse[:, span], btn[:, span])
 
     def denoise(self, mouse: Tensor, btn: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Returns the next frame, [b, 1, c, h, w]; what is stored stays as it is.
@@ -102,10 +109,10 @@ class FrameLoop:
 
     def remember(self, x: Tensor, mouse: Tensor, btn: Tensor, generator: torch.Generator | None = None) -> None:
         """Stores a finished frame [b, 1, c, h, w] with its controls."""
-        self._keep(zlerp(x, self.noise_prev, generator), mouse, btn)
+        self._keep(self._store, zlerp(x, self.noise_prev, generator), mouse, btn)
 
-    def _keep(self, noisy: Tensor, mouse: Tensor, btn: Tensor) -> None:
-        self._store(self.ring.shape, noisy, mouse, btn)
+    def _keep(self, store: Captured, noisy: Tensor, mouse: Tensor, btn: Tensor) -> None:
+        store(self.ring.shape, noisy, mouse, btn)
         self.ring.advance()
 
     def _denoise_frame(self, frame: Tensor, mouse: Tensor, btn: Tensor) -> tuple[Tensor, ...]:
@@ -117,7 +124,7 @@ class FrameLoop:
             t = t - delta
         return (frame,)
 
-    def _store_frame(self, noisy: Tensor, mouse: Tensor, btn: Tensor) -> tuple[Tensor, ...]:
+    def _store_frame(self, guidance: Guidance, noisy: Tensor, mouse: Tensor, btn: Tensor) -> tuple[Tensor, ...]:
         self.ring.enable_cache_updates()
         t = torch.full(noisy.shape[:2], self.noise_prev, dtype=torch.float32, device=noisy.device)
-        return self._guidance.velocity((noisy,), t, mouse, btn, self.ring)
+        return guidance.velocity((noisy,), t, mouse, btn, self.ring)

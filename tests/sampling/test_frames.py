@@ -101,6 +101,27 @@ def test_a_compiled_model_is_traced_once_for_filling_and_once_for_full() -> None
     assert len(traced) == 3, "the first pass also makes the storage"
 
 
+@torch.no_grad()
+def test_a_context_may_be_stored_by_another_form_of_the_model() -> None:
+    calls: list[int] = []
+
+    class Counted(nn.Module):
+        def __init__(self, core) -> None:
+            super().__init__()
+            self.core, self.config = core, core.config
+
+        def forward(self, *args, **kwargs):
+            calls.append(1)
+            return self.core(*args, **kwargs)
+
+    core = tiny_core(n_frames=12)
+    plain, counted = Guidance(model=core), Guidance(model=Counted(core))
+    options = {"deltas": get_sd3_euler(2), "noise_prev": 0.2, "max_window": 6}
+    wanted = play(FrameLoop(plain, **options), 5)
+    assert torch.equal(play(FrameLoop(counted, **options, prefill=plain), 5), wanted)
+    assert len(calls) == 5 * 3, "two steps and a store per frame; none for the context"
+
+
 class FakeGraph:
     """Counts as a capture and calls the function: what `Captured` does around one can be seen on a CPU."""
 
