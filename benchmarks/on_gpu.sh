@@ -8,7 +8,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 total=${1:-3600}; shift || true
-steps=${*:-tests trt bridge world train matrix batches codes sana ops kernels play soak}
+steps=${*:-tests trt bridge road world train matrix batches codes sana ops kernels play soak}
 out=${OUT:-build/gpu}; mkdir -p "$out"
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 begin=$(date +%s)
@@ -30,6 +30,7 @@ for step in $steps; do
     world)   run world 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/nn tests/inference tests/sampling ;;
     train)   run train 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trainers ;;
     bridge)  run bridge 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_tensorrt_integration.py ;;
+    road)    run road 490 "$python" -m benchmarks.road --out "$out/road" ;;
     matrix)  run matrix 900 "$python" -m benchmarks.trt_matrix --seconds 150 --out "$out/trt_matrix.json" ;;
     batches) run batches 600 "$python" -m benchmarks.decoder --decoder dist base --batch 1 4 8 --plans tensorrt+ops \
                --max-autotune-seconds 120 --out "$out/decoder.json" --plot "$out/decoder.png" ;;

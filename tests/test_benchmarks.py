@@ -22,6 +22,8 @@ from benchmarks import (
     ops_sana,
     plot,
     report,
+    road,
+    road_report,
     sana,
     sana_parts,
     trt_matrix,
@@ -267,3 +269,46 @@ def test_without_a_gpu_nothing_is_measured_or_written(
     assert "CUDA device" in capsys.readouterr().err
     assert out.read_text() == "kept"
     assert list(tmp_path.iterdir()) == [out]
+
+
+ROAD = {
+    "rate dist": {
+        "frames_per_second": {"function, bf16": 3000.0, "function, bytes": 3010.0, "stream": 2900.0,
+                              "stream to .npy": 2000.0},
+        "same_bytes": True,
+    },
+    "npy dist": road._said(
+        "clip.npy: 4000 frames, 2500.5 frames/s\n  time: 1.60 s; read 0.10 s, decode 1.31 s, copy 0.20 s, write\n"
+        "0.90 s (at the same time)\n  decoded by: tensorrt"
+    ),
+    "mp4 dist": {"skipped": "PyAV is not installed here"},
+    "training dist": {
+        "ms": {"eager": 37.0, "torch.compile": 11.0, "compile_for_training": 2.7},
+        "relative_error": {"eager": 5e-3, "compile_for_training": 6e-3},
+    },
+    "first dist built": {"failed": "not done after 150 s"},
+}  # fmt: skip
+
+
+def test_the_road_says_what_was_met_and_what_was_not_measured(tmp_path: Path) -> None:
+    rows = {what: (found, met) for what, found, _, met in road.table(ROAD, ["dist"])}
+    assert rows["dist: decode_stream"] == ("97% of the decode function (2900.0 of 3000.0 frames/s)", "yes")
+    assert rows["dist: decode_stream to .npy"][1] == "NO"
+    assert rows["dist: owl-wms decode to .npy"] == ("83% of the decode function (2500.5 of 3000.0 frames/s)", "yes")
+    assert rows["dist: owl-wms decode to .mp4"] == ("PyAV is not installed here", "-")
+    assert rows["dist: compile_for_training"][0].startswith("4.07x torch.compile, 2.70 ms, error 6.0e-03")
+    assert rows["dist: first decode, built, after import torch"] == ("not done after 150 s", "-")
+    assert ROAD["npy dist"]["spent"] == {"read": 0.1, "decode": 1.31, "copy": 0.2, "write": 0.9}
+    document = {"parts": ROAD, "machine": {"gpu": "none"}, "cores": 2}
+    road_report.write(document, ["dist"], tmp_path / "road")
+    page = (tmp_path / "road.md").read_text()
+    assert "| npy dist, 4000 frames | 1.60 | 0.10 | 1.31 | 0.20 |  | 0.90 |" in page
+    assert all("| " + what + " |" in page for what in rows)
+
+
+def test_the_road_tells_wrong_from_slow() -> None:
+    assert road.wrong(ROAD) == []
+    broken = copy.deepcopy(ROAD)
+    broken["rate dist"]["same_bytes"] = False
+    broken["training dist"]["relative_error"]["compile_for_training"] = 0.2
+    assert len(road.wrong(broken)) == 2

@@ -32,6 +32,8 @@ from owl_wms.media.video import CRF, STDOUT, X264, VideoWriter, Y4mWriter, said
 from owl_wms.media.whole import draft_beside, keep_draft, why_unwritten, written_whole
 from owl_wms.timing import Spent
 
+__all__ = ["FORMS", "PICTURES", "STDOUT", "Sink", "check_replaceable", "form_of", "open_sink", "outputs"]
+
 PICTURES = (".png", ".jpg")
 FORMS = ("mp4", "npy", "png", "jpg", "y4m", "raw")
 _WRITERS = 4  # threads that copy into the page cache: one alone reaches 2 to 4 GB per second

@@ -27,9 +27,9 @@ def kernel_of(dtype: torch.dtype, channels: int) -> Kernel:
     return Kernel("frame_bytes", "frame_bytes", (f"CHANNELS={channels}", *dtype_defines(dtype)))
 
 
-def compile_soon(dtype: torch.dtype, channels: int, device: torch.device) -> None:
+def compile_soon(dtype: torch.dtype | None, channels: int, device: torch.device) -> None:
     """Compiles in another thread what frames of that kind will need, if they will need a kernel."""
-    if device.type == "cuda" and dtype in KERNEL_DTYPES and channels <= _MOST_CHANNELS:
+    if device.type == "cuda" and dtype is not None and dtype in KERNEL_DTYPES and channels <= _MOST_CHANNELS:
         index = torch.cuda.current_device() if device.index is None else device.index
         compile_ahead([kernel_of(dtype, channels)], index)
 
