@@ -78,10 +78,10 @@ class ConditionedCore(nn.Module):
         """
         if (mouse is None) != (btn is None):
             raise ValueError("mouse and btn must both be given or both be None")
-        cond = self.t_embed(t)
+        cond: Tensor = self.t_embed(t)
         if self.uncond or mouse is None or btn is None:
             return cond
-        controls = self.control_embed(mouse, btn)
+        controls: Tensor = self.control_embed(mouse, btn)
         if has_controls is not None:
             controls = controls * has_controls[:, None, None].to(controls.dtype)
         return cond + controls
@@ -91,7 +91,8 @@ class ConditionedCore(nn.Module):
         side = self.config.sample_size
         if x.ndim != 5 or x.shape[2:] != (self.config.channels, side, side):
             raise ValueError(f"x must be [b, n, {self.config.channels}, {side}, {side}], got {list(x.shape)}")
-        return self.proj_in(x.flatten(3).transpose(2, 3))
+        out: Tensor = self.proj_in(x.flatten(3).transpose(2, 3))
+        return out
 
 
 class GameRFTCore(ConditionedCore):
@@ -121,7 +122,8 @@ class GameRFTCore(ConditionedCore):
         """
         cond = self.condition(t, mouse, btn, has_controls)
         tokens = self.transformer(self.video_tokens(x), cond, doc_id, kv_cache)
-        return self.proj_out(tokens, cond).transpose(2, 3).unflatten(3, x.shape[3:])
+        out: Tensor = self.proj_out(tokens, cond).transpose(2, 3).unflatten(3, x.shape[3:])
+        return out
 
 
 class GameRFT(nn.Module):

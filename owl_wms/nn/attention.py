@@ -62,7 +62,8 @@ class Masks:
             self._built[key] = mask.block_mask(self._device) if flex else mask.dense(self._device)
         if flex:
             run: Any = _compiled_flex() if self._device.type == "cuda" else flex_attention
-            return run(q, k, v, block_mask=self._built[key])
+            out: Tensor = run(q, k, v, block_mask=self._built[key])
+            return out
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self._built[key])
 
 
@@ -120,7 +121,8 @@ class Attention(nn.Module):
         if isinstance(cache, RingCache):
             k, v, stored = cache.extend(self.layer, k, v, self.window)
             attended = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=stored)
-            return self.out(attended.transpose(1, 2).reshape(b, n, t, d))
+            mixed: Tensor = self.out(attended.transpose(1, 2).reshape(b, n, t, d))
+            return mixed
         window, keys = self.window, n
         if cache is not None:
             if cache.max_window is not None:
@@ -129,4 +131,5 @@ class Attention(nn.Module):
             keys = k.shape[2] // t
         mask = FrameMask(queries=n, keys=keys, tokens=t, window=window, causal=self.causal, doc_id=doc_id)
         attended = masks.attend(q, k.to(q.dtype), v.to(q.dtype), mask)
-        return self.out(attended.transpose(1, 2).reshape(b, n, t, d))
+        out: Tensor = self.out(attended.transpose(1, 2).reshape(b, n, t, d))
+        return out

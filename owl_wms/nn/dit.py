@@ -33,7 +33,8 @@ class DiTBlock(nn.Module):
     ) -> Tensor:
         """Args: x [b, n, t, d], cond [b, n, d]. Returns: [b, n, t, d]."""
         x = x + self.gate1(self.attn(self.adaln1(x, cond), rope, masks, doc_id, cache), cond)
-        return x + self.gate2(self.mlp(self.adaln2(x, cond)), cond)
+        out: Tensor = x + self.gate2(self.mlp(self.adaln2(x, cond)), cond)
+        return out
 
 
 class DiT(nn.Module):

@@ -44,7 +44,8 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Args: t [b, n]. Returns: [b, n, d] in the weights' dtype."""
-        return self.mlp(sincos(t, self.SINES).to(self.mlp.fc1.weight.dtype))
+        out: Tensor = self.mlp(sincos(t, self.SINES).to(self.mlp.fc1.weight.dtype))
+        return out
 
 
 class MouseEmbedding(nn.Module):
@@ -73,7 +74,8 @@ class MouseEmbedding(nn.Module):
         if not self._rest_has_direction:
             direction = direction * (norm > 0)[..., None]
         length = sincos(norm, self.SINES).to(dtype)
-        return self.mlp(torch.cat([self.angle_proj(direction).to(dtype), length], dim=-1))
+        out: Tensor = self.mlp(torch.cat([self.angle_proj(direction).to(dtype), length], dim=-1))
+        return out
 
 
 class ButtonEmbedding(nn.Module):
@@ -85,7 +87,8 @@ class ButtonEmbedding(nn.Module):
 
     def forward(self, buttons: Tensor) -> Tensor:
         """Args: buttons [b, n, n_buttons], bool or number. Returns: [b, n, d] in the weights' dtype."""
-        return self.proj(buttons.to(self.proj.fc1.weight.dtype) * 2 - 1)
+        out: Tensor = self.proj(buttons.to(self.proj.fc1.weight.dtype) * 2 - 1)
+        return out
 
 
 class ControlEmbedding(nn.Module):
@@ -98,4 +101,5 @@ class ControlEmbedding(nn.Module):
 
     def forward(self, mouse: Tensor, buttons: Tensor) -> Tensor:
         """Args: mouse [b, n, 2], buttons [b, n, n_buttons]. Returns: [b, n, d]."""
-        return self.mouse(mouse) + self.button(buttons)
+        out: Tensor = self.mouse(mouse) + self.button(buttons)
+        return out

@@ -66,7 +66,10 @@ class FrameMask:
         key = torch.arange(self.keys, device=device)
         query = key[self.keys - self.queries :]
         batch = torch.arange(batches, device=device)
-        return self.visible(batch[:, None, None], query[None, :, None], key[None, None, :]).expand(batches, -1, -1)
+        out: Tensor = self.visible(batch[:, None, None], query[None, :, None], key[None, None, :]).expand(
+            batches, -1, -1
+        )
+        return out
 
     def dense(self, device: torch.device) -> Tensor:
         """Bool [b or 1, 1, queries * tokens, keys * tokens]."""

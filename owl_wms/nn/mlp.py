@@ -26,4 +26,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x [..., dim_in]. Returns: [..., dim_out], same dtype."""
-        return self.fc2(F.silu(self.fc1(x)))
+        out: Tensor = self.fc2(F.silu(self.fc1(x)))
+        return out

@@ -21,7 +21,8 @@ class AdaLN(nn.Module):
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Args: x [b, n, t, d], cond [b, n, d]. Returns: [b, n, t, d]."""
         scale, shift = self.fc(F.silu(cond)).unsqueeze(2).chunk(2, dim=-1)
-        return F.rms_norm(x, (x.shape[-1],)) * (1 + scale) + shift
+        out: Tensor = F.rms_norm(x, (x.shape[-1],)) * (1 + scale) + shift
+        return out
 
 
 class Gate(nn.Module):
@@ -33,7 +34,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Args: x [b, n, t, d], cond [b, n, d]. Returns: [b, n, t, d]."""
-        return x * self.fc_c(F.silu(cond)).unsqueeze(2)
+        out: Tensor = x * self.fc_c(F.silu(cond)).unsqueeze(2)
+        return out
 
 
 class FinalProjection(nn.Module):
@@ -46,4 +48,5 @@ class FinalProjection(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Args: x [b, n, t, d], cond [b, n, d]. Returns: [b, n, t, channels]."""
-        return self.proj(F.silu(self.norm(x, cond)))
+        out: Tensor = self.proj(F.silu(self.norm(x, cond)))
+        return out

@@ -27,7 +27,10 @@ SNAKE_EPS = 1e-6
 
 def conv1d(c_in: int, c_out: int, kernel: int, *, bias: bool = True, groups: int = 1, dilation: int = 1) -> nn.Conv1d:
     """Weight-normed "same" convolution, `[B, c_in, n] -> [B, c_out, n]` for odd and even kernels."""
-    return weight_norm(nn.Conv1d(c_in, c_out, kernel, padding="same", bias=bias, groups=groups, dilation=dilation))
+    conv: nn.Conv1d = weight_norm(
+        nn.Conv1d(c_in, c_out, kernel, padding="same", bias=bias, groups=groups, dilation=dilation)
+    )
+    return conv
 
 
 class SnakeBeta(nn.Module):
@@ -61,11 +64,13 @@ class AudioResBlock(nn.Module):
 
     def branch(self, x: Tensor) -> Tensor:
         """The residual branch alone."""
-        return self.conv3(self.act2(self.conv2(self.act1(self.conv1(x)))))
+        out: Tensor = self.conv3(self.act2(self.conv2(self.act1(self.conv1(x)))))
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return x + checkpoint(self.branch, x, use_reentrant=False)
+            out: Tensor = x + checkpoint(self.branch, x, use_reentrant=False)
+            return out
         return x + self.branch(x)
 
 

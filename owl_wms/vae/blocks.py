@@ -27,7 +27,8 @@ def conv2d(c_in: int, c_out: int, kernel: int, *, bias: bool = True, groups: int
 
     Keys are `parametrizations.weight.original0` (gain, `[c_out, 1, 1, 1]`) and `original1` (direction).
     """
-    return weight_norm(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias, groups=groups))
+    conv: nn.Conv2d = weight_norm(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias, groups=groups))
+    return conv
 
 
 class ResBlock(nn.Module):
@@ -52,11 +53,13 @@ class ResBlock(nn.Module):
 
     def branch(self, x: Tensor) -> Tensor:
         """The residual branch alone, `[B, ch, H, W] -> [B, ch, H, W]`."""
-        return self.conv3(self.act2(self.conv2(self.act1(self.conv1(x)))))
+        out: Tensor = self.conv3(self.act2(self.conv2(self.act1(self.conv1(x)))))
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return x + checkpoint(self.branch, x, use_reentrant=False)
+            out: Tensor = x + checkpoint(self.branch, x, use_reentrant=False)
+            return out
         return x + self.branch(x)
 
 
@@ -84,7 +87,8 @@ class Downsample(nn.Module):
         self.proj = conv2d(c_in, c_out, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.interpolate(x, scale_factor=1.0 / self.stride, mode="bicubic"))
+        out: Tensor = self.proj(F.interpolate(x, scale_factor=1.0 / self.stride, mode="bicubic"))
+        return out
 
 
 def _res_blocks(ch: int, depth: int) -> nn.ModuleList:
@@ -117,7 +121,8 @@ class DownBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        return self.down(x)
+        out: Tensor = self.down(x)
+        return out
 
 
 class SameBlock(nn.Module):

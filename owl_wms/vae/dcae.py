@@ -100,7 +100,8 @@ class DCAEDecoder(nn.Module):
             x = self.middle_block(x) + x if self.variant == "learned" else self.middle_block(x)
         for i, block in enumerate(self.blocks):
             x = block(x) + self.residuals[i](x) if len(self.residuals) else block(x)
-        return self.conv_out(self.act_out(x))
+        out: Tensor = self.conv_out(self.act_out(x))
+        return out
 
 
 class DCAEEncoder(nn.Module):
@@ -170,7 +171,7 @@ class DCAEEncoder(nn.Module):
         return x, before_middle
 
     def _mu(self, features: Tensor, before_middle: Tensor) -> Tensor:
-        mu = self.conv_out(features)
+        mu: Tensor = self.conv_out(features)
         if self.variant == "tiled":
             mu = mu + group_mean(before_middle, self.avg_factor)
         if self.config.normalize_mu:
@@ -179,7 +180,7 @@ class DCAEEncoder(nn.Module):
         return mu
 
     def _logvar(self, features: Tensor) -> Tensor:
-        logvar = self.conv_out_logvar(features)
+        logvar: Tensor = self.conv_out_logvar(features)
         return logvar.repeat(1, self.latent_channels, 1, 1) if self.variant == "learned" else logvar
 
 

@@ -48,7 +48,8 @@ class DistillDecoder(nn.Module):
             self.conv_out = conv2d(config.ch_0, config.channels, 3, bias=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.conv_out(self.blocks(self.conv_in(z)))
+        out: Tensor = self.conv_out(self.blocks(self.conv_in(z)))
+        return out
 
 
 class DistillEncoder(nn.Module):

@@ -40,7 +40,8 @@ def is_wide(size: int | tuple[int, int]) -> bool:
 
 def nearest_square(height: int, width: int) -> int:
     """Side of the power-of-two square nearest in area (in log2): `(360, 640) -> 512`."""
-    return 2 ** round(math.log2(round(math.sqrt(height * width))))
+    side: int = 2 ** round(math.log2(round(math.sqrt(height * width))))
+    return side
 
 
 def nearest_landscape(height: int, width: int) -> tuple[int, int]:
@@ -99,4 +100,5 @@ class LandscapeToSquare(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         side = self.side or nearest_square(x.shape[-2], x.shape[-1])
-        return self.proj(F.interpolate(x, size=(side, side), mode="bicubic"))
+        out: Tensor = self.proj(F.interpolate(x, size=(side, side), mode="bicubic"))
+        return out

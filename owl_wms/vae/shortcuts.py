@@ -75,7 +75,8 @@ class ChannelDuplication(nn.Module):
         self.proj = conv2d(c_in, c_out, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x) + x.repeat_interleave(self.repeats, dim=1) * self.repeats**-0.5
+        out: Tensor = self.proj(x) + x.repeat_interleave(self.repeats, dim=1) * self.repeats**-0.5
+        return out
 
 
 class ChannelAverage(nn.Module):
@@ -87,7 +88,8 @@ class ChannelAverage(nn.Module):
         self.proj = conv2d(c_in, c_out, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x) + group_mean(x, self.groups) * self.groups**0.5
+        out: Tensor = self.proj(x) + group_mean(x, self.groups) * self.groups**0.5
+        return out
 
 
 def group_mean(x: Tensor, groups: int) -> Tensor:

@@ -320,3 +320,15 @@ def test_a_class_altered_in_this_process_is_not_built_unaltered(
         build_program(decoder, spec, tmp_path)
     assert raised.value.stage == "export"
     assert not (tmp_path / "program.pt2").exists()
+
+
+def test_a_class_of_the_script_that_runs_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build process has another `__main__`, which would say so after it has imported everything."""
+
+    class Mine(nn.Conv2d):
+        pass
+
+    monkeypatch.setattr(Mine, "__module__", "__main__")
+    with pytest.raises(FastPathError, match=r"export: Mine is defined in __main__.*in an importable module"):
+        write_decoder(nn.Sequential(Mine(4, 3, 1)), tmp_path / "decoder.pt")
+    assert not (tmp_path / "decoder.pt").exists()
