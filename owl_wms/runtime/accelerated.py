@@ -30,13 +30,18 @@ from torch.autograd import forward_ad
 from owl_wms.dynamo import uncompiled
 from owl_wms.runtime import recording
 from owl_wms.runtime.batches import Way, covers, measured
+from owl_wms.runtime.eager import is_out_of_memory, release_memory
 from owl_wms.runtime.images import ImageDecode
 from owl_wms.runtime.programs import Toolchain
 from owl_wms.runtime.stats import DecodeStats
 from owl_wms.settings import TensorRTConfig
+from owl_wms.vae.autoencoder_dc import is_sana_decoder
+from owl_wms.vae.tiles import SMALLEST, decode_in_tiles
 
 MAX_PROGRAMS = 8
 """Programs in memory at once; each holds a copy of the weights, and latents of ever new sizes would fill a GPU."""
+LARGEST_TILE = 128
+"""Side of a tile in pixels of the last stage with attention: 1,024 of the picture's for f32c32."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LOG = logging.getLogger("owl_wms.runtime")
 # What this module keeps for itself; everything else that is set on it belongs to the wrapped decoder.
@@ -174,7 +179,16 @@ class AcceleratedDecoder(nn.Module):
                     self._state.autocast_dtypes[dtypes] = result.dtype
                 return result
         self._state.pytorch[reason] += 1
-        return self._original.forward(z, *args, **kwargs)
+        try:
+            return self._original.forward(z, *args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            tiled = reason == "no program" and is_sana_decoder(self._original) and not altered(self._state.twin)
+            if not tiled or not is_out_of_memory(error):
+                raise
+        # Outside of the except block: the error's traceback holds the activations that did not fit.
+        release_memory(z.device)
+        self._state.pytorch["in tiles: the whole picture did not fit into memory"] += 1
+        return self._in_tiles(z)
 
     # ---- which way
 
@@ -193,6 +207,18 @@ class AcceleratedDecoder(nn.Module):
         if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
             return "differentiated forwards or traced"
         return "a CUDA graph is recorded" if recording.underway() else ""
+
+    def _in_tiles(self, z: Tensor) -> Tensor:
+        """Decodes by PyTorch in the largest tiles that fit into memory. Exact; see `owl_wms.vae.tiles`."""
+        side = LARGEST_TILE
+        while True:
+            try:
+                return decode_in_tiles(self._original, z, side)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or side // 2 < SMALLEST:
+                    raise
+            release_memory(z.device)
+            side //= 2
 
     def _by_program(self, z: Tensor, dtype: torch.dtype, cast: bool) -> Tensor | None:
         state, key = self._state, tuple(z.shape)
@@ -291,6 +317,11 @@ _SHARED = frozenset(vars(nn.Module())) - {"training"}
 def _is_shared(name: str) -> bool:
     """Whether an attribute is one of those in which nn.Module keeps members and hooks."""
     return name in _SHARED
+
+
+def altered(module: nn.Module) -> bool:
+    """Whether a module in it has a hook, or a forward that is not its class's: it would see each tile for itself."""
+    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules())
 
 
 def without_hooks(original: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from owl_wms.errors import ConfigError, FastPathError
 from owl_wms.runtime import batches
 from owl_wms.runtime.accelerated import MAX_PROGRAMS, AcceleratedDecoder
 from owl_wms.trt.graph.recording import require_unaltered
+from owl_wms.vae.tiles import decode_in_tiles
 from tests.runtime.sana import LATENTS, autoencoder
 from tests.runtime.toolchains import ExportToolchain
 
@@ -325,6 +326,34 @@ def test_values_too_large_for_the_callers_dtype(original: nn.Module, tmp_path: P
     z = latents().half()
     assert torch.equal(fast(z), original(z))
     assert not fast(z).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_picture_that_does_not_fit_is_decoded_in_tiles(original: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast: Any = owl_wms.accelerate(original)  # no GPU here, so no program
+    z = latents(2, size=40)
+    wanted = original(z)
+    plain = type(original).forward
+    sides: list[int] = []
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    def tiled(decoder: nn.Module, z: Tensor, side: int) -> Tensor:
+        sides.append(side)
+        return full() if side > 20 else decode_in_tiles(decoder, z, side)
+
+    monkeypatch.setattr(type(original), "forward", full)
+    monkeypatch.setattr("owl_wms.runtime.accelerated.decode_in_tiles", tiled)
+    monkeypatch.setattr("owl_wms.runtime.accelerated.is_sana_decoder", lambda module: True)
+    monkeypatch.setattr("owl_wms.runtime.accelerated.LARGEST_TILE", 40)
+    torch.testing.assert_close(fast(z), wanted, rtol=0, atol=1e-5)
+    assert sides == [40, 20]
+    monkeypatch.setattr("owl_wms.runtime.accelerated.LARGEST_TILE", 24)
+    with pytest.raises(torch.OutOfMemoryError):
+        fast(z)
+    monkeypatch.setattr(type(original), "forward", plain)
+    assert "in tiles" in " ".join(fast.stats().pytorch)
 
 
 # ---- batches
