@@ -27,8 +27,9 @@ from owl_wms.errors import ConfigError, FastPathError, NonFiniteError
 from owl_wms.ops.frame_bytes import compile_soon
 from owl_wms.request import Request
 from owl_wms.runtime import recording
+from owl_wms.runtime.canary import Canary, difference
 from owl_wms.runtime.decoding import Decoding
-from owl_wms.runtime.eager import EagerDecoder, decode_with_gradients
+from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, decode_with_gradients
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.latents import check_video, check_video_shape
 from owl_wms.runtime.output import DTYPES, Output, Sink
@@ -40,7 +41,7 @@ from owl_wms.runtime.toolchain import TensorRT
 from owl_wms.settings import TensorRTConfig
 from owl_wms.vae.landscape import other_latent_size
 
-CHECKS = ("auto", "always", "sampled", "off", "error")
+CHECKS = ("auto", "always", "sampled", "off", "error", "canary")
 
 
 class VideoDecode:
@@ -62,7 +63,8 @@ class VideoDecode:
         check: when to look for non-finite frames: `always`, `sampled` (first 8 calls, then every 64th), `off`, or
             `auto`: always in fp16 (which can overflow), sampled otherwise. Those of a program are compared with
             PyTorch's, which replace them; if PyTorch's are not finite either, one warning says so. `error` looks always
-            and raises instead of warning.
+            and raises instead of warning. `canary` looks as `auto` does, and compares one frame of every 16,384 with
+            PyTorch's: a program whose frame differs by more than its build allows is switched off.
         toolchain: what builds programs; None means TensorRT.
         progress: receives build events.
 
@@ -98,6 +100,7 @@ class VideoDecode:
         self.toolchain: Toolchain = TensorRT() if toolchain is None else toolchain
         self._progress = progress
         self._timing = timing
+        self._canary = Canary() if check == "canary" else None
         self._stopwatch = Stopwatch() if timing else None
         self._ledger = Ledger()
         self._guard = threading.Lock()
@@ -216,6 +219,32 @@ class VideoDecode:
                 decoding.decode(chunk, start, by_program=ready)
         for start in decoding.not_finite(lambda start: frames[start : start + self.batch_size].to(device)):
             self._report_non_finite(start, min(self.batch_size, len(frames) - start), eager.dtype)
+        if self._canary is not None and ready and not recording.underway():
+            self._compare_one(self._canary, decoding, eager, slot, frames, out)
+
+    def _compare_one(
+        self, canary: Canary, decoding: Decoding, eager: EagerDecoder, slot: Slot, frames: Tensor, out: Output
+    ) -> None:
+        """Compares one frame with PyTorch's, when it is time. A program that differs is switched off, and PyTorch
+        decodes all of these frames again.
+        """
+        number, loaded = canary.due(len(frames)), slot.loaded
+        if number is None or loaded is None:
+            return
+        truth = Output(self.output, 1, out.tensor.device, tuple(frames.shape[1:]))
+        decode_in_memory(eager, frames[number : number + 1], truth.write, 1)
+        self._ledger.add("canaries")
+        problem = difference(out.tensor[number], truth.tensor[0], self.output, loaded.report)
+        if not problem:
+            return
+        reason = f"a frame of the program is not PyTorch's: {problem}"
+        failure = FastPathError("run", reason, self._rebuild(slot))
+        slot.switch_off(f"switched off: {reason}", failure)
+        self._ledger.failure(failure, "canary")
+        if self.strict:
+            raise failure
+        for start in range(0, len(frames), self.batch_size):
+            decoding.decode(frames[start : start + self.batch_size], start, by_program=False)
 
     def _decoding(self, eager: EagerDecoder, slot: Slot, out: Sink, looked: bool) -> Decoding:
         return Decoding(eager, slot, out, ledger=self._ledger, strict=self.strict, looked=looked, rebuild=self._rebuild)

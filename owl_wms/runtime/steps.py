@@ -67,8 +67,9 @@ class Steps:
                 f"StreamDecode wants a decoder with a state, and {type(unwrap(decoder)).__name__} has none; decode it "
                 "with owl_wms.runtime.VideoDecode"
             )
-        if check not in CHECKS:
-            raise ConfigError(f"check must be one of {', '.join(CHECKS)}; got {check!r}", key="check")
+        if check not in CHECKS or check == "canary":  # a frame alone cannot be decoded again: it needs the state before
+            known = ", ".join(name for name in CHECKS if name != "canary")
+            raise ConfigError(f"check must be one of {known}; got {check!r}", key="check")
         self.decoder = decoder
         self.settings = settings
         self.strict = not settings.fallback_on_error if strict is None else strict
