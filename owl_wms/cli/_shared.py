@@ -27,8 +27,8 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from owl_wms import env
+from owl_wms.configs.paths import expanded
 from owl_wms.errors import ConfigError
-from owl_wms.files import name_too_long
 from owl_wms.media import sinks
 from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture
 from owl_wms.runtime.stats import DecodeStats
@@ -103,11 +103,9 @@ def check_destination(path: Path, *suffixes: str, key: str = "") -> None:
         ConfigError: an ending that cannot be written, a folder of that name, or a place where no file can be made.
     """
     said = f"{key}: {path}" if key else str(path)
+    _require_meant(said, path, key)
     if suffixes and path.suffix.lower() not in suffixes:
         raise ConfigError(f"{said}: must end in {' or '.join(suffixes)}, got {path.suffix!r}", path=path, key=key)
-    long = name_too_long(path)
-    if long is not None:
-        raise ConfigError(f"{said}: {long!r} is longer than the 255 bytes that a name may have", path=path, key=key)
     if os.path.isdir(path):
         raise ConfigError(f"{said}: is a folder", path=path, key=key)
     if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
@@ -161,12 +159,20 @@ def check_folder(path: Path, *, key: str = "") -> None:
         ConfigError: a file of that name, or a place where no file can be made.
     """
     said = f"{key}: {path}" if key else str(path)
-    long = name_too_long(path)
-    if long is not None:
-        raise ConfigError(f"{said}: {long!r} is longer than the 255 bytes that a name may have", path=path, key=key)
+    _require_meant(said, path, key)
     if os.path.exists(path) and not os.path.isdir(path):
         raise ConfigError(f"{said}: is a file, a folder is wanted", path=path, key=key)
     _try_to_write_below(said, path)
+
+
+def _require_meant(said: str, path: Path, key: str) -> None:
+    """Refuse a name that a shell would have replaced, `~/x` in quotes for example, before a folder `~` is made."""
+    try:
+        meant = expanded(path)
+    except ValueError as error:
+        raise ConfigError(f"{said[:200]}: is a name {error}", path=path, key=key) from None
+    if meant != path:
+        raise ConfigError(f"{said}: no shell replaced this name: write it in full", path=path, key=key)
 
 
 def _try_to_write_below(said: str, folder: Path) -> None:

@@ -198,3 +198,14 @@ def test_worlds_have_numbers_of_64_bits() -> None:
     assert GameWorld(2**62).batch == 1
     with pytest.raises(ConfigError, match="must fit into int64, got 9223372036854775807 for the first of 2"):
         GameWorld(2**63 - 1, 2)
+
+
+@pytest.mark.parametrize("name", ["~/x", "$HOME/x", "${HOME}/x", "s3://bucket/x", "'x'", "x" * 256, "$OWL_NOBODY/x"])
+def test_a_name_that_a_shell_would_replace_makes_no_folder(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    refuse(" name", capsys, "data", "make", name, "--device", "cpu")
+    refuse(" name", capsys, "data", "import", "a.pt", "--out", name, "--fps", "3")
+    assert list(tmp_path.iterdir()) == []
