@@ -56,15 +56,14 @@ def encode(
         raise ConfigError(
             f"{vae_config}: {model.model_id} does not take pictures", path=vae_config, key="model.model_id"
         )
+    channels: int = getattr(model, "channels", 3)
     size = (size, size) if isinstance(size, int) else tuple(size)
     encoder = fold_weight_norm(load_encoder(None, vae_config, checkpoint))
     encoder = shared.quick_on(where, encoder.to(where, precision))
     pieces, spent, begun = [], Spent(), time.perf_counter()
 
     def read() -> Iterator[Tensor]:
-        batches = frame_batches(
-            frames, channels=model.channels, size=size, batch_size=batch_size, depth=depth, resize=resize
-        )
+        batches = frame_batches(frames, channels=channels, size=size, batch_size=batch_size, depth=depth, resize=resize)
         while True:
             with spent.on("read"):
                 batch = next(batches, None)
