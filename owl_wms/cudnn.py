@@ -39,8 +39,8 @@ def convolution(image: Tensor, taps: Tensor) -> Tensor:
     return result
 
 
-def convolution_relu(image: Tensor, taps: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """`relu(conv(image) + bias + residual)` in cuDNN's own epilogue, which takes no word but the flags'."""
+def convolution_relu(image: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+    """`relu(conv(image) + bias)` in cuDNN's own epilogue, which takes no word but the flags'."""
     backend = torch.backends.cudnn
     # What TF32 may do is of no account for 16 bits.
     as_wanted = all(getattr(backend, name) == value for name, value in BY_SHAPE.items() if name != "allow_tf32")

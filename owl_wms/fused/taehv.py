@@ -91,7 +91,8 @@ class FrameConv(Chosen):
         self.adds, self.alike = adds, (adds,)
 
     def ways(self, x: Tensor, other: Tensor | None) -> list[int]:
-        return ops.frame_ways(x, None if self.adds else other, self.weight)
+        past, residual = (None, other) if self.adds else (other, None)
+        return ops.frame_ways(x, past, self.weight, residual)
 
     def compute(self, how: int, x: Tensor, other: Tensor | None) -> Tensor:
         past, residual = (None, other) if self.adds else (other, None)

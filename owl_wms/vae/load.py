@@ -22,6 +22,7 @@ from owl_wms.vae.build import build_decoder, build_encoder
 from owl_wms.vae.checkpoint import detect_variant, load_weights, read_state_dict
 from owl_wms.vae.hub import load_hub_decoder, load_hub_encoder
 from owl_wms.vae.layouts import select_part
+from owl_wms.vae.meta import WeightNormShapes
 from owl_wms.vae.taehv import TAEHVDecoder, config_of, fit_grow_layers
 
 HUB_VAE_ID = "dcae"
@@ -92,7 +93,7 @@ def _read_part(part: str, ckpt_path: Path | str, prefer_ema: bool) -> dict[str, 
 def _with_weights(part: str, cfg: VAEModelConfig, state: dict[str, Tensor], ckpt_path: Path | str) -> nn.Module:
     variant = detect_variant(state, skip_residuals=cfg.skip_residuals) if isinstance(cfg, DCAEConfig) else None
     # On meta nothing is initialised only to be overwritten; the file's tensors then become the parameters.
-    with torch.device("meta"):
+    with torch.device("meta"), WeightNormShapes():
         module = (build_decoder if part == "decoder" else build_encoder)(cfg, variant)
     if isinstance(module, TAEHVDecoder):
         state = fit_grow_layers(module, state)

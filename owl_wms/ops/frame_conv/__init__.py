@@ -5,8 +5,8 @@ in a pixel shuffle. Written out, the concatenation with the earlier frame, the e
 of time, the residual and the clamp are each a pass over the largest tensors. Here they are where a convolution reads
 or writes.
 
-`how` is one of LIBRARY (cuDNN), LIBRARY_FUSED (cuDNN with bias, residual and ReLU in its own epilogue), RESIDENT and
-RESIDENT_64 (our kernel with tiles of 128 and 64 channels). The fastest is measured when a program is built.
+`how` is one of LIBRARY (cuDNN), LIBRARY_FUSED (cuDNN with bias and ReLU in its own epilogue; only without a residual),
+RESIDENT and RESIDENT_64 (our kernel with tiles of 128 and 64 channels). The fastest is measured during a build.
 
 Usage:
     y = frame_conv(x, past, pack(weight), bias, None, LIBRARY)                    # [b n, H, W, C] -> [b n, H, W, O]
@@ -46,12 +46,13 @@ RESIDENT_64 = -5
 COLUMNS = {RESIDENT: 128, RESIDENT_64: 64}
 
 
-def frame_ways(x: Tensor, past: Tensor | None, weight: Tensor) -> list[int]:
+def frame_ways(x: Tensor, past: Tensor | None, weight: Tensor, residual: Tensor | None) -> list[int]:
     """Returns every value of `how` that computes this `frame_conv` on `x`'s device."""
     if not has_kernel(x):
         return [LIBRARY]
     ours = [how for how, columns in COLUMNS.items() if kernel.fits_frame(x, past, weight, columns)]
-    return [LIBRARY, LIBRARY_FUSED, *(ours if is_hopper(x.device) else [])]
+    fused = [LIBRARY_FUSED] if residual is None else []
+    return [LIBRARY, *fused, *(ours if is_hopper(x.device) else [])]
 
 
 def enlarge_ways(x: Tensor, weight: Tensor, frames: int) -> list[int]:
@@ -77,10 +78,9 @@ def _run_frame(
     rows = x.contiguous() if past is None else torch.cat([x, previous(x, past)], -1)
     image, taps = rows.permute(0, 3, 1, 2), weight.contiguous().permute(0, 3, 1, 2)
     residual = None if residual is None else residual.contiguous()
-    if how == LIBRARY_FUSED:
+    if how == LIBRARY_FUSED and residual is None:
         own = None if bias is None else bias.to(x.dtype)
-        added = None if residual is None else residual.permute(0, 3, 1, 2)
-        return cudnn.convolution_relu(image, taps, own, added).permute(0, 2, 3, 1).contiguous()
+        return cudnn.convolution_relu(image, taps, own).permute(0, 2, 3, 1).contiguous()
     from owl_wms.ops.conv3x3.kernel import finish_
 
     y = cudnn.convolution(image, taps).permute(0, 2, 3, 1).contiguous()

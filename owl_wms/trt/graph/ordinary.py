@@ -21,6 +21,7 @@ from owl_wms.trt.graph.record import record
 from owl_wms.trt.graph.recording import Recording, meta_inputs
 from owl_wms.trt.graph.shapes import meta_copy
 from owl_wms.vae.fold import folded
+from owl_wms.vae.meta import WeightNormShapes
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def is_ordinary(decoder: nn.Module, recording: Recording, standard: Callable[[nn
         recording: of the decoder as its caller runs it, in its own dtype.
         standard: makes a new decoder of the same configuration; called with the meta device as default.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), WeightNormShapes():
         fresh = standard(decoder)
     inputs = meta_inputs(recording.input_shape, recording.state, recording.dtype)
     with torch.inference_mode(False), torch.no_grad():
@@ -51,5 +52,6 @@ def is_ordinary(decoder: nn.Module, recording: Recording, standard: Callable[[nn
 
 def _plain(decoder: nn.Module, dtype: torch.dtype) -> nn.Module:
     """On the meta device, without weight norm, in one dtype and memory format."""
-    twin = folded(meta_copy(decoder)).eval().requires_grad_(False).to(dtype)
+    with WeightNormShapes():
+        twin = folded(meta_copy(decoder)).eval().requires_grad_(False).to(dtype)
     return twin.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]

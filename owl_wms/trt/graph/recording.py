@@ -27,6 +27,7 @@ from owl_wms.trt.graph.export import export_decoder, graph_text
 from owl_wms.trt.graph.record import record
 from owl_wms.trt.graph.shapes import meta_copy, module_dtype, noted_shapes
 from owl_wms.vae.fold import folded
+from owl_wms.vae.meta import WeightNormShapes
 
 _LOG = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ class Recording:
         require_unaltered(decoder)
         dtype = module_dtype(decoder)
         with torch.inference_mode(False), torch.no_grad():  # in a caller's inference mode other operators are recorded
-            twin = folded(meta_copy(decoder)).eval().requires_grad_(False)
+            with WeightNormShapes():
+                twin = folded(meta_copy(decoder)).eval().requires_grad_(False)
             inputs = meta_inputs(input_shape, state, dtype)
             shapes: Mapping[str, tuple[int, ...]] | None
             try:
