@@ -39,7 +39,10 @@ def encode(
     from owl_wms.configs import load_vae_model
     from owl_wms.errors import ConfigError
     from owl_wms.media.arrays import ARRAY_SUFFIXES, save_array
+    from owl_wms.media.facts import Facts
     from owl_wms.media.frames import frame_batches
+    from owl_wms.media.read_facts import file_digest
+    from owl_wms.media.watch import VIDEO_SUFFIXES, rate_of
     from owl_wms.runtime.ahead import ahead
     from owl_wms.timing import Spent
     from owl_wms.vae import fold_weight_norm, load_encoder
@@ -80,7 +83,10 @@ def encode(
             bar.advance(task, len(batch))
     with spent.on("write"):
         latents = torch.cat(pieces)
-        save_array(out, latents)
+        fps = rate_of(frames) if frames.suffix.lower() in VIDEO_SUFFIXES else None
+        digest = file_digest(checkpoint) if checkpoint.is_file() else None
+        facts = Facts(fps=fps, vae_scale=scale, vae=checkpoint.name, vae_sha256=digest, layout="n c h w")
+        save_array(out, latents, facts=facts)
     console.print(
         f"{out}: {list(latents.shape)}, mean {latents.mean():.3f}, standard deviation {latents.std():.3f}",
         markup=False,

@@ -13,7 +13,9 @@ from owl_wms.cli import main
 from owl_wms.configs import TAEHVConfig, load_vae_config
 from owl_wms.errors import ConfigError
 from owl_wms.media.arrays import load_array
+from owl_wms.media.read_facts import file_digest, read_facts
 from owl_wms.media.video import VideoWriter, read_video
+from owl_wms.media.watch import rate_of
 from owl_wms.utils.owl_vae_bridge import make_batched_decode_fn
 from owl_wms.vae import build_autoencoder, build_decoder
 from tests.media.test_video import gradient
@@ -91,6 +93,10 @@ def test_encode_inverts_shapes_and_scales(place: Path) -> None:
     z = load_array(place / "z.npy")
     assert z.shape == (3, 16, 8, 8)
     assert torch.allclose(load_array(place / "half.safetensors") * 2, z, atol=1e-5)
+    facts = read_facts(place / "half.safetensors")
+    assert (facts.vae_scale, facts.layout, facts.vae) == (2, "n c h w", "vae.safetensors")
+    assert facts.vae_sha256 == file_digest(place / "vae.safetensors")
+    assert facts.fps == rate_of(place / "clip.mp4")
     assert call(place, "decode", "z.npy", "--out", str(place / "back.mp4")) == 0
 
 
