@@ -4,6 +4,8 @@ Why it exists: such a handler runs between any two instructions, also inside our
 looks like a failure of that work. To answer it by falling back would make the caller's time limit vanish.
 
 Usage:
+    try:
+        build()
     except Exception as error:
         raise_interrupt(error)      # raises the handler's exception if `error` is one, or came of one
 """
