@@ -227,7 +227,7 @@ class CacheStore:
             self._quarantine(name, str(error), cache_fd)
             return Miss(reason=f"{name}: {error}", kind="corrupt")
         except (OSError, MemoryError) as error:  # a program larger than the free memory is not damaged
-            return Miss(reason=f"{name} cannot be read: {error or type(error).__name__}", kind="unreadable")
+            return Miss(reason=f"{name} cannot be read: {str(error) or type(error).__name__}", kind="unreadable")
         with contextlib.suppress(OSError):  # a read-only cache is used without a record of its use
             evict.mark_used(name, cache_fd, self._modes.directory)
         self._tally.count("hits")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from owl_wms.cache import CacheStore, Entry, Key, Miss
+from owl_wms.cache import CacheStore, Entry, Key, Miss, NoStore
+from owl_wms.cache import entry as entry_module
 from owl_wms.cache.manifest import FILE_NAME, PROGRAM, parse
 from owl_wms.errors import CacheCorruptError, CacheError, CacheRefusedError, FastPathError
 from tests.faults.tools import MATERIAL, NAME, Builder, entry_path, looked_up, read
@@ -184,3 +187,53 @@ def test_the_cache_imports_no_torch() -> None:
     code = "import sys, owl_wms.cache; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_an_entry_larger_than_the_free_memory_is_a_miss_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CacheStore(tmp_path / "cache")
+    store.get_or_build(NAME, Key.of(MATERIAL), Builder(b"program")).close()
+
+    def full(*_: object) -> bytes:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(entry_module, "_read_program", full)
+        found = store.lookup(NAME, Key.of(MATERIAL))
+        assert isinstance(found, Miss)
+        assert (found.kind, "MemoryError" in found.reason) == ("unreadable", True)
+    assert read(store, Builder(b"another")) == b"program"
+
+
+def test_what_is_raised_beside_the_reading_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path / "cache")
+    store.get_or_build(NAME, Key.of(MATERIAL), Builder(b"program")).close()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(KeyboardInterrupt):
+        store.lookup(NAME, Key.of(MATERIAL), interrupted)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    with pytest.raises(KeyboardInterrupt):
+        store.get_or_build(NAME, Key.of(MATERIAL), Builder(b"program"), meanwhile=interrupted)
+    asked: list[int] = []
+    store.get_or_build(NAME, Key.of({"other": 1}), Builder(b"program"), meanwhile=lambda: asked.append(1)).close()
+    assert asked == [], "a miss has nothing to read"
+
+
+def test_a_store_that_stores_nothing_builds_in_its_turn(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        order.append("waited")
+        yield
+        order.append("left")
+
+    built = NoStore().get_or_build(NAME, Key.of(MATERIAL), Builder(b"program"), waiting=turn)
+    assert (built.read(), built.cached, built.built) == (b"program", False, True)
+    assert "use_cache=False" in built.reason
+    assert order == ["waited", "left"]

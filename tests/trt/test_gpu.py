@@ -30,7 +30,7 @@ def test_build_reload_and_run(family: str, precision: str, tmp_path: Path) -> No
     decoder, shape = decoders.make(family)
     spec = Request(input_shape=shape, precision=precision, timeout_seconds=100)
     events: list[dict] = []
-    report = trt.build_program(decoder, spec, tmp_path, events.append)
+    report = trt.build_program(decoder, spec, tmp_path, progress=events.append)
     assert report["parity"]["passed"]
     assert report["reload_bit_equal"]
     assert report["latency_ms"] > 0
@@ -119,7 +119,7 @@ import subprocess
 import sys
 from pathlib import Path
 from owl_wms import trt
-from owl_wms.ops import nvrtc
+from owl_wms.ops.common import nvrtc
 from owl_wms.trt.check.output import output_digest
 from owl_wms.trt.check.parity import latents
 def compiled(kernel, architecture): raise AssertionError(f"{kernel} was compiled again")
