@@ -118,11 +118,11 @@ def test_endings_in_capitals_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_trainers_clip_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    video = torch.zeros(3, 3, 36, 64)
+    video = [torch.zeros(3, 36, 64, 3, dtype=torch.uint8)]
     path = write_clip(tmp_path / "step_1_0", video, None, fps=20)
     whole = path.read_bytes()
     monkeypatch.setattr(av, "VideoFrame", SimpleNamespace(from_ndarray=full))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match=r"step_1_0\.mp4: cannot be written: No space left"):
         write_clip(tmp_path / "step_1_0", video, None, fps=20)
     only(tmp_path, "step_1_0.mp4", whole)
 
