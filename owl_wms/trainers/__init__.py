@@ -42,7 +42,7 @@ __all__ = ["TRAINERS", "BaseTrainer", "cleanup", "get_trainer_cls", "setup"]
 
 
 def get_trainer_cls(trainer_id: str) -> type[BaseTrainer]:
-    """The class that a `trainer_id` names.
+    """Return the class that a `trainer_id` names.
 
     Raises:
         ConfigError: no such id; the message lists the ids.

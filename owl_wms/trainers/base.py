@@ -30,7 +30,7 @@ from owl_wms.configs.vae import WandbConfig
 from owl_wms.configs.world import TrainingConfig, WorldModelConfig, require_trainer_keys
 from owl_wms.data.loaders import Loader, get_loader
 from owl_wms.data.loading import Batch
-from owl_wms.errors import CheckpointError, TrainingError
+from owl_wms.errors import TrainingError
 from owl_wms.models.flow import counted_mse
 from owl_wms.models.latents import LatentSpace
 from owl_wms.sampling import SampleResult, batch_permute_to_length
@@ -38,15 +38,11 @@ from owl_wms.trainers.batches import BatchRule, endless
 from owl_wms.trainers.checkpoints import (
     averaged_weights,
     checkpoint_path,
-    differences,
     latest_checkpoint,
-    load_checkpoint,
     load_core_weights,
-    load_part,
     save_checkpoint,
     save_output,
     set_aside,
-    strip_wrappers,
 )
 from owl_wms.trainers.distributed import barrier, choose_device
 from owl_wms.trainers.ema import EMA
@@ -54,9 +50,10 @@ from owl_wms.trainers.evaluation import Evaluation, Evaluator, core_of
 from owl_wms.trainers.guards import REMEDY, broken_weight, require_finite, rescue
 from owl_wms.trainers.journal import Journal
 from owl_wms.trainers.metrics import Metrics
-from owl_wms.trainers.optim.optimisers import build_optimiser, build_schedule, load_optimiser
+from owl_wms.trainers.optim.optimisers import build_optimiser, build_schedule
 from owl_wms.trainers.phases import Loss, Phase
 from owl_wms.trainers.progress import Progress
+from owl_wms.trainers.restore import restore
 from owl_wms.trainers.signals import Asked, listening
 from owl_wms.trainers.undo import Undo
 
@@ -70,6 +67,7 @@ class BaseTrainer(ABC):
     Attributes:
         model: what is trained and averaged.
         step: optimiser steps done.
+        position: of the loader after that step.
         saved_step: steps that are on disk.
         losses: means of every step of this process, oldest first.
     """
@@ -125,48 +123,49 @@ class BaseTrainer(ABC):
         self.phases = self.build_phases()
         self.loader = loader or self.make_loader(train_cfg.data_id, train_cfg.data_kwargs, train_cfg.batch_size)
         self._batches = self.endless(self.loader, "data_kwargs")
-        self._position = self.loader.state_dict()
+        self.position = self.loader.state_dict()
         self._environment = env.describe_machine()
         self.evaluator = Evaluator(self, sample_loader)
         self.metrics = Metrics(self.device)
 
-    # What a trainer says.
+    # Methods that a trainer implements.
 
     @abstractmethod
     def build_model(self) -> nn.Module:
-        """The model that is trained, on the CPU; also the place to load teachers."""
+        """Build the model that is trained, on the CPU; also the place to load teachers."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """A batch on the device to the loss and what is reported; runs under bf16 autocast."""
+        """Compute the loss of a batch on the device, and the values to report; runs under bf16 autocast."""
 
     def build_phases(self) -> list[Phase]:
-        """The updates of a step, in order."""
+        """Build the updates of a step, in order."""
         return [self.phase("model", self.model, self.loss, self.train_cfg.opt, self.train_cfg.opt_kwargs)]
 
     def sample(self, sampler: Any, core: nn.Module, batch: Batch) -> SampleResult:
         """Continue a batch with the averaged core; here for video, with controls of other items once its own end."""
         video, mouse, btn = batch[:3]
         mouse, btn = batch_permute_to_length(mouse, btn, video.shape[1] + sampler.num_frames)
-        return sampler(core, self.to_latents(video), mouse, btn)
+        result: SampleResult = sampler(core, self.to_latents(video), mouse, btn)
+        return result
 
     def predictions(self) -> dict[str, Tensor]:
         """Further clips [b, n, c, h, w] in the model's scale that an evaluation shows, by name; most have none."""
         return {}
 
     def extra_state(self) -> dict[str, Any]:
-        """Further entries of the checkpoint."""
+        """Return further entries of the checkpoint."""
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027  (most trainers add nothing)
         """Take those entries."""
 
-    # What all trainers do.
+    # Methods that all trainers share.
 
     def phase(
         self, name: str, model: nn.Module, loss: Loss, opt: str, opt_kwargs: dict[str, Any] | None, *, repeats: int = 1
     ) -> Phase:
-        """A phase with this run's accumulation, schedule and clipping; Muon bounds its updates and is not clipped."""
+        """Build a phase with this run's accumulation, schedule and clipping; Muon bounds its updates and has none."""
         cfg = self.train_cfg
         optimiser = build_optimiser(opt, model, opt_kwargs)
         return Phase(
@@ -227,13 +226,13 @@ class BaseTrainer(ABC):
         torch.manual_seed((self.train_cfg.seed * 1_000_003 + self.step) * self.world_size + self.rank)
         self.model.train()
         with Undo() as undo:
-            undo.keep_values(self, "step", "_position")
+            undo.keep_values(self, "step", "position")
             undo.keep_values(self.ema, "steps")
             for phase in self.phases:
                 phase.update(self._batches, self.metrics, self.step, undo)
             undo.keep(self.ema.model)
             self.ema.update(self.model)
-            self.step, self._position = self.step + 1, self.loader.state_dict()
+            self.step, self.position = self.step + 1, self.loader.state_dict()
         late = self._deadline is not None and time.monotonic() > self._deadline
         values, self._stop = self.metrics.pop(stop=bool(self._asked) or late)
         self.losses.append(values)
@@ -249,8 +248,8 @@ class BaseTrainer(ABC):
             "ema": self.ema.state_dict(),
             "opt": self.phases[-1].optimiser.state_dict(),
             "steps": self.step,
-            "data": self._position,
-            "config": self._config(),
+            "data": self.position,
+            "config": self.configuration(),
             "environment": self._environment,
             **self.extra_state(),
         }
@@ -288,37 +287,11 @@ class BaseTrainer(ABC):
         """
         wanted = self.train_cfg.resume_ckpt
         path = latest_checkpoint(self.folder) if wanted == LATEST else wanted
-        if path is None:
-            if self.train_cfg.init_ckpt is not None:
-                load_core_weights(core_of(self.model), self.train_cfg.init_ckpt)
-                self.ema = EMA(self.model, self.ema_beta)
-            return
-        state = load_checkpoint(path)
-        try:
-            load_part(self.model, state["model"], path)
-            self.ema.load_state_dict(strip_wrappers(state["ema"]))
-            load_optimiser(self.phases[-1].optimiser, state["opt"])
-            self.load_extra_state(state)
-            self.step = int(state["steps"])
-            if "data" in state:  # upstream's checkpoints have no data position
-                self.loader.load_state_dict(state["data"])
-                self._position = self.loader.state_dict()
-        except CheckpointError:
-            raise
-        except KeyError as error:
-            raise CheckpointError(
-                f"{path}: has no {error}, so it does not continue a run of {self.trainer_id!r}; train.init_ckpt takes "
-                "weights alone",
-                path=path,
-            ) from error
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{path}: does not continue this run: {reason}", path=path) from error
-        _log.info("resumed from %s at step %d", path, self.step)
-        for key, old, new in differences(state.get("config"), self._config()):
-            # Weights mean something else under another model; other settings are changed on purpose.
-            level = logging.WARNING if key.startswith("model.") else logging.INFO
-            _log.log(level, "%s is %s from here on, and was %s in the checkpoint", key, new, old)
+        if path is not None:
+            restore(self, path)
+        elif self.train_cfg.init_ckpt is not None:
+            load_core_weights(core_of(self.model), self.train_cfg.init_ckpt)
+            self.ema = EMA(self.model, self.ema_beta)
 
     def to_latents(self, video: Tensor) -> Tensor:
         """Return stored latents in the scale of the world model."""
@@ -370,9 +343,12 @@ class BaseTrainer(ABC):
                 "%s held checkpoints of another run, with steps after %d: they are in %s now; --resume continues a run",
                 *(self.folder, self.saved_step, aside.name),
             )
-        self.journal = Journal(self.folder, self.wandb_cfg, self._config(), tensorboard=self.train_cfg.tensorboard)
+        self.journal = Journal(
+            self.folder, self.wandb_cfg, self.configuration(), tensorboard=self.train_cfg.tensorboard
+        )
 
-    def _config(self) -> dict[str, Any]:
+    def configuration(self) -> dict[str, Any]:
+        """Return the sections of the configuration, as they go into checkpoints and reports."""
         return {"train": self.train_cfg.model_dump(mode="json"), "model": self.model_cfg.model_dump(mode="json")}
 
     def evaluate(self) -> None:
@@ -391,7 +367,7 @@ class BaseTrainer(ABC):
             self.journal.log(result.step, {"evaluation_error": result.error})
 
     def make_loader(self, data_id: str | None, kwargs: dict[str, Any] | None, batch_size: int) -> Loader:
-        """A loader for this rank."""
+        """Build a loader for this rank."""
         cfg = self.train_cfg
         settings = {"seed": cfg.seed, "rank": self.rank, "world_size": self.world_size, **(kwargs or {})}
         return get_loader(data_id or "", batch_size, **settings)

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class BatchRule:
-    """What a trainer's batches look like.
+    """Describes the shapes of a trainer's batches.
 
     Attributes:
         parts: names of the tensors that the trainer reads, in order; a batch may bring more behind them.

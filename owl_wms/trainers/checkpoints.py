@@ -43,7 +43,7 @@ def _checkpoints(folder: Path | str) -> dict[int, Path]:
 
 
 def latest_checkpoint(folder: Path | str) -> Path | None:
-    """The checkpoint of the highest step in `folder`, or None."""
+    """Return the checkpoint of the highest step in `folder`, or None."""
     found = _checkpoints(folder)
     return found[max(found)] if found else None
 
@@ -131,7 +131,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether the file is a whole zip archive, as torch writes; a damaged directory may raise instead of saying no."""
+    """Return whether the file is a whole zip archive, as torch writes; is_zipfile may raise for a damaged directory."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
@@ -161,7 +161,7 @@ def differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, An
 
 
 def averaged_weights(ema: Mapping[str, Any]) -> dict[str, Any]:
-    """The averaged model's weights, by the model's own keys, out of the state of an `EMA`."""
+    """Return the averaged model's weights, by the model's own keys, from the state of an `EMA`."""
     return {k.removeprefix("ema_model."): v for k, v in strip_wrappers(ema).items() if k.startswith("ema_model.")}
 
 

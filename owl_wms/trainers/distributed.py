@@ -67,7 +67,7 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
 
 
 def _is_slurm_task() -> bool:
-    """Whether srun started this process as one task of a step.
+    """Return whether srun started this process as one task of a step.
 
     The script that sbatch starts has a job's variables without being a task: no step, and process 0.
     """
@@ -76,7 +76,7 @@ def _is_slurm_task() -> bool:
 
 
 def _slurm_address() -> str:
-    """Where ranks meet: MASTER_ADDR and MASTER_PORT, or the step's first node and a port that follows from its ids.
+    """Return where ranks meet: MASTER_ADDR and MASTER_PORT, or the step's first node and a port made of its ids.
 
     Raises:
         ConfigError: neither is known.
@@ -137,7 +137,7 @@ def barrier() -> None:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether any rank says so; all ranks must ask, and none waits for one that failed and said it here."""
+    """Return whether `flag` is True on any rank; all ranks must call this, also those that failed."""
     if not is_distributed():
         return flag
     votes = torch.tensor(float(flag), device=device)
@@ -146,7 +146,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def gather_to_first(value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks, on rank 0; nothing on the others. Tensors must lie on the CPU."""
+    """Return the values of all ranks, in their order, on rank 0; nothing on the others. Tensors must lie on the CPU."""
     if not is_distributed():
         return [value]
     first = dist.get_rank() == 0

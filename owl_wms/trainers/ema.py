@@ -25,7 +25,7 @@ _POWER = 2 / 3
 
 
 class EMA:
-    """A frozen copy of a model whose weights follow the original's."""
+    """Holds a frozen copy of a model whose weights follow the original's."""
 
     def __init__(self, model: nn.Module, beta: float) -> None:
         """Copy `model`; `beta` in [0, 1) is the decay after warm-up.
@@ -40,7 +40,7 @@ class EMA:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     def decay(self) -> float:
-        """Weight that the average keeps at the next update."""
+        """Return the weight of the old average in the next update."""
         return min(self.beta, 1 - (1 + self.steps) ** -_POWER) if self.steps else 0.0
 
     @torch.no_grad()

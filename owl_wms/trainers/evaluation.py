@@ -232,7 +232,7 @@ class Evaluator:
                 torch.save(value, folder / f"{name}.{trainer.step}{rank}.pt")
 
     def _load_decoders(self) -> None:
-        """The video decoder and, where configured, the sound's; what has no checkpoint stays None."""
+        """Load the video decoder and, if configured, the sound's; a decoder without a checkpoint stays None."""
         cfg, trainer = self._trainer.train_cfg, self._trainer
         if cfg.vae_ckpt_path is None and cfg.vae_id is None:
             _log.warning("train.vae_ckpt_path is not set: evaluation keeps latents only, no clips are decoded")
@@ -270,5 +270,5 @@ def _described(error: Exception) -> str:
 
 
 def core_of(model: nn.Module) -> nn.Module:
-    """The network that samplers take: `.core` of a wrapper, or the model itself."""
+    """Return the network that samplers take: `.core` of a wrapper, or the model itself."""
     return model.core if hasattr(model, "core") else model  # type: ignore[return-value]

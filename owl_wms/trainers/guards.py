@@ -1,4 +1,4 @@
-"""What keeps a run's files whole when its numbers, its data or its machine fail.
+"""Guards that keep a run's files whole when its numbers, its data or its machine fail.
 
 Usage:
     require_finite(step, values)                 # after a step, before anything is saved
@@ -56,7 +56,7 @@ def broken_weight(state: Mapping[str, Any]) -> str | None:
 
 
 def rescue(trainer: Saved) -> None:
-    """After a failure: save the steps since the last checkpoint, unless the weights themselves are broken.
+    """Save, after a failure, the steps since the last checkpoint, unless the weights themselves are broken.
 
     By rank 0 without waiting for anyone, as other ranks may be gone. Never raises: the failure that led here is the one
     to report.

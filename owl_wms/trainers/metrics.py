@@ -1,4 +1,4 @@
-"""Means of what a step measured, over its micro-batches and over all ranks, with one synchronisation a step.
+"""Means of the values that a step measured, over its micro-batches and over all ranks, with one synchronisation a step.
 
 Usage:
     metrics = Metrics(device)
@@ -16,7 +16,7 @@ from owl_wms.trainers.distributed import is_distributed
 
 
 class Metrics:
-    """Sums and counts by name, on the device until they are asked for."""
+    """Collects sums and counts by name; they stay on the device until `pop`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -35,7 +35,7 @@ class Metrics:
         return ", ".join(f"{name} {float(self._sums[name]) / self._counts[name]:.4g}" for name in losses)
 
     def pop(self, *, stop: bool = False) -> tuple[dict[str, float], bool]:
-        """Means of all names, and whether any rank said stop; everything is forgotten afterwards.
+        """Return the means of all names, and whether any rank asked to stop; then forget everything.
 
         All ranks must have added the same names.
         """

@@ -31,7 +31,7 @@ Loss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 class _LossModule(nn.Module):
-    """The model and its loss as one forward call."""
+    """Runs the model and its loss in one forward call."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class _LossModule(nn.Module):
 
 
 class Phase:
-    """A model, its loss and its optimiser."""
+    """Updates a model by its loss and its optimiser."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Phase:
         self._autocast = torch.autocast(device.type, torch.bfloat16)
 
     def update(self, batches: Iterator[Batch], metrics: Metrics, step: int, undo: Undo | None = None) -> None:
-        """All updates of this phase in a step, each over `accumulation` fresh batches.
+        """Make all updates of this phase in a step, each over `accumulation` fresh batches.
 
         Gradients cross ranks only with an update's last micro-batch. Their norm is looked at before they are applied:
         it is the same on all ranks, so all of them stop together, with the weights still whole. `undo` takes copies of

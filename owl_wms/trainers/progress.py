@@ -47,7 +47,7 @@ class Progress:
             self._bar.stop()
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """A step is done: `values` are what it reports, with its seconds as `time`."""
+        """Show a finished step; `values` are its reports, with its seconds as `time`."""
         if self._bar is None:
             return
         took = max(values.get("time", 0.0), 1e-9)

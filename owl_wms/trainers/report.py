@@ -131,7 +131,7 @@ def report(folder: Path) -> str:
 
 
 def _about(folder: Path) -> Mapping[str, Any]:
-    """Configuration and environment out of the newest checkpoint, whose weights are not read; empty without one."""
+    """Read configuration and environment from the newest checkpoint, without its weights; empty if there is none."""
     path = latest_checkpoint(folder)
     if path is None:
         return {}
@@ -143,20 +143,20 @@ def _about(folder: Path) -> Mapping[str, Any]:
 
 
 def table(facts: Mapping[str, object]) -> str:
-    """Names and values as a table."""
+    """Return names and values as a table."""
     rows = "".join(f"<tr><td>{html.escape(str(k))}<td>{html.escape(str(v))}" for k, v in facts.items())
     return f"<table>{rows}</table>" if rows else '<p class="none">not recorded: the run saved no checkpoint</p>'
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; what was not said (None) is left out."""
+    """Return nested mappings as dotted keys, without those that are None."""
     if not isinstance(value, Mapping):
         return {} if value is None else {key.rstrip("."): value}
     return {k: v for name, part in value.items() for k, v in flat(part, f"{key}{name}.").items()}
 
 
 def thinned(points: Sequence[tuple[int, float]], most: int = _POINTS) -> list[tuple[float, float]]:
-    """Means of neighbouring points, at most `most` of them; values that are not finite are left out."""
+    """Return means of neighbouring points, at most `most` of them; values that are not finite are left out."""
     finite = [(float(step), value) for step, value in points if math.isfinite(value)]
     size = max(1, -(-len(finite) // most))
     parts = [finite[start : start + size] for start in range(0, len(finite), size)]
@@ -164,7 +164,7 @@ def thinned(points: Sequence[tuple[int, float]], most: int = _POINTS) -> list[tu
 
 
 def chart(title: str, series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Curves over the steps as SVG; logarithmic where positive values span more than a factor of 20."""
+    """Draw curves over the steps as SVG; logarithmic where positive values span more than a factor of 20."""
     curves = {name: found for name, points in series.items() if (found := thinned(points))}
     if not curves:
         return ""
@@ -209,7 +209,7 @@ def chart(title: str, series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 
 
 def _clips(folder: Path, run: Run) -> str:
-    """The clips inside the page, newest first, until it is large enough."""
+    """Put clips into the page, newest first, until it is large enough."""
     left, parts = CLIP_BYTES, []
     for step, names, decoder in reversed(run.clips):
         figures = []

@@ -25,7 +25,7 @@ Values = Mapping[str, float | str | None]
 
 
 class WandbSection(Protocol):
-    """What is read of the `wandb` section; all may be None."""
+    """Names the keys of the `wandb` section that are read; all may be None."""
 
     @property
     def name(self) -> str | None: ...
@@ -42,7 +42,7 @@ class _Service(Protocol):
 
 
 class Reporter:
-    """A service that is left alone after its first failure, with one warning."""
+    """Calls a service until its first failure, which costs one warning."""
 
     def __init__(self, name: str, service: _Service) -> None:
         self._name = name
@@ -100,7 +100,7 @@ def _started(name: str, make: Callable[[], _Service], remedy: str) -> Reporter |
 
 
 def _may_log_in() -> bool:
-    """Whether `wandb.init` would start without asking on the terminal for a key."""
+    """Return whether `wandb.init` would start without asking on the terminal for a key."""
     if (env.read("WANDB_MODE") or "").lower() in _WITHOUT_LOGIN or env.read("WANDB_API_KEY") is not None:
         return True
     host = urllib.parse.urlparse(env.read("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""

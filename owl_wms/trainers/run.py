@@ -18,7 +18,7 @@ from owl_wms.trainers.ema import EMA
 
 
 class Saved(Protocol):
-    """A run whose last whole step can be saved."""
+    """Describes a run whose last whole step can be saved."""
 
     rank: int
     step: int
@@ -26,14 +26,14 @@ class Saved(Protocol):
     folder: Path
 
     def checkpoint(self) -> dict[str, Any]:
-        """The run's state, as it is written to `step_{n}.pt`."""
+        """Return the run's state, as it is written to `step_{n}.pt`."""
 
     def write_checkpoint(self) -> None:
         """Write it, on this rank alone."""
 
 
 class Sampled(Saved, Protocol):
-    """A run whose averaged model can continue held-out latents."""
+    """Describes a run whose averaged model can continue held-out latents."""
 
     train_cfg: TrainingConfig
     model_cfg: WorldModelConfig
@@ -46,10 +46,10 @@ class Sampled(Saved, Protocol):
         """Continue a batch with the averaged core."""
 
     def predictions(self) -> dict[str, Tensor]:
-        """Further clips `[b, n, c, h, w]`, by name."""
+        """Return further clips `[b, n, c, h, w]`, by name."""
 
     def make_loader(self, data_id: str | None, kwargs: dict[str, Any] | None, batch_size: int) -> Loader:
-        """A loader for this rank."""
+        """Build a loader for this rank."""
 
     def endless(self, loader: Loader, section: str) -> Iterator[Batch]:
-        """Batches on the device, epoch after epoch."""
+        """Yield batches on the device, epoch after epoch."""

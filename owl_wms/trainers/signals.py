@@ -23,7 +23,7 @@ _SECOND_AFTER_SECONDS = 1.0
 
 
 class Asked:
-    """Whether a signal has asked for the end; true once one has.
+    """Remembers whether a signal has asked for the end; true once one has.
 
     Attributes:
         by: name of the first signal, or None.

@@ -196,16 +196,27 @@ def test_a_failing_evaluation_costs_its_clips_and_not_the_run(tmp_path: Path, ca
 def test_a_decoder_that_must_not_fall_back_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     trainer = build(tmp_path, "rft", max_steps=3, sample_interval=2, **decoder_files(tmp_path))
 
+    load = trainer.evaluator._load_decoders
+
     class Strict:
-        def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        """The real decode function, which fails from the first step on."""
+
+        def __init__(self, real: object) -> None:
+            self._real = real
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._real, name)
+
+        def __call__(self, *arguments: object, **more: object) -> object:
             if trainer.step == 0:
-                return torch.zeros(2, 1, 3, 8, 8)
+                return self._real(*arguments, **more)  # type: ignore[operator]
             raise FastPathError("run", "the program failed")
 
-        def stats(self) -> object:
-            return type("Stats", (), {"backend": "none", "reason": "test"})
+    def load_strict() -> None:
+        load()
+        trainer.evaluator._decode = Strict(trainer.evaluator._decode)  # type: ignore[assignment]
 
-    trainer.evaluator._load_decoders = lambda: setattr(trainer.evaluator, "_decode", Strict())  # type: ignore[method-assign]
+    trainer.evaluator._load_decoders = load_strict  # type: ignore[method-assign]
     with pytest.raises(FastPathError):
         trainer.train()
     assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "step_2.pt"

@@ -1,1 +1,1 @@
-"""What is minimised: one module per trainer id."""
+"""Losses: one module per trainer id."""

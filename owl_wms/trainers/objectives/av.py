@@ -33,10 +33,11 @@ class AVRFTTrainer(BaseTrainer):
         return total, {"diffusion_loss": total, "video_loss": video_loss, "audio_loss": audio_loss}
 
     def to_audio(self, audio: Tensor) -> Tensor:
-        """Stored audio latents to what the model sees: divided by `audio_vae_scale`."""
+        """Divide stored audio latents by `audio_vae_scale`, as the model sees them."""
         assert self.train_cfg.audio_vae_scale is not None  # required by the configuration
         return audio / self.train_cfg.audio_vae_scale
 
     def sample(self, sampler: Any, core: nn.Module, batch: Batch) -> SampleResult:
         video, audio, mouse, btn = batch[:4]
-        return sampler(core, self.to_latents(video), self.to_audio(audio), mouse, btn)
+        result: SampleResult = sampler(core, self.to_latents(video), self.to_audio(audio), mouse, btn)
+        return result

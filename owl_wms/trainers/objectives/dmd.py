@@ -122,7 +122,7 @@ class DMDTrainer(BaseTrainer):
 
     @abstractmethod
     def rollout(self, batch: Batch) -> Rollout:
-        """A clip by the student from a batch (latents, mouse, buttons); with gradient when gradients are enabled."""
+        """Make a clip with the student from a batch (latents, mouse, buttons), with gradient if that is enabled."""
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Rectified-flow loss of the critic on the student's clip, over the generated frames."""
@@ -150,7 +150,7 @@ class DMDTrainer(BaseTrainer):
         return clips[calls % self.phases[0].accumulation]
 
     def _judged_levels(self, x: Tensor) -> Tensor:
-        """Noise levels [b, n] at which teacher and critic look at a clip."""
+        """Draw the noise levels [b, n] at which teacher and critic look at a clip."""
         t = frame_times(x)
         return t if self.train_cfg.judged_levels == "frame" else t[:, :1].expand_as(t).contiguous()
 
@@ -160,7 +160,7 @@ class DMDTrainer(BaseTrainer):
         return loss.float(), {"dmd_loss": loss}
 
     def matching(self, made: Rollout) -> Tensor:
-        """The student's gradient from teacher and critic."""
+        """Compute the loss whose gradient teacher and critic give the student."""
         scale = CFG_SCALE if self.train_cfg.cfg_scale is None else self.train_cfg.cfg_scale
         with torch.no_grad():
             t = self._judged_levels(made.x)
@@ -176,7 +176,7 @@ class DMDTrainer(BaseTrainer):
         return dmd_loss(made.x, clean_teacher, clean_critic, made.generated)
 
     def predictions(self) -> dict[str, Tensor]:
-        """The last frames of a clip of the student, and the clean clips that teacher and critic made of it."""
+        """Return the last frames of a clip of the student, and the clean clips that teacher and critic made of it."""
         found, self._predictions = self._predictions, None
         return found or {}
 

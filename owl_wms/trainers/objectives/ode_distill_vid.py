@@ -27,7 +27,7 @@ _BLOCKS = "transformer.blocks."
 
 
 def kept_layers(teacher: int, student: int) -> list[int]:
-    """Which of the teacher's layers a student of fewer starts from: evenly spread, first and last included.
+    """Return the teacher's layers that a student with fewer starts from: evenly spread, first and last included.
 
     Raises:
         ConfigError: a student deeper than its teacher.
@@ -81,7 +81,7 @@ class DistillODETrainer(BaseTrainer):
         return loss, {"loss": loss}
 
     def _path_levels(self) -> list[float]:
-        """Noise levels of the teacher's Euler steps: `rollout_steps` even ones, or as fine between the student's."""
+        """Return the noise levels of the teacher's steps: `rollout_steps` even ones, or as fine between the student."""
         cfg = self.train_cfg
         assert cfg.rollout_steps is not None
         levels: list[float] = []
@@ -94,7 +94,7 @@ class DistillODETrainer(BaseTrainer):
     def _teacher_path(
         self, clean: Tensor, generated: Tensor, mouse: Tensor, btn: Tensor
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(x_t, t, target) at the student's levels; context frames stay at their noise level, and say so in t."""
+        """Return (x_t, t, target) at the student's levels; context frames stay at their noise level, also in t."""
         cfg = self.train_cfg
         assert cfg.cfg_scale is not None
         guidance = Guidance(model=self.teacher, scale=cfg.cfg_scale, max_level=cfg.teacher_max_level)
@@ -114,7 +114,7 @@ class DistillODETrainer(BaseTrainer):
         return [(state, t, (state - x) / expand(t)) for state, t, _ in starts]
 
     def _some(self, states: list[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """A random share `subsample` of the states, at least one."""
+        """Pick a random share `subsample` of the states, at least one."""
         assert self.train_cfg.subsample is not None
         count = max(1, round(self.train_cfg.subsample * len(states)))
         return [states[i] for i in torch.randperm(len(states), device="cpu")[:count].tolist()]

@@ -60,7 +60,7 @@ class SelfForceTrainer(DMDTrainer):
         return Rollout(x=whole, generated=generated.expand(len(x), -1), mouse=mouse[:, -window:], btn=btn[:, -window:])
 
     def _levels(self) -> tuple[float, ...]:
-        """Noise levels of the student's steps, falling from 1."""
+        """Return the noise levels of the student's steps, falling from 1."""
         cfg = self.train_cfg
         assert cfg.rollout_steps is not None
         return cfg.student_levels or tuple(1 - step / cfg.rollout_steps for step in range(cfg.rollout_steps))
@@ -78,7 +78,8 @@ class SelfForceTrainer(DMDTrainer):
 
         def velocity(level: float) -> Tensor:
             t = torch.full(like.shape[:2], level, dtype=torch.float32, device=like.device)
-            return self.model(x, t, mouse, btn, kv_cache=cache).float()
+            v: Tensor = self.model(x, t, mouse, btn, kv_cache=cache)
+            return v.float()
 
         with torch.no_grad():
             for level, following in pairwise(levels):

@@ -1,1 +1,1 @@
-"""By what it is minimised: Muon and AdamW."""
+"""Optimisers: Muon and AdamW."""

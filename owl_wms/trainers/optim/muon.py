@@ -1,12 +1,15 @@
 """Muon: momentum whose update is made (nearly) orthogonal, for weight matrices; AdamW for everything else.
 
+Why not `torch.optim.Muon`, which computes the same update (a test compares them): it iterates every matrix by itself
+and on every rank. Here ranks share the matrices, matrices of one shape are iterated as a batch, and more than two axes
+are taken, such as a convolution's.
+
 Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024): Nesterov momentum, five steps
 of a quintic Newton-Schulz iteration with coefficients 3.4445, -4.7750, 2.0315 in bfloat16, learning rate scaled by
 sqrt(max(1, rows / columns)).
 
-Ranks share the orthogonalisation (matrix i is done by rank i mod world) and broadcast the results. Every rank keeps
-every momentum, so that rank 0's checkpoint is whole. Matrices of one shape are iterated as a batch, which saves most
-kernel launches of a small model.
+Rank i mod world orthogonalises matrix i and broadcasts the result. Every rank stores every momentum, so that rank 0's
+checkpoint is whole.
 
 Usage:
     optimiser = build_muon(model.named_parameters(), lr=1e-3, momentum=0.95, adamw_lr=1e-4, adamw_keys=["core.proj_in"])
@@ -33,7 +36,7 @@ _ITERATIONS = 5
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Push all singular values towards 1: [k, r, c] any float -> [k, r, c] bfloat16, values about 0.7 to 1.2."""
     a, b, c = _COEFFICIENTS
-    x = matrices.bfloat16()
+    x: Tensor = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -41,11 +44,12 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    turned: Tensor = x.mT if tall else x
+    return turned
 
 
 class Muon(torch.optim.Optimizer):
-    """The part for matrices; every parameter must have at least two axes, further ones are folded into the columns."""
+    """Updates matrices; every parameter must have at least two axes, and further ones are folded into the columns."""
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.01
@@ -107,7 +111,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class MuonWithAdamW:
-    """The two optimisers as one; its state is `{"adamw": ..., "muon": ...}`, as upstream stores it."""
+    """Joins the two optimisers into one; its state is `{"adamw": ..., "muon": ...}`, as upstream stores it."""
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         self.muon, self.adamw = muon, adamw

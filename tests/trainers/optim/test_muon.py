@@ -46,3 +46,20 @@ def test_named_parameters_and_vectors_go_to_adamw() -> None:
 def test_a_key_without_a_parameter_is_an_error() -> None:
     with pytest.raises(ConfigError, match="proj_inn"):
         build_muon(nn.Linear(4, 4).named_parameters(), adamw_keys=["proj_inn"])
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (24, 24)])
+def test_the_update_is_torchs(shape: tuple[int, int]) -> None:
+    """torch.optim.Muon is the same algorithm; bfloat16 products in another order are all that differs."""
+    mine, theirs = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.empty(shape))
+    theirs.data.copy_(mine.data)
+    settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+    pair = Muon([mine], **settings), torch.optim.Muon([theirs], **settings)
+    start = mine.detach().clone()
+    for _ in range(4):
+        gradient = torch.randn(shape)
+        for parameter, optimiser in zip((mine, theirs), pair, strict=True):
+            parameter.grad = gradient.clone()
+            optimiser.step()
+    difference, way = (mine - theirs).detach().norm(), (theirs.detach() - start).norm()
+    assert float(difference / way) < 0.04
