@@ -136,14 +136,13 @@ def confirm(program: LoadedProgram, built: output.RecordedOutput) -> None:
 
 
 def register_operators() -> None:
-    """Import our own operators, so that programs made with them can be read; without Triton such programs fail to load,
+    """Import our own operators, so that programs made with them can be read. Without Triton such programs fail to load;
     others do not.
     """
-    for name in ("owl_wms.ops", "owl_wms.fused.dcae"):
-        try:
-            importlib.import_module(name)
-        except Exception:  # a program that needs them says so itself when it is read
-            continue
+    try:
+        importlib.import_module("owl_wms.ops")
+    except Exception as error:  # a missing or broken dependency: a program that needs them says so when it is read
+        _LOG.info("our operators cannot be imported: %s: %s", type(error).__name__, error)
 
 
 def prepare() -> None:
