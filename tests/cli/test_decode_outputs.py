@@ -163,7 +163,11 @@ def test_the_pipe_of_the_documentation(place: Path) -> None:  # noqa: F811
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_decode_leaves_no_half_file(place: Path, name: str, how: signal.Signals) -> None:  # noqa: F811
     torch.save(torch.randn(1, 20_000, 16, 8, 8), place / "latents.pt")
-    child = subprocess.Popen(command(place, "--out", str(place / name)), stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        command(place, "--out", str(place / name)),
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )
     ending = time.monotonic() + 60
     while not any(p.name.startswith(f".{Path(name).stem}.") for p in place.iterdir()):  # its draft
         assert child.poll() is None

@@ -309,7 +309,13 @@ except KeyboardInterrupt:
 
 
 def test_ctrl_c_ends_it_at_once() -> None:
-    child = subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == "piece\n"
     child.send_signal(signal.SIGINT)
