@@ -44,6 +44,7 @@ from owl_wms.inference.server import ServerSettings, make_app
 from owl_wms.inference.session import Pace
 from owl_wms.models import get_model_cls
 from owl_wms.nn.kv_cache import KVCache
+from owl_wms.nn.setting import latent_grid
 from owl_wms.sampling import Guidance, get_sd3_euler, zlerp
 from owl_wms.sampling import frames as frames_module
 from owl_wms.sampling.captured import may_capture
@@ -237,8 +238,7 @@ def measure_upstream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], li
     steps = given.get("n_steps", 4) if args.steps is None else args.steps
     deltas, noise, scale = get_sd3_euler(steps), given.get("noise_prev", 0.2), given.get("cfg_scale", 1.0)
     plain, compiled = Guidance(model=core, scale=scale), Guidance(model=torch.compile(core), scale=scale)
-    side = config.sample_size
-    x = torch.randn(1, UPSTREAM_WINDOW, config.channels, side, side, device=device, dtype=dtype)
+    x = torch.randn(1, UPSTREAM_WINDOW, config.channels, *latent_grid(config), device=device, dtype=dtype)
     mouse = torch.zeros(1, UPSTREAM_WINDOW, 2, device=device, dtype=dtype)
     btn = torch.zeros(1, UPSTREAM_WINDOW, config.n_buttons, device=device, dtype=dtype)
 

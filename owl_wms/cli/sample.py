@@ -18,7 +18,7 @@ def sample(
     checkpoint: Annotated[Path, typer.Argument(help="Its weights.")],
     out: Annotated[Path, typer.Option(help="The clip to write, .mp4.")] = Path("sample.mp4"),
     frames: Annotated[int, typer.Option(min=1, max=1_000_000, help="Frames to generate.")] = 60,
-    context: Annotated[Path | None, typer.Option(help="File of latents, mouse and buttons to begin from.")] = None,
+    context: Annotated[Path | None, typer.Option(help="File of latents, mouse and buttons to begin from, or TABLE#12 for row 12.")] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler id; the configuration's if left out.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps a frame.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(help="Guidance; other than 1 doubles the work.")] = None,
@@ -29,7 +29,7 @@ def sample(
     tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace what stands under these names.")] = False,
 ) -> None:
-    """Sample a clip from a world model, its context included, under the scripted player's controls."""
+    """Sample a clip from a world model, its context included, under recorded controls or the scripted player's."""
     import torch
 
     from owl_wms.cli import _shared as shared
@@ -58,11 +58,11 @@ def sample(
     )
     begin = make_contexts(world, config, where, precision, path=context, seed=seed)[0].to(where, precision)
 
-    mouse, buttons = scripted_controls(seed=seed, n=frames)
-    controls = (
-        torch.cat([begin.mouse, mouse[None].to(begin.mouse)], 1),
-        torch.cat([begin.buttons, fit_buttons(buttons[None].to(begin.buttons), world.model.n_buttons)], 1),
-    )
+    after = begin.controls_after(frames)
+    if after is None:
+        mouse, buttons = scripted_controls(seed=seed, n=frames)
+        after = mouse[None].to(begin.mouse), fit_buttons(buttons[None].to(begin.buttons), world.model.n_buttons)
+    controls = torch.cat([begin.mouse, after[0]], 1), torch.cat([begin.buttons, after[1]], 1)
     generator = torch.Generator(where).manual_seed(seed)
     with shared.progress(console) as bar:
         task = bar.add_task("sampling", total=frames)

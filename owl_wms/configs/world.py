@@ -25,6 +25,7 @@ from owl_wms.configs.strict import (
     Floats,
     Kwargs,
     PositiveInt,
+    Size,
     StrictModel,
     nearest,
     parse,
@@ -70,7 +71,8 @@ _OPT_KEYS = {
 
 
 class WorldModelConfig(StrictModel):
-    """Holds the `model` section. Windows and `n_frames` are in frames; `sample_size` is the side of the square latent.
+    """Holds the `model` section. Windows and `n_frames` are in frames; `sample_size` is height and width of a
+    latent, or the side of a square one.
 
     `video_head_norm` belongs to `game_rft_audio`: False for weights of upstream before 2025-07-28, whose picture head
     has no layer norm before it. `rest_has_direction` False gives a mouse at rest no direction; upstream's weights were
@@ -79,7 +81,7 @@ class WorldModelConfig(StrictModel):
     """
 
     model_id: Literal["game_rft", "game_rft_audio"]
-    sample_size: PositiveInt = 16
+    sample_size: Size = 16
     channels: PositiveInt = 128
     audio_channels: PositiveInt = 64
     n_layers: PositiveInt = 12
@@ -117,11 +119,13 @@ class WorldModelConfig(StrictModel):
             "d_model",
             f"must be a multiple of n_heads ({self.n_heads}), received {self.d_model}",
         )
-        tokens = self.sample_size**2 + int(self.has_audio)
+        size = self.sample_size
+        product = "sample_size**2" if isinstance(size, int) else f"{size[0]} * {size[1]}"
+        tokens = (size**2 if isinstance(size, int) else size[0] * size[1]) + int(self.has_audio)
         rule(
             self.tokens_per_frame == tokens,
             "tokens_per_frame",
-            f"must be sample_size**2 {'+ 1 for audio ' if self.has_audio else ''}= {tokens}, "
+            f"must be {product} {'+ 1 for audio ' if self.has_audio else ''}= {tokens}, "
             f"received {self.tokens_per_frame}",
         )
         rule(0.0 <= self.cfg_prob <= 1.0, "cfg_prob", f"must be within 0..1, received {self.cfg_prob}")

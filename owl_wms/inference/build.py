@@ -19,18 +19,18 @@ from owl_wms.configs.paths import find_beside
 from owl_wms.configs.world import with_files_found
 from owl_wms.errors import ConfigError
 from owl_wms.game.world import FRAME_SIZE, FRAMES_PER_SECOND
-from owl_wms.inference.context import Context, load_contexts, render_context
+from owl_wms.inference.context import CONTEXT_FRAMES, Context, load_contexts, render_context
 from owl_wms.inference.controls import controls_for
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.source import GameSource
 from owl_wms.models.latents import LatentSpace
 from owl_wms.models.load import load_model
+from owl_wms.nn.setting import latent_grid
 from owl_wms.runtime import VideoDecode
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
 from owl_wms.vae import fold_weight_norm, load_encoder
 from owl_wms.vae.load import HUB_VAE_ID
 
-CONTEXT_FRAMES = 12
 # Called with what is being made, and how far it is: ("first frames", 3, 12). 0 of 0 is a step without parts.
 Progress = Callable[[str, int, int], None]
 
@@ -92,7 +92,7 @@ def make_decode(
         decoder, batch_size, use_tensorrt=tensorrt and train.use_tensorrt, config=train, output=output, check=check
     )
     channels = latent_space(config, cfg_path).stored_channels(model.channels)
-    decode.prepare((channels, model.sample_size, model.sample_size))
+    decode.prepare((channels, *latent_grid(model)))
     return decode
 
 
@@ -126,7 +126,8 @@ def frame_size(config: WorldConfig, cfg_path: Path | str) -> tuple[int, int]:
     """Returns height and width in pixels of the frames that the configuration's autoencoder takes and gives."""
     vae_path = _named(config.train, "vae_cfg_path", cfg_path)
     size = None if vae_path is None else _pixels(load_vae_model(vae_path))
-    return (HUB_SCALE * config.model.sample_size,) * 2 if size is None else size
+    height, width = latent_grid(config.model)
+    return (HUB_SCALE * height, HUB_SCALE * width) if size is None else size
 
 
 def _pixels(model: Any) -> tuple[int, int] | None:
@@ -143,7 +144,7 @@ def make_contexts(
     path: Path | str | None = None,
     seed: int = 0,
 ) -> list[Context]:
-    """Returns the beginnings in a file, or the one of a seed, rendered at the configuration's frame rate and size.
+    """Returns the beginnings in a file, the one of a row (`TABLE#12`), or the one of a seed, rendered at the configuration's frame rate and size.
 
     Raises:
         ConfigError: rendered latents would not fit the model.
@@ -154,7 +155,7 @@ def make_contexts(
     channels = space.stored_channels(model.channels)
     if path is not None:
         found = load_contexts(
-            path, channels=channels, side=model.sample_size, n_buttons=model.n_buttons, scale=train.vae_scale
+            path, channels=channels, grid=latent_grid(model), n_buttons=model.n_buttons, scale=train.vae_scale
         )
         return [_whitened(context, space) for context in found]
     return [make_renderer(config, cfg_path, device, dtype)(seed)]
@@ -175,7 +176,7 @@ def make_renderer(
     model, train = config.model, config.train
     space = latent_space(config, cfg_path)
     encode, size = make_encode(config, cfg_path, device, dtype), frame_size(config, cfg_path)
-    wanted = (space.stored_channels(model.channels), model.sample_size, model.sample_size)
+    wanted = (space.stored_channels(model.channels), *latent_grid(model))
 
     def checked(frames: Tensor) -> Tensor:
         latents = encode(frames)

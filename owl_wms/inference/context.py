@@ -1,7 +1,7 @@
 """Beginnings for play and sampling: latents with the controls that belong to them.
 
-From a file (`.pt` or `.safetensors` with `latents`, `mouse`, `buttons`), or rendered: the scripted player walks
-through the game and an encoder turns what it sees into latents.
+From a file (`.pt` or `.safetensors` with `latents`, `mouse`, `buttons`), from a row of a table (`TABLE#12`), or
+rendered: the scripted player walks through the game and an encoder turns what it sees into latents.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable
 from owl_wms.errors import DataError
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
@@ -20,6 +21,8 @@ from owl_wms.game.world import BUTTONS, FRAME_SIZE, GameWorld
 from owl_wms.media.arrays import read_arrays
 
 NAMES = ("latents", "mouse", "buttons")
+CONTEXT_FRAMES = 12
+"""Frames of a beginning that is rendered, or taken from a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,15 +33,33 @@ class Context:
         latents: [1, n, c, h, w] in the model's scale (divided by image_scale).
         mouse: [1, n, 2].
         buttons: [1, n, n_buttons], 0 or 1.
+        later: mouse [1, m, 2] and buttons [1, m, n_buttons] that were recorded after the beginning; None if none were.
     """
 
     latents: Tensor
     mouse: Tensor
     buttons: Tensor
+    later: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Context:
         """The same elsewhere."""
-        return Context(**{name: getattr(self, name).to(device, dtype) for name in NAMES})
+        later = None if self.later is None else (self.later[0].to(device, dtype), self.later[1].to(device, dtype))
+        return Context(**{name: getattr(self, name).to(device, dtype) for name in NAMES}, later=later)
+
+    def controls_after(self, frames: int) -> tuple[Tensor, Tensor] | None:
+        """Returns the recorded controls of the next frames, begun again where they end; None if none were recorded.
+
+        Args:
+            frames: how many.
+
+        Returns:
+            mouse [1, frames, 2] and buttons [1, frames, n_buttons].
+        """
+        if self.later is None:
+            return None
+        mouse, buttons = self.later
+        places = torch.arange(frames, device=mouse.device) % mouse.shape[1]
+        return mouse[:, places], buttons[:, places]
 
 
 def fit_buttons(held: Tensor, n_buttons: int) -> Tensor:
@@ -47,30 +68,36 @@ def fit_buttons(held: Tensor, n_buttons: int) -> Tensor:
     return torch.nn.functional.pad(held, (0, missing))[..., :n_buttons]
 
 
-def load_contexts(path: Path | str, *, channels: int, side: int, n_buttons: int, scale: float) -> list[Context]:
-    """Beginnings from a file.
+def load_contexts(path: Path | str, *, channels: int, grid: tuple[int, int], n_buttons: int, scale: float) -> list[Context]:
+    """Returns the beginnings in a file, or the one of a table's row.
 
     Args:
         path: `.pt` or `.safetensors` with `latents` [k, n, c, h, w] or [n, c, h, w] as an encoder gives them, `mouse`
-            and `buttons` with the same leading dimensions.
-        channels, side, n_buttons: what the model takes.
+            and `buttons` with the same leading dimensions. Or `TABLE#12`: the first `CONTEXT_FRAMES` frames of row 12
+            of a table, counted from 0, which also brings the controls that were recorded after them.
+        channels, grid, n_buttons: what the model takes; `grid` is height and width of its latents.
         scale: the latents are divided by it.
 
     Returns:
-        k beginnings (1 for a file without the first dimension).
+        k beginnings (1 for a row, and for a file without the first dimension).
 
     Raises:
         DataError: the file cannot be read, or holds something else; says which tensor and why.
     """
-    path = Path(path)
-    tensors = _read(path)
+    path, later = Path(path), None
+    row = _row_of(path)
+    if row is None:
+        tensors = _read(path)
+    else:
+        tensors = _read_row(*row)
+        tensors, later = _split(tensors, CONTEXT_FRAMES)
     for name in NAMES:
         if not isinstance(tensors.get(name), Tensor):
             raise DataError(f"{path}: must hold the tensors {', '.join(NAMES)}; {name} is missing", path=path)
     latents, mouse, buttons = (tensors[name].float() for name in NAMES)
     if latents.ndim == 4:
         latents, mouse, buttons = latents[None], mouse[None], buttons[None]
-    wanted = {"latents": (channels, side, side), "mouse": (2,), "buttons": (n_buttons,)}
+    wanted = {"latents": (channels, *grid), "mouse": (2,), "buttons": (n_buttons,)}
     for name, tensor in zip(NAMES, (latents, mouse, buttons), strict=True):
         if tensor.shape[:2] != latents.shape[:2] or tuple(tensor.shape[2:]) != wanted[name] or latents.ndim != 5:
             raise DataError(
@@ -80,9 +107,46 @@ def load_contexts(path: Path | str, *, channels: int, side: int, n_buttons: int,
         if not tensor.isfinite().all():
             raise DataError(f"{path}: {name} has values that are not finite", path=path)
     return [
-        Context(latents=latents[i : i + 1] / scale, mouse=mouse[i : i + 1], buttons=buttons[i : i + 1])
+        Context(latents=latents[i : i + 1] / scale, mouse=mouse[i : i + 1], buttons=buttons[i : i + 1], later=later)
         for i in range(latents.shape[0])
     ]
+
+
+def _row_of(path: Path) -> tuple[Path, int] | None:
+    """Splits `TABLE#12`; None for what is a file, or no folder.
+
+    Raises:
+        DataError: a table without a row.
+    """
+    table, sign, number = str(path).rpartition("#")
+    if sign and number.isdecimal() and len(number) < 12 and Path(table).is_dir():
+        return Path(table), int(number)
+    if path.is_dir():
+        count = len(NpyTable(path).rows)
+        text = f"is a table: say which of its {count} rows to begin from, as {path}#0 to {path}#{count - 1}"
+        raise DataError(f"{path}: {text}" if count else f"{path}: is a table without rows", path=path)
+    return None
+
+
+def _read_row(path: Path, index: int) -> Mapping[str, Tensor]:
+    table = NpyTable(path)
+    if index >= len(table.rows):
+        last = f"{path}#{len(table.rows) - 1} is the last" if table.rows else "the table has no rows"
+        raise DataError(f"{path}#{index}: no such row; {last}", path=path, index=index)
+    length = table.rows[index].length
+    columns = {"latents": LATENT_COLUMN, "mouse": "mouse", "buttons": "buttons"}
+    found = {name: column for name, column in columns.items() if column in table.columns}
+    return {name: torch.from_numpy(table.slice(index, column, 0, length)) for name, column in found.items()}
+
+
+def _split(
+    tensors: Mapping[str, Tensor], frames: int
+) -> tuple[Mapping[str, Tensor], tuple[Tensor, Tensor] | None]:
+    """Splits a clip's tensors [n, ...] into its first frames and the controls after them, [1, n - frames, ...]."""
+    first = {name: tensor[:frames] for name, tensor in tensors.items()}
+    if not {"mouse", "buttons"} <= tensors.keys() or len(tensors["mouse"]) <= frames:
+        return first, None
+    return first, (tensors["mouse"][None, frames:].float(), tensors["buttons"][None, frames:].float())
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

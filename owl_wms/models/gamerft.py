@@ -23,7 +23,7 @@ from owl_wms.nn.dit import DiT
 from owl_wms.nn.embeddings import ControlEmbedding, TimestepEmbedding
 from owl_wms.nn.modulation import FinalProjection
 from owl_wms.nn.ring_cache import Cache
-from owl_wms.nn.setting import setting
+from owl_wms.nn.setting import latent_grid, setting
 
 
 class ConditionedCore(nn.Module):
@@ -41,10 +41,11 @@ class ConditionedCore(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         require_dit(config)
-        wanted = config.sample_size**2 + self.extra_tokens
+        height, width = latent_grid(config)
+        wanted = height * width + self.extra_tokens
         if config.tokens_per_frame != wanted:
             raise ConfigError(
-                f"tokens_per_frame must be sample_size² + {self.extra_tokens} = {wanted}, "
+                f"tokens_per_frame must be {height} * {width} + {self.extra_tokens} = {wanted}, "
                 f"got {config.tokens_per_frame}",
                 key="model.tokens_per_frame",
             )
@@ -88,9 +89,9 @@ class ConditionedCore(nn.Module):
 
     def video_tokens(self, x: Tensor) -> Tensor:
         """Args: x [b, n, c, h, w]. Returns: [b, n, h * w, d]."""
-        side = self.config.sample_size
-        if x.ndim != 5 or x.shape[2:] != (self.config.channels, side, side):
-            raise ValueError(f"x must be [b, n, {self.config.channels}, {side}, {side}], got {list(x.shape)}")
+        wanted = (self.config.channels, *latent_grid(self.config))
+        if x.ndim != 5 or x.shape[2:] != wanted:
+            raise ValueError(f"x must be [b, n, {', '.join(map(str, wanted))}], got {list(x.shape)}")
         out: Tensor = self.proj_in(x.flatten(3).transpose(2, 3))
         return out
 

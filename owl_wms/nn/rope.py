@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.errors import ConfigError
-from owl_wms.nn.setting import setting
+from owl_wms.nn.setting import latent_grid, setting
 
 
 def _ortho(config: Any, half: int) -> tuple[Tensor, Tensor]:
@@ -33,13 +33,14 @@ def _ortho(config: Any, half: int) -> tuple[Tensor, Tensor]:
             f"rope_impl 'ortho' needs a head width divisible by 8, got d_model / n_heads = {2 * half}",
             key="model.n_heads",
         )
-    quarter, side, frames = half // 4, config.sample_size, config.n_frames
+    quarter, frames = half // 4, config.n_frames
+    height, width = latent_grid(config)
     frequencies = torch.linspace(1, 128, quarter, dtype=torch.float64) * math.pi
-    # One point more than there are rows: the extra corner is where the audio token of a frame sits.
-    places = torch.linspace(-1, 1, side + 1, dtype=torch.float64)
-    rows, columns = places[:side].repeat_interleave(side), places[:side].repeat(side)
+    # One point more than there are rows and columns: the extra corner is where the audio token of a frame sits.
+    down, across = (torch.linspace(-1, 1, side + 1, dtype=torch.float64) for side in (height, width))
+    rows, columns = down[:-1].repeat_interleave(width), across[:-1].repeat(height)
     if setting(config, "has_audio", False):
-        rows, columns = torch.cat([rows, places[-1:]]), torch.cat([columns, places[-1:]])
+        rows, columns = torch.cat([rows, down[-1:]]), torch.cat([columns, across[-1:]])
     times = torch.linspace(-1, 1, frames, dtype=torch.float64)
     tokens = len(rows)
     axes = [
@@ -67,13 +68,13 @@ def _motion(config: Any, half: int) -> tuple[Tensor, Tensor]:
             key="model.rope_dim_t",
         )
     delta, base = setting(config, "rope_ats_delta", 2.0), setting(config, "rope_base", 10000.0)
-    side = config.sample_size
+    height, width = latent_grid(config)
     frequencies = torch.tensor([base ** (-2 * j / head) for j in range(half)], dtype=torch.float64)
     spatial = (dim_x + dim_y) // 2
-    centred = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
-    x_offset, y_offset = centred.repeat(side), centred.repeat_interleave(side)
+    down, across = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2 for side in (height, width))
+    x_offset, y_offset = across.repeat(height), down.repeat_interleave(width)
     if setting(config, "has_audio", False):
-        below = torch.tensor([(side - 1) / 2 + 1], dtype=torch.float64)
+        below = torch.tensor([(height - 1) / 2 + 1], dtype=torch.float64)
         x_offset, y_offset = torch.cat([x_offset, torch.zeros_like(below)]), torch.cat([y_offset, below])
     time = torch.arange(config.n_frames, dtype=torch.float64)[:, None] * delta
     x, y = time + x_offset, time + y_offset

@@ -23,6 +23,7 @@ from owl_wms.data.loaders import Loader
 from owl_wms.data.loading import Batch
 from owl_wms.errors import DataError
 from owl_wms.models.latents import LatentSpace
+from owl_wms.nn.setting import latent_grid
 
 MOUSE_AXES = 2
 _SPREAD = 2.5
@@ -58,7 +59,7 @@ class BatchRule:
             ConfigError: the transform of latents does not give the model's channels.
         """
         frames: dict[str, tuple[int, ...]] = {
-            "latents": (space.stored_channels(model.channels), model.sample_size, model.sample_size),
+            "latents": (space.stored_channels(model.channels), *latent_grid(model)),
             "audio": (model.audio_channels,),
             "mouse": (MOUSE_AXES,),
             "buttons": (model.n_buttons,),

@@ -52,7 +52,7 @@ def test_a_clip_is_written(files: Path, tmp_path: Path, sampler: str | None) -> 
     assert frames[0].shape == (360, 640, 3)
     written, given = load_file(tmp_path / "clip.safetensors"), load_file(files / "context.safetensors")
     assert torch.allclose(written["latents"][:, :2], given["latents"], atol=1e-5), "the context comes back unscaled"
-    again = load_contexts(tmp_path / "clip.safetensors", channels=128, side=8, n_buttons=11, scale=0.8)
+    again = load_contexts(tmp_path / "clip.safetensors", channels=128, grid=(8, 8), n_buttons=11, scale=0.8)
     assert again[0].latents.shape == (1, 5, 128, 8, 8)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import owl_wms
 from owl_wms.configs.paths import find_beside
+from owl_wms.data.npy_table import NpyTableWriter
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.inference.build import build_pipeline
 from owl_wms.inference.context import Context, load_contexts, render_context
@@ -167,7 +168,7 @@ def test_what_cannot_be_played_is_refused(changes: dict, message: str) -> None:
 
 def test_beginnings_from_files(tmp_path: Path) -> None:
     x, _, mouse, btn = inputs(3, 5)
-    options = {"channels": 4, "side": 2, "n_buttons": 11, "scale": SCALE}
+    options = {"channels": 4, "grid": (2, 2), "n_buttons": 11, "scale": SCALE}
     tensors = {"latents": x, "mouse": mouse, "buttons": btn}
     save_file(tensors, tmp_path / "a.safetensors")
     torch.save({name: tensor[0] for name, tensor in tensors.items()}, tmp_path / "b.pt")
@@ -183,6 +184,23 @@ def test_beginnings_from_files(tmp_path: Path) -> None:
         elif value is not None:
             torch.save(value, tmp_path / name)
         with pytest.raises(DataError, match=name):
+            load_contexts(tmp_path / name, **options)
+
+
+def test_beginnings_from_rows_of_a_table(tmp_path: Path) -> None:
+    x, _, mouse, btn = inputs(2, 15)
+    writer = NpyTableWriter(tmp_path / "t", ("depth_latent", "mouse", "buttons"))
+    for row in range(2):
+        writer.append({"depth_latent": x[row].numpy(), "mouse": mouse[row].numpy(), "buttons": btn[row].numpy()})
+    options = {"channels": 4, "grid": (2, 2), "n_buttons": 11, "scale": SCALE}
+    (begun,) = load_contexts(f"{tmp_path / 't'}#1", **options)
+    assert torch.equal(begun.latents, x[1:, :12] / SCALE)
+    assert torch.equal(begun.buttons, btn[1:, :12])
+    later = begun.controls_after(7)
+    assert later is not None
+    assert torch.equal(later[0][0], mouse[1, [12, 13, 14, 12, 13, 14, 12]]), "begun again where the record ends"
+    for name, message in (("t#2", r"t#1 is the last"), ("t", r"say which of its 2 rows"), ("none#0", "none#0")):
+        with pytest.raises(DataError, match=message):
             load_contexts(tmp_path / name, **options)
 
 

@@ -33,6 +33,20 @@ def test_ortho_axes_own_a_quarter_each() -> None:
     assert not torch.equal(table.cos[:, 0, 8:12], table.cos[:, 1, 8:12])
 
 
+def test_a_wide_grid_has_the_places_of_squares() -> None:
+    """3x5: `motion` counts from the middle, so it is the middle rows of 5x5; `ortho` has the rows of 3x3."""
+    wide, square = (
+        RotaryTable(tiny_config(sample_size=size, n_frames=4)).cos.unflatten(1, (-1, 5)) for size in ((3, 5), 5)
+    )
+    assert torch.equal(wide, square[:, 1:4])
+    wide, tall, square = (
+        RotaryTable(tiny_config(rope_impl="ortho", sample_size=size, n_frames=4)).cos.unflatten(1, grid)
+        for size, grid in (((3, 5), (3, 5)), (3, (3, 3)), (5, (5, 5)))
+    )
+    assert torch.equal(wide[:, :, 0, 4:8], tall[:, :, 0, 4:8])
+    assert torch.equal(wide[:, 0, :, 8:12], square[:, 0, :, 8:12])
+
+
 @pytest.mark.parametrize("impl", ["motion", "ortho"])
 @pytest.mark.parametrize("audio", [False, True])
 def test_shift_is_rotation_at_the_other_place(impl: str, audio: bool) -> None:
