@@ -34,7 +34,9 @@ def play(
     vae: Annotated[
         bool, typer.Option(help="With --game: through the demo autoencoder, so that decoding is seen.")
     ] = False,
-    context: Annotated[Path | None, typer.Option(help="File of latents, mouse and buttons to begin from, or TABLE#12 for row 12.")] = None,
+    context: Annotated[
+        Path | None, typer.Option(help="Where to begin: a file of latents, mouse and buttons, or row 12 of TABLE#12.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=20, help="Sampling steps a frame.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(help="Guidance; other than 1 doubles the work.")] = None,
     max_window: Annotated[int | None, typer.Option(min=1, help="Frames of history that are seen.")] = None,

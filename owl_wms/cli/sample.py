@@ -18,7 +18,9 @@ def sample(
     checkpoint: Annotated[Path, typer.Argument(help="Its weights.")],
     out: Annotated[Path, typer.Option(help="The clip to write, .mp4.")] = Path("sample.mp4"),
     frames: Annotated[int, typer.Option(min=1, max=1_000_000, help="Frames to generate.")] = 60,
-    context: Annotated[Path | None, typer.Option(help="File of latents, mouse and buttons to begin from, or TABLE#12 for row 12.")] = None,
+    context: Annotated[
+        Path | None, typer.Option(help="Where to begin: a file of latents, mouse and buttons, or row 12 of TABLE#12.")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler id; the configuration's if left out.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps a frame.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(help="Guidance; other than 1 doubles the work.")] = None,

@@ -144,7 +144,9 @@ def make_contexts(
     path: Path | str | None = None,
     seed: int = 0,
 ) -> list[Context]:
-    """Returns the beginnings in a file, the one of a row (`TABLE#12`), or the one of a seed, rendered at the configuration's frame rate and size.
+    """Returns the beginnings in a file, the one of a row (`TABLE#12`), or the one of a seed.
+
+    The last is rendered at the configuration's frame rate and size.
 
     Raises:
         ConfigError: rendered latents would not fit the model.

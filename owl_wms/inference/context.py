@@ -68,7 +68,9 @@ def fit_buttons(held: Tensor, n_buttons: int) -> Tensor:
     return torch.nn.functional.pad(held, (0, missing))[..., :n_buttons]
 
 
-def load_contexts(path: Path | str, *, channels: int, grid: tuple[int, int], n_buttons: int, scale: float) -> list[Context]:
+def load_contexts(
+    path: Path | str, *, channels: int, grid: tuple[int, int], n_buttons: int, scale: float
+) -> list[Context]:
     """Returns the beginnings in a file, or the one of a table's row.
 
     Args:
@@ -139,9 +141,7 @@ def _read_row(path: Path, index: int) -> Mapping[str, Tensor]:
     return {name: torch.from_numpy(table.slice(index, column, 0, length)) for name, column in found.items()}
 
 
-def _split(
-    tensors: Mapping[str, Tensor], frames: int
-) -> tuple[Mapping[str, Tensor], tuple[Tensor, Tensor] | None]:
+def _split(tensors: Mapping[str, Tensor], frames: int) -> tuple[Mapping[str, Tensor], tuple[Tensor, Tensor] | None]:
     """Splits a clip's tensors [n, ...] into its first frames and the controls after them, [1, n - frames, ...]."""
     first = {name: tensor[:frames] for name, tensor in tensors.items()}
     if not {"mouse", "buttons"} <= tensors.keys() or len(tensors["mouse"]) <= frames:
