@@ -46,6 +46,7 @@ _PACKAGES = {
     # The bindings' wheels count too: an installation without the thin front package must not look like none.
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13-bindings"),
 }
+_NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _NVML = "libnvidia-ml.so.1"
 
@@ -91,7 +92,7 @@ def describe_machine(device_index: int | None = None) -> dict[str, str | int]:
         device_index: CUDA device to describe; None means the current one.
 
     Returns:
-        `python`, `os`, `torch`, `triton`, `cuda`, `cudnn`, `torch_tensorrt`, `tensorrt`, `driver`, `gpu`,
+        `python`, `os`, `torch`, `triton`, `cuda`, `nvrtc`, `cudnn`, `torch_tensorrt`, `tensorrt`, `driver`, `gpu`,
         `compute_capability`, `sm_count`, `gpu_memory_bytes`. Always every key; a value that could not be found out
         reads `"unknown: <reason>"`.
     """
@@ -101,6 +102,7 @@ def describe_machine(device_index: int | None = None) -> dict[str, str | int]:
     }
     described.update({name: _package_version(candidates) for name, candidates in _PACKAGES.items()})
     described["cuda"] = _probe(_cuda_version)
+    described["nvrtc"] = _probe(_nvrtc_version)
     described["cudnn"] = _probe(_cudnn_version)
     described["driver"] = driver_version()
     described.update(_describe_gpu(device_index))
@@ -176,6 +178,17 @@ def _cuda_version() -> str:
     import torch
 
     return torch.version.cuda or "unknown: this torch was built without CUDA"
+
+
+def _nvrtc_version() -> str:
+    """The compiler of our CUDA kernels: torch's wheel, which is found first, else the system's library."""
+    packaged = _package_version(_NVRTC)
+    if not packaged.startswith("unknown"):
+        return packaged
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library = ctypes.CDLL(f"libnvrtc.so.{_cuda_version().split('.')[0]}")
+    status = library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"unknown: nvrtcVersion returned {status}" if status else f"libnvrtc {major.value}.{minor.value}"
 
 
 def _cudnn_version() -> str | int:

@@ -45,7 +45,7 @@ FORBIDDEN = {
     **{stage: {"trt", "cache"} for stage in ("trainers", "inference")},
 }
 # Folders of `trt/`, in the order in which they may be imported; its single files stand between them.
-TRT = ["spec", "library", "graph", "rewrites", "check", "plans", "key", "run", "build", "jit", "__init__"]
+TRT = ["library", "spec", "graph", "rewrites", "check", "plans", "key", "run", "build", "jit", "__init__"]
 
 
 def stage_of(path: Path) -> str:

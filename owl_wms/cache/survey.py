@@ -28,6 +28,7 @@ _COMPARED = (
     "tensorrt",
     "triton",
     "cuda",
+    "nvrtc",
     "cudnn",
     "driver",
     "gpu",

@@ -35,8 +35,8 @@ that of the entry format, which knows nothing of what a program is.
 """
 
 MACHINE_FIELDS = (
-    "torch", "triton", "torch_tensorrt", "tensorrt", "cuda", "cudnn", "driver", "gpu", "compute_capability", "sm_count",
-    "python",
+    "torch", "triton", "torch_tensorrt", "tensorrt", "cuda", "nvrtc", "cudnn", "driver", "gpu", "compute_capability",
+    "sm_count", "python",
 )  # fmt: skip
 SOURCES = ("trt", "fused", "ops", "vae", "request.py", "state.py", "cudnn.py", "timing.py")
 """Folders and files of `owl_wms` whose sources shape a program: whatever a lowering loads, so that a change of one of

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from owl_wms.request import Request
+from owl_wms.trt.library import versions
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Precision -> dtype of the module's activations; fp8 and int8 plans compute inside a bf16 program."""
@@ -26,9 +27,9 @@ def compile_settings(request: Request, precision: str) -> dict[str, Any]:
 
     Precision itself is not among them: it is the module's dtype (`enabled_precisions` is ignored from 2.13 on).
     Torch-TensorRT's engine cache stays off, because its key leaves out weights and operator arguments. TF32 is switched
-    off where fp32 was asked for.
+    off where fp32 was asked for. Keywords that the installed release does not take are left out.
     """
-    return {
+    wanted = {
         "use_explicit_typing": True,
         "immutable_weights": True,
         "cache_built_engines": False,
@@ -41,3 +42,4 @@ def compile_settings(request: Request, precision: str) -> dict[str, Any]:
         "min_block_size": request.min_block_size,
         "workspace_size": request.workspace_size,
     }
+    return versions.accepted(wanted)

@@ -17,7 +17,7 @@ from owl_wms import env
 from owl_wms.errors import ConfigError
 
 KEYS = {
-    "python", "os", "torch", "triton", "torch_tensorrt", "tensorrt", "cuda", "cudnn", "driver", "gpu",
+    "python", "os", "torch", "triton", "torch_tensorrt", "tensorrt", "cuda", "nvrtc", "cudnn", "driver", "gpu",
     "compute_capability", "sm_count", "gpu_memory_bytes",
 }  # fmt: skip
 
@@ -67,6 +67,20 @@ def test_broken_probes_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         assert "version mismatch" in str(described[key]), key
         assert "unknown: " in str(described[key])
     assert str(described["driver"]).startswith("unknown: neither")
+
+
+def test_the_compiler_of_kernels_is_known_without_its_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(major: Any, minor: Any) -> int:
+        major._obj.value, minor._obj.value = 13, 2
+        return 0
+
+    monkeypatch.setattr(env, "_package_version", lambda names: f"unknown: not installed ({', '.join(names)})")
+    monkeypatch.setattr(env, "_cuda_version", lambda: "13.2")
+    asked: list[str] = []
+    library = SimpleNamespace(nvrtcVersion=told)
+    monkeypatch.setattr(env.ctypes, "CDLL", lambda name: asked.append(name) or library)
+    assert env._nvrtc_version() == "libnvrtc 13.2"
+    assert asked == ["libnvrtc.so.13"]
 
 
 @pytest.mark.parametrize(

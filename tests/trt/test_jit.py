@@ -15,7 +15,6 @@ import torch
 
 from owl_wms.errors import ConfigError, FastPathError
 from owl_wms.trt import GraphedProgram, compile_for_training, jit
-from owl_wms.trt.library import importer
 from tests.trt import decoders
 
 
@@ -73,7 +72,7 @@ def test_a_failure_at_run_ends_in_eager(monkeypatch: pytest.MonkeyPatch, caplog:
 
 def test_a_failed_import_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> None:
-        raise FastPathError("import", "Torch-TensorRT is not installed", importer.INSTALL)
+        raise FastPathError("import", "Torch-TensorRT is not installed", "install it")
 
     monkeypatch.setattr(jit.importer, "require", absent)
     wrapped = compile_for_training(decoders.make("square")[0], strict=True)

@@ -105,6 +105,7 @@ def test_it_is_json_and_holds_what_the_cache_promises(material: dict[str, Any]) 
         "torch_tensorrt",
         "tensorrt",
         "cuda",
+        "nvrtc",
         "driver",
         "gpu",
         "compute_capability",

@@ -12,6 +12,7 @@ Usage:
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -23,7 +24,8 @@ from typing import TypeVar
 
 import torch
 
-from owl_wms.trt.library import importer
+from owl_wms.errors import FastPathError
+from owl_wms.trt.library import importer, versions
 
 LIBRARIES = {"rtx": "tensorrt_rtx_libs", "standard": "tensorrt_libs"}
 """Flavour -> the package that holds TensorRT's own libraries; importing it loads them and nothing else."""
@@ -49,13 +51,23 @@ def status() -> importer.TensorRTStatus:
 def reading(load: Callable[[], _T]) -> _T:
     """Run `load`, which deserializes a program; once more with all of Torch-TensorRT if the library was not enough.
 
+    A program without engines needs no Torch-TensorRT, and which program that is shows when it is read.
+
     Raises:
-        FastPathError: stage "import" when Torch-TensorRT cannot be had at all.
+        FastPathError: stage "import" when Torch-TensorRT cannot be had at all and the program does not load without it;
+            else what `load` raises.
         Exception: whatever `load` raises.
     """
     if not attached():
-        importer.require()
-        return load()
+        missing = importer.missing()
+        try:
+            return load()
+        except (FastPathError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            if missing is None:
+                raise
+            raise missing from error
     try:
         return load()
     except (torch.OutOfMemoryError, MemoryError):
@@ -82,13 +94,17 @@ def forget() -> None:
 @functools.cache
 def _attach() -> bool:
     flavour = importer.installed_flavour()[0]
-    if flavour not in LIBRARIES:
+    release = versions.of_torch()
+    if flavour not in LIBRARIES or release is None or versions.refusal() is not None:
         return False
     try:
         if "torch_tensorrt" not in sys.modules:
+            for name in release.torch_libraries:
+                ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name), mode=ctypes.RTLD_GLOBAL)
             _load_library(flavour)
-        # Both raise or are absent when nothing registered them.
-        return bool(torch.classes.tensorrt.Engine) and hasattr(torch.ops.tensorrt, "execute_engine")
+        # The class and the operators raise or are absent when nothing registered them.
+        known = bool(torch.classes.tensorrt.Engine) and hasattr(torch.ops.tensorrt, "execute_engine")
+        return known and str(torch.ops.tensorrt.ABI_VERSION()) == release.abi
     except Exception as error:  # a library that is missing, does not fit this torch, or registers something else
         _LOG.debug("Torch-TensorRT's library alone does not do: %s: %s", type(error).__name__, error)
         return False

@@ -29,11 +29,8 @@ from types import ModuleType
 from typing import Any
 
 from owl_wms.errors import FastPathError
+from owl_wms.trt.library import versions
 
-FLAVOURS = {"torch-tensorrt-rtx": "rtx", "torch-tensorrt": "standard"}
-"""Distribution name -> flavour; the first one installed is the one that owns the import name."""
-
-INSTALL = "pip install torch-tensorrt-rtx tensorrt-rtx (versions matching torch), or torch-tensorrt with NVIDIA's index"
 _LOGGERS = (
     "torch_tensorrt",
     "torch_tensorrt.dynamo",
@@ -67,7 +64,7 @@ class TensorRTStatus:
 
 def installed_flavour() -> tuple[str, str]:
     """`(flavour, distribution with version)` from package metadata alone; `("none", "")` when neither is installed."""
-    for distribution, flavour in FLAVOURS.items():
+    for distribution, flavour in versions.FLAVOURS.items():
         try:
             return flavour, f"{distribution} {metadata.version(distribution)}"
         except metadata.PackageNotFoundError:
@@ -106,7 +103,9 @@ def submodule(name: str) -> Any:
     try:
         return importlib.import_module(f"torch_tensorrt.{name}")
     except Exception as error:  # an internal that moved in another release is a version mismatch like any other
-        raise FastPathError("import", f"torch_tensorrt.{name}: {type(error).__name__}: {error}", INSTALL) from error
+        raise FastPathError(
+            "import", f"torch_tensorrt.{name}: {type(error).__name__}: {error}", versions.remedy()
+        ) from error
 
 
 def forget() -> None:
@@ -132,10 +131,14 @@ def failed_elsewhere() -> FastPathError | None:
 def _attempt() -> tuple[TensorRTStatus, ModuleType | None]:
     flavour, version = installed_flavour()
     if flavour == "none" and "torch_tensorrt" not in sys.modules and not _findable():
-        absent = TensorRTStatus(
-            available=False, flavour="none", version="", reason="Torch-TensorRT is not installed", remedy=INSTALL
-        )
-        return absent, None
+        reason = "Torch-TensorRT is not installed"
+        return TensorRTStatus(
+            available=False, flavour="none", version="", reason=reason, remedy=versions.remedy()
+        ), None
+    refused = versions.refusal()
+    if refused is not None:
+        reason, remedy = refused
+        return TensorRTStatus(available=False, flavour=flavour, version=version, reason=reason, remedy=remedy), None
     noise = io.StringIO()
     try:
         with _quiet(noise):
@@ -186,13 +189,10 @@ def explain(error: BaseException) -> tuple[str, str]:
     if "plugin" in lowered:
         return reason, "the tensorrt_rtx package's plugin folder is broken; reinstall tensorrt-rtx"
     if isinstance(error, ModuleNotFoundError):
-        return reason, INSTALL
+        return reason, versions.remedy()
     if isinstance(error, (AttributeError, ImportError)):
-        return (
-            reason,
-            "the installed versions do not fit together; install torch-tensorrt and tensorrt of torch's own version",
-        )
-    return reason, INSTALL
+        return reason, f"the installed versions do not fit together: {versions.remedy()}"
+    return reason, versions.remedy()
 
 
 @contextlib.contextmanager

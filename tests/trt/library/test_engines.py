@@ -167,6 +167,23 @@ def test_without_torch_tensorrt_the_answer_is_what_it_was(monkeypatch: pytest.Mo
     assert TensorRT().ready(Request(input_shape=(1, 3, 2, 2))) is None, "a plan of ours may do"
 
 
+def test_a_program_without_engines_loads_without_torch_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "attached", lambda: False)
+    monkeypatch.setattr(importer, "_attempt", lambda: (ABSENT, None))
+    assert load_program(program(), "cpu")(torch.zeros(1, 3, 2, 2)).shape == (1, 3, 2, 2)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), FastPathError("parity", "other frames", "report")])
+def test_an_error_that_torch_tensorrt_would_not_mend_is_not_blamed_on_it(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(engines, "attached", lambda: False)
+    monkeypatch.setattr(importer, "_attempt", lambda: (ABSENT, None))
+    with pytest.raises(type(error)) as raised:
+        engines.reading(reader(1, error)[0])
+    assert raised.value is error
+
+
 def test_the_jit_form_asks_for_the_whole_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "attached", lambda: True)
     monkeypatch.setattr(importer, "_attempt", lambda: (ABSENT, None))
