@@ -114,7 +114,7 @@ class Request:
         return AUTO_ORDER if self.precision == "auto" else (self.precision,)
 
     def key_fields(self) -> dict[str, Any]:
-        """What the program depends on, by the names that stand in the cache key; JSON-ready.
+        """Returns the fields that the program depends on, by their names in the cache key; JSON-ready.
 
         The plans and the compile settings are added by `trt.key`, which knows what they stand for.
         """

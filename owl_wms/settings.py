@@ -44,7 +44,7 @@ _TRAINING_FIELDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRTConfig:
-    """How, and whether, a decoder is compiled.
+    """Settings of the compiled path: whether a decoder is compiled, and how.
 
     Attributes:
         enabled: False decodes with plain PyTorch and touches neither TensorRT nor the cache.

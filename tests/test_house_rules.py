@@ -51,3 +51,12 @@ def test_tracked_tree_stays_small() -> None:
         name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name and (ROOT / name).exists()
     }
     assert sum(sizes.values()) < MAX_TRACKED_BYTES, sorted(sizes.items(), key=lambda item: -item[1])[:5]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_begin_with_what_the_thing_does(path: Path) -> None:
+    """ "What", "whether" and "the same" begin a clause that never becomes a sentence."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        first = (ast.get_docstring(node) or "").split(" ", 1)[0] if isinstance(node, kinds) else ""
+        assert first not in {"What", "Whether", "Which", "How", "Where", "Who"}, f"line {node.body[0].lineno}"  # type: ignore[attr-defined]

@@ -347,7 +347,7 @@ class CacheStore:
 
 
 class NoStore:
-    """The same question to a store that stores nothing (`use_cache=False`): every program is built, in a private
+    """A store that stores nothing (`use_cache=False`): every program is built, in a private
     temporary directory, and stays in memory.
     """
 

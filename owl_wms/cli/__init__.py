@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _who_forbids_pytorch(error: OwlError, requested: str | None) -> str:
-    """What to change where a variable made an error of what PyTorch would have answered; `trt` wants no such answer."""
+    """Names the variable that made an error of what PyTorch would have decoded; empty for `trt`."""
     variable = env.TENSORRT_VARIABLES["fallback_on_error"]
     forbids = (env.read(variable) or "").lower() == "error"
     if not isinstance(error, FastPathError) or not forbids or requested == "trt":

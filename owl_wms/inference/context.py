@@ -42,7 +42,7 @@ class Context:
     later: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Context:
-        """The same elsewhere."""
+        """Returns the context on another device."""
         later = None if self.later is None else (self.later[0].to(device, dtype), self.later[1].to(device, dtype))
         return Context(**{name: getattr(self, name).to(device, dtype) for name in NAMES}, later=later)
 

@@ -83,6 +83,6 @@ def close(sockets: list[socket.socket]) -> None:
 
 
 def cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
-    """What is said of it, in one line."""
+    """Says in one line why nobody can listen there."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     return ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another host or port", key="port")

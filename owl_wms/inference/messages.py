@@ -1,4 +1,4 @@
-"""What goes over the wire between the page and the server: strict, small, and checked before it is used.
+"""Messages between the page and the server: strict, small, and checked before they are used.
 
 Client to server: JSON text, one `ClientMessage`. Server to client: JSON text (`status`, `refused`, `error`)
 and binary frames, a fixed header before the compressed picture:

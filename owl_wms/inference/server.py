@@ -57,7 +57,7 @@ def new_token() -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerSettings:
-    """Where and for whom.
+    """Address, limits and secrets of the server.
 
     Attributes:
         host: interface to listen on.
@@ -239,7 +239,7 @@ def make_app(new_source: Callable[[], Source], settings: ServerSettings) -> web.
 
 
 def page_address(settings: ServerSettings, port: int | None = None) -> str:
-    """What to open in a browser."""
+    """Returns the address to open in a browser."""
     # A listener on :: takes IPv6 alone.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host else host

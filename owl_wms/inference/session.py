@@ -44,7 +44,7 @@ DRAWN_SEEDS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
-    """How pictures are made.
+    """The rate and the encoding of pictures.
 
     Attributes:
         fps: most frames per second; the source may be slower.
@@ -59,7 +59,7 @@ class Pace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Threads:
-    """Where blocking work runs.
+    """The threads that blocking work runs in.
 
     Attributes:
         source: one thread, which runs the sources of all players.

@@ -1,4 +1,4 @@
-"""What a player drives: anything that turns one set of controls into one picture.
+"""Sources of pictures: anything that turns one set of controls into one picture.
 
 `InteractivePipeline` is a source backed by a model; `GameSource` is the rendered game itself, so that the page, the
 network and the codec can be tried before there is a model.
@@ -168,7 +168,7 @@ class GameSource:
 
 
 def describe_decode(decode: Any) -> dict[str, Any]:
-    """Which backend a decode function uses and why, from its `stats()`; a plain function is PyTorch."""
+    """Describes which backend a decode function uses and why, from its `stats()`; a plain function is PyTorch."""
     stats = getattr(decode, "stats", None)
     if stats is None:
         return {"backend": "pytorch", "reason": "a plain function decodes"}

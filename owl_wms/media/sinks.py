@@ -1,4 +1,4 @@
-"""What decoded frames are written to: a clip, an array, pictures, or standard output; one clip after another or each by
+"""Destinations of decoded frames: a clip, an array, pictures, or standard output; one clip after another or each by
 itself.
 
 All of them take uint8 [k, H, W, C] pieces in order, are context managers, and give a file its name when it is whole:

@@ -78,7 +78,7 @@ def choose_encoder(name: str, preset: str | None = None) -> tuple[str, str]:
 
 
 def _opens(name: str) -> bool:
-    """Whether the encoder exists and takes a small picture's settings; opening finds a missing driver or chip."""
+    """Returns whether the encoder exists and opens for a small picture, which finds a missing driver or chip."""
     av = pyav(name)
     try:
         context = av.CodecContext.create(name, "w")

@@ -35,7 +35,7 @@ class Masks:
         self._built: dict[tuple[Any, ...], Any] = {}
 
     def uses_flex(self, mask: FrameMask) -> bool:
-        """Whether this mask goes to flex_attention."""
+        """Returns whether this mask goes to flex_attention."""
         if self._backend != "auto":
             return self._backend == "flex"
         pairs = mask.queries * mask.keys * mask.tokens**2

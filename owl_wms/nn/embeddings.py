@@ -1,4 +1,4 @@
-"""What conditions the transformer: the noise level of each frame and the player's controls, as vectors of the model's
+"""Conditions of the transformer: the noise level of each frame and the player's controls, as vectors of the model's
 width.
 
 Sines take arguments up to 1000 times their input, so they are computed in fp32 whatever the weights are: in bf16, 1000

@@ -1,4 +1,4 @@
-"""Which frames see which: causal order, a window, and documents, stated once and used by both attention
+"""Decides which frames see which: causal order, a window, and documents, stated once and used by both attention
 implementations.
 
 Usage:

@@ -1,4 +1,4 @@
-"""How a frame's condition steers its tokens: adaptive normalisation before a branch, a gate after it, and the last
+"""Lets a frame's condition steer its tokens: adaptive normalisation before a branch, a gate after it, and the last
 projection.
 
 Tokens are [b, n, t, d] and the condition is [b, n, d], so one value serves all tokens of its frame without being

@@ -97,14 +97,14 @@ def accelerate(
 
 
 def is_known(module: Any) -> bool:
-    """Whether `module` is a decoder that programs can be made of."""
+    """Returns whether `module` is a decoder that programs can be made of."""
     return isinstance(module, (DCAEDecoder, DistillDecoder)) or (
         isinstance(module, nn.Module) and is_sana_decoder(module)
     )
 
 
 def _holders(module: Any) -> Iterator[tuple[str, Any]]:
-    """What has a decoder: the autoencoder itself or a pipeline's components, with their names."""
+    """Lists the modules that have a decoder: the autoencoder itself or a pipeline's components, with their names."""
     components = getattr(module, "components", None)
     named = components.items() if isinstance(components, dict) else [("", module)]
     for name, part in named:

@@ -50,7 +50,7 @@ _OWN = ("_original", "_options", "_state")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `owl_wms.accelerate` was asked for, see there."""
+    """The arguments of `owl_wms.accelerate`, see there."""
 
     settings: TensorRTConfig
     batch_sizes: tuple[int, ...] = ()
@@ -61,7 +61,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AcceleratedStats:
-    """What an accelerated decoder has done.
+    """Counts of what an accelerated decoder has done.
 
     Attributes:
         calls: how often it was called.
@@ -79,7 +79,7 @@ class AcceleratedStats:
 
 
 class _State:
-    """What exists only in this process, and is made anew for a copy."""
+    """State that exists only in this process, and is made anew for a copy."""
 
     def __init__(self, original: nn.Module, options: Options) -> None:
         self.twin = without_hooks(original)
@@ -119,7 +119,7 @@ class _State:
         return torch.cat(done)
 
     def programs(self) -> int:
-        """How many programs are in memory."""
+        """Returns how many programs are in memory."""
         return sum(p["state"] == "ready" for decode in self.decodes.values() for p in decode.stats().programs)
 
 
@@ -147,7 +147,7 @@ class AcceleratedDecoder(nn.Module):
         return self._original
 
     def stats(self) -> AcceleratedStats:
-        """What happened so far."""
+        """Returns counts of what happened so far."""
         state = self._state
         return AcceleratedStats(
             calls=state.program_calls + sum(state.pytorch.values()),
@@ -231,7 +231,7 @@ class AcceleratedDecoder(nn.Module):
         return state.by_programs(way, z, dtype, cast) if way else None
 
     def _choose(self, z: Tensor, dtype: torch.dtype, cast: bool) -> Way | None:
-        """How to decode batches like `z` from now on; None for PyTorch this time, and another look the next time."""
+        """Chooses how batches like `z` are decoded from now on; None for PyTorch this time only."""
         state, batch, one = self._state, len(z), tuple(z.shape[1:])
         sizes = state.options.batch_sizes or tuple(
             sorted(size for size, decode in state.decodes.items() if decode.has_program(one))
@@ -302,7 +302,7 @@ class AcceleratedDecoder(nn.Module):
         vars(self).update(state)
 
     def _hung_on(self) -> Iterator[tuple[str, Any]]:
-        """What others set on this module and not on the wrapped one."""
+        """Lists attributes that others set on this module and not on the wrapped one."""
         for name, value in vars(self).items():
             if name not in _OWN and not _is_shared(name):
                 yield name, value
@@ -315,12 +315,12 @@ _SHARED = frozenset(vars(nn.Module())) - {"training"}
 
 
 def _is_shared(name: str) -> bool:
-    """Whether an attribute is one of those in which nn.Module keeps members and hooks."""
+    """Returns whether an attribute is one of those in which nn.Module keeps members and hooks."""
     return name in _SHARED
 
 
 def altered(module: nn.Module) -> bool:
-    """Whether a module in it has a hook, or a forward that is not its class's: it would see each tile for itself."""
+    """Returns whether a module in it has a hook or a forward of its own, which would see each tile for itself."""
     return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules())
 
 

@@ -1,4 +1,4 @@
-"""How a batch is decoded by programs of other sizes: split, padded, or not at all, by what is fastest.
+"""Decodes a batch by programs of other sizes: split, padded, or not at all, by what is fastest.
 
 Why measured: a program's time does not grow with its batch as PyTorch's does, so neither "pad to the next" nor "split
 into the largest" is right for every decoder.

@@ -173,7 +173,7 @@ class VideoDecode:
 
     @property
     def device(self) -> torch.device | None:
-        """Where it computes; None for a decoder without weights, which computes where the latents are."""
+        """The device that it computes on; None for a decoder without weights, which computes where the latents are."""
         return self._current().eager.device
 
     def stats(self) -> DecodeStats:

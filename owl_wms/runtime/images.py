@@ -30,7 +30,7 @@ _TRAINING = operator.itemgetter("training")
 
 
 class _Frames:
-    """What `Output` is for clips: keeps a program's frames before its buffers are used again."""
+    """Takes over a program's frames before its buffers are used again, as `Output` does for clips."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -147,7 +147,7 @@ class ImageDecode(VideoDecode):
             self._ledger.note(f"background {one}", f"no program for latents {list(one)}: {error}")
 
     def has_program(self, one: tuple[int, ...]) -> bool:
-        """Whether latents `(c, h, w)` have a program in memory."""
+        """Returns whether latents `(c, h, w)` have a program in memory."""
         generation = self._generation
         slots = [] if generation is None else generation.slots()
         return any(slot.state == "ready" and slot.request.input_shape[1:] == one for slot in slots)

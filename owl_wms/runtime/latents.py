@@ -36,7 +36,7 @@ def check_video(latents: Tensor, channels: int | None) -> None:
 
 
 def check_video_shape(shape: tuple[int, ...], channels: int | None) -> None:
-    """The same for a shape alone."""
+    """Checks a shape as `check_video` checks latents."""
     expected = _video(channels)
     if len(shape) != 5:
         _refuse(shape, expected, f"rank 5, got rank {len(shape)}", _AXES)

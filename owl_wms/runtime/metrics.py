@@ -1,4 +1,4 @@
-"""The same counters for Prometheus, when `prometheus-client` is installed; otherwise nothing.
+"""Exports the counters to Prometheus, when `prometheus-client` is installed; otherwise does nothing.
 
 Why a module: collectors live in one process-wide registry that refuses a second registration, so they are made once, on
 first use, and found again if this module is imported twice.

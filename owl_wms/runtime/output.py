@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "uint8": torch.uint8}
 
 
 class Sink(Protocol):
-    """Where a program's frames go before its buffers are used again."""
+    """The place that a program's frames go to before its buffers are used again."""
 
     def write(self, start: int, frames: Tensor) -> None:
         """Stores frames `[k, C, H, W]` from place `start` on."""

@@ -1,4 +1,4 @@
-"""Whether a decoder is still the one that a program was made of, asked before every decode.
+"""Notices before every decode whether a decoder is still the one that a program was made of.
 
 Why polling: weights are changed by optimisers, by `load_state_dict`, by hand and by other libraries, and torch tells
 nobody. Version counters show most in-place changes, addresses show `tensor.data = other`, and the steps of optimisers
@@ -90,7 +90,7 @@ register_optimizer_step_post_hook(_STEPS)
 
 
 class WeightsStamp:
-    """What a decoder computes with at one moment; holds no weight alive that the decoder has let go of.
+    """A fingerprint of all that a decoder computes with at one moment; it keeps no weight alive.
 
     Matches until a weight is written in place, replaced or moved; an optimiser that has one of them steps; a module is
     exchanged; a part's mode switches; a hook comes or goes, of a module or of all modules; a forward is replaced, in an

@@ -121,7 +121,7 @@ class Steps:
         self._ready(self._slot(shape, device, tuple(spec.shape for spec in specs)))
 
     def stats(self) -> DecodeStats:
-        """What happened so far."""
+        """Returns counts of what happened so far."""
         return summarise(
             self._ledger,
             list(self._slots.values()),

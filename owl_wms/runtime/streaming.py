@@ -88,7 +88,7 @@ class StreamDecode:
         return self.stats()
 
     def stats(self) -> DecodeStats:
-        """What this stream and its forks did so far; `decodes` counts steps."""
+        """Returns what this stream and its forks did so far; `decodes` counts steps."""
         return self._steps.stats()
 
     @uncompiled

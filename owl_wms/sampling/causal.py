@@ -36,7 +36,7 @@ class CausalAVWindowSampler(AVWindowSampler):
 
 
 class CausalAVWindowSamplerNoCFG(CausalAVWindowSampler):
-    """The same without guidance: `cfg_scale` is accepted, for configurations that carry it, and has no effect."""
+    """The sampler without guidance: `cfg_scale` is accepted, for configurations that carry it, and has no effect."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

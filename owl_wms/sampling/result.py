@@ -1,4 +1,4 @@
-"""What every sampler returns."""
+"""The result of every sampler."""
 
 from __future__ import annotations
 

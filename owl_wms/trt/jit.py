@@ -66,8 +66,10 @@ class TrainingDecoder(nn.Module):
     @uncompiled
     @torch.no_grad()
     def forward(self, z: Tensor) -> Tensor:
+        frames: Tensor
         if self.reason:
-            return self.decoder(z)
+            frames = self.decoder(z)
+            return frames
         try:
             shape = tuple(z.shape)
             # Torch-TensorRT builds for the current device, and a caller's autocast would change what is traced and run.
@@ -76,10 +78,12 @@ class TrainingDecoder(nn.Module):
                 with self._lock:
                     if shape not in self._compiled:
                         self._compiled[shape] = self._compile(z)
-                return self._compiled[shape](z.to(DTYPES[self.precision])).to(module_dtype(self.decoder))
+                frames = self._compiled[shape](z.to(DTYPES[self.precision])).to(module_dtype(self.decoder))
+                return frames
         except Exception as error:
             self._give_up(error)
-            return self.decoder(z)
+            frames = self.decoder(z)
+            return frames
 
     @staticmethod
     def _require(z: Tensor) -> None:

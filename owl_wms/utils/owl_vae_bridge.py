@@ -164,7 +164,7 @@ def make_batched_audio_decode_fn(decoder: nn.Module, batch_size: int = 8) -> Aud
 
 
 def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision: str = "fp16") -> Path:
-    """Where the program of a model, shape and precision stands in the cache.
+    """Returns the path of the program of a model, shape and precision in the cache.
 
     A program's real key also covers weights, graph, versions and GPU, which these three do not tell. So the newest
     entry that was built with them is returned, and where there is none yet, a path that is stable for the three and

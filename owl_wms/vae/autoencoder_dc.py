@@ -24,12 +24,12 @@ def _is(module: nn.Module, name: str) -> bool:
 
 
 def is_sana_decoder(module: nn.Module) -> bool:
-    """Whether `module` is diffusers' AutoencoderDC decoder, by class."""
+    """Returns whether `module` is diffusers' AutoencoderDC decoder, by class."""
     return type(module).__name__ == "Decoder" and type(module).__module__.endswith("autoencoder_dc")
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether `module` is the multiscale linear attention of an EfficientViT block."""
+    """Returns whether `module` is the multiscale linear attention of an EfficientViT block."""
     return _is(module, "SanaMultiscaleLinearAttention")
 
 

@@ -46,7 +46,7 @@ def read_state_dict(path: Path | str, *, prefer_ema: bool = True) -> dict[str, T
 
 
 def detect_variant(part: Mapping[str, Tensor], *, skip_residuals: bool = False) -> Variant:
-    """Which revision a dcae half was saved by, "learned" or "tiled", from its keys.
+    """Detects which revision a dcae half was saved by, "learned" or "tiled", from its keys.
 
     The later revision has `residuals.0.proj.bias`. Where its shortcuts are switched off, the kernel that faces the
     latents tells: 3x3 there, 1x1 in the tiled variant.

@@ -24,7 +24,7 @@ ASPECT_TOLERANCE = 0.01
 
 
 def is_sixteen_nine(size: int | tuple[int, int]) -> bool:
-    """Whether `(height, width)` is 16:9 within 0.01, the rule of the tiled and distilled variants.
+    """Returns whether `(height, width)` is 16:9 within 0.01, the rule of the tiled and distilled variants.
 
     An int is a square.
     """
@@ -34,7 +34,7 @@ def is_sixteen_nine(size: int | tuple[int, int]) -> bool:
 
 
 def is_wide(size: int | tuple[int, int]) -> bool:
-    """Whether `(height, width)` is wider than tall, the rule of the learned variant; an int is a square."""
+    """Returns whether `(height, width)` is wider than tall, the rule of the learned variant; an int is a square."""
     return not isinstance(size, int) and size[0] < size[1]
 
 
@@ -50,7 +50,7 @@ def nearest_landscape(height: int, width: int) -> tuple[int, int]:
 
 
 def other_latent_size(config: object, height: int, width: int) -> str | None:
-    """What to say of latents of another size than a configuration's `latent_size`, or None when there is nothing.
+    """Returns what is wrong with latents of another size than a configuration's `latent_size`, or None.
 
     They are decoded all the same, as upstream does: its decoders are convolutional up to the resize, which stretches
     every square and non-square to the same wide frame.

@@ -55,7 +55,7 @@ Pairs = list[tuple[str, Any]]
 
 
 def is_training_state(key: str) -> bool:
-    """Whether a name begins with one that stands for optimisers, schedulers and the like (`opt`, `d_opt_state`)."""
+    """Returns whether a name stands for optimisers, schedulers and the like (`opt`, `d_opt_state`)."""
     words = key.split(".")[0].lower().removesuffix("s")
     for ending in ("_state_dict", "_state"):
         words = words.removesuffix(ending)

@@ -256,7 +256,7 @@ class Worker:
         return example(request.input_shape, request.state, dtype_of(precision), self.device, request.seed)
 
     def chained(self, decode: Any) -> Any:
-        """What the parity check runs: the decoder, or `chain.STEPS` steps of it."""
+        """Returns the module that the parity check runs: the decoder, or `chain.STEPS` steps of it."""
         return Chain(decode, self.request.state) if self.request.state else decode
 
     def checked_shape(self) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 
 @torch.no_grad()
 def record(module: nn.Module, z: Tensor, *state: Tensor, inspect: Callable[[Any], None] | None = None) -> str:
-    """What `module(z, *state)` does, as text; equal for equal decoders, whatever the process, hash seed or dict order.
+    """Records what `module(z, *state)` does, as text; equal for equal decoders in every process.
 
     Args:
         module: all its tensors on the meta device; eval mode.

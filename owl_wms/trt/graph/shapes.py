@@ -91,7 +91,7 @@ def noted_shapes(module: nn.Module) -> Iterator[dict[str, tuple[int, ...]]]:
 
 
 def record_shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The same for one forward of `module` on the meta device, for latents of `input_shape`."""
+    """Notes the input shapes of every submodule in one forward on the meta device, for latents of `input_shape`."""
     twin = meta_copy(module)
     with torch.no_grad(), QuickShapes(), noted_shapes(twin) as found:
         twin(torch.empty(input_shape, dtype=module_dtype(module), device="meta"))
