@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "encode": ("owl_wms.cli.encode", "encode", "A video clip or frames to latents."),
     "sample": ("owl_wms.cli.sample", "sample", "Sample a clip from a world model."),
     "play": ("owl_wms.cli.play", "play", "Play a world model in the browser."),
+    "init": ("owl_wms.cli.init", "init", "Write a first configuration that fits your data."),
     "train": ("owl_wms.cli.train", "train", "Train a world model from a YAML configuration."),
     "report": ("owl_wms.cli.report", "report", "Write one HTML page about a training run."),
     "data": ("owl_wms.cli.data", "app", "Make and inspect data sets of latents."),

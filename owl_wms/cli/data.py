@@ -116,7 +116,7 @@ def import_(
     more = f", {done.present} were there already" * bool(done.present) + f", {done.skipped} left out" * bool(
         done.skipped
     )
-    typer.echo(f"{out}: {done.added} clips of {done.frames} frames added{more}")
+    typer.echo(f"{out}: {done.added} clips, {done.frames} frames added{more}")
 
 
 def _frame_encoder(config: Path, checkpoint: Path, where: Any, batch: int, resize: bool) -> Any:

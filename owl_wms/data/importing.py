@@ -129,7 +129,8 @@ def _import(
         if writer is None:
             writer = NpyTableWriter(folder, tuple(arrays), columns=("source", "fps"), begin=False)
             if not len(writer):
-                writer.set_source({**_facts_of(clip, encoder).to_dict(), "imported": source})
+                names = {"buttons": list(clip.buttons)} if clip.buttons else {}
+                writer.set_source({**_facts_of(clip, encoder).to_dict(), "imported": source, **names})
         writer.append(arrays, source=clip.name, fps=rate)
         shapes = shapes or {column: array.shape[1:] for column, array in arrays.items()}
         told = told or Facts(fps=rate)
@@ -145,7 +146,8 @@ def _import(
 
 def _facts_of(clip: Clip, encoder: FrameEncoder | None) -> Facts:
     own = clip.facts if clip.video is None or encoder is None else encoder.facts
-    return Facts(vae=own.vae, vae_sha256=own.vae_sha256, vae_scale=own.vae_scale, layout="n c h w")
+    scale = None if own.vae_scale is None else 1.0  # `_checked` multiplies by it
+    return Facts(vae=own.vae, vae_sha256=own.vae_sha256, vae_scale=scale, layout="n c h w")
 
 
 def _rate(clip: Clip, fps: float | None, told: Facts | None) -> float:
@@ -184,6 +186,9 @@ def _checked(
         raise fail(f"has no latents; found {', '.join(arrays) or 'nothing'}")
     if latents.ndim != 4 or latents.dtype.kind != "f":
         raise fail(f"latents must be floating point [n, c, h, w], got {latents.dtype} {list(latents.shape)}")
+    if clip.facts.vae_scale is not None and clip.video is None:
+        # A table holds latents as the decoder takes them, whatever its sources were divided by.
+        arrays[LATENT_COLUMN] = latents = (latents * np.float64(clip.facts.vae_scale)).astype(latents.dtype)
     for name, array in arrays.items():
         if array.ndim == 0 or len(array) != len(latents) or not len(latents):
             raise fail(f"{name} has {list(array.shape)} for {len(latents)} frames of latents")

@@ -54,12 +54,14 @@ class Clip:
         arrays: column -> [n, ...]; for a video without the latents.
         facts: what its file says about itself.
         video: a video whose frames are still to be encoded.
+        buttons: their names, in the order of the column; empty where the source has none.
     """
 
     name: str
     arrays: dict[str, np.ndarray]
     facts: Facts = field(default_factory=Facts)
     video: Path | None = None
+    buttons: tuple[str, ...] = ()
 
 
 def clips_of(source: str) -> Iterator[Clip]:
@@ -126,7 +128,8 @@ def _of_file(path: Path, name: str) -> Iterator[Clip]:
     elif suffix in _TABLES:
         yield from _of_rows(path, name)
     elif suffix in VIDEO_SUFFIXES:
-        yield Clip(name=name, arrays=_controls_beside(path), facts=read_facts(path), video=path)
+        arrays, buttons = _controls_beside(path)
+        yield Clip(name=name, arrays=arrays, facts=read_facts(path), video=path, buttons=buttons)
     else:
         forms = ", ".join((*ARRAY_SUFFIXES, ".tar", *_TABLES, *VIDEO_SUFFIXES))
         known = f"must be a folder, an address that begins with s3://, or a file ending in {forms}"
@@ -236,8 +239,8 @@ def _of_rows(path: Path, name: str) -> Iterator[Clip]:
         raise DataError(f"{path}: {text}", path=path, index=index) from error
 
 
-def _controls_beside(video: Path) -> dict[str, np.ndarray]:
-    """Read the controls of a video: array files of its base name, or a table with a header.
+def _controls_beside(video: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Read the controls of a video, and its buttons' names: array files of its base name, or a table with a header.
 
     The table's columns are mouse_x and mouse_y, then one for each button, 0 or 1; its rows are the frames.
     """
@@ -249,13 +252,13 @@ def _controls_beside(video: Path) -> dict[str, np.ndarray]:
                 found[name] = _numpy(read_arrays(path))
     table = video.with_suffix(".csv")
     if not table.exists():
-        return found
+        return found, ()
     try:
         rows = list(csv.reader(io.StringIO(read_regular(table, _MAX_CSV).decode("utf-8-sig"))))
         head, values = [name.strip() for name in rows[0]], np.array(rows[1:], dtype=np.float32)
         if head[:2] != ["mouse_x", "mouse_y"]:
             raise ValueError(f"its columns must begin with mouse_x and mouse_y, got {', '.join(head[:4])}")
-        return {**found, "mouse": values[:, :2], "buttons": values[:, 2:]}
+        return {**found, "mouse": values[:, :2], "buttons": values[:, 2:]}, tuple(head[2:])
     except (OSError, ValueError, LookupError, csv.Error) as error:
         reason = one_line(getattr(error, "strerror", None) or error)
         raise DataError(f"{table}: cannot be read as controls: {reason}", path=table) from error

@@ -218,6 +218,10 @@ def test_facts_of_a_file_are_taken(tmp_path: Path) -> None:
     import_clips(str(tmp_path / "x.safetensors"), tmp_path / "table")
     assert NpyTable(tmp_path / "table").rows[0].fields["fps"] == 15
     assert read_facts(tmp_path / "table").vae_sha256 == "b" * 64
+    # A table holds what the decoder takes: the file's latents were divided by 0.5.
+    stored = NpyTable(tmp_path / "table").slice(0, "depth_latent", 0, 2)
+    assert np.array_equal(stored, np.asarray(CLIPS["b.c"]["latent"])[:2] * 0.5)
+    assert read_facts(tmp_path / "table").vae_scale == 1.0
 
 
 def test_videos_are_encoded_with_their_controls(tmp_path: Path) -> None:
@@ -267,7 +271,7 @@ def test_statistics(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make_source("tar", tmp_path / "source")
     assert run("data", "import", source, "--out", str(tmp_path / "table"), "--fps", "12") == 0
-    assert "3 clips of 15 frames added" in capsys.readouterr().out
+    assert "3 clips, 15 frames added" in capsys.readouterr().out
     assert run("data", "show", str(tmp_path / "table")) == 0
     shown = capsys.readouterr().out
     for words in ("3 clips, 15 frames", "depth_latent: float32 [6, 3, 5]", "frames per second: 12", "channel 5: mean",
