@@ -32,8 +32,9 @@ from owl_wms.runtime.decoding import Decoding
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, decode_with_gradients
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.latents import check_video, check_video_shape
+from owl_wms.runtime.obtain import obtain
 from owl_wms.runtime.output import DTYPES, Output, Sink
-from owl_wms.runtime.programs import Progress, Toolchain, renew_locks
+from owl_wms.runtime.programs import Loaded, Progress, Toolchain, renew_locks
 from owl_wms.runtime.slot import Slot
 from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
 from owl_wms.runtime.stopwatch import Stopwatch
@@ -274,7 +275,7 @@ class VideoDecode:
         this once and uses that Generation to its end.
         """
         if self._forked:
-            self._after_fork()
+            run_in_child(None if self._generation is None else self._generation.eager.device, "decode function")
         if recording.underway():
             return self._while_recording()
         generation = self._generation
@@ -306,41 +307,14 @@ class VideoDecode:
 
     def _ready(self, eager: EagerDecoder, slot: Slot) -> bool:
         """Returns whether the slot has a program; obtains it on the first call. Other threads wait here meanwhile."""
-        if slot.state == "new" and slot.rested():
-            with slot.lock:
-                if slot.state == "new" and slot.rested():
-                    self._obtain(eager, slot)
-        failure = slot.failure
-        if failure is not None and self.strict:
-            raise failure.again()
-        return slot.state == "ready"
+        return obtain(slot, lambda: self._find(eager, slot), self._ledger, strict=self.strict)
 
-    def _obtain(self, eager: EagerDecoder, slot: Slot) -> None:
+    def _find(self, eager: EagerDecoder, slot: Slot) -> Loaded:
         if self.output == "uint8" and eager.device is not None:  # while the program is read or built
             compile_soon(eager.dtype, getattr(eager.module, "out_channels", 3), eager.device)
-        try:
-            if eager.hindrance is not None:
-                raise FastPathError("export", eager.hindrance, "remove the hooks, or call decoder.eval()")
-            loaded = self.toolchain.obtain(eager.module, slot.request, self.settings, self._progress)
-        except FastPathError as failure:
-            slot.switch_off(f"{failure.stage}: {failure.reason}", failure)
-            if failure.quiet:
-                self._ledger.note(failure.reason, f"PyTorch decodes: {failure.reason}")
-            else:
-                self._ledger.failure(failure)
-            if self.strict:
-                raise
-            return
-        except Exception:  # the caller's time limit, say; see owl_wms.interrupts
-            slot.rest()
-            raise
-        slot.accept(loaded)
-        self._ledger.add("builds" if loaded.built else "hits")
-        self._ledger.spend("build", loaded.build_seconds)
-        self._ledger.spend("load", loaded.load_seconds)
-        self._ledger.note(
-            f"ready {slot.request.input_shape}", f"{slot.reason} decodes {list(slot.request.input_shape)}"
-        )
+        if eager.hindrance is not None:
+            raise FastPathError("export", eager.hindrance, "remove the hooks, or call decoder.eval()")
+        return self.toolchain.obtain(eager.module, slot.request, self.settings, self._progress)
 
     def _while_recording(self) -> Generation:
         """Returns a Generation without programs, for this call only. It must not be reused: weights folded during a
@@ -351,17 +325,6 @@ class VideoDecode:
         self._ledger.note("recording", "PyTorch decodes inside a CUDA graph that the caller records")
         return Generation(self.decoder)
 
-    def _after_fork(self) -> None:
-        """In a forked child: CUDA cannot be used, and the thread pool of the parent does not exist here."""
-        device = None if self._generation is None else self._generation.eager.device
-        if device is not None and device.type == "cuda":
-            raise FastPathError(
-                "run",
-                "this process was forked from one that used the GPU, where CUDA does not work",
-                "start workers with the spawn method, or make the decode function inside the worker",
-            )
-        torch.set_num_threads(1)  # OpenMP's worker threads were not forked; waiting for them would never end
-
     def _reset_in_child(self) -> None:
         _ABANDONED.append(self._stopwatch)  # its events belong to the parent's GPU too
         self._guard = threading.Lock()
@@ -370,6 +333,25 @@ class VideoDecode:
         if self._generation is not None:
             _ABANDONED.extend(self._generation.forget_programs())
         self._forked = True
+
+
+def run_in_child(device: torch.device | None, name: str) -> None:
+    """Prepare a forked child to decode: without the parent's thread pool, which does not exist here.
+
+    Args:
+        device: of the decoder.
+        name: of the object that decodes, for the message.
+
+    Raises:
+        FastPathError: the device is a GPU, which a process that was forked from its user cannot use.
+    """
+    if device is not None and device.type == "cuda":
+        raise FastPathError(
+            "run",
+            "this process was forked from one that used the GPU, where CUDA does not work",
+            f"start workers with the spawn method, or make the {name} inside the worker",
+        )
+    torch.set_num_threads(1)  # OpenMP's worker threads were not forked; waiting for them would never end
 
 
 def _made_anew(decoder: nn.Module, arguments: dict[str, Any]) -> VideoDecode:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NonFiniteError
 from owl_wms.request import Request
 from owl_wms.runtime import recording
-from owl_wms.runtime.decode import CHECKS
+from owl_wms.runtime.decode import CHECKS, run_in_child
 from owl_wms.runtime.eager import EagerDecoder, is_out_of_memory, release_memory, unwrap
+from owl_wms.runtime.obtain import obtain
 from owl_wms.runtime.programs import Progress, Toolchain
 from owl_wms.runtime.slot import Slot, all_finite
 from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
@@ -203,32 +204,12 @@ class Steps:
     def _ready(self, slot: Slot) -> bool:
         if recording.underway():  # what a caller records in a CUDA graph of its own is PyTorch's step
             return False
-        if slot.state == "new":
-            with slot.lock:
-                if slot.state == "new":
-                    self._obtain(slot)
-        if slot.failure is not None and self.strict:
-            raise slot.failure.again()
-        return slot.state == "ready"
-
-    def _obtain(self, slot: Slot) -> None:
-        try:
-            loaded = self.toolchain.obtain(self._stepping, slot.request, self.settings, self._progress)
-        except FastPathError as failure:
-            slot.switch_off(f"{failure.stage}: {failure.reason}", failure)
-            if failure.quiet:
-                self._ledger.note(failure.reason, f"PyTorch decodes: {failure.reason}")
-            else:
-                self._ledger.failure(failure)
-            if self.strict:
-                raise
-            return
-        slot.accept(loaded)
-        self._ledger.add("builds" if loaded.built else "hits")
-        self._ledger.spend("build", loaded.build_seconds)
-        self._ledger.spend("load", loaded.load_seconds)
-        shape = slot.request.input_shape
-        self._ledger.note(f"ready {shape}", f"{slot.reason} decodes {list(shape)}")
+        return obtain(
+            slot,
+            lambda: self.toolchain.obtain(self._stepping, slot.request, self.settings, self._progress),
+            self._ledger,
+            strict=self.strict,
+        )
 
     def _take_weights(self) -> None:
         self._eager = EagerDecoder(self.decoder)
@@ -237,14 +218,7 @@ class Steps:
 
     def _after_fork(self) -> None:
         """In a forked child: locks may be held by threads that do not exist here, and CUDA does not work."""
-        device = self._eager.device
-        if device is not None and device.type == "cuda":
-            raise FastPathError(
-                "run",
-                "this process was forked from one that used the GPU, where CUDA does not work",
-                "start workers with the spawn method, or make the StreamDecode inside the worker",
-            )
+        run_in_child(self._eager.device, "StreamDecode")
         _ABANDONED.append(self._slots)
         self._process, self._guard, self._ledger = os.getpid(), threading.Lock(), Ledger()
-        torch.set_num_threads(1)  # OpenMP's worker threads were not forked; waiting for them would never end
         self._take_weights()
