@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_house_rules.py
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -60,3 +61,11 @@ def test_docstrings_begin_with_what_the_thing_does(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         first = (ast.get_docstring(node) or "").split(" ", 1)[0] if isinstance(node, kinds) else ""
         assert first not in {"What", "Whether", "Which", "How", "Where", "Who"}, f"line {node.body[0].lineno}"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_message_names_an_extra(path: Path) -> None:
+    """The package is on no registry: `pip install 'name[extra]'` would fetch somebody else's."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert not re.search(r"\bowl[-_]wms\[", node.value), f"line {node.lineno}: name the package that is missing"

@@ -93,6 +93,7 @@ def bench(
     cache_dir: str | None = CACHE,
     iterations: int = typer.Option(20, min=1, help="Timed runs of each; the median is shown."),
     compiled: bool = typer.Option(True, help="Also time torch.compile, the baseline that counts."),
+    cpu: bool = typer.Option(False, "--cpu", help="Time PyTorch on the CPU where there is no GPU; it takes minutes."),
 ) -> None:
     """Time eager PyTorch, torch.compile and the program in one run, each with its error against fp32."""
     import torch
@@ -115,6 +116,8 @@ def bench(
         inductor = torch.compile(decoder, dynamic=False)
         ways["torch.compile"] = lambda x: inductor(x[0])[None]
     ways[f"owl_wms ({decode.prepare(shape).backend})"] = decode
+    if tensor.device.type == "cpu" and not cpu:
+        raise ConfigError("no CUDA device, so there is no program to time; --cpu times PyTorch alone", key="cpu")
     truth = get_decoder_only(vae_id, vae_config, checkpoint, device=tensor.device, dtype=torch.float32)
     with torch.no_grad(), reference_arithmetic():  # a frame at a time, which bounds the memory of fp32
         exact = torch.cat([truth(frame[None]) for frame in z[0].float()])[None].double()

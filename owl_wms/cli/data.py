@@ -8,6 +8,7 @@ Usage:
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,9 +134,13 @@ def _frame_encoder(config: Path, checkpoint: Path, where: Any, batch: int, resiz
     if size is None or model.model_id == "audio_ae":
         raise ConfigError(f"{config}: {model.model_id} does not take pictures", path=config, key="model.model_id")
     precision = shared.choose_dtype(None, where)
-    module = shared.quick_on(where, fold_weight_norm(load_encoder(None, config, checkpoint)).to(where, precision))
+
+    @functools.cache
+    def module() -> Any:  # loaded for the first frames: a source that cannot be used is refused at once
+        return shared.quick_on(where, fold_weight_norm(load_encoder(None, config, checkpoint)).to(where, precision))
+
     return FrameEncoder(
-        encode=lambda frames: module(frames.to(where, precision)),
+        encode=lambda frames: module()(frames.to(where, precision)),
         channels=getattr(model, "channels", 3),
         size=(size, size) if isinstance(size, int) else tuple(size),
         batch=batch,

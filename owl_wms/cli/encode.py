@@ -61,18 +61,20 @@ def encode(
         )
     channels: int = getattr(model, "channels", 3)
     size = (size, size) if isinstance(size, int) else tuple(size)
+    pieces, spent, begun = [], Spent(), time.perf_counter()
+    # The first frames come before the weights: frames that cannot be used are refused at once.
+    batches = frame_batches(frames, channels=channels, size=size, batch_size=batch_size, depth=depth, resize=resize)
+    with spent.on("read"):
+        first = next(batches, None)
     encoder = fold_weight_norm(load_encoder(None, vae_config, checkpoint))
     encoder = shared.quick_on(where, encoder.to(where, precision))
-    pieces, spent, begun = [], Spent(), time.perf_counter()
 
     def read() -> Iterator[Tensor]:
-        batches = frame_batches(frames, channels=channels, size=size, batch_size=batch_size, depth=depth, resize=resize)
-        while True:
+        batch = first
+        while batch is not None:
+            yield batch
             with spent.on("read"):
                 batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
 
     # Pictures are read in another thread while the encoder works.
     with torch.inference_mode(), shared.progress(console) as bar, closing(ahead(read(), depth=2, name="read")) as ready:

@@ -71,7 +71,7 @@ def play(
         from owl_wms.inference.server import ServerSettings, new_token
         from owl_wms.inference.session import Pace
     except ImportError as error:
-        raise ConfigError("owl-wms play needs aiohttp; pip install 'owl-wms[play]'") from error
+        raise ConfigError("owl-wms play needs aiohttp: pip install aiohttp") from error
 
     console = Console(stderr=True)
     if (config is None) != (checkpoint is None):

@@ -71,7 +71,7 @@ def make_client() -> Any:
         import boto3
         from botocore.exceptions import BotoCoreError
     except ImportError as error:
-        raise ConfigError("loaders that read S3 need boto3: pip install 'owl_wms[train]'") from error
+        raise ConfigError("loaders that read S3 need boto3: pip install boto3") from error
     try:
         session = boto3.session.Session()
         return session.client("s3", region_name=env.read("AWS_REGION") or session.region_name or "auto")

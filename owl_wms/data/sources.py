@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,8 @@ def clips_of(source: str) -> Iterator[Clip]:
     path = Path(source)
     if path.is_dir():
         yield from _of_folder(path)
+    elif not os.path.lexists(path):
+        raise DataError(f"{path}: no such file or folder", path=path)
     else:
         yield from _of_file(path, path.name)
 
@@ -133,7 +136,7 @@ def _of_file(path: Path, name: str) -> Iterator[Clip]:
     else:
         forms = ", ".join((*ARRAY_SUFFIXES, ".tar", *_TABLES, *VIDEO_SUFFIXES))
         known = f"must be a folder, an address that begins with s3://, or a file ending in {forms}"
-        raise DataError(f"{path}: {known}" if path.exists() else f"{path}: no such file or folder", path=path)
+        raise DataError(f"{path}: {known}", path=path)
 
 
 def _member(stem: str) -> tuple[str, str]:

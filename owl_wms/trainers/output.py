@@ -37,7 +37,7 @@ def write_clip(stem: Path, pieces: Iterable[Tensor], audio: Tensor | None, *, fp
     if audio is not None:
         torch.save(audio.float().cpu(), stem.with_name(f"{stem.name}_audio.pt"))
     if importlib.util.find_spec("av") is None:
-        _log.warning("PyAV is not installed (pip install 'owl_wms[media]'): writing %s.pt instead of a video", stem)
+        _log.warning("PyAV is not installed (pip install av): writing %s.pt instead of a video", stem)
         path = stem.with_name(stem.name + ".pt")
         with written_whole(path) as draft:
             torch.save(torch.cat([frames[..., :3].clone() for frames in pieces]), draft)

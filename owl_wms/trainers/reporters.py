@@ -78,7 +78,7 @@ def start_reporters(
     found = []
     if wandb_cfg is not None and wandb_cfg.project:
         if _may_log_in():
-            remedy = "if it is not installed: pip install 'owl_wms[train]'"
+            remedy = "if it is not installed: pip install wandb"
             found.append(_started("Weights & Biases", lambda: _Wandb(wandb_cfg, config), remedy))
         else:
             _log.warning(

@@ -100,6 +100,22 @@ def test_trying_leaves_a_file_as_it_was(tmp_path: Path) -> None:
     assert not (tmp_path / "deep").exists()
 
 
+@pytest.mark.usefixtures("nothing_begins")
+def test_frames_are_looked_at_before_weights_are_read(
+    place: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    vae = ("--vae-config", str(place / "vae.yml"))
+    weights = str(place / "vae.safetensors")
+    out = str(place / "z.pt")
+    for source, message in (("none.mp4", "no such file"), ("clip.mp4", "takes 4 channels")):
+        refuse(message, capsys, "encode", str(place / source), *vae, "--checkpoint", weights, "--out", out)
+        table = str(place / "table")
+        refuse(
+            message, capsys, "data", "import", str(place / source), *vae, "--vae-checkpoint", weights, "--out", table
+        )
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".npy", ".safetensors"])
 def test_a_failed_write_is_one_error(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(DataError, match="cannot be written"):

@@ -26,6 +26,18 @@ def test_build_without_a_gpu_is_one_clear_error(
     assert "Traceback" not in said
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_bench_without_a_gpu_times_nothing_unless_told_to(
+    cache: Path, files: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(*_: Any, **__: Any) -> float:
+        raise AssertionError("something was timed")
+
+    monkeypatch.setattr("owl_wms.timing.measure_inference_time", timed)
+    assert run("trt", "bench", "--vae-config", files[0], "--checkpoint", files[1]) == 2
+    assert "no CUDA device, so there is no program to time; --cpu times PyTorch alone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["build", "bench"])
 def test_options_are_checked_before_the_device(
     command: str, cache: Path, files: tuple[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -41,7 +53,8 @@ def test_options_are_checked_before_the_device(
         assert message in said
         assert "no CUDA device" not in said
     assert run("trt", command, "--vae-id", "foo", "--latent", "4,8,8") == 2
-    assert "vae_id 'foo' is not known: only 'dcae' needs no configuration" in capsys.readouterr().err
+    known = "only 'dcae', and 'taehv' with a checkpoint, need no configuration"
+    assert f"vae_id 'foo' is not known: {known}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["build", "bench"])
@@ -164,7 +177,7 @@ def test_bench_measures_against_fp32_in_its_own_arithmetic(
         return decoder
 
     monkeypatch.setattr(bridge, "get_decoder_only", watched)
-    arguments = ("--batch-size", "2", "--iterations", "1", "--no-compiled")
+    arguments = ("--batch-size", "2", "--iterations", "1", "--no-compiled", "--cpu")
     assert run("trt", "bench", "--vae-config", files[0], "--checkpoint", files[1], *arguments) == 0
     assert ran == [(1, False, False)] * 2
 
@@ -172,7 +185,7 @@ def test_bench_measures_against_fp32_in_its_own_arithmetic(
 def test_bench_compares_in_one_table(
     cache: Path, files: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("--batch-size", "2", "--iterations", "2", "--no-compiled")
+    arguments = ("--batch-size", "2", "--iterations", "2", "--no-compiled", "--cpu")
     assert run("trt", "bench", "--vae-config", files[0], "--checkpoint", files[1], *arguments) == 0
     said = capsys.readouterr().out
     assert "eager" in said
