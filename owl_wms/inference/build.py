@@ -259,7 +259,8 @@ def build_pipeline(
     progress("model", 0, 0)
     core = load_core(cfg_path, ckpt_path, device, dtype)
     progress("decoder", 0, 0)
-    decode = make_decode(config, cfg_path, device, _picture_dtype(device, dtype), tensorrt=tensorrt, output="uint8")
+    picture = _picture_dtype(device, dtype)
+    decode = make_decode(config, cfg_path, device, picture, tensorrt=tensorrt, output="uint8", check="canary")
     render = None if context is not None else make_renderer(config, cfg_path, device, dtype, progress)
     contexts = make_contexts(config, cfg_path, device, dtype, path=context) if render is None else [render(seed)]
     progress("first passes", 0, 0)
@@ -312,7 +313,7 @@ def build_game(
         height=height,
         width=width,
         encode=lambda x: encoder(x[:, :channels].to(dtype)),
-        decode=make_batched_decode_fn(decoder, 1, use_tensorrt=tensorrt),
+        decode=make_batched_decode_fn(decoder, 1, use_tensorrt=tensorrt, check="canary"),
         device=device,
     )
 

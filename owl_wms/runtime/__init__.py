@@ -12,6 +12,7 @@ Usage:
 """
 
 from owl_wms.runtime.audio import AudioDecode
+from owl_wms.runtime.canary import UNATTENDED
 from owl_wms.runtime.decode import VideoDecode
 from owl_wms.runtime.programs import Stored, Toolchain
 from owl_wms.runtime.stats import DecodeStats
@@ -28,6 +29,7 @@ __all__ = [
     "StreamDecode",
     "TensorRT",
     "Toolchain",
+    "UNATTENDED",
     "VideoDecode",
     "decode_clips",
     "decode_stream",

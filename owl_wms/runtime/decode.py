@@ -27,9 +27,9 @@ from owl_wms.errors import ConfigError, FastPathError, NonFiniteError
 from owl_wms.ops.frame_bytes import compile_soon
 from owl_wms.request import Request
 from owl_wms.runtime import recording
-from owl_wms.runtime.canary import Canary, difference
+from owl_wms.runtime.canary import Canary, parts
 from owl_wms.runtime.decoding import Decoding
-from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, decode_with_gradients
+from owl_wms.runtime.eager import EagerDecoder, decode_with_gradients
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.latents import check_video, check_video_shape
 from owl_wms.runtime.obtain import obtain
@@ -41,8 +41,6 @@ from owl_wms.runtime.stopwatch import Stopwatch
 from owl_wms.runtime.toolchain import TensorRT
 from owl_wms.settings import TensorRTConfig
 from owl_wms.vae.landscape import other_latent_size
-
-CHECKS = ("auto", "always", "sampled", "off", "error", "canary")
 
 
 class VideoDecode:
@@ -64,8 +62,9 @@ class VideoDecode:
         check: when to look for non-finite frames: `always`, `sampled` (first 8 calls, then every 64th), `off`, or
             `auto`: always in fp16 (which can overflow), sampled otherwise. Those of a program are compared with
             PyTorch's, which replace them; if PyTorch's are not finite either, one warning says so. `error` looks always
-            and raises instead of warning. `canary` looks as `auto` does, and compares one frame of every 16,384 with
-            PyTorch's: a program whose frame differs by more than its build allows is switched off.
+            and raises instead of warning. `canary`, or one of these with `+canary` (`error+canary`), also compares one
+            frame of every 16,384 with PyTorch's; `canary` alone is `auto+canary`. If a frame misses the limits of the
+            parity check, its program is switched off; on a GPU a later call, or `stats`, finds that out.
         toolchain: what builds programs; None means TensorRT.
         progress: receives build events.
 
@@ -88,8 +87,7 @@ class VideoDecode:
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be >= 1; got {batch_size}", key="batch_size")
-        if check not in CHECKS:
-            raise ConfigError(f"check must be one of {', '.join(CHECKS)}; got {check!r}", key="check")
+        self._search, compares = parts(check)
         if output not in DTYPES:
             raise ConfigError(f"output must be one of {', '.join(DTYPES)}; got {output!r}", key="output")
         self.decoder = decoder
@@ -101,9 +99,9 @@ class VideoDecode:
         self.toolchain: Toolchain = TensorRT() if toolchain is None else toolchain
         self._progress = progress
         self._timing = timing
-        self._canary = Canary() if check == "canary" else None
         self._stopwatch = Stopwatch() if timing else None
         self._ledger = Ledger()
+        self._canary = Canary(output, self._ledger, self._rebuild) if compares else None
         self._guard = threading.Lock()
         self._generation: Generation | None = None
         self._forked = False
@@ -178,7 +176,8 @@ class VideoDecode:
         return self._current().eager.device
 
     def stats(self) -> DecodeStats:
-        """Returns the counters so far. Waits for timed batches that still run; otherwise free."""
+        """Returns the counters so far. Waits for timed batches and comparisons that still run; otherwise free."""
+        self._read_canary(wait=True)
         generation = self._generation
         return summarise(
             self._ledger,
@@ -210,9 +209,10 @@ class VideoDecode:
         }
 
     def _decode(self, eager: EagerDecoder, slot: Slot, frames: Tensor, out: Output, device: torch.device) -> None:
+        self._read_canary(wait=False)
         ready = self._ready(eager, slot)
         # While a caller records a graph nothing can be waited for, and looking at values waits.
-        looked = slot.wants_check(self.check, eager.dtype) and not recording.underway()
+        looked = slot.wants_check(self._search, eager.dtype) and not recording.underway()
         decoding = self._decoding(eager, slot, out, looked)
         for start in range(0, len(frames), self.batch_size):
             chunk = frames[start : start + self.batch_size].to(device)
@@ -220,32 +220,25 @@ class VideoDecode:
                 decoding.decode(chunk, start, by_program=ready)
         for start in decoding.not_finite(lambda start: frames[start : start + self.batch_size].to(device)):
             self._report_non_finite(start, min(self.batch_size, len(frames) - start), eager.dtype)
-        if self._canary is not None and ready and not recording.underway():
-            self._compare_one(self._canary, decoding, eager, slot, frames, out)
+        if ready and self._compare_one(eager, slot, frames, out):
+            if self.strict and slot.failure is not None:
+                raise slot.failure.again()
+            for start in range(0, len(frames), self.batch_size):
+                decoding.decode(frames[start : start + self.batch_size].to(device), start, by_program=False)
 
-    def _compare_one(
-        self, canary: Canary, decoding: Decoding, eager: EagerDecoder, slot: Slot, frames: Tensor, out: Output
-    ) -> None:
-        """Compares one frame with PyTorch's, when it is time. A program that differs is switched off, and PyTorch
-        decodes all of these frames again.
-        """
-        number, loaded = canary.due(len(frames)), slot.loaded
-        if number is None or loaded is None:
-            return
-        truth = Output(self.output, 1, out.tensor.device, tuple(frames.shape[1:]))
-        decode_in_memory(eager, frames[number : number + 1], truth.write, 1)
-        self._ledger.add("canaries")
-        problem = difference(out.tensor[number], truth.tensor[0], self.output, loaded.report)
-        if not problem:
-            return
-        reason = f"a frame of the program is not PyTorch's: {problem}"
-        failure = FastPathError("run", reason, self._rebuild(slot))
-        slot.switch_off(f"switched off: {reason}", failure)
-        self._ledger.failure(failure, "canary")
-        if self.strict:
-            raise failure
-        for start in range(0, len(frames), self.batch_size):
-            decoding.decode(frames[start : start + self.batch_size], start, by_program=False)
+    def _compare_one(self, eager: EagerDecoder, slot: Slot, frames: Tensor, out: Output) -> bool:
+        """Begins to compare one of these frames with PyTorch's if it is time; returns whether one is known as wrong."""
+        if self._canary is None or recording.underway():
+            return False
+        place = self._canary.due(len(frames))
+        if place is not None:
+            self._canary.begin(eager, slot, frames[place : place + 1], out.tensor[place])
+        return place is not None and self._read_canary(wait=False)
+
+    def _read_canary(self, *, wait: bool) -> bool:
+        if self._canary is None or recording.underway():
+            return False
+        return self._canary.read(lambda eager: eager.stamp.matches(self.decoder), wait=wait)
 
     def _decoding(self, eager: EagerDecoder, slot: Slot, out: Sink, looked: bool) -> Decoding:
         return Decoding(eager, slot, out, ledger=self._ledger, strict=self.strict, looked=looked, rebuild=self._rebuild)
@@ -256,7 +249,7 @@ class VideoDecode:
         wider = "decode in a wider dtype (bf16, fp32)" if dtype == torch.float16 else "look at the latents and weights"
         text = f"frames {start} to {start + count - 1} have values that are not finite (NaN or infinite) in {name}"
         self._ledger.add("non_finite", count)
-        if self.check == "error":
+        if self._search == "error":
             raise NonFiniteError(f"{text}; {wider}", frame=start)
         self._ledger.warn("non-finite frames", f"{text}; {wider}")
 
@@ -330,6 +323,8 @@ class VideoDecode:
         self._guard = threading.Lock()
         self._ledger = Ledger()
         self._stopwatch = None if self._stopwatch is None else Stopwatch()
+        _ABANDONED.append(self._canary)
+        self._canary = None if self._canary is None else Canary(self.output, self._ledger, self._rebuild)
         if self._generation is not None:
             _ABANDONED.extend(self._generation.forget_programs())
         self._forked = True

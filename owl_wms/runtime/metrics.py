@@ -21,6 +21,8 @@ _HELP = {
     "hits": "programs loaded from the cache",
     "builds": "programs built",
     "fallbacks": "batches PyTorch answered because the compiled path failed",
+    "canaries": "frames compared with PyTorch's while their program was in use",
+    "canary_misses": "frames of those that were wrong",
     "non_finite": "frames of batches in which PyTorch's values are not finite",
 }
 

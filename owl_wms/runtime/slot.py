@@ -90,7 +90,7 @@ class Slot:
         with self.lock:
             self._calls += 1
             calls = self._calls
-        if mode in ("auto", "canary"):
+        if mode == "auto":
             # fp16 overflows depending on the latents, so only looking at every output can rule it out.
             fp16 = dtype == torch.float16 if self.loaded is None else self.loaded.report.get("precision") == "fp16"
             mode = "always" if fp16 else "sampled"

@@ -41,7 +41,7 @@ class DecodeStats:
         builds: programs built by this object.
         fallbacks: batches that PyTorch answered because the compiled path failed.
         non_finite: frames of batches in which PyTorch's own values were not finite, as far as was looked.
-        canaries: frames that were compared with PyTorch's (`check="canary"`).
+        canaries, canary_misses: frames that were compared with PyTorch's (`check="canary"`), and those found wrong.
         failures: count by stage (`import`, `export`, `build`, `parity`, `save`, `load`, `run`).
         latency_ms: `p50`, `p90`, `p99`, `samples` of one batch; None unless timing was asked for.
         cache_bytes: size of the programs in use, as files.
@@ -60,6 +60,7 @@ class DecodeStats:
     builds: int
     fallbacks: int
     canaries: int
+    canary_misses: int
     non_finite: int
     failures: dict[str, int]
     latency_ms: dict[str, float] | None
@@ -149,6 +150,7 @@ def summarise(
         builds=count("builds"),
         fallbacks=count("fallbacks"),
         canaries=count("canaries"),
+        canary_misses=count("canary_misses"),
         non_finite=count("non_finite"),
         failures=ledger.failures(),
         latency_ms=latency_ms,

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NonFiniteError
 from owl_wms.request import Request
 from owl_wms.runtime import recording
-from owl_wms.runtime.decode import CHECKS, run_in_child
+from owl_wms.runtime.canary import CHECKS
+from owl_wms.runtime.decode import run_in_child
 from owl_wms.runtime.eager import EagerDecoder, is_out_of_memory, release_memory, unwrap
 from owl_wms.runtime.obtain import obtain
 from owl_wms.runtime.programs import Progress, Toolchain
@@ -68,9 +69,8 @@ class Steps:
                 f"StreamDecode wants a decoder with a state, and {type(unwrap(decoder)).__name__} has none; decode it "
                 "with owl_wms.runtime.VideoDecode"
             )
-        if check not in CHECKS or check == "canary":  # a frame alone cannot be decoded again: it needs the state before
-            known = ", ".join(name for name in CHECKS if name != "canary")
-            raise ConfigError(f"check must be one of {known}; got {check!r}", key="check")
+        if check not in CHECKS:  # nor canary: a frame alone cannot be decoded again, it needs the state before
+            raise ConfigError(f"check must be one of {', '.join(CHECKS)}; got {check!r}", key="check")
         self.decoder = decoder
         self.settings = settings
         self.strict = not settings.fallback_on_error if strict is None else strict

@@ -191,6 +191,20 @@ class Reference:
     ) -> Reference:
         """Run both decoders on seeded latents of every scale, eager twice unless `dtype` is float32."""
         inputs = [latents(shape, scale, dtype, device, seed + i) for i, scale in enumerate(scales)]
+        return cls.of(fp32, eager, inputs, dtype, scales, psnr_gate_db)
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        fp32: Decode,
+        eager: Decode,
+        inputs: list[Tensor],
+        dtype: torch.dtype,
+        scales: tuple[float, ...] = (1.0,),
+        psnr_gate_db: float | None = None,
+    ) -> Reference:
+        """Run both decoders on these latents, one of `scales` for each tensor."""
         with reference_arithmetic():
             wanted = list(_outputs(fp32, (z.float() for z in inputs)))
             # Not in fp32, where this is the reference itself and its zero would hide what eager's TF32 costs.
@@ -231,7 +245,7 @@ class Reference:
             "scales": rows,
         }
 
-    def _limits(self, eager: Errors) -> tuple[float, float]:
+    def limits(self, eager: Errors) -> tuple[float, float]:
         """The largest relative and absolute error that passes."""
         if self.dtype == torch.float32:
             return RELATIVE_FACTOR * FP32_ERROR, ABSOLUTE_LIMIT
@@ -241,7 +255,7 @@ class Reference:
         return RELATIVE_FACTOR * min(eager.relative, most), max(ABSOLUTE_LIMIT, RELATIVE_FACTOR * eager.absolute)
 
     def _row(self, scale: float, got: Errors, eager: Errors) -> dict[str, Any]:
-        relative_limit, absolute_limit = self._limits(eager)
+        relative_limit, absolute_limit = self.limits(eager)
         reason = ""
         if not got.finite:
             reason = f"non-finite output for latents of scale {scale:g}"
