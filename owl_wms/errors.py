@@ -7,6 +7,7 @@ Messages state the rule, the value received and, where there is one, the remedy.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class OwlError(Exception):
@@ -67,6 +68,26 @@ class DataError(OwlError, ValueError):
         super().__init__(message)
         self.path = None if path is None else Path(path)
         self.index = index
+
+
+class BatchError(OwlError, RuntimeError):
+    """A run over a whole dataset that cannot go on: outputs cannot be written, or another run is writing them.
+
+    Attributes:
+        out: where the outputs go.
+    """
+
+    def __init__(self, message: str, *, out: str) -> None:
+        super().__init__(message)
+        self.out = out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keeps the place when the error crosses to another process."""
+        return _batch_error, (str(self), self.out)
+
+
+def _batch_error(message: str, out: str) -> BatchError:
+    return BatchError(message, out=out)
 
 
 class TrainingError(OwlError, RuntimeError):

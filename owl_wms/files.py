@@ -16,6 +16,7 @@ import errno
 import os
 import stat
 import zipfile
+from collections.abc import Collection
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
@@ -142,3 +143,13 @@ def false_claims(file: BinaryIO) -> str | None:
         return f"its member {packed!r} is compressed, which torch.save never does"
     claimed = sum(member.file_size for member in members)
     return f"its members claim {claimed} bytes in a file of {size}" if claimed > size else None
+
+
+def refused_with(error: BaseException, codes: Collection[int]) -> OSError | None:
+    """Returns the OSError with one of these numbers in an error or in what led to it, or None."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in codes:
+            return found
+        found = found.__cause__ or found.__context__
+    return None

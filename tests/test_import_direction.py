@@ -32,7 +32,7 @@ STAGES = [
         "trt",
     ),
     *("cache", "runtime", "utils"),
-    *("nn", "models", "sampling", "media", "data", "trainers", "inference", "cli"),
+    *("nn", "models", "sampling", "media", "data", "batch", "trainers", "inference", "cli"),
 ]
 # `__init__` and `__main__` stand for the whole package, not for a stage of it.
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name not in ("__init__.py", "__main__.py"))

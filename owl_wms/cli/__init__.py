@@ -30,6 +30,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "decode": ("owl_wms.cli.decode", "decode", "Latents to a video clip."),
     "encode": ("owl_wms.cli.encode", "encode", "A video clip or frames to latents."),
+    "decode-dataset": (
+        "owl_wms.cli.dataset",
+        "decode_dataset",
+        "Every file of latents of a dataset to frames.",
+    ),
+    "encode-dataset": ("owl_wms.cli.dataset", "encode_dataset", "Every clip of a dataset to latents."),
     "sample": ("owl_wms.cli.sample", "sample", "Sample a clip from a world model."),
     "play": ("owl_wms.cli.play", "play", "Play a world model in the browser."),
     "init": ("owl_wms.cli.init", "init", "Write a first configuration that fits your data."),

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import errno
 
+from owl_wms.files import refused_with
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def disk_failure(error: BaseException) -> OSError | None:
     """The disk's refusal in an error or in what led to it (torch's writer raises RuntimeError after it), or None."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and found.errno in _FULL:
-            return found
-        found = found.__cause__ or found.__context__
-    return None
+    return refused_with(error, _FULL)
 
 
 def described(failure: OSError) -> str:

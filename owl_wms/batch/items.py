@@ -1,0 +1,168 @@
+"""Lists the files of a dataset one folder at a time, and cuts the list into blocks by bytes.
+
+Why a stream: a dataset can have ten million files, and the process that hands out work must not hold a list of them.
+A block is the unit of work: small enough that a slow file delays few others, large enough that handing it out is cheap.
+
+Usage:
+    for block in cut(list_items("s3://bucket/latents", LATENT_SUFFIXES)): ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import fsspec
+
+from owl_wms.errors import DataError
+from owl_wms.files import one_line
+from owl_wms.media.arrays import ARRAY_SUFFIXES
+from owl_wms.media.watch import VIDEO_SUFFIXES
+
+LATENT_SUFFIXES = (".tar", *ARRAY_SUFFIXES)
+FRAME_SUFFIXES = (*VIDEO_SUFFIXES, *ARRAY_SUFFIXES)
+MANIFEST_SUFFIXES = (".jsonl", ".txt")
+BLOCK_BYTES, BLOCK_ITEMS = 256 << 20, 16
+
+
+class Item(NamedTuple):
+    """One input file.
+
+    Attributes:
+        url: a local path or a URL that fsspec opens.
+        name: its path below the dataset's folder; outputs are named after it.
+        size: bytes.
+        tag: the store's ETag, or for a local file its modification time in nanoseconds.
+    """
+
+    url: str
+    name: str
+    size: int
+    tag: str
+
+    def key(self, generation: str) -> str:
+        """Returns 32 hexadecimal digits that change with the input's identity and with the generation."""
+        text = json.dumps([self.url, self.size, self.tag, generation])
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+def list_items(source: str, suffixes: tuple[str, ...]) -> Iterator[Item]:
+    """Yields the files below a folder or prefix, sorted within each folder, or those that a manifest names.
+
+    At most one folder's names are in memory. Hidden files are passed over.
+
+    Args:
+        source: a folder, a file, a URL of either, or a manifest: `.txt` with a path or URL per line, or `.jsonl` with
+            objects that have `path`. Relative paths count from the manifest's folder.
+        suffixes: endings that are inputs.
+
+    Raises:
+        DataError: there is nothing at `source`, or a line of a manifest names no readable file.
+    """
+    try:
+        fs, root = fsspec.core.url_to_fs(source)
+        local = _is_local(fs)
+        root = os.path.realpath(root) if local else root.rstrip("/")
+        if fs.isdir(root):
+            walk = _walk_local(root) if local else _walk(fs, root)
+            for path, size, tag in walk:
+                name = path[len(root) :].lstrip("/")
+                if name.lower().endswith(suffixes):
+                    yield Item(path if local else fs.unstrip_protocol(path), name, size, tag)
+        elif fs.isfile(root) and root.lower().endswith(MANIFEST_SUFFIXES):
+            yield from _named_in(source, fs, root)
+        else:
+            yield _single(source, None)
+    except DataError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"{source}: cannot be listed: {one_line(error)}; check the path and credentials") from error
+
+
+def cut(
+    items: Iterable[Item], workers: int = 1, *, most_bytes: int = BLOCK_BYTES, most_items: int = BLOCK_ITEMS
+) -> Iterator[list[Item]]:
+    """Yields consecutive items in blocks of at most `most_bytes` (or one item) and `most_items`.
+
+    Towards the end of the list blocks become smaller, down to one item, so that workers end at nearly the same time
+    (guided self-scheduling, Polychronopoulos and Kuck 1987).
+    """
+    left, waiting = iter(items), deque[Item]()
+    while True:
+        waiting.extend(islice(left, 4 * most_items * workers - len(waiting)))
+        if not waiting:
+            return
+        count = min(most_items, max(1, len(waiting) // (2 * workers)))
+        block = [waiting.popleft()]
+        size = block[0].size
+        while waiting and len(block) < count and size + waiting[0].size <= most_bytes:
+            size += waiting[0].size
+            block.append(waiting.popleft())
+        yield block
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _walk_local(folder: str) -> Iterator[tuple[str, int, str]]:
+    with os.scandir(folder) as found:
+        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk_local(entry.path)
+        elif entry.is_file():
+            stat = entry.stat()
+            yield entry.path, stat.st_size, str(stat.st_mtime_ns)
+
+
+def _walk(fs: Any, root: str) -> Iterator[tuple[str, int, str]]:
+    for _, folders, files in fs.walk(root, detail=True, on_error="raise"):
+        for name in [name for name in folders if name.startswith(".")]:
+            del folders[name]
+        for name, info in sorted(files.items()):
+            if name and not name.startswith("."):
+                yield info["name"], int(info["size"]), _tag(info)
+        fs.invalidate_cache()  # fsspec remembers every listing
+
+
+def _tag(info: dict[str, Any]) -> str:
+    return str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or "").strip('"')
+
+
+def _single(source: str, name: str | None) -> Item:
+    fs, path = fsspec.core.url_to_fs(source)
+    try:
+        info = fs.info(path)
+        if info["type"] != "file":
+            raise OSError("is no file")
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {one_line(error) or 'no such file'}", path=source) from error
+    if _is_local(fs):
+        stat = os.stat(path)
+        return Item(os.path.realpath(path), name or Path(path).name, stat.st_size, str(stat.st_mtime_ns))
+    return Item(fs.unstrip_protocol(path), name or PurePosixPath(path).name, int(info["size"]), _tag(info))
+
+
+def _named_in(source: str, fs: Any, path: str) -> Iterator[Item]:
+    folder = path.rpartition("/")[0]
+    with fs.open(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                named = str(json.loads(line)["path"]) if path.lower().endswith(".jsonl") else line.strip()
+            except (ValueError, KeyError, TypeError) as error:
+                text = f'{source}: line {number} is no object with a path; write {{"path": "..."}}'
+                raise DataError(text, path=source, index=number) from error
+            parts = [part for part in named.partition("://")[2 if "://" in named else 0].split("/") if part]
+            if ".." in parts or not parts:
+                raise DataError(f"{source}: line {number}: {named!r} has '..' or no name; write it out", path=source)
+            whole = named if "://" in named or named.startswith("/") else fs.unstrip_protocol(f"{folder}/{named}")
+            yield _single(whole, "/".join(parts))

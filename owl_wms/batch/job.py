@@ -1,0 +1,110 @@
+"""Says what one run does to every item, in a form that a worker process on any machine can be given.
+
+Usage:
+    job = prepare(partial(DecodeClips, "dec.yml", "dec.pt"), "s3://bucket/frames", form="npy", settings={...})
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from owl_wms.batch.ledger import FOLDER, Ledger
+from owl_wms.batch.store import Store
+from owl_wms.errors import ConfigError
+from owl_wms.files import one_line
+
+SETTINGS = f"{FOLDER}/settings.json"
+TIME_LIMIT = 3600.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to process any block.
+
+    Attributes:
+        make: makes the worker's Clips; called once per worker with `device=`. It can be pickled.
+        out: URL or path of the generation's folder.
+        generation: stands for checkpoint, configuration and output settings in every item's key.
+        form: an ending without its dot, of `FRAME_FORMS`, or of `LATENT_FORMS` with `encodes`.
+        encodes: whether frames become latents.
+        fps: frames per second of mp4.
+        time_limit: seconds that one item may take.
+    """
+
+    make: Callable[..., Any]
+    out: str
+    generation: str
+    form: str
+    encodes: bool = False
+    fps: float = 60.0
+    time_limit: float = TIME_LIMIT
+
+    def ledger(self) -> Ledger:
+        """Returns the ledger of this generation."""
+        return Ledger(Store(self.out))
+
+
+def prepare(
+    make: Callable[..., Any],
+    out: str,
+    *,
+    form: str,
+    settings: dict[str, Any],
+    encodes: bool = False,
+    fps: float = 60.0,
+    time_limit: float = TIME_LIMIT,
+) -> tuple[Job, list[str]]:
+    """Returns the job of these settings, and the names of other generations that `out` holds; writes nothing.
+
+    Args:
+        make, form, encodes, fps, time_limit: see Job.
+        out: folder or URL that holds the generations.
+        settings: everything that changes an output's bytes, as JSON can hold it.
+
+    Raises:
+        ConfigError: `out` cannot be used.
+    """
+    text = json.dumps({**settings, "form": form, "fps": fps, "encodes": encodes}, sort_keys=True)
+    generation = f"generation-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    try:
+        store = Store(out)
+        others = [name for name in _generations(store) if name != generation]
+        whole = store.path(generation) if store.is_local else store.fs.unstrip_protocol(store.path(generation))
+    except (OSError, ValueError, ImportError) as error:
+        hint = "install what reads it: pip install 'owl_wms[dataset]'" if isinstance(error, ImportError) else "check it"
+        raise ConfigError(f"--out {out}: cannot be used: {one_line(error)}; {hint}", key="out") from error
+    return Job(make, whole, generation, form, encodes, fps, time_limit), others
+
+
+def _generations(store: Store) -> list[str]:
+    try:
+        found = store.fs.ls(store.root, detail=False)
+    except FileNotFoundError:
+        return []
+    names = (path.rstrip("/").rpartition("/")[2] for path in found)
+    return sorted(name for name in names if name.startswith("generation-"))
+
+
+def digest_of_files(path: str | None) -> str:
+    """Returns the SHA-256 of a file, or of a folder's files with their names; `""` for None.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if path is None:
+        return ""
+    root, digest = Path(path), hashlib.sha256()
+    try:
+        for file in [root] if not root.is_dir() else sorted(p for p in root.rglob("*") if p.is_file()):
+            digest.update(str(file.relative_to(root)).encode() + b"\0")
+            with file.open("rb") as opened:
+                while piece := opened.read(4 << 20):
+                    digest.update(piece)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path", path=path) from error
+    return digest.hexdigest()

@@ -1,0 +1,210 @@
+"""Records what became of every item, so that a run that was killed goes on where it ended.
+
+Each block of a run has one part file of JSON lines. An item's lines are `begin`, `placing` (its outputs are finished,
+with their hashes, and are about to get their names) and `done` or `failed`. A process that dies leaves at worst half a
+line, which readers pass over. If an item has `placing` and no `done`, its outputs may have their names already: they
+are hashed, and what agrees counts as done without being decoded again.
+
+An object store has no appending: there the part is uploaded when the block begins and when it ends, and a killed
+worker's block is decoded again into the same names.
+
+Usage:
+    ledger = Ledger(store)
+    index = ledger.index()
+    if not index.is_done(key): ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from owl_wms.batch.store import Store
+
+FOLDER = "_ledger"
+PARTS = f"{FOLDER}/parts"
+FAILED = f"{FOLDER}/failed.jsonl"
+Line = dict[str, Any]
+
+
+def run_name() -> str:
+    """Returns a name for a run; later ones sort behind earlier ones."""
+    return f"{time.time_ns():020d}-{os.getpid()}"
+
+
+class Part:
+    """The part file of one block, for appending; threads may share it."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        """Opens the part and reads what an earlier attempt at the block wrote."""
+        self._store, self._name = store, f"{PARTS}/{name}.jsonl"
+        self._lock = threading.Lock()
+        self._lines: list[bytes] = []
+        self._file: int | None = None
+        earlier = b""
+        if store.is_local:
+            path = Path(store.path(self._name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            earlier = path.read_bytes()
+            if earlier and not earlier.endswith(b"\n"):  # the attempt was killed while it wrote
+                os.write(self._file, b"\n")
+        else:
+            earlier = store.read(self._name) or b""
+            self._lines = [earlier] if earlier else []
+        self.earlier = list(parsed(earlier))
+        self.changed = False
+
+    def add(self, event: str, key: str, **facts: Any) -> None:
+        """Appends a line.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        line = json.dumps({"event": event, "key": key, "at": round(time.time(), 3), **facts}).encode() + b"\n"
+        with self._lock:
+            if self._file is None:
+                self._lines.append(line)
+                self.changed = True
+                return
+            while line:  # a full disk takes the beginning of a line; readers pass over it
+                line = line[os.write(self._file, line) :]
+
+    def upload(self) -> None:
+        """Makes the lines so far visible in an object store; local lines are visible already.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        with self._lock:
+            if self._file is None and self.changed:
+                self._store.write(self._name, b"".join(self._lines))
+                self.changed = False
+
+    def close(self) -> None:
+        """Flushes the part to the disk, or uploads it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.upload()
+        with self._lock:
+            if self._file is not None:
+                try:
+                    os.fsync(self._file)
+                finally:
+                    os.close(self._file)
+                    self._file = None
+
+
+def parsed(data: bytes) -> Iterator[Line]:
+    """Yields the lines of a part that are whole."""
+    for text in data.split(b"\n"):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("key"), str):
+            yield line
+
+
+class Index:
+    """Which keys are done, in a temporary SQLite file, so that memory does not grow with the dataset."""
+
+    def __init__(self, kept: tuple[str, ...] = ("placing", "failed")) -> None:
+        """Makes an empty index.
+
+        Args:
+            kept: events whose lines `lines` can give back.
+        """
+        self._kept = kept
+        self._base = sqlite3.connect("")  # an empty name is a temporary file, removed when it is closed
+        self._base.execute("PRAGMA cache_size=-8192")
+        self._base.execute("CREATE TABLE state (key BLOB PRIMARY KEY, event TEXT, line TEXT) WITHOUT ROWID")
+        self.frames = 0
+
+    def take(self, lines: Iterable[Line]) -> None:
+        """Takes lines in the order in which they were written; a `done` holds until it is `lost`."""
+        for line in lines:
+            key, event = line["key"].encode(), str(line.get("event"))
+            if event != "lost" and self.is_done(line["key"]):
+                continue
+            if event == "done":
+                self.frames += int(line.get("frames", 0))
+            kept = json.dumps(line) if event in self._kept else ""
+            self._base.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (key, event, kept))
+
+    def is_done(self, key: str) -> bool:
+        """Returns whether the item's outputs are in place."""
+        row = self._base.execute("SELECT event FROM state WHERE key = ?", (key.encode(),)).fetchone()
+        return row is not None and row[0] == "done"
+
+    def lines(self, event: str) -> Iterator[Line]:
+        """Yields the last lines of the items whose last event is this one, of those kept."""
+        for (text,) in self._base.execute("SELECT line FROM state WHERE event = ?", (event,)):
+            yield json.loads(text)
+
+    def count(self, event: str) -> int:
+        """Returns how many items have this last event."""
+        return int(self._base.execute("SELECT COUNT(*) FROM state WHERE event = ?", (event,)).fetchone()[0])
+
+    def close(self) -> None:
+        """Removes the temporary file."""
+        self._base.close()
+
+
+class Ledger:
+    """The parts of one generation."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def lines(self) -> Iterator[Line]:
+        """Yields all lines, run after run."""
+        for name in self.store.names(PARTS):
+            yield from parsed(self.store.read(f"{PARTS}/{name}") or b"")
+
+    def index(self) -> Index:
+        """Returns the state of every item that a run has touched."""
+        index = Index()
+        index.take(self.lines())
+        return index
+
+    def adopt(self, index: Index, run: str, share: tuple[int, int] = (0, 1)) -> int:
+        """Records as done the items that a killed worker had placed but not recorded; returns how many.
+
+        Args:
+            index: receives them too.
+            run: names the part.
+            share: `(rank, world)`; each rank looks at keys of its own.
+        """
+        rank, world = share
+        found = []
+        for line in index.lines("placing"):
+            mine = int(line["key"][:8], 16) % world == rank
+            if mine and all(self.store.digest(output["name"]) == output["sha256"] for output in line["outputs"]):
+                found.append(line)
+        if found:
+            part = Part(self.store, f"{run}-adopted-{rank}")
+            for line in found:
+                part.add("done", line["key"], **{k: v for k, v in line.items() if k not in ("event", "key", "at")})
+            part.close()
+            index.take({**line, "event": "done"} for line in found)
+        return len(found)
+
+    def write_failures(self) -> int:
+        """Writes `failed.jsonl` anew, the items whose last outcome is a failure; returns how many."""
+        failed: dict[str, str] = {}
+        for line in self.lines():
+            if line.get("event") == "failed":
+                failed[line["item"]] = json.dumps({name: line.get(name) for name in ("item", "reason", "remedy")})
+            elif line.get("event") == "done":
+                failed.pop(line["item"], None)
+        self.store.write(FAILED, "".join(text + "\n" for text in failed.values()).encode())
+        return len(failed)

@@ -1,0 +1,140 @@
+"""Hands blocks to worker processes of this machine, one per GPU, and replaces the ones that die.
+
+Why processes and not threads: a hanging library, a crash in native code or a CUDA error ends one worker, and the run
+goes on. A worker has one block in hand and one behind it, so that it never waits for the next one; a slow item delays
+the blocks behind it in its own worker only.
+
+Usage:
+    for outcome in run_local(job, blocks, devices=["cuda:0", "cuda:1"]): ...
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from owl_wms.batch.job import Job
+from owl_wms.batch.worker import Block, BlockWorker, Outcome
+from owl_wms.errors import BatchError, OwlError
+from owl_wms.files import one_line
+
+_IN_HAND = 2
+_STARTS = 3  # workers that may end one after the other without having done anything
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+
+
+class _Worker:
+    """One process, its pipe and the blocks that it has."""
+
+    def __init__(self, job: Job, device: str | None) -> None:
+        self.device, self.blocks, self.ready = device, deque[Block](), False
+        context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU of its parent
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(job, device, theirs, os.getpid()), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def give(self, block: Block) -> None:
+        self.blocks.append(block)
+        with suppress(OSError):  # it has died, which its pipe reports
+            self.pipe.send(block)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def run_local(job: Job, blocks: Iterator[Block], devices: list[str | None]) -> Iterator[Outcome]:
+    """Yields outcomes as they come, until every block has ended.
+
+    Args:
+        job: what to do.
+        blocks: taken as workers ask for them.
+        devices: one worker each; None is the device that the worker sees first.
+
+    Raises:
+        BatchError: outputs cannot be stored, or workers end before they begin.
+        OwlError: the model cannot be loaded.
+    """
+    workers = [_Worker(job, device) for device in devices]
+    fruitless = 0
+    try:
+        for worker in workers:
+            _fill(worker, blocks)
+        while any(worker.blocks for worker in workers):
+            for pipe in wait([worker.pipe for worker in workers if worker.blocks]):
+                place = next(at for at, worker in enumerate(workers) if worker.pipe is pipe)
+                worker = workers[place]
+                try:
+                    said: Any = worker.pipe.recv()
+                except (EOFError, OSError):
+                    fruitless = 0 if worker.ready else fruitless + 1
+                    worker.stop()
+                    if fruitless >= _STARTS:
+                        text = f"{_STARTS} workers on {worker.device or 'the first device'} ended while they started"
+                        text = f"{text}, with status {worker.process.exitcode}; run one alone with --workers 1 -v"
+                        raise BatchError(text, out=job.out) from None
+                    workers[place] = _replaced(worker, job)
+                    continue
+                if isinstance(said, Exception):
+                    raise said
+                worker.ready = True
+                if said is None:
+                    continue
+                if not said.key:
+                    worker.blocks.popleft()
+                    _fill(worker, blocks)
+                yield said
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def _fill(worker: _Worker, blocks: Iterator[Block]) -> None:
+    while len(worker.blocks) < _IN_HAND:
+        block = next(blocks, None)
+        if block is None:
+            return
+        worker.give(block)
+
+
+def _replaced(dead: _Worker, job: Job) -> _Worker:
+    worker = _Worker(job, dead.device)
+    for block in dead.blocks:
+        worker.give(block)
+    return worker
+
+
+def _work(job: Job, device: str | None, pipe: Connection, parent: int) -> None:
+    """Runs in the worker process."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    try:
+        worker = BlockWorker(job, device=device)
+        pipe.send(None)
+        for outcome in worker.run(_received(pipe)):
+            pipe.send(outcome)
+    except OwlError as error:
+        pipe.send(error if isinstance(error, BatchError) else BatchError(one_line(error), out=job.out))
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+
+
+def _received(pipe: Connection) -> Iterator[Block | None]:
+    while True:
+        if not pipe.poll():
+            yield None
+        try:
+            yield pipe.recv()
+        except EOFError:
+            return

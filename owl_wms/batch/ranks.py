@@ -1,0 +1,65 @@
+"""Finds this process's place among those that a launcher started, and its GPU.
+
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; `srun` sets SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID. The items are
+dealt out by their place in the sorted list, so no rank has to talk to another one.
+
+Usage:
+    rank, world = place()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from owl_wms import env
+from owl_wms.batch.items import Item
+from owl_wms.errors import ConfigError
+
+_LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+
+
+def place() -> tuple[int, int] | None:
+    """Returns `(rank, world)` as a launcher states it, or None without one.
+
+    An sbatch script that does not use `srun` has SLURM_NTASKS and is one process: without SLURM_STEP_ID, which `srun`
+    sets, SLURM's variables are passed over.
+
+    Raises:
+        ConfigError: a variable is no number, or the rank is not below the world's size.
+    """
+    for rank_name, world_name, _ in _LAUNCHERS:
+        rank, world = env.read(rank_name), env.read(world_name)
+        if rank is None or world is None or (rank_name.startswith("SLURM") and env.read("SLURM_STEP_ID") is None):
+            continue
+        if not (rank.isascii() and world.isascii() and rank.isdecimal() and world.isdecimal()) or int(rank) >= int(
+            world
+        ):
+            text = (
+                f"{rank_name} must be a number below {world_name}, got {rank!r} and {world!r}; unset both, or mend them"
+            )
+            raise ConfigError(text, key=rank_name)
+        return int(rank), int(world)
+    return None
+
+
+def device() -> str | None:
+    """Returns this rank's device: `cuda:N` of LOCAL_RANK, or the only GPU it sees; None without a GPU.
+
+    Raises:
+        ConfigError: LOCAL_RANK is no number.
+    """
+    count = torch.cuda.device_count()
+    if not count:
+        return None
+    local = env.local_rank()
+    slurm = env.read("SLURM_LOCALID")
+    if local is None and slurm is not None and slurm.isascii() and slurm.isdecimal():
+        local = int(slurm)
+    return f"cuda:{(local or 0) % count}"
+
+
+def share(items: Iterable[Item], rank: int, world: int) -> Iterator[Item]:
+    """Yields every `world`-th item, from number `rank` on."""
+    return (item for number, item in enumerate(items) if number % world == rank)

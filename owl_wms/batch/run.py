@@ -1,0 +1,218 @@
+"""Runs a job over a list of items on an engine, and reports on what earlier runs did.
+
+Usage:
+    for outcome in run(job, source, suffixes, engine="local", workers=2): ...
+    state = status(job, source, suffixes)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib import util
+from typing import NamedTuple
+
+import torch
+
+from owl_wms import env
+from owl_wms.batch import ranks
+from owl_wms.batch.items import Item, cut, list_items
+from owl_wms.batch.job import SETTINGS, Job
+from owl_wms.batch.ledger import Index, Part, run_name
+from owl_wms.batch.local import run_local
+from owl_wms.batch.lock import held
+from owl_wms.batch.on_ray import run_ray
+from owl_wms.batch.outputs import count_frames
+from owl_wms.batch.store import Store
+from owl_wms.batch.worker import Block, Outcome
+from owl_wms.errors import BatchError, ConfigError, DataError
+
+ENGINES = ("ray", "ranks", "local")
+_PAUSE_MINUTES = 5
+
+
+class Status(NamedTuple):
+    """What a generation's ledger says.
+
+    Attributes:
+        done, failed, left: items; `left` includes the failed ones, which the next run tries again.
+        frames: written so far.
+        rate: frames per second over the last run, or None where it cannot be told.
+        seconds_left: for the items left at that rate, or None.
+    """
+
+    done: int
+    failed: int
+    left: int
+    frames: int
+    rate: float | None
+    seconds_left: float | None
+
+
+def choose_engine(name: str | None) -> str:
+    """Returns the engine of this name, or by default: Ray if it is installed and RAY_ADDRESS names a cluster or this
+    process belongs to one; ranks under torchrun or srun; else local.
+
+    Raises:
+        ConfigError: another name, or `ranks` without a launcher.
+    """
+    if name is not None and name not in ENGINES:
+        raise ConfigError(f"--engine must be one of {', '.join(ENGINES)}, got {name!r}", key="engine")
+    launched = ranks.place()
+    if name == "ranks" and launched is None:
+        raise ConfigError("--engine ranks needs RANK and WORLD_SIZE: start it with torchrun or srun", key="engine")
+    if name is not None:
+        return name
+    if env.read("RAY_ADDRESS") is not None and util.find_spec("ray") is not None:
+        return "ray"
+    return "ranks" if launched is not None else "local"
+
+
+def run(
+    job: Job,
+    source: str,
+    suffixes: tuple[str, ...],
+    *,
+    engine: str | None = None,
+    workers: int | None = None,
+    devices: list[str | None] | None = None,
+) -> Iterator[Outcome]:
+    """Processes what is missing, and yields an outcome per item as it ends (and one without a key per block).
+
+    Args:
+        job: from `prepare`.
+        source, suffixes: see `list_items`.
+        engine: see `choose_engine`.
+        workers: processes or actors; by default one per GPU, or one without a GPU.
+        devices: of local workers, in turn; by default every GPU.
+
+    Raises:
+        BatchError: another run is writing there, or outputs cannot be stored.
+        ConfigError, DataError: an argument or the source cannot be used.
+    """
+    chosen = choose_engine(engine)
+    rank, world = ranks.place() or (0, 1) if chosen == "ranks" else (0, 1)
+    name = run_name()
+    with ExitStack() as stack:
+        if chosen == "ranks":
+            stack.enter_context(held(job, f"rank-{rank}"))
+        else:
+            stack.enter_context(held(job, "run"))
+            stack.enter_context(held(job, "rank-0"))  # a launcher's ranks are another run
+        ledger = job.ledger()
+        store = ledger.store
+        if chosen != "ranks":
+            shutil.rmtree(store.staging(""), ignore_errors=True)
+        if rank == 0:
+            store.write(SETTINGS, json.dumps({"generation": job.generation, "form": job.form}).encode())
+        index = ledger.index()
+        stack.callback(index.close)
+        ledger.adopt(index, name, (rank, world))
+        items = ranks.share(list_items(source, suffixes), rank, world)
+        missing = (item for item in items if not index.is_done(item.key(job.generation)))
+        if chosen == "ray":
+            count = workers or max(1, torch.cuda.device_count())
+            outcomes = run_ray(job, _named(missing, name, rank, count), count, gpus=float(torch.cuda.is_available()))
+        else:
+            places = devices or ([ranks.device()] if chosen == "ranks" else _every_gpu())
+            count = workers or len(places)
+            places = [places[number % len(places)] for number in range(count)]
+            outcomes = run_local(job, _named(missing, name, rank, count), places)
+        yield from outcomes
+        ledger.write_failures()
+
+
+def _named(items: Iterator[Item], run: str, rank: int, workers: int) -> Iterator[Block]:
+    return ((f"{run}-{rank}-{number}", block) for number, block in enumerate(cut(items, workers)))
+
+
+def _every_gpu() -> list[str | None]:
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or [None]
+
+
+def status(job: Job, source: str, suffixes: tuple[str, ...]) -> Status:
+    """Returns how far the work on `source` is, from the ledger and a listing.
+
+    Raises:
+        DataError: the source cannot be listed.
+    """
+    index = Index()
+    minutes: dict[int, tuple[int, float, float]] = {}  # frames, first and last second
+    for line in job.ledger().lines():
+        index.take([line])
+        if line.get("event") == "done":
+            at = float(line["at"])
+            frames, first, last = minutes.get(int(at // 60), (0, at, at))
+            first, last = min(first, at - float(line.get("seconds", 0))), max(last, at)
+            minutes[int(at // 60)] = frames + int(line.get("frames", 0)), first, last
+    done = left = 0
+    for item in list_items(source, suffixes):
+        if index.is_done(item.key(job.generation)):
+            done += 1
+        else:
+            left += 1
+    failed, total = index.count("failed"), index.frames
+    index.close()
+    rate = _last_rate(minutes)
+    seconds = left * (total / done) / rate if rate and done else None
+    return Status(done, failed, left, total, rate, seconds)
+
+
+def _last_rate(minutes: dict[int, tuple[int, float, float]]) -> float | None:
+    """Returns the frames per second of the last stretch of work without a pause of `_PAUSE_MINUTES`."""
+    stretch: list[int] = []
+    for minute in sorted(minutes, reverse=True):
+        if stretch and stretch[-1] - minute > _PAUSE_MINUTES:
+            break
+        stretch.append(minute)
+    if not stretch:
+        return None
+    seconds = max(minutes[m][2] for m in stretch) - min(minutes[m][1] for m in stretch)
+    return sum(minutes[m][0] for m in stretch) / seconds if seconds > 0 else None
+
+
+def verify(job: Job) -> Iterator[tuple[str, str]]:
+    """Yields (output, what is wrong) for every output whose hash or frame count is not what the ledger says.
+
+    Its item is recorded as lost, so the next run makes it again.
+
+    Raises:
+        BatchError: another run is writing there.
+    """
+    with held(job, "run"), held(job, "rank-0"):
+        ledger, name, part = job.ledger(), run_name(), None
+        index = Index(kept=("done",))
+        index.take(ledger.lines())
+        for line in index.lines("done"):
+            wrong = [
+                (output["name"], reason)
+                for output in line.get("outputs", ())
+                if (reason := _fault(ledger.store, output, job.form)) is not None
+            ]
+            if wrong:
+                part = part or Part(ledger.store, f"{name}-verify")
+                part.add("lost", line["key"])
+                yield from wrong
+        index.close()
+        if part is not None:
+            part.close()
+
+
+def _fault(store: Store, output: dict[str, object], form: str) -> str | None:
+    name = str(output["name"])
+    digest = store.digest(name)
+    if digest is None:
+        return "is not there"
+    if digest != output["sha256"]:
+        return "its hash is not the one that was recorded"
+    copy = store.staging("verify") / f"output.{form}"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        frames = count_frames(store.download(name, copy), form)
+    except (OSError, ValueError, DataError, BatchError) as error:
+        return f"cannot be read: {error}"
+    finally:
+        shutil.rmtree(copy.parent, ignore_errors=True)
+    return None if frames == output["frames"] else f"has {frames} frames, {output['frames']} were written"

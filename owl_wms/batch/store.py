@@ -1,0 +1,143 @@
+"""Puts finished files into a local folder or an object store, whole or not at all.
+
+Local: the file is written into a staging folder of the same file system, flushed to the disk, and renamed. An object
+store makes an object visible when its upload is complete, so there the staged file is uploaded. fsspec does the rest.
+
+Usage:
+    store = Store("s3://bucket/frames")
+    store.place(staged, "clips/a.npy")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+_PIECE = 4 << 20
+
+
+class Store:
+    """A folder or prefix that outputs go to.
+
+    Attributes:
+        url: as given.
+        is_local: whether it is a folder of this machine or of a shared file system.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Remembers where to write; nothing is made yet.
+
+        Raises:
+            ValueError, ImportError: a protocol that fsspec does not know, or whose library is missing.
+        """
+        self.fs: Any
+        self.url = url
+        self.fs, root = fsspec.core.url_to_fs(url)
+        self.is_local = "file" in ((self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol)
+        self.root = os.path.realpath(root) if self.is_local else root.rstrip("/")
+
+    def path(self, name: str) -> str:
+        """Returns the path of a name inside this store."""
+        return f"{self.root}/{name}"
+
+    def staging(self, owner: str) -> Path:
+        """Returns the folder for unfinished files of one worker; the same for the same owner."""
+        if self.is_local:
+            return Path(self.path("_ledger/staging")) / owner
+        digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"owl-wms-staging-{digest}" / owner
+
+    def place(self, staged: Path, name: str) -> None:
+        """Makes a staged file, already flushed, visible under its name, in the place of one that is there.
+
+        Raises:
+            OSError: the store refuses it.
+        """
+        if self.is_local:
+            target = Path(self.path(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staged, target)
+            sync(target.parent)
+        else:
+            self.fs.put_file(str(staged), self.path(name))
+            staged.unlink()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a small file whole."""
+        staged = self.staging(f"small-{os.getpid()}") / hashlib.sha256(name.encode()).hexdigest()[:16]
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(data)
+        sync(staged)
+        self.place(staged, name)
+        shutil.rmtree(staged.parent, ignore_errors=True)
+
+    def read(self, name: str) -> bytes | None:
+        """Returns a file's bytes, or None where there is none."""
+        try:
+            return bytes(self.fs.cat_file(self.path(name)))
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        """Returns the sorted names of the files in a folder of this store."""
+        if self.is_local:
+            try:
+                with os.scandir(self.path(folder)) as found:
+                    return sorted(entry.name for entry in found if entry.is_file())
+            except FileNotFoundError:
+                return []
+        try:
+            self.fs.invalidate_cache()
+            return sorted(path.rpartition("/")[2] for path in self.fs.ls(self.path(folder), detail=False))
+        except FileNotFoundError:
+            return []
+
+    def digest(self, name: str) -> str | None:
+        """Returns the SHA-256 of a file, or None where there is none."""
+        try:
+            with self.fs.open(self.path(name), "rb") as file:
+                return digest_of(file)
+        except FileNotFoundError:
+            return None
+
+    def download(self, name: str, to: Path) -> Path:
+        """Returns a local path with the file's bytes: its own, or `to` filled with a copy."""
+        if self.is_local:
+            return Path(self.path(name))
+        self.fs.get_file(self.path(name), str(to))
+        return to
+
+
+def digest_of(file: Any) -> str:
+    """Returns the SHA-256 of what an open binary file has left, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for piece in _pieces(file):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(file: Any) -> Iterator[memoryview]:
+    buffer = bytearray(_PIECE)
+    view = memoryview(buffer)
+    while got := file.readinto(view):
+        yield view[:got]
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk.
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

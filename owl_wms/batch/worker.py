@@ -1,0 +1,366 @@
+"""Processes blocks of items: opens, computes, writes, records. The same under every engine.
+
+Three stages overlap: while one item is computed, the next one is opened (downloaded, from an object store), and up to
+four finished ones are hashed, flushed to the disk and put in place. One bad item is an outcome with a reason. Three
+faults end the worker: outputs that cannot be stored end the whole run; a CUDA error leaves a process that cannot be
+used; and an item over its time limit cannot be interrupted otherwise. Whoever hands out the blocks then gives the same
+block to a new worker, which reads the block's part file and goes on behind the item.
+
+Usage:
+    worker = BlockWorker(job, device="cuda:0")
+    for outcome in worker.run([("block-0", items)]): ...
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+
+from owl_wms.batch.items import Item
+from owl_wms.batch.job import Job
+from owl_wms.batch.ledger import Line, Part
+from owl_wms.batch.outputs import write_frames, write_latents
+from owl_wms.batch.store import Store, digest_of, sync
+from owl_wms.errors import BatchError, OwlError
+from owl_wms.files import NAME_BYTES, one_line, refused_with
+from owl_wms.runtime.ahead import ahead
+
+Block = tuple[str, list[Item]]
+ATTEMPTS = 3  # workers that may end while they have the same item
+OVER_TIME = 75  # exit status of a worker whose item took too long
+_FINISHING = 4  # one thread hashes 1 to 2 GB per second, and a GPU decodes more
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class Outcome(NamedTuple):
+    """What became of an item, or, without a key, that a block has ended.
+
+    Attributes:
+        block: name of its block.
+        key: see `Item.key`.
+        item: its URL.
+        state: `done` or `failed`.
+        frames: how many were written.
+        seconds: that its computation took.
+        size: bytes written.
+        reason: of a failure.
+    """
+
+    block: str
+    key: str = ""
+    item: str = ""
+    state: str = ""
+    frames: int = 0
+    seconds: float = 0.0
+    size: int = 0
+    reason: str = ""
+
+
+class BlockWorker:
+    """Processes blocks in this process, on one device."""
+
+    def __init__(self, job: Job, *, device: str | None = None) -> None:
+        """Loads the model.
+
+        Args:
+            job: what to do.
+            device: given to `job.make`.
+
+        Raises:
+            OwlError: what `job.make` raises.
+        """
+        self._job, self._store = job, Store(job.out)
+        self._clips = job.make(device=device)
+        self._host = re.sub(r"[^\w.]", "_", socket.gethostname())
+        self._staging = self._store.staging(f"{self._host}-{os.getpid()}-{time.time_ns():x}")
+        self._remove_abandoned()
+        self._watch = _Watch(job.time_limit)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Processes the blocks of a batch with the columns `block` and `items`, and returns outcomes as columns.
+
+        This is the form that Ray Data's `map_batches` calls. An item is a list of the fields of Item.
+
+        Raises:
+            BatchError: outputs cannot be stored.
+        """
+        blocks = [
+            (str(name), [Item(*fields) for fields in items])
+            for name, items in zip(batch["block"], batch["items"], strict=True)
+        ]
+        outcomes = [outcome for outcome in self.run(blocks) if outcome.key]
+        columns = {name: [getattr(outcome, name) for outcome in outcomes] for name in Outcome._fields}
+        return {name: np.array(column) for name, column in columns.items()}
+
+    def run(self, blocks: Iterable[Block | None]) -> Iterator[Outcome]:
+        """Yields an outcome per item, and one without a key behind the last item of each block.
+
+        Args:
+            blocks: None among them means that the next one may be long in coming: what is being finished is waited for.
+
+        Raises:
+            BatchError: outputs cannot be stored.
+        """
+        finishing: deque[Future[Outcome]] = deque()
+        with ThreadPoolExecutor(_FINISHING, "owl-wms-finish") as pool:
+            try:
+                for block in blocks:
+                    if block is not None:
+                        for future in self._begun(pool, *block):
+                            finishing.append(future)
+                            while finishing and (finishing[0].done() or len(finishing) > _FINISHING):
+                                yield finishing.popleft().result()
+                    else:
+                        while finishing:
+                            yield finishing.popleft().result()
+                while finishing:
+                    yield finishing.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+                shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _begun(self, pool: ThreadPoolExecutor, name: str, items: list[Item]) -> Iterator[Future[Outcome]]:
+        """Computes a block's items, and yields what finishes them."""
+        with self._storing():
+            part = Part(self._store, name)
+        todo, futures = [], []
+        for item in items:
+            settled = self._settled(name, part, item)
+            if settled is None:
+                todo.append(item)
+            else:
+                yield _finished(settled)
+        with (
+            closing(ahead(self._opened(todo), depth=1, name="owl-wms-open"))
+            if not part.earlier
+            else closing(self._opened(todo)) as opened
+        ):
+            for place, item in enumerate(todo):
+                key = item.key(self._job.generation)
+                with self._storing():
+                    part.add("begin", key)
+                    if place == 0 or part.earlier:
+                        part.upload()
+                began = time.perf_counter()
+                try:
+                    with self._watch.on(part, key, item):
+                        _, sources = next(opened)
+                    if isinstance(sources, Exception):
+                        raise sources
+                    for source in sources:
+                        if hasattr(self._clips, "prepare"):
+                            self._clips.prepare(source)  # a build is not part of the item's time
+                    with self._watch.on(part, key, item):
+                        outputs = self._computed(item, key, sources)
+                except Exception as error:  # whatever a damaged file leads a library to raise is the item's own fault
+                    self._raise_if_no_fault_of_the_item(error)
+                    futures.append(pool.submit(self._failed, name, part, item, key, error))
+                else:
+                    seconds = time.perf_counter() - began
+                    futures.append(pool.submit(self._finish, name, part, item, key, outputs, seconds))
+                yield futures[-1]
+        yield pool.submit(self._end, name, part, futures)
+
+    def _settled(self, block: str, part: Part, item: Item) -> Outcome | None:
+        """Returns the outcome that an earlier attempt at the block recorded, if there is one."""
+        if not part.earlier:
+            return None
+        key = item.key(self._job.generation)
+        lines = [line for line in part.earlier if line["key"] == key]
+        last = lines[-1] if lines else {}
+        if last.get("event") == "placing" and all(
+            self._store.digest(output["name"]) == output["sha256"] for output in last["outputs"]
+        ):
+            last = {**last, "event": "done"}
+            part.add("done", key, **{k: v for k, v in last.items() if k not in ("event", "key", "at")})
+        if last.get("event") in ("done", "failed"):
+            return _outcome(block, last)
+        if sum(line["event"] == "begin" for line in lines) >= ATTEMPTS:
+            reason, remedy = f"{ATTEMPTS} workers ended while they had it", "decode it alone to see why"
+            part.add("failed", key, item=item.url, reason=reason, remedy=remedy)
+            return Outcome(block, key, item.url, "failed", reason=reason)
+        return None
+
+    def _opened(self, items: list[Item]) -> Generator[tuple[Item, Any], None, None]:
+        for item in items:
+            try:
+                yield item, self._clips.sources(self._fetched(item))
+            except Exception as error:  # see `_begun`
+                yield item, error
+
+    def _fetched(self, item: Item) -> Path:
+        if "://" not in item.url:
+            return Path(item.url)
+        digest = item.key(self._job.generation)
+        path = self._staging / digest / f"input{Path(item.name).suffix.lower()}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fs, remote = fsspec.core.url_to_fs(item.url)
+        fs.get_file(remote, str(path))
+        return path
+
+    def _computed(self, item: Item, key: str, sources: list[Any]) -> list[tuple[Path, str, int]]:
+        """Writes the outputs of an item into the staging folder: path, final name and frames of each."""
+        written = []
+        for number, source in enumerate(sources):
+            name = f"{item.name}/{source.name}" if source.name else item.name
+            name = f"{name}.{self._job.form}"
+            if any(len(os.fsencode(part)) > NAME_BYTES or part in ("", ".", "..") for part in name.split("/")):
+                raise ValueError(f"{name!r} is no name for an output")
+            path = self._staging / key / f"{number}.{self._job.form}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pieces = self._clips.stream(source)
+            if self._job.encodes:
+                frames = write_latents(pieces, path)
+            else:
+                frames = write_frames(pieces, path, self._job.form, shape=source.shape, fps=self._job.fps)
+            written.append((path, name, frames))
+        if len({name for _, name, _ in written}) != len(written):
+            raise ValueError("two clips inside it have the same name")
+        return written
+
+    def _finish(
+        self, block: str, part: Part, item: Item, key: str, written: list[tuple[Path, str, int]], seconds: float
+    ) -> Outcome:
+        with self._storing():
+            outputs = []
+            for path, name, frames in written:
+                sync(path)
+                with path.open("rb", buffering=0) as file:
+                    digest = digest_of(file)
+                outputs.append({"name": name, "sha256": digest, "bytes": path.stat().st_size, "frames": frames})
+            facts = {
+                "item": item.url,
+                "outputs": outputs,
+                "frames": sum(int(frames) for *_, frames in written),
+                "seconds": round(seconds, 4),
+            }
+            part.add("placing", key, **facts)
+            for path, name, _ in written:
+                self._store.place(path, name)
+            part.add("done", key, **facts)
+        shutil.rmtree(self._staging / key, ignore_errors=True)
+        return _outcome(block, {"event": "done", "key": key, **facts})
+
+    def _failed(self, block: str, part: Part, item: Item, key: str, error: Exception) -> Outcome:
+        shutil.rmtree(self._staging / key, ignore_errors=True)
+        reason = one_line(str(error) or type(error).__name__)
+        reason = reason if isinstance(error, OwlError) else f"{type(error).__name__}: {reason}"
+        remedy = "mend or remove the file, then run the same command again"
+        with self._storing():
+            part.add("failed", key, item=item.url, reason=reason, remedy=remedy)
+        return Outcome(block, key, item.url, "failed", reason=reason)
+
+    def _end(self, block: str, part: Part, futures: list[Future[Outcome]]) -> Outcome:
+        for future in futures:  # all were submitted before this, so none waits for the thread that this one holds
+            future.result()
+        with self._storing():
+            part.close()
+        return Outcome(block)
+
+    def _raise_if_no_fault_of_the_item(self, error: Exception) -> None:
+        refused = refused_with(error, _REFUSALS)
+        if isinstance(error, BatchError):
+            raise error
+        if refused is not None:
+            raise _unstored(self._job.out, refused) from error
+        if "CUDA error" in str(error):  # no later call in this process would work
+            raise error
+
+    def _storing(self) -> _Storing:
+        return _Storing(self._job.out)
+
+    def _remove_abandoned(self) -> None:
+        """Removes staging folders of processes of this host that are gone."""
+        for folder in self._staging.parent.glob(f"{self._host}-*"):
+            number = folder.name.removeprefix(f"{self._host}-").partition("-")[0]
+            if number.isdecimal() and not Path(f"/proc/{number}").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Storing:
+    """Turns what the output store refuses into the error that ends the run."""
+
+    def __init__(self, out: str) -> None:
+        self._out = out
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, BatchError):
+            raise _unstored(self._out, error) from error
+
+
+def _unstored(out: str, error: Exception) -> BatchError:
+    said = one_line(getattr(error, "strerror", None) or error) or type(error).__name__
+    return BatchError(
+        f"{out}: cannot be written: {said}; make room or mend it, then run the same command again", out=out
+    )
+
+
+def _outcome(block: str, line: Line) -> Outcome:
+    size = sum(int(output["bytes"]) for output in line.get("outputs", ()))
+    facts = (int(line.get("frames", 0)), float(line.get("seconds", 0)), size, str(line.get("reason", "")))
+    return Outcome(block, line["key"], str(line.get("item", "")), line["event"], *facts)
+
+
+def _finished(outcome: Outcome) -> Future[Outcome]:
+    future: Future[Outcome] = Future()
+    future.set_result(outcome)
+    return future
+
+
+class _Watch:
+    """Ends this process when an item takes too long: a library that hangs cannot be interrupted from Python."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._at: tuple[float, Part, str, Item] | None = None
+        threading.Thread(target=self._look, name="owl-wms-watch", daemon=True).start()
+
+    def on(self, part: Part, key: str, item: Item) -> _Watched:
+        return _Watched(self, part, key, item)
+
+    def set(self, at: tuple[Part, str, Item] | None) -> None:
+        with self._lock:
+            self._at = None if at is None else (time.monotonic() + self._limit, *at)
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(min(1.0, self._limit / 4))
+            with self._lock:
+                if self._at is None or time.monotonic() < self._at[0]:
+                    continue
+                _, part, key, item = self._at
+                reason, remedy = f"took longer than {self._limit:g} s", "raise --time-limit, or decode it alone"
+                try:
+                    part.add("failed", key, item=item.url, reason=reason, remedy=remedy)
+                    part.upload()
+                finally:
+                    os._exit(OVER_TIME)
+
+
+class _Watched:
+    def __init__(self, watch: _Watch, *at: Any) -> None:
+        self._watch, self._at = watch, at
+
+    def __enter__(self) -> None:
+        self._watch.set(self._at)
+
+    def __exit__(self, *_: Any) -> None:
+        self._watch.set(None)

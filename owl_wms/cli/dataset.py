@@ -1,0 +1,186 @@
+"""`owl-wms decode-dataset` and `owl-wms encode-dataset`: every file of a folder or bucket, on every GPU, resumable.
+
+Usage:
+    owl-wms decode-dataset latents/ --out frames/ --vae-config configs/vae/dec_dist.yml --checkpoint dec.pt
+    torchrun --nproc-per-node 8 -m owl_wms decode-dataset s3://b/in --out s3://b/out --vae-config C --checkpoint K
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from owl_wms.batch import Job
+
+_log = logging.getLogger(__name__)
+Input = Annotated[str, typer.Argument(metavar="INPUT", help="Folder, s3:// prefix, file, or manifest .jsonl or .txt.")]
+Out = Annotated[str, typer.Option(help="Folder or s3:// prefix; each generation gets a folder below it.")]
+Checkpoint = Annotated[str, typer.Option(help="Weights of the autoencoder.")]
+Engine = Annotated[str | None, typer.Option(help="ray, ranks or local; by default what this process is started by.")]
+Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs, a worker on each; by default every visible one.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Workers without a GPU; one by default.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Frames at once.")]
+Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")]
+Limit = Annotated[float, typer.Option(min=0.1, help="Seconds that one item may take.")]
+Show = Annotated[bool, typer.Option("--status", help="Show how far the work is, and do nothing.")]
+Verify = Annotated[bool, typer.Option(help="Check hash and frame count of every output, and do nothing else.")]
+
+
+def decode_dataset(
+    source: Input,
+    out: Out,
+    checkpoint: Checkpoint,
+    vae_config: Annotated[str | None, typer.Option(help="YAML of the autoencoder; --family needs none.")] = None,
+    family: Annotated[str | None, typer.Option(help="taehv: the sizes are read off its checkpoint.")] = None,
+    form: Annotated[str, typer.Option("--format", help="npy, mp4, tar or parquet.")] = "npy",
+    fps: Annotated[float, typer.Option(help="Frames per second of mp4, 1 to 240.")] = 60,
+    scale: Annotated[float, typer.Option(help="Multiply latents by this first.")] = 1.0,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = None,
+    tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
+    engine: Engine = None,
+    gpus: Gpus = None,
+    workers: Workers = None,
+    time_limit: Limit = 3600.0,
+    status: Show = False,
+    verify: Verify = False,
+) -> None:
+    """Decode every file of latents in a dataset; a second run does what is missing."""
+    from owl_wms.batch import DecodeClips
+    from owl_wms.batch.items import LATENT_SUFFIXES
+    from owl_wms.batch.outputs import FRAME_FORMS
+    from owl_wms.cli import _shared as shared
+    from owl_wms.errors import ConfigError
+
+    shared.check_number("--scale", scale, shared.SCALES)
+    shared.check_number("--fps", fps, shared.FPS)
+    if family not in (None, "taehv") or (family is None and vae_config is None):
+        got = f"--family {family} is not known" if family else "neither --vae-config nor --family is given"
+        raise ConfigError(f"{got}; give --vae-config FILE, or --family taehv", key="family")
+    settings = {"scale": scale, "batch_size": batch_size, "dtype": dtype, "family": family, "tensorrt": tensorrt}
+    make = partial(
+        DecodeClips, vae_config, checkpoint, family=family, dtype=dtype, batch_size=batch_size, scale=scale,
+        tensorrt=tensorrt,
+    )  # fmt: skip
+    job = _job(make, out, form, FRAME_FORMS, settings, vae_config, checkpoint, fps=fps, time_limit=time_limit)
+    _go(job, source, LATENT_SUFFIXES, engine, gpus, workers, status, verify)
+
+
+def encode_dataset(
+    source: Input,
+    out: Out,
+    vae_config: Annotated[str, typer.Option(help="YAML of the autoencoder.")],
+    checkpoint: Checkpoint,
+    form: Annotated[str, typer.Option("--format", help="pt, npy or safetensors.")] = "pt",
+    scale: Annotated[float, typer.Option(help="Divide latents by this.")] = 1.0,
+    resize: Annotated[bool, typer.Option(help="Scale frames of another size instead of refusing them.")] = False,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = None,
+    engine: Engine = None,
+    gpus: Gpus = None,
+    workers: Workers = None,
+    time_limit: Limit = 3600.0,
+    status: Show = False,
+    verify: Verify = False,
+) -> None:
+    """Encode every clip of a dataset to latents; a second run does what is missing."""
+    from owl_wms.batch import EncodeClips
+    from owl_wms.batch.items import FRAME_SUFFIXES
+    from owl_wms.batch.outputs import LATENT_FORMS
+    from owl_wms.cli import _shared as shared
+
+    shared.check_number("--scale", scale, shared.SCALES)
+    settings = {"scale": scale, "batch_size": batch_size, "dtype": dtype, "resize": resize}
+    make = partial(EncodeClips, vae_config, checkpoint, dtype=dtype, batch_size=batch_size, scale=scale, resize=resize)
+    job = _job(make, out, form, LATENT_FORMS, settings, vae_config, checkpoint, encodes=True, time_limit=time_limit)
+    _go(job, source, FRAME_SUFFIXES, engine, gpus, workers, status, verify)
+
+
+def _job(
+    make: Any,
+    out: str,
+    form: str,
+    forms: tuple[str, ...],
+    settings: dict[str, Any],
+    vae_config: str | None,
+    checkpoint: str,
+    **rest: Any,
+) -> Job:
+    from owl_wms.batch import prepare
+    from owl_wms.batch.job import digest_of_files
+    from owl_wms.errors import ConfigError
+
+    if form not in forms:
+        raise ConfigError(f"--format must be one of {', '.join(forms)}, got {form!r}", key="format")
+    settings = {**settings, "vae_config": digest_of_files(vae_config), "checkpoint": digest_of_files(checkpoint)}
+    job, others = prepare(make, out, form=form, settings=settings, **rest)
+    text = f"outputs go to {job.out}"
+    if others:
+        text += f"; {out} also has {', '.join(others)}, made by another checkpoint or other settings"
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    return job
+
+
+def _go(
+    job: Job,
+    source: str,
+    suffixes: tuple[str, ...],
+    engine: str | None,
+    gpus: int | None,
+    workers: int | None,
+    show: bool,
+    verify: bool,
+) -> None:
+    from owl_wms.batch import run as engines
+    from owl_wms.cli import _shared as shared
+    from owl_wms.errors import ConfigError
+
+    console = Console(stderr=True)
+    if show:
+        state = engines.status(job, source, suffixes)
+        text = f"done {state.done}, failed {state.failed}, left {state.left}"
+        if state.rate is not None:
+            text += f", {state.rate:.1f} frames/s in the last run"
+        if state.seconds_left is not None and state.left:
+            text += f", {state.seconds_left:.0f} s left at that rate"
+        typer.echo(text)
+        return
+    if verify:
+        wrong = 0
+        for output, reason in engines.verify(job):
+            typer.echo(f"{output}: {reason}")
+            wrong += 1
+        typer.echo(f"{wrong} wrong outputs; run without --verify to make them again" if wrong else "all as recorded")
+        raise typer.Exit(bool(wrong))
+    if gpus is not None:
+        import torch
+
+        if workers is not None or gpus > torch.cuda.device_count():
+            seen = f"this machine shows {torch.cuda.device_count()} GPUs"
+            raise ConfigError(f"--gpus {gpus}: {seen}; give at most that, and no --workers", key="gpus")
+    done = failed = frames = 0
+    begun = time.perf_counter()
+    with shared.progress(console) as bar:
+        task = bar.add_task("items", total=None)
+        for outcome in engines.run(job, source, suffixes, engine=engine, workers=workers or gpus):
+            if not outcome.key:
+                continue
+            done, failed = done + (outcome.state == "done"), failed + (outcome.state == "failed")
+            frames += outcome.frames
+            seconds = time.perf_counter() - begun
+            bar.update(task, completed=done + failed, description=f"{frames / seconds:.0f} frames/s, {failed} failed")
+            if outcome.state == "failed":
+                _log.warning("%s: %s", outcome.item, outcome.reason)
+            _log.info("%s: %s, %d frames in %.2f s", outcome.item, outcome.state, outcome.frames, outcome.seconds)
+    seconds = time.perf_counter() - begun
+    text = f"{done} done, {failed} failed, {frames} frames, {frames / seconds:.1f} frames/s"
+    console.print(text, highlight=False, soft_wrap=True)
+    if failed:
+        console.print(f"reasons: {job.out}/_ledger/failed.jsonl", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)

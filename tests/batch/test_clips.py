@@ -1,0 +1,140 @@
+"""Clips in batches and through the command: the frames of `owl-wms decode`, from every kind of input, in every form.
+
+Run: python -m pytest tests/batch/test_clips.py
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from owl_wms.batch import DecodeClips, EncodeClips
+from owl_wms.configs import load_vae_config
+from owl_wms.errors import DataError
+from owl_wms.media.arrays import load_array, save_array
+from owl_wms.media.video import VideoWriter
+from owl_wms.vae import build_autoencoder
+from tests.cli.conftest import files  # noqa: F401
+from tests.cli.runner import run
+from tests.cli.test_decode import CONFIG
+from tests.media.test_video import gradient
+
+
+def latents(frames: int, seed: int = 0) -> torch.Tensor:
+    golden = torch.load("tests/data/dcae_pin_square.pt", weights_only=True)
+    size = golden["cfg"]["latent_size"] if "latent_size" in golden["cfg"] else 4
+    side = size if isinstance(size, int) else size[0]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(frames, golden["cfg"]["latent_channels"], side, side, generator=generator)
+
+
+@pytest.fixture
+def one_by_one(tmp_path: Path, files: tuple[str, str]) -> np.ndarray:  # noqa: F811
+    """What `owl-wms decode` makes of `latents(5)`."""
+    save_array(tmp_path / "one.npy", latents(5))
+    out = tmp_path / "one_frames.npy"
+    arguments = ["--vae-config", files[0], "--checkpoint", files[1], "--no-tensorrt", "--device", "cpu"]
+    assert run("decode", str(tmp_path / "one.npy"), *arguments, "--out", str(out)) == 0
+    return np.load(out)
+
+
+def test_a_batch_in_memory(files: tuple[str, str], one_by_one: np.ndarray) -> None:  # noqa: F811
+    decode = DecodeClips(*files, device="cpu", tensorrt=False)
+    got = decode({"latents": torch.stack([latents(5), latents(5)]).numpy(), "name": np.array(["a", "b"])})
+    assert list(got) == ["name", "frames"]
+    assert np.array_equal(got["frames"], np.stack([one_by_one, one_by_one]))
+    rows = np.empty(2, object)
+    rows[:] = [latents(5).numpy(), latents(3).numpy()]
+    ragged = decode({"latents": rows})["frames"]
+    assert [len(frames) for frames in ragged] == [5, 3]
+    assert np.array_equal(ragged[0], one_by_one)
+    with pytest.raises(DataError, match="no column 'latents', it has name; rename the column"):
+        decode({"name": np.array(["a"])})
+    with pytest.raises(DataError, match="frame 0 has values that are not finite"):
+        decode({"latents": np.full((1, *latents(1).shape), np.nan, np.float32)})
+
+
+def test_the_command_decodes_every_kind_of_input(
+    tmp_path: Path,
+    files: tuple[str, str],
+    one_by_one: np.ndarray,
+    capsys: pytest.CaptureFixture[str],  # noqa: F811
+) -> None:
+    folder = tmp_path / "in"
+    for name in ("a.pt", "deep/b.npy", "c.safetensors"):
+        save_array(folder / name, latents(5))
+    with tarfile.open(folder / "d.tar", "w") as tar:
+        for clip in ("x", "y"):
+            for member in ("latent", "mouse"):
+                data = io.BytesIO()
+                torch.save(latents(5) if member == "latent" else torch.zeros(5, 2), data)
+                info = tarfile.TarInfo(f"{clip}.{member}.pt")
+                info.size = data.tell()
+                data.seek(0)
+                tar.addfile(info, data)
+    (folder / "notes.md").write_text("no input")
+    (folder / "broken.pt").write_bytes(b"PK\x03\x04")
+    out = tmp_path / "out"
+    arguments = [str(folder), "--out", str(out), "--vae-config", files[0], "--checkpoint", files[1], "--no-tensorrt"]
+    assert run("decode-dataset", *arguments) == 1
+    names = ["a.pt.npy", "c.safetensors.npy", "d.tar/x.npy", "d.tar/y.npy", "deep/b.npy.npy"]
+    (generation,) = out.iterdir()
+    assert sorted(str(p.relative_to(generation)) for p in generation.rglob("*.npy")) == names
+    for name in names:
+        assert np.array_equal(np.load(generation / name), one_by_one), name
+    assert "truncated" in (generation / "_ledger/failed.jsonl").read_text()
+    (folder / "broken.pt").unlink()
+    capsys.readouterr()
+    assert run("decode-dataset", *arguments, "--status") == 0
+    assert capsys.readouterr().out.startswith("done 4, failed 1, left 0, ")
+    assert run("decode-dataset", *arguments, "--verify") == 0
+    assert capsys.readouterr().out == "all as recorded\n"
+
+
+@pytest.mark.parametrize("form", ["mp4", "tar", "parquet"])
+def test_other_forms(tmp_path: Path, one_by_one: np.ndarray, form: str) -> None:
+    from owl_wms.batch.outputs import count_frames, write_frames
+
+    path = tmp_path / f"clip.{form}"
+    pieces = iter([torch.from_numpy(one_by_one[:3]), torch.from_numpy(one_by_one[3:])])
+    assert write_frames(pieces, path, form, shape=(1, 5), fps=60) == 5
+    assert count_frames(path, form) == 5
+    if form == "tar":
+        with tarfile.open(path) as tar:
+            member = tar.extractfile("frames.npy")
+            assert member is not None
+            assert np.array_equal(np.load(io.BytesIO(member.read())), one_by_one)
+    if form == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with the extra ray")
+        rows = parquet.read_table(path).to_pylist()
+        shape = (rows[0]["height"], rows[0]["width"], rows[0]["channels"])
+        assert np.array_equal([np.frombuffer(row["data"], np.uint8).reshape(shape) for row in rows], one_by_one)
+    assert sorted(p.name for p in tmp_path.glob("clip*")) == [f"clip.{form}"]
+
+
+def test_clips_and_arrays_become_latents(tmp_path: Path) -> None:
+    (tmp_path / "vae.yml").write_text(CONFIG.replace("channels: 4", "channels: 3", 1))
+    autoencoder = build_autoencoder(load_vae_config(tmp_path / "vae.yml").model, "tiled")
+    save_file(autoencoder.state_dict(), tmp_path / "vae.safetensors")
+    files = str(tmp_path / "vae.yml"), str(tmp_path / "vae.safetensors")
+    arguments = ["--vae-config", files[0], "--checkpoint", files[1]]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    frames = gradient(3)
+    np.save(folder / "a.npy", frames.permute(0, 3, 1, 2).numpy())
+    with VideoWriter(folder / "b.mp4") as clip:
+        clip.write(frames)
+    assert run("encode", str(folder / "a.npy"), *arguments, "--out", str(tmp_path / "a.pt"), "--device", "cpu") == 0
+    wanted = load_array(tmp_path / "a.pt")
+    got = EncodeClips(*files, device="cpu")({"frames": frames[None].numpy()})["latents"]
+    assert np.allclose(got[0], wanted.numpy(), atol=1e-5)
+    assert run("encode-dataset", str(folder), "--out", str(tmp_path / "out"), *arguments) == 0
+    (generation,) = (tmp_path / "out").iterdir()
+    assert torch.equal(load_array(generation / "a.npy.pt"), wanted)
+    assert load_array(generation / "b.mp4.pt").shape == wanted.shape

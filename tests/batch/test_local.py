@@ -1,0 +1,153 @@
+"""Local workers: each item once, whatever dies, hangs or fails; a second run does what is missing.
+
+Run: python -m pytest tests/batch/test_local.py
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from owl_wms.batch import BlockWorker, Job
+from owl_wms.batch.items import LATENT_SUFFIXES, Item, cut, list_items
+from owl_wms.batch.ledger import run_name
+from owl_wms.batch.lock import held
+from owl_wms.batch.run import run, status, verify
+from owl_wms.batch.store import Store
+from owl_wms.batch.worker import Outcome
+from owl_wms.errors import BatchError
+from tests.batch.fake import fake_job, frames_of, make_inputs, outputs_of
+
+
+def go(job: Job, folder: Path, workers: int = 1) -> list[Outcome]:
+    return [o for o in run(job, str(folder), LATENT_SUFFIXES, engine="local", workers=workers) if o.key]
+
+
+def plain(job: Job, folder: Path) -> list[Outcome]:
+    """The core without an engine."""
+    worker, name = BlockWorker(job), run_name()
+    blocks = ((f"{name}-{n}", block) for n, block in enumerate(cut(list_items(str(folder), LATENT_SUFFIXES))))
+    return [o for o in worker.run(blocks) if o.key]
+
+
+def test_outputs_are_right_and_a_second_run_has_nothing_to_do(tmp_path: Path) -> None:
+    texts = {f"{n % 3}/{n}.pt": f"item {n}" for n in range(30)}
+    folder, job = make_inputs(tmp_path / "in", texts), fake_job(tmp_path / "out")
+    done = go(job, folder, workers=2)
+    assert sorted(o.item for o in done) == sorted(str(folder / name) for name in texts)
+    assert {o.state for o in done} == {"done"}
+    found = outputs_of(job)
+    assert set(found) == {f"{name}.npy" for name in texts}
+    for name, text in texts.items():
+        assert np.array_equal(np.load(Path(job.out) / f"{name}.npy"), frames_of(text).numpy())
+    assert go(job, folder) == []
+    state = status(job, str(folder), LATENT_SUFFIXES)
+    assert (state.done, state.failed, state.left, state.frames) == (30, 0, 0, 60)
+    assert state.rate is not None
+    (folder / "0/0.pt").write_text("changed", encoding="utf-8")
+    assert [o.item for o in go(job, folder)] == [str(folder / "0/0.pt")]
+    assert np.array_equal(np.load(Path(job.out) / "0/0.pt.npy"), frames_of("changed").numpy())
+
+
+def test_a_bad_item_a_hanging_one_and_a_deadly_one_fail_alone(tmp_path: Path) -> None:
+    texts = {f"{n}.pt": f"item {n}" for n in range(12)}
+    texts |= {"03.pt": "bad", "05.pt": "hang", "07.pt": "die", "09.pt": f"die-once:{tmp_path / 'died'}"}
+    folder, job = make_inputs(tmp_path / "in", texts), fake_job(tmp_path / "out", time_limit=1.0)
+    outcomes = {Path(o.item).name: o for o in go(job, folder)}
+    assert set(outcomes) == set(texts)
+    failed = {name: o.reason for name, o in outcomes.items() if o.state == "failed"}
+    assert failed == {
+        "03.pt": "it is bad",
+        "05.pt": "took longer than 1 s",
+        "07.pt": "3 workers ended while they had it",
+    }
+    told = [json.loads(line) for line in (Path(job.out) / "_ledger/failed.jsonl").read_text().splitlines()]
+    assert {Path(line["item"]).name: line["reason"] for line in told} == failed
+    assert all(line["remedy"] for line in told)
+    assert set(outputs_of(job)) == {f"{name}.npy" for name in texts if name not in failed}
+    make_inputs(folder, {"03.pt": "good now", "05.pt": "good too", "07.pt": "and this"})
+    assert {o.state for o in go(job, folder)} == {"done"}
+    assert (Path(job.out) / "_ledger/failed.jsonl").read_text() == ""
+
+
+def test_what_was_placed_and_not_recorded_is_not_decoded_again(tmp_path: Path) -> None:
+    folder = make_inputs(tmp_path / "in", {f"{n}.pt": f"item {n}" for n in range(4)})
+    job = fake_job(tmp_path / "out")
+    plain(job, folder)
+    for part in (Path(job.out) / "_ledger/parts").iterdir():
+        kept = [line for line in part.read_text().splitlines() if '"done"' not in line]
+        part.write_text("\n".join(kept) + '\n{"event": "do')  # killed while it wrote
+    (Path(job.out) / "2.pt.npy").unlink()  # killed before it had its name
+    before = {name: (Path(job.out) / name).stat().st_ino for name in outputs_of(job)}
+    assert [Path(o.item).name for o in go(job, folder)] == ["2.pt"]
+    assert {name: (Path(job.out) / name).stat().st_ino for name in before} == before
+    assert status(job, str(folder), LATENT_SUFFIXES).done == 4
+
+
+def test_other_settings_are_another_generation(tmp_path: Path) -> None:
+    from owl_wms.batch import prepare
+    from tests.batch.fake import FakeClips
+
+    folder, job = make_inputs(tmp_path / "in", {"a.pt": "a"}), fake_job(tmp_path / "out")
+    plain(job, folder)
+    other, others = prepare(FakeClips, str(tmp_path / "out"), form="npy", settings={"fake": 2})
+    assert other.out != job.out
+    assert others == [job.generation]
+    assert status(other, str(folder), LATENT_SUFFIXES).left == 1
+
+
+def test_verify_finds_what_changed_and_the_next_run_mends_it(tmp_path: Path) -> None:
+    folder = make_inputs(tmp_path / "in", {f"{n}.pt": f"item {n}" for n in range(4)})
+    job = fake_job(tmp_path / "out")
+    plain(job, folder)
+    assert list(verify(job)) == []
+    good = outputs_of(job)
+    (Path(job.out) / "1.pt.npy").write_bytes(b"\0" + good["1.pt.npy"][1:])
+    (Path(job.out) / "2.pt.npy").unlink()
+    wrong = dict(verify(job))
+    assert wrong == {"1.pt.npy": "its hash is not the one that was recorded", "2.pt.npy": "is not there"}
+    assert len(go(job, folder)) == 2
+    assert outputs_of(job) == good
+
+
+def test_a_second_run_on_the_same_output_refuses(tmp_path: Path) -> None:
+    folder, job = make_inputs(tmp_path / "in", {"a.pt": "a"}), fake_job(tmp_path / "out")
+    with held(job, "run"), pytest.raises(BatchError, match="another run is writing here"):
+        go(job, folder)
+    assert len(go(job, folder)) == 1
+
+
+def test_a_full_disk_ends_the_run_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_inputs(tmp_path / "in", {f"{n}.pt": f"item {n}" for n in range(40)})
+    job = fake_job(tmp_path / "out")
+    place, placed = Store.place, []
+
+    def full(self: Store, staged: Path, name: str) -> None:
+        if len(placed) == 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        placed.append(name)
+        place(self, staged, name)
+
+    monkeypatch.setattr(Store, "place", full)
+    with pytest.raises(BatchError, match="No space left on device; make room"):
+        plain(job, folder)
+    monkeypatch.undo()
+    assert len(outputs_of(job)) == 10
+    done = go(job, folder)
+    assert len(done) == 30
+    assert len(outputs_of(job)) == 40
+
+
+def test_blocks_are_cut_by_bytes_and_become_smaller_at_the_end() -> None:
+    items = [Item(str(n), str(n), 10, "") for n in range(1000)]
+    sizes = [len(block) for block in cut(items, 2)]
+    assert sum(sizes) == 1000
+    assert sizes[:20] == [16] * 20
+    assert sizes[-4:] == [1, 1, 1, 1]
+    assert [item for block in cut(items, 2) for item in block] == items
+    assert max(len(block) for block in cut(items, 1, most_bytes=45)) == 4
+    assert [len(block) for block in cut([Item("a", "a", 100, "")], 1, most_bytes=45)] == [1]
