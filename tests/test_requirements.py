@@ -31,8 +31,9 @@ TENSORRT = {"torch-tensorrt", "tensorrt", "tensorrt-rtx", "torch-tensorrt-rtx"} 
 BEHIND_A_COMMAND = {"inference/limits.py", "inference/server.py", "inference/session.py"}
 # Sixteen distributions for a log that is off unless asked for: the extra `train` brings it, and the warning says so.
 OPTIONAL = {"wandb"}
-# Needed without an import of ours: a plugin of pytest, what diffusers downloads with, what builds wheels and lints.
-NOT_IMPORTED = {"pytest-timeout", "huggingface-hub", "mypy", "ruff", "setuptools", "types-pyyaml"}
+# Needed without an import of ours: a plugin of pytest, what diffusers downloads with, what builds wheels and lints, and
+# what fsspec loads when a URL begins with s3://.
+NOT_IMPORTED = {"pytest-timeout", "huggingface-hub", "mypy", "ruff", "s3fs", "setuptools", "types-pyyaml"}
 
 
 def imports(path: Path, *, top: bool) -> Iterator[str]:

@@ -4,7 +4,7 @@ The list of blocks is a file beside the ledger, and Ray gets a row per block wit
 driver holds about 50 bytes per item. A block that is repeated goes on behind the items that its part file has.
 
 Usage:
-    for outcome in run_ray(job, blocks, gpus=2): ...
+    for outcome in run_ray(job, blocks, workers=2): ...
 """
 
 from __future__ import annotations

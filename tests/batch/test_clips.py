@@ -28,7 +28,7 @@ from tests.media.test_video import gradient
 
 def latents(frames: int, seed: int = 0) -> torch.Tensor:
     golden = torch.load("tests/data/dcae_pin_square.pt", weights_only=True)
-    size = golden["cfg"]["latent_size"] if "latent_size" in golden["cfg"] else 4
+    size = golden["cfg"].get("latent_size", 4)
     side = size if isinstance(size, int) else size[0]
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(frames, golden["cfg"]["latent_channels"], side, side, generator=generator)
@@ -62,9 +62,9 @@ def test_a_batch_in_memory(files: tuple[str, str], one_by_one: np.ndarray) -> No
 
 def test_the_command_decodes_every_kind_of_input(
     tmp_path: Path,
-    files: tuple[str, str],
+    files: tuple[str, str],  # noqa: F811
     one_by_one: np.ndarray,
-    capsys: pytest.CaptureFixture[str],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "in"
     for name in ("a.pt", "deep/b.npy", "c.safetensors"):
@@ -122,8 +122,8 @@ def test_clips_and_arrays_become_latents(tmp_path: Path) -> None:
     (tmp_path / "vae.yml").write_text(CONFIG.replace("channels: 4", "channels: 3", 1))
     autoencoder = build_autoencoder(load_vae_config(tmp_path / "vae.yml").model, "tiled")
     save_file(autoencoder.state_dict(), tmp_path / "vae.safetensors")
-    files = str(tmp_path / "vae.yml"), str(tmp_path / "vae.safetensors")
-    arguments = ["--vae-config", files[0], "--checkpoint", files[1]]
+    model = str(tmp_path / "vae.yml"), str(tmp_path / "vae.safetensors")
+    arguments = ["--vae-config", model[0], "--checkpoint", model[1]]
     folder = tmp_path / "in"
     folder.mkdir()
     frames = gradient(3)
@@ -132,7 +132,7 @@ def test_clips_and_arrays_become_latents(tmp_path: Path) -> None:
         clip.write(frames)
     assert run("encode", str(folder / "a.npy"), *arguments, "--out", str(tmp_path / "a.pt"), "--device", "cpu") == 0
     wanted = load_array(tmp_path / "a.pt")
-    got = EncodeClips(*files, device="cpu")({"frames": frames[None].numpy()})["latents"]
+    got = EncodeClips(*model, device="cpu")({"frames": frames[None].numpy()})["latents"]
     assert np.allclose(got[0], wanted.numpy(), atol=1e-5)
     assert run("encode-dataset", str(folder), "--out", str(tmp_path / "out"), *arguments) == 0
     (generation,) = (tmp_path / "out").iterdir()
