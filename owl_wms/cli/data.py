@@ -41,6 +41,7 @@ def make(
     vae_checkpoint: Annotated[Path, typer.Option(help="Its weights.", show_default="the demo's")] = (
         _DEMO_VAE / "demo_vae.safetensors"
     ),
+    resume: Annotated[bool, typer.Option("--resume", help="Make only the worlds that the table lacks.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
 ) -> None:
     """Render the game, encode it, and store latents, mouse and buttons as an .npy table."""
@@ -65,7 +66,8 @@ def make(
             batch=batch,
             encoder_name=vae_checkpoint.name,
             vae_sha256=file_digest(vae_checkpoint) if vae_checkpoint.is_file() else None,
-            progress=lambda done, total: bar.update(task, completed=done),
+            resume=resume,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     typer.echo(f"{path}: {rows} episodes of {frames} frames at {fps} a second")
 

@@ -41,6 +41,7 @@ def make_game_latents(
     size: tuple[int, int] = FRAME_SIZE,
     encoder_name: str = "",
     vae_sha256: str | None = None,
+    resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Append episodes of play by `RestlessPlayer` to a table with columns depth_latent, mouse, buttons, seed, fps.
@@ -59,6 +60,7 @@ def make_game_latents(
         size: height and width of rendered frames.
         encoder_name: for messages, beside the digest of its weights.
         vae_sha256: of the autoencoder's file of weights, kept with the table's facts.
+        resume: make only those of the worlds that the table lacks, after a run that was stopped.
         progress: called with (frames done, frames in all).
 
     Returns:
@@ -75,6 +77,10 @@ def make_game_latents(
     if FRAMES_PER_SECOND % fps:
         raise ConfigError(f"fps must divide {FRAMES_PER_SECOND}, got {fps}", key="fps")
     writer = NpyTableWriter(path, (LATENT_COLUMN, "mouse", "buttons"), columns=("seed", "fps"), begin=False)
+    if resume:  # rows are appended in the order of their seeds, so what is there is the beginning
+        wanted = range(first_seed, first_seed + episodes)
+        done_before = sum(row.get("seed") in wanted for row in writer.rows if not row.get("missing"))
+        first_seed, episodes = first_seed + done_before, episodes - done_before
     _require_new_worlds(writer, first_seed, episodes, fps)
     _require_one_encoder(writer, encoder, encoder_name, fps, vae_sha256)
     for start in range(0, episodes, batch):
@@ -107,8 +113,8 @@ def _require_new_worlds(writer: NpyTableWriter, first_seed: int, episodes: int, 
     if taken:
         raise DataError(
             f"{writer.path}: holds {len(taken)} of the worlds {first_seed} to {first_seed + episodes - 1} already, "
-            f"{taken[0]} to {taken[-1]}; first_seed (--seed) {seeds[-1] + 1} is the next that is free, or choose "
-            "another folder",
+            f"{taken[0]} to {taken[-1]}; first_seed (--seed) {seeds[-1] + 1} is the next that is free, --resume makes "
+            "only those that are lacking, or choose another folder",
             path=writer.path,
         )
 
