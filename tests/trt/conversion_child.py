@@ -21,7 +21,7 @@ from owl_wms.trt import plans  # noqa: E402
 from owl_wms.trt.graph.export import export_decoder  # noqa: E402
 from owl_wms.trt.graph.recording import Recording  # noqa: E402
 from owl_wms.trt.graph.shapes import fp32_copy  # noqa: E402
-from owl_wms.trt.library import compiler, importer  # noqa: E402
+from owl_wms.trt.library import compiler, importer, versions  # noqa: E402
 from owl_wms.trt.spec import compile_settings, dtype_of  # noqa: E402
 from tests.trt import decoders  # noqa: E402
 
@@ -72,11 +72,24 @@ def serialized() -> None:
     begin = time.monotonic()
     with cuda_stand_in.engines_as_bytes(), compiler._builder_progress(lambda phase, step, steps: phases.append(phase)):
         engine = importer.submodule("dynamo").convert_exported_program_to_serialized_trt_engine(
-            export_decoder(module, z), arg_inputs=[z], use_explicit_typing=True, immutable_weights=True
+            export_decoder(module, z),
+            arg_inputs=[z],
+            **versions.accepted({"use_explicit_typing": True, "immutable_weights": True}),
         )
     say(
         name="serialized", engine_bytes=len(bytes(engine)), seconds=time.monotonic() - begin, phases=sorted(set(phases))
     )
+
+
+def runtime_cache() -> None:
+    """Where an engine made inside and outside a compilation would look for kernels, if this release does that."""
+    release = versions.of_torch()
+    if release is None or not release.runtime_cache:
+        return
+    settings = importer.submodule("runtime._runtime_config").RuntimeSettings
+    with compiler.without_shared_kernels():
+        inside = settings().runtime_cache
+    say(name="runtime_cache", inside=inside, outside=settings().runtime_cache)
 
 
 if __name__ == "__main__":
@@ -87,3 +100,4 @@ if __name__ == "__main__":
     partition("sana", "tensorrt", "bf16", kept=("up_blocks.1.0.conv_out.conv_depth",), min_block=1)
     partition_of_a_step()
     serialized()
+    runtime_cache()

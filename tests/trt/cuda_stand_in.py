@@ -55,6 +55,9 @@ class _EngineBytes:
     def serialize(self) -> Any:
         return self.data
 
+    def get_aliased_input_tensor(self, _output: str) -> None:
+        """No output shares memory with an input (asked from 2.14 on)."""
+
 
 @contextlib.contextmanager
 def engines_as_bytes() -> Iterator[None]:

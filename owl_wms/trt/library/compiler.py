@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt.library import importer
+from owl_wms.trt.library import importer, versions
 
 Progress = Callable[[str, int, int], None]
 """`(phase, step, steps)` as TensorRT's builder reports them."""
@@ -90,6 +90,25 @@ def leave_in_pytorch(kept: Collection[str]) -> Iterator[None]:
         registry.update(saved)
 
 
+@contextlib.contextmanager
+def without_shared_kernels() -> Iterator[None]:
+    """Inside the block, engines take no kernels from the file that all processes of a user share and write to.
+
+    Its path in the temporary folder is known beforehand, so somebody else could have put it there; and a build would
+    check kernels that the program does not carry.
+    """
+    release = versions.of_torch()
+    if release is None or not release.runtime_cache:
+        yield
+        return
+    settings = importer.submodule("runtime._runtime_config")
+    before, settings.RUNTIME_CACHE_PATH = settings.RUNTIME_CACHE_PATH, ""
+    try:
+        yield
+    finally:
+        settings.RUNTIME_CACHE_PATH = before
+
+
 def compile_exported(
     exported: ExportedProgram,
     z: Tensor,
@@ -117,6 +136,7 @@ def compile_exported(
     with (
         tempfile.TemporaryDirectory(prefix="owl_trt_") as private,
         leave_in_pytorch(kept),
+        without_shared_kernels(),
         _builder_progress(progress),
         counted.watch(),
         torch.no_grad(),

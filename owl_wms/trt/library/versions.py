@@ -39,6 +39,8 @@ class Release:
         not_settings: keywords of `torch_tensorrt.compile` that it no longer takes.
         torch_libraries: files of torch's `lib` folder to load before Torch-TensorRT's library, when that library is
             loaded without the Python package.
+        runtime_cache: whether modules with engines keep kernels that TensorRT for RTX compiled at run time in a file of
+            the temporary folder, unless told otherwise.
         extra: the extra of pyproject.toml that installs the set with TensorRT for RTX.
     """
 
@@ -47,6 +49,7 @@ class Release:
     abi: str
     not_settings: frozenset[str] = frozenset()
     torch_libraries: tuple[str, ...] = ()
+    runtime_cache: bool = False
     extra: str
 
     def packages(self, flavour: str = "rtx") -> tuple[str, ...]:
@@ -65,13 +68,21 @@ RELEASES = {
     release.number: release
     for release in (
         Release(number="2.11", tensorrt={"rtx": "1.4.0.76", "standard": "10.15.*"}, abi="8", extra="rtx"),
-        Release(number="2.13", tensorrt={"rtx": "1.5.0.114"}, abi="9", not_settings=_EXPLICIT, extra="rtx213"),
+        Release(
+            number="2.13",
+            tensorrt={"rtx": "1.5.0.114"},
+            abi="9",
+            not_settings=_EXPLICIT,
+            runtime_cache=True,
+            extra="rtx213",
+        ),
         Release(
             number="2.14",
             tensorrt={"rtx": "1.6.1.120"},
             abi="10",
             not_settings=_EXPLICIT,
             torch_libraries=("libtorch_nvshmem.so",),
+            runtime_cache=True,
             extra="rtx214",
         ),
     )

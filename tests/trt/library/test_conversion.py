@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from owl_wms.trt.library import importer
+from owl_wms.trt.library import importer, versions
 from tests.trt import decoders
 
+FEWER_THAN = {"2.14": 29}  # its tracker reports 30 operators for the smallest decoder, with nothing left in PyTorch
 ROOT = Path(__file__).parents[3]
 
 
@@ -43,7 +44,7 @@ def test_torch_tensorrt_imports(answers: list[dict]) -> None:
 def test_every_family_is_one_engine(answers: list[dict], family: str) -> None:
     found = find(answers, name=family, plan="tensorrt", precision="fp16", kept=[])
     assert found["engines"] == 1
-    assert found["engine_operators"] > 40
+    assert found["engine_operators"] > FEWER_THAN.get(versions.number(torch.__version__), 40)
     assert found["left"] == []
 
 
@@ -69,3 +70,12 @@ def test_a_step_and_its_state_are_one_engine(answers: list[dict]) -> None:
     assert found["engines"] == 1
     assert found["engine_operators"] > 60
     assert found["left"] == []
+
+
+def test_no_kernels_of_a_shared_file_come_into_a_build(answers: list[dict]) -> None:
+    release = versions.of_torch()
+    if release is None or not release.runtime_cache:
+        pytest.skip("this release keeps no kernels in a file")
+    found = find(answers, name="runtime_cache")
+    assert found["inside"] == ""
+    assert found["outside"] != ""
