@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-gpu faults lint docs bench play world clean
+FOLDER := build/versions
+
+.PHONY: help setup demo test test-gpu test-versions faults lint docs bench play world clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -29,6 +31,9 @@ test: $(STAMP) ## everything that needs no GPU
 
 test-gpu: $(STAMP) ## the tests that need one
 	$(BIN)/python -m pytest -q -m gpu
+
+test-versions: $(STAMP) ## every supported version set in a fresh environment; SETS="2.14 2.15" for some, FOLDER for where
+	$(BIN)/python -m tests.versions.run $(FOLDER) $(SETS)
 
 faults: $(STAMP) ## the fault suite at full counts; writes docs/faults.md
 	$(BIN)/python -m pytest -q tests/faults --full-counts

@@ -31,7 +31,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON ob
         typer.echo(json.dumps(facts, indent=2))
     else:
         table = Table(title="owl-wms doctor", show_header=False)
-        for section in ("tensorrt", "machine", "cache", "settings"):
+        for section in ("tensorrt", "gpu", "machine", "cache", "settings"):
             for key, value in facts[section].items():
                 table.add_row(Text(f"{section}.{key}", style="bold"), Text(str(value)))
             table.add_section()
@@ -42,11 +42,14 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON ob
 
 
 def diagnose() -> dict[str, Any]:
-    """Everything the command prints, JSON-ready: `tensorrt`, `machine`, `cache`, `settings`, `usable`, `verdict`."""
+    """Everything the command prints, JSON-ready: `tensorrt`, `gpu`, `machine`, `cache`, `settings`, `usable`,
+    `verdict`.
+    """
     import torch
 
     from owl_wms import trt
     from owl_wms.cache import CacheStore
+    from owl_wms.cli._support import capability_of, our_kernels, support
 
     status = trt.status()
     machine = env.describe_machine()
@@ -65,17 +68,23 @@ def diagnose() -> dict[str, Any]:
     if "cache_dir" in refused:
         cache = {"entries": "-", "cache_bytes": "-", "refused": refused["cache_dir"]}
     cuda = torch.cuda.is_available()
-    usable = cuda and status.available and settings.enabled and not refused
+    capability = capability_of(machine["compute_capability"]) if cuda else None
+    usable = cuda and (status.available or our_kernels(capability)) and settings.enabled and not refused
+    last = "PyTorch" if settings.fallback_on_error else f"an error ({_FALLBACK}=error)"
     if refused:
         verdict = f"Nothing would decode: {'; '.join(refused.values())}"
     elif not settings.enabled:
         verdict = "PyTorch would decode: TENSORRT_ENABLED switches the compiled path off."
     elif not cuda:
         verdict = _without_tensorrt(settings, "no CUDA device", "run on a machine with an NVIDIA GPU and driver")
+    elif not status.available and our_kernels(capability):
+        verdict = (
+            f"Our kernels would decode without TensorRT, where the decoder has a fused form, else {last}: "
+            f"{status.reason}. Remedy: {status.remedy}."
+        )
     elif not status.available:
         verdict = _without_tensorrt(settings, status.reason, status.remedy)
     else:
-        last = "PyTorch" if settings.fallback_on_error else f"an error ({_FALLBACK}=error)"
         programs = "cached program, else built once and kept"
         if cache["refused"]:
             programs = f"built anew in every process, since {cache['refused']}"
@@ -88,6 +97,7 @@ def diagnose() -> dict[str, Any]:
             "reason": status.reason or "-",
             "remedy": status.remedy or "-",
         },
+        "gpu": support(capability, status.available, settings.precision),
         "machine": machine,
         "cache": {
             "directory": "-" if "cache_dir" in refused else str(directory),
