@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "report": ("owl_wms.cli.report", "report", "Write one HTML page about a training run."),
     "data": ("owl_wms.cli.data", "app", "Make and inspect data sets of latents."),
     "trt": ("owl_wms.cli.trt", "app", "Build, list, show, verify, prune and time compiled decoders."),
+    "bench": ("owl_wms.cli.bench", "bench", "Time the demo decoder here; prints one JSON object for an issue."),
     "doctor": ("owl_wms.cli.doctor", "doctor", "Say what would decode on this machine, and why."),
 }
 

@@ -96,11 +96,8 @@ def bench(
     cpu: bool = typer.Option(False, "--cpu", help="Time PyTorch on the CPU where there is no GPU; it takes minutes."),
 ) -> None:
     """Time eager PyTorch, torch.compile and the program in one run, each with its error against fp32."""
-    import torch
-
+    from owl_wms.cli.bench import measured
     from owl_wms.runtime import VideoDecode
-    from owl_wms.timing import measure_inference_time
-    from owl_wms.trt.check.parity import reference_arithmetic
     from owl_wms.utils.owl_vae_bridge import get_decoder_only
 
     settings = _settings(precision, plan, calibration, cache_dir)
@@ -108,28 +105,20 @@ def bench(
     shape = _latent_shape(latent, vae_config)
     decoder = get_decoder_only(vae_id, vae_config, checkpoint)
     decode = VideoDecode(decoder, batch_size=batch_size, settings=settings)
-    tensor = next(decoder.parameters())
-    z = torch.randn(1, batch_size, *shape, generator=torch.Generator().manual_seed(0)).to(tensor.device, tensor.dtype)
-    plain = VideoDecode(decoder, batch_size=batch_size, settings=TensorRTConfig(enabled=False))
-    ways: dict[str, Any] = {"eager": plain}
-    if compiled:
-        inductor = torch.compile(decoder, dynamic=False)
-        ways["torch.compile"] = lambda x: inductor(x[0])[None]
-    ways[f"owl_wms ({decode.prepare(shape).backend})"] = decode
-    if tensor.device.type == "cpu" and not cpu:
+    decode.prepare(shape)  # what cannot be had is said first
+    device = next(decoder.parameters()).device
+    if device.type == "cpu" and not cpu:
         raise ConfigError("no CUDA device, so there is no program to time; --cpu times PyTorch alone", key="cpu")
-    truth = get_decoder_only(vae_id, vae_config, checkpoint, device=tensor.device, dtype=torch.float32)
-    with torch.no_grad(), reference_arithmetic():  # a frame at a time, which bounds the memory of fp32
-        exact = torch.cat([truth(frame[None]) for frame in z[0].float()])[None].double()
-    del truth
-    table = Table(title=f"batch {batch_size}, latent {list(shape)}, {tensor.device}")
+    files = (vae_id, vae_config, checkpoint)
+    rows = measured(decode, decoder, shape, files, compiled=compiled, iterations=iterations)
+    table = Table(title=f"batch {decode.batch_size}, latent {list(shape)}, {device}")
     for heading in ("what", "ms a batch", "frames/s", "relative L2 error to fp32"):
         table.add_column(heading)
-    for name, way in ways.items():
-        ms = measure_inference_time(way, z, iterations=iterations)
-        with torch.no_grad():
-            error = float((way(z).double() - exact).norm() / exact.norm())
-        table.add_row(name, f"{ms:.3f}", f"{batch_size / ms * 1e3:.1f}", f"{error:.2e}")
+    for row in rows:
+        if "failed" in row:
+            table.add_row(row["way"], Text(row["failed"]))
+            continue
+        table.add_row(row["way"], f"{row['ms']:.3f}", f"{row['frames_per_second']:.1f}", f"{row['relative_error']:.2e}")
     console = Console()
     console.print(table)
     console.print(Text(decode.stats().reason), soft_wrap=True)

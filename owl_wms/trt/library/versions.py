@@ -144,7 +144,7 @@ def refusal() -> tuple[str, str] | None:
 
 
 def remedy(flavour: str = "rtx") -> str:
-    """How to install the supported set that is nearest to the installed torch."""
+    """Returns how to install the supported set that is nearest to the installed torch."""
     release = nearest(torch.__version__)
     command = " ".join(f"'{package}'" for package in release.packages(flavour))
     if of_torch() is None:

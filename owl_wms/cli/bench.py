@@ -1,0 +1,127 @@
+"""`owl-wms bench`: one decoder timed on this machine, as one JSON object to paste into an issue.
+
+Why JSON alone: `benchmarks/results/community.md` is made of such objects, and a table cannot be compared by a program.
+
+Usage: owl-wms bench > result.json
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from owl_wms import __version__, env
+from owl_wms.configs.paths import EXAMPLES
+
+if TYPE_CHECKING:
+    import torch
+
+_EXAMPLE = EXAMPLES / "demo"
+SCHEMA = 1
+
+
+def bench(
+    batch_size: int = typer.Option(8, min=1, help="Frames per batch."),
+    precision: str | None = typer.Option(None, help="auto, fp16, bf16, fp32, fp8 or int8."),
+    iterations: int = typer.Option(20, min=1, help="Timed runs of each way; the median is printed."),
+    compiled: bool = typer.Option(True, help="Also time torch.compile."),
+    device: str | None = typer.Option(None, help="cpu, cuda or cuda:N; the GPU if there is one."),
+) -> None:
+    """Time the shipped demo decoder on this machine and print one JSON object for an issue."""
+    from owl_wms.cli import _shared as shared
+    from owl_wms.cli._support import capability_of, support
+    from owl_wms.runtime import VideoDecode
+    from owl_wms.settings import TensorRTConfig
+    from owl_wms.trt import run_status
+    from owl_wms.utils.owl_vae_bridge import get_decoder_only
+
+    where = shared.choose_device(device)
+    settings = TensorRTConfig.resolve(precision=precision)
+    files = (None, _EXAMPLE / "demo_vae.yml", _EXAMPLE / "demo_vae.safetensors")
+    decoder = get_decoder_only(*files, device=where, dtype=shared.choose_dtype(None, where))
+    decode = VideoDecode(decoder, batch_size=batch_size, settings=settings)
+    shape = (128, 8, 8)
+    rows = measured(decode, decoder, shape, files, compiled=compiled, iterations=iterations)
+    machine = env.describe_machine(where.index or 0 if where.type == "cuda" else None)
+    capability = capability_of(machine["compute_capability"]) if where.type == "cuda" else None
+    stats = decode.stats()
+    result = {
+        "schema": SCHEMA,
+        "owl_wms": __version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": where.type,
+        "machine": machine,
+        "gpu": support(capability, run_status().available, settings.precision),
+        "decoder": "demo",
+        "batch_size": batch_size,
+        "latent": list(shape),
+        "iterations": iterations,
+        "rows": rows,
+        "decoded_by": stats.reason,
+        "programs": [{key: found[key] for key in ("plan", "precision") if key in found} for found in stats.programs],
+    }
+    typer.echo(json.dumps(result))
+
+
+def measured(
+    decode: Any,
+    decoder: torch.nn.Module,
+    shape: tuple[int, int, int],
+    files: tuple[str | None, Path | None, str | Path | None],
+    *,
+    compiled: bool,
+    iterations: int,
+) -> list[dict[str, Any]]:
+    """Time eager PyTorch, torch.compile and `decode` on the same latents.
+
+    Args:
+        decode: a `VideoDecode` of `decoder`.
+        decoder: with its weights on the device that is timed.
+        shape: `c, h, w` of one latent.
+        files: id, configuration and checkpoint, for the fp32 decoder that the errors are measured against.
+        compiled: whether torch.compile is timed.
+        iterations: timed runs of each.
+
+    Returns:
+        One dict per way: `way`, `ms` (median of a batch), `frames_per_second`, `relative_error` (L2, against fp32). If
+        torch.compile fails, its dict has `way` and `failed`, the reason.
+    """
+    import torch
+
+    from owl_wms.runtime import VideoDecode
+    from owl_wms.settings import TensorRTConfig
+    from owl_wms.timing import measure_inference_time
+    from owl_wms.trt.check.parity import reference_arithmetic
+    from owl_wms.utils.owl_vae_bridge import get_decoder_only
+
+    tensor = next(decoder.parameters())
+    count = decode.batch_size
+    z = torch.randn(1, count, *shape, generator=torch.Generator().manual_seed(0)).to(tensor.device, tensor.dtype)
+    ways: dict[str, Any] = {"eager": VideoDecode(decoder, batch_size=count, settings=TensorRTConfig(enabled=False))}
+    if compiled:
+        inductor = torch.compile(decoder, dynamic=False)
+        ways["torch.compile"] = lambda x: inductor(x[0])[None]
+    ways[f"owl_wms ({decode.prepare(shape).backend})"] = decode
+    truth = get_decoder_only(*files, device=tensor.device, dtype=torch.float32)
+    with torch.no_grad(), reference_arithmetic():  # a frame at a time, which bounds the memory of fp32
+        exact = torch.cat([truth(frame[None]) for frame in z[0].float()])[None].double()
+    del truth
+    rows = []
+    for name, way in ways.items():
+        try:
+            ms = measure_inference_time(way, z, iterations=iterations)
+            with torch.no_grad():
+                error = float((way(z).double() - exact).norm() / exact.norm())
+        except Exception as failure:
+            if name != "torch.compile":
+                raise
+            # It needs a C++ compiler, among others, and the other ways do not.
+            first = next(iter(str(failure).splitlines()), "")
+            rows.append({"way": name, "failed": f"{type(failure).__name__}: {first}"})
+            continue
+        rows.append({"way": name, "ms": ms, "frames_per_second": count / ms * 1e3, "relative_error": error})
+    return rows
