@@ -20,7 +20,7 @@ from typing import Any
 
 import fsspec
 
-_PIECE = 4 << 20
+_PIECE = 256 << 10
 
 
 class Store:

@@ -205,8 +205,7 @@ class BlockWorker:
     def _fetched(self, item: Item) -> Path:
         if "://" not in item.url:
             return Path(item.url)
-        digest = item.key(self._job.generation)
-        path = self._staging / digest / f"input{Path(item.name).suffix.lower()}"
+        path = self._staging / f"{item.key(self._job.generation)}-input{Path(item.name).suffix.lower()}"
         path.parent.mkdir(parents=True, exist_ok=True)
         fs, remote = fsspec.core.url_to_fs(item.url)
         fs.get_file(remote, str(path))
@@ -220,7 +219,7 @@ class BlockWorker:
             name = f"{name}.{self._job.form}"
             if any(len(os.fsencode(part)) > NAME_BYTES or part in ("", ".", "..") for part in name.split("/")):
                 raise ValueError(f"{name!r} is no name for an output")
-            path = self._staging / key / f"{number}.{self._job.form}"
+            path = self._staging / f"{key}-{number}.{self._job.form}"
             path.parent.mkdir(parents=True, exist_ok=True)
             pieces = self._clips.stream(source)
             if self._job.encodes:
@@ -252,17 +251,22 @@ class BlockWorker:
             for path, name, _ in written:
                 self._store.place(path, name)
             part.add("done", key, **facts)
-        shutil.rmtree(self._staging / key, ignore_errors=True)
+        if "://" in item.url:
+            self._remove_staged(key)
         return _outcome(block, {"event": "done", "key": key, **facts})
 
     def _failed(self, block: str, part: Part, item: Item, key: str, error: Exception) -> Outcome:
-        shutil.rmtree(self._staging / key, ignore_errors=True)
+        self._remove_staged(key)
         reason = one_line(str(error) or type(error).__name__)
         reason = reason if isinstance(error, OwlError) else f"{type(error).__name__}: {reason}"
         remedy = "mend or remove the file, then run the same command again"
         with self._storing():
             part.add("failed", key, item=item.url, reason=reason, remedy=remedy)
         return Outcome(block, key, item.url, "failed", reason=reason)
+
+    def _remove_staged(self, key: str) -> None:
+        for path in self._staging.glob(f"{key}-*"):
+            path.unlink(missing_ok=True)
 
     def _end(self, block: str, part: Part, futures: list[Future[Outcome]]) -> Outcome:
         for future in futures:  # all were submitted before this, so none waits for the thread that this one holds
