@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,18 @@ class Store:
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a small file whole."""
-        staged = self.staging(f"small-{os.getpid()}") / hashlib.sha256(name.encode()).hexdigest()[:16]
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(data)
-        sync(staged)
-        self.place(staged, name)
-        shutil.rmtree(staged.parent, ignore_errors=True)
+        if not self.is_local:
+            self.fs.pipe_file(self.path(name), data)
+            return
+        folder = self.staging(f"small-{uuid.uuid4().hex}")  # of this call alone: threads write at the same time
+        folder.mkdir(parents=True)
+        try:
+            staged = folder / "file"
+            staged.write_bytes(data)
+            sync(staged)
+            self.place(staged, name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, name: str) -> bytes | None:
         """Returns a file's bytes, or None where there is none."""
