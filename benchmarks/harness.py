@@ -135,6 +135,15 @@ def machine_line(machine: dict[str, Any], ceilings: Ceilings | None) -> str:
     return " · ".join(parts + [f"commit {commit()}"])
 
 
+def origin(result: dict[str, Any]) -> str:
+    """The line of a stored document that says what its numbers were measured on."""
+    parts = [f"{key} {value}" for key, value in result["machine"].items()]
+    if result.get("ceilings"):
+        parts.append(f"matmul {result['ceilings']['matmul_tflops']:.0f} TFLOP/s")
+        parts.append(f"copy {result['ceilings']['copy_tbps']:.2f} TB/s")
+    return " · ".join([*parts, f"commit {result.get('commit', 'unknown')}"])
+
+
 def document(theme: str, ceilings: Ceilings | None, rows: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
     """The JSON document of one benchmark: theme, machine, commit, ceilings and rows."""
     return {

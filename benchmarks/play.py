@@ -344,16 +344,23 @@ def _pair(row: dict[str, Any], prefix: str) -> str:
     return " / ".join(f"{row[name]:.0f}" for name in names) if names[0] in row else ""
 
 
-def show(rows: list[dict[str, Any]], out: Path | None) -> None:
+def markdown(result: dict[str, Any]) -> str:
+    """The document as Markdown."""
+    lines = [[title for title, _ in COLUMNS], ["---"] * len(COLUMNS)]
+    lines += [[cell(row) for _, cell in COLUMNS] for row in result["rows"]]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"# Play\n\n{harness.origin(result)}\n\n{table}"
+
+
+def show(result: dict[str, Any], out: Path | None) -> None:
     """Prints the table, and writes it beside the JSON as Markdown."""
     table = Table(*[title for title, _ in COLUMNS])
-    for row in rows:
+    for row in result["rows"]:
         table.add_row(*[cell(row) for _, cell in COLUMNS])
     harness.console.print(table)
     if out is not None:
-        lines = [[title for title, _ in COLUMNS], ["---"] * len(COLUMNS), *[[c(r) for _, c in COLUMNS] for r in rows]]
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
+        out.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
 
 
 def main() -> None:
@@ -374,8 +381,9 @@ def main() -> None:
         if not left_out:
             more, failed = measure(args)
             rows, failures = rows + more, failures + failed
-    show(rows, args.out)
-    harness.finish(harness.document("play", None, rows, failures=failures), args.out)
+    result = harness.document("play", None, rows, failures=failures)
+    show(result, args.out)
+    harness.finish(result, args.out)
     for failure in failures:
         print(f"wrong: {failure}", file=sys.stderr)
     sys.exit(1 if failures else 0)

@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ROOT / "benchmarks" / "results" / "decoder_h200_202611.json"  # what README's table is made of
 BEGIN, END = "<!-- decoder table: begin (python -m benchmarks.report) -->", "<!-- decoder table: end -->"
+USER_MARKERS = ("<!-- user table: begin (python -m benchmarks.report) -->", "<!-- user table: end -->")
 COLUMNS = (
     ("ms", "median_ms", "{:.2f}"),
     ("p20–p80", None, ""),
@@ -179,12 +180,62 @@ def readme_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, table: str) -> str:
-    """`readme` with the part between the two markers replaced. Raises ValueError when a marker is missing."""
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"README.md must hold the lines {BEGIN!r} and {END!r}")
-    head, tail = readme.split(BEGIN)[0], readme.split(END)[1]
-    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+def user_table(results: Path = SHOWN.parent) -> str:
+    """README's table of what a user runs, out of the stored results of the road, of play and of diffusers' decoder."""
+
+    def stored(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((results / f"{name}_h200_202611.json").read_text(encoding="utf-8"))
+        return found
+
+    road = stored("road")["parts"]
+    eager, captured = ({row["way"]: row for row in stored("play")["rows"]}[way] for way in ("eager", "captured"))
+    sana = {row["candidate"]: row for row in stored("sana_f32c32")["rows"]}
+    rows = [
+        (
+            "`owl-wms decode` to `.npy`, distilled decoder",
+            f"{road['npy dist']['frames_per_second']:,.0f} frames/s",
+            f"the decode function alone: {road['rate dist']['frames_per_second']['function, bf16']:,.0f}",
+        ),
+        (
+            "`owl-wms decode` to `.mp4`",
+            f"{road['mp4 dist']['frames_per_second']:.0f} frames/s",
+            f"x264 fed from memory: {road['x264 dist']['frames_per_second']:.0f}",
+        ),
+    ]
+    for name in ("dist", "base"):
+        ms = road[f"training {name}"]["ms"]
+        rows.append(
+            (
+                f'in trainers, `torch.compile(backend="tensorrt")`, {name}',
+                f"{ms['compile_for_training']:.2f} ms",
+                f"`torch.compile`: {ms['torch.compile']:.1f} ms, eager: {ms['eager']:.1f} ms",
+            )
+        )
+    ours = sana["ours"]
+    rows += [
+        (
+            "diffusers' Sana decoder (f32c32), one picture of 1024x1024",
+            f"{ours['median_ms']:.1f} ms",
+            f"`torch.compile`: {sana['torch.compile channels_last']['median_ms']:.1f} ms, "
+            f"eager: {sana['eager']['median_ms']:.1f} ms",
+        ),
+        (
+            "`owl-wms play`, the shipped world model, in the page",
+            f"{captured['page_fps']:.0f} frames/s, {captured['key_ms_p50']:.0f} ms from key to picture",
+            f"PyTorch, kernel by kernel: {eager['page_fps']:.0f} frames/s, {eager['key_ms_p50']:.0f} ms",
+        ),
+    ]
+    lines = ["| what you run | owl_wms | beside it |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {what} | **{found}** | {beside} |" for what, found, beside in rows)])
+
+
+def with_table(readme: str, table: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
+    """`readme` with the part between two markers replaced. Raises ValueError when a marker is missing."""
+    begin, end = markers
+    if begin not in readme or end not in readme:
+        raise ValueError(f"README.md must hold the lines {begin!r} and {end!r}")
+    head, tail = readme.split(begin)[0], readme.split(end)[1]
+    return f"{head}{begin}\n{table}\n{end}{tail}"
 
 
 def main() -> None:
@@ -200,7 +251,8 @@ def main() -> None:
     wanted = {args.result.with_suffix(".md"): report(result)}
     if args.result.resolve() == SHOWN:
         readme = ROOT / "README.md"
-        wanted[readme] = with_table(readme.read_text(encoding="utf-8"), readme_table(result))
+        text = with_table(readme.read_text(encoding="utf-8"), readme_table(result))
+        wanted[readme] = with_table(text, user_table(), USER_MARKERS)
     for path, text in wanted.items():
         if args.check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
             parser.error(

@@ -20,7 +20,7 @@ def page(result: dict[str, Any], names: list[str]) -> str:
     """Markdown."""
     parts = result["parts"]
     lines = ["# From latents to files, in trainers, from a cold start", ""]
-    lines += [f"{harness.machine_line(result['machine'], None)} · {result['cores']} cores", ""]
+    lines += [f"{harness.origin(result)} · {result['cores']} cores", ""]
     lines += ["| what | found | wanted | met |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in table(parts, names)]
     starts = {

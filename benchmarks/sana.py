@@ -25,6 +25,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks import harness
 from benchmarks.accuracy import relative_l2
 from benchmarks.baselines import time_limit
 from benchmarks.decoders import SANA_DECODER
@@ -32,7 +33,6 @@ from benchmarks.harness import (
     console,
     document,
     finish,
-    machine_line,
     measure_ceilings,
     measure_interleaved,
     require_gpu,
@@ -40,7 +40,6 @@ from benchmarks.harness import (
 from benchmarks.ops_sana import checks
 from benchmarks.ours import build_ours
 from owl_wms import trt
-from owl_wms.env import describe_machine
 from owl_wms.fused.sana import fuse
 from owl_wms.request import Request
 from owl_wms.trt.check.parity import reference_arithmetic
@@ -290,7 +289,6 @@ def main(arguments: list[str] | None = None) -> int:
         finish(document("sana_isolation", None, [row for row, _ in found]), given.out)
         return 0 if all(fine for _, fine in found) else 1
     ceilings = measure_ceilings(torch.bfloat16)
-    line = machine_line(describe_machine(), ceilings)
     plans = () if given.plan == ["all"] else tuple(given.plan or ["tensorrt+ops"])
     layouts = tuple(layout for layout in given.compile or LAYOUTS if layout != "none")
     rows, fine = [], True
@@ -300,14 +298,18 @@ def main(arguments: list[str] | None = None) -> int:
         fine &= right
         torch._dynamo.reset()
         torch.cuda.empty_cache()
-    text = table(rows)
-    console.print(line)
+    result = document("sana", ceilings, rows)
+    text = markdown(result)
+    console.print(harness.origin(result))
     if given.out is not None:
-        given.out.with_suffix(".md").write_text(
-            f"# AutoencoderDC f32c32 (Sana), bf16, random weights\n\n{line}\n\n{text}", encoding="utf-8"
-        )
-    finish(document("sana", ceilings, rows), given.out)
+        given.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    finish(result, given.out)
     return 0 if fine else 1
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The document as Markdown; its table is printed too."""
+    return f"# AutoencoderDC f32c32 (Sana), bf16, random weights\n\n{harness.origin(result)}\n\n{table(result['rows'])}"
 
 
 if __name__ == "__main__":

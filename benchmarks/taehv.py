@@ -25,12 +25,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks import harness
 from benchmarks.harness import (
     Timing,
     console,
     document,
     finish,
-    machine_line,
     measure_ceilings,
     measure_interleaved,
     require_gpu,
@@ -39,7 +39,6 @@ from benchmarks.ops_taehv import cases
 from benchmarks.taehv_steps import Step, as_program, candidates
 from owl_wms import cudnn
 from owl_wms.configs import TAEHVConfig
-from owl_wms.env import describe_machine
 from owl_wms.fused.convolution import Chosen
 from owl_wms.fused.taehv import fuse
 from owl_wms.state import State, zeros
@@ -276,11 +275,13 @@ def main(arguments: list[str] | None = None) -> int:
     if given.check:
         return 0 if check() else 1
     ceilings = measure_ceilings(torch.float16)
-    rows, fine = [], True
+    rows: list[dict[str, Any]] = []
+    fine = True
     for name in given.form or FORMS:
         measured, right = measure(name, not given.no_tensorrt)
         rows += measured
         fine &= right
+        write(document("taehv", ceilings, rows, long_run=None), given.out)  # a time limit costs the later forms alone
         with contextlib.suppress(Exception):
             torch._dynamo.reset()
         torch.cuda.empty_cache()
@@ -290,15 +291,24 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(
             f"{run['steps']} steps: errors {run['errors'][0]:.2e} to {run['errors'][-1]:.2e}, flat: {run['flat']}"
         )
-    text = table(rows)
-    line = machine_line(describe_machine(), ceilings)
-    console.print(line)
+    result = document("taehv", ceilings, rows, long_run=run)
     if given.out is not None:
-        given.out.with_suffix(".md").write_text(
-            f"# Streaming TAEHV, fp16, one stream\n\n{line}\n\n{text}", encoding="utf-8"
-        )
-    finish(document("taehv", ceilings, rows, long_run=run), given.out)
+        write(result, given.out)
+    finish(result, given.out)
     return 0 if fine else 1
+
+
+def write(result: dict[str, Any], out: Path | None) -> None:
+    """Writes the result so far and its table in Markdown, and prints the table."""
+    text = markdown(result)
+    if out is not None:
+        harness.write(result, out)
+        out.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The document as Markdown; its table is printed too."""
+    return f"# Streaming TAEHV, fp16, one stream\n\n{harness.origin(result)}\n\n{table(result['rows'])}"
 
 
 if __name__ == "__main__":

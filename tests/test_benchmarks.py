@@ -20,17 +20,28 @@ from benchmarks import (
     ops,
     ops8,
     ops_sana,
+    play,
     plot,
     report,
     road,
     road_report,
     sana,
     sana_parts,
+    taehv,
     trt_matrix,
 )
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-RENDERED = {"decoder": report.report, "kernels": kernels.render, "ops": ops.render, "trt_matrix": trt_matrix.render}
+RENDERED = {
+    "decoder": report.report,
+    "kernels": kernels.render,
+    "ops": ops.render,
+    "play": play.markdown,
+    "road": lambda result: road_report.page(result, result["decoders"]),
+    "sana": sana.markdown,
+    "taehv": taehv.markdown,
+    "trt_matrix": trt_matrix.render,
+}
 
 
 def test_a_time_limit_holds_although_the_interrupted_code_wraps_it() -> None:

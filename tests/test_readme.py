@@ -23,6 +23,7 @@ RESULT = report.SHOWN
 def test_table_and_report_are_made_from_the_result() -> None:
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     assert report.with_table(README, report.readme_table(result)) == README
+    assert report.with_table(README, report.user_table(), report.USER_MARKERS) == README
     assert RESULT.with_suffix(".md").read_text(encoding="utf-8") == report.report(result)
 
 
