@@ -85,6 +85,7 @@ def import_(
     vae_config: Annotated[Path | None, typer.Option(help="YAML of the autoencoder that encodes videos.")] = None,
     vae_checkpoint: Annotated[Path | None, typer.Option(help="Weights of that autoencoder.")] = None,
     resize: Annotated[bool, typer.Option(help="Scale frames of another size instead of refusing them.")] = False,
+    no_mouse: Annotated[bool, typer.Option("--no-mouse", help="There is no mouse: store one at rest.")] = False,
     batch: int = typer.Option(8, min=1, help="Frames encoded at once."),
     skip_bad: Annotated[bool, typer.Option(help="Leave out clips that cannot be used, each with one line.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
@@ -113,6 +114,7 @@ def import_(
             out,
             fps=fps,
             encoder=encoder,
+            no_mouse=no_mouse,
             skip_bad=left_out if skip_bad else None,
             progress=lambda counts, name: status.update(f"{counts.added} clips, {counts.frames} frames: {name}"),
         )

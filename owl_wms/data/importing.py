@@ -63,6 +63,7 @@ def import_clips(
     *,
     fps: float | None = None,
     encoder: FrameEncoder | None = None,
+    no_mouse: bool = False,
     skip_bad: Callable[[DataError], None] | None = None,
     progress: Callable[[Imported, str], None] | None = None,
 ) -> Imported:
@@ -73,6 +74,7 @@ def import_clips(
         table: the folder; created when absent.
         fps: frames per second of the clips, for files that do not say.
         encoder: for videos.
+        no_mouse: store a mouse at rest with clips that have none, which training needs.
         skip_bad: called with the error of a clip that cannot be used, which is then left out; None raises it.
         progress: called after every clip with the counts so far and its name.
 
@@ -85,7 +87,7 @@ def import_clips(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / ".import.lock", timeout=0):
-            _import(source, folder, fps, encoder, skip_bad, progress, done)
+            _import(source, folder, fps, encoder, no_mouse, skip_bad, progress, done)
     except filelock.Timeout as error:
         raise DataError(f"{folder}: another import is writing to this table", path=folder) from error
     except OSError as error:
@@ -98,6 +100,7 @@ def _import(
     folder: Path,
     fps: float | None,
     encoder: FrameEncoder | None,
+    no_mouse: bool,
     skip_bad: Callable[[DataError], None] | None,
     progress: Callable[[Imported, str], None] | None,
     done: Imported,
@@ -119,7 +122,7 @@ def _import(
             continue
         try:
             rate = _rate(clip, fps, told)
-            arrays = _checked(clip, encoder, shapes, source)
+            arrays = _checked(clip, encoder, no_mouse, shapes, source)
         except DataError as error:
             if skip_bad is None:
                 raise
@@ -169,7 +172,7 @@ def _rate_of_video(path: Path) -> float | None:
 
 
 def _checked(
-    clip: Clip, encoder: FrameEncoder | None, shapes: dict[str, tuple[int, ...]], source: str
+    clip: Clip, encoder: FrameEncoder | None, no_mouse: bool, shapes: dict[str, tuple[int, ...]], source: str
 ) -> dict[str, np.ndarray]:
     arrays = dict(clip.arrays)
     if clip.video is not None:
@@ -186,6 +189,8 @@ def _checked(
         raise fail(f"has no latents; found {', '.join(arrays) or 'nothing'}")
     if latents.ndim != 4 or latents.dtype.kind != "f":
         raise fail(f"latents must be floating point [n, c, h, w], got {latents.dtype} {list(latents.shape)}")
+    if no_mouse:
+        arrays.setdefault("mouse", np.zeros((len(latents), 2), np.float32))
     if clip.facts.vae_scale is not None and clip.video is None:
         # A table holds latents as the decoder takes them, whatever its sources were divided by.
         arrays[LATENT_COLUMN] = latents = (latents * np.float64(clip.facts.vae_scale)).astype(latents.dtype)

@@ -245,7 +245,8 @@ def _of_rows(path: Path, name: str) -> Iterator[Clip]:
 def _controls_beside(video: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Read the controls of a video, and its buttons' names: array files of its base name, or a table with a header.
 
-    The table's columns are mouse_x and mouse_y, then one for each button, 0 or 1; its rows are the frames.
+    The table's columns are mouse_x and mouse_y, if there is a mouse, then one for each button, 0 or 1; its rows are the
+    frames.
     """
     found: dict[str, np.ndarray] = {}
     for name in _OTHER_NAMES:
@@ -259,9 +260,19 @@ def _controls_beside(video: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...
     try:
         rows = list(csv.reader(io.StringIO(read_regular(table, _MAX_CSV).decode("utf-8-sig"))))
         head, values = [name.strip() for name in rows[0]], np.array(rows[1:], dtype=np.float32)
+        if not any(name.startswith("mouse") or _is_number(name) for name in head):
+            return {**found, "buttons": values}, tuple(head)
         if head[:2] != ["mouse_x", "mouse_y"]:
             raise ValueError(f"its columns must begin with mouse_x and mouse_y, got {', '.join(head[:4])}")
         return {**found, "mouse": values[:, :2], "buttons": values[:, 2:]}, tuple(head[2:])
     except (OSError, ValueError, LookupError, csv.Error) as error:
         reason = one_line(getattr(error, "strerror", None) or error)
         raise DataError(f"{table}: cannot be read as controls: {reason}", path=table) from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

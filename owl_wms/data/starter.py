@@ -96,7 +96,8 @@ class Start:
         absent = [name for name in (LATENT_COLUMN, "mouse", "buttons") if name not in table.columns]
         if absent:
             text = f"has no column {' and no column '.join(absent)}, which training needs"
-            remedy = "import clips that bring them (mouse [n, 2] and buttons [n, k]; zeros where there are none)"
+            remedy = "bring mouse [n, 2] and buttons [n, k] with every clip and import into another folder"
+            remedy += ", with --no-mouse if there is no mouse"
             raise DataError(f"{path}: {text}: {remedy}", path=path)
         if not table.rows:
             raise DataError(f"{path}: holds no clips", path=path)
@@ -189,7 +190,7 @@ class Start:
     def _vae(self) -> str:
         if self.vae_config is None or self.vae_checkpoint is None:
             said = "the autoencoder that decodes clips; without it there are none"
-            return f"  # vae_cfg_path: vae.yml     # {said}\n  # vae_ckpt_path: vae.pt"
+            return f"  # vae_cfg_path: vae.yml  # {said}\n  # vae_ckpt_path: vae.pt"
         config, weights = self.vae_config.resolve(), self.vae_checkpoint.resolve()
         return f"  vae_cfg_path: {_text(config)}\n  vae_ckpt_path: {_text(weights)}"
 
@@ -280,9 +281,9 @@ _TEMPLATE = """\
 # `owl-wms train` of this file works as it is; --set section.key=value tries another value without an edit.
 model:
   model_id: game_rft
-  sample_size: {size}             # height and width of one latent, or the side of a square one
-  tokens_per_frame: {tokens}        # height * width
-  channels: {channels}                # of one latent
+  sample_size: {size}  # height and width of one latent, or the side of a square one
+  tokens_per_frame: {tokens}  # height * width
+  channels: {channels}  # of one latent
   n_buttons: {n_buttons}
   # About four million parameters: good enough to see whether the data can be learnt. For more, raise n_layers and
   # d_model; d_model / n_heads has to stay a multiple of 16.
@@ -290,14 +291,14 @@ model:
   n_heads: 6
   d_model: 192
   control_hidden: 256
-  n_frames: 96                # longest sequence of frames in training
-  causal: true                # needed to play
+  n_frames: 96  # longest sequence of frames in training
+  causal: true  # needed to play
   uncond: false
-  cfg_prob: 0.1               # share of clips that learn without controls, for guidance
+  cfg_prob: 0.1  # share of clips that learn without controls, for guidance
   backbone: dit
   has_audio: false
   rope_impl: motion
-  local_window: {local}             # frames that most layers see; every local_idx-th sees all
+  local_window: {local}  # frames that most layers see; every local_idx-th sees all
   global_window: null
   local_idx: 2
 train:
@@ -305,12 +306,12 @@ train:
   data_id: cod
   data_kwargs: &data
     dataset_path: {table}
-    window_length: {window}         # {seconds} s
+    window_length: {window}  # {seconds} s
     batch_columns: [depth_latent, mouse, buttons]
   sample_data_id: cod
   sample_data_kwargs: *data
-  batch_size: {batch}              # windows at once; lower it if memory runs out
-  target_batch_size: {batch}       # windows per step, gathered over several batches if larger
+  batch_size: {batch}  # windows at once; lower it if memory runs out
+  target_batch_size: {batch}  # windows per step, gathered over several batches if larger
   epochs: 1000000
   max_steps: 10000
   opt: Muon
@@ -323,14 +324,14 @@ train:
     adamw_betas: [0.9, 0.95]
     adamw_keys: [core.proj_in, core.proj_out.proj, core.t_embed, core.control_embed, gate, adaln]
   checkpoint_dir: {checkpoints}
-  output_path: {weights}      # averaged weights alone, for sample and play
-  sample_interval: 1000       # steps between evaluation clips
+  output_path: {weights}  # averaged weights alone, for sample and play
+  sample_interval: 1000  # steps between evaluation clips
   save_interval: 500
   n_samples: {samples}
   fps: {fps}
   sampler_id: av_caching
   sampler_kwargs: {{n_steps: 8, cfg_scale: 1.5, num_frames: {clip}, noise_prev: 0.15, max_window: {window}}}
-  vae_scale: {scale}           # latents are divided by it: their standard deviation, so that they have that of noise
+  vae_scale: {scale}  # latents are divided by it: their standard deviation, so that they have that of noise
 {vae}
   vae_batch_size: 4
 """

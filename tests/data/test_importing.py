@@ -243,6 +243,16 @@ def test_videos_are_encoded_with_their_controls(tmp_path: Path) -> None:
     assert table.slice(0, "buttons", 3, 4).tolist() == [[1, 0, 1]]
     shown = frames.permute(0, 3, 1, 2)[:, :, ::12, ::16].float() / 127.5 - 1
     assert np.abs(table.slice(0, "depth_latent", 0, 6) - shown.numpy()).mean() < 0.05
+    # Without a mouse: one at rest where it is asked for; a table without a header is no list of buttons.
+    (source / "a.csv").write_text("GRIP,LIFT\n" + "1,0\n" * 6)
+    import_clips(str(source), tmp_path / "still", encoder=encoder, no_mouse=True)
+    still = NpyTable(tmp_path / "still")
+    assert still.slice(0, "mouse", 0, 6).tolist() == [[0, 0]] * 6
+    assert still.slice(0, "buttons", 0, 1).tolist() == [[1, 0]]
+    assert json.loads((tmp_path / "still" / "source.json").read_text())["buttons"] == ["GRIP", "LIFT"]
+    (source / "a.csv").write_text("1,0\n" * 6)
+    with pytest.raises(DataError, match="must begin with mouse_x"):
+        import_clips(str(source), tmp_path / "other", encoder=encoder, no_mouse=True)
     (source / "a.csv").write_text("mouse_x,mouse_y,W\n0,0,no\n")
     with pytest.raises(DataError, match=r"a\.csv: cannot be read as controls"):
         import_clips(str(source), tmp_path / "other", encoder=encoder)
