@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from http.client import HTTPException
 from typing import Any
 
 from torch import Tensor
@@ -31,20 +33,15 @@ SHARDS, SUBDIRS, TARS = 2, 1, 9  # how upstream's buckets are laid out
 ATTEMPTS = 5
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 8.0
-# What another try cannot change: botocore's classes for credentials, profiles and regions, and S3's codes for refusals.
-_FINAL_ERRORS = {
-    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "InvalidRegionError", "NoRegionError",
-    "ProfileNotFound", "ParamValidationError", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError",
-    "LoginRefreshRequired", "InvalidEndpointConfigurationError",
-}  # fmt: skip
-_FINAL_CODES = {
-    "AccessDenied", "AuthorizationHeaderMalformed", "ExpiredToken", "InvalidAccessKeyId", "InvalidBucketName",
-    "InvalidToken", "NoSuchBucket", "PermanentRedirect", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "401", "403",
-}  # fmt: skip
-# The same of one object: it is not there, or lies in an archive.
+# Classes of botocore's and urllib3's errors that another try can change: the network's. All others are of settings.
+_OF_NETWORK = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "HTTPError"}
+# The same of S3's answers: a server that is busy. Any other answer from 300 to 499 stays the same.
+_BUSY_STATUS = {307, 408, 409, 429}
+_BUSY_CODE = re.compile("Throttl|SlowDown|RequestTimeout$|LimitExceeded|TooManyRequests|PriorRequestNotComplete")
+# Answers about one object: it is not there, or lies in an archive.
 _ABSENT_CODES = {"NoSuchKey", "NoSuchVersion", "InvalidObjectState", "404"}
-_FOREIGN = {"__MACOSX", ".AppleDouble"}
-_FOREIGN_BEGINNINGS = ("PaxHeader", "._")
+# Folders that systems and file servers make: of macOS, pax, Synology and QNAP, Windows.
+_FOREIGN = re.compile(r"__MACOSX|PaxHeader.*|[@#](eaDir|recycle|Recycle|Recently-Snapshot)|\$RECYCLE\.BIN|\.[^.].*")
 _PACKED = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ", "zstandard": b"\x28\xb5\x2f\xfd", "zip": b"PK"}
 _log = logging.getLogger(__name__)
 
@@ -129,13 +126,14 @@ class TarBucket:
             except Exception as error:  # botocore makes its exception classes at run time: there is no base to name
                 said = one_line(error) or type(error).__name__
                 codes = _codes(error)
-                if type(error).__name__ in _FINAL_ERRORS or codes & _FINAL_CODES:
+                absent = codes & _ABSENT_CODES and "NoSuchBucket" not in codes
+                if not absent and _is_final(error, codes):
                     raise BucketError(
                         f"s3://{self.bucket_name}: cannot be read: {said}; check bucket_name and AWS's credentials, "
                         "region and address (AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL_S3)",
                         path=self.bucket_name,
                     ) from error
-                if codes & _ABSENT_CODES:
+                if absent:
                     raise DataError(f"s3://{self.bucket_name}/{full}: no such object: {said}", path=full) from error
                 if attempt == self.attempts:
                     raise DataError(
@@ -178,6 +176,17 @@ def _codes(error: Exception) -> set[str]:
     return {str(found.get("Error", {}).get("Code", "")), str(status)} - {""}
 
 
+def _is_final(error: Exception, codes: set[str]) -> bool:
+    """Return whether another try would end in the same way."""
+    if codes:
+        if any(_BUSY_CODE.search(code) for code in codes):
+            return False
+        numbers = {int(code) for code in codes if code.isdecimal()}
+        return any(300 <= number < 500 or number == 501 for number in numbers - _BUSY_STATUS)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return not kinds & {*_OF_NETWORK, "ClientError"} and not isinstance(error, (OSError, HTTPException))
+
+
 def read_clips(data: bytes, *, source: str, members: Sequence[str]) -> list[dict[str, Tensor]]:
     """Returns the clips of a tar that have all of `members`, each {member: tensor [n, ...]} of one length n.
 
@@ -205,8 +214,8 @@ def read_clips(data: bytes, *, source: str, members: Sequence[str]) -> list[dict
 def tar_members(data: bytes, *, source: str) -> Iterator[tuple[str, bytes]]:
     """Names and bytes of a tar's files, without those that archivers add on their own.
 
-    Passed over are AppleDouble files (`._clip.latent.pt`, `__MACOSX/`), `PaxHeader/` and other hidden names, which are
-    no data.
+    Passed over are AppleDouble files (`._clip.latent.pt`, `__MACOSX/`), `PaxHeader/`, what file servers keep beside
+    files (`@eaDir/`) and other hidden names, which are no data.
 
     Raises:
         DataError: not a plain tar (one that is compressed or sparse can claim any size), or one that breaks off.
@@ -215,7 +224,7 @@ def tar_members(data: bytes, *, source: str) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for entry in tar:
                 parts = entry.name.split("/")
-                foreign = any(part in _FOREIGN or part.startswith(_FOREIGN_BEGINNINGS) for part in parts[:-1])
+                foreign = any(_FOREIGN.fullmatch(part) for part in parts[:-1])
                 if not entry.isfile() or foreign or parts[-1].startswith("."):
                     continue
                 if entry.issparse() or entry.size > len(data):

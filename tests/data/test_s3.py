@@ -13,6 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from botocore.exceptions import (
+    ConfigParseError,
+    EndpointConnectionError,
+    IncompleteReadError,
+    InvalidConfigError,
+    ReadTimeoutError,
+)
 
 from owl_wms.data.loaders import get_loader
 from owl_wms.data.s3 import BucketError, TarBucket, read_clips
@@ -151,8 +158,16 @@ class ClientError(Exception):
 
 @pytest.mark.parametrize(
     "refusal",
-    [NoCredentialsError("no credentials"), ClientError("NoSuchBucket", 404), ClientError("AccessDenied", 403)],
-    ids=["credentials", "bucket", "access"],
+    [
+        NoCredentialsError("no credentials"),
+        *(ClientError(*answer) for answer in (("NoSuchBucket", 404), ("AccessDenied", 403), ("301", 301))),
+        *(ClientError(*answer) for answer in (("ExpiredTokenException", 400), ("RequestExpired", 400))),
+        *(ClientError(*answer) for answer in (("InvalidRequest", 400), ("MethodNotAllowed", 405))),
+        *(ClientError(*answer) for answer in (("KeyTooLongError", 400), ("NotImplemented", 501))),
+        ConfigParseError(path="config", error="line 3"),
+        InvalidConfigError(error_msg="no such source_profile"),
+    ],
+    ids=str,
 )
 def test_what_no_other_try_can_change_is_said_at_once(refusal: Exception) -> None:
     asked, waits = [], []
@@ -165,6 +180,43 @@ def test_what_no_other_try_can_change_is_said_at_once(refusal: Exception) -> Non
     with pytest.raises(BucketError, match=r"s3://b: cannot be read: .*AWS_ACCESS_KEY_ID"):
         next(iter(S3Windows(bucket(Refusing(), waits), 4, MEMBERS)))  # type: ignore[arg-type]
     assert (len(asked), waits) == (1, [])
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        *(ClientError(*answer) for answer in (("SlowDown", 503), ("InternalError", 500), ("RequestTimeout", 400))),
+        *(ClientError(*answer) for answer in (("ThrottlingException", 400), ("TemporaryRedirect", 307))),
+        EndpointConnectionError(endpoint_url="https://s3"),
+        ReadTimeoutError(endpoint_url="https://s3"),
+        IncompleteReadError(actual_bytes=1, expected_bytes=2),
+        ConnectionResetError("reset"),
+    ],
+    ids=str,
+)
+def test_a_busy_server_and_a_broken_line_are_tried_again(trouble: Exception) -> None:
+    class Once(FakeClient):
+        def get_object(self, Bucket: str, Key: str) -> dict[str, Any]:
+            if not self.keys:
+                self.keys.append(Key)
+                raise trouble
+            return super().get_object(Bucket, Key)
+
+    waits: list[float] = []
+    client = Once(b"the object")
+    assert bucket(client, waits).fetch("00/0000/0000.tar") == b"the object"
+    assert (len(client.keys), len(waits)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["@eaDir/a.latent.pt", ".Trashes/501/a.latent.pt", "#recycle/a.latent.pt", "d/$RECYCLE.BIN/a.latent.pt"],
+)
+def test_what_file_servers_and_systems_keep_is_passed_over(name: str) -> None:
+    data = io.BytesIO(make_tar({"./a": clip(4)}))
+    with tarfile.open(fileobj=data, mode="a") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    assert len(read_clips(data.getvalue(), source="s", members=MEMBERS)) == 1
 
 
 def test_an_absent_tar_is_not_an_absent_bucket() -> None:
