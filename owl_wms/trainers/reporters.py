@@ -8,6 +8,8 @@ Usage:
 
 from __future__ import annotations
 
+import configparser
+import contextlib
 import logging
 import netrc
 import urllib.parse
@@ -65,7 +67,7 @@ class Reporter:
             return
         try:
             call(self._service)
-        except Exception as error:  # a service that broke down raises anything: BrokenPipeError, its own classes
+        except (Exception, SystemExit) as error:  # a service that broke down raises anything, and may call sys.exit
             self._service = None
             said = str(error).strip() or type(error).__name__
             _log.warning("%s failed (%s): the run goes on and is logged to disk only", self._name, said)
@@ -94,14 +96,15 @@ def start_reporters(
 def _started(name: str, make: Callable[[], _Service], remedy: str) -> Reporter | None:
     try:
         return Reporter(name, make())
-    except Exception as error:  # not installed, refused or unreachable: these errors share no base class
+    except (Exception, SystemExit) as error:  # not installed, refused, unreachable: these share no base class
         _log.warning("%s is not available (%s): logging to disk only; %s", name, error, remedy)
         return None
 
 
 def _may_log_in() -> bool:
     """Return whether `wandb.init` would start without asking on the terminal for a key."""
-    if (env.read("WANDB_MODE") or "").lower() in _WITHOUT_LOGIN or env.read("WANDB_API_KEY") is not None:
+    mode = env.read("WANDB_MODE") or _mode_of_files()
+    if mode.lower() in _WITHOUT_LOGIN or env.read("WANDB_API_KEY") is not None:
         return True
     host = urllib.parse.urlparse(env.read("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
     named = env.read("NETRC")
@@ -112,6 +115,15 @@ def _may_log_in() -> bool:
         except (OSError, ValueError, RuntimeError, netrc.NetrcParseError):
             continue
     return False
+
+
+def _mode_of_files() -> str:
+    """Return the mode that `wandb offline` or `wandb disabled` left in a folder or for a user, or an empty text."""
+    folders = [Path(env.read("WANDB_CONFIG_DIR") or "~/.config/wandb"), Path(env.read("WANDB_DIR") or ".") / "wandb"]
+    settings = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(OSError, ValueError, RuntimeError, configparser.Error):
+        settings.read([folder.expanduser() / "settings" for folder in folders], encoding="utf-8")
+    return settings.get("default", "mode", fallback="")
 
 
 class _Wandb:

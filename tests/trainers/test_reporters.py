@@ -19,7 +19,7 @@ from owl_wms.trainers.journal import Journal
 from tests.trainers.test_trainers import build
 
 SECTION = WandbConfig(name="team", project="p", run_name="r")
-ALONE = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC")
+ALONE = ("WANDB_CONFIG_DIR", "WANDB_DIR", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC")
 
 
 class Service:
@@ -96,6 +96,10 @@ def test_a_service_that_breaks_down_costs_one_warning(
         ({"NETRC": "netrc"}, True),
         ({"NETRC": "netrc", "WANDB_BASE_URL": "https://wandb.example.org"}, False),
         ({"NETRC": "broken"}, False),
+        ({"WANDB_DIR": "offline"}, True),
+        ({"WANDB_DIR": "offline", "WANDB_MODE": "online"}, False),
+        ({"WANDB_CONFIG_DIR": "offline/wandb"}, True),
+        ({"WANDB_CONFIG_DIR": "broken"}, False),
     ],
 )
 def test_wandb_starts_where_it_needs_no_key_or_has_one(
@@ -108,8 +112,10 @@ def test_wandb_starts_where_it_needs_no_key_or_has_one(
     started = install(monkeypatch, Service(""))
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / "broken").write_text("machine\n\x00 ???")
+    (tmp_path / "offline" / "wandb").mkdir(parents=True)
+    (tmp_path / "offline" / "wandb" / "settings").write_text("[default]\nmode = offline\n")
     for name, value in variables.items():
-        monkeypatch.setenv(name, str(tmp_path / value) if name == "NETRC" else value)
+        monkeypatch.setenv(name, str(tmp_path / value) if name == "NETRC" or name.endswith("DIR") else value)
     with caplog.at_level(logging.WARNING):
         Journal(tmp_path, SECTION, {}).close()
     assert bool(started) == starts
@@ -156,3 +162,25 @@ def test_scalars_and_texts_reach_tensorboard(tmp_path: Path, monkeypatch: pytest
     assert ("add_scalar", "loss", 0.5, 3) in service.calls
     assert ("add_text", "bad", "nan", 3) in service.calls
     assert ("close",) in service.calls
+
+
+@pytest.mark.parametrize("failing", ["init", "log", "finish"])
+def test_a_service_that_calls_exit_ends_nothing(
+    tmp_path: Path, failing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave(*_: Any, **__: Any) -> None:
+        sys.exit(1)
+
+    service = types.SimpleNamespace(
+        **{name: leave if name == failing else (lambda *_, **__: None) for name in ("log", "finish")}
+    )
+    install(monkeypatch, service)
+    if failing == "init":
+        monkeypatch.setattr(sys.modules["wandb"], "init", leave)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with caplog.at_level(logging.WARNING):
+        journal = Journal(tmp_path, SECTION, {})
+        journal.log(1, {"loss": 1.0})
+        journal.close()
+    assert "Weights & Biases" in caplog.text
+    assert json.loads((tmp_path / "log.jsonl").read_text())["loss"] == 1.0
