@@ -12,9 +12,13 @@ Usage:
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+import idna  # aiohttp's own dependency
+
+_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")  # so no wildcard, which no browser sends
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -42,15 +46,26 @@ def parse_origin(text: str) -> Origin | None:
     bare = parts.path in ("", "/") and not (parts.query or parts.fragment or parts.username or parts.password)
     if scheme not in DEFAULT_PORTS or not host or not bare or text != text.strip() or "@" in text:
         return None
-    return Origin(scheme, _one_form(host), DEFAULT_PORTS[scheme] if port is None else port)
+    name = _one_form(host)
+    return None if name is None else Origin(scheme, name, DEFAULT_PORTS[scheme] if port is None else port)
 
 
-def _one_form(host: str) -> str:
-    """Returns an IP address in its shortest form and a name in small letters, without the last dot of a full name."""
+def _one_form(host: str) -> str | None:
+    """Returns an IP address in its shortest form, and a name as browsers send it; None if it is neither.
+
+    So letters are small and in ASCII (`xn--...`, UTS 46), and the last dot of a full name is left out.
+    """
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
-        return host.lower().removesuffix(".")
+        pass
+    name = host.lower().removesuffix(".")
+    if not name.isascii():
+        try:
+            name = idna.encode(name, uts46=True).decode("ascii")
+        except idna.IDNAError:
+            return None
+    return name if _NAME.fullmatch(name) else None
 
 
 def is_local_name(host: str) -> bool:

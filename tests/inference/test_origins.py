@@ -16,9 +16,11 @@ SAME = (
     ("https://play.example.org", "https://play.example.org:443", "HTTPS://Play.Example.ORG/", "https://play.example.org."),
     ("http://[::1]", "http://[::1]:80/", "http://[0:0:0:0:0:0:0:1]"),
     ("http://127.0.0.1:8080", "http://127.0.0.1:8080/"),
+    ("https://bücher.example", "https://BÜCHER.example:443/", "https://xn--bcher-kva.example"),
 )  # fmt: skip
 NONE = (
     *("", "null", "//", "http://", "http://[", "http://[::1", "ftp://a", "a", "http://a:b", "http://a:99999"),
+    *("https://*", "https://*.example.org", "http://a..b", "http://a b", "http://\udc80"),
     *("http://a/path", "http://a?x", "http://a#x", "http://user@a", "http://@a", "http://a ", " http://a"),
 )
 
