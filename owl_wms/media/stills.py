@@ -29,6 +29,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_PIXELS = 1 << 27
 """Largest picture or video frame that is decoded: 134 million pixels, 1.6 GB as float32 colours."""
 
+_SRGB_GAMMA = 0.45455  # as PNG writes it (PNG specification, gAMA)
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _ANIMATED = ("PNG", "WEBP", "GIF")  # a phone's JPEG may have further pictures (MPO), of which the first is the picture
 
@@ -87,7 +88,9 @@ def _decode(picture: Image.Image) -> Tensor:
         raise ValueError(f"{picture.width}x{picture.height} are more than {MAX_PIXELS} pixels")
     if picture.format in _ANIMATED and getattr(picture, "n_frames", 1) > 1:
         raise ValueError("it is an animation; give the frames as files, or a clip")
-    profile = picture.info.get("icc_profile")
+    profile, gamma = picture.info.get("icc_profile"), picture.info.get("gamma")
+    if gamma and not profile and "srgb" not in picture.info and abs(gamma - _SRGB_GAMMA) > 0.01:
+        raise ValueError(f"its gamma is {gamma:g}, that of sRGB is {_SRGB_GAMMA}; convert it to sRGB first")
     upright: Image.Image = ImageOps.exif_transpose(picture)
     if upright.mode in _SIXTEEN_BITS:
         grey = np.array(upright).astype(np.float32)

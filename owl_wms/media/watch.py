@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
+from io import BufferedReader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import DataError
-from owl_wms.files import one_line, open_regular
+from owl_wms.files import at_home, one_line, open_regular, read_exactly, size_of
 from owl_wms.media.stills import MAX_PIXELS
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 _FORMATS = {"mov", "mp4", "matroska", "webm", "avi"}  # as FFmpeg calls what `VIDEO_SUFFIXES` hold
 # ITU-T H.273: matrix, primaries and transfer of BT.709; 2 is "unspecified"; transfers of PQ and HLG.
 BT709, _UNSAID, _HDR = 1, 2, (16, 18)
+_EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 LIMITED = 1  # FFmpeg's AVCOL_RANGE_MPEG
 _LARGE = 720  # lines from which players take an untagged clip for BT.709
 
@@ -84,7 +86,7 @@ def read_video(path: Path | str) -> Iterator[Tensor]:
         DataError: no such file, not a video, or it breaks off; a damaged frame, a turn by other than quarters, HDR,
             more than `MAX_PIXELS`. `index` is then the frame.
     """
-    path = Path(path)
+    path = at_home(path)
     av = pyav(path)
     index = 0
     try:
@@ -115,13 +117,51 @@ def _opened(av: ModuleType, path: Path) -> Any:
 
     By descriptor and absolute name: FFmpeg takes `10:30.mp4` for a protocol, and some formats name further files.
     """
-    open_regular(path).close()
+    with open_regular(path) as file:
+        if _breaks_off(file):
+            raise ValueError("the file is truncated: its header tells of more bytes")
     container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
     if not _FORMATS & set(container.format.name.split(",")):
         name = container.format.name
         container.close()
         raise ValueError(f"it is {name}, not a clip ({', '.join(VIDEO_SUFFIXES)})")
     return container
+
+
+def _breaks_off(file: BufferedReader) -> bool:
+    """Return whether a clip's outermost parts claim more bytes than its file has.
+
+    FFmpeg ends a clip that breaks off without a word. Looked at are the boxes of MP4 (ISO/IEC 14496-12, 4.2), the
+    segment of Matroska and WebM (RFC 8794, 4 and 5) and the first chunk of AVI.
+    """
+    size = size_of(file)
+    head = bytes(read_exactly(file, min(size, 64)))
+    if head.startswith(b"RIFF"):
+        return int.from_bytes(head[4:8], "little") + 8 > size
+    if head.startswith(_EBML):
+        length, at = _vint(head, len(_EBML))
+        at += length or 0
+        place = bytes(read_exactly(file, min(12, max(0, size - at)), at)) if at < size else b""
+        length, after = _vint(place, len(_SEGMENT)) if place.startswith(_SEGMENT) else (None, 0)
+        return length is not None and at + after + length > size
+    at = 0
+    if head[4:8] != b"ftyp":
+        return False
+    while at + 8 <= size:
+        box = bytes(read_exactly(file, min(16, size - at), at))
+        length = int.from_bytes(box[:4], "big")
+        length = int.from_bytes(box[8:16], "big") if length == 1 else length
+        if length < 8:  # 0: to the end of the file
+            return False
+        at += length
+    return at > size
+
+
+def _vint(data: bytes, at: int) -> tuple[int | None, int]:
+    """Return a number of EBML's variable length at `at`, None where it is unknown, and the place behind it."""
+    width = 9 - data[at].bit_length() if at < len(data) and data[at] else 9
+    value = int.from_bytes(data[at : at + width], "big") & ((1 << 7 * width) - 1)
+    return (None if width > 8 or value == (1 << 7 * width) - 1 else value), at + width
 
 
 def _as_shown(av: ModuleType, frame: Any, aspect: Fraction | None) -> np.ndarray:

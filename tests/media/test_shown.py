@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from owl_wms.errors import DataError
 from owl_wms.media.facts import Facts
@@ -246,3 +246,43 @@ def test_only_our_own_errors_for_damaged_clips_and_pictures(tmp_path: Path, put:
         path.write_bytes(raw[:start] + put + raw[start + cut :])
         for read in (read_facts, lambda path: list(read_video(path))) if suffix == ".mp4" else (read_picture,):
             read_or_refuse(read, path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("gamma", "refused"), [(100000, True), (45455, False)])
+def test_a_gamma_of_another_screen_is_refused(tmp_path: Path, gamma: int, refused: bool) -> None:
+    facts = PngImagePlugin.PngInfo()
+    facts.add(b"gAMA", gamma.to_bytes(4, "big"))
+    Image.new("RGB", (4, 4), (120, 60, 30)).save(tmp_path / "x.png", pnginfo=facts)
+    if refused:
+        with pytest.raises(DataError, match=r"its gamma is 1, that of sRGB is 0\.45455"):
+            read_picture(tmp_path / "x.png")
+    else:
+        assert read_picture(tmp_path / "x.png").shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("x.mp4", "libx264", {"movflags": "faststart"}),
+        ("x.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"}),
+        ("x.mov", "libx264", {}),
+        ("x.mkv", "libx264", {}),
+        ("x.webm", "libvpx", {}),
+        ("x.avi", "mpeg4", {}),
+    ],
+)
+def test_a_clip_that_breaks_off_is_an_error(tmp_path: Path, name: str, codec: str, options: dict[str, str]) -> None:
+    path, random = tmp_path / name, np.random.default_rng(0)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(40):
+            frame = av.VideoFrame.from_ndarray(random.integers(0, 255, (48, 64, 3), dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert len(list(read_video(path))) == 40
+    whole = path.read_bytes()
+    for length in (len(whole) - 1, len(whole) * 2 // 3, len(whole) // 3, 60, 9):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match="x"):
+            list(read_video(path))
