@@ -33,6 +33,7 @@ from owl_wms.errors import CacheCorruptError, CacheError, CacheRefusedError
 DEFAULT_MAX_BYTES = 20 * 1024**3
 LOCK_TIMEOUT_SECONDS = 300.0
 Build = Callable[[Path], Mapping[str, Any]]
+Material = Key | Mapping[str, Any]
 Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
 _log = logging.getLogger(__name__)
@@ -66,12 +67,12 @@ class CacheStore:
 
     # ---- the two questions a program asks
 
-    def lookup(self, name: str, key: Key, meanwhile: Callable[[], None] | None = None) -> Entry | Miss:
+    def lookup(self, name: str, key: Material, meanwhile: Callable[[], None] | None = None) -> Entry | Miss:
         """The entry of `key`, verified, or why there is none. Never raises for anything the file system does.
 
         Args:
             name: model label for the directory name.
-            key: everything the program depends on.
+            key: everything the program depends on; a mapping is made into a `Key`.
             meanwhile: called in this thread while another one reads and hashes a program that is there.
         """
         expected = self._expected(name, key)
@@ -93,7 +94,7 @@ class CacheStore:
     def get_or_build(
         self,
         name: str,
-        key: Key,
+        key: Material,
         build: Build,
         *,
         waiting: Waiting = contextlib.nullcontext,
@@ -106,7 +107,7 @@ class CacheStore:
 
         Args:
             name: model label for the directory name.
-            key: everything the program depends on.
+            key: everything the program depends on; a mapping is made into a `Key`.
             build: called with an empty directory; writes `program.pt2` there and returns a JSON report. Called once, or
                 a second time in another place when the cache's file system could not hold the result.
             waiting: entered before the lock file is waited for and left after the build: the turn of this process,
@@ -327,8 +328,8 @@ class CacheStore:
 
     # ---- small things
 
-    def _expected(self, name: str, key: Key) -> Expected:
-        return Expected(label=label(name), key=key, hmac_key=self._hmac_key)
+    def _expected(self, name: str, key: Material) -> Expected:
+        return Expected(label=label(name), key=_whole(key), hmac_key=self._hmac_key)
 
     def _open(self, *, create: bool) -> int:
         return guard.open_trusted(self.directory, shared=self._hmac_key is not None, create=create)
@@ -354,7 +355,7 @@ class NoStore:
     def get_or_build(
         self,
         name: str,
-        key: Key,
+        key: Material,
         build: Build,
         *,
         waiting: Waiting = contextlib.nullcontext,
@@ -362,8 +363,12 @@ class NoStore:
     ) -> Entry:
         """As `CacheStore.get_or_build`; `meanwhile` is not called, for nothing is read."""
         with waiting():
-            expected = Expected(label=label(name), key=key, hmac_key=None)
+            expected = Expected(label=label(name), key=_whole(key), hmac_key=None)
             return build_aside(expected, build, "the settings say use_cache=False")
+
+
+def _whole(key: Material) -> Key:
+    return key if isinstance(key, Key) else Key.of(key)
 
 
 def build_aside(expected: Expected, build: Build, reason: str) -> Entry:

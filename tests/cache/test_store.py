@@ -237,3 +237,16 @@ def test_a_store_that_stores_nothing_builds_in_its_turn(tmp_path: Path) -> None:
     assert (built.read(), built.cached, built.built) == (b"program", False, True)
     assert "use_cache=False" in built.reason
     assert order == ["waited", "left"]
+
+
+def test_a_mapping_is_the_key_that_is_made_of_it(tmp_path: Path) -> None:
+    store, material = CacheStore(tmp_path / "cache"), {"weights": "ab", "shape": [1, 2]}
+
+    def build(folder: Path) -> dict[str, object]:
+        (folder / "program.pt2").write_bytes(b"the program")
+        return {}
+
+    store.get_or_build("m", material, build).close()
+    found = store.lookup("m", Key.of(material))
+    assert isinstance(found, Entry)
+    found.close()
