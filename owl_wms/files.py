@@ -32,19 +32,25 @@ _KINDS = {
 }
 
 
+def at_home(path: Path | str) -> Path:
+    """Return a path with `~` and `~user` replaced by the home folder; as it is where there is no such home."""
+    return Path(os.path.expanduser(path))
+
+
 def open_regular(path: Path | str, *, inside: Path | str | None = None) -> BufferedReader:
     """Open a regular file for reading; never wait for a pipe's other end.
 
     Args:
-        path: the file; symbolic links are followed.
+        path: the file; `~` is replaced and symbolic links are followed.
         inside: a folder that the file has to lie in once links are followed.
 
     Raises:
         OSError: no such file, no permission, a folder, pipe, socket or device, or a link out of `inside`.
     """
+    path = at_home(path)
     try:
         if inside is not None:
-            real, top = os.path.realpath(path), os.path.realpath(inside)
+            real, top = os.path.realpath(path), os.path.realpath(at_home(inside))
             if os.path.commonpath([real, top]) != top:
                 raise OSError(errno.EINVAL, "is a link out of its folder, which is not followed", str(path))
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)

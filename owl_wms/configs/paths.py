@@ -55,7 +55,7 @@ def expanded(text: str | Path) -> Path:
 
     replaced = _VARIABLE.sub(value, given)
     rest = _VARIABLE.sub("", given)
-    if "${" in rest or "$(" in rest:
+    if "${" in rest or "$(" in rest or "`" in rest:
         raise ValueError("of which only `~`, $NAME and ${NAME} can be replaced: write the rest in full")
     try:
         path = Path(replaced).expanduser()

@@ -71,7 +71,7 @@ def _to_size(value: Any) -> Any:
     raise PydanticCustomError("size", "must be a positive int or a [height, width] pair of them")
 
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=1 << 31)]  # products of larger ones overflow in torch
 IntTuple = Annotated[tuple[PositiveInt, ...], BeforeValidator(_to_tuple)]
 FloatPair = Annotated[tuple[float, float], BeforeValidator(_to_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_to_tuple)]

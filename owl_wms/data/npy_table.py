@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from owl_wms.errors import DataError, OwlError
-from owl_wms.files import one_line, read_regular
+from owl_wms.files import at_home, one_line, read_regular
 from owl_wms.media.npy import NpyFile
 from owl_wms.media.whole import written_whole
 
@@ -68,7 +68,7 @@ class NpyTable:
             DataError: no such folder, broken JSON, an unknown column, a missing or unreadable array, lengths or shapes
                 that differ.
         """
-        self.path = Path(path)
+        self.path = at_home(path)
         schema = _read_json(self.path / "schema.json", dict)
         manifest = _read_json(self.path / "manifest.json", list)
         known = schema.get("array_columns")
@@ -138,7 +138,8 @@ class NpyTable:
         said = fields.get("seq_len")
         if said is not None and self.columns:
             lengths["seq_len"] = said
-        if len(set(lengths.values())) > 1:
+        held = list(lengths.values())
+        if any(length != held[0] for length in held):  # what the manifest says may be no number
             raise DataError(
                 f"{self.path}: arrays of row {index} differ in length: {lengths}", path=self.path, index=index
             )
@@ -188,7 +189,7 @@ class NpyTableWriter:
         Raises:
             DataError: the folder already holds a table of other columns, or cannot be written.
         """
-        self.path = Path(path)
+        self.path = at_home(path)
         self.array_columns = tuple(array_columns)
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -269,6 +270,9 @@ class NpyTableWriter:
 
     def _numbers(self, column: str, array: Any, index: int) -> np.ndarray:
         """Return an array as it is stored: numbers of at most 64 bits with a frame axis, in native byte order."""
+        if np.ma.is_masked(array):
+            text = f"{self.path}: {column!r} of row {index} has masked values; fill them first"
+            raise DataError(text, path=self.path, index=index)
         try:
             values = np.asarray(array)
         except (TypeError, ValueError, RuntimeError) as error:  # a ragged list, or a tensor that numpy cannot have

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from owl_wms.errors import DataError
-from owl_wms.files import false_claims, foreign_to_torch, one_line, open_regular, read_exactly, size_of
+from owl_wms.files import at_home, false_claims, foreign_to_torch, one_line, open_regular, read_exactly, size_of
 from owl_wms.media.facts import MEMBER, METADATA_KEY, Facts
 from owl_wms.media.npy import NpyFile
 from owl_wms.media.whole import why_unwritten, written_whole
@@ -59,7 +59,7 @@ def read_arrays(path: Path | str, *, mapped: bool = False) -> Any:
         DataError: missing, unreadable or truncated file, unknown ending, pickled objects, compressed members, or a
             tensor that is not an ordinary one or claims more values than the file holds.
     """
-    path = Path(path)
+    path = at_home(path)
     suffix = path.suffix.lower()
     if suffix not in ARRAY_SUFFIXES:
         raise DataError(f"{path}: the ending must be one of {', '.join(ARRAY_SUFFIXES)}, got {suffix!r}", path=path)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from owl_wms.files import NAME_BYTES
+from owl_wms.files import NAME_BYTES, at_home
 
 
 def draft_beside(path: Path) -> Path:
@@ -40,11 +40,12 @@ def keep_draft(draft: Path, path: Path) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
     """Yields the name to write to; when the body ends it takes the place of `path`, and when it raises it goes.
 
-    Folders are made. A process that is killed leaves the old file, and its draft.
+    `~` is replaced, and folders are made. A process that is killed leaves the old file, and its draft.
 
     Raises:
         OSError: the folder or the file cannot be made.
     """
+    path = at_home(path)
     draft = draft_beside(path)
     draft.parent.mkdir(parents=True, exist_ok=True)
     try:

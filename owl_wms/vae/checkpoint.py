@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from owl_wms.errors import CheckpointError
+from owl_wms.files import at_home
 from owl_wms.vae.dcae import Variant
 from owl_wms.vae.layouts import flat_weights
 from owl_wms.vae.spellings import direction, respelled
@@ -174,7 +175,7 @@ def save_weights(
         CheckpointError: the suffix is not `.safetensors`, a weight is sparse, quantised, complex or on the meta device,
             or the file cannot be written.
     """
-    path = Path(path)
+    path = at_home(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: weights are written as .safetensors; give the file that suffix", path=path)
     weights = module.state_dict()

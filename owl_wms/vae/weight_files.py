@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 
 from owl_wms.errors import CheckpointError
-from owl_wms.files import false_claims, foreign_to_torch
+from owl_wms.files import at_home, false_claims, foreign_to_torch
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 INDEX = ".index.json"
@@ -74,7 +74,7 @@ def read_content(path: Path | str) -> Any:
         CheckpointError: missing, empty, truncated, no checkpoint, a shard that is absent, a pipe or device, or Python
             objects that would run code.
     """
-    path = Path(path).expanduser()
+    path = at_home(path)
     try:
         return _read(path)
     except OSError as error:
@@ -102,7 +102,10 @@ def _read(path: Path) -> Any:
 
 
 def _read_file(path: Path) -> Any:
-    if path.suffix.lower() == ".safetensors":
+    with path.open("rb") as file:
+        head = file.read(9)
+    # By content too: a safetensors file begins with the length of its header, which is JSON.
+    if path.suffix.lower() == ".safetensors" or (head[8:] == b"{" and not any(head[5:8])):
         return _read_safetensors(path)
     return _read_torch(path)
 

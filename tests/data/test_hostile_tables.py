@@ -137,7 +137,7 @@ def test_an_array_that_is_cut_while_it_is_read_is_an_error(tmp_path: Path) -> No
         opened.slice(1, "z", 0, 4)
 
 
-@pytest.mark.parametrize("length", [3, 5, "4", 4.5])
+@pytest.mark.parametrize("length", [3, 5, "4", 4.5, [4], {"n": 4}])
 def test_rows_that_lie_about_their_length(tmp_path: Path, length: Any) -> None:
     rows = table(tmp_path)
     rows[1]["seq_len"] = length
@@ -367,3 +367,17 @@ def test_only_our_own_errors_for_damaged_tars(put: bytes, at: int, cut: int) -> 
     at %= len(whole)
     data = whole[:at] + put + whole[at + cut :]
     read_or_refuse(lambda path: read_clips(data, source=str(path), members=MEMBERS), Path("x.tar"))
+
+
+def test_masked_values_are_not_written_as_numbers(tmp_path: Path) -> None:
+    writer = NpyTableWriter(tmp_path, ("mouse",))
+    with pytest.raises(DataError, match="'mouse' of row 0 has masked values; fill them first"):
+        writer.append({"mouse": np.ma.masked_array([1.0, 2.0], [False, True])})
+    assert writer.append({"mouse": np.ma.masked_array([1.0, 2.0], [False, False])}) == 0
+
+
+def test_a_table_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    NpyTableWriter("~/table", ("mouse",)).append({"mouse": np.arange(3.0)})
+    assert NpyTable(tmp_path / "table").slice(0, "mouse", 0, 3).tolist() == [0, 1, 2]
+    assert NpyTable("~/table").slice(0, "mouse", 0, 3).tolist() == [0, 1, 2]

@@ -248,3 +248,12 @@ def test_only_our_own_errors_for_damaged_files(tmp_path: Path, put: bytes, at: i
     path.write_bytes(raw[:at] + put + raw[at + cut :])
     for read in (load_latents, read_facts):
         read_or_refuse(read, path)
+
+
+@pytest.mark.parametrize("suffix", ARRAY_SUFFIXES)
+def test_files_in_the_home_folder(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    save_array(f"~/x{suffix}", torch.ones(2, 3, 2, 2))
+    assert torch.equal(load_latents(tmp_path / "home" / f"x{suffix}"), load_latents(f"~/x{suffix}"))
+    assert not (tmp_path / "~").exists()

@@ -176,3 +176,9 @@ def test_a_file_that_is_written_again_changes_no_weight(tmp_path: Path, suffix: 
     assert all(torch.equal(value, DECODER[key]) for key, value in live.state_dict().items())
     path.write_bytes(b"")
     assert all(torch.equal(value, DECODER[key]) for key, value in live.state_dict().items())
+
+
+def test_safetensors_under_another_ending(tmp_path: Path) -> None:
+    weights = {"conv_in.weight": torch.arange(6.0).reshape(2, 3)}
+    save_file(weights, tmp_path / "downloaded.pt")
+    assert torch.equal(read_state_dict(tmp_path / "downloaded.pt")["conv_in.weight"], weights["conv_in.weight"])
