@@ -36,6 +36,16 @@ from owl_wms.errors import ConfigError
 _S3_BUCKET = "cod-data-latent-360x640to5x8"
 
 
+# What some keywords may be; the data sets check the others.
+_KINDS: dict[str, tuple[type, ...]] = {
+    **{name: (str,) for name in ("bucket_name", "prefix", "labelled_prefix", "unlabelled_prefix")},
+    "dataset_path": (str, Path),
+    "batch_columns": (Sequence,),
+    "unlabelled_frac": (int, float),
+    "num_workers": (int,),
+}
+
+
 class Loader(Protocol):
     """Names what trainers use of a loader: epochs of batches, and a position that can be stored."""
 
@@ -127,6 +137,11 @@ def get_loader(
         raise ConfigError(
             f"data_id {data_id!r}: {error}; it takes {', '.join(allowed)}", key="train.data_kwargs"
         ) from error
+    given = {**kwargs, "num_workers": num_workers}
+    odd = next((name for name, value in given.items() if not isinstance(value, _KINDS.get(name, object))), None)
+    odd = "num_workers" if odd is None and num_workers < 0 else odd
+    if odd is not None:
+        raise ConfigError(f"data_id {data_id!r}: {odd} cannot be {given[odd]!r:.80}", key=f"train.data_kwargs.{odd}")
     return build(**own, **kwargs)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,3 +208,23 @@ def test_batches_stay_on_the_cpu_beside_another_default_device(tmp_path: Path, d
     assert len(again) == len(got) == len(wanted)
     for batch, other in zip(got, wanted, strict=True):
         assert all(torch.equal(part, whole) for part, whole in zip(batch, other, strict=True))
+
+
+@pytest.mark.parametrize("data_id", ["cod", "sequence_packing"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dataset_path", None), ("dataset_path", 5), ("batch_columns", None), ("batch_columns", 3)]
+    + [("num_workers", value) for value in (-1, 1.5, "x", None)],
+)
+def test_arguments_of_other_types_are_one_error(tmp_path: Path, data_id: str, name: str, value: Any) -> None:
+    given = {"dataset_path": str(tmp_path), "window_length": 3, "batch_columns": ["mouse"], "num_workers": 0}
+    with pytest.raises(ConfigError, match=name):
+        get_loader(data_id, 1, **{**given, name: value})
+
+
+@pytest.mark.parametrize("value", [None, 3, ["a"]])
+def test_names_in_a_bucket_are_texts(value: Any) -> None:
+    with pytest.raises(ConfigError, match="prefix cannot be"):
+        get_loader("cod_s3", 1, window_length=3, prefix=value)
+    with pytest.raises(ConfigError, match="bucket_name cannot be"):
+        get_loader("cod_s3_mixed", 1, window_length=3, bucket_name=value)

@@ -243,6 +243,7 @@ OTHER_OPTIMISERS = [
     ({}, {"opt": "SGD", "opt_kwargs": {"lr": 0.1}}, "belongs to another class than train.opt"),
     ({}, MUON, "is a torch.optim class's, and train.opt names another"),
     (MUON, {}, "is Muon's, and train.opt names another"),
+    ({}, {"opt_kwargs": {"lr": 0.1, "amsgrad": True}}, "without amsgrad, which train.opt_kwargs adds"),
     (MUON, {**MUON, "opt_kwargs": {"lr": 0.02, "adamw_keys": ["core.proj_in"]}}, "does not continue this run"),
 ]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.errors import ConfigError
+from owl_wms.files import one_line
 from owl_wms.trainers.optim.muon import MuonWithAdamW, build_muon
 
 Optimiser = torch.optim.Optimizer | MuonWithAdamW
@@ -27,6 +28,8 @@ SCHEDULES = {
 }
 # A hyperparameter that tells one family of torch's optimisers from another; a state fits its own family alone.
 _MARKS = ("betas", "momentum", "alpha", "rho", "lambd")
+# Switches that need tensors of their own in the state; SGD alone makes them when they are missing.
+_KEPT = ("amsgrad", "centered", "momentum")
 # Tensors of a state that have the shape of their parameter.
 _SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
@@ -53,9 +56,11 @@ def build_optimiser(name: str, model: nn.Module, kwargs: Mapping[str, Any] | Non
                 key="train.opt",
             )
         return made([p for p in model.parameters() if p.requires_grad], **settings)
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's own remarks on single values
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(
-            f"train.opt_kwargs: {name} cannot take {settings}: {error}", key="train.opt_kwargs"
+            f"train.opt_kwargs: {name} cannot take {settings}: {one_line(error)}", key="train.opt_kwargs"
         ) from error
 
 
@@ -83,6 +88,9 @@ def load_optimiser(optimiser: Optimiser, state: Mapping[str, Any]) -> None:
         for mine, theirs in zip(own, kept["param_groups"], strict=False):
             if any((mark in mine) != (mark in theirs) for mark in _MARKS):
                 raise ValueError("the state of the optimiser belongs to another class than train.opt")
+            added = next((name for name in _KEPT if mine.get(name) and not theirs.get(name)), None)
+            if added is not None and not isinstance(part, torch.optim.SGD):
+                raise ValueError(f"the state of the optimiser is of a run without {added}, which train.opt_kwargs adds")
         part.load_state_dict(dict(kept))
         for group, mine in zip(part.param_groups, own, strict=True):
             parameters = group["params"]
@@ -119,6 +127,8 @@ def build_schedule(
         raise ConfigError(f"{key}: unknown scheduler {name!r}; valid are {', '.join(SCHEDULES)}, null", key=key)
     key, settings = "train.scheduler_kwargs", dict(kwargs or {})
     lowest = settings.get("min_lr", 0.0)
+    if isinstance(lowest, bool) or not isinstance(lowest, (int, float)) or not 0 <= lowest < math.inf:
+        raise ConfigError(f"{key}: min_lr must be a rate of at least 0, got {lowest!r}", key=key)
     whole = {n: settings[n] for n in ("warmup_steps", "decay_steps", "last_step") if settings.get(n) is not None}
     if set(settings) - set(SCHEDULES[name]) or any(type(value) is not int or value < 0 for value in whole.values()):
         raise ConfigError(

@@ -75,3 +75,21 @@ def test_a_resumed_run_cools_down_as_the_whole_one(tmp_path: Path) -> None:
     assert rest.losses == whole.losses[2:]
     for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("AdamW", {"lr": -1}), ("AdamW", {"betas": [2, 3]}), ("SGD", {"nesterov": True})]
+    + [("AdamW", {"fused": True, "foreach": True})],
+)
+def test_values_that_an_optimiser_refuses_are_one_line(name: str, settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"train\.opt_kwargs: .* cannot take") as caught:
+        build_optimiser(name, torch.nn.Linear(2, 2), settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lowest", ["x", None, -1, [1], True, float("nan")])
+def test_a_lowest_rate_is_a_rate(lowest: object) -> None:
+    optimiser = build_optimiser("AdamW", torch.nn.Linear(2, 2), {"lr": 1e-3})
+    with pytest.raises(ConfigError, match="min_lr must be a rate"):
+        build_schedule("LinearWarmup", {"warmup_steps": 1, "min_lr": lowest}, optimiser)
