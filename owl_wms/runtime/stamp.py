@@ -93,13 +93,14 @@ class WeightsStamp:
     """A fingerprint of all that a decoder computes with at one moment; it keeps no weight alive.
 
     Matches until a weight is written in place, replaced or moved; an optimiser that has one of them steps; a module is
-    exchanged; a part's mode switches; a hook comes or goes, of a module or of all modules; a forward is replaced, in an
-    instance or in a class.
+    exchanged or gets another class; a part's mode switches; a hook comes or goes, of a module or of all modules; a
+    forward is replaced, in an instance or in a class.
 
-    Not seen are writes through `tensor.data` or a raw pointer outside of an optimiser's step, writes of another process
-    into shared memory, updates of tensors made in inference mode, a replaced `nn.Module.__call__` (tracing replaces it
-    too, for a while) and plain attributes that a forward reads (some count their calls in one). After such, make a new
-    decode function.
+    Not seen are writes through `tensor.data`, a raw pointer or one of torch's fused kernels (`torch._fused_adamw_`)
+    outside of an optimiser's step, writes of another process into shared memory, updates of tensors made in inference
+    mode, a replaced `nn.Module.__call__` (tracing replaces it too, for a while), another method than forward that is
+    replaced in a class, and plain attributes that a forward reads (some count their calls in one). After such, make a
+    new decode function.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -130,7 +131,9 @@ class WeightsStamp:
         self._own = [module.__dict__ for module in modules]
         self._hooks = [*_GLOBAL_HOOKS, *(held for m in modules for held in (m._forward_hooks, m._forward_pre_hooks))]
         self._hooked = [held for held in self._hooks if held]
-        self._classes = list(dict.fromkeys(type(module) for module in modules))
+        self._parts = modules
+        self._types = list(map(type, modules))
+        self._classes = list(dict.fromkeys(self._types))
         self._forwards = list(map(_forward, self._classes))
         self._calls = list(map(_own_call, self._classes))
         self._forwarded = [own for own in self._own if "forward" in own]
@@ -141,7 +144,7 @@ class WeightsStamp:
         """Returns whether `decoder`, the one that the stamp was made of, still computes with the same."""
         if self._children != self._children_then or any(self._empty):
             return False
-        if list(map(_training, self._mode_of)) != self._modes:
+        if list(map(_training, self._mode_of)) != self._modes or list(map(type, self._parts)) != self._types:
             return False
         if list(map(_forward, self._classes)) != self._forwards or list(map(_own_call, self._classes)) != self._calls:
             return False

@@ -69,6 +69,17 @@ def _step(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def another_class(decoder: nn.Module) -> None:
+    """As torch's fully_shard and quantisation do it."""
+    kind = type(decoder.conv_out)
+    decoder.conv_out.__class__ = type("Doubled", (Doubled, kind), {}) if kind is not nn.Conv2d else Doubled
+
+
 def in_place(decoder: nn.Module) -> None:
     with torch.no_grad():
         next(iter(decoder.parameters())).add_(0.5)
@@ -117,7 +128,7 @@ def instance_forward(decoder: nn.Module) -> None:
 
 
 CHANGES: list[Callable[[nn.Module], None]] = [
-    *(fused, foreach, by_data, of_a_view, in_place, swapped, swapped_twice, wrapped_again),
+    *(fused, foreach, by_data, of_a_view, in_place, swapped, swapped_twice, wrapped_again, another_class),
     *(global_hook, global_pre_hook, hook, class_forward, class_call, instance_forward),
 ]
 
