@@ -67,8 +67,12 @@ class Ledger:
         self.outcomes[identifier] = outcome if before is None else f"{before}; {outcome}"
 
     def write(self) -> None:
-        """Write the table from this session's outcomes, keeping committed ones for rows that could not run."""
+        """Write the table from this session's outcomes, keeping committed ones for rows that could not run.
+
+        What stands behind the table, from the first heading of a section on, is written by hand and stays.
+        """
         kept = read_table()
+        _, heading, sections = (TABLE.read_text(encoding="utf-8") if TABLE.exists() else "").partition("\n## ")
         digests = ", ".join(f"{part} `{digest}`" for part, digest in self.digests.items())
         lines = [
             "# What was attacked, and what happened",
@@ -84,7 +88,7 @@ class Ledger:
             outcome = self.outcomes.get(identifier) or kept.get(identifier, (row, NOT_RUN))[1]
             lines.append(_line(identifier, outcome))
         TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        TABLE.write_text("\n".join(lines) + "\n" + heading + sections, encoding="utf-8")
 
 
 def write_row(identifier: str, outcome: str) -> None:
