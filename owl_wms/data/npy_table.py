@@ -138,8 +138,8 @@ class NpyTable:
         said = fields.get("seq_len")
         if said is not None and self.columns:
             lengths["seq_len"] = said
-        held = list(lengths.values())
-        if any(length != held[0] for length in held):  # what the manifest says may be no number
+        found = list(lengths.values())
+        if any(length != found[0] for length in found):  # what the manifest says may be no number
             raise DataError(
                 f"{self.path}: arrays of row {index} differ in length: {lengths}", path=self.path, index=index
             )
