@@ -42,7 +42,7 @@ class Copied:
         self.module = copy.deepcopy(decoder)
         row = {"scale": 1, "relative_limit": 1e-4, "absolute_limit": 1e-2}
         report = {"precision": "fp32", "parity": {"scales": [row]}}
-        numbers = {"file_bytes": 0, "build_seconds": 0.0, "load_seconds": 0.0}
+        numbers: dict[str, Any] = {"file_bytes": 0, "build_seconds": 0.0, "load_seconds": 0.0}
         return Loaded(program=self.module, built=True, name="copy", not_kept="in memory", report=report, **numbers)
 
 
@@ -80,7 +80,8 @@ def main() -> int:
     for every in (10**9, 1, 10**9, 1):
         timed(decode, latents, every)
         decode.stats()
-    without, compared = [], []
+    without: list[float] = []
+    compared: list[float] = []
     end = time.perf_counter() + options.seconds
     while time.perf_counter() < end or len(without) < 7:
         without.append(timed(decode, latents, 10**9))
