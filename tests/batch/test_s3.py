@@ -25,13 +25,15 @@ from owl_wms.errors import BatchError, DataError
 from tests.batch.fake import fake_job, frames_of
 
 pytest.importorskip("s3fs", reason="s3fs comes with the extra dataset")
-server = pytest.importorskip("moto.server", reason="moto serves the buckets of this test")
+pytest.importorskip("moto", reason="moto serves the buckets of this test")
 
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """URL of a bucket on a server of this machine, which a proxy must not be asked for."""
-    process = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    from moto.server import ThreadedMotoServer
+
+    process = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     process.start()
     _, port = process.get_host_and_port()
     for name, value in {
@@ -44,8 +46,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     }.items():
         monkeypatch.setenv(name, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    fsspec.filesystem("s3").mkdir("bucket")
-    yield "s3://bucket"
+    name = f"bucket-{port}"  # servers of one process share their buckets
+    fsspec.filesystem("s3").mkdir(name)
+    yield f"s3://{name}"
     process.stop()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
