@@ -26,7 +26,7 @@ from owl_wms.files import open_regular, read_exactly, size_of
 from owl_wms.media.arrays import as_clips, check_finite, load_tensor_bytes
 from owl_wms.media.frames import frame_batches
 from owl_wms.media.latents import LatentFile
-from owl_wms.runtime import Latents, StreamDecode, decode_clips, decode_stream
+from owl_wms.runtime import UNATTENDED, Latents, StreamDecode, decode_clips, decode_stream
 from owl_wms.runtime.ahead import ahead
 from owl_wms.runtime.steps import frames_of, streams
 from owl_wms.settings import TensorRTConfig
@@ -108,7 +108,7 @@ class DecodeClips:
             self._run = StreamDecode(self._decoder, settings=settings, check="error")
         else:
             self._run = make_batched_decode_fn(
-                self._decoder, batch_size, use_tensorrt=tensorrt, output="uint8", check="error"
+                self._decoder, batch_size, use_tensorrt=tensorrt, output="uint8", check=UNATTENDED
             )
 
     def __call__(self, batch: Batch) -> Batch:
