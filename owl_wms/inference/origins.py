@@ -16,8 +16,6 @@ import re
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-import idna  # aiohttp's own dependency
-
 _NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")  # so no wildcard, which no browser sends
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -53,7 +51,7 @@ def parse_origin(text: str) -> Origin | None:
 def _one_form(host: str) -> str | None:
     """Returns an IP address in its shortest form, and a name as browsers send it; None if it is neither.
 
-    So letters are small and in ASCII (`xn--...`, UTS 46), and the last dot of a full name is left out.
+    So letters are small and in ASCII (`xn--...`, IDNA of 2003), and the last dot of a full name is left out.
     """
     try:
         return str(ipaddress.ip_address(host))
@@ -62,8 +60,8 @@ def _one_form(host: str) -> str | None:
     name = host.lower().removesuffix(".")
     if not name.isascii():
         try:
-            name = idna.encode(name, uts46=True).decode("ascii")
-        except idna.IDNAError:
+            name = name.encode("idna").decode("ascii")
+        except UnicodeError:
             return None
     return name if _NAME.fullmatch(name) else None
 
