@@ -1,9 +1,7 @@
-"""Muon (Jordan et al. 2024): momentum whose matrix is orthogonalised by five Newton-Schulz steps, for convolution
-weights.
+"""Muon for convolution weights, grouped ones too, which `owl_wms.trainers.optim.muon` takes as one matrix.
 
 Why not AdamW alone: in a few minutes of training the number of useful steps is what counts. Matrices of one shape are
-orthogonalised together, so a step costs a few dozen kernel launches. A grouped convolution counts as one matrix per
-group.
+orthogonalised together, so a step costs a few dozen kernel launches. A grouped convolution is one matrix per group.
 
 Usage: `Muon(pairs, lr=3e-3)` with pairs of (parameter, groups); then `step()` as any optimiser.
 """
@@ -15,20 +13,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic of the reference implementation
-
-
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """[K, m, n] -> nearly orthogonal matrices of that shape (singular values 0.7 to 1.2); bfloat16 inside on a GPU."""
-    a, b, c = _COEFFICIENTS
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+from owl_wms.trainers.optim.muon import orthogonalise
 
 
 class Muon(torch.optim.Optimizer):
@@ -54,7 +39,7 @@ class Muon(torch.optim.Optimizer):
                 matrices = update.reshape(self._groups_of[id(p)], p.shape[0] // self._groups_of[id(p)], -1)
                 by_shape[tuple(matrices.shape[1:])].append((p, matrices))
             for (rows, columns), members in by_shape.items():
-                stacked = orthogonalise(torch.cat([m for _, m in members]))
+                stacked = orthogonalise(torch.cat([m for _, m in members])).float()
                 scale = -group["lr"] * 0.2 * max(rows, columns) ** 0.5
                 parts = stacked.split([len(m) for _, m in members])
                 torch._foreach_add_(

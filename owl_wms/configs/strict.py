@@ -30,6 +30,7 @@ from owl_wms.errors import ConfigError
 from owl_wms.files import one_line, read_regular
 
 T = TypeVar("T", bound=BaseModel)
+_Choice = TypeVar("_Choice")
 
 # Upstream's longest file has 4 KiB; PyYAML needs up to 5 ms a KiB, and reading a config must stay under 100 ms.
 # (libyaml is faster, but recurses in C: deep nesting would end the process instead of raising RecursionError.)
@@ -135,6 +136,20 @@ def unknown(name: object, names: Any, what: str = "key") -> str:
     close = nearest(name, names)
     hint = f"did you mean {close!r}?" if close else f"valid are {', '.join(sorted(map(str, names)))}"
     return f"unknown {what} {_cut(repr(name))}; {hint}"
+
+
+def choose(choices: Mapping[str, _Choice], name: str, key: str) -> _Choice:
+    """Returns the entry that `name`, the value of a configuration's `key`, stands for.
+
+    Raises:
+        ConfigError: there is none; the message names the nearest one and lists all.
+    """
+    if name in choices:
+        return choices[name]
+    close = nearest(name, choices)
+    hint = f"did you mean {close!r}? " if close else ""
+    last = key.rpartition(".")[2]
+    raise ConfigError(f"unknown {last} {_cut(repr(name))}; {hint}valid are {', '.join(sorted(choices))}", key=key)
 
 
 def read_yaml(

@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from owl_wms.configs.strict import choose
 from owl_wms.data.loading import WORKERS, Batch, CarriedCollate, CarriedStream, ResumableLoader, collate, raised, stack
 from owl_wms.data.packing import PackedDataset
 from owl_wms.data.s3 import TarBucket
@@ -124,16 +126,14 @@ def get_loader(
         ConfigError: an unknown id or keyword, or a batch size that the id cannot take.
         DataError: data that cannot be read.
     """
-    if data_id not in _BUILDERS:
-        raise ConfigError(f"unknown data_id {data_id!r}; valid are {', '.join(sorted(_BUILDERS))}", key="train.data_id")
+    build = choose(_BUILDERS, data_id, "train.data_id")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}", key="train.batch_size")
-    build = _BUILDERS[data_id]
-    own = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size, "num_workers": num_workers}
+    share = _Share(batch_size, seed, rank, world_size, num_workers)
     try:
-        inspect.signature(build).bind(**own, **kwargs)
+        inspect.signature(build).bind(share, **kwargs)
     except TypeError as error:
-        allowed = [name for name in inspect.signature(build).parameters if name not in own]
+        allowed = [name for name in inspect.signature(build).parameters if name != "share"]
         raise ConfigError(
             f"data_id {data_id!r}: {error}; it takes {', '.join(allowed)}", key="train.data_kwargs"
         ) from error
@@ -142,16 +142,35 @@ def get_loader(
     odd = "num_workers" if odd is None and num_workers < 0 else odd
     if odd is not None:
         raise ConfigError(f"data_id {data_id!r}: {odd} cannot be {given[odd]!r:.80}", key=f"train.data_kwargs.{odd}")
-    return build(**own, **kwargs)
+    return build(share, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """The arguments of `get_loader` that every kind of loader takes."""
+
+    batch_size: int
+    seed: int
+    rank: int
+    world_size: int
+    num_workers: int
+
+    def resumable(self, dataset: Dataset[Any], columns: Sequence[str], *, tag_epoch: bool = False) -> ResumableLoader:
+        return ResumableLoader(
+            dataset,
+            self.batch_size,
+            collate_fn=partial(collate, columns=tuple(columns)),
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            num_workers=self.num_workers,
+            tag_epoch=tag_epoch,
+        )
 
 
 def _windows(
+    share: _Share,
     *,
-    batch_size: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    num_workers: int,
     dataset_path: Path | str,
     window_length: int,
     batch_columns: Sequence[str] = DEFAULT_COLUMNS,
@@ -161,54 +180,31 @@ def _windows(
     dataset = WindowDataset(
         dataset_path, window_length, batch_columns, stride=stride, include_truncated=include_truncated
     )
-    return ResumableLoader(
-        dataset,
-        batch_size,
-        collate_fn=partial(collate, columns=tuple(batch_columns)),
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-    )
+    return share.resumable(dataset, batch_columns)
 
 
 def _packed(
+    share: _Share,
     *,
-    batch_size: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    num_workers: int,
     dataset_path: Path | str,
     window_length: int,
     batch_columns: Sequence[str] = DEFAULT_COLUMNS,
     include_truncated: bool = True,
 ) -> Loader:
-    if batch_size != 1:
+    if share.batch_size != 1:
         raise ConfigError(
-            f"sequence_packing needs batch_size 1, got {batch_size}; raise target_batch_size to accumulate",
+            f"sequence_packing needs batch_size 1, got {share.batch_size}; raise target_batch_size to accumulate",
             key="train.batch_size",
         )
-    dataset = PackedDataset(dataset_path, window_length, batch_columns, seed=seed, include_truncated=include_truncated)
-    return ResumableLoader(
-        dataset,
-        1,
-        collate_fn=partial(collate, columns=(*batch_columns, "doc_id")),
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        tag_epoch=True,
+    dataset = PackedDataset(
+        dataset_path, window_length, batch_columns, seed=share.seed, include_truncated=include_truncated
     )
+    return share.resumable(dataset, (*batch_columns, "doc_id"), tag_epoch=True)
 
 
 def _s3(
+    share: _Share,
     *,
-    batch_size: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    num_workers: int,
     window_length: int,
     bucket_name: str = _S3_BUCKET,
     prefix: str = "",
@@ -220,21 +216,17 @@ def _s3(
             TarBucket(bucket_name, prefix),
             window_length,
             members,
-            seed=seed + salt,
-            rank=rank,
+            seed=share.seed + salt,
+            rank=share.rank,
             file_share_max=file_share_max,
         )
 
-    return StreamLoader(make, batch_size, num_workers)
+    return StreamLoader(make, share.batch_size, share.num_workers)
 
 
 def _s3_mixed(
+    share: _Share,
     *,
-    batch_size: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    num_workers: int,
     window_length: int,
     bucket_name: str = _S3_BUCKET,
     labelled_prefix: str = "labelled",
@@ -245,12 +237,14 @@ def _s3_mixed(
     def make(salt: int) -> MixedS3Windows:
         def stream(prefix: str, members: tuple[str, ...]) -> S3Windows:
             bucket = TarBucket(bucket_name, prefix)
-            return S3Windows(bucket, window_length, members, seed=seed + salt, rank=rank, file_share_max=file_share_max)
+            return S3Windows(
+                bucket, window_length, members, seed=share.seed + salt, rank=share.rank, file_share_max=file_share_max
+            )
 
         labelled = stream(labelled_prefix, ("latent", "audiolatent", "mouse", "buttons"))
         return MixedS3Windows(labelled, stream(unlabelled_prefix, ("latent", "audiolatent")), unlabelled_frac)
 
-    return StreamLoader(make, batch_size, num_workers)
+    return StreamLoader(make, share.batch_size, share.num_workers)
 
 
 def _stack(samples: Sequence[Sequence[Tensor]]) -> Batch:

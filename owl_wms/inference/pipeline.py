@@ -137,11 +137,6 @@ class InteractivePipeline:
         """Returns how many passes were replayed from CUDA graphs so far."""
         return self._loop.replayed
 
-    @property
-    def cached_frames(self) -> int:
-        """Frames of history that the next one may see."""
-        return len(self._loop.ring)
-
     @torch.no_grad()
     def restart(self, which: int | None = None) -> None:
         """Begins again, with the same noise.
@@ -218,14 +213,6 @@ class InteractivePipeline:
             self._steps = max(1, min(MAX_STEPS, self._steps + by))
             self._loop.change_deltas(self._deltas())
         return self.steps
-
-    def up_sampling_steps(self) -> int:
-        """One more step a frame."""
-        return self.change_steps(1)
-
-    def down_sampling_steps(self) -> int:
-        """One step fewer."""
-        return self.change_steps(-1)
 
     def describe(self) -> dict[str, Any]:
         """See `owl_wms.inference.source.Source`."""

@@ -6,10 +6,9 @@ Usage:
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
-from owl_wms.errors import ConfigError
+from owl_wms.configs.strict import choose
 from owl_wms.models.gamerft import GameRFT, GameRFTCore
 from owl_wms.models.gamerft_audio import GameRFTAudio, GameRFTAudioCore
 
@@ -24,13 +23,7 @@ def get_model_cls(model_id: str) -> type[GameRFT] | type[GameRFTAudio]:
     Raises:
         ConfigError: no such id; the message lists the ids.
     """
-    if model_id in MODELS:
-        return MODELS[model_id]
-    close = difflib.get_close_matches(str(model_id), MODELS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(
-        f"unknown model_id {model_id!r}; {hint}valid are {', '.join(sorted(MODELS))}", key="model.model_id"
-    )
+    return choose(MODELS, model_id, "model.model_id")
 
 
 def make_model(config: Any) -> GameRFT | GameRFTAudio:

@@ -19,14 +19,13 @@ from owl_wms.vae import load_weights, read_state_dict, select_core
 _log = logging.getLogger(__name__)
 
 
-def load_model(cfg_path: Path | str, ckpt_path: Path | str, *, prefer_ema: bool = True) -> GameRFT | GameRFTAudio:
+def load_model(cfg_path: Path | str, ckpt_path: Path | str) -> GameRFT | GameRFTAudio:
     """The wrapper model with a file's weights, on the CPU, in fp32 and train mode.
 
     Args:
         cfg_path: YAML file with a `model` section.
         ckpt_path: `.pt` or `.safetensors`: weights of the wrapper or of the core alone, or a training checkpoint, with
-            any prefixes of EMA, DDP and torch.compile.
-        prefer_ema: take averaged weights where the file has both.
+            any prefixes of EMA, DDP and torch.compile; averaged weights are taken where the file has both.
 
     Raises:
         ConfigError: the configuration cannot be used.
@@ -38,7 +37,7 @@ def load_model(cfg_path: Path | str, ckpt_path: Path | str, *, prefer_ema: bool 
     # On meta nothing is initialised only to be overwritten; the file's tensors become the parameters.
     with torch.device("meta"):
         model = make_model(config)
-    weights = select_core(read_state_dict(ckpt_path, prefer_ema=prefer_ema), ckpt_path)
+    weights = select_core(read_state_dict(ckpt_path), ckpt_path)
     load_weights(model.core, weights, ckpt_path, assign=True)
     return model.to("cpu")
 

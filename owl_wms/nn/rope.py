@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from owl_wms.configs.strict import choose
 from owl_wms.errors import ConfigError
 from owl_wms.nn.setting import latent_grid, setting
 
@@ -110,17 +111,14 @@ class RotaryTable(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         name = setting(config, "rope_impl", "ortho")
-        if name not in LAYOUTS:
-            raise ConfigError(
-                f"unknown rope_impl {name!r}; valid are {', '.join(sorted(LAYOUTS))}", key="model.rope_impl"
-            )
-        self._layout, self._config = name, config
+        self._layout = choose(LAYOUTS, name, "model.rope_impl")
+        self._config = config
         self.n_frames: int = config.n_frames
         self._fill(torch.get_default_device())
 
     def _fill(self, device: torch.device) -> None:
         with torch.device("cpu"):
-            angles, step = LAYOUTS[self._layout](self._config, self._config.d_model // self._config.n_heads // 2)
+            angles, step = self._layout(self._config, self._config.d_model // self._config.n_heads // 2)
         # fp64 until here: at frame 1500 an fp32 angle is already 2e-4 off.
         self.register_buffer("cos", angles.cos().float().to(device), persistent=False)
         self.register_buffer("sin", angles.sin().float().to(device), persistent=False)

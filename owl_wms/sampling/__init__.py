@@ -15,9 +15,7 @@ Usage:
 
 from __future__ import annotations
 
-import difflib
-
-from owl_wms.errors import ConfigError
+from owl_wms.configs.strict import choose
 from owl_wms.sampling.caching import AVCachingOneStepSampler, AVCachingSampler
 from owl_wms.sampling.causal import CausalAVWindowSampler, CausalAVWindowSamplerNoCFG
 from owl_wms.sampling.controls import batch_permute, batch_permute_to_length
@@ -58,10 +56,4 @@ def get_sampler_cls(sampler_id: str) -> type[AVWindowSampler] | type[AVCachingSa
     Raises:
         ConfigError: no such id; the message lists the ids.
     """
-    if sampler_id in SAMPLERS:
-        return SAMPLERS[sampler_id]
-    close = difflib.get_close_matches(str(sampler_id), SAMPLERS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(
-        f"unknown sampler_id {sampler_id!r}; {hint}valid are {', '.join(sorted(SAMPLERS))}", key="train.sampler_id"
-    )
+    return choose(SAMPLERS, sampler_id, "train.sampler_id")

@@ -16,7 +16,7 @@ Usage:
 
 from __future__ import annotations
 
-from owl_wms.errors import ConfigError
+from owl_wms.configs.strict import choose
 from owl_wms.trainers.base import BaseTrainer
 from owl_wms.trainers.distributed import cleanup, setup
 from owl_wms.trainers.objectives.av import AVRFTTrainer
@@ -47,8 +47,4 @@ def get_trainer_cls(trainer_id: str) -> type[BaseTrainer]:
     Raises:
         ConfigError: no such id; the message lists the ids.
     """
-    if trainer_id not in TRAINERS:
-        raise ConfigError(
-            f"unknown trainer_id {trainer_id!r}; valid are {', '.join(sorted(TRAINERS))}", key="train.trainer_id"
-        )
-    return TRAINERS[trainer_id]
+    return choose(TRAINERS, trainer_id, "train.trainer_id")

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.checkpoint import checkpoint
 
 from owl_wms.configs.vae import AudioAEConfig
-from owl_wms.vae.blocks import GROUP_CHANNELS
+from owl_wms.vae.blocks import GROUP_CHANNELS, Residual
 from owl_wms.vae.widths import check_audio, stage_widths
 
 DILATIONS = (1, 3, 9)
@@ -49,7 +48,7 @@ class SnakeBeta(nn.Module):
         return x + torch.sin(x * frequency) ** 2 / (SNAKE_EPS + torch.exp(self.beta[:, None]))
 
 
-class AudioResBlock(nn.Module):
+class AudioResBlock(Residual):
     """1x1 to twice the width, dilated grouped k7, 1x1 back, SnakeBeta between; `[B, ch, n]` in and out."""
 
     def __init__(self, ch: int, dilation: int) -> None:
@@ -60,18 +59,6 @@ class AudioResBlock(nn.Module):
         self.conv3 = conv1d(hidden, ch, 1, bias=False)
         self.act1 = SnakeBeta(hidden)
         self.act2 = SnakeBeta(hidden)
-        self.gradient_checkpointing = False
-
-    def branch(self, x: Tensor) -> Tensor:
-        """The residual branch alone."""
-        out: Tensor = self.conv3(self.act2(self.conv2(self.act1(self.conv1(x)))))
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            out: Tensor = x + checkpoint(self.branch, x, use_reentrant=False)
-            return out
-        return x + self.branch(x)
 
 
 class AudioUpBlock(nn.Module):

@@ -31,7 +31,35 @@ def conv2d(c_in: int, c_out: int, kernel: int, *, bias: bool = True, groups: int
     return conv
 
 
-class ResBlock(nn.Module):
+class Residual(nn.Module):
+    """Adds a branch of three convolutions, an activation between them, to its input, whose shape stays.
+
+    Subclasses make the modules.
+    """
+
+    conv1: nn.Conv1d | nn.Conv2d
+    conv2: nn.Conv1d | nn.Conv2d
+    conv3: nn.Conv1d | nn.Conv2d
+    act1: nn.Module
+    act2: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+
+    def branch(self, x: Tensor) -> Tensor:
+        """The residual branch alone."""
+        out: Tensor = self.conv3(self.act2(self.conv2(self.act1(self.conv1(x)))))
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            out: Tensor = x + checkpoint(self.branch, x, use_reentrant=False)
+            return out
+        return x + self.branch(x)
+
+
+class ResBlock(Residual):
     """Bottleneck-inverted residual: 1x1 to twice the width, grouped 3x3, 1x1 back; `[B, ch, H, W]` in and out.
 
     Args:
@@ -46,21 +74,9 @@ class ResBlock(nn.Module):
         self.conv3 = conv2d(hidden, ch, 1, bias=False)
         self.act1 = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
         self.act2 = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
-        self.gradient_checkpointing = False
         for conv in (self.conv1, self.conv2):
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
-
-    def branch(self, x: Tensor) -> Tensor:
-        """The residual branch alone, `[B, ch, H, W] -> [B, ch, H, W]`."""
-        out: Tensor = self.conv3(self.act2(self.conv2(self.act1(self.conv1(x)))))
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            out: Tensor = x + checkpoint(self.branch, x, use_reentrant=False)
-            return out
-        return x + self.branch(x)
 
 
 class Upsample(nn.Module):

@@ -20,7 +20,6 @@ from torch import nn
 from owl_wms.configs.vae import AudioAEConfig, DCAEConfig, DistillVAEConfig, TAEHVConfig, VAEModelConfig
 from owl_wms.errors import ConfigError
 from owl_wms.vae.audio import AudioDecoder
-from owl_wms.vae.blocks import set_gradient_checkpointing
 from owl_wms.vae.dcae import DCAE, DCAEDecoder, DCAEEncoder, Variant
 from owl_wms.vae.distill import DistillDecoder, DistillEncoder, DistillVAE
 from owl_wms.vae.taehv import TAEHVDecoder
@@ -31,9 +30,7 @@ def default_variant(cfg: DCAEConfig) -> Variant:
     return "learned" if cfg.skip_residuals or cfg.normalize_mu or cfg.do_channel_mask else "tiled"
 
 
-def build_decoder(
-    cfg: VAEModelConfig, variant: Variant | None = None, *, gradient_checkpointing: bool = False
-) -> nn.Module:
+def build_decoder(cfg: VAEModelConfig, variant: Variant | None = None) -> nn.Module:
     """Decoder with fresh weights, `z [B, c, h, w] -> x [B, C, H, W]`.
 
     Two families have other shapes: audio `[B, c, n] -> [B, C, samples]`, taehv `[b, n, c, h, w]` as in TAEHVDecoder.
@@ -41,34 +38,21 @@ def build_decoder(
     Args:
         cfg: a model section, from `load_vae_model(path)` or constructed in code.
         variant: "tiled" or "learned"; for `dcae` only. None asks the config (`default_variant`).
-        gradient_checkpointing: recompute residual branches in the backward pass; for training only.
 
     Raises:
         ConfigError: widths, depths or variant that do not fit together.
     """
-    decoder = _build(
-        cfg, variant, DCAEDecoder, DistillDecoder, {AudioAEConfig: AudioDecoder, TAEHVConfig: TAEHVDecoder}
-    )
-    set_gradient_checkpointing(decoder, gradient_checkpointing)
-    return decoder
+    return _build(cfg, variant, DCAEDecoder, DistillDecoder, {AudioAEConfig: AudioDecoder, TAEHVConfig: TAEHVDecoder})
 
 
-def build_encoder(
-    cfg: VAEModelConfig, variant: Variant | None = None, *, gradient_checkpointing: bool = False
-) -> nn.Module:
+def build_encoder(cfg: VAEModelConfig, variant: Variant | None = None) -> nn.Module:
     """Encoder with fresh weights, `x [B, C, H, W] -> z [B, c, h, w]`; arguments and errors as for `build_decoder`."""
-    encoder = _build(cfg, variant, DCAEEncoder, DistillEncoder, {})
-    set_gradient_checkpointing(encoder, gradient_checkpointing)
-    return encoder
+    return _build(cfg, variant, DCAEEncoder, DistillEncoder, {})
 
 
-def build_autoencoder(
-    cfg: VAEModelConfig, variant: Variant | None = None, *, gradient_checkpointing: bool = False
-) -> nn.Module:
+def build_autoencoder(cfg: VAEModelConfig, variant: Variant | None = None) -> nn.Module:
     """Both halves, as `.encoder` and `.decoder`; arguments and errors as for `build_decoder`."""
-    model = _build(cfg, variant, DCAE, DistillVAE, {})
-    set_gradient_checkpointing(model, gradient_checkpointing)
-    return model
+    return _build(cfg, variant, DCAE, DistillVAE, {})
 
 
 def _build(

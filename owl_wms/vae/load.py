@@ -29,9 +29,7 @@ HUB_VAE_ID = "dcae"
 TAEHV_VAE_ID = "taehv"
 
 
-def load_decoder(
-    vae_id: str | None, cfg_path: Path | str | None, ckpt_path: Path | str | None, *, prefer_ema: bool = True
-) -> nn.Module:
+def load_decoder(vae_id: str | None, cfg_path: Path | str | None, ckpt_path: Path | str | None) -> nn.Module:
     """The decoder of a configuration with a file's weights, float32 on the CPU in eval mode.
 
     Args:
@@ -39,8 +37,8 @@ def load_decoder(
             needs no `cfg_path`, since the sizes of a TAEHV are read off its file; anything else, as in upstream's
             files, means the autoencoder that `cfg_path` describes.
         cfg_path: YAML file with a `model` section.
-        ckpt_path: `.pt` or `.safetensors`: bare decoder, full model or training checkpoint.
-        prefer_ema: take averaged weights where the file has both.
+        ckpt_path: `.pt` or `.safetensors`: bare decoder, full model or training checkpoint, of which the averaged
+            weights are taken where it has both.
 
     Raises:
         ConfigError: the configuration is missing, wrong or contradictory.
@@ -49,20 +47,18 @@ def load_decoder(
     if vae_id == HUB_VAE_ID:
         return load_hub_decoder(ckpt_path)
     if vae_id == TAEHV_VAE_ID and cfg_path is None and ckpt_path is not None:
-        state = _read_part("decoder", ckpt_path, prefer_ema)
+        state = _read_part("decoder", ckpt_path)
         return _with_weights("decoder", config_of(state, ckpt_path), state, ckpt_path)
     _require_known(vae_id, cfg_path)
-    return _load_part("decoder", cfg_path, ckpt_path, prefer_ema)
+    return _load_part("decoder", cfg_path, ckpt_path)
 
 
-def load_encoder(
-    vae_id: str | None, cfg_path: Path | str | None, ckpt_path: Path | str | None, *, prefer_ema: bool = True
-) -> nn.Module:
+def load_encoder(vae_id: str | None, cfg_path: Path | str | None, ckpt_path: Path | str | None) -> nn.Module:
     """The encoder of a configuration; arguments, state and errors as for `load_decoder`."""
     if vae_id == HUB_VAE_ID:
         return load_hub_encoder(ckpt_path)
     _require_known(vae_id, cfg_path)
-    return _load_part("encoder", cfg_path, ckpt_path, prefer_ema)
+    return _load_part("encoder", cfg_path, ckpt_path)
 
 
 def _require_known(vae_id: str | None, cfg_path: Path | str | None) -> None:
@@ -74,16 +70,16 @@ def _require_known(vae_id: str | None, cfg_path: Path | str | None) -> None:
         )
 
 
-def _load_part(part: str, cfg_path: Path | str | None, ckpt_path: Path | str | None, prefer_ema: bool) -> nn.Module:
+def _load_part(part: str, cfg_path: Path | str | None, ckpt_path: Path | str | None) -> nn.Module:
     if cfg_path is None or ckpt_path is None:
         name = "vae_cfg_path" if cfg_path is None else "vae_ckpt_path"
         raise ConfigError(f"{name} is needed to load a {part}, received None", key=f"train.{name}")
     cfg = load_vae_model(cfg_path)
-    return _with_weights(part, cfg, _read_part(part, ckpt_path, prefer_ema), ckpt_path)
+    return _with_weights(part, cfg, _read_part(part, ckpt_path), ckpt_path)
 
 
-def _read_part(part: str, ckpt_path: Path | str, prefer_ema: bool) -> dict[str, Tensor]:
-    state = select_part(read_state_dict(ckpt_path, prefer_ema=prefer_ema), part, ckpt_path)
+def _read_part(part: str, ckpt_path: Path | str) -> dict[str, Tensor]:
+    state = select_part(read_state_dict(ckpt_path), part, ckpt_path)
     if not state:
         other = "encoder" if part == "decoder" else "decoder"
         raise CheckpointError(f"{ckpt_path}: has weights of the {other} only, not of the {part}", path=ckpt_path)

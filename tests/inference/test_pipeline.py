@@ -63,7 +63,7 @@ def test_play_is_the_caching_sampler_one_frame_at_a_time() -> None:
         assert np.abs(frame.image.astype(int) - expected.astype(int)).max() <= 1
     assert [frame.index for frame in shown] == list(range(frames))
     assert shown[-1].image.shape == (6, 6, 3)
-    assert pipeline.cached_frames <= window
+    assert len(pipeline._loop.ring) <= window
     assert all(frame.model_ms > 0 and frame.decode_ms > 0 for frame in shown)
 
 
@@ -85,10 +85,10 @@ def test_controls_change_the_picture_and_restart_forgets() -> None:
 
 def test_steps_stay_in_their_range_and_a_schedule_stays() -> None:
     pipeline = InteractivePipeline(tiny_core(), decode, [context()], steps=19)
-    assert [pipeline.up_sampling_steps() for _ in range(3)] == [20, 20, 20]
+    assert [pipeline.change_steps(1) for _ in range(3)] == [20, 20, 20]
     assert pipeline.change_steps(-30) == 1
     fixed = InteractivePipeline(tiny_core(), decode, [context()], schedule=[1.0, 0.5])
-    assert (fixed.steps, fixed.up_sampling_steps()) == (2, 2)
+    assert (fixed.steps, fixed.change_steps(1)) == (2, 2)
     assert fixed.describe()["backend"] == "pytorch"
 
 
