@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from owl_wms.env import describe_machine
 
@@ -105,6 +108,34 @@ def measure_ceilings(dtype: torch.dtype = torch.bfloat16) -> Ceilings:
         matmul_tflops=2 * size**3 / product.median_ms / 1e9,
         copy_tbps=2 * source.numel() / copy.median_ms / 1e9,
     )
+
+
+def watts(run: Callable[[], object], seconds: float = 1.5) -> float:
+    """Power of the GPU in W while `run` repeats, as nvidia-smi reads it; NaN where it cannot be read."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    times = max(1, math.ceil(seconds / max(time.perf_counter() - begin, 1e-4)))
+    asked = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-i", "0"]
+    for _ in range(times):  # queued: the GPU is busy with them while nvidia-smi starts
+        run()
+    time.sleep(0.5 * seconds)  # power readings are averages over the last second or so
+    try:
+        return float(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return math.nan
+    finally:
+        torch.cuda.synchronize()
+
+
+def show(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Print rows of cells as a table; returns the table as Markdown."""
+    table = Table(*titles)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (titles, ["---"] * len(titles), *rows))
 
 
 def commit() -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +35,8 @@ from benchmarks.harness import (
     measure_ceilings,
     measure_interleaved,
     require_gpu,
+    show,
+    watts,
 )
 from benchmarks.ops_sana import checks
 from benchmarks.ours import build_ours
@@ -88,25 +89,6 @@ def reference(decoder: nn.Module, z: Tensor) -> Tensor:
     """The fp32 decoder's frames, one image at a time."""
     with torch.no_grad(), reference_arithmetic():
         return torch.cat([decoder(one.float()) for one in z.split(1)])
-
-
-def watts(run: Callable[[], object], seconds: float = 1.5) -> float:
-    """Power of the GPU in W while `run` repeats, as nvidia-smi reads it; NaN where it cannot be read."""
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    times = max(1, math.ceil(seconds / max(time.perf_counter() - begin, 1e-4)))
-    asked = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-i", "0"]
-    for _ in range(times):  # queued: the GPU is busy with them while nvidia-smi starts
-        run()
-    time.sleep(0.5 * seconds)  # power readings are averages over the last second or so
-    try:
-        return float(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return math.nan
-    finally:
-        torch.cuda.synchronize()
 
 
 def compiled(decoder: nn.Module, layout: torch.memory_format) -> Run:
@@ -166,7 +148,7 @@ def measure(
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, also printed."""
     titles = ("size", "candidate", "ms", "p20-p80", "eager / this", "error", "W", "plan")
-    shown, lines = Table(*titles), [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    lines = []
     eager = {row["size"]: row.get("median_ms") for row in rows if row["candidate"] == "eager"}
     for row in rows:
         if "median_ms" not in row:
@@ -185,10 +167,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['watts']:.0f}",
                 str(report.get("plan", "")),
             ]
-        shown.add_row(*cells)
-        lines.append(f"| {' | '.join(cells)} |")
-    console.print(shown)
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return show(titles, lines)
 
 
 @torch.no_grad()

@@ -14,15 +14,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks import harness
@@ -34,6 +31,8 @@ from benchmarks.harness import (
     measure_ceilings,
     measure_interleaved,
     require_gpu,
+    show,
+    watts,
 )
 from benchmarks.ops_taehv import cases
 from benchmarks.taehv_steps import Step, as_program, candidates
@@ -90,26 +89,11 @@ class Candidate:
     """A step and the state of its own stream; called with a latent it goes on by one step."""
 
     def __init__(self, step: Step, state: State) -> None:
-        self.step, self.state, self.beginning = step, state, state
+        self.step, self.state = step, state
 
     def __call__(self, latent: Tensor) -> Tensor:
         frames, self.state = self.step(latent, self.state)
         return frames
-
-
-def watts(run: Callable[[], object], rounds: int = 4) -> float:
-    """Power of the GPU in W while `run` repeats, as nvidia-smi reads it; NaN where it cannot be read."""
-    samples = []
-    for _ in range(rounds):
-        for _ in range(400):  # queued: the GPU is busy with them while nvidia-smi starts
-            run()
-        asked = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-i", "0"]
-        try:
-            samples.append(float(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout))
-        except (OSError, subprocess.SubprocessError, ValueError):
-            return float("nan")
-        torch.cuda.synchronize()
-    return sum(samples[1:]) / len(samples[1:])
 
 
 def measure(name: str, with_tensorrt: bool) -> tuple[list[dict[str, Any]], bool]:
@@ -238,27 +222,22 @@ def check() -> bool:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a markdown table, also printed."""
-    shown = Table(*("form", "candidate", "ms per latent", "p20-p80", "error, step 1", f"step {CHAIN}", "W"))
-    lines = [
-        f"| form | candidate | ms per latent | p20-p80 | error, step 1 | step {CHAIN} | W |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """The rows as a Markdown table, also printed."""
+    lines = []
     for row in rows:
         wanted = f" (wanted {row['wanted_ms']:.2f})" if row["wanted_ms"] else ""
-        cells = (
-            row["form"],
-            row["candidate"],
-            f"{row['median_ms']:.3f}{wanted}",
-            f"{row['p20_ms']:.3f}-{row['p80_ms']:.3f}",
-            f"{row['error_first']:.2e}",
-            f"{row['error_last']:.2e}",
-            f"{row['watts']:.0f}",
+        lines.append(
+            (
+                row["form"],
+                row["candidate"],
+                f"{row['median_ms']:.3f}{wanted}",
+                f"{row['p20_ms']:.3f}-{row['p80_ms']:.3f}",
+                f"{row['error_first']:.2e}",
+                f"{row['error_last']:.2e}",
+                f"{row['watts']:.0f}",
+            )
         )
-        shown.add_row(*cells)
-        lines.append("| " + " | ".join(cells) + " |")
-    console.print(shown)
-    return "\n".join(lines) + "\n"
+    return show(("form", "candidate", "ms per latent", "p20-p80", "error, step 1", f"step {CHAIN}", "W"), lines)
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def episodes(script: ModuleType, count: int = 6, frames: int = 24) -> object:
     mouse[::2, 8:] = 0
     buttons = torch.zeros(count, frames, 11)
     latents = value[..., None, None, None].expand(-1, -1, 4, 2, 2).half()
-    return script.Episodes(latents=latents, mouse=mouse, buttons=buttons, pose=torch.zeros(count, frames, 3))
+    return script.Episodes(latents=latents, mouse=mouse, buttons=buttons)
 
 
 class Marks(torch.nn.Module):

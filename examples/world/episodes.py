@@ -1,12 +1,11 @@
-"""Episodes of the rendered game as latents on the device, with the controls and poses that belong to them.
+"""Episodes of the rendered game as latents on the device, with the controls that belong to them.
 
 A latent frame is the picture after `SKIP` game frames under one and the same control, so that motion between frames
 is large enough to learn from: the controls of frame k are those that led to it.
 
 Usage:
     data = record(players=256, frames=48, first_seed=10_000_000, encode=encode, device="cuda")
-    data.latents, data.mouse, data.buttons, data.pose     # [256, 48, 128, 8, 8], [256, 48, 2], [256, 48, 11], [256,
-    48, 3]
+    data.latents, data.mouse, data.buttons      # [256, 48, 128, 8, 8], [256, 48, 2], [256, 48, 11]
 """
 
 from __future__ import annotations
@@ -34,13 +33,11 @@ class Episodes:
         latents: float16 [e, n, c, h, w], as the encoder gives them.
         mouse: float32 [e, n, 2].
         buttons: float32 [e, n, 11], 0 or 1.
-        pose: float32 [e, n, 3], x and y in cells and yaw in radians, after the frame's step.
     """
 
     latents: Tensor
     mouse: Tensor
     buttons: Tensor
-    pose: Tensor
 
     @staticmethod
     def join(parts: list[Episodes]) -> Episodes:
@@ -49,15 +46,7 @@ class Episodes:
             latents=torch.cat([p.latents for p in parts]),
             mouse=torch.cat([p.mouse for p in parts]),
             buttons=torch.cat([p.buttons for p in parts]),
-            pose=torch.cat([p.pose for p in parts]),
         )
-
-    def motion(self) -> tuple[Tensor, Tensor]:
-        """Turn in radians and step along the heading in cells that led to frames 1 to n - 1: [e, n - 1] each."""
-        yaw = self.pose[..., 2]
-        heading = torch.stack([yaw[:, 1:].cos(), yaw[:, 1:].sin()], dim=-1)
-        moved = self.pose[:, 1:, :2] - self.pose[:, :-1, :2]
-        return yaw[:, 1:] - yaw[:, :-1], (moved * heading).sum(dim=-1)
 
 
 def enter(players: int, first_seed: int, device: torch.device | str) -> GameWorld:
@@ -78,7 +67,7 @@ def play(
     chunk: int = _CHUNK,
 ) -> Episodes:
     """Step, render and encode `frames` latent frames; `controls(k)`: frame k's mouse [B, 2] and buttons [B, 11]."""
-    latents, mice, held, poses = [], [], [], []
+    latents, mice, held = [], [], []
     for frame in range(frames):
         mouse, buttons = controls(frame)
         for _ in range(SKIP):
@@ -87,9 +76,8 @@ def play(
         latents.append(torch.cat([encode(render(part, height=size[0], width=size[1])).half() for part in parts]))
         mice.append(mouse.float())
         held.append(buttons.float())
-        poses.append(torch.cat([world.state.position, world.state.yaw[:, None]], dim=1))
-    stacked = (torch.stack(part, dim=1) for part in (latents, mice, held, poses))
-    return Episodes(**dict(zip(("latents", "mouse", "buttons", "pose"), stacked, strict=True)))
+    stacked = (torch.stack(part, dim=1) for part in (latents, mice, held))
+    return Episodes(**dict(zip(("latents", "mouse", "buttons"), stacked, strict=True)))
 
 
 @torch.no_grad()
