@@ -22,6 +22,24 @@ from owl_wms.runtime.slot import Slot, all_finite
 from owl_wms.runtime.stats import Ledger
 
 
+def run_failure(error: Exception, rebuild: Callable[[], str]) -> tuple[FastPathError, bool]:
+    """Returns what a program's run that raised `error` is reported as, and whether it was for lack of memory.
+
+    Args:
+        rebuild: returns the remedy if it was not.
+
+    Raises:
+        BaseException: a signal handler's, if `error` is that or came of it.
+    """
+    raise_interrupt(error)
+    memory = is_out_of_memory(error)
+    text = " ".join(str(error).split())[:300]
+    remedy = "free GPU memory or lower the batch size" if memory else rebuild()
+    failure = FastPathError("run", f"{type(error).__name__}: {text}", remedy)
+    failure.__cause__ = None if memory else error
+    return failure, memory
+
+
 class Decoding:
     """Decodes batch after batch into one output.
 
@@ -84,15 +102,7 @@ class Decoding:
         except DecodeMemoryError:
             raise
         except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this batch
-            raise_interrupt(error)
-            memory = is_out_of_memory(error)
-            text = " ".join(str(error).split())[:300]
-            failure = FastPathError(
-                "run",
-                f"{type(error).__name__}: {text}",
-                "free GPU memory or lower the batch size" if memory else self._rebuild(self._slot),
-            )
-            failure.__cause__ = None if memory else error
+            failure, memory = run_failure(error, lambda: self._rebuild(self._slot))
         else:
             if flag is not None:
                 self._flags.append((start, True, flag))

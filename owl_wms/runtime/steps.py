@@ -22,6 +22,7 @@ from owl_wms.request import Request
 from owl_wms.runtime import recording
 from owl_wms.runtime.canary import CHECKS
 from owl_wms.runtime.decode import run_in_child
+from owl_wms.runtime.decoding import run_failure
 from owl_wms.runtime.eager import EagerDecoder, is_out_of_memory, release_memory, unwrap
 from owl_wms.runtime.obtain import obtain
 from owl_wms.runtime.programs import Progress, Toolchain
@@ -158,11 +159,7 @@ class Steps:
             if slot.wants_check(self.check, eager.dtype):
                 finite = bool(torch.stack([all_finite(tensor) for tensor in (frames, *following)]).all())
         except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this step
-            memory = is_out_of_memory(error)
-            text = " ".join(str(error).split())[:300]
-            remedy = "free GPU memory" if memory else "build the program anew, or choose another TENSORRT_PRECISION"
-            failure = FastPathError("run", f"{type(error).__name__}: {text}", remedy)
-            failure.__cause__ = None if memory else error
+            failure, memory = run_failure(error, lambda: "build the program anew, or choose another TENSORRT_PRECISION")
         else:
             if finite:
                 self._ledger.add("chunks_program")

@@ -70,17 +70,11 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write `state` beside `path`, flush it and rename it: a kill at any moment leaves the old file or the new one, and
     a draft that a later save removes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     _remove_dead_drafts(path.parent)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with written_whole(path) as draft, draft.open("wb") as file:
+        torch.save(dict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def save_output(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -96,7 +90,7 @@ def save_output(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 def _remove_dead_drafts(folder: Path) -> None:
     """Drafts of killed processes, each as large as a checkpoint. Whoever still writes one has touched it lately."""
-    for draft in folder.glob(".step_*.pt.*.tmp"):
+    for draft in folder.glob(".step_*.tmp*"):
         with contextlib.suppress(OSError):
             if time.time() - draft.stat().st_mtime > DRAFT_SECONDS:
                 draft.unlink()

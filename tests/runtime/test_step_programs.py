@@ -6,6 +6,8 @@ Run: python -m pytest tests/runtime/test_step_programs.py
 from __future__ import annotations
 
 import logging
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,35 @@ def test_the_step_of_a_decoder_says_its_state() -> None:
     step, request = decoders.make_step()
     assert isinstance(step, Stepping)
     assert len(request.state) == 9
+
+
+class JobTimeout(Exception):
+    """What a job runner's signal handler raises."""
+
+
+def test_a_time_limit_of_the_caller_passes_through_and_pytorch_steps_for_a_while(tmp_path: Path) -> None:
+    asked = []
+
+    class Slow(OnTheCpu):
+        def ready(self, request: Request) -> FastPathError | None:
+            asked.append(request)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            time.sleep(5)
+            return None
+
+    def alarm(*_: object) -> None:
+        raise JobTimeout
+
+    step, request = decoders.make_step()
+    latents = torch.randn(1, 2, *request.input_shape[1:], generator=torch.Generator().manual_seed(5))
+    stream = StreamDecode(step.decoder, settings=TensorRTConfig(cache_dir=tmp_path / "cache"), toolchain=Slow())
+    before = signal.signal(signal.SIGALRM, alarm)
+    try:
+        with pytest.raises(JobTimeout):
+            stream.step(latents)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with torch.no_grad():
+        assert torch.allclose(stream.step(latents).float(), step.decoder(latents).float(), atol=1e-2)
+    assert len(asked) == 1, "the limit would end a second attempt too"
+    assert (stream.stats().backend, stream.stats().failures) == ("pytorch", {})
