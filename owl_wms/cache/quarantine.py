@@ -49,7 +49,7 @@ def move(entry: str, reason: str, cache_fd: int, mode: int) -> bool:
     return True
 
 
-def bound(folder_fd: int, max_count: int = MAX_COUNT, max_bytes: int = MAX_BYTES) -> None:
+def bound(folder_fd: int) -> None:
     """Remove the oldest pieces of evidence until both bounds hold."""
     names = fs.listdir(folder_fd)
     ages = {}
@@ -58,5 +58,5 @@ def bound(folder_fd: int, max_count: int = MAX_COUNT, max_bytes: int = MAX_BYTES
             ages[name] = fs.lstat(name, folder_fd).st_ctime_ns
     sizes = {name: fs.tree_size(name, folder_fd) for name in ages}
     oldest_first = sorted(ages, key=lambda name: (ages[name], name))
-    while oldest_first and (len(oldest_first) > max_count or sum(sizes[name] for name in oldest_first) > max_bytes):
+    while oldest_first and (len(oldest_first) > MAX_COUNT or sum(sizes[name] for name in oldest_first) > MAX_BYTES):
         fs.remove_tree(oldest_first.pop(0), folder_fd)

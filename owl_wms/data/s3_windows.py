@@ -45,7 +45,6 @@ class S3Windows(IterableDataset[tuple[Tensor, ...]]):
         rank: int = 0,
         file_share_max: int = FILE_SHARE_MAX,
         pool_windows: int = POOL_WINDOWS,
-        layout: tuple[int, int, int] = (SHARDS, SUBDIRS, TARS),
     ) -> None:
         """Remember what to draw.
 
@@ -57,7 +56,6 @@ class S3Windows(IterableDataset[tuple[Tensor, ...]]):
             rank: this process.
             file_share_max: most windows taken from one reading of a clip.
             pool_windows: most windows held for mixing.
-            layout: shards, folders in a shard, tars in a folder.
 
         Raises:
             ConfigError: window_length, file_share_max or pool_windows that is no whole number above 0.
@@ -67,7 +65,7 @@ class S3Windows(IterableDataset[tuple[Tensor, ...]]):
         self.pool_windows = positive(pool_windows, "pool_windows")
         self.bucket, self.members = bucket, tuple(members)
         self.finite_only = True  # leave out clips with NaN or infinity; a reader that mends them says False
-        self.seed, self.rank, self.layout = seed, rank, layout
+        self.seed, self.rank = seed, rank
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         worker = get_worker_info()
@@ -85,7 +83,7 @@ class S3Windows(IterableDataset[tuple[Tensor, ...]]):
         """Returns windows of the next usable tar; DataError when too many in a row are unusable."""
         last: DataError | None = None
         for _ in range(_FAILED_TARS_IN_A_ROW):
-            key = tar_key(*(rng.randrange(n) for n in self.layout))
+            key = tar_key(*(rng.randrange(n) for n in (SHARDS, SUBDIRS, TARS)))
             source = f"s3://{self.bucket.bucket_name}/{key}"
             try:
                 clips = read_clips(self.bucket.fetch(key), source=source, members=self.members)

@@ -4,7 +4,7 @@ aiohttp waits for ever for the first request of a connection, and asyncio writes
 finds no descriptor. Both let anyone who reaches the port shut the player out, without the token.
 
 Usage:
-    limits = ConnectionLimits(most=64)
+    limits = ConnectionLimits()
     limits.guard(app)                   # before the app starts
     limits.trust(request)               # this connection has shown the token
 """
@@ -43,14 +43,11 @@ def most_connections() -> int:
 class ConnectionLimits:
     """Closes connections that take too long over their first request, and the oldest of them if there are too many.
 
-    Args:
-        most: connections at once that may be open; beyond it, the oldest without a good request are closed.
-        header_seconds: how long a connection may take until it has sent a request with the token.
+    Beyond `most_connections()` that are open at once, the oldest without a good request are closed.
     """
 
-    def __init__(self, most: int | None = None, header_seconds: float = HEADER_SECONDS) -> None:
-        self._most = most_connections() if most is None else most
-        self._seconds = header_seconds
+    def __init__(self) -> None:
+        self._most = most_connections()
         self._trusted: set[Any] = set()
         self._since: dict[Any, float] = {}
         self._watch: asyncio.Task[None] | None = None
@@ -84,7 +81,7 @@ class ConnectionLimits:
             waiting = sorted(self._since, key=lambda made: self._since[made])
             too_many = max(0, len(open_now) - self._most)
             for number, made in enumerate(waiting):
-                if number < too_many or now - self._since[made] > self._seconds:
+                if number < too_many or now - self._since[made] > HEADER_SECONDS:
                     made.force_close()
 
     async def _stop(self, _app: web.Application) -> None:

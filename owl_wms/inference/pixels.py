@@ -33,11 +33,6 @@ def to_uint8(frame: Tensor, *, bgr: bool = False) -> Tensor:
     return frame_bytes(colour[None])[0]
 
 
-def to_image(frame: Tensor, *, bgr: bool = False) -> np.ndarray:
-    """`to_uint8` as an array on the CPU."""
-    return to_uint8(frame, bgr=bgr).cpu().numpy()
-
-
 def encode_image(image: np.ndarray, kind: ImageFormat = "jpeg", quality: int = 85) -> bytes:
     """A compressed picture.
 

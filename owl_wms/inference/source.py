@@ -20,7 +20,7 @@ from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
 from owl_wms.game.world import FRAME_SIZE, GameWorld
 from owl_wms.inference.controls import GAME_CONTROLS, Button
-from owl_wms.inference.pixels import to_image
+from owl_wms.inference.pixels import to_uint8
 
 _WARM_UP = 30  # game frames
 WORLDS_APART = 1000  # seeds of twins
@@ -115,7 +115,7 @@ class GameSource:
         rendered = time.perf_counter()
         if self._encode is not None and self._decode is not None:
             picture = self._decode(self._encode(picture).unsqueeze(0))[0]
-        image = to_image(picture[0])
+        image = to_uint8(picture[0]).cpu().numpy()
         done = time.perf_counter()
         index, self._index = self._index, self._index + 1
         decode_ms = (done - rendered) * 1e3 if self._decode is not None else 0.0

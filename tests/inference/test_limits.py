@@ -27,7 +27,7 @@ async def is_closed(reader: asyncio.StreamReader, seconds: float) -> bool:
 
 @pytest.mark.parametrize("sent", [b"", b"G", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: "])
 def test_a_connection_without_a_whole_request_is_closed_in_time(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits.ConnectionLimits.__init__, "__defaults__", (None, 0.5))
+    monkeypatch.setattr(limits, "HEADER_SECONDS", 0.5)
 
     async def test() -> None:
         async with serve() as (client, address, _):
