@@ -207,7 +207,7 @@ class EfficientViT(nn.Module):
 
 def output(decoder: Any, dtype: torch.dtype) -> nn.Module:
     """The fused form of what follows the last block, by whether it enlarges."""
-    return UpOutput(decoder, dtype) if type(decoder.conv_out).__name__ == "DCUpBlock2d" else Output(decoder, dtype)
+    return UpOutput(decoder, dtype) if type(decoder.conv_out).__name__ == "DCUpBlock2d" else OutputConv(decoder, dtype)
 
 
 class UpOutput(nn.Module):
@@ -228,7 +228,7 @@ class UpOutput(nn.Module):
         return shuffle_frames(self.conv(self.norm(x)), self.channels)
 
 
-class Output(nn.Module):
+class OutputConv(nn.Module):
     """Norm, ReLU and 3x3 convolution to the image: `[B, H, W, C] -> [B, 3, H, W]`."""
 
     def __init__(self, decoder: Any, dtype: torch.dtype) -> None:

@@ -31,7 +31,7 @@ _local = threading.local()
 MAX_THREADS = 8
 
 
-class Source(Protocol):
+class KernelSource(Protocol):
     """The facts that identify machine code; `owl_wms.ops.common.nvrtc.Kernel` has them."""
 
     @property
@@ -43,13 +43,13 @@ class Source(Protocol):
     def source(self) -> str: ...
 
 
-def identity(kernel: Source, architecture: str) -> str:
+def identity(kernel: KernelSource, architecture: str) -> str:
     """SHA-256 over all that decides the machine code, the full source text included."""
     parts = [architecture, kernel.entry, *kernel.defines, kernel.source()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def once(kernel: Source, architecture: str, make: Callable[[], bytes]) -> bytes:
+def once(kernel: KernelSource, architecture: str, make: Callable[[], bytes]) -> bytes:
     """The machine code, by `make` unless it is known; who asks while another thread makes it waits for that one.
 
     Raises:
@@ -88,14 +88,14 @@ def ahead(jobs: Collection[Callable[[], object]]) -> None:
 
 
 @contextlib.contextmanager
-def watched(launch: bool = True) -> Iterator[set[Source]]:
+def watched(launch: bool = True) -> Iterator[set[KernelSource]]:
     """The kernels that this thread launches inside the block.
 
     Args:
         launch: False only notes them: outputs keep whatever the memory held, so nobody may look at them.
     """
     before = getattr(_local, "watch", None)
-    seen: set[Source] = set()
+    seen: set[KernelSource] = set()
     _local.watch = (seen, launch)
     try:
         yield seen
@@ -103,7 +103,7 @@ def watched(launch: bool = True) -> Iterator[set[Source]]:
         _local.watch = before
 
 
-def noted(kernel: Source) -> bool:
+def noted(kernel: KernelSource) -> bool:
     """Tell a `watched` block of this thread of a launch; whether that launch is to be left out."""
     watch = getattr(_local, "watch", None)
     if watch is None:
@@ -112,7 +112,7 @@ def noted(kernel: Source) -> bool:
     return not watch[1]
 
 
-def pack(kernels: Collection[Source], architectures: Callable[[Source], str]) -> str:
+def pack(kernels: Collection[KernelSource], architectures: Callable[[KernelSource], str]) -> str:
     """The machine code of `kernels` that this process has made, as JSON text; `architectures` names each one's."""
     known: dict[str, str] = {}
     for kernel in kernels:

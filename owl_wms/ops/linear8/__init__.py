@@ -23,7 +23,7 @@ from torch import Tensor
 from owl_wms.ops.codes import LARGEST
 from owl_wms.ops.common.gpu import is_hopper, processors
 from owl_wms.ops.common.register import aligned, define, has_kernel
-from owl_wms.ops.linear8.plan import THREADS, Plan, fitting, plan_of
+from owl_wms.ops.linear8.plan import THREADS, ProductPlan, fitting, plan_of
 from owl_wms.ops.linear8.reference import add_reference, reference
 from owl_wms.ops.up_residual import add_shortcut_
 
@@ -48,7 +48,7 @@ def tile_of(channels: int) -> int:
 
 
 def run_plan(
-    plan: Plan,
+    plan: ProductPlan,
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -154,7 +154,7 @@ def add_linear8_(
     return None if codes is None else codes.view(u.shape)
 
 
-def _plan_of_addition(u: Tensor, weight: Tensor, inverse: Tensor | None, shortcut: Tensor | None) -> Plan | None:
+def _plan_of_addition(u: Tensor, weight: Tensor, inverse: Tensor | None, shortcut: Tensor | None) -> ProductPlan | None:
     # Its rows are copied sixteen bytes at a time and written where they are.
     if not is_hopper(u.device) or u.data_ptr() % ALIGNMENT:
         return None

@@ -3,7 +3,7 @@
 Why its own module: everything here is arithmetic that can be tested without a GPU, and mirrors what rings.cuh says.
 
 Usage:
-    plan = plan_of(depth=512, channels=256, adds=True, codes=True, shortcut=0)      # Plan, or None: Triton's
+    plan = plan_of(depth=512, channels=256, adds=True, codes=True, shortcut=0)      # ProductPlan, or None: Triton's
     kernel = plan.kernel(torch.int8, torch.bfloat16)
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +38,7 @@ def _pitch(size: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ProductPlan:
     """A variant for one product.
 
     Args:
@@ -104,23 +103,21 @@ class Plan:
 
 
 @functools.cache
-def fitting(
-    depth: int, channels: int, adds: bool, codes: bool, shortcut: int, slots: Collection[tuple[int, int]] = SLOTS
-) -> Plan | None:
-    """The variant for a product, or None where none fits shared memory and registers; arguments as those of `Plan`."""
+def fitting(depth: int, channels: int, adds: bool, codes: bool, shortcut: int) -> ProductPlan | None:
+    """The plan of a product, or None where none fits shared memory and registers; arguments are `ProductPlan`'s."""
     if depth % 16 or channels % 16 or not (adds or codes):
         return None
     registers = 4 * -(-depth // 32)  # of a block of 64 channels
-    for blocks, (x_slots, out_slots) in itertools.product((4, 2, 1), slots):
+    for blocks, (x_slots, out_slots) in itertools.product((4, 2, 1), SLOTS):
         if blocks * registers > WEIGHT_REGISTERS or (blocks > 1 and 64 * blocks >= channels):
             continue
-        plan = Plan(depth, channels, adds, codes, shortcut, blocks, x_slots, out_slots)
+        plan = ProductPlan(depth, channels, adds, codes, shortcut, blocks, x_slots, out_slots)
         if plan.shared_bytes <= SHARED_LIMIT and _shortcut_fits(plan):
             return plan
     return None
 
 
-def _shortcut_fits(plan: Plan) -> bool:
+def _shortcut_fits(plan: ProductPlan) -> bool:
     if not plan.shortcut:
         return True
     quarter, columns = plan.shortcut // 4, min(plan.channels, 128 * plan.blocks)
@@ -129,6 +126,6 @@ def _shortcut_fits(plan: Plan) -> bool:
     return even and (columns % quarter == 0 or quarter % columns == 0) and plan.adds and not plan.codes
 
 
-def plan_of(depth: int, channels: int, adds: bool, codes: bool, shortcut: int) -> Plan | None:
+def plan_of(depth: int, channels: int, adds: bool, codes: bool, shortcut: int) -> ProductPlan | None:
     """The variant to use for a product on compute capability 9.0, or None where Triton's kernel is; see `fitting`."""
     return fitting(depth, channels, adds, codes, shortcut) if (depth, channels) in PAYS else None

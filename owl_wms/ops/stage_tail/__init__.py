@@ -24,7 +24,7 @@ from owl_wms.ops.common.gpu import is_hopper, processors
 from owl_wms.ops.common.register import aligned, define, has_kernel
 from owl_wms.ops.enlarging import STRIP, rows_of_band
 from owl_wms.ops.grouped_conv import grouped_conv
-from owl_wms.ops.stage_tail.plan import Plan, blocks_at_once, plan_of
+from owl_wms.ops.stage_tail.plan import TailPlan, blocks_at_once, plan_of
 from owl_wms.ops.stage_tail.reference import reference
 from owl_wms.ops.up_residual import up_residual
 
@@ -47,7 +47,7 @@ def pays(low: Tensor, shortcut: Tensor | None) -> bool:
     return low.shape[-1] in WIDTHS and _plan(low, shortcut) is not None
 
 
-def _plan(low: Tensor, shortcut: Tensor | None) -> Plan | None:
+def _plan(low: Tensor, shortcut: Tensor | None) -> TailPlan | None:
     if not has_kernel(low) or not is_hopper(low.device):
         return None
     return plan_of(low.shape[-1], 0 if shortcut is None else shortcut.shape[-1])
@@ -62,7 +62,7 @@ def _run(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: T
 
 
 def run_plan(
-    plan: Plan, low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor
+    plan: TailPlan, low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor
 ) -> Tensor:
     """The kernels of one plan, on a GPU of compute capability 9.0; arguments as for the op, already checked."""
     low, hidden, w2, w3 = aligned(low), aligned(hidden), aligned(w2), aligned(w3)

@@ -3,7 +3,7 @@
 Why its own module: everything here is arithmetic that can be tested without a GPU, and mirrors what the .cuh files say.
 
 Usage:
-    plan = plan_of(channels=96, shortcut=192)            # Plan, or None where no variant fits
+    plan = plan_of(channels=96, shortcut=192)            # TailPlan, or None where no variant fits
     kernel = plan.projection(torch.bfloat16)
 """
 
@@ -31,7 +31,7 @@ def padded(columns: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TailPlan:
     """A variant for one stage.
 
     Args:
@@ -76,7 +76,7 @@ class Plan:
 
 
 @functools.cache
-def plan_of(channels: int, shortcut: int, whole: bool | None = None) -> Plan | None:
+def plan_of(channels: int, shortcut: int, whole: bool | None = None) -> TailPlan | None:
     """The variant for a stage, or None where none fits.
 
     Args:
@@ -87,13 +87,13 @@ def plan_of(channels: int, shortcut: int, whole: bool | None = None) -> Plan | N
     if channels % GROUP or shortcut % 8 or (shortcut and 4 * channels % shortcut):
         return None
     if whole is not False and channels <= 96:
-        plan = Plan(channels, shortcut, channels, True)
+        plan = TailPlan(channels, shortcut, channels, True)
         if plan.shared_bytes <= SHARED_LIMIT:
             return plan
     if whole is True:
         return None
     for columns in range(96, 0, -GROUP):
-        plan = Plan(channels, shortcut, columns, False)
+        plan = TailPlan(channels, shortcut, columns, False)
         if channels % columns == 0 and plan.shared_bytes <= SHARED_LIMIT:
             return plan
     return None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 
-class Journal(Protocol):
+class BuildJournal(Protocol):
     """Receives the steps of a worker; the parent reads them."""
 
     def stage(self, name: str, **details: Any) -> None:

@@ -21,7 +21,7 @@ from owl_wms.request import Request
 from owl_wms.trt.library import compiler
 from owl_wms.trt.build import attempts
 from owl_wms.trt.graph.export import export_decoder
-from owl_wms.trt.build.journal import Journal
+from owl_wms.trt.build.journal import BuildJournal
 from owl_wms.trt.check.parity import latents
 from owl_wms.trt.graph.shapes import record_shapes
 from owl_wms.trt.spec import dtype_of
@@ -32,7 +32,7 @@ PROBE_SECONDS = 25.0
 class Prober:
     """Builds leaf modules alone and remembers the answers by what was probed."""
 
-    def __init__(self, request: Request, journal: Journal, device: torch.device) -> None:
+    def __init__(self, request: Request, journal: BuildJournal, device: torch.device) -> None:
         self.request = request
         self.journal = journal
         self.device = device

@@ -19,7 +19,7 @@ from owl_wms.trt.library import compiler
 from owl_wms.trt.check import output
 from owl_wms.trt.build import attempts
 from owl_wms.trt.build.candidate import Candidate
-from owl_wms.trt.build.journal import Journal
+from owl_wms.trt.build.journal import BuildJournal
 from owl_wms.trt.run.load import load_program
 from owl_wms.trt.check.parity import example
 from owl_wms.trt.spec import dtype_of
@@ -28,7 +28,7 @@ PROGRAM_NAME = "program.pt2"
 
 
 def save(
-    best: Candidate, out_dir: Path, request: Request, journal: Journal, device: torch.device
+    best: Candidate, out_dir: Path, request: Request, journal: BuildJournal, device: torch.device
 ) -> dict[str, Any]:
     """Write, reload from bytes and compare; the numbers for the report. `best.program` is gone afterwards.
 

@@ -1,7 +1,7 @@
 """Builds a program inside the build process: lower, compile, run, isolate, check, time; `save.py` writes what won.
 
 Why one file of its own: `child.py` deals with processes and messages, this with the program. Everything that may fail
-is announced through the `Journal` before it is tried, so that the caller knows what was going on when the process died.
+is announced through the `BuildJournal` before it is tried, so that the caller knows what was going on when the process died.
 
 Usage (inside the build process, on the GPU):
     report = Worker(fp32_copy(decoder, "cuda:0"), recording, request, journal).build(Path("out"))
@@ -25,7 +25,7 @@ from owl_wms.trt import plans
 from owl_wms.trt.build import attempts
 from owl_wms.trt.build.candidate import Candidate
 from owl_wms.trt.build.isolate import smallest_kept
-from owl_wms.trt.build.journal import Journal
+from owl_wms.trt.build.journal import BuildJournal
 from owl_wms.trt.build.probe import Prober, like_units
 from owl_wms.trt.build.save import save
 from owl_wms.trt.check.chain import STEPS, Chain
@@ -59,7 +59,7 @@ class Worker:
     """
 
     def __init__(
-        self, fp32: nn.Module, recording: Recording, request: Request, journal: Journal, missing: FastPathError | None = None
+        self, fp32: nn.Module, recording: Recording, request: Request, journal: BuildJournal, missing: FastPathError | None = None
     ) -> None:
         self.folded = fp32
         self.recording = recording
