@@ -27,7 +27,7 @@ demo: $(STAMP) ## render a game clip, encode it, decode it through the bridge; w
 	$(BIN)/owl-wms demo
 
 test: $(STAMP) ## everything that needs no GPU
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-gpu: $(STAMP) ## the tests that need one
 	$(BIN)/python -m pytest -q -m gpu

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "yaml": "pyyaml",
+    "botocore": "boto3",  # which is made of it
     "pydantic_core": "pydantic",  # which pins it to the version that it was built with
     "prometheus_client": "prometheus-client",
     "torch_tensorrt": "torch-tensorrt",
@@ -33,7 +34,18 @@ BEHIND_A_COMMAND = {"inference/limits.py", "inference/server.py", "inference/ses
 OPTIONAL = {"wandb"}
 # Needed without an import of ours: a plugin of pytest, what diffusers downloads with, what builds wheels and lints, and
 # what fsspec loads when a URL begins with s3://.
-NOT_IMPORTED = {"pytest-timeout", "huggingface-hub", "mypy", "ruff", "s3fs", "setuptools", "types-pyyaml"}
+NOT_IMPORTED = {
+    "huggingface-hub",
+    "mkdocs-material",
+    "mkdocstrings",
+    "mypy",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    "s3fs",
+    "setuptools",
+    "types-pyyaml",
+}
 
 
 def imports(path: Path, *, top: bool) -> Iterator[str]:

@@ -50,7 +50,7 @@ class Source(Protocol):
 
 
 class Clips(Protocol):
-    """What a worker computes: the sources of a file, and the pieces of a source."""
+    """The work of one worker: the sources of a file, and the pieces of a source."""
 
     def sources(self, path: Path) -> list[Any]:
         """Opens a local file."""

@@ -24,7 +24,7 @@ TIME_LIMIT = 3600.0
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to process any block.
+    """Everything that a worker needs to process any block.
 
     Attributes:
         make: makes the worker's Clips; called once per worker with `device=`. It can be pickled.
@@ -76,7 +76,7 @@ def prepare(
         others = [name for name in _generations(store) if name != generation]
         whole = store.path(generation) if store.is_local else store.fs.unstrip_protocol(store.path(generation))
     except (OSError, ValueError, ImportError) as error:
-        hint = "install what reads it: pip install 'owl_wms[dataset]'" if isinstance(error, ImportError) else "check it"
+        hint = "install what reads it: pip install fsspec s3fs" if isinstance(error, ImportError) else "check it"
         raise ConfigError(f"--out {out}: cannot be used: {one_line(error)}; {hint}", key="out") from error
     return Job(make, whole, generation, form, encodes, fps, time_limit), others
 

@@ -115,7 +115,7 @@ def parsed(data: bytes) -> Iterator[Line]:
 
 
 class Index:
-    """Which keys are done, in a temporary SQLite file, so that memory does not grow with the dataset."""
+    """The keys that are done, in a temporary SQLite file, so that memory does not grow with the dataset."""
 
     def __init__(self, kept: tuple[str, ...] = ("placing", "failed")) -> None:
         """Makes an empty index.

@@ -58,7 +58,7 @@ def run_ray(job: Job, blocks: Iterator[Block], workers: int, *, gpus: float = 1.
         import ray
         import ray.data
     except ImportError as error:
-        text = "--engine ray needs Ray: pip install 'owl_wms[ray]'; or take --engine local"
+        text = "--engine ray needs Ray: pip install 'ray[data]'; or take --engine local"
         raise ConfigError(text, key="engine") from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)

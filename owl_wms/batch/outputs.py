@@ -124,6 +124,6 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        text = "parquet needs pyarrow, which the extra `ray` brings: pip install 'owl_wms[ray]'; or take --format npy"
+        text = "parquet needs pyarrow: pip install pyarrow; or take --format npy"
         raise ConfigError(text, key="format") from error
     return pyarrow, parquet

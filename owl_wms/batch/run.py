@@ -34,7 +34,7 @@ _PAUSE_MINUTES = 5
 
 
 class Status(NamedTuple):
-    """What a generation's ledger says.
+    """The state of a generation, as its ledger has it.
 
     Attributes:
         done, failed, left: items; `left` includes the failed ones, which the next run tries again.

@@ -47,7 +47,7 @@ _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Outcome(NamedTuple):
-    """What became of an item, or, without a key, that a block has ended.
+    """The end of an item, or, without a key, of a block.
 
     Attributes:
         block: name of its block.

@@ -92,12 +92,12 @@ def decode(
         )
     source = LatentFile(latents, channels=model.latent_channels)
     clips, length, *one = source.shape
-    for path in (out, depth_out) if depth else (out,):
-        for name in sinks.outputs(path, clips, each):
-            shared.check_output(name, chosen, overwrite=overwrite)
     if png is not None:
         shared.check_destination(png, ".png", ".jpg")
         shared.check_kept(png, overwrite=overwrite)
+    for path in (out, depth_out) if depth else (out,):
+        for name in sinks.outputs(path, clips, each):
+            shared.check_output(name, chosen, overwrite=overwrite)
     remark = other_latent_size(model, source.shape[3], source.shape[4])
     if remark is not None:
         console.print(f"{latents}: {remark}", markup=False, highlight=False, soft_wrap=True)

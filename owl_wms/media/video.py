@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -31,9 +31,6 @@ from owl_wms.media.whole import why_unwritten, written_whole
 from owl_wms.timing import Spent
 
 __all__ = ["VIDEO_SUFFIXES", "VideoWriter", "Y4mWriter", "choose_encoder", "read_video", "said"]
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 STDOUT = Path("-")
 X264, NVENC = "libx264", "h264_nvenc"
@@ -106,7 +103,7 @@ class _FrameWriter:
         self._stream: Any = None
         self.frames = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _FrameWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

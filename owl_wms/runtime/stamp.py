@@ -126,8 +126,10 @@ class WeightsStamp:
         self._children_then = [dict(children) for children in self._children]
         # Of modules whose own forward may look at them; what is added to these is new to the computation.
         self._empty = [d for m in active for d in (m._parameters, m._buffers, m._modules) if not d]
-        self._mode_of = [module.__dict__ for module in active]
+        # Read from the attributes' dicts in a loop of C; a module of torch.compile has its mode elsewhere.
+        self._mode_of = [module.__dict__ for module in active if "training" in module.__dict__]
         self._modes = list(map(_training, self._mode_of))
+        self._wrapped = [(module, module.training) for module in active if "training" not in module.__dict__]
         self._own = [module.__dict__ for module in modules]
         self._hooks = [*_GLOBAL_HOOKS, *(held for m in modules for held in (m._forward_hooks, m._forward_pre_hooks))]
         self._hooked = [held for held in self._hooks if held]
@@ -145,6 +147,8 @@ class WeightsStamp:
         if self._children != self._children_then or any(self._empty):
             return False
         if list(map(_training, self._mode_of)) != self._modes or list(map(type, self._parts)) != self._types:
+            return False
+        if any(module.training != mode for module, mode in self._wrapped):
             return False
         if list(map(_forward, self._classes)) != self._forwards or list(map(_own_call, self._classes)) != self._calls:
             return False

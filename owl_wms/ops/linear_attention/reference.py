@@ -3,7 +3,8 @@ SanaMultiscaleLinearAttention computes them, and the layout of a scale's weights
 
 Usage:
     y = reference(qkv, 32, 1e-15)     # [B, H, W, 3 * heads * 32] -> [B, H, W, heads * 32]
-    y = multiscale_reference(qkv, *pack_scale(proj_in.weight, proj_out.weight), 32, 1e-15)
+    taps, point = pack_scale(proj_in.weight, proj_out.weight)
+    y = multiscale_reference(qkv, taps, point, 32, 1e-15)
 """
 
 from __future__ import annotations
