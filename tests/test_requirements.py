@@ -35,16 +35,8 @@ OPTIONAL = {"wandb"}
 # Needed without an import of ours: a plugin of pytest, what diffusers downloads with, what builds wheels and lints, and
 # what fsspec loads when a URL begins with s3://.
 NOT_IMPORTED = {
-    "huggingface-hub",
-    "mkdocs-material",
-    "mkdocstrings",
-    "mypy",
-    "pytest-timeout",
-    "pytest-xdist",
-    "ruff",
-    "s3fs",
-    "setuptools",
-    "types-pyyaml",
+    *("huggingface-hub", "mkdocs-material", "mkdocstrings", "mypy", "pytest-timeout", "pytest-xdist"),
+    *("ruff", "s3fs", "setuptools", "types-pyyaml"),
 }
 
 

@@ -110,7 +110,7 @@ def measured(
     with torch.no_grad(), reference_arithmetic():  # a frame at a time, which bounds the memory of fp32
         exact = torch.cat([truth(frame[None]) for frame in z[0].float()])[None].double()
     del truth
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, way in ways.items():
         try:
             ms = measure_inference_time(way, z, iterations=iterations)
