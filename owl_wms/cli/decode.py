@@ -20,7 +20,7 @@ from rich.console import Console
 
 def decode(
     latents: Annotated[Path, typer.Argument(help="Latents \\[b,n,c,h,w] or \\[n,c,h,w]: .pt, .npy or .safetensors.")],
-    checkpoint: Annotated[Path, typer.Option(help="Its weights: decoder, full model or training checkpoint.")],
+    checkpoint: Annotated[Path, typer.Option(help="Weights of the decoder, the full model, or a training checkpoint.")],
     vae_config: Annotated[Path | None, typer.Option(help="YAML of the autoencoder; --family needs none.")] = None,
     family: Annotated[str | None, typer.Option(help="taehv: the decoder's sizes are read off its checkpoint.")] = None,
     out: Annotated[
@@ -33,8 +33,12 @@ def decode(
     overwrite: Annotated[bool, typer.Option(help="Replace what stands under these names.")] = False,
     png: Annotated[Path | None, typer.Option(help="Also write a contact sheet of up to eight frames.")] = None,
     depth: Annotated[bool, typer.Option(help="Also write the depth channel, grey, as OUT_depth.mp4.")] = False,
-    scale: Annotated[float, typer.Option(help="Multiply latents by this first (upstream's vae_scale).")] = 1.0,
-    fps: Annotated[float, typer.Option(help="Frames per second of the clip, 1 to 240.")] = 60,
+    scale: Annotated[
+        float | None, typer.Option(help="Multiply latents by this first (vae_scale); what the file says, else 1.")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the clip, 1 to 240; what the file says, else 60.")
+    ] = None,
     encoder: Annotated[
         str, typer.Option(help="libx264, h264_nvenc (of the GPU), or auto: the GPU's if it has one.")
     ] = "libx264",
@@ -54,7 +58,9 @@ def decode(
     from owl_wms.configs import load_vae_model
     from owl_wms.errors import ConfigError
     from owl_wms.media import sinks
+    from owl_wms.media.facts import Facts
     from owl_wms.media.latents import LatentFile
+    from owl_wms.media.read_facts import file_digest, read_facts
     from owl_wms.media.video import choose_encoder
     from owl_wms.runtime import StreamDecode, decode_clips, decode_stream
     from owl_wms.runtime.steps import frames_of, streams
@@ -67,6 +73,12 @@ def decode(
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
     chosen = sinks.form_of(out, form)
+    facts = read_facts(latents) if latents.is_file() else Facts()  # what is missing is told by its reader
+    digest = file_digest(checkpoint) if facts.vae_sha256 and checkpoint.is_file() else None
+    for difference in facts.otherwise(vae_scale=scale, fps=fps, vae_sha256=digest):
+        console.print(f"{latents}: {difference}", markup=False, highlight=False, soft_wrap=True)
+    scale = scale if scale is not None else facts.vae_scale or 1.0
+    fps = fps if fps is not None else facts.fps or 60.0
     shared.check_number("--scale", scale, shared.SCALES)
     shared.check_number("--fps", fps, shared.FPS)
     shared.check_number("--crf", crf, (0, 51))

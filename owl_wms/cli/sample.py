@@ -39,6 +39,7 @@ def sample(
     from owl_wms.inference.build import latent_space, load_core, load_video_config, make_contexts, make_decode
     from owl_wms.inference.context import fit_buttons
     from owl_wms.media.arrays import save_array
+    from owl_wms.media.facts import Facts
     from owl_wms.media.video import VideoWriter
     from owl_wms.runtime import decode_stream
 
@@ -83,7 +84,8 @@ def sample(
                 bar.advance(task, len(pictures))
     if latents is not None:
         tensors = {"latents": stored, "mouse": result.mouse, "buttons": result.buttons}
-        save_array(latents, {name: tensor.float() for name, tensor in tensors.items()})
+        facts = Facts(fps=world.train.fps, vae_scale=1.0, layout="b n c h w")  # they are what the decoder takes
+        save_array(latents, {name: tensor.float() for name, tensor in tensors.items()}, facts=facts)
     console.print(f"{out}: {begin.latents.shape[1]} frames of context and {frames} sampled", highlight=False)
 
 

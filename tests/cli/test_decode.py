@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from owl_wms.cli import main
 from owl_wms.configs import TAEHVConfig, load_vae_config
 from owl_wms.errors import ConfigError
-from owl_wms.media.arrays import load_array
+from owl_wms.media.arrays import load_array, save_array
+from owl_wms.media.facts import Facts
 from owl_wms.media.read_facts import file_digest, read_facts
 from owl_wms.media.video import VideoWriter, read_video
 from owl_wms.media.watch import rate_of
@@ -183,3 +184,23 @@ def test_frames_of_a_stream_are_not_decoded_in_batches() -> None:
     decoder = build_decoder(TAEHVConfig(model_id="taehv", latent_channels=4))
     with pytest.raises(ConfigError, match=r"use owl_wms\.runtime\.StreamDecode"):
         make_batched_decode_fn(decoder, 1)
+
+
+def test_what_the_file_says_is_the_default_and_another_word_is_told(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latents = torch.randn(3, 16, 8, 8)
+    facts = Facts(fps=24, vae_scale=0.5, vae_sha256="0" * 64)
+    save_array(place / "said.safetensors", latents, facts=facts)
+    save_array(place / "silent.safetensors", latents)
+    assert call(place, "decode", "said.safetensors", "--out", str(place / "said.mp4")) == 0
+    assert rate_of(place / "said.mp4") == 24
+    assert "vae_sha256 is" in capsys.readouterr().err, "these weights are not those that made the latents"
+    for source, scale, out in (("said", (), "a"), ("silent", ("--scale", "0.5"), "b"), ("said", ("--scale", "2"), "c")):
+        more = ("--out", str(place / f"{out}.npy"), *scale)
+        assert call(place, "decode", f"{source}.safetensors", *more) == 0
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "vae_scale is 2.0, and the file says 0.5" in told
+    first, second, third = (np.load(place / f"{name}.npy") for name in "abc")
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, third)
