@@ -114,6 +114,13 @@ def check_destination(path: Path, *suffixes: str, key: str = "") -> None:
     _try_to_write_below(said, Path(os.path.realpath(path)).parent)
 
 
+def check_family(family: str | None, vae_config: Path | str | None) -> None:
+    """Raises ConfigError unless a configuration or a known family says what the decoder is."""
+    if family not in (None, "taehv") or (family is None and vae_config is None):
+        got = f"--family {family} is not known" if family else "neither --vae-config nor --family is given"
+        raise ConfigError(f"{got}; give --vae-config FILE, or --family taehv", key="family")
+
+
 def check_kept(path: Path, *, overwrite: bool) -> None:
     """Refuse to replace a file, or a folder with something in it, that is there already.
 

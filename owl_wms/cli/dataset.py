@@ -56,13 +56,10 @@ def decode_dataset(
     from owl_wms.batch.items import LATENT_SUFFIXES
     from owl_wms.batch.outputs import FRAME_FORMS
     from owl_wms.cli import _shared as shared
-    from owl_wms.errors import ConfigError
 
     shared.check_number("--scale", scale, shared.SCALES)
     shared.check_number("--fps", fps, shared.FPS)
-    if family not in (None, "taehv") or (family is None and vae_config is None):
-        got = f"--family {family} is not known" if family else "neither --vae-config nor --family is given"
-        raise ConfigError(f"{got}; give --vae-config FILE, or --family taehv", key="family")
+    shared.check_family(family, vae_config)
     settings = {"scale": scale, "batch_size": batch_size, "dtype": dtype, "family": family, "tensorrt": tensorrt}
     make = partial(
         DecodeClips, vae_config, checkpoint, family=family, dtype=dtype, batch_size=batch_size, scale=scale,

@@ -87,9 +87,7 @@ def decode(
     depth_out = out.with_stem(out.stem + "_depth")
     if depth and chosen != "mp4":
         raise ConfigError(f"--depth goes with a clip, .mp4; --out {out} is {chosen}", key="depth")
-    if family not in (None, "taehv") or (family is None and vae_config is None):
-        got = f"--family {family} is not known" if family else "neither --vae-config nor --family is given"
-        raise ConfigError(f"{got}; give --vae-config FILE, or --family taehv", key="family")
+    shared.check_family(family, vae_config)
     decoder = None
     model: Any
     if vae_config is None:
