@@ -148,7 +148,7 @@ def tiny(script: ModuleType, folder: Path) -> object:
 
 
 def test_stages_continue_from_call_to_call_and_on_another_machine(script: ModuleType, tmp_path: Path) -> None:
-    """Every call trains a few steps; the second one has carried files alone, without the checkpoint."""
+    """A stage's first call ends after one step, a later one at its end; the second has carried files alone."""
     cfg = tiny(script, tmp_path)
     stages = [stage.smaller() for stage in script.STAGES]
     data = episodes(script, frames=20)
@@ -160,8 +160,9 @@ def test_stages_continue_from_call_to_call_and_on_another_machine(script: Module
             break
         if call == 1:
             shutil.rmtree(tmp_path / stage.name)
-        before = state.step if state.stage == stage.name else 0
-        script.train(tmp_path, stage, state, cfg, data, 0.5)
+        continued = state.stage == stage.name
+        before = state.step if continued else 0
+        script.train(tmp_path, stage, state, cfg, data, 600.0 if continued and call > 1 else 0.0)
         after = script.Progress.read(tmp_path)
         assert after.step > before, "no step is lost or made twice"
         done.append((stage.name, after.step))

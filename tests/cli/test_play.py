@@ -68,7 +68,7 @@ def test_the_game_is_served_until_interrupted() -> None:
         with urllib.request.urlopen(address, timeout=10) as answer:
             assert "owl-wms play" in answer.read().decode()
         with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(address[:-2] + "_/", timeout=10)
+            urllib.request.urlopen(f"{address[:-2]}{'-' if address[-2] == '_' else '_'}/", timeout=10)
         process.send_signal(signal.SIGINT)
         assert_stops(process)
 
