@@ -26,11 +26,11 @@ from owl_wms.files import open_regular, read_exactly, size_of
 from owl_wms.media.arrays import as_clips, check_finite, load_tensor_bytes
 from owl_wms.media.frames import frame_batches
 from owl_wms.media.latents import LatentFile
-from owl_wms.runtime import UNATTENDED, Latents, StreamDecode, decode_clips, decode_stream
+from owl_wms.runtime import UNATTENDED, Latents, clip_decoder, decode_pieces
 from owl_wms.runtime.ahead import ahead
-from owl_wms.runtime.steps import frames_of, streams
+from owl_wms.runtime.steps import frames_of
 from owl_wms.settings import TensorRTConfig
-from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
+from owl_wms.utils.owl_vae_bridge import get_decoder_only
 from owl_wms.vae import fold_weight_norm, load_encoder
 
 Batch = dict[str, Any]
@@ -101,15 +101,8 @@ class DecodeClips:
         self._decoder, self._scale = _laid_out(decoder, where), scale
         model: Any = decoder.config if vae_config is None else load_vae_model(vae_config)
         self._channels: int = model.latent_channels
-        self._run: Any
-        self._streams = streams(self._decoder)
-        if self._streams:
-            settings = TensorRTConfig.resolve(enabled=None if tensorrt else False)
-            self._run = StreamDecode(self._decoder, settings=settings, check="error")
-        else:
-            self._run = make_batched_decode_fn(
-                self._decoder, batch_size, use_tensorrt=tensorrt, output="uint8", check=UNATTENDED
-            )
+        settings = TensorRTConfig.resolve(enabled=None if tensorrt else False)
+        self._run = clip_decoder(self._decoder, batch_size=batch_size, settings=settings, check=UNATTENDED)
 
     def __call__(self, batch: Batch) -> Batch:
         """Returns the batch with `latents` replaced by `frames`; other columns pass through.
@@ -124,13 +117,8 @@ class DecodeClips:
 
     def _decoded(self, latents: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         clip = as_clips(torch.from_numpy(np.array(latents)), "latents", self._channels)
-        pieces = [np.array(piece.numpy()) for piece in self._pieces(_Held(clip, "latents"))]
-        return np.concatenate(pieces)
-
-    def _pieces(self, latents: Latents) -> Iterator[Tensor]:
-        if self._streams:
-            return decode_clips(self._run, latents, scale=self._scale)
-        return decode_stream(self._run, latents, scale=self._scale)
+        pieces = decode_pieces(self._run, _Held(clip, "latents"), scale=self._scale)
+        return np.concatenate([np.array(piece.numpy()) for piece in pieces])
 
     def sources(self, path: Path) -> list[LatentClip]:
         """Opens the latents of a `.pt`, `.npy` or `.safetensors` file, or of every clip of a tar.
@@ -153,15 +141,16 @@ class DecodeClips:
         return found
 
     def _shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        return shape[0], frames_of(self._decoder, shape[1]) if self._streams else shape[1]
+        return shape[0], frames_of(self._decoder, shape[1])
 
     def prepare(self, source: LatentClip) -> None:
         """Finds or builds the program for latents of this size."""
-        self._run.prepare(source.latents.shape[2:])
+        channels, height, width = source.latents.shape[2:]
+        self._run.prepare((channels, height, width))
 
     def stream(self, source: LatentClip) -> Iterator[Tensor]:
         """Yields uint8 `[k, H, W, C]`, clips end to end."""
-        return self._pieces(source.latents)
+        return decode_pieces(self._run, source.latents, scale=self._scale)
 
 
 class _Held:

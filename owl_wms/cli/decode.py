@@ -37,7 +37,8 @@ def decode(
         float | None, typer.Option(help="Multiply latents by this first (vae_scale); what the file says, else 1.")
     ] = None,
     fps: Annotated[
-        float | None, typer.Option(help="Frames per second of the clip, 1 to 240; what the file says, else 60.")
+        float | None,
+        typer.Option(help="Frames per second of the clip, 1 to 240; what the file says (of latents), else 60."),
     ] = None,
     encoder: Annotated[
         str, typer.Option(help="libx264, h264_nvenc (of the GPU), or auto: the GPU's if it has one.")
@@ -62,11 +63,11 @@ def decode(
     from owl_wms.media.latents import LatentFile
     from owl_wms.media.read_facts import file_digest, read_facts
     from owl_wms.media.video import choose_encoder
-    from owl_wms.runtime import StreamDecode, decode_clips, decode_stream
-    from owl_wms.runtime.steps import frames_of, streams
+    from owl_wms.runtime import clip_decoder, decode_pieces
+    from owl_wms.runtime.steps import frames_of
     from owl_wms.settings import TensorRTConfig
     from owl_wms.timing import Spent
-    from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
+    from owl_wms.utils.owl_vae_bridge import get_decoder_only
     from owl_wms.vae.landscape import other_latent_size
 
     console = Console(stderr=True)
@@ -75,10 +76,6 @@ def decode(
     chosen = sinks.form_of(out, form)
     facts = read_facts(latents) if latents.is_file() else Facts()  # what is missing is told by its reader
     digest = file_digest(checkpoint) if facts.vae_sha256 and checkpoint.is_file() else None
-    for difference in facts.otherwise(vae_scale=scale, fps=fps, vae_sha256=digest):
-        console.print(f"{latents}: {difference}", markup=False, highlight=False, soft_wrap=True)
-    scale = scale if scale is not None else facts.vae_scale or 1.0
-    fps = fps if fps is not None else facts.fps or 60.0
     shared.check_number("--scale", scale, shared.SCALES)
     shared.check_number("--fps", fps, shared.FPS)
     shared.check_number("--crf", crf, (0, 51))
@@ -95,6 +92,14 @@ def decode(
         model = decoder.config
     else:
         model = load_vae_model(vae_config)
+    each_latent = getattr(model, "frames_per_latent", 1)  # the file's rate is that of latents, the clip's of frames
+    told = {"vae_scale": scale, "fps": fps and fps / each_latent, "vae_sha256": digest}
+    for difference in facts.otherwise(**told):
+        console.print(f"{latents}: {difference}", markup=False, highlight=False, soft_wrap=True)
+    scale = scale if scale is not None else facts.vae_scale or 1.0
+    fps = fps if fps is not None else (facts.fps or 0) * each_latent or 60.0
+    shared.check_number("--scale", scale, shared.SCALES)
+    shared.check_number("--fps", fps, shared.FPS)
     channels = getattr(model, "channels", 3)
     if depth and channels < 4:
         raise ConfigError(
@@ -114,15 +119,10 @@ def decode(
     if decoder is None:
         decoder = get_decoder_only(family, vae_config, checkpoint, device=where, dtype=precision)
     decoder, spent = shared.quick_on(where, decoder), Spent()
-    run: Any
-    if streams(decoder):
-        settings = TensorRTConfig.resolve(enabled=None if tensorrt else False)
-        run = StreamDecode(decoder, settings=settings, check="error")
-        pieces = decode_clips(run, source, scale=scale)
-        length = frames_of(decoder, length)
-    else:
-        run = make_batched_decode_fn(decoder, batch_size, use_tensorrt=tensorrt, output="uint8", check="error")
-        pieces = decode_stream(run, source, scale=scale, spent=spent)
+    settings = TensorRTConfig.resolve(enabled=None if tensorrt else False)
+    run = clip_decoder(decoder, batch_size=batch_size, settings=settings, check="error")
+    pieces = decode_pieces(run, source, scale=scale, spent=spent)
+    length = frames_of(decoder, length)
 
     sheet, count = shared.Sheet(clips * length), clips * length
     make = partial(sinks.open_sink, shape=(clips, length), fps=fps, form=form, each=each)

@@ -132,9 +132,9 @@ class Loading:
 
 
 def _own_rate(config: Path | None) -> float:
-    from owl_wms.configs import load_world_config
+    from owl_wms.inference.build import frames_per_second, load_video_config
 
-    return 60.0 if config is None else float(load_world_config(config).train.fps)
+    return 60.0 if config is None else frames_per_second(load_video_config(config), config)
 
 
 def serve(

@@ -41,7 +41,8 @@ def sample(
     from owl_wms.media.arrays import save_array
     from owl_wms.media.facts import Facts
     from owl_wms.media.video import VideoWriter
-    from owl_wms.runtime import decode_stream
+    from owl_wms.runtime import decode_pieces
+    from owl_wms.runtime.steps import frames_of, frames_per_latent
 
     console = Console(stderr=True)
     shared.check_destination(out, ".mp4")
@@ -56,9 +57,7 @@ def sample(
     world = load_video_config(config)
     run = _make_sampler(world.train, sampler, frames, steps, cfg_scale)
     core = load_core(config, checkpoint, where, precision)
-    decode = make_decode(
-        world, config, where, precision, tensorrt=tensorrt, batch_size=8, output="uint8", check="error"
-    )
+    decode = make_decode(world, config, where, precision, tensorrt=tensorrt, batch_size=8, check="error")
     begin = make_contexts(world, config, where, precision, path=context, seed=seed)[0].to(where, precision)
 
     after = begin.controls_after(frames)
@@ -77,9 +76,9 @@ def sample(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         stored = latent_space(world, config).to(where).to_stored(result.latents)
-        task = bar.add_task("decoding", total=stored.shape[1])
-        with VideoWriter(out, world.train.fps) as clip:
-            for pictures in decode_stream(decode, stored):
+        task = bar.add_task("decoding", total=frames_of(decode.decoder, stored.shape[1]))
+        with VideoWriter(out, world.train.fps * frames_per_latent(decode.decoder)) as clip:
+            for pictures in decode_pieces(decode, stored):
                 clip.write(pictures)
                 bar.advance(task, len(pictures))
     if latents is not None:

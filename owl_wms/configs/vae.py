@@ -123,6 +123,11 @@ class TAEHVConfig(StrictModel):
     time_upscale: ThreeSwitches = (False, True, True)
     space_upscale: ThreeSwitches = (True, True, True)
 
+    @property
+    def frames_per_latent(self) -> int:
+        """Frames that one latent becomes."""
+        return int(2 ** sum(self.time_upscale))
+
 
 VAEModelConfig = DCAEConfig | DistillVAEConfig | AudioAEConfig | TAEHVConfig
 MODEL_CONFIGS: dict[str, type[StrictModel]] = {

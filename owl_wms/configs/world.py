@@ -184,6 +184,7 @@ class TrainingConfig(StrictModel):
     `uncond` and `audio_vae_batch_size` are accepted because shipped files have them; nothing reads them.
 
     Attributes:
+        fps: latents per second. A decoder that makes several frames of one latent makes clips of so many times more.
         init_ckpt: file of weights alone that a run starts from when it continues none.
         tensorboard: write the reports to `checkpoint_dir/tensorboard` as well.
         latent_transform: file that `owl_wms.models.latents` wrote; latents are divided by `vae_scale` and then

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs import TrainingConfig, WorldConfig, load_vae_model, load_world_config
+from owl_wms.configs import TAEHVConfig, TrainingConfig, WorldConfig, load_vae_model, load_world_config
 from owl_wms.configs.paths import find_beside
 from owl_wms.configs.world import with_files_found
 from owl_wms.errors import ConfigError
@@ -26,10 +26,11 @@ from owl_wms.inference.source import GameSource
 from owl_wms.models.latents import LatentSpace
 from owl_wms.models.load import load_model
 from owl_wms.nn.setting import latent_grid
-from owl_wms.runtime import VideoDecode
+from owl_wms.runtime import ClipDecode, clip_decoder
+from owl_wms.settings import TensorRTConfig
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
 from owl_wms.vae import fold_weight_norm, load_encoder
-from owl_wms.vae.load import HUB_VAE_ID
+from owl_wms.vae.load import HUB_VAE_ID, TAEHV_VAE_ID, read_taehv_config
 
 # Called with what is being made, and how far it is: ("first frames", 3, 12). 0 of 0 is a step without parts.
 Progress = Callable[[str, int, int], None]
@@ -78,22 +79,42 @@ def make_decode(
     *,
     tensorrt: bool = True,
     batch_size: int = 1,
-    output: str = "bf16",
     check: str = "auto",
-) -> VideoDecode:
-    """Returns the configuration's decoder behind the bridge; its program is found or built here.
+) -> ClipDecode:
+    """Returns what decodes to bytes by the configuration's decoder; its program is found or built here.
 
-    `batch_size`, `output` and `check` are as in `make_batched_decode_fn`; play decodes one frame at a time.
+    `batch_size` and `check` are as in `owl_wms.runtime.clip_decoder`; play decodes one latent at a time.
     """
     train, model = config.train, config.model
     cfg, ckpt = _named(train, "vae_cfg_path", cfg_path), _named(train, "vae_ckpt_path", cfg_path)
     decoder = _quick(get_decoder_only(train.vae_id, cfg, ckpt, device=device, dtype=dtype), device)
-    decode = make_batched_decode_fn(
-        decoder, batch_size, use_tensorrt=tensorrt and train.use_tensorrt, config=train, output=output, check=check
-    )
+    settings = TensorRTConfig.resolve(train, enabled=None if tensorrt and train.use_tensorrt else False)
+    decode = clip_decoder(decoder, batch_size=batch_size, settings=settings, check=check)
     channels = latent_space(config, cfg_path).stored_channels(model.channels)
     decode.prepare((channels, *latent_grid(model)))
     return decode
+
+
+def frames_per_second(config: WorldConfig, cfg_path: Path | str) -> float:
+    """Returns the rate of the frames that the configuration's decoder makes of `train.fps` latents per second.
+
+    Raises:
+        ConfigError, CheckpointError: the decoder is not known.
+    """
+    decoder = _streaming_config(config, cfg_path)
+    return float(config.train.fps * (1 if decoder is None else decoder.frames_per_latent))
+
+
+def _streaming_config(config: WorldConfig, cfg_path: Path | str) -> TAEHVConfig | None:
+    """Returns the decoder's configuration if its frames depend on those before."""
+    vae_path = _named(config.train, "vae_cfg_path", cfg_path)
+    if vae_path is not None:
+        model = load_vae_model(vae_path)
+        return model if isinstance(model, TAEHVConfig) else None
+    if config.train.vae_id != TAEHV_VAE_ID:
+        return None
+    weights = _named(config.train, "vae_ckpt_path", cfg_path)
+    return None if weights is None else read_taehv_config(weights)
 
 
 def make_encode(
@@ -106,6 +127,9 @@ def make_encode(
         CheckpointError: the file has no encoder; give a context file instead.
     """
     train = config.train
+    if _streaming_config(config, cfg_path) is not None:
+        text = "no beginning can be rendered, for the encoder of a TAEHV is not built here; give a file with --context"
+        raise ConfigError(f"{cfg_path}: {text}", path=cfg_path, key="train.vae_id")
     vae_path = _named(train, "vae_cfg_path", cfg_path)
     channels = 3 if vae_path is None else getattr(load_vae_model(vae_path), "channels", 3)
     if channels > 4:
@@ -260,7 +284,7 @@ def build_pipeline(
     core = load_core(cfg_path, ckpt_path, device, dtype)
     progress("decoder", 0, 0)
     picture = _picture_dtype(device, dtype)
-    decode = make_decode(config, cfg_path, device, picture, tensorrt=tensorrt, output="uint8", check="canary")
+    decode = make_decode(config, cfg_path, device, picture, tensorrt=tensorrt, check="canary")
     render = None if context is not None else make_renderer(config, cfg_path, device, dtype, progress)
     contexts = make_contexts(config, cfg_path, device, dtype, path=context) if render is None else [render(seed)]
     progress("first passes", 0, 0)

@@ -25,6 +25,7 @@ from owl_wms.inference.controls import GAME_CONTROLS, Button
 from owl_wms.inference.pixels import to_uint8
 from owl_wms.inference.source import Frame, describe_decode
 from owl_wms.models.latents import LatentSpace, Whitener
+from owl_wms.runtime import StreamDecode, stream_bytes
 from owl_wms.sampling import Guidance, custom_deltas, get_sd3_euler
 from owl_wms.sampling.captured import CALLS_BEFORE, Captured
 from owl_wms.sampling.frames import FrameLoop
@@ -41,7 +42,9 @@ class InteractivePipeline:
     Args:
         core: a GameRFTCore in eval mode, already on its device and in its dtype.
         decode: [1, 1, c, h, w] to [1, 1, C, H, W], or to bytes [1, 1, H, W, C];
-            `make_batched_decode_fn(decoder, batch_size=1, output="uint8")` of the bridge.
+            `make_batched_decode_fn(decoder, batch_size=1, output="uint8")` of the bridge. Or a StreamDecode, whose
+            decoder may make several pictures of one latent. Every player has a stream of their own, which has seen the
+            beginning too: the pictures are those of the whole clip.
         contexts: beginnings to choose from, in the model's scale; see `owl_wms.inference.context`.
         image_scale: factor by which latents were divided for the model.
         whitener: transform that was applied after that, or None.
@@ -63,7 +66,7 @@ class InteractivePipeline:
     def __init__(
         self,
         core: Any,
-        decode: Callable[[Tensor], Tensor],
+        decode: Callable[[Tensor], Tensor] | StreamDecode,
         contexts: Sequence[Context],
         *,
         image_scale: float = 1.0,
@@ -95,7 +98,8 @@ class InteractivePipeline:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.image_scale, self.noise_prev, self.bgr = image_scale, noise_prev, bgr
         self._space = LatentSpace(image_scale, whitener).to(self.device)
-        self._core, self._decode, self._contexts = core, decode, list(contexts)
+        self._core, self._contexts = core, list(contexts)
+        self._decode: Any = decode
         self._guidance = Guidance(model=core, scale=cfg_scale, max_level=max_level)
         self._window = min(core.config.n_frames, DEFAULT_WINDOW) if max_window is None else max_window
         self._schedule = None if schedule is None else custom_deltas(schedule)
@@ -108,7 +112,9 @@ class InteractivePipeline:
         self._loop = FrameLoop(
             self._guidance, deltas=self._deltas(), noise_prev=self.noise_prev, max_window=self._window
         )
-        self._pixels = Captured(lambda frame: (self._to_bytes(frame),), allowed=self._loop.captures)
+        self._pixels = Captured(lambda frames: (self._to_bytes(frames),), allowed=self._loop.captures)
+        self._stream = self._decode.fork() if isinstance(self._decode, StreamDecode) else None
+        self._seen: StreamDecode | None = None  # a stream that has decoded the beginning and nothing else
         self._random = torch.Generator(self.device)
         self._begin = self._contexts[0]
         self._host: Tensor | None = None
@@ -144,17 +150,24 @@ class InteractivePipeline:
         Args:
             which: index of the beginning; None is the one before.
         """
-        if which is not None:
-            self._begin = self._contexts[which]
+        if which is not None and self._contexts[which] is not self._begin:
+            self._begin, self._seen = self._contexts[which], None
         context = self._begin.to(self.device, self.dtype)
         self._random.manual_seed(self._seed)
         self._loop.begin(context.latents, context.mouse, context.buttons, self._random)
         self._index = 0
+        if self._stream is not None:
+            if self._seen is None:
+                self._stream.reset()
+                for latent in self._space.to_stored(context.latents).unbind(1):
+                    self._stream.step(latent)
+                self._seen = self._stream
+            self._stream = self._seen.fork()
 
     def new_world(self, seed: int) -> None:
         """See `owl_wms.inference.source.Source`: the seed gives beginning and noise."""
         made = self._contexts[seed % len(self._contexts)] if self._new_context is None else self._new_context(seed)
-        self._seed, self._begin = seed, made
+        self._seed, self._begin, self._seen = seed, made, None
         self.restart()
 
     @torch.no_grad()
@@ -173,20 +186,29 @@ class InteractivePipeline:
         clock.mark()
         latent = self._loop.denoise(moved, held, self._random)
         clock.mark()
-        decoded = self._decode(self._space.to_stored(latent))
-        image = self._to_host(self._pixels(None, decoded[0, 0])[0])
+        stored = self._space.to_stored(latent)
+        decoded = self._decode(stored) if self._stream is None else self._stream.step(stored)
+        images = self._to_host(self._pixels(None, decoded[0])[0])
         clock.mark()
         self._loop.remember(latent, moved, held, self._random)
         clock.wait()
-        index, self._index = self._index, self._index + 1
+        image, *later = images.numpy().copy()
+        index, self._index = self._index, self._index + len(images)
         return Frame(
-            image=image.numpy().copy(), index=index, model_ms=clock.between(0, 1), decode_ms=clock.between(1, 2)
+            image=image,
+            index=index,
+            model_ms=clock.between(0, 1),
+            decode_ms=clock.between(1, 2),
+            later=tuple(later),
         )
 
-    def _to_bytes(self, frame: Tensor) -> Tensor:
-        if frame.dtype != torch.uint8:
-            return to_uint8(frame, bgr=self.bgr)
-        colour = frame[..., :3].flip(-1) if self.bgr else frame[..., :3]
+    def _to_bytes(self, frames: Tensor) -> Tensor:
+        """Colour [k, H, W, 3] of frames [k, C, H, W], or of bytes [k, H, W, C]."""
+        if self._stream is not None:
+            frames = stream_bytes(frames)
+        if frames.dtype != torch.uint8:
+            return torch.stack([to_uint8(frame, bgr=self.bgr) for frame in frames])
+        colour = frames[..., :3].flip(-1) if self.bgr else frames[..., :3]
         return colour.contiguous()
 
     def _to_host(self, image: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import secrets
 import time
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,6 +100,7 @@ class Session:
         self._sent = 0.0
         self._commands: list[CommandMessage] = []
         self._made: tuple[Frame, float] | None = None
+        self._showing: asyncio.Task[None] | None = None
         self._newest: dict[str, Any] | None = None
         self._raw, self._fresh = asyncio.Event(), asyncio.Event()
         self._room, self._running = asyncio.Event(), asyncio.Event()
@@ -117,6 +118,7 @@ class Session:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._stop_showing()
             for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -182,6 +184,7 @@ class Session:
         due = time.perf_counter()
         while True:
             if not self._running.is_set():
+                self._stop_showing()
                 self._newest, self._made = None, None  # what was made before the pause would be old when it ends
                 await self._running.wait()
                 due = time.perf_counter()
@@ -193,16 +196,36 @@ class Session:
                 commands, self._commands = self._commands, []
                 mouse, buttons, sent = self._take_controls()
                 frame = await loop.run_in_executor(self._threads.source, self._work, commands, mouse, buttons)
-            self._dropped += self._made is not None
-            self._made = frame, sent
-            self._raw.set()
+            self._stop_showing()
+            self._show(frame, sent)
+            if frame.later:
+                self._showing = asyncio.create_task(self._show_later(frame, sent))
             # The rate is kept over frames that are late by less than a period. Further behind, the clock starts
             # afresh: catching up would play the game too fast.
-            period = 1 / self._pace.fps
+            period = (1 + len(frame.later)) / self._pace.fps
             due += period
             if due < time.perf_counter() - period:
                 due = time.perf_counter()
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
+
+    def _show(self, frame: Frame, sent: float) -> None:
+        self._dropped += self._made is not None
+        self._made = frame, sent
+        self._raw.set()
+
+    async def _show_later(self, frame: Frame, sent: float) -> None:
+        """Shows the further pictures of a frame, each one period after the one before."""
+        began = time.perf_counter()
+        for number, image in enumerate(frame.later, 1):
+            await asyncio.sleep(max(0.0, began + number / self._pace.fps - time.perf_counter()))
+            if self._running.is_set():
+                self._show(replace(frame, image=image, later=()), sent)
+
+    def _stop_showing(self) -> None:
+        """Ends the pictures of the frame before: the newest one counts."""
+        if self._showing is not None:
+            self._showing.cancel()
+            self._showing = None
 
     def _work(self, commands: list[CommandMessage], mouse: torch.Tensor, buttons: torch.Tensor) -> Frame:
         """On the worker thread: obeys, then makes a frame."""

@@ -28,19 +28,21 @@ WORLDS_APART = 1000  # seeds of twins
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Frame:
-    """One picture and what it cost.
+    """One picture, or several that one set of controls gave, and what they cost.
 
     Attributes:
         image: uint8 [H, W, 3] on the CPU, RGB (or BGR where that was asked for).
         index: frames since the last restart, from 0.
         model_ms: time that made the latent, or rendered the game; milliseconds.
         decode_ms: time that made pixels of it, copy to the CPU included; 0 where nothing is decoded.
+        later: pictures to be shown after `image` at the same rate, before the next controls are taken.
     """
 
     image: np.ndarray
     index: int
     model_ms: float
     decode_ms: float
+    later: tuple[np.ndarray, ...] = ()
 
 
 class Source(Protocol):

@@ -41,7 +41,7 @@ class Facts:
     """Holds what is known about a file; None where nothing is.
 
     Attributes:
-        fps: frames per second.
+        fps: frames per second; of latents, how many of them per second.
         vae_scale: the decoder's input is the stored latents times this number.
         vae: name of the autoencoder, for messages.
         vae_sha256: of the autoencoder's file of weights, 64 hex digits.

@@ -13,15 +13,17 @@ Usage:
 
 from owl_wms.runtime.audio import AudioDecode
 from owl_wms.runtime.canary import UNATTENDED
+from owl_wms.runtime.clips import ClipDecode, clip_decoder, decode_pieces, stream_bytes
 from owl_wms.runtime.decode import VideoDecode
 from owl_wms.runtime.programs import Stored, Toolchain
 from owl_wms.runtime.stats import DecodeStats
 from owl_wms.runtime.stream import Latents, decode_stream
-from owl_wms.runtime.streaming import StreamDecode, decode_clips
+from owl_wms.runtime.streaming import StreamDecode
 from owl_wms.runtime.toolchain import Jit, TensorRT
 
 __all__ = [
     "AudioDecode",
+    "ClipDecode",
     "DecodeStats",
     "Jit",
     "Latents",
@@ -31,6 +33,8 @@ __all__ = [
     "Toolchain",
     "UNATTENDED",
     "VideoDecode",
-    "decode_clips",
+    "clip_decoder",
+    "decode_pieces",
     "decode_stream",
+    "stream_bytes",
 ]

@@ -42,10 +42,14 @@ def streams(decoder: nn.Module) -> bool:
     return hasattr(unwrap(decoder), "state_specs")
 
 
+def frames_per_latent(decoder: nn.Module) -> int:
+    """Returns how many frames one latent becomes: 1 unless the decoder says another number."""
+    return int(getattr(unwrap(decoder), "frames_per_latent", 1))
+
+
 def frames_of(decoder: nn.Module, latents: int) -> int:
-    """Returns how many frames a video of so many latents has."""
-    each = cast(Any, unwrap(decoder)).frames_per_latent
-    return max(0, (latents - 1) * int(each) + 1)
+    """Returns how many frames a video of so many latents has: the first latent of a stream gives one."""
+    return max(0, (latents - 1) * frames_per_latent(decoder) + 1)
 
 
 class Steps:
@@ -84,6 +88,11 @@ class Steps:
         self._weights = 1
         self._take_weights()
         self.channels = self._eager.channels
+
+    @property
+    def device(self) -> torch.device | None:
+        """The decoder's device; None without weights."""
+        return self._eager.device
 
     def follow_weights(self) -> int:
         """Returns a number that is another one whenever the weights have changed; programs of old ones are dropped."""

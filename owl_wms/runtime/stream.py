@@ -95,7 +95,7 @@ def decode_stream(
 def _stream(
     decode: VideoDecode, latents: Tensor | Latents, scale: float, piece: int, ring: int, spent: Spent
 ) -> Generator[Tensor, None, None]:
-    source = _InMemory(latents) if isinstance(latents, Tensor) else latents
+    source = as_latents(latents)
     check_video_shape(tuple(source.shape), None)
     clips, length, c, h, w = source.shape
     decode.prepare((c, h, w))
@@ -172,6 +172,11 @@ def _decoded(
                 host = buffer[: len(frames)].copy_(frames, non_blocking=True)
                 copied.mark()
             yield _Ready(host, buffer, frames, marks, copied)
+
+
+def as_latents(latents: Tensor | Latents) -> Latents:
+    """Returns a tensor `[b, n, c, h, w]` as what is read piece by piece; anything else is that already."""
+    return _InMemory(latents) if isinstance(latents, Tensor) else latents
 
 
 class _InMemory:

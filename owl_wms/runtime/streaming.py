@@ -15,7 +15,6 @@ Usage:
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,6 @@ from owl_wms.runtime.latents import check_video, check_video_shape
 from owl_wms.runtime.programs import Progress, Toolchain
 from owl_wms.runtime.stats import DecodeStats
 from owl_wms.runtime.steps import Steps
-from owl_wms.runtime.stream import Latents
 from owl_wms.settings import TensorRTConfig
 from owl_wms.state import State
 
@@ -90,6 +88,16 @@ class StreamDecode:
     def stats(self) -> DecodeStats:
         """Returns what this stream and its forks did so far; `decodes` counts steps."""
         return self._steps.stats()
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder as it was given."""
+        return self._steps.decoder
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device that it computes on; None for a decoder without weights."""
+        return self._steps.device
 
     @uncompiled
     @torch.no_grad()
@@ -189,22 +197,3 @@ class StreamDecode:
 
     def _refuse(self, got: tuple[int, ...], expected: str) -> None:
         raise LatentShapeError(f"latents must be {expected}; got {list(got)}", got=got, expected=expected)
-
-
-def decode_clips(stream: StreamDecode, latents: Latents, *, scale: float = 1.0) -> Generator[Tensor, None, None]:
-    """Yields the frames of whole clips on the host, one latent after the other, clips end to end.
-
-    Args:
-        stream: of a decoder whose frames lie in [0, 1]; reset before every clip.
-        latents: of shape `(b, n, c, h, w)`, read one latent at a time, so that memory does not grow with the length.
-        scale: factor on the latents.
-
-    Returns:
-        uint8 `[k, H, W, C]`, k frames of one latent, [0, 1] clamped and rounded to [0, 255].
-    """
-    clips, length = latents.shape[:2]
-    for i in range(clips * length):
-        if i % length == 0:
-            stream.reset()
-        frames = stream.step(latents.read(i, i + 1) * scale)[0].float()
-        yield frames.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()

@@ -37,7 +37,7 @@ from owl_wms.trainers.output import write_clip
 from owl_wms.trainers.run import Sampled
 
 if TYPE_CHECKING:
-    from owl_wms.runtime import VideoDecode
+    from owl_wms.runtime import ClipDecode
 
 Decode = Callable[[Tensor], Tensor]
 _log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Evaluator:
         self._trainer = trainer
         self._given_loader = sample_loader
         self._batches: Iterator[Batch] | None = None
-        self._decode: VideoDecode | None = None
+        self._decode: ClipDecode | None = None
         self._decode_audio: Decode | None = None
         self._staging: Path | None = None
         cfg = trainer.train_cfg
@@ -203,7 +203,8 @@ class Evaluator:
         trainer = self._trainer
         assert self._decode is not None  # asked for by `run`
         # Imported here: a run without a decoder needs none of it.
-        from owl_wms.runtime import decode_stream
+        from owl_wms.runtime import decode_pieces
+        from owl_wms.runtime.steps import frames_per_latent
 
         audio = None
         if self._decode_audio is not None and sound is not None:
@@ -212,9 +213,9 @@ class Evaluator:
         return [
             write_clip(
                 stem.with_name(f"{name}_{index}"),
-                decode_stream(self._decode, clip[None].to(trainer.device, torch.bfloat16)),
+                decode_pieces(self._decode, clip[None].to(trainer.device, torch.bfloat16)),
                 None if audio is None else audio[index],
-                fps=trainer.train_cfg.fps,
+                fps=trainer.train_cfg.fps * frames_per_latent(self._decode.decoder),
             )
             for index, clip in enumerate(latents)
         ]
@@ -238,12 +239,10 @@ class Evaluator:
             _log.warning("train.vae_ckpt_path is not set: evaluation keeps latents only, no clips are decoded")
             return
         # Imported here: a run without a decoder needs none of it.
+        from owl_wms.runtime import clip_decoder
         from owl_wms.runtime.latents import latent_channels
-        from owl_wms.utils.owl_vae_bridge import (
-            get_decoder_only,
-            make_batched_audio_decode_fn,
-            make_batched_decode_fn,
-        )
+        from owl_wms.settings import TensorRTConfig
+        from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_audio_decode_fn
 
         decoder = get_decoder_only(cfg.vae_id, cfg.vae_cfg_path, cfg.vae_ckpt_path, device=trainer.device)
         decoder.requires_grad_(False)
@@ -255,9 +254,8 @@ class Evaluator:
                 key="train.vae_ckpt_path",
             )
         # The training configuration's tensorrt_* fields hold here; a call's own use_tensorrt would outrank them.
-        self._decode = make_batched_decode_fn(
-            decoder, cfg.vae_batch_size, use_tensorrt=cfg.use_tensorrt, config=cfg, jit=True, output="uint8"
-        )
+        settings = TensorRTConfig.resolve(cfg, enabled=None if cfg.use_tensorrt else False)
+        self._decode = clip_decoder(decoder, batch_size=cfg.vae_batch_size, settings=settings, jit=True)
         if cfg.audio_vae_ckpt_path is not None:
             audio = get_decoder_only(
                 cfg.audio_vae_id, cfg.audio_vae_cfg_path, cfg.audio_vae_ckpt_path, device=trainer.device

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs.vae import DCAEConfig, VAEModelConfig, load_vae_model
+from owl_wms.configs.vae import DCAEConfig, TAEHVConfig, VAEModelConfig, load_vae_model
 from owl_wms.errors import CheckpointError, ConfigError
 from owl_wms.vae.build import build_decoder, build_encoder
 from owl_wms.vae.checkpoint import detect_variant, load_weights, read_state_dict
@@ -51,6 +51,15 @@ def load_decoder(vae_id: str | None, cfg_path: Path | str | None, ckpt_path: Pat
         return _with_weights("decoder", config_of(state, ckpt_path), state, ckpt_path)
     _require_known(vae_id, cfg_path)
     return _load_part("decoder", cfg_path, ckpt_path)
+
+
+def read_taehv_config(ckpt_path: Path | str) -> TAEHVConfig:
+    """Reads the configuration of a TAEHV off its file of weights.
+
+    Raises:
+        CheckpointError: as `load_decoder`.
+    """
+    return config_of(_read_part("decoder", ckpt_path), ckpt_path)
 
 
 def load_encoder(vae_id: str | None, cfg_path: Path | str | None, ckpt_path: Path | str | None) -> nn.Module:

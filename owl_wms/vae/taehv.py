@@ -137,7 +137,7 @@ class TAEHVDecoder(nn.Sequential):
         self.config = config
         self.latent_channels = config.latent_channels
         self.out_channels = IMAGE_CHANNELS
-        self.frames_per_latent: int = 2 ** sum(config.time_upscale)
+        self.frames_per_latent = config.frames_per_latent
         self.scale: int = 2 ** sum(config.space_upscale) * config.patch_size
 
     def forward(self, latents: Tensor) -> Tensor:

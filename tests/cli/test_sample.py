@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from owl_wms.cli import main
+from owl_wms.configs import TAEHVConfig
 from owl_wms.inference.context import load_contexts
 from owl_wms.media.video import read_video
+from owl_wms.media.watch import rate_of
+from owl_wms.vae import build_decoder
 from tests.world import inputs, tiny_config, tiny_core
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
@@ -54,6 +58,31 @@ def test_a_clip_is_written(files: Path, tmp_path: Path, sampler: str | None) -> 
     assert torch.allclose(written["latents"][:, :2], given["latents"], atol=1e-5), "the context comes back unscaled"
     again = load_contexts(tmp_path / "clip.safetensors", channels=128, grid=(8, 8), n_buttons=11, scale=0.8)
     assert again[0].latents.shape == (1, 5, 128, 8, 8)
+
+
+def test_a_clip_of_a_streaming_decoder_has_its_rate(tmp_path: Path) -> None:
+    """Two latents of context and two more, at 10 per second: 4 * 4 - 3 frames at 40 per second; and decoded again."""
+    pytest.importorskip("av")
+    decoder = build_decoder(TAEHVConfig(model_id="taehv", latent_channels=4)).eval()
+    torch.save({f"decoder.{key}": value for key, value in decoder.state_dict().items()}, tmp_path / "tae.pth")
+    train = {"vae_id": "taehv", "vae_ckpt_path": str(tmp_path / "tae.pth"), "vae_scale": 0.8, "fps": 10}
+    train |= {"sampler_id": "av_caching", "sampler_kwargs": {"n_steps": 1, "cfg_scale": 1.0, "max_window": 6}}
+    (tmp_path / "world.yml").write_text(yaml.safe_dump({"model": vars(tiny_config()), "train": train, "wandb": {}}))
+    torch.save(tiny_core().state_dict(), tmp_path / "world.pt")
+    x, _, mouse, btn = inputs(1, 2)
+    save_file({"latents": x, "mouse": mouse, "buttons": btn}, tmp_path / "context.safetensors")
+    call = ["sample", str(tmp_path / "world.yml"), str(tmp_path / "world.pt"), "--out", str(tmp_path / "clip.mp4")]
+    call += ["--context", str(tmp_path / "context.safetensors"), "--frames", "2", "--device", "cpu"]
+    again = ["decode", str(tmp_path / "made.safetensors"), "--family", "taehv", "--checkpoint", train["vae_ckpt_path"]]
+    for arguments in ([*call, "--latents", again[1]], [*again, "--out", str(tmp_path / "again.mp4")]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+    clips = [list(read_video(tmp_path / f"{name}.mp4")) for name in ("clip", "again")]
+    assert [len(frames) for frames in clips] == [13, 13]
+    for name in ("clip", "again"):
+        assert rate_of(tmp_path / f"{name}.mp4") == 40
+    assert np.abs(np.stack(clips[0]).astype(float) - np.stack(clips[1])).max() <= 2
 
 
 def test_bad_calls_end_in_one_line(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

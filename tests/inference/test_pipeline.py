@@ -13,15 +13,18 @@ import yaml
 from safetensors.torch import save_file
 
 import owl_wms
+from owl_wms.configs import TAEHVConfig, load_world_config
 from owl_wms.configs.paths import find_beside
 from owl_wms.data.npy_table import NpyTableWriter
 from owl_wms.errors import ConfigError, DataError
-from owl_wms.inference.build import build_pipeline
+from owl_wms.inference.build import build_pipeline, frames_per_second
 from owl_wms.inference.context import Context, load_contexts, render_context
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.pixels import encode_image, to_uint8
 from owl_wms.inference.source import WORLDS_APART, GameSource
+from owl_wms.runtime import StreamDecode
 from owl_wms.sampling import AVCachingSampler
+from owl_wms.vae import build_decoder, taehv
 from tests.world import inputs, tiny_config, tiny_core
 
 SCALE = 0.5
@@ -334,6 +337,105 @@ def test_a_model_with_sound_is_refused_before_its_weights_are_read(tmp_path: Pat
     with pytest.raises(ConfigError, match="game_rft_audio; only game_rft") as caught:
         build_pipeline(tmp_path / "world.yml", tmp_path / "absent.pt")
     assert (caught.value.path, caught.value.key) == (tmp_path / "world.yml", "model.model_id")
+
+
+# ---- a decoder whose frames depend on those before
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoders of a few thousand weights, where a step takes a millisecond."""
+    monkeypatch.setattr(taehv, "WIDTHS", dict.fromkeys(taehv.WIDTHS, (16, 8, 8, 8)))
+
+
+def streaming(**options: Any) -> StreamDecode:
+    torch.manual_seed(2)
+    decoder = build_decoder(TAEHVConfig(model_id="taehv", latent_channels=4, **options)).eval().requires_grad_(False)
+    decoder[22].weight.data.mul_(10)
+    decoder[22].bias.data.fill_(0.5)
+    return StreamDecode(decoder)
+
+
+def played(pipeline: InteractivePipeline, steps: int) -> list[np.ndarray]:
+    frames = [pipeline(torch.full((2,), 0.3), torch.eye(11)[i % 3]) for i in range(steps)]
+    each = len(frames[0].later) + 1
+    assert [frame.index for frame in frames] == list(range(0, steps * each, each))
+    return [image for frame in frames for image in (frame.image, *frame.later)]
+
+
+@pytest.mark.parametrize(("time_upscale", "each"), [((False, True, True), 4), ((True, True, True), 8)])
+@pytest.mark.usefixtures("narrow")
+def test_pictures_of_a_stream_are_those_of_the_whole_clip(time_upscale: tuple[bool, ...], each: int) -> None:
+    """What a player sees after the beginning is what decoding beginning and play in one clip gives."""
+    core, begin, decode_video = tiny_core(), context(), streaming(time_upscale=time_upscale)
+    pipeline = InteractivePipeline(core, decode_video, [begin], image_scale=SCALE, steps=1, seed=4)
+    latents: list[torch.Tensor] = []
+    plain = pipeline._loop.denoise
+    pipeline._loop.denoise = lambda *given: latents.append(plain(*given)) or latents[-1]  # type: ignore[method-assign,func-returns-value]
+    images = played(pipeline, 3)
+    with torch.no_grad():
+        whole = decode_video.decoder(torch.cat([begin.latents, *latents], 1) * SCALE)[0, -3 * each :]
+    wanted = (whole * 255).round().permute(0, 2, 3, 1).numpy()
+    assert len(images) == 3 * each
+    assert np.abs(np.stack(images).astype(float) - wanted).max() <= 1
+    assert np.stack(images).std() > 5
+    assert pipeline.describe()["backend"] == "pytorch"
+
+
+@pytest.mark.usefixtures("narrow")
+def test_every_player_has_a_stream_and_a_restart_begins_it_again() -> None:
+    core, decode_video = tiny_core(), streaming()
+    options: dict[str, Any] = {"image_scale": SCALE, "steps": 1, "seed": 4}
+
+    def new(number: int = 0) -> InteractivePipeline:
+        made = InteractivePipeline(core, decode_video, [context(), context(seed=5)], **options)
+        return made.twin(number) if number else made
+
+    first, alone = new(), played(new(), 3)
+    second = first.twin(1)
+    taken: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for i in range(3):  # in turns
+        for images, pipeline in zip(taken, (first, second), strict=True):
+            frame = pipeline(torch.full((2,), 0.3), torch.eye(11)[i % 3])
+            images += [frame.image, *frame.later]
+    for got, wanted in zip(taken, (alone, played(new(1), 3)), strict=True):
+        np.testing.assert_array_equal(np.stack(got), np.stack(wanted))
+    first.restart()
+    np.testing.assert_array_equal(np.stack(played(first, 3)), np.stack(alone))
+    first.new_world(1)
+    other = played(first, 3)
+    assert not np.array_equal(np.stack(other), np.stack(alone))
+    first.restart()
+    np.testing.assert_array_equal(np.stack(played(first, 3)), np.stack(other))
+    first.restart(0)
+    assert not np.array_equal(np.stack(played(first, 3)), np.stack(other))
+    reds = new()
+    reds.bgr = True
+    np.testing.assert_array_equal(np.stack(played(reds, 3))[..., ::-1], np.stack(alone))
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_model_of_a_streaming_decoder_from_files(tmp_path: Path) -> None:
+    """The rate of its pictures is a multiple of the model's; a beginning has to be given, for there is no encoder."""
+    decoder = streaming().decoder
+    torch.save({f"decoder.{key}": value for key, value in decoder.state_dict().items()}, tmp_path / "tae.pth")
+    (tmp_path / "tae.yml").write_text("model: {model_id: taehv, latent_channels: 4}")
+    world, weights = tmp_path / "world.yml", tmp_path / "world.pt"
+    torch.save(tiny_core().state_dict(), weights)
+    x, _, mouse, btn = inputs(1, 3)
+    save_file({"latents": x, "mouse": mouse, "buttons": btn}, tmp_path / "context.safetensors")
+    shown = []
+    for named in ({"vae_cfg_path": "tae.yml"}, {"vae_id": "taehv"}):
+        train = {"fps": 15, "vae_ckpt_path": "tae.pth", "vae_scale": SCALE, "sampler_kwargs": {"n_steps": 1}, **named}
+        world.write_text(yaml.safe_dump({"model": vars(tiny_config()), "train": train, "wandb": {}}))
+        assert frames_per_second(load_world_config(world), world) == 60
+        pipeline = build_pipeline(world, weights, context=tmp_path / "context.safetensors")
+        shown.append(played(pipeline, 2))
+        assert len(shown[-1]) == 8
+        assert pipeline.describe()["backend"] == "pytorch"
+        with pytest.raises(ConfigError, match="give a file with --context"):
+            build_pipeline(world, weights)
+    np.testing.assert_array_equal(np.stack(shown[0]), np.stack(shown[1]))
 
 
 @pytest.mark.gpu

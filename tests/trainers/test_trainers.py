@@ -235,6 +235,23 @@ def test_evaluation_writes_decoded_clips(tmp_path: Path) -> None:
         assert len(list(video.decode(video=0))) == 8  # six frames of context, two generated
 
 
+def test_evaluation_clips_of_a_streaming_decoder_have_its_rate(tmp_path: Path) -> None:
+    """Eight latents at 15 per second: 4 * 8 - 3 frames at 60 per second."""
+    from owl_wms.configs import TAEHVConfig
+    from owl_wms.vae import build_decoder
+
+    decoder = build_decoder(TAEHVConfig(model_id="taehv", latent_channels=4))
+    torch.save({f"decoder.{key}": value for key, value in decoder.state_dict().items()}, tmp_path / "tae.pth")
+    trainer = build(tmp_path, "rft", max_steps=1, fps=15, vae_id="taehv", vae_ckpt_path=str(tmp_path / "tae.pth"))
+    trainer.evaluator.prepare()
+    result = trainer.evaluator.run()
+    assert result.decoded_by.startswith("pytorch: ")
+    av = pytest.importorskip("av")
+    with av.open(str(result.paths[0])) as video:
+        assert video.streams.video[0].average_rate == 60
+        assert len(list(video.decode(video=0))) == 29
+
+
 def test_unknown_names_list_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="causvid_vid"):
         get_trainer_cls("causvid")
