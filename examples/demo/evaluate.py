@@ -1,7 +1,7 @@
 """Weights out and numbers in: saves the demo autoencoder as a stock checkpoint and measures it with the stock modules.
 
 Usage: `evaluate(config_path, out, held_out_frames(64, 4, device), log)`; reads demo_vae.safetensors in `out`, writes
-metrics.json, latent_stats.json and sheet.png there.
+metrics.json and latent_stats.json there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from owl_wms.media.metrics import depth_error, psnr, ssim
-from owl_wms.media.pictures import contact_sheet, depth_bytes, difference_bytes, to_bytes
 from owl_wms.vae import load_decoder, load_encoder
 
 
@@ -45,12 +44,11 @@ def evaluate(config_path: Path, out: Path, frames: Tensor, log) -> None:
     results: dict[str, object] = {"held_out_frames": len(frames), "checkpoint_bytes": checkpoint.stat().st_size}
     for dtype in (torch.float32, torch.bfloat16):
         encoder, decoder = encoder.to(dtype), decoder.to(dtype)
-        rows, latents, pictures = [], [], []
+        rows, latents = [], []
         for chunk in frames.split(16):
             z = encoder(chunk.to(dtype))
             decoded = decoder(z).float().clamp(-1, 1)
             latents.append(z.float())
-            pictures.append(decoded[:1])
             scores = (
                 psnr(decoded[:, :3], chunk[:, :3]),
                 ssim(decoded[:, :3], chunk[:, :3]),
@@ -67,7 +65,6 @@ def evaluate(config_path: Path, out: Path, frames: Tensor, log) -> None:
         }
         if dtype is torch.float32:
             _write_latent_stats(torch.cat(latents), out / "latent_stats.json")
-            _write_sheet(torch.cat([c[:1] for c in frames.split(16)])[:6], torch.cat(pictures)[:6], out / "sheet.png")
     (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     log(event="evaluated", **results)
 
@@ -82,14 +79,3 @@ def _write_latent_stats(z: Tensor, path: Path) -> None:
         "channel_std": [round(v, 4) for v in z.std(dim=(0, 2, 3)).tolist()],
     }
     path.write_text(json.dumps(stats, indent=2) + "\n")
-
-
-def _write_sheet(source: Tensor, decoded: Tensor, path: Path) -> None:
-    rows = {
-        "source": to_bytes(source[:, :3]),
-        "decoded": to_bytes(decoded[:, :3]),
-        "source depth": depth_bytes(source[:, 3]),
-        "decoded depth": depth_bytes(decoded[:, 3]),
-        "difference x4": difference_bytes(source[:, :3], decoded[:, :3]),
-    }
-    contact_sheet(rows).save(path)

@@ -7,7 +7,7 @@ Usage (an H200 needs about five minutes all told; --small is a one-minute check 
     python examples/demo/train.py --seconds 250 --out build/demo
     python examples/demo/train.py --small --seconds 40 --out build/demo-small
 
-Writes to --out: demo_vae.safetensors, latent_stats.json, train_log.jsonl, metrics.json, sheet.png.
+Writes to --out: demo_vae.safetensors, latent_stats.json, train_log.jsonl, metrics.json.
 """
 
 from __future__ import annotations

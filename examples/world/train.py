@@ -12,7 +12,7 @@ Usage:
         --out build/world-measured                                   # no training
 
 Writes to --out: world.safetensors (averaged weights, bfloat16), whitener.safetensors, log.jsonl, metrics.json,
-sheet.png. Exit status 75 while stages are left.
+sheet.webp. Exit status 75 while stages are left.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def write_sheet(clips: Clips, path: Path) -> None:
     for player in (0, 1, last):  # two turn, one walks
         rows[f"{player}: the game"] = to_bytes(clips.real[player, shown, :3])
         rows[f"{player}: the model"] = to_bytes(clips.generated[player, shown, :3])
-    contact_sheet(rows, times=[f"+{k / 20:.2f} s" for k in shown], width=208).save(path)
+    contact_sheet(rows, times=[f"+{k / 20:.2f} s" for k in shown], width=208).save(path, quality=90)
 
 
 def say(text: str) -> None:
@@ -165,7 +165,7 @@ def main() -> None:
     if stage is None:
         cfg = whiten(args.out, record(players=1, frames=2, first_seed=0, encode=encode, device=device, size=size), cfg)
         measure(args.out / "world.safetensors", cfg, encode, decode, device, args)
-        say("all stages are done; world.safetensors, metrics.json and sheet.png are written")
+        say("all stages are done; world.safetensors, metrics.json and sheet.webp are written")
         return
     players, frames = (6, 14) if args.small else (256, 120)
     seed = FIRST_SEED + state.calls * WORLDS_PER_CALL
@@ -190,7 +190,7 @@ def judge(
     args: argparse.Namespace,
     report: dict[str, Any],
 ) -> None:
-    """Measure obedience under three settings of the sampler; writes metrics.json after each, and sheet.png."""
+    """Measure obedience under three settings of the sampler; writes metrics.json after each, and sheet.webp."""
     base = {key: value for key, value in (cfg.train.sampler_kwargs or {}).items() if key != "num_frames"}
     base["max_window"] = min(base["max_window"], cfg.model.n_frames // 4)
     settings = Settings(
@@ -209,7 +209,7 @@ def judge(
         save_report(report, args.out)
         say(f"{name}: {json.dumps(bench.report[name])}")
         if name == "as_configured":
-            write_sheet(clips, args.out / "sheet.png")
+            write_sheet(clips, args.out / "sheet.webp")
 
 
 def measure(

@@ -3,6 +3,7 @@
 Why: one command that does the main job on real input, with nothing downloaded, and says what did it.
 
 Usage: `owl-wms demo` writes demo/clip.mp4 (source left, decoded right) and demo/sheet.png, and prints a table.
+The sheet has the frames of the clip that show most, see `owl_wms/game/views.py`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def demo(
 
     from owl_wms.cli import _shared as shared
     from owl_wms.errors import DataError
+    from owl_wms.game.views import best_of_each
     from owl_wms.runtime import decode_stream
     from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
     from owl_wms.vae import fold_weight_norm, load_encoder
@@ -63,7 +65,7 @@ def demo(
 
     with torch.inference_mode(), shared.progress(console) as bar:
         task = bar.add_task("rendering", total=frames)
-        source = render_clip(seed, frames, every, where, lambda: bar.advance(task))
+        source, scores = render_clip(seed, frames, every, where, lambda: bar.advance(task))
         task = bar.add_task("encoding", total=frames)
         latents = []
         for part in source.split(batch_size):
@@ -76,7 +78,7 @@ def demo(
             bar.advance(task, len(part))
         seconds = time.perf_counter() - begun
     result = torch.cat(decoded).to(source.device)
-    _write(out, source, result, every)
+    _write(out, source, result, best_of_each(scores, min(4, frames)), every)
     Console().print(_table(source, result, seconds, run.stats(), where))
     console.print(
         f"wrote {out / 'clip.mp4'} (source left, decoded right) and {out / 'sheet.png'}",
@@ -85,35 +87,46 @@ def demo(
     )
 
 
-def render_clip(seed: int, frames: int, every: int, device: Any, tick: Any) -> Tensor:
-    """Scripted play in the world of `seed`: float32 [frames, 4, 360, 640] in [-1, 1]; `tick()` is called per frame."""
+def render_clip(seed: int, frames: int, every: int, device: Any, tick: Any) -> tuple[Tensor, Tensor]:
+    """Renders scripted play in the world of `seed`; `tick()` is called per frame.
+
+    Returns:
+        float32 [frames, 4, 360, 640] in [-1, 1], and how much each of them shows, float32 [frames].
+    """
     import torch
 
     from owl_wms.game.controls import ScriptedPlayer
     from owl_wms.game.render import render
+    from owl_wms.game.views import interest
     from owl_wms.game.world import GameWorld
 
     world = GameWorld(seed, device=device)
     player = ScriptedPlayer(world)
-    shown = []
+    shown, scores = [], []
     for _ in range(frames):
         for _ in range(every):
             world.step(*player.controls())
         shown.append(render(world))
+        scores.append(interest(world))
         tick()
-    return torch.cat(shown)
+    return torch.cat(shown), torch.cat(scores)
 
 
-def _write(out: Path, source: Tensor, decoded: Tensor, every: int) -> None:
-    import torch
-
+def _write(out: Path, source: Tensor, decoded: Tensor, chosen: list[int], every: int) -> None:
+    """Writes the clip, and the sheet of the `chosen` frames."""
     from owl_wms.game.world import FRAMES_PER_SECOND
-    from owl_wms.media.pictures import contact_sheet, depth_bytes, difference_bytes, save_picture, to_bytes
+    from owl_wms.media.pictures import (
+        contact_sheet,
+        depth_bytes,
+        difference_bytes,
+        save_picture,
+        side_by_side,
+        to_bytes,
+    )
     from owl_wms.media.video import VideoWriter
 
     with VideoWriter(out / "clip.mp4", FRAMES_PER_SECOND / every) as clip:
-        clip.write(torch.cat([to_bytes(source[:, :3]), to_bytes(decoded[:, :3])], dim=2))
-    chosen = torch.linspace(0, len(source) - 1, min(4, len(source))).round().long()
+        clip.write(side_by_side({"source": to_bytes(source[:, :3]), "decoded": to_bytes(decoded[:, :3])}))
     a, b = source[chosen], decoded[chosen]
     rows = {
         "source": to_bytes(a[:, :3]),
@@ -121,7 +134,7 @@ def _write(out: Path, source: Tensor, decoded: Tensor, every: int) -> None:
         "depth, decoded": depth_bytes(b[:, 3]),
         "difference x4": difference_bytes(a[:, :3], b[:, :3]),
     }
-    times = [f"{(i + 1) * every / FRAMES_PER_SECOND:.2f} s" for i in chosen.tolist()]
+    times = [f"{(place + 1) * every / FRAMES_PER_SECOND:.2f} s" for place in chosen]
     save_picture(out / "sheet.png", contact_sheet(rows, times=times, width=400))
 
 

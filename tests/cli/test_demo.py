@@ -23,6 +23,8 @@ def test_demo_leaves_clip_and_sheet(tmp_path: Path, capsys: pytest.CaptureFixtur
     frames = list(read_video(tmp_path / "d" / "clip.mp4"))
     assert [tuple(f.shape) for f in frames] == [(360, 1280, 3)] * 3
     assert (frames[1][:, :640].int() - frames[1][:, 640:].int()).abs().float().mean() < 6  # decoded beside source
+    for corner in (frames[1][:8, :8], frames[1][:8, 640:648]):
+        assert corner.float().mean() < 60  # the ground of a label; the game's sky is lighter
     with Image.open(tmp_path / "d" / "sheet.png") as sheet:
         assert sheet.size[0] > 1000
     table = capsys.readouterr().out
@@ -33,7 +35,7 @@ def test_demo_leaves_clip_and_sheet(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_shipped_weights_are_as_good_as_said() -> None:
     config, weights = _EXAMPLE / "demo_vae.yml", _EXAMPLE / "demo_vae.safetensors"
     assert weights.stat().st_size < 6 * 2**20
-    source = render_clip(5, 2, 60, "cpu", lambda: None)
+    source, _ = render_clip(5, 2, 60, "cpu", lambda: None)
     encoder, decoder = (fold_weight_norm(load(None, config, weights)) for load in (load_encoder, load_decoder))
     with torch.inference_mode():
         latents = encoder(source)

@@ -1,12 +1,13 @@
-"""PSNR, SSIM, depth error and contact sheets against values known by other means."""
+"""PSNR, SSIM, depth error, contact sheets and labels against values known by other means."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from PIL import ImageChops
 
 from owl_wms.media.metrics import depth_error, psnr, ssim
-from owl_wms.media.pictures import contact_sheet, depth_bytes, difference_bytes, to_bytes
+from owl_wms.media.pictures import contact_sheet, depth_bytes, difference_bytes, side_by_side, to_bytes
 
 
 def test_psnr_of_a_known_error() -> None:
@@ -45,6 +46,30 @@ def test_bytes_and_sheet() -> None:
     sheet = contact_sheet({"a": picture, "b": picture}, times=["0 s", "1 s"], width=64)
     assert sheet.size == (8 + 2 * 72, 8 + 2 * (36 + 26 + 8))
     assert sheet.getpixel((8 + 32, 8 + 26 + 18)) != (24, 26, 30)
+    plain = contact_sheet({"a": picture, "b": picture}, width=64)
+    (left, top, _, bottom) = ImageChops.difference(sheet, plain).getbbox()  # where the times are
+    assert left > 8
+    assert top >= 8
+    assert bottom <= 8 + 26, "above the first row only"
+    assert contact_sheet({"a": picture}, width=540).size == (8 + 2 * 548, 8 + 304 + 41 + 8), "larger letters"
     for rows in ({}, {"a": picture, "b": picture[:1]}, {"a": picture[:0]}):
         with pytest.raises(ValueError, match="one common length"):
             contact_sheet(rows)
+
+
+def test_each_half_has_its_own_label_in_its_corner_and_nothing_else_changes() -> None:
+    left, right = (torch.full((2, 360, 640, 3), level, dtype=torch.uint8) for level in (90, 200))
+    clip = side_by_side({"source": left, "decoded": right})
+    assert clip.shape == (2, 360, 1280, 3)
+    assert torch.equal(left.unique(), torch.tensor([90], dtype=torch.uint8)), "the frames that were given stay"
+    marked = (clip[0] != torch.cat([left, right], dim=2)[0]).any(dim=2)
+    assert not marked[60:].any(), "a label is a line in the corner"
+    assert not marked[:, 160:640].any()
+    assert not marked[:, 800:].any()
+    tags = clip[0, :20, :60], clip[0, :20, 640:700]
+    for tag in tags:
+        assert tag.max() > 200, "light letters"
+        assert tag.min() < 40, "on a dark ground"
+    assert not torch.equal(*tags), "which half is which"
+    assert torch.equal(clip[0], clip[1]), "in every frame"
+    assert side_by_side({"a label wider than its frame": left[:, :8, :12]}).shape == (2, 8, 12, 3)
