@@ -13,7 +13,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
 from owl_wms.runtime import VideoDecode
-from owl_wms.runtime.stamp import WeightsStamp
+from owl_wms.runtime.stamp import WeightsStamp, hindrance
 from owl_wms.vae import fold_weight_norm
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
 
@@ -80,6 +80,12 @@ def another_class(decoder: nn.Module) -> None:
     decoder.conv_out.__class__ = type("Doubled", (Doubled, kind), {}) if kind is not nn.Conv2d else Doubled
 
 
+def averaged(decoder: nn.Module) -> None:
+    """As moving averages write weights, without an optimiser."""
+    weights = list(decoder.parameters())
+    torch._foreach_lerp_([w.detach() for w in weights], [torch.ones_like(w) for w in weights], 0.5)
+
+
 def in_place(decoder: nn.Module) -> None:
     with torch.no_grad():
         next(iter(decoder.parameters())).add_(0.5)
@@ -128,7 +134,7 @@ def instance_forward(decoder: nn.Module) -> None:
 
 
 CHANGES: list[Callable[[nn.Module], None]] = [
-    *(fused, foreach, by_data, of_a_view, in_place, swapped, swapped_twice, wrapped_again, another_class),
+    *(fused, foreach, by_data, of_a_view, averaged, in_place, swapped, swapped_twice, wrapped_again, another_class),
     *(global_hook, global_pre_hook, hook, class_forward, class_call, instance_forward),
 ]
 
@@ -151,6 +157,63 @@ def test_no_old_frame_is_served(
         wanted = decoder(LATENTS[0])
     assert float((before[0].float() - wanted).abs().max()) > 0.05
     torch.testing.assert_close(decode(LATENTS)[0].float(), wanted, rtol=2e-2, atol=3e-2)
+
+
+class Calling(nn.Module):
+    """A class of a library, which the parts below inherit from."""
+
+
+class Part(Calling):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv1d(2, 2, 1), nn.Conv1d(2, 2, 1))
+        self.second = nn.Sequential(nn.Conv1d(2, 2, 1))
+        self.none, self.list, self.names = nn.Sequential(), nn.ModuleList(), nn.ModuleDict()
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.none(self.second(z + self.first(z)))
+
+
+def moved(part: Part) -> None:
+    """The same modules in the same order, of which another container has one."""
+    second = part.second[0]
+    part.second._modules.clear()
+    part.second._modules.update({"0": part.first._modules.pop("1"), "1": second})
+
+
+def renamed(part: Part) -> None:
+    modules = part._modules
+    first, second = modules.pop("first"), modules.pop("second")
+    rest = dict(modules)
+    modules.clear()
+    modules.update({"second": first, "first": second, **rest})
+
+
+GROWTH: list[Callable[[Part], object]] = [
+    *(moved, renamed, lambda part: part.none.append(nn.Tanh()), lambda part: part.list.append(nn.Tanh())),
+    lambda part: part.names.update({"a": nn.Tanh()}),
+]
+
+
+@pytest.mark.parametrize("change", GROWTH)
+def test_parts_that_move_or_grow(change: Callable[[Part], object]) -> None:
+    part = Part().eval()
+    stamp = WeightsStamp(part)
+    assert stamp.matches(part)
+    change(part)
+    assert not stamp.matches(part)
+
+
+def test_tracing_and_a_call_of_a_base_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Part().eval()
+    stamp = WeightsStamp(part)
+    with monkeypatch.context() as tracing:
+        tracing.setattr(nn.Module, "__call__", lambda self, *inputs: self.forward(*inputs))
+        assert stamp.matches(part)
+        assert hindrance(part) is None
+    monkeypatch.setattr(Calling, "__call__", lambda self, z: nn.Module.__call__(self, z) + 1)
+    assert not stamp.matches(part)
+    assert "has a __call__ of its own" in str(hindrance(part))
 
 
 class Noisy(nn.Module):
