@@ -154,10 +154,10 @@ class DecodeMemoryError(OwlError, MemoryError):
 
 
 class NonFiniteError(OwlError, ArithmeticError):
-    """Decoded frames that have NaN or infinity in them, where the caller asked for an error.
+    """Decoded frames or sound with NaN or infinity in them, where the caller asked for an error; or encoded latents.
 
     Attributes:
-        frame: the first frame of the batch in which they are, counted through all clips.
+        frame: the first frame of the batch in which they are, counted through all clips; of sound, the first clip.
     """
 
     def __init__(self, message: str, *, frame: int) -> None:

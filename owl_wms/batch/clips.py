@@ -23,7 +23,7 @@ from owl_wms.configs import load_vae_model
 from owl_wms.data.s3 import tar_members
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.files import open_regular, read_exactly, size_of
-from owl_wms.media.arrays import as_clips, check_finite, load_tensor_bytes
+from owl_wms.media.arrays import as_clips, check_encoded, check_finite, load_tensor_bytes
 from owl_wms.media.frames import frame_batches
 from owl_wms.media.latents import LatentFile
 from owl_wms.runtime import UNATTENDED, Latents, clip_decoder, decode_pieces
@@ -235,6 +235,7 @@ class EncodeClips:
 
         Raises:
             DataError: no such column, or frames of another type, size or channel count.
+            NonFiniteError: latents that are not finite.
         """
         return _mapped(batch, "frames", "latents", self._encoded)
 
@@ -245,12 +246,16 @@ class EncodeClips:
             raise DataError(f"frames must be uint8 [n, {due}], got {frames.dtype} {list(frames.shape)}")
         parts = (frames[at : at + self._batch_size] for at in range(0, len(frames), self._batch_size))
         batches = (torch.from_numpy(np.array(part)).permute(0, 3, 1, 2).float() / 127.5 - 1 for part in parts)
-        return torch.cat(list(self._latents(batches))).numpy()
+        return torch.cat(list(self._latents(batches, "a clip of the batch"))).numpy()
 
-    def _latents(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    def _latents(self, batches: Iterator[Tensor], said: Path | str) -> Iterator[Tensor]:
+        done = 0
         with torch.inference_mode():
             for batch in batches:
-                yield self._encoder(batch.to(self._where, self._precision)).float().cpu() / self._scale
+                latents = self._encoder(batch.to(self._where, self._precision)).float().cpu() / self._scale
+                check_encoded(latents, said, done, self._precision)
+                done += len(batch)
+                yield latents
 
     def sources(self, path: Path) -> list[FrameClip]:
         """Returns the one clip of a video or array file; it is opened by `stream`."""
@@ -261,9 +266,11 @@ class EncodeClips:
 
         Raises:
             DataError: as `frame_batches`.
+            NonFiniteError: latents that are not finite.
         """
         read = partial(frame_batches, channels=self._channels, size=self._size, batch_size=self._batch_size)
-        return self._latents(ahead(read(source.path, resize=self._resize), depth=2, name="owl-wms-read"))
+        pictures = ahead(read(source.path, resize=self._resize), depth=2, name="owl-wms-read")
+        return self._latents(pictures, source.path)
 
 
 def _mapped(batch: Batch, column: str, result: str, compute: Any) -> Batch:

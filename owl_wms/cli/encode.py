@@ -38,7 +38,7 @@ def encode(
     from owl_wms.cli import _shared as shared
     from owl_wms.configs import load_vae_model
     from owl_wms.errors import ConfigError
-    from owl_wms.media.arrays import ARRAY_SUFFIXES, save_array
+    from owl_wms.media.arrays import ARRAY_SUFFIXES, check_encoded, save_array
     from owl_wms.media.facts import Facts
     from owl_wms.media.frames import frame_batches
     from owl_wms.media.read_facts import file_digest
@@ -78,10 +78,12 @@ def encode(
 
     # Pictures are read in another thread while the encoder works.
     with torch.inference_mode(), shared.progress(console) as bar, closing(ahead(read(), depth=2, name="read")) as ready:
-        task = bar.add_task("encoding", total=None)
+        task, done = bar.add_task("encoding", total=None), 0
         for batch in ready:
             with spent.on("encode"):
                 pieces.append(encoder(batch.to(where, precision)).float().cpu() / scale)
+            check_encoded(pieces[-1], frames, done, precision)
+            done += len(batch)
             bar.advance(task, len(batch))
     with spent.on("write"):
         latents = torch.cat(pieces)

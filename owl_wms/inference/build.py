@@ -23,6 +23,7 @@ from owl_wms.inference.context import CONTEXT_FRAMES, Context, load_contexts, re
 from owl_wms.inference.controls import controls_for
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.source import GameSource
+from owl_wms.media.arrays import check_encoded
 from owl_wms.models.latents import LatentSpace
 from owl_wms.models.load import load_model
 from owl_wms.nn.setting import latent_grid
@@ -141,6 +142,7 @@ def make_encode(
 
     def encode(frames: Tensor) -> Tensor:
         latents: Tensor = encoder(frames[:, :channels].to(dtype))
+        check_encoded(latents, "the rendered frames", 0, dtype)
         return latents.float()
 
     return encode

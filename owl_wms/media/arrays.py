@@ -25,7 +25,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from owl_wms.errors import DataError
+from owl_wms.errors import DataError, NonFiniteError
 from owl_wms.files import at_home, false_claims, foreign_to_torch, one_line, open_regular, read_exactly, size_of
 from owl_wms.media.facts import MEMBER, METADATA_KEY, Facts
 from owl_wms.media.npy import NpyFile
@@ -232,6 +232,21 @@ def check_finite(frames: Tensor, path: Path | str, first: int = 0) -> None:
     if not finite.all():
         index = first + int((~finite).int().argmax())
         raise DataError(f"{path}: frame {index} has values that are not finite", path=path, index=index)
+
+
+def check_encoded(latents: Tensor, source: Path | str, first: int, dtype: torch.dtype) -> None:
+    """Raises NonFiniteError if latents `[k, c, h, w]` that an encoder made in `dtype` are not finite.
+
+    Args:
+        source: the pictures, `first` the number of the first one, for the message.
+    """
+    try:
+        check_finite(latents, source, first)
+    except DataError as error:
+        frame = error.index or 0
+        wider = "encode in a wider dtype (bf16, fp32)" if dtype == torch.float16 else "look at the weights"
+        text = f"the latents of frame {frame} have values that are not finite in {str(dtype).removeprefix('torch.')}"
+        raise NonFiniteError(f"{source}: {text}; {wider}", frame=frame) from None
 
 
 def save_array(path: Path | str, tensor: Tensor | Mapping[str, Tensor], *, facts: Facts | None = None) -> None:

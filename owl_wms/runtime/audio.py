@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
-from owl_wms.errors import ConfigError
+from owl_wms.errors import ConfigError, NonFiniteError
 from owl_wms.runtime import recording
+from owl_wms.runtime.canary import CHECKS
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, decode_with_gradients
 from owl_wms.runtime.latents import check_audio
+from owl_wms.runtime.slot import all_finite, looks
+from owl_wms.runtime.stats import Ledger
 
 
 class AudioDecode:
@@ -28,16 +31,23 @@ class AudioDecode:
     Args:
         decoder: `[B, c, n] -> [B, C, samples]`; not changed.
         batch_size: clips at a time, >= 1.
+        check: when to look for samples that are not finite: `always`, `sampled` (first 8 calls, then every 64th), `off`
+            or `auto`: always in fp16, sampled otherwise. One warning says so. `error` looks always and raises.
 
     Raises:
-        ConfigError: batch_size below 1.
+        ConfigError: batch_size below 1, or an unknown check.
     """
 
-    def __init__(self, decoder: nn.Module, *, batch_size: int) -> None:
+    def __init__(self, decoder: nn.Module, *, batch_size: int, check: str = "auto") -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be >= 1; got {batch_size}", key="batch_size")
+        if check not in CHECKS:
+            raise ConfigError(f"check must be one of {', '.join(CHECKS)}; got {check!r}", key="check")
         self.decoder = decoder
         self.batch_size = batch_size
+        self.check = check
+        self._calls = 0
+        self._ledger = Ledger()
         self._eager: EagerDecoder | None = None
 
     @uncompiled
@@ -51,6 +61,7 @@ class AudioDecode:
             LatentShapeError: wrong rank or channel count.
             DataError: no tensor, or not a dense one of real numbers.
             DecodeMemoryError: one clip does not fit into memory.
+            NonFiniteError: the samples have NaN or infinity in them, and `check` is `error`.
         """
         eager = self._current()
         check_audio(x, eager.channels)
@@ -68,21 +79,40 @@ class AudioDecode:
             size = (count, probe.shape[2] if length else 0, probe.shape[1])
             return torch.empty(size, dtype=torch.bfloat16, device=latents.device)
         out: list[Tensor] = []
+        flags: list[tuple[int, int, Tensor]] = []  # first clip of a batch, the one behind its last, are all finite
+        self._calls += 1
+        # While a caller records a graph nothing can be waited for, and looking at values waits.
+        looked = looks(self.check, self._calls, fp16=eager.dtype == torch.float16) and not recording.underway()
 
         def write(start: int, decoded: Tensor) -> None:
+            if looked:
+                flags.append((start, start + len(decoded), all_finite(decoded)))
             if not out:
                 size = (len(clips), *decoded.shape[1:])
                 out.append(torch.empty(size, dtype=torch.bfloat16, device=latents.device))
             out[0][start : start + len(decoded)].copy_(decoded)
 
         decode_in_memory(eager, clips, write, self.batch_size)
+        if flags:
+            finite = torch.stack([flag for _, _, flag in flags]).tolist()  # one wait for the device
+            for (start, stop, _), good in zip(flags, finite, strict=True):
+                if not good:
+                    self._report(start, stop, eager.dtype)
         return out[0].transpose(1, 2)
 
+    def _report(self, start: int, stop: int, dtype: torch.dtype | None) -> None:
+        name = str(dtype).removeprefix("torch.")
+        wider = "decode in a wider dtype (bf16, fp32)" if dtype == torch.float16 else "look at the latents and weights"
+        text = f"the sound of clips {start} to {stop - 1} has values that are not finite (NaN or infinite) in {name}"
+        if self.check == "error":
+            raise NonFiniteError(f"{text}; {wider}", frame=start)
+        self._ledger.warn("non-finite sound", f"{text}; {wider}")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> AudioDecode:
-        return AudioDecode(copy.deepcopy(self.decoder, memo), batch_size=self.batch_size)
+        return AudioDecode(copy.deepcopy(self.decoder, memo), batch_size=self.batch_size, check=self.check)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _made_anew, (self.decoder, self.batch_size)
+        return _made_anew, (self.decoder, self.batch_size, self.check)
 
     def _current(self) -> EagerDecoder:
         if recording.underway():  # what is folded while a caller records a CUDA graph exists in its replays only
@@ -93,5 +123,5 @@ class AudioDecode:
         return eager
 
 
-def _made_anew(decoder: nn.Module, batch_size: int) -> AudioDecode:
-    return AudioDecode(decoder, batch_size=batch_size)
+def _made_anew(decoder: nn.Module, batch_size: int, check: str) -> AudioDecode:
+    return AudioDecode(decoder, batch_size=batch_size, check=check)

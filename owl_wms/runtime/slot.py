@@ -90,13 +90,8 @@ class Slot:
         with self.lock:
             self._calls += 1
             calls = self._calls
-        if mode == "auto":
-            # fp16 overflows depending on the latents, so only looking at every output can rule it out.
-            fp16 = dtype == torch.float16 if self.loaded is None else self.loaded.report.get("precision") == "fp16"
-            mode = "always" if fp16 else "sampled"
-        if mode == "sampled":
-            return calls <= CHECKED_CALLS or calls % CHECK_EVERY == 0
-        return mode in ("always", "error")
+        fp16 = dtype == torch.float16 if self.loaded is None else self.loaded.report.get("precision") == "fp16"
+        return looks(mode, calls, fp16=fp16)
 
     def step(self, z: Tensor, state: State) -> tuple[Tensor, State]:
         """Run one step of a streaming decoder's program: frames and the next state, in the program's dtype."""
@@ -138,6 +133,16 @@ class Slot:
                 event = self._last[1] if self._last is not None else torch.cuda.Event()
                 event.record(stream)
                 self._last = (stream, event)
+
+
+def looks(mode: str, call: int, *, fp16: bool) -> bool:
+    """Returns whether a search of this mode (one of `canary.CHECKS`) looks at the output of call 1, 2, ..."""
+    if mode == "auto":
+        # fp16 overflows depending on the latents, so only looking at every output can rule it out.
+        mode = "always" if fp16 else "sampled"
+    if mode == "sampled":
+        return call <= CHECKED_CALLS or call % CHECK_EVERY == 0
+    return mode in ("always", "error")
 
 
 def all_finite(frames: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from owl_wms.runtime.decoding import run_failure
 from owl_wms.runtime.eager import EagerDecoder, is_out_of_memory, release_memory, unwrap
 from owl_wms.runtime.obtain import obtain
 from owl_wms.runtime.programs import Progress, Toolchain
-from owl_wms.runtime.slot import Slot, all_finite
+from owl_wms.runtime.slot import Slot, all_finite, looks
 from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
 from owl_wms.runtime.toolchain import TensorRT
 from owl_wms.settings import TensorRTConfig
@@ -86,6 +86,7 @@ class Steps:
         self._guard = threading.Lock()
         self._process = os.getpid()
         self._weights = 1
+        self._calls = 0
         self._take_weights()
         self.channels = self._eager.channels
 
@@ -117,13 +118,26 @@ class Steps:
         slot = self._slot(tuple(latent.shape), latent.device, tuple(spec.shape for spec in specs))
         done = self._by_program(eager, slot, latent, state) if self._ready(slot) else None
         frames, state = done or self._by_pytorch(eager, latent, state)
-        if self.check == "error" and not bool(all_finite(frames)):
-            first = self._ledger.count("frames")
-            text = f"frames from {first} on have values that are not finite (NaN or infinite)"
-            raise NonFiniteError(f"{text}; look at the latents and weights", frame=first)
+        if done is None and self._looks(eager.dtype) and not bool(all_finite(frames)):
+            self._tell_non_finite(frames)
         self._ledger.add("decodes")
         self._ledger.add("frames", frames.shape[0] * frames.shape[1])
         return frames.to(eager.dtype or frames.dtype), state
+
+    def _looks(self, dtype: torch.dtype | None) -> bool:
+        """Returns whether to look at the values of a step that PyTorch made; counts it."""
+        self._calls += 1
+        return looks(self.check, self._calls, fp16=dtype == torch.float16) and not recording.underway()
+
+    def _tell_non_finite(self, frames: Tensor) -> None:
+        """Warns once, or raises, about frames `[b, k, ...]` of PyTorch that are not finite."""
+        first = self._ledger.count("frames")
+        text = f"frames from {first} on have values that are not finite (NaN or infinite)"
+        text = f"{text}; look at the latents and weights"
+        self._ledger.add("non_finite", frames.shape[0] * frames.shape[1])
+        if self.check == "error":
+            raise NonFiniteError(text, frame=first)
+        self._ledger.warn("non-finite frames", text)
 
     def prepare(self, shape: tuple[int, ...]) -> None:
         """Finds or builds the program for latents `(b, c, h, w)`."""
@@ -178,6 +192,8 @@ class Steps:
                 int((truth.isfinite() & ~got.isfinite()).sum())
                 for truth, got in zip((answered[0], *answered[1]), (frames, *following), strict=True)
             )
+            if not bool(all_finite(answered[0])):
+                self._tell_non_finite(answered[0])
             if not places:
                 return answered
             reason = f"the program gave {places} non-finite values where PyTorch gives finite ones"

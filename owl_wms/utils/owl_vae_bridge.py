@@ -154,13 +154,13 @@ def make_batched_decode_fn(
     )
 
 
-def make_batched_audio_decode_fn(decoder: nn.Module, batch_size: int = 8) -> AudioDecode:
+def make_batched_audio_decode_fn(decoder: nn.Module, batch_size: int = 8, *, check: str = "auto") -> AudioDecode:
     """A function from audio latents `[b, n, c]` to samples `[b, samples, C]` in bf16, `batch_size` clips at a time.
 
     Raises:
-        ConfigError: batch_size below 1 or not an integer.
+        ConfigError: batch_size below 1 or not an integer, or a check that `AudioDecode` does not know.
     """
-    return AudioDecode(decoder, batch_size=_whole(batch_size))
+    return AudioDecode(decoder, batch_size=_whole(batch_size), check=check)
 
 
 def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision: str = "fp16") -> Path:

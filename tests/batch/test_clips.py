@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from owl_wms.batch import DecodeClips, EncodeClips
 from owl_wms.configs import load_vae_config
-from owl_wms.errors import DataError
+from owl_wms.errors import DataError, NonFiniteError
 from owl_wms.media.arrays import load_array, save_array
 from owl_wms.media.video import VideoWriter
 from owl_wms.vae import build_autoencoder
@@ -134,6 +134,11 @@ def test_clips_and_arrays_become_latents(tmp_path: Path) -> None:
     wanted = load_array(tmp_path / "a.pt")
     got = EncodeClips(*model, device="cpu")({"frames": frames[None].numpy()})["latents"]
     assert np.allclose(got[0], wanted.numpy(), atol=1e-5)
+    huge = {key: value * 1e3 for key, value in autoencoder.state_dict().items()}
+    save_file(huge, tmp_path / "huge.safetensors")
+    half = EncodeClips(model[0], str(tmp_path / "huge.safetensors"), device="cpu", dtype="fp16")
+    with pytest.raises(NonFiniteError, match="the latents of frame 0 have values that are not finite in float16"):
+        half({"frames": frames[None].numpy()})
     assert run("encode-dataset", str(folder), "--out", str(tmp_path / "out"), *arguments) == 0
     (generation,) = (tmp_path / "out").iterdir()
     assert torch.equal(load_array(generation / "a.npy.pt"), wanted)

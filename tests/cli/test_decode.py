@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from owl_wms.cli import main
 from owl_wms.configs import TAEHVConfig, load_vae_config
@@ -107,6 +107,9 @@ def test_bad_input_is_one_line_and_exit_code_2(place: Path, capsys: pytest.Captu
     (place / "junk.pt").write_bytes(b"\x80junk")
     (place / "odd.yml").write_text(CONFIG.replace("ch_0", "ch_zero"))
     save_file({"x": torch.zeros(1)}, place / "other.safetensors")
+    huge = {key: value * 1e3 for key, value in load_file(place / "vae.safetensors").items()}
+    save_file(huge, place / "huge.safetensors")
+    half = ("--depth", str(place / "depth.mp4"), "--out", str(place / "black.pt"), "--dtype", "fp16")
     cases = [
         (("decode", "none.pt"), {}, "no such file"),
         (("decode", "junk.pt"), {}, "junk.pt"),
@@ -123,6 +126,11 @@ def test_bad_input_is_one_line_and_exit_code_2(place: Path, capsys: pytest.Captu
         (("encode", "junk.pt"), {}, "junk.pt"),
         (("encode", "clip.mp4", "--scale", "0"), {}, "--scale"),
         (("encode", "clip.mp4", "--out", "z.bin"), {}, "must end in"),
+        (
+            ("encode", "clip.mp4", *half),
+            {"weights": "huge.safetensors"},
+            "not finite in float16; encode in a wider dtype",
+        ),
     ]
     for arguments, files, message in cases:
         capsys.readouterr()
@@ -131,6 +139,7 @@ def test_bad_input_is_one_line_and_exit_code_2(place: Path, capsys: pytest.Captu
         assert message in error, (arguments, error)
         assert "Traceback" not in error
         assert error.count("error:") == 1
+    assert not (place / "black.pt").exists()
 
 
 def test_an_error_that_a_variable_asked_for_names_it(

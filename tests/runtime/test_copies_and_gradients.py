@@ -167,6 +167,36 @@ def test_half_precision_names_a_wider_dtype(caplog: pytest.LogCaptureFixture) ->
     assert "in float16; decode in a wider dtype (bf16, fp32)" in caplog.text
 
 
+def test_sound_that_is_not_finite_is_told_once_or_raises(caplog: pytest.LogCaptureFixture) -> None:
+    audio, clips = nn.Conv1d(4, 2, 1), torch.randn(3, 5, 4)
+    decode = make_batched_audio_decode_fn(audio, 2)
+    decode(clips)
+    assert not caplog.records
+    bad = clips.index_fill(0, torch.tensor([2]), torch.nan)
+    for _ in range(2):
+        assert bool(decode(bad)[:2].isfinite().all())
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "the sound of clips 2 to 2 has values that are not finite (NaN or infinite) in float32" in record.message
+    for strict in (
+        make_batched_audio_decode_fn(audio, 2, check="error"),
+        AudioDecode(audio, batch_size=2, check="error"),
+    ):
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(strict)))
+        for _ in range(20):
+            copied(clips)
+        with pytest.raises(NonFiniteError, match="look at the latents and weights") as caught:
+            copied(bad)
+        assert caught.value.frame == 2
+    half = AudioDecode(copy.deepcopy(audio).half(), batch_size=2)
+    for _ in range(100):
+        half(clips)
+    half(clips * 1e6)
+    assert "in float16; decode in a wider dtype (bf16, fp32)" in caplog.text
+    with pytest.raises(ConfigError, match="check must be one of auto, always"):
+        AudioDecode(audio, batch_size=1, check="canary")
+
+
 # ---- a caller's signal
 
 

@@ -273,3 +273,18 @@ def test_frames_that_are_not_finite_are_an_error_where_asked() -> None:
         decoder[22].bias.fill_(torch.nan)
     with pytest.raises(NonFiniteError, match="not finite"):
         StreamDecode(decoder, check="error").step(clip(1))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_frames_that_are_not_finite_are_told_once(caplog: pytest.LogCaptureFixture, enabled: bool) -> None:
+    decoder = make()
+    with torch.no_grad():
+        decoder[22].bias.fill_(torch.nan)
+    stream = StreamDecode(decoder, settings=TensorRTConfig(enabled=enabled), toolchain=Programs())
+    for _ in range(3):
+        stream.step(clip(1))
+    (said,) = [record.message for record in caplog.records if "not finite" in record.message]
+    assert said.startswith("frames from 0 on have values that are not finite")
+    stats = stream.stats()
+    assert stats.non_finite == stats.frames
+    assert stats.fallbacks == 0, "a program that computes what PyTorch does is not at fault"
