@@ -137,7 +137,7 @@ def test_paths(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", " ", "a\0b", "a\nb", "a\r", "$OWL_UNSET/x", "${OWL_UNSET}", "${oc.env:X}", "${a.b}/x", "$(date)",
-     "'/a'", '"/a b"',
+     "`date`", "/runs/`hostname`", "a`b", "'/a'", '"/a b"',
      "s3://bucket/x", "file:///x", "hf://a/b", "~nobody-of-that-name/x", "x" * 256,
      "/a/" + "ü" * 128, os.fsdecode(b"\xff")],
 )  # fmt: skip

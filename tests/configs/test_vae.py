@@ -12,9 +12,11 @@ import yaml
 from pydantic import ValidationError
 
 from owl_wms.configs import AudioAEConfig, DCAEConfig, DistillVAEConfig, load_vae_config, parse_vae_model
+from owl_wms.configs.world import parse_world
 from owl_wms.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "vae"
+WORLD = yaml.safe_load((CONFIGS.parents[1] / "examples" / "world" / "game_rft.yml").read_text())
 DEC_DIST = yaml.safe_load((CONFIGS / "dec_dist.yml").read_text())
 
 
@@ -102,6 +104,16 @@ def test_mistakes_name_file_key_and_remedy(tmp_path: Path, data: dict, key: str,
     assert str(path) in str(caught.value)
     assert key in str(caught.value)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [(1 << 31) + 8, 1 << 63, 10**30])
+@pytest.mark.parametrize("key", ["ch_0", "ch_max", "channels", "latent_channels", "decoder_blocks_per_stage"])
+def test_widths_beyond_what_torch_counts_in_are_refused(key: str, size: int) -> None:
+    model = {**DEC_DIST["model"], key: [size] if key.endswith("stage") else size}
+    with pytest.raises(ConfigError, match=rf"model\.{key}.*2147483648"):
+        parse_vae_model(model)
+    with pytest.raises(ConfigError, match=r"train\.batch_size.*2147483648"):
+        parse_world({**WORLD, "train": {**WORLD["train"], "batch_size": size}})
 
 
 def test_several_mistakes_are_all_listed(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from owl_wms.data.workers import STOPPING
 from owl_wms.errors import CheckpointError
 from owl_wms.trainers import BaseTrainer
 from owl_wms.trainers.checkpoints import latest_checkpoint, load_checkpoint, save_output
+from owl_wms.trainers.signals import listening
 from owl_wms.trainers.undo import Undo
 from tests.trainers.helpers import config, train_section, write_table
 from tests.trainers.test_signals import TRAIN, runs, start, wait_until
@@ -138,6 +139,20 @@ def test_without_memory_for_copies_they_are_made_on_the_cpu(monkeypatch: pytest.
         model.weight.data.add_(1)
         raise Broken
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has the first two")
+def test_which_signals_ask_for_the_end() -> None:
+    """Those of terminals, of Slurm and submitit (USR1, USR2), and of Grid Engine (XCPU); each is in the test below."""
+    names = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
+    assert {number.name for number in STOPPING} == names
+    before = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    with listening() as asked:
+        os.kill(os.getpid(), signal.SIGXCPU)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert asked
+        assert asked.by == "SIGXCPU"
+    assert {name: signal.getsignal(getattr(signal, name)) for name in names} == before
 
 
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
