@@ -102,6 +102,18 @@ class TrainingError(OwlError, RuntimeError):
         self.step = step
 
 
+FAILED = {
+    "import": "Torch-TensorRT cannot be used",
+    "export": "this decoder cannot be compiled",
+    "build": "no program could be built",
+    "parity": "a program's frames are not right",
+    "save": "the program could not be saved",
+    "load": "the program could not be loaded",
+    "run": "the program cannot be used",
+}
+"""By stage, the words for a user: a failure's reason follows them after a colon."""
+
+
 class FastPathError(OwlError, RuntimeError):
     """The compiled path failed at a stage; the caller normally gets PyTorch's answer instead of this.
 
@@ -109,13 +121,15 @@ class FastPathError(OwlError, RuntimeError):
         stage: `import`, `export`, `build`, `parity`, `save`, `load` or `run`.
         reason: what happened, one sentence.
         remedy: what a user can do about it, one sentence.
+        sentence: what failed (`FAILED`) and the reason, to be shown to a user.
         quiet: nothing is wrong, so it is logged at info level and not as a warning.
     """
 
     quiet = False
 
     def __init__(self, stage: str, reason: str, remedy: str = "") -> None:
-        super().__init__(f"{stage}: {reason}" + (f" ({remedy})" if remedy else ""))
+        self.sentence = reason if self.quiet else f"{FAILED.get(stage, stage)}: {reason}"
+        super().__init__(self.sentence + (f" ({remedy})" if remedy else ""))
         self.stage = stage
         self.reason = reason
         self.remedy = remedy

@@ -17,15 +17,16 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import platformdirs
 
 from owl_wms import env
 from owl_wms.configs.paths import expanded
+from owl_wms.configs.world import Precision
 from owl_wms.errors import ConfigError
 
-PRECISIONS = ("auto", "fp16", "bf16", "fp32", "fp8", "int8")
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 EIGHT_BITS = ("fp8", "int8")
 """The precisions that are calibrated."""
 FALLBACKS = {"pytorch": True, "error": False}

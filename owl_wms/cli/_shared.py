@@ -258,7 +258,9 @@ def quick_on(device: torch.device, module: nn.Module) -> nn.Module:
 
 def stats_rows(stats: DecodeStats) -> list[tuple[str, str]]:
     """Lists what decoded, why, and what it cost, as labelled text."""
-    rows = [("decoded by", stats.backend), ("because", stats.reason)]
+    compiled = stats.backend not in ("pytorch", "none")
+    reason = f"{stats.reason} fits these latents" if compiled else stats.reason
+    rows = [("decoded by", stats.backend), ("because", reason)]
     for program in stats.programs:
         if program.get("plan"):
             shape = "x".join(map(str, program["shape"]))

@@ -8,6 +8,7 @@ Usage:
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -74,6 +75,9 @@ def decode(
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
     chosen = sinks.form_of(out, form)
+    if os.path.isdir(latents):
+        remedy = "give one of its files, or decode all of them with owl-wms decode-dataset"
+        raise ConfigError(f"{latents}: is a folder, one file of latents is wanted: {remedy}", path=latents)
     facts = read_facts(latents) if latents.is_file() else Facts()  # what is missing is told by its reader
     digest = file_digest(checkpoint) if facts.vae_sha256 and checkpoint.is_file() else None
     shared.check_number("--scale", scale, shared.SCALES)

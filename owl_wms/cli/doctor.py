@@ -23,22 +23,59 @@ from owl_wms.settings import TensorRTConfig
 _FALLBACK = env.TENSORRT_VARIABLES["fallback_on_error"]
 
 
-def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table.")) -> None:
+def doctor(
+    as_json: bool = typer.Option(False, "--json", help="Print all that is known, as one JSON object."),
+) -> None:
     """Say what would decode on this machine, and why."""
     facts = diagnose()
     console = Console()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
-        table = Table(title="owl-wms doctor", show_header=False)
-        for section in ("tensorrt", "gpu", "machine", "cache", "settings"):
-            for key, value in facts[section].items():
-                table.add_row(Text(f"{section}.{key}", style="bold"), Text(str(value)))
-            table.add_section()
+        console.print(Text(facts["verdict"], style="bold green" if facts["usable"] else "bold yellow"))
+        table = Table.grid(padding=(0, 2))
+        for name, text in _rows(facts):
+            table.add_row(Text(name, style="bold"), Text(text))
         console.print(table)
-        console.print(Text(facts["verdict"], style="bold green" if facts["usable"] else "bold yellow"), soft_wrap=True)
     if not facts["usable"]:
         raise typer.Exit(1)
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a person looks for, one screen of it; `--json` has the rest."""
+    tensorrt, gpu, machine, cache = facts["tensorrt"], facts["gpu"], facts["machine"], facts["cache"]
+    settings = {key: value for key, value in facts["settings"].items() if key != "from_environment"}
+    rows = [("TensorRT", tensorrt["version"] if tensorrt["available"] else tensorrt["reason"])]
+    if not tensorrt["available"]:
+        rows.append(("", tensorrt["remedy"]))
+    rows += [("GPU", _gpu(machine)), ("driver", str(machine["driver"]))]
+    if gpu["kernels"] != "-":
+        rows += [("our kernels", gpu["kernels"]), ("", gpu["tested"]), ("plan", gpu["plan"])]
+        rows.append(("precision", gpu["precision"]))
+    held = f"{cache['entries']} programs, {_gib(cache['cache_bytes'])} of {_gib(cache['max_bytes'])}"
+    rows += [("cache", cache["directory"]), ("", f"{held}; {_gib(cache['free_bytes'])} free on the disk")]
+    if cache["refused"] != "-":
+        rows.append(("", f"refused: {cache['refused']}"))
+    rows += [
+        ("torch", f"{machine['torch']}, CUDA {machine['cuda']}, cuDNN {machine['cudnn']}, {machine['triton']}"),
+        ("libraries", f"{machine['torch_tensorrt']}; {machine['tensorrt']}; {machine['nvrtc']}"),
+        ("Python", f"{machine['python']} on {machine['os']}"),
+        ("settings", ", ".join(f"{key} {value}" for key, value in settings.items())),
+    ]
+    if facts["settings"]["from_environment"] != "-":
+        rows.append(("", f"from the environment: {facts['settings']['from_environment']}"))
+    return [*rows, ("more", "owl-wms doctor --json")]
+
+
+def _gpu(machine: dict[str, Any]) -> str:
+    if str(machine["gpu"]).startswith("unknown"):
+        return str(machine["gpu"]).removeprefix("unknown: ")
+    memory = _gib(machine["gpu_memory_bytes"])
+    return f"{machine['gpu']}, compute capability {machine['compute_capability']}, {memory}"
+
+
+def _gib(size: Any) -> str:
+    return f"{size / 2**30:.1f} GiB" if isinstance(size, int) else str(size).removeprefix("unknown: ")
 
 
 def diagnose() -> dict[str, Any]:
@@ -76,7 +113,9 @@ def diagnose() -> dict[str, Any]:
     elif not settings.enabled:
         verdict = "PyTorch would decode: TENSORRT_ENABLED switches the compiled path off."
     elif not cuda:
-        verdict = _without_tensorrt(settings, "no CUDA device", "run on a machine with an NVIDIA GPU and driver")
+        verdict = _without_tensorrt(
+            settings, "this machine has no CUDA device", "run on a machine with an NVIDIA GPU and driver"
+        )
     elif not status.available and our_kernels(capability):
         verdict = (
             f"Our kernels would decode without TensorRT, where the decoder has a fused form, else {last}: "
@@ -85,9 +124,9 @@ def diagnose() -> dict[str, Any]:
     elif not status.available:
         verdict = _without_tensorrt(settings, status.reason, status.remedy)
     else:
-        programs = "cached program, else built once and kept"
+        programs = "a program from the cache, else one that is built once and stored"
         if cache["refused"]:
-            programs = f"built anew in every process, since {cache['refused']}"
+            programs = f"a program that every process builds anew, since the cache is refused ({cache['refused']})"
         verdict = f"TensorRT would decode: {programs}, else {last}."
     return {
         "tensorrt": {

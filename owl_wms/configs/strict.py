@@ -131,11 +131,15 @@ def nearest(name: object, names: Any) -> str | None:
     return found[0] if found else None
 
 
-def unknown(name: object, names: Any, what: str = "key") -> str:
-    """One sentence for an unknown name: the nearest valid one, or all of them."""
+def suggestion(name: object, names: Any) -> str:
+    """Returns the question whether the nearest valid name was meant; where none is near, all of them."""
     close = nearest(name, names)
-    hint = f"did you mean {close!r}?" if close else f"valid are {', '.join(sorted(map(str, names)))}"
-    return f"unknown {what} {_cut(repr(name))}; {hint}"
+    return f"did you mean {close!r}?" if close else f"valid are {', '.join(sorted(map(str, names)))}"
+
+
+def unknown(name: object, names: Any, what: str = "key") -> str:
+    """Returns one sentence for an unknown name, with its `suggestion`."""
+    return f"unknown {what} {_cut(repr(name))}; {suggestion(name, names)}"
 
 
 def choose(choices: Mapping[str, _Choice], name: str, key: str) -> _Choice:
@@ -232,20 +236,29 @@ def parse(cls: type[T], data: Mapping[str, Any], *, path: Path | str | None = No
     try:
         return cls.model_validate(data)
     except ValidationError as err:
-        problems = [_describe(e, prefix) for e in err.errors(include_url=False)]
+        found = err.errors(include_url=False)
+    missing = [_dotted(error, prefix) for error in found if error["type"] == "missing"]
+    problems = [_describe(error, prefix) for error in found if error["type"] != "missing"]
+    if len(missing) > 1:
+        problems.append((missing[0], f"{', '.join(missing)} are missing, and they have no default"))
+    elif missing:
+        problems.append((missing[0], f"{missing[0]} is missing, and it has no default"))
     where = f"{path}: " if path is not None else ""
     raise ConfigError(where + "; ".join(text for _, text in problems), path=path, key=problems[0][0])
 
 
-def _describe(error: Any, prefix: str) -> tuple[str, str]:
-    """Dotted key and sentence of one pydantic error."""
+def _dotted(error: Any, prefix: str) -> str:
     loc = [str(part) for part in error["loc"]]
     if error["type"] in ("unknown_key", "rule"):
         loc.append(error["ctx"]["key"])
-    key = ".".join([prefix, *loc] if prefix else loc)
-    if error["type"] == "missing":
-        return key, f"{key} is missing, and it has no default"
+    return ".".join([prefix, *loc] if prefix else loc)
+
+
+def _describe(error: Any, prefix: str) -> tuple[str, str]:
+    """Dotted key and sentence of one pydantic error."""
+    key = _dotted(error, prefix)
     text = error["msg"][0].lower() + error["msg"][1:]
+    text = text.replace("input should be", "must be", 1)
     if error["type"] in ("unknown_key", "rule"):
         return key, f"{key}: {text}"
     if error["type"] == "literal_error" and isinstance(error["input"], str):

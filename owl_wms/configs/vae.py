@@ -13,7 +13,7 @@ import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from owl_wms.configs.paths import PathText
 from owl_wms.configs.strict import (
@@ -27,6 +27,7 @@ from owl_wms.configs.strict import (
     parse,
     read_yaml,
     shown,
+    suggestion,
     unknown,
 )
 from owl_wms.errors import ConfigError
@@ -131,11 +132,11 @@ class TAEHVConfig(StrictModel):
 
 VAEModelConfig = DCAEConfig | DistillVAEConfig | AudioAEConfig | TAEHVConfig
 MODEL_CONFIGS: dict[str, type[StrictModel]] = {
-    "dcae": DCAEConfig,
-    "distill_vae": DistillVAEConfig,
-    "audio_ae": AudioAEConfig,
-    "taehv": TAEHVConfig,
+    get_args(section.model_fields["model_id"].annotation)[0]: section for section in get_args(VAEModelConfig)
 }
+"""The sections by the `model_id` that each of them allows."""
+WorldModelId = Literal["game_rft", "game_rft_audio"]
+"""Stands here because a world model's file, given as an autoencoder's, is refused by name."""
 
 
 class VAETrainConfig(StrictModel):
@@ -181,7 +182,7 @@ class VAETrainConfig(StrictModel):
 class VAEConfig(StrictModel):
     """One autoencoder file. `train` and `wandb` may be absent: decoding reads `model` alone."""
 
-    model: DCAEConfig | DistillVAEConfig | AudioAEConfig | TAEHVConfig
+    model: VAEModelConfig
     train: VAETrainConfig | None = None
     wandb: WandbConfig | None = None
 
@@ -198,8 +199,10 @@ def parse_vae_model(data: Mapping[str, Any], *, path: Path | str | None = None) 
         raise ConfigError(f"{where}model: {text}", path=path, key="model")
     model_id = data.get("model_id")
     if not isinstance(model_id, str) or model_id not in MODEL_CONFIGS:
-        text = f"is missing; valid are {', '.join(MODEL_CONFIGS)}"
-        if "model_id" in data:
+        text = f"is missing; {suggestion('', MODEL_CONFIGS)}"
+        if model_id in get_args(WorldModelId):
+            text = f"{model_id!r} is a world model; the autoencoder's file is wanted, which train.vae_cfg_path names"
+        elif "model_id" in data:
             text = unknown(model_id, MODEL_CONFIGS, "autoencoder")
         raise ConfigError(f"{where}model.model_id: {text}", path=path, key="model.model_id")
     return parse(MODEL_CONFIGS[model_id], data, path=path, prefix="model")  # type: ignore[return-value]

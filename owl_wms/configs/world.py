@@ -27,14 +27,15 @@ from owl_wms.configs.strict import (
     PositiveInt,
     Size,
     StrictModel,
-    nearest,
     parse,
     read_yaml,
     rule,
+    suggestion,
 )
-from owl_wms.configs.vae import MODEL_CONFIGS, WandbConfig
+from owl_wms.configs.vae import MODEL_CONFIGS, WandbConfig, WorldModelId
 from owl_wms.errors import ConfigError
 
+Precision = Literal["auto", "fp16", "bf16", "fp32", "fp8", "int8"]
 TrainerId = Literal["rft", "av", "mixed_av", "causvid_vid", "sforce_vid", "ode_distill_vid"]
 # Spelt out as well as registered, because reading a configuration must not import torch; a test compares the two.
 DataId = Literal["cod", "sequence_packing", "cod_s3", "cod_s3_audio", "cod_s3_mixed"]
@@ -80,7 +81,7 @@ class WorldModelConfig(StrictModel):
     `n_mouse_axes`, `patch_size` and `audio_tokens` are accepted because shipped files have them; no model reads them.
     """
 
-    model_id: Literal["game_rft", "game_rft_audio"]
+    model_id: WorldModelId
     sample_size: Size = 16
     channels: PositiveInt = 128
     audio_channels: PositiveInt = 64
@@ -247,7 +248,7 @@ class TrainingConfig(StrictModel):
     audio_vae_batch_size: PositiveInt | None = None
 
     use_tensorrt: bool = True
-    tensorrt_precision: Literal["auto", "fp16", "bf16", "fp32", "fp8", "int8"] | None = None
+    tensorrt_precision: Precision | None = None
     tensorrt_cache_dir: PathText | None = None
     tensorrt_fallback: bool = True
 
@@ -278,9 +279,7 @@ class TrainingConfig(StrictModel):
             optimiser = self.opt if name == "opt_kwargs" else "AdamW"
             for key in getattr(self, name) or {}:
                 known = _OPT_KEYS.get(optimiser, (key,))
-                close = nearest(key, known)
-                hint = f"did you mean {close!r}?" if close else f"valid are {', '.join(known)}"
-                rule(key in known, f"{name}.{key}", f"unknown key for {optimiser}; {hint}")
+                rule(key in known, f"{name}.{key}", f"unknown key for {optimiser}; {suggestion(key, known)}")
         for name in ("vae_scale", "audio_vae_scale"):
             value = getattr(self, name)
             rule(value is None or value > 0, name, f"latents are divided by it: must be above 0, received {value}")
@@ -370,9 +369,9 @@ def missing_trainer_keys(train: TrainingConfig, trainer_id: str | None = None) -
     """
     wanted = trainer_id or train.trainer_id
     if wanted is None or wanted not in TRAINER_REQUIRED:
-        close = nearest(wanted, TRAINER_REQUIRED) if wanted else None
-        hint = f"did you mean {close!r}?" if close else f"valid are {', '.join(TRAINER_REQUIRED)}"
-        raise ConfigError(f"train.trainer_id: no trainer {wanted!r}; {hint}", key="train.trainer_id")
+        found = "is missing" if wanted is None else f"no trainer {wanted!r}"
+        text = f"train.trainer_id: {found}; {suggestion(wanted or '', TRAINER_REQUIRED)}"
+        raise ConfigError(text, key="train.trainer_id")
     return tuple(key for key in TRAINER_REQUIRED[wanted] if getattr(train, key) is None)
 
 

@@ -29,6 +29,29 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 # Plain words that YAML 1.1 takes for true or false, and numbers that it takes with underscores or in base 2.
 _OLD_BOOL = re.compile(r"yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF")
 _OLD_NUMBER = re.compile(r"[-+]?(0b[01_]+|(?=[0-9_.]*_)\.?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?)")
+# PyYAML's words for what is wrong, and ours; {0} is what the pattern caught, {line} where the bracket or quote opens.
+_PLAINLY = (
+    (r"found character '\\t' that cannot start", "a tab stands here: use spaces"),
+    (r"found character '(.)' that cannot start", "no value begins with {0}: put the text in quotes"),
+    (r"expected ',' or '(.)'", "a {0} is missing: the bracket that opens in line {line} is not closed"),
+    (r"expected the node content, but found '<stream end>'", "the text ends here, and a bracket is not closed"),
+    (r"found unexpected end of stream", "the text ends here, and the quote of line {line} is not closed"),
+    (r"expected '<document start>', but found '(.)'", "there is a {0} too many"),
+    (
+        r"expected <block end>",
+        "the indentation is not that of the lines above: keys of one section begin in one column",
+    ),
+    (
+        r"mapping values are not allowed",
+        "no colon can stand here: put a text with a colon in quotes, or mend the spaces",
+    ),
+    (r"could not find expected ':'", "a colon is missing since line {line}: a line is `key: value`"),
+    (
+        r"sequence entries are not allowed",
+        "a dash can begin a line only: write the list as [a, b], or in lines of its own",
+    ),
+    (r"but found another document", "a configuration is a single document: `---` begins another one"),
+)
 _WIDEST = 1 << 63  # a whole number beyond 64 bits is no setting, and fails far from its file
 
 
@@ -142,6 +165,24 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except RecursionError as error:
         raise YamlError("nested too deeply") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlError(f"line {line}: the control character U+{error.character:04X} is no text") from error
+    except yaml.MarkedYAMLError as error:
+        raise YamlError(_said_plainly(error)) from error
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError, LookupError) as error:
         # PyYAML lets a few plain exceptions through, for example for a percent sign in a tag.
-        raise YamlError(" ".join(str(error).replace('in "<unicode string>", ', "at ").split())) from error
+        raise YamlError(" ".join(str(error).split())) from error
+
+
+def _said_plainly(error: yaml.MarkedYAMLError) -> str:
+    """Returns the line and one sentence of an error of which PyYAML tells two halves and two places."""
+    problem = error.problem or error.context or "it cannot be read"
+    place = error.problem_mark or error.context_mark
+    opened = error.context_mark or place
+    for pattern, words in _PLAINLY:
+        found = re.search(pattern, problem)
+        if found is not None:
+            problem = words.format(*found.groups(), line=0 if opened is None else opened.line + 1)
+            break
+    return problem if place is None else f"line {place.line + 1}: {' '.join(problem.split())}"

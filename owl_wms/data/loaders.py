@@ -27,7 +27,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from owl_wms.configs.strict import choose
-from owl_wms.data.loading import WORKERS, Batch, CarriedCollate, CarriedStream, ResumableLoader, collate, raised, stack
+from owl_wms.data.loading import (
+    BATCH_KEY,
+    WORKERS,
+    Batch,
+    CarriedCollate,
+    CarriedStream,
+    ResumableLoader,
+    collate,
+    raised,
+    stack,
+)
 from owl_wms.data.packing import PackedDataset
 from owl_wms.data.s3 import TarBucket
 from owl_wms.data.s3_windows import FILE_SHARE_MAX, MixedS3Windows, S3Windows
@@ -107,6 +117,7 @@ def get_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = WORKERS,
+    batch_key: str = BATCH_KEY,
     **kwargs: Any,
 ) -> Loader:
     """Build the loader named `data_id`.
@@ -118,6 +129,7 @@ def get_loader(
         rank: this process among `world_size`.
         world_size: processes that share the data.
         num_workers: reading processes, 0 for none.
+        batch_key: the configuration's key that `batch_size` comes from, for messages.
         **kwargs: `data_kwargs` of the configuration: dataset_path, window_length, batch_columns, stride,
             include_truncated for tables; bucket_name, prefix, window_length, file_share_max (and unlabelled_frac,
             labelled_prefix, unlabelled_prefix) for buckets.
@@ -128,8 +140,8 @@ def get_loader(
     """
     build = choose(_BUILDERS, data_id, "train.data_id")
     if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}", key="train.batch_size")
-    share = _Share(batch_size, seed, rank, world_size, num_workers)
+        raise ConfigError(f"{batch_key} must be at least 1, got {batch_size}", key=batch_key)
+    share = _Share(batch_size, seed, rank, world_size, num_workers, batch_key)
     try:
         inspect.signature(build).bind(share, **kwargs)
     except TypeError as error:
@@ -154,6 +166,7 @@ class _Share:
     rank: int
     world_size: int
     num_workers: int
+    batch_key: str
 
     def resumable(self, dataset: Dataset[Any], columns: Sequence[str], *, tag_epoch: bool = False) -> ResumableLoader:
         return ResumableLoader(
@@ -165,6 +178,7 @@ class _Share:
             world_size=self.world_size,
             num_workers=self.num_workers,
             tag_epoch=tag_epoch,
+            batch_key=self.batch_key,
         )
 
 
@@ -193,8 +207,8 @@ def _packed(
 ) -> Loader:
     if share.batch_size != 1:
         raise ConfigError(
-            f"sequence_packing needs batch_size 1, got {share.batch_size}; raise target_batch_size to accumulate",
-            key="train.batch_size",
+            f"sequence_packing has one window per batch: {share.batch_key} must be 1 per rank, got {share.batch_size}",
+            key=share.batch_key,
         )
     dataset = PackedDataset(
         dataset_path, window_length, batch_columns, seed=share.seed, include_truncated=include_truncated

@@ -26,6 +26,7 @@ from owl_wms.data.workers import keep_reading
 from owl_wms.errors import ConfigError, DataError, OwlError
 
 _log = logging.getLogger(__name__)
+BATCH_KEY = "train.batch_size"
 WORKERS = 2  # upstream's number: reading memory-mapped arrays is light
 Batch = tuple[Tensor, ...]
 
@@ -166,6 +167,7 @@ class ResumableLoader:
         world_size: int = 1,
         num_workers: int = WORKERS,
         tag_epoch: bool = False,
+        batch_key: str = BATCH_KEY,
     ) -> None:
         """Wrap `dataset`.
 
@@ -178,6 +180,7 @@ class ResumableLoader:
             world_size: processes that share an epoch.
             num_workers: reading processes; 0 reads in this one.
             tag_epoch: whether the data set wants the epoch in its index.
+            batch_key: the configuration's key that `batch_size` comes from, for messages.
 
         Raises:
             DataError: fewer samples than one batch on each rank.
@@ -186,10 +189,9 @@ class ResumableLoader:
         count = len(dataset)  # type: ignore[arg-type]
         self._order = _EpochOrder(count, batch_size, seed, rank, world_size, tag_epoch)
         if self._order.batches() < 1:
-            raise DataError(
-                f"{count} samples do not fill one batch of {batch_size} on each of {world_size} ranks; "
-                "shrink the batch or add data"
-            )
+            where = f" on each of {world_size} ranks" if world_size > 1 else ""
+            text = f"{count} windows do not fill one batch of {batch_size}{where}: lower {batch_key}, or add data"
+            raise DataError(text)
         self._loader = DataLoader(
             Carried(dataset),
             batch_sampler=self._order,

@@ -11,6 +11,7 @@ Usage:
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import warnings
 import zipfile
@@ -32,6 +33,7 @@ from owl_wms.media.npy import NpyFile
 from owl_wms.media.whole import why_unwritten, written_whole
 
 ARRAY_SUFFIXES = (".pt", ".npy", ".safetensors")
+_LISTED = " or ".join((", ".join(ARRAY_SUFFIXES[:-1]), ARRAY_SUFFIXES[-1]))
 KEY = "latents"  # of a file that holds several tensors, the one that is meant
 
 
@@ -61,8 +63,10 @@ def read_arrays(path: Path | str, *, mapped: bool = False) -> Any:
     """
     path = at_home(path)
     suffix = path.suffix.lower()
+    if os.path.isdir(path):
+        raise DataError(f"{path}: is a folder, a file is wanted: {_LISTED}", path=path)
     if suffix not in ARRAY_SUFFIXES:
-        raise DataError(f"{path}: the ending must be one of {', '.join(ARRAY_SUFFIXES)}, got {suffix!r}", path=path)
+        raise DataError(f"{path}: the ending must be one of {_LISTED}, got {suffix or 'none'}", path=path)
     try:
         if suffix == ".npy":
             with NpyFile(path) as array:
@@ -127,8 +131,6 @@ def _require_ordinary(tensor: Tensor) -> None:
 def _why_unreadable(path: Path, suffix: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    if isinstance(error, IsADirectoryError):
-        return "is a folder, a file is wanted"
     if isinstance(error, OSError) and error.strerror is not None and error.filename is not None:
         return error.strerror if error.strerror.startswith("is ") else f"cannot be read: {error.strerror}"
     if path.stat().st_size == 0:
@@ -266,7 +268,7 @@ def save_array(path: Path | str, tensor: Tensor | Mapping[str, Tensor], *, facts
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in ARRAY_SUFFIXES:
-        raise DataError(f"{path}: the ending must be one of {', '.join(ARRAY_SUFFIXES)}, got {suffix!r}", path=path)
+        raise DataError(f"{path}: the ending must be one of {_LISTED}, got {suffix or 'none'}", path=path)
     named = {KEY: tensor} if isinstance(tensor, Tensor) else tensor
     stored = {name: _own_values(value, path) for name, value in named.items()}
     if suffix == ".npy" and len(stored) != 1:

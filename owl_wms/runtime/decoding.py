@@ -151,7 +151,7 @@ class Decoding:
         if places:
             out.write(start, truth.tensor)
             self._ledger.add("fallbacks")
-            reason = f"the program gave {places} non-finite values where PyTorch gives finite ones"
+            reason = f"it gave {places} non-finite values where PyTorch gives finite ones"
             self.failed(FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
         return finite
 

@@ -107,7 +107,7 @@ class ImageDecode(VideoDecode):
         worse = int((truth.isfinite() & ~frames.isfinite()).sum())
         if not worse:
             return frames
-        reason = f"the program gave {worse} non-finite values where PyTorch gives finite ones"
+        reason = f"it gave {worse} non-finite values where PyTorch gives finite ones"
         decoding.failed(FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
         return truth
 

@@ -36,9 +36,9 @@ def _fill(slot: Slot, find: Callable[[], Loaded], ledger: Ledger, strict: bool) 
     try:
         loaded = find()
     except FastPathError as failure:
-        slot.switch_off(f"{failure.stage}: {failure.reason}", failure)
+        slot.switch_off(failure.sentence, failure)
         if failure.quiet:
-            ledger.note(failure.reason, f"PyTorch decodes: {failure.reason}")
+            ledger.note(failure.reason, f"PyTorch decodes: {failure.sentence}")
         else:
             ledger.failure(failure)
         if strict:

@@ -82,7 +82,7 @@ class Slot:
         with self.lock:
             self.failures += 1
             if self.failures >= STRIKES:
-                reason = f"switched off after {STRIKES} failed runs, last: {failure.reason}"
+                reason = f"it was switched off after {STRIKES} failed runs, the last with {failure.reason}"
                 self.switch_off(reason, FastPathError(failure.stage, reason, failure.remedy))
 
     def wants_check(self, mode: str, dtype: torch.dtype | None) -> bool:

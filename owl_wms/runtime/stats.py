@@ -24,7 +24,7 @@ from owl_wms.errors import FastPathError
 from owl_wms.runtime import metrics
 from owl_wms.runtime.slot import Slot
 
-SWITCHED_OFF = "switched off by the settings (enabled=False)"
+SWITCHED_OFF = "compiled programs are switched off by the settings (enabled=False)"
 _LOG = logging.getLogger("owl_wms.runtime")
 
 
@@ -110,9 +110,7 @@ class Ledger:
         metrics.failure(error.stage)
         if first:
             remedy = error.remedy or "see owl-wms doctor"
-            _LOG.warning(
-                "%sPyTorch decodes instead: %s failed: %s; %s", rank_prefix(), error.stage, error.reason, remedy
-            )
+            _LOG.warning("%sPyTorch decodes instead, because %s; %s", rank_prefix(), error.sentence, remedy)
 
     def note(self, kind: str, text: str, level: int = logging.INFO) -> None:
         """Log something once per kind."""

@@ -196,7 +196,7 @@ class Steps:
                 self._tell_non_finite(answered[0])
             if not places:
                 return answered
-            reason = f"the program gave {places} non-finite values where PyTorch gives finite ones"
+            reason = f"it gave {places} non-finite values where PyTorch gives finite ones"
             failure = FastPathError("run", reason, "set TENSORRT_PRECISION=bf16")
             self._failed(slot, failure, "non-finite")
             return answered

@@ -28,8 +28,10 @@ def no_device(request: Request) -> FastPathError | None:
     """Returns why nothing can be compiled for the request's device; None when it is a GPU."""
     if request.device.startswith("cuda"):
         return None
-    remedy = "move the decoder to a GPU" if torch.cuda.is_available() else "run on a machine with an NVIDIA GPU"
-    return NoDeviceError("no CUDA device: the decoder is on the CPU", remedy)
+    if torch.cuda.is_available():
+        return NoDeviceError("the decoder is on the CPU, which is no CUDA device", "move the decoder to a GPU")
+    reason = "the decoder is on the CPU, and this machine has no CUDA device"
+    return NoDeviceError(reason, "run on a machine with an NVIDIA GPU")
 
 
 class TensorRT(Stored):

@@ -29,7 +29,7 @@ from owl_wms import env
 from owl_wms.configs.vae import WandbConfig
 from owl_wms.configs.world import TrainingConfig, WorldModelConfig, require_trainer_keys
 from owl_wms.data.loaders import Loader, get_loader
-from owl_wms.data.loading import Batch
+from owl_wms.data.loading import BATCH_KEY, Batch
 from owl_wms.errors import TrainingError
 from owl_wms.models.flow import counted_mse
 from owl_wms.models.latents import LatentSpace
@@ -52,7 +52,7 @@ from owl_wms.trainers.journal import Journal
 from owl_wms.trainers.metrics import Metrics
 from owl_wms.trainers.optim.optimisers import build_optimiser, build_schedule
 from owl_wms.trainers.phases import Loss, Phase
-from owl_wms.trainers.progress import Progress
+from owl_wms.trainers.progress import Progress, Starting
 from owl_wms.trainers.restore import restore
 from owl_wms.trainers.signals import Asked, listening
 from owl_wms.trainers.undo import Undo
@@ -116,11 +116,14 @@ class BaseTrainer(ABC):
         self._stop = False  # agreed by all ranks, between two steps
         self._opened = False  # whether this run has its folder
         self.journal: Journal | None = None  # on rank 0, once it has
+        self._starting = Starting(enabled=global_rank == 0)
+        self._starting.says("building model and optimisers")
         self.space = LatentSpace.of(train_cfg).to(self.device)
         torch.manual_seed(train_cfg.seed)
         self.model = self.build_model().to(self.device).train()
         self.ema = EMA(self.model, self.ema_beta)
         self.phases = self.build_phases()
+        self._starting.says("opening the training data")
         self.loader = loader or self.make_loader(train_cfg.data_id, train_cfg.data_kwargs, train_cfg.batch_size)
         self._batches = self.endless(self.loader, "data_kwargs")
         self.position = self.loader.state_dict()
@@ -189,11 +192,12 @@ class BaseTrainer(ABC):
             DataError: a row that cannot be used; the steps before it are saved.
         """
         self.resume()
+        self._starting.says("loading evaluation data and decoder")
         self.evaluator.prepare()
         self.saved_step = self.step
         try:
             progress = Progress(total=self.train_cfg.max_steps, done=self.step, enabled=self.rank == 0)
-            with listening() as self._asked, progress:
+            with listening(tells=self.rank == 0) as self._asked, progress:
                 while not self._finished():
                     values = self._evaluate_and_step()
                     progress.show(self.step, values)
@@ -208,8 +212,8 @@ class BaseTrainer(ABC):
                     self.evaluate()
                 elif self._asked:
                     _log.warning("%s: the run ends after step %d; --resume continues it", self._asked.by, self.step)
-        except BaseException:  # KeyboardInterrupt too: a second Ctrl-C ends the step, not what is saved
-            rescue(self)
+        except BaseException as error:  # KeyboardInterrupt too: a second Ctrl-C ends the step, not what is saved
+            rescue(self, error)
             raise
         finally:
             if self.journal is not None:
@@ -288,6 +292,7 @@ class BaseTrainer(ABC):
         wanted = self.train_cfg.resume_ckpt
         path = latest_checkpoint(self.folder) if wanted == LATEST else wanted
         if path is not None:
+            self._starting.says(f"restoring {path}")
             restore(self, path)
         elif self.train_cfg.init_ckpt is not None:
             load_core_weights(core_of(self.model), self.train_cfg.init_ckpt)
@@ -322,8 +327,13 @@ class BaseTrainer(ABC):
             self.evaluate()
             return self.train_step()
         with tempfile.TemporaryDirectory() as place:
-            found = self.evaluator.run(Path(place)) if self._evaluation_due() else None
+            found = None
+            if self._evaluation_due():
+                self._starting.says("sampling and decoding the first clips")
+                found = self.evaluator.run(Path(place))
+            self._starting.says("making the first step")
             values = self.train_step()
+            self._starting.says("the run is under way")
             self._open()
             if found is not None:
                 self.evaluator.settle(found, Path(place))
@@ -366,11 +376,13 @@ class BaseTrainer(ABC):
         if self.journal is not None and result.error is not None:
             self.journal.log(result.step, {"evaluation_error": result.error})
 
-    def make_loader(self, data_id: str | None, kwargs: dict[str, Any] | None, batch_size: int) -> Loader:
-        """Build a loader for this rank."""
+    def make_loader(
+        self, data_id: str | None, kwargs: dict[str, Any] | None, batch_size: int, batch_key: str = BATCH_KEY
+    ) -> Loader:
+        """Build a loader for this rank; `batch_key` is the key of the configuration that `batch_size` comes from."""
         cfg = self.train_cfg
         settings = {"seed": cfg.seed, "rank": self.rank, "world_size": self.world_size, **(kwargs or {})}
-        return get_loader(data_id or "", batch_size, **settings)
+        return get_loader(data_id or "", batch_size, batch_key=batch_key, **settings)
 
     def endless(self, loader: Loader, section: str) -> Iterator[Batch]:
         """Batches on the device, each compared with the model; `section` is the key of `train` they come from."""

@@ -181,7 +181,9 @@ class Evaluator:
     def _open_batches(self) -> Iterator[Batch]:
         trainer, cfg = self._trainer, self._trainer.train_cfg
         share = -(-cfg.n_samples // trainer.world_size)
-        loader = self._given_loader or trainer.make_loader(cfg.sample_data_id, cfg.sample_data_kwargs, share)
+        loader = self._given_loader
+        if loader is None:
+            loader = trainer.make_loader(cfg.sample_data_id, cfg.sample_data_kwargs, share, "train.n_samples")
         return trainer.endless(loader, "sample_data_kwargs")
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 Usage:
     require_finite(step, values)                 # after a step, before anything is saved
     broken = broken_weight(trainer.checkpoint()) # None, or the key that must not be saved
-    rescue(trainer)                              # in the handler of whatever ended the loop
+    rescue(trainer, error)                       # in the handler of whatever ended the loop
 """
 
 from __future__ import annotations
@@ -55,20 +55,21 @@ def broken_weight(state: Mapping[str, Any]) -> str | None:
     return next((key for key, ok in zip(floats, fine, strict=True) if not ok), None)
 
 
-def rescue(trainer: Saved) -> None:
-    """Save, after a failure, the steps since the last checkpoint, unless the weights themselves are broken.
+def rescue(trainer: Saved, error: BaseException) -> None:
+    """Save the steps since the last checkpoint, unless the weights are broken; `error` is what ended the run.
 
     By rank 0 without waiting for anyone, as other ranks may be gone. Never raises: the failure that led here is the one
     to report.
     """
     if trainer.rank != 0 or trainer.step == trainer.saved_step:
         return
+    ended = "the run was stopped" if isinstance(error, KeyboardInterrupt) else "the run failed"
     try:
         broken = broken_weight(trainer.checkpoint())
         if broken is None:
             trainer.write_checkpoint()
-            _log.warning("the run failed; step %d was saved to %s first", trainer.step, trainer.folder)
+            _log.warning("%s; step %d was saved to %s first", ended, trainer.step, trainer.folder)
         else:
-            _log.warning("the run failed; step %d is not saved: weight %r is not finite", trainer.step, broken)
-    except Exception as error:
-        _log.warning("the run failed, and step %d could not be saved: %s", trainer.step, error)
+            _log.warning("%s; step %d is not saved: weight %r is not finite", ended, trainer.step, broken)
+    except Exception as failure:
+        _log.warning("%s, and step %d could not be saved: %s", ended, trainer.step, failure)

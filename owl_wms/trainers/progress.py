@@ -1,21 +1,40 @@
-"""A line that says how far a run is, for people: shown by rank 0 when stderr is a terminal, and nothing otherwise.
+"""Tells people how far a run is: its start in log lines, its steps in a line on a terminal. By rank 0 alone.
 
 Usage:
+    starting = Starting()
+    starting.says("opening the training data")        # logs "start, 1.3 s: opening the training data"
     with Progress(total=1000, done=trainer.step) as progress:
         progress.show(step, {"diffusion_loss": 0.9, "time": 0.2})
 """
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
-_SMOOTHING = 0.1  # share of a new step in the shown steps a second
+_log = logging.getLogger(__name__)
+_SMOOTHING = 0.1  # share of a new step in the shown steps per second
+
+
+class Starting:
+    """Logs the parts of a start as each of them begins, which may take minutes (loading, compiling)."""
+
+    def __init__(self, *, enabled: bool = True) -> None:
+        """Begin to count the seconds; `enabled` False logs nothing."""
+        self._enabled = enabled
+        self._begun = time.monotonic()
+
+    def says(self, what: str) -> None:
+        """Log, at info level, what begins now and the seconds since the start."""
+        if self._enabled:
+            _log.info("start, %.1f s: %s", time.monotonic() - self._begun, what)
 
 
 class Progress:
-    """Steps, losses and steps a second."""
+    """Shows steps, losses and steps per second on a terminal, and nothing elsewhere."""
 
     def __init__(self, *, total: int | None, done: int = 0, enabled: bool = True) -> None:
         """Prepare the line; it appears on entry.

@@ -48,7 +48,9 @@ class Sampled(Saved, Protocol):
     def predictions(self) -> dict[str, Tensor]:
         """Return further clips `[b, n, c, h, w]`, by name."""
 
-    def make_loader(self, data_id: str | None, kwargs: dict[str, Any] | None, batch_size: int) -> Loader:
+    def make_loader(
+        self, data_id: str | None, kwargs: dict[str, Any] | None, batch_size: int, batch_key: str
+    ) -> Loader:
         """Build a loader for this rank."""
 
     def endless(self, loader: Loader, section: str) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ Usage:
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -19,8 +20,10 @@ from contextlib import contextmanager
 
 from owl_wms.data.workers import STOPPING
 
-# A launcher such as torchrun passes the Ctrl-C on that the terminal has sent to its processes already.
+_log = logging.getLogger(__name__)
+# A launcher such as torchrun passes on the signal that its processes have already got from the terminal or scheduler.
 _SECOND_AFTER_SECONDS = 1.0
+_AT_ONCE = (signal.SIGINT, signal.SIGTERM)
 
 
 class Asked:
@@ -30,7 +33,9 @@ class Asked:
         by: name of the first signal, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells: bool = False) -> None:
+        """`tells`: log what happens now, and how to stop at once."""
+        self._tells = tells
         self.by: str | None = None
         self._since = 0.0
 
@@ -38,17 +43,20 @@ class Asked:
         return self.by is not None
 
     def take(self, number: int, frame: object) -> None:
-        """Handle a signal; a SIGINT that comes more than a second after the first signal raises KeyboardInterrupt."""
+        """Handle a signal. A SIGINT or SIGTERM more than a second after the first signal raises KeyboardInterrupt."""
         if self.by is None:
             self.by, self._since = signal.Signals(number).name, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._since > _SECOND_AFTER_SECONDS:
+            if self._tells:
+                text = "%s: the run ends after this step, with a checkpoint; Ctrl-C or SIGTERM again stops it at once"
+                _log.warning(text, self.by)
+        elif number in _AT_ONCE and time.monotonic() - self._since > _SECOND_AFTER_SECONDS:
             raise KeyboardInterrupt
 
 
 @contextmanager
-def listening() -> Iterator[Asked]:
-    """Turn the signals into a question while the body runs; handlers exist in the main thread only."""
-    asked = Asked()
+def listening(*, tells: bool = False) -> Iterator[Asked]:
+    """Turn the signals into a question while the body runs; handlers exist in the main thread only. See `Asked`."""
+    asked = Asked(tells=tells)
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return

@@ -77,6 +77,14 @@ def test_depth_clip_is_tried_too(place: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("nothing_begins")
+def test_a_folder_of_latents_is_sent_to_the_command_for_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    assert call(place, "decode", ".", "--out", str(place / "o.mp4")) == 2
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert ": is a folder, one file of latents is wanted: give one of its files, or decode all of them with" in error
+    assert "owl-wms decode-dataset" in error
+
+
+@pytest.mark.usefixtures("nothing_begins")
 def test_sample_and_demo_try_theirs(
     files: Path,  # noqa: F811
     tmp_path: Path,

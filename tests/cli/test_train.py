@@ -6,6 +6,7 @@ Run: python -m pytest tests/cli/test_train.py
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,13 @@ def test_train_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     config(tmp_path, "rft")
     file = str(tmp_path / "rft.yml")
     assert run("train", file, "--set", "train.max_steps=2", "--set", "train.opt_kwargs.lr=0.001") == 0
-    assert run("train", file, "--set", "train.max_steps=3", "--resume") == 0
-    assert "step 3, diffusion_loss" in capsys.readouterr().out
+    said = capsys.readouterr().err
+    begun = re.findall(r"start, [0-9.]+ s: ([a-z]+ [a-z]+)", said)
+    assert begun == ["building model", "opening the", "loading evaluation", "making the", "the run"], said
+    assert run("--quiet", "train", file, "--set", "train.max_steps=3", "--resume") == 0
+    said = capsys.readouterr()
+    assert "step 3, diffusion_loss" in said.out
+    assert said.err == ""
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"step_2.pt", "step_3.pt", "log.jsonl"}
 
 

@@ -131,9 +131,13 @@ def test_doctor_says_what_and_why(cache: Path, capsys: pytest.CaptureFixture[str
     assert run("doctor", "--json") == (0 if facts["usable"] else 1)
     assert json.loads(capsys.readouterr().out)["verdict"] == facts["verdict"]
     run("doctor")
-    assert facts["verdict"].split(":")[0] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(facts["verdict"].split(":")[0])
+    assert len(said.splitlines()) <= 30, "one screen"
+    assert "1 programs, 0.0 GiB of 20.0 GiB; " in said
+    assert str(facts["cache"]["max_bytes"]) not in said
     if not torch.cuda.is_available():
-        assert "PyTorch would decode: no CUDA device. Remedy:" in facts["verdict"]
+        assert "PyTorch would decode: this machine has no CUDA device. Remedy:" in facts["verdict"]
 
 
 def test_doctor_says_when_nothing_would_decode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -145,7 +149,9 @@ def test_doctor_says_when_nothing_would_decode(monkeypatch: pytest.MonkeyPatch, 
     )
     monkeypatch.setattr(trt, "status", lambda: absent)
     said = diagnose()
-    assert said["verdict"].startswith("Nothing would decode: no CUDA device, and TENSORRT_FALLBACK=error forbids")
+    assert said["verdict"].startswith(
+        "Nothing would decode: this machine has no CUDA device, and TENSORRT_FALLBACK=error forbids"
+    )
     assert not said["usable"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert diagnose()["verdict"] == (

@@ -20,7 +20,7 @@ BOMB = "a0: &a0 [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
 FILES = {
     "list": (b"- 1\n", "mapping of sections, found list"),
     "empty": (b"", "found nothing"),
-    "syntax": (b"model: [1,\n", "not valid YAML: while parsing a flow node .* at line 2"),
+    "syntax": (b"model: [1,\n", "not valid YAML: line 2: the text ends here, and a bracket is not closed$"),
     "twice": (b"model: 1\nmodel: 2\n", "the key 'model' appears twice"),
     "code": (b"model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
     "date": (b"model: 2020-99-99\n", "must be a mapping, received '2020-99-99'"),

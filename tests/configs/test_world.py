@@ -98,6 +98,12 @@ MISTAKES = [
     (_changed("model", "n_layer", 2), "model.n_layer", "did you mean 'n_layers'?"),
     (_changed("model", "uncond", ...), "model.uncond", "is missing"),
     (_changed("model", "global_window", ...), "model.global_window", "is missing"),
+    (
+        {"model": {"model_id": "game_rft"}, "train": {}},
+        "model.uncond",
+        "model.backbone, model.has_audio, ",
+    ),
+    ({"model": {"model_id": "game_rft"}, "train": {}}, "model.uncond", "global_window are missing, and they have no"),
     (_changed("model", "tokens_per_frame", 65), "model.tokens_per_frame", "must be sample_size**2 = 64, received 65"),
     (_changed("model", "n_heads", 7), "model.d_model", "multiple of n_heads (7), received 1536"),
     (_changed("model", "cfg_prob", 2), "model.cfg_prob", "within 0..1"),
@@ -140,7 +146,7 @@ def test_each_trainer_lists_what_is_missing(trainer_id: str) -> None:
 
 
 def test_no_trainer_and_unknown_trainer() -> None:
-    with pytest.raises(ConfigError, match="no trainer None; valid are rft"):
+    with pytest.raises(ConfigError, match="trainer_id: is missing; valid are av, causvid_vid"):
         missing_trainer_keys(TrainingConfig())
     with pytest.raises(ConfigError, match="did you mean 'causvid_vid'"):
         missing_trainer_keys(TrainingConfig(), "causvid")

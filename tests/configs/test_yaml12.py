@@ -30,7 +30,13 @@ REFUSED = {
     "!!binary aGk=": "the tag 'binary'", "!!timestamp 2024-01-01": "the tag", "!!set {a}": "the tag", "!x y": "the tag",
     "!!python/name:os.system ": "the tag", "{a: 1, a: 2}": "appears twice", "{1: 1, 1: 2}": "appears twice",
     "{[1]: 2}": "a key must be", "a: 1\n<<: 3": "wants a mapping", "a: &a {<<: *a}": "recursive", "a: *b": "undefined",
-    "--- 1\n--- 2": "single document", "\t- x": "cannot start any token", "a: 'b": "end of stream",
+    "--- 1\n--- 2": "^line 2: .*single document", "a:\n\t- x": "^line 2: a tab stands here: use spaces$",
+    "a: 'b": "^line 1: .*the quote of line 1 is not closed$", "a: @b": "^line 1: .* begins with @: put the text in ",
+    "a: [1, 2\nb: 3": r"^line 2: a ] is missing: .* line 1 is", "a: {b: 1\n": "^line 2: a } is missing",
+    "a:\n  b: [\n": "^line 3: .*a bracket is not closed$", "{a: 1}}": "a } too many",
+    "a: *b\n": "^line 1: found undefined", "a:\n  b: 1\n c: 2": "^line 3: the indentation",
+    "a: b: c": "^line 1: no colon can stand here", "a: - b": "a dash can",
+    "a: 1\nb\n": "^line 3: a colon is missing since line 2", "a: 1\nb: \x07": r"^line 2: the control character U\+0007",
 }  # fmt: skip
 
 

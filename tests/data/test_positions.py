@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from owl_wms.data.loading import ResumableLoader
+from owl_wms.errors import DataError
 
 COUNT = 48
 
@@ -102,3 +103,12 @@ def test_a_change_of_shape_can_leave_nothing_of_an_epoch() -> None:
     assert second.epoch == 1
     assert read(second) == []
     assert sorted(read(second)) == list(range(COUNT)), "the next epoch is whole"
+
+
+def test_too_little_data_names_the_key_to_lower() -> None:
+    with pytest.raises(DataError, match=r"^3 windows do not fill one batch of 4: lower train.batch_size, or add data$"):
+        loader(4, count=3)
+    with pytest.raises(DataError, match=r"one batch of 2 on each of 2 ranks: lower train.batch_size"):
+        loader(2, world_size=2, count=3)
+    with pytest.raises(DataError, match=r"lower train.n_samples, or add data$"):
+        ResumableLoader(Numbers(1), 2, collate_fn=tuple, num_workers=0, batch_key="train.n_samples")

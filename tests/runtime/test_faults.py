@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from owl_wms import trt
-from owl_wms.errors import DecodeMemoryError, FastPathError, NoDeviceError
+from owl_wms.errors import FAILED, DecodeMemoryError, FastPathError, NoDeviceError
 from owl_wms.request import Request
 from owl_wms.runtime import TensorRT, VideoDecode
 from owl_wms.trt.build.parent import explain_exit
@@ -39,7 +39,7 @@ def assert_pytorch_answers(
             assert torch.equal(decode(latents), truth)
     said = warnings_of(caplog)
     assert len(said) == 1, said
-    assert f"{stage} failed" in said[0]
+    assert f"because {FAILED[stage]}: " in said[0]
     assert reason in said[0]
     assert said[0].rsplit("; ", 1)[1].strip(), "a remedy is named"
     assert decode.stats().failures[stage] >= 1
@@ -367,7 +367,7 @@ def test_a_cpu_decoder_is_no_fault(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert decode.stats().failures == {}
     strict = VideoDecode(TinyDecoder(), batch_size=4, settings=settings(tmp_path), strict=True)
     for _ in range(3):
-        with pytest.raises(NoDeviceError, match=r"^import: no CUDA device: the decoder is on the CPU \(.*GPU\)$"):
+        with pytest.raises(NoDeviceError, match=r"^the decoder is on the CPU, .* no CUDA device \(.*GPU\)$"):
             strict(torch.randn(LATENTS))
 
 
@@ -392,5 +392,6 @@ def test_strict_says_the_same_at_every_call(tmp_path: Path, step: str, stage: st
         raised.append(caught.value)
     assert {error.stage for error in raised} == {stage}
     assert len({error.remedy for error in raised}) == 1
-    assert "switched off" in str(raised[-1]) if step == "run" else str(raised[-1]) == f"{stage}: boom (turn it off)"
+    said = "switched off" if step == "run" else f"{FAILED[stage]}: boom (turn it off)"
+    assert said in str(raised[-1]) if step == "run" else str(raised[-1]) == said
     assert len({id(error) for error in raised}) == 5, "one that is kept would hold the tensors of its first traceback"

@@ -253,7 +253,7 @@ def test_new_weights_drop_the_program() -> None:
 def test_switched_off_and_without_a_gpu() -> None:
     off = StreamDecode(DECODER, settings=TensorRTConfig(enabled=False), toolchain=Programs())
     assert near(off.step(clip(2)), DECODER(clip(2)))
-    assert off.stats().reason == "switched off by the settings (enabled=False)"
+    assert off.stats().reason == "compiled programs are switched off by the settings (enabled=False)"
     plain = StreamDecode(DECODER, settings=SETTINGS)
     plain.step(clip(1))
     assert plain.stats().backend == "pytorch"

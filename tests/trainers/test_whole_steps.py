@@ -195,8 +195,9 @@ def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
         run.communicate(timeout=60)
 
 
-def test_a_second_ctrl_c_ends_the_step_and_saves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_step_and_saves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, second: signal.Signals
 ) -> None:
     monkeypatch.setattr("owl_wms.trainers.signals._SECOND_AFTER_SECONDS", 0.0)
     trainer = build(tmp_path, "sforce_vid", max_steps=9)
@@ -205,12 +206,17 @@ def test_a_second_ctrl_c_ends_the_step_and_saves_the_one_before(
     def patient(*arguments: Any) -> None:
         if trainer.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), second)
         update(*arguments)
 
     trainer.phases[1].update = patient  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+    said = "SIGINT: the run ends after this step, with a checkpoint; Ctrl-C or SIGTERM again stops it at once"
+    assert [record.getMessage() for record in caplog.records][-2:] == [
+        said,
+        f"the run was stopped; step 2 was saved to {tmp_path / 'run'} first",
+    ]
     assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "step_2.pt"
     build(tmp_path, "sforce_vid", max_steps=2, checkpoint_dir=str(tmp_path / "whole")).train()
     assert_same(*(load_checkpoint(tmp_path / name / "step_2.pt") for name in ("run", "whole")))

@@ -329,6 +329,6 @@ def test_a_class_of_the_script_that_runs_is_named_with_its_remedy(tmp_path: Path
         pass
 
     monkeypatch.setattr(Mine, "__module__", "__main__")
-    with pytest.raises(FastPathError, match=r"export: Mine is defined in __main__.*in an importable module"):
+    with pytest.raises(FastPathError, match=r"cannot be compiled: Mine is defined in __main__.*in an importable module"):
         write_decoder(nn.Sequential(Mine(4, 3, 1)), tmp_path / "decoder.pt")
     assert not (tmp_path / "decoder.pt").exists()
