@@ -1,4 +1,4 @@
-"""How far an output is from the fp32 decoder's, in the three forms that a reader of an image benchmark asks for."""
+"""Measures how far an output is from the fp32 decoder's, in the three forms that image benchmarks use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kernel on every GPU family it is meant for: does it compile, with how many registers, how much memory, spills?
+"""Compiles every kernel for every GPU family that it is meant for, and lists registers, shared memory and spills.
 
 Needs no GPU: NVRTC compiles, and cuobjdump (it comes with Triton) reads what the machine code asks for.
 
@@ -39,7 +39,7 @@ def usage(image: bytes) -> str:
 
 
 def cell(kernel: Kernel, architecture: str, limit: int) -> str:
-    """A table's cell for one kernel on one architecture."""
+    """Returns a table's cell for one kernel on one architecture."""
     if kernel.suffix and architecture != "sm_90":
         return "-"
     if kernel.shared_bytes > limit:

@@ -1,4 +1,4 @@
-"""What we are compared with: eager PyTorch as upstream runs it, the same with weight norm folded, and compiled PyTorch.
+"""Makes the baselines: eager PyTorch as upstream runs it, the same with weight norm folded, and compiled PyTorch.
 
 Compiled candidates take the folded decoder in channels_last, the faster memory format for them on Hopper (docs/log.md).
 `reduce-overhead` replays a CUDA graph, as ours does, which is what tells at batch 1. `max-autotune` can take minutes

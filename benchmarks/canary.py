@@ -1,4 +1,4 @@
-"""What `check="canary"` costs at its default N, and that it finds a flipped bit: about a minute.
+"""Measures what `check="canary"` costs at its default N, and shows that it finds a flipped bit: about a minute.
 
 A comparison's cost is the difference between two decode functions of one program, in turns: one begins a comparison in
 every call, the other none. That is divided by the time in which the program decodes N frames. Beside it stands the

@@ -1,4 +1,4 @@
-"""One op at one shape, as `benchmarks.ops` times it."""
+"""Describes one op at one shape, as `benchmarks.ops` times it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """How to make an op's arguments, what to run, and the least it must move.
+    """Says how to make an op's arguments, what to run, and the least it must move.
 
     Args:
         name: for the table.

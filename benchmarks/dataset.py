@@ -100,7 +100,7 @@ def measure(name: str, folder: Path, decoder: list[str], gpus: int, ranks: bool)
 
 
 def table(rows: list[dict[str, Any]], base: float) -> str:
-    """The runs as Markdown."""
+    """Returns the runs as Markdown."""
     one = next(row["rate"] for row in rows if row["gpus"] == 1)
     lines = ["| engine | GPUs | frames/s | of `decode` | times one GPU | workers idle | whole run |", "|---" * 7 + "|"]
     for row in rows:

@@ -1,4 +1,4 @@
-"""The decoder benchmark: eager, compiled PyTorch and ours, interleaved in one process, with the error beside the speed.
+"""Times the decoders: eager, compiled PyTorch and ours, interleaved in one process, with the error beside the speed.
 
 Usage:
     python -m benchmarks.decoder                                # dist and base, batch 8
@@ -52,7 +52,7 @@ def fp32_reference(decoder: nn.Module, z_BCHW: Tensor) -> Tensor:
 
 
 def measure(name: str, batch: int, args: argparse.Namespace, ceilings: harness.Ceilings) -> list[Row]:
-    """All candidates of one decoder at one batch size."""
+    """Returns all candidates of one decoder at one batch size."""
     # Earlier decoders would count against dynamo's recompile limit, past which it runs eagerly without a word.
     torch._dynamo.reset()
     chosen = subject(name)
@@ -133,7 +133,7 @@ def finish_rows(
 
 
 def cells(row: Row) -> list[str]:
-    """A row's table cells after its name; a refused row has its reason first and dashes after."""
+    """Returns a row's table cells after its name; a refused row has its reason first and dashes after."""
     if row.refused:
         return [row.refused] + ["–"] * (len(report.COLUMNS) - 1)
     return [report.cell(row.figures, key, form) for _, key, form in report.COLUMNS]

@@ -1,4 +1,4 @@
-"""The decoders that are measured: name -> module with seeded random weights, and its floating-point work.
+"""Makes the decoders that are measured: name -> module with seeded random weights, and its floating-point work.
 
 Random weights are what can be shared: upstream's checkpoints are not public. Speed does not depend on them; error does
 a little, which is why the demo decoder, trained, stands beside them.
@@ -80,7 +80,7 @@ SUBJECTS = {
 
 
 def subject(name: str) -> Subject:
-    """The subject called `name`. Raises KeyError listing the known names."""
+    """Returns the subject called `name`. Raises KeyError listing the known names."""
     if name not in SUBJECTS:
         raise KeyError(f"no decoder is called {name!r}; known: {', '.join(SUBJECTS)}")
     return SUBJECTS[name]

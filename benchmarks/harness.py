@@ -1,4 +1,4 @@
-"""Timing, ceilings, machine line and output of all benchmarks, so that every number is taken the same way.
+"""Holds timing, ceilings, machine line and output of all benchmarks, so that every number is taken the same way.
 
 Method: CUDA events; all candidates interleaved in one process, so that clock and temperature drift hits them alike;
 inputs rotated, so that no candidate finds its input in the cache; medians with the 20th and 80th percentile.
@@ -90,14 +90,14 @@ def require_gpu(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ceilings:
-    """What this card does at best on random data, measured now; a copied byte counts as read and written."""
+    """Measures what this card does at best on random data, measured now; a copied byte counts as read and written."""
 
     matmul_tflops: float
     copy_tbps: float
 
 
 def measure_ceilings(dtype: torch.dtype = torch.bfloat16) -> Ceilings:
-    """An 8192^3 matrix product in `dtype` and a 4 GiB device-to-device copy, medians of 10."""
+    """Times an 8192^3 matrix product in `dtype` and a 4 GiB device-to-device copy, medians of 10."""
     size = 8192
     a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
     product = measure_interleaved({"matmul": lambda left: left @ b}, [a], rounds=10)["matmul"]
@@ -159,7 +159,7 @@ def commit() -> str:
 
 
 def machine_line(machine: dict[str, Any], ceilings: Ceilings | None) -> str:
-    """One line that says what the numbers below it were measured on."""
+    """Returns one line that says what the numbers below it were measured on."""
     parts = [f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int | float)]
     if ceilings is not None:
         parts.append(f"matmul {ceilings.matmul_tflops:.0f} TFLOP/s")
@@ -168,7 +168,7 @@ def machine_line(machine: dict[str, Any], ceilings: Ceilings | None) -> str:
 
 
 def origin(result: dict[str, Any]) -> str:
-    """The line of a stored document that says what its numbers were measured on."""
+    """Returns the line of a stored document that says what its numbers were measured on."""
     parts = [f"{key} {value}" for key, value in result["machine"].items()]
     if result.get("ceilings"):
         parts.append(f"matmul {result['ceilings']['matmul_tflops']:.0f} TFLOP/s")
@@ -177,7 +177,7 @@ def origin(result: dict[str, Any]) -> str:
 
 
 def document(theme: str, ceilings: Ceilings | None, rows: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
-    """The JSON document of one benchmark: theme, machine, commit, ceilings and rows."""
+    """Returns the JSON document of one benchmark: theme, machine, commit, ceilings and rows."""
     return {
         "theme": theme,
         "machine": describe_machine(),

@@ -1,4 +1,4 @@
-"""Where a decoder's time goes: every kernel of the fused decoder with its milliseconds and the share of its own floor.
+"""Shows where a decoder's time goes: each kernel of the fused decoder, its milliseconds, its share of its own floor.
 
 Each launch of ours and each library product is timed with CUDA events while the queue is kept full, so launch gaps stay
 out; medians over several decodes. A launch's floor is the larger of the bytes of its arguments (each read or written
@@ -173,7 +173,7 @@ TITLES = ("kernel", "largest tensor", "calls", "ms", "% of time", "floor ms", "%
 
 
 def cells(row: dict[str, Any], whole_ms: float) -> tuple[str, ...]:
-    """A kernel's row as text, in the order of `TITLES`; what PyTorch runs beside them has no floor."""
+    """Returns a kernel's row as text, in the order of `TITLES`; what PyTorch runs beside them has no floor."""
     share = f"{100 * row['ms'] / whole_ms:.0f}"
     if not row["floor_ms"]:
         return row["kernel"], row["shape"], "", f"{row['ms']:.3f}", share, "", ""
@@ -182,12 +182,12 @@ def cells(row: dict[str, Any], whole_ms: float) -> tuple[str, ...]:
 
 
 def title_of(found: dict[str, Any], batch: int) -> str:
-    """What a table is of. Launched one by one: gaps between kernels, which a CUDA graph closes, are in "other"."""
+    """Returns what a table is of. Gaps between kernels, which a CUDA graph closes, are in "other"."""
     return f"{found['decoder']} {found['precision']}, batch {batch}: {found['whole_ms']:.2f} ms launched one by one"
 
 
 def render(result: dict[str, Any]) -> str:
-    """The document as Markdown."""
+    """Returns the document as Markdown."""
     ceilings, machine = result["ceilings"], result["machine"]
     lines = [
         "# Every kernel against its own floor",

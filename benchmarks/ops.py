@@ -1,4 +1,4 @@
-"""The decoder's ops one by one: GPU time against the bytes they must move and against plain PyTorch.
+"""Times the decoder's ops one by one: GPU time against the bytes they must move and against plain PyTorch.
 
 Run: python -m benchmarks.ops [--out results.json] [--batch 8]
      python -m benchmarks.ops --render results.json      # the Markdown beside it, anywhere
@@ -50,7 +50,7 @@ STAGES = (
 
 
 def cases(batch: int, dtype: torch.dtype) -> Iterator[Case]:
-    """Every op at the shapes that dominate the two decoders."""
+    """Lists every op at the shapes that dominate the two decoders."""
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, device="cuda") * scale).to(dtype)
@@ -154,7 +154,7 @@ TITLES = ("op", "ms", "floor ms", "% of floor", "TB/s", "TFLOP/s", "PyTorch ms",
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row as text, in the order of `TITLES`."""
+    """Returns a row as text, in the order of `TITLES`."""
     ms, floor = row["latency_ms"], row["floor_ms"]
     rates = f"{row['tbps']:.2f}", f"{row['tflops']:.0f}" if row["tflops"] else ""
     reference = f"{row['pytorch_ms']:.2f}", f"{row['error']:.1e}"
@@ -162,7 +162,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The document as Markdown."""
+    """Returns the document as Markdown."""
     machine, ceilings = result["machine"], result["ceilings"]
     lines = [
         "# Each kernel alone, bf16 and codes",

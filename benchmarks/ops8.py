@@ -1,4 +1,4 @@
-"""The 8-bit ops at the shapes of the base decoder's wide stages, for `benchmarks.ops`.
+"""Lists the 8-bit ops at the shapes of the base decoder's wide stages, for `benchmarks.ops`.
 
 Errors are of codes against the reference's codes, both read as numbers: half a percent of the codes lie on an edge and
 fall to either side, and the matrix unit adds fp8 products with about 14 bits.

@@ -1,4 +1,4 @@
-"""The sana decoder's ops at the shapes that dominate it, for `benchmarks.ops`; convolutions by both, us and library."""
+"""Lists the sana decoder's ops at the shapes that dominate it, for `benchmarks.ops`; convolutions by both."""
 
 from __future__ import annotations
 

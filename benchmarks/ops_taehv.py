@@ -1,4 +1,4 @@
-"""The streaming decoder's ops at small odd sizes, for `benchmarks.taehv --check` and the tests."""
+"""Lists the streaming decoder's ops at small odd sizes, for `benchmarks.taehv --check` and the tests."""
 
 from __future__ import annotations
 

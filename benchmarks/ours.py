@@ -1,4 +1,4 @@
-"""Our candidate, made as the runtime makes it: built in a child process, parity-checked, saved, loaded from bytes."""
+"""Makes our candidate as the runtime does: built in a child process, parity-checked, saved, loaded from bytes."""
 
 from __future__ import annotations
 

@@ -345,7 +345,7 @@ def _pair(row: dict[str, Any], prefix: str) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The document as Markdown."""
+    """Returns the document as Markdown."""
     lines = [[title for title, _ in COLUMNS], ["---"] * len(COLUMNS)]
     lines += [[cell(row) for _, cell in COLUMNS] for row in result["rows"]]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)

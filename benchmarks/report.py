@@ -1,4 +1,4 @@
-"""Results as Markdown: the report beside each JSON document and README's table; no figure is typed by hand.
+"""Writes results as Markdown: the report beside each JSON document, and README's tables; no figure is typed by hand.
 
 Usage:
     python -m benchmarks.report results/decoder_h200_202611.json      # writes its .md; README's table too, for SHOWN
@@ -36,7 +36,7 @@ COLUMNS = (
 
 
 def read_result(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """A benchmark's JSON document; the parser ends the program in one line when there is none in the file."""
+    """Returns a benchmark's JSON document; the parser ends the program in one line when there is none in the file."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -78,14 +78,14 @@ def require_alike(results: Sequence[dict[str, Any]], *keys: str) -> None:
 
 
 def cell(figures: dict[str, Any], key: str | None, form: str) -> str:
-    """One figure as text, a dash where it was not measured; no key means the 20th to 80th percentile."""
+    """Returns one figure as text, a dash where it was not measured; no key means the 20th to 80th percentile."""
     if key is None:
         return f"{figures['p20_ms']:.2f}–{figures['p80_ms']:.2f}"
     return "–" if figures.get(key) is None else form.format(figures[key])
 
 
 def report(result: dict[str, Any]) -> str:
-    """The document as Markdown: machine, ceilings, a table a decoder and batch size, refused rows with reasons."""
+    """Returns the document as Markdown: machine, ceilings, a table per decoder and batch, refused rows with reasons."""
     machine = " · ".join(f"{key} {value}" for key, value in sorted(result["machine"].items()))
     read = result.get("parts") or [{"ceilings": result["ceilings"], "decoders": []}]
     ceilings = "; ".join(
@@ -118,8 +118,9 @@ def report(result: dict[str, Any]) -> str:
 
 
 def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One document out of runs of one theme and kind of machine, each of which had a card to itself; a document made
-    here may take further runs.
+    """Returns one document out of runs of one theme and kind of machine, each of which had a card to itself.
+
+    A document made here may take further runs.
 
     Raises:
         ValueError: the runs do not belong together, or measured the same.
@@ -142,7 +143,7 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def batch_8(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows at batch 8 as groups: `name` (decoder and precision), and the figures of `eager`, of the faster
+    """Returns the rows at batch 8 as groups: `name` (decoder and precision), and the figures of `eager`, of the faster
     `compiled` PyTorch, and of `ours`; an empty dict where one was not measured.
     """
     measured = [row for row in rows if row["batch"] == 8 and "median_ms" in row["figures"]]

@@ -1,4 +1,4 @@
-"""What a user runs, measured whole: from a file of latents to files of frames, in trainers, and from a cold start.
+"""Measures what a user runs: from a file of latents to files of frames, in trainers, and from a cold start.
 
 Every part runs in a process of its own, and the results are written after each, so that one that fails or a time limit
 costs its own figures alone.
@@ -47,7 +47,7 @@ class Road:
         self.parts: dict[str, Any] = self.result["parts"]
 
     def settings(self, decoder: str, **more: Any) -> dict[str, Any]:
-        """What the parts and the command need to know."""
+        """Returns what the parts and the command need to know."""
         config, checkpoint = CONFIGS[decoder]
         return {
             "work": str(self.work),
@@ -135,7 +135,7 @@ def _tail(text: str) -> str:
 
 
 def measure(road: Road) -> None:
-    """All parts, most wanted first."""
+    """Returns all parts, most wanted first."""
     args = road.args
     for decoder in args.decoders:
         road.part(f"files {decoder}", "files", decoder)
@@ -241,7 +241,7 @@ def _least(limit: float) -> Callable[[float], bool]:
 
 
 def wrong(parts: dict[str, Any]) -> list[str]:
-    """What is not slow but wrong."""
+    """Returns what is not slow but wrong."""
     found = []
     for name, part in parts.items():
         for key in ("same_bytes", "kernel_is_the_reference"):

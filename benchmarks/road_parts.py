@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.road`, each run in a process of its own: what one process leaves behind (a CUDA context, a
+"""Runs the parts of `benchmarks.road`, each in a process of its own: what one process leaves behind (a CUDA context, a
 compiler, cached memory) must not help or hinder the next.
 
 Usage: python -m benchmarks.road_parts PART JSON      prints one JSON object as its last line

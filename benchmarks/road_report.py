@@ -1,4 +1,4 @@
-"""Report of `benchmarks.road`: a page with the table and the start-up's split, and a picture of where the time goes.
+"""Writes the report of `benchmarks.road`: the table, the split of a start, and a picture of where the time goes.
 
 Usage: python -m benchmarks.road_report road.json      writes road.md and road.png beside it
 """
@@ -71,7 +71,7 @@ def picture(result: dict[str, Any], out: Path) -> None:
 
 
 def write(result: dict[str, Any], names: list[str], out: Path) -> None:
-    """The page and, where matplotlib is installed, the picture."""
+    """Writes the page and, where matplotlib is installed, the picture."""
     out.with_suffix(".md").write_text(page(result, names), encoding="utf-8")
     try:
         picture(result, out.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""AutoencoderDC of the Sana pipelines (f32c32) in bf16: eager, torch.compile and ours, with errors and power.
+"""Times AutoencoderDC of the Sana pipelines (f32c32) in bf16: eager, torch.compile and ours, with errors and power.
 
     python -m benchmarks.sana --check     # one minute: every operator against its reference, then whole decoders
     python -m benchmarks.sana --out benchmarks/results/sana_h200.json      # some six minutes; writes .md beside it
@@ -69,7 +69,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 def make(form: str) -> nn.Module:
-    """The decoder in fp32 on the GPU, in eval mode, with seeded random weights."""
+    """Returns the decoder in fp32 on the GPU, in eval mode, with seeded random weights."""
     from diffusers.models.autoencoders.autoencoder_dc import Decoder
 
     torch.manual_seed(0)
@@ -86,13 +86,13 @@ def latents(form: str, batch: int, side: int) -> Tensor:
 
 
 def reference(decoder: nn.Module, z: Tensor) -> Tensor:
-    """The fp32 decoder's frames, one image at a time."""
+    """Returns the fp32 decoder's frames, one image at a time."""
     with torch.no_grad(), reference_arithmetic():
         return torch.cat([decoder(one.float()) for one in z.split(1)])
 
 
 def compiled(decoder: nn.Module, layout: torch.memory_format) -> Run:
-    """The decoder under torch.compile in its default mode."""
+    """Returns the decoder under torch.compile in its default mode."""
     module = torch.compile(decoder.to(memory_format=layout), dynamic=False)  # type: ignore[call-overload]
 
     def run(z: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def compiled(decoder: nn.Module, layout: torch.memory_format) -> Run:
 def measure(
     form: str, name: str, precision: str, plans: tuple[str, ...], layouts: tuple[str, ...]
 ) -> tuple[list[dict[str, Any]], bool]:
-    """One size: a row per candidate, and whether ours ran and is right."""
+    """Returns one size: a row per candidate, and whether ours ran and is right."""
     batch, side, wanted_ms = SIZES[name]
     fp32, z = make(form), latents(form, batch, side)
     wanted = reference(fp32, z)
@@ -146,7 +146,7 @@ def measure(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, also printed."""
+    """Returns the rows as a Markdown table, also printed."""
     titles = ("size", "candidate", "ms", "p20-p80", "eager / this", "error", "W", "plan")
     lines = []
     eager = {row["size"]: row.get("median_ms") for row in rows if row["candidate"] == "eager"}
@@ -173,7 +173,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 @torch.no_grad()
 def check() -> bool:
-    """Every operator of the family against its reference on the GPU, then whole decoders; True if all are right."""
+    """Checks every operator of the family and then whole decoders on the GPU; True if all are right."""
     fine = True
     shown = Table("operator", "dtype", "relative error", "largest error", "verdict")
     for dtype, limit in ((torch.bfloat16, 1.2e-2), (torch.float16, 2e-3)):
@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The document as Markdown; its table is printed too."""
+    """Returns the document as Markdown; its table is printed too."""
     return f"# AutoencoderDC f32c32 (Sana), bf16, random weights\n\n{harness.origin(result)}\n\n{table(result['rows'])}"
 
 

@@ -1,4 +1,4 @@
-"""Where the sana decoder's time goes: every convolution shape by every way to compute it, every stage, and the whole.
+"""Shows where the sana decoder's time goes: each convolution shape by each way to compute it, each stage, the whole.
 
 Eager PyTorch and `torch.compile` (channels_last) stand beside the fused decoder, with the error of each against the
 fp32 decoder and achieved TFLOP/s. Parts run alone, so their sum is a little more than the whole.
@@ -36,7 +36,7 @@ def milliseconds(call: Callable[[Tensor], object], x: Tensor, rounds: int = ROUN
 
 
 def convolutions(fused: nn.Module, z: Tensor) -> list[dict]:
-    """One row a distinct convolution: milliseconds, TFLOP/s and error against the library of every way."""
+    """Times each distinct convolution in every way: a row of milliseconds, TFLOP/s and error against the library."""
     seen: dict[tuple, dict] = {}
 
     def watch(conv: Conv3x3, arguments: tuple) -> None:
@@ -96,12 +96,12 @@ def stages(eager: nn.Module, fused: nn.Module, z: Tensor) -> list[dict]:
 
 
 def latent(fused: nn.Module, z: Tensor) -> Tensor:
-    """The first convolution of the fused decoder."""
+    """Returns the first convolution of the fused decoder."""
     return torch.ops.owl_wms.latent_conv(z, fused.in_weight, fused.in_bias, fused.repeats)
 
 
 def kernels(run: Callable[[Tensor], Tensor], z: Tensor, top: int = 22) -> list[dict]:
-    """The kernels of one call, longest first."""
+    """Returns the kernels of one call, longest first."""
     run(z)
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(3):

@@ -210,7 +210,7 @@ class Killer:
         self.reasons: list[str] = []
 
     def round(self, number: int) -> None:
-        """One builder killed, one that ends."""
+        """Kills one builder and lets another end."""
         first = start(self.options, "builder", number)
         assert first.stdout is not None
         first.stdout.readline()

@@ -1,4 +1,4 @@
-"""What a decode pays for asking whether the decoder has changed: microseconds of processor time per call.
+"""Measures what a decode pays for asking whether the decoder has changed: microseconds of processor time per call.
 
 Run: python benchmarks/stamp.py      # exits 1 if an unchanged decoder is taken for a changed one
 """

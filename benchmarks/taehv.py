@@ -1,4 +1,4 @@
-"""Streaming TAEHV: milliseconds per latent beside what people run today, and a check of every kernel in it.
+"""Times streaming TAEHV: milliseconds per latent beside what people run today, and a check of every kernel in it.
 
     python -m benchmarks.taehv --check                  # one minute: every op against its reference, then whole steps
     python -m benchmarks.taehv --out benchmarks/results/taehv_h200.json       # five minutes; writes .md beside it
@@ -55,7 +55,7 @@ MOST_ERROR = 1.2  # times that of eager fp16
 
 
 def make(config: dict[str, Any]) -> TAEHVDecoder:
-    """A decoder with random weights on the GPU, fp32, whose frames spread over [0, 1]."""
+    """Returns a decoder with random weights on the GPU, fp32, whose frames spread over [0, 1]."""
     torch.manual_seed(0)
     decoder = build_decoder(TAEHVConfig(model_id="taehv", **config)).cuda().eval().requires_grad_(False)
     assert isinstance(decoder, TAEHVDecoder)
@@ -174,7 +174,7 @@ def long_run(steps: int) -> dict[str, Any]:
 
 
 def check() -> bool:
-    """Every op on the GPU against its reference at odd shapes, poisoned outputs; then whole steps of every form."""
+    """Checks every op on the GPU at odd shapes, with poisoned outputs; then whole steps of every form."""
     fine = True
     torch.manual_seed(0)
     for dtype, most in ((torch.float16, 2e-3), (torch.bfloat16, 1.2e-2)):
@@ -222,7 +222,7 @@ def check() -> bool:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, also printed."""
+    """Returns the rows as a Markdown table, also printed."""
     lines = []
     for row in rows:
         wanted = f" (wanted {row['wanted_ms']:.2f})" if row["wanted_ms"] else ""
@@ -286,7 +286,7 @@ def write(result: dict[str, Any], out: Path | None) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The document as Markdown; its table is printed too."""
+    """Returns the document as Markdown; its table is printed too."""
     return f"# Streaming TAEHV, fp16, one stream\n\n{harness.origin(result)}\n\n{table(result['rows'])}"
 
 

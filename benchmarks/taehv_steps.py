@@ -1,4 +1,4 @@
-"""The ways to run one step of a streaming decoder that `benchmarks.taehv` compares."""
+"""Makes the ways to run one step of a streaming decoder that `benchmarks.taehv` compares."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Step = Callable[[Tensor, State], tuple[Tensor, State]]
 
 
 def one_frame_at_a_time(decoder: TAEHVDecoder) -> Step:
-    """The author's arrangement: a frame passes all layers before the next one of the same latent does."""
+    """Runs the author's arrangement: a frame passes all layers before the next one of the same latent does."""
     layers = list(decoder)
 
     def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
@@ -51,7 +51,7 @@ def shape_of(latent: Tensor) -> tuple[int, int, int, int]:
 
 
 def tensorrt_step(decoder: TAEHVDecoder, latent: Tensor, state: State) -> Step:
-    """The whole step as TensorRT engines."""
+    """Returns the whole step as TensorRT engines."""
     from owl_wms.trt.library import importer
     from owl_wms.trt.spec import compile_settings
 
@@ -67,7 +67,7 @@ def tensorrt_step(decoder: TAEHVDecoder, latent: Tensor, state: State) -> Step:
 
 
 def graphed(step: Step, latent: Tensor, state: State) -> Step:
-    """The step as one CUDA graph for one stream, its state in the graph's buffers."""
+    """Returns the step as one CUDA graph for one stream, its state in the graph's buffers."""
     graph = GraphedStep(_flat(step), latent, *state)
 
     def replayed(latent: Tensor, state: State) -> tuple[Tensor, State]:
@@ -86,7 +86,7 @@ def _flat(step: Step) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def as_program(step: Step, latent: Tensor, state: State) -> Step:
-    """The step as one CUDA graph whose results are new tensors, as a loaded program gives them."""
+    """Returns the step as one CUDA graph whose results are new tensors, as a loaded program gives them."""
     graph = GraphedStep(_flat(step), latent, *state)
 
     def called(latent: Tensor, state: State) -> tuple[Tensor, State]:
@@ -97,7 +97,7 @@ def as_program(step: Step, latent: Tensor, state: State) -> Step:
 
 
 def compiled(decoder: TAEHVDecoder) -> Step:
-    """The step under torch.compile in channels_last."""
+    """Returns the step under torch.compile in channels_last."""
     module = torch.compile(Stepping(decoder.to(memory_format=torch.channels_last)), dynamic=False)  # type: ignore[call-overload]
 
     def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
@@ -132,7 +132,7 @@ def candidates(
 
 
 def to_host(step: Step) -> Step:
-    """The step, and its bytes copied into pinned memory of the host and waited for."""
+    """Returns the step, and its bytes copied into pinned memory of the host and waited for."""
     pinned: list[Tensor] = []
 
     def with_copy(latent: Tensor, state: State) -> tuple[Tensor, State]:

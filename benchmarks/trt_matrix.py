@@ -1,5 +1,5 @@
-"""Every decoder through the real path: key, cache, child-process build, parity, save, reload in a new process, second
-start.
+"""Takes every decoder through the real path: key, cache, child-process build, parity, save, reload in a new
+process, second start.
 
 One row a decoder: plan chosen, engines, operators left in PyTorch and why, build, save and load seconds, file size,
 latency, error. Results are written after every row, so that a time limit costs the rows not reached and nothing else.
@@ -46,7 +46,7 @@ PROGRAM = "program.pt2"
 
 
 def spec_of(row: str, args: argparse.Namespace) -> tuple[decoders.Subject, Request]:
-    """The subject of `name[:precision[:plan]]` and what is asked for it."""
+    """Returns the subject of `name[:precision[:plan]]` and what is asked for it."""
     name, own, plan, *_ = [*row.split(":"), "", ""]
     subject = decoders.subject(name)
     shape = (args.batch, *subject.latent_shape)
@@ -59,7 +59,7 @@ def spec_of(row: str, args: argparse.Namespace) -> tuple[decoders.Subject, Reque
 
 
 def first_answer(program: trt.LoadedProgram, spec: Request, seed: int = 0) -> torch.Tensor:
-    """The program's output for the latents that the build recorded its digest for."""
+    """Returns the program's output for the latents that the build recorded its digest for."""
     x = program(latents(spec.input_shape, 1.0, program.input_dtype, program.device, seed))
     torch.cuda.synchronize()
     return x
@@ -124,7 +124,7 @@ def long_run(program: trt.LoadedProgram, spec: Request) -> dict[str, Any]:
 
 
 def second_start(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, Any]:
-    """What a new process needs until its first frame, and whether it computes the same bits."""
+    """Measures what a new process needs until its first frame, and whether it computes the same bits."""
     command = [sys.executable, "-m", "benchmarks.trt_matrix", "--second", row, "--cache", args.cache]
     command += ["--batch", str(args.batch), "--precision", args.precision, "--seconds", str(args.seconds)]
     if args.plans:
@@ -138,8 +138,8 @@ def second_start(row: str, store: CacheStore, args: argparse.Namespace) -> dict[
 
 
 def second(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, Any]:
-    """The child's side of `second_start`: everything after the decoder exists is counted, the import of TensorRT
-    included.
+    """Returns the child's side of `second_start`: everything after the decoder exists is counted, also the
+    import of TensorRT.
     """
     subject, spec = spec_of(row, args)
     decoder = subject.make()
@@ -171,7 +171,7 @@ def second(row: str, store: CacheStore, args: argparse.Namespace) -> dict[str, A
 
 
 def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One document out of runs on one kind of machine; of a row that several have, the last one's.
+    """Returns one document out of runs on one kind of machine; of a row that several have, the last one's.
 
     Raises:
         ValueError: the runs do not belong together.
@@ -185,7 +185,7 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The Markdown table of a result document."""
+    """Returns the Markdown table of a result document."""
     machine = result["machine"]
     columns = "plan, prec, engines, in PyTorch, build s, save s, load s, MiB, ms, graph ms, eager ms, "
     columns += "rel. error (eager), bit-equal"

@@ -42,7 +42,7 @@ def doctor(
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a person looks for, one screen of it; `--json` has the rest."""
+    """Returns what a person looks for, one screen of it; `--json` has the rest."""
     tensorrt, gpu, machine, cache = facts["tensorrt"], facts["gpu"], facts["machine"], facts["cache"]
     settings = {key: value for key, value in facts["settings"].items() if key != "from_environment"}
     rows = [("TensorRT", tensorrt["version"] if tensorrt["available"] else tensorrt["reason"])]

@@ -42,10 +42,10 @@ HUB_SCALE = 64
 
 
 def load_video_config(cfg_path: Path | str) -> WorldConfig:
-    """A configuration whose model makes pictures alone, which is all that playing and sampling clips can show.
+    """Reads a configuration whose model makes video alone, and whose autoencoder can be found.
 
     Raises:
-        ConfigError: the file cannot be used, or its model makes sound too.
+        ConfigError: the file cannot be used, its model makes sound too, or it names no autoencoder or absent files.
     """
     config = load_world_config(cfg_path)
     if config.model.model_id != "game_rft":
@@ -55,6 +55,16 @@ def load_video_config(cfg_path: Path | str) -> WorldConfig:
             path=cfg_path,
             key="model.model_id",
         )
+    train = config.train
+    needed = {HUB_VAE_ID: (), TAEHV_VAE_ID: ("vae_ckpt_path",)}.get(
+        train.vae_id or "", ("vae_cfg_path", "vae_ckpt_path")
+    )
+    missing = [f"train.{key}" for key in needed if _named(train, key, cfg_path) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        text = f"{cfg_path}: {' and '.join(missing)} {verb} missing, and without the autoencoder there are no frames"
+        remedy = "write the paths of its YAML file and its weights there"
+        raise ConfigError(f"{text}: {remedy}", path=cfg_path, key=missing[0])
     return config
 
 

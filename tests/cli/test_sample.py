@@ -105,3 +105,27 @@ def test_an_autoencoder_that_a_copied_configuration_lacks_is_named_with_its_key(
         main(["sample", "copy.yml", str(files / "world.pt"), "--device", "cpu"])
     assert ended.value.code == 2
     assert "copy.yml: train.vae_cfg_path: gone/vae.yml: no such file" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        ({}, "train.vae_cfg_path and train.vae_ckpt_path are missing"),
+        ({"vae_cfg_path": str(DEMO / "demo_vae.yml")}, "world.yml: train.vae_ckpt_path is missing"),
+        ({"vae_id": "taehv"}, "world.yml: train.vae_ckpt_path is missing"),
+    ],
+)
+@pytest.mark.parametrize("command", ["sample", "play"])
+def test_without_an_autoencoder_the_missing_keys_are_named_at_once(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, left: dict[str, str], words: str
+) -> None:
+    document = yaml.safe_load((files / "world.yml").read_text())
+    document["train"] = {"vae_scale": 0.8, "fps": 20, **left}
+    (tmp_path / "world.yml").write_text(yaml.safe_dump(document))
+    options = ["--device", "cpu"] + (["--port", "0"] if command == "play" else [])
+    with pytest.raises(SystemExit) as ended:
+        main([command, str(tmp_path / "world.yml"), str(tmp_path / "no_weights.pt"), *options])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert words in error
+    assert "write the paths of its YAML file and its weights there" in error
