@@ -14,10 +14,21 @@ from pathlib import Path
 
 import triton
 
-from owl_wms.ops.common.gpu import SHARED_LIMITS
+from owl_wms.cli._support import support
+from owl_wms.ops.common.gpu import HOPPER, OLDEST, SHARED_LIMITS, Capability
 from owl_wms.ops.common.nvrtc import Kernel, KernelError, compile_kernel
+from owl_wms.trt.plans import EIGHT_BIT_CAPABILITY
 from tests.ops.common.test_nvrtc import FAMILIES, variants
 
+GPUS: dict[Capability, str] = {
+    (9, 0): "H100, H200, GH200",
+    (8, 0): "A100, A30",
+    (8, 6): "RTX 30 series, A10, A40, A6000",
+    (8, 9): "RTX 40 series, L4, L40S",
+    (10, 0): "B200, GB200",
+    (12, 0): "RTX 50 series, RTX PRO Blackwell",
+}
+"""Names by compute capability (https://developer.nvidia.com/cuda-gpus)."""
 OUT = Path(__file__).parents[1] / "docs" / "gpus.md"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -50,13 +61,34 @@ def cell(kernel: Kernel, architecture: str, limit: int) -> str:
         return "does not compile"
 
 
+def overview() -> list[str]:
+    """Returns the lines of the table that says which GPU gets what, from what `owl-wms doctor` says of each."""
+    lines = ["| your GPU | compute capability | our kernels | 8-bit plans | tried |", "|---|---|---|---|---|"]
+    for capability, names in GPUS.items():
+        said = support(capability, False, "auto")
+        kernels = "all, in their fastest form" if capability == HOPPER else "all, some in a simpler form"
+        eight = "no" if capability < EIGHT_BIT_CAPABILITY else "yes" if capability == HOPPER else "allowed, never run"
+        lines.append(f"| {names} | {'.'.join(map(str, capability))} | {kernels} | {eight} | {said['tested']} |")
+    below = f"below {'.'.join(map(str, OLDEST))}"
+    older = "none: TensorRT if it takes the card, else PyTorch"
+    lines.append(f"| V100, T4, RTX 20 series and older | {below} | {older} | no | no |")
+    return [*lines, "| none | | none: PyTorch decodes on the CPU | no | every test without a GPU |"]
+
+
 def main() -> None:
-    """Write the table."""
+    """Write the page."""
     names = {
         f"sm_{major}{minor}": limit for (major, minor), limit in SHARED_LIMITS.items() if (major, minor) in FAMILIES
     }
     lines = [
         "# Kernels and GPU families",
+        "",
+        *overview(),
+        "",
+        "TensorRT is optional, and adds plans of its own where it is installed. `owl-wms doctor` prints the row of the",
+        "machine that it runs on, also for a GPU that is not listed.",
+        "",
+        "## Registers of every kernel",
         "",
         "Registers per thread of each kernel variant as NVRTC compiles it (`python -m benchmarks.architectures`; no",
         "GPU is needed). A dash: the kernel uses Hopper's own instructions, and another takes its place elsewhere.",

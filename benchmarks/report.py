@@ -162,7 +162,7 @@ def batch_8(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def readme_table(result: dict[str, Any]) -> str:
     """README's table of decoders: batch 8 beside eager and the faster compiled PyTorch."""
     lines = [
-        "| decoder | eager PyTorch | `torch.compile` | owl_wms | over eager | over `torch.compile` | "
+        "| decoder | eager PyTorch | `torch.compile` | owl_wms | speedup over eager | speedup over `torch.compile` | "
         "relative error: eager, owl_wms |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -223,10 +223,10 @@ def user_table(results: Path = SHOWN.parent) -> str:
         (
             "`owl-wms play`, the shipped world model, in the page",
             f"{captured['page_fps']:.0f} frames/s, {captured['key_ms_p50']:.0f} ms from key to picture",
-            f"PyTorch, kernel by kernel: {eager['page_fps']:.0f} frames/s, {eager['key_ms_p50']:.0f} ms",
+            f"PyTorch without CUDA graphs: {eager['page_fps']:.0f} frames/s, {eager['key_ms_p50']:.0f} ms",
         ),
     ]
-    lines = ["| what you run | owl_wms | beside it |", "|---|---|---|"]
+    lines = ["| what you run | with owl_wms | for comparison |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {what} | **{found}** | {beside} |" for what, found, beside in rows)])
 
 

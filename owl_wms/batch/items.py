@@ -143,7 +143,8 @@ def _single(source: str, name: str | None) -> Item:
         if info["type"] != "file":
             raise OSError("is no file")
     except OSError as error:
-        raise DataError(f"{source}: cannot be read: {one_line(error) or 'no such file'}", path=source) from error
+        why = error.strerror or one_line(error) or "no such file"
+        raise DataError(f"{source}: cannot be read: {why}", path=source) from error
     if _is_local(fs):
         stat = os.stat(path)
         return Item(os.path.realpath(path), name or Path(path).name, stat.st_size, str(stat.st_mtime_ns))

@@ -136,7 +136,7 @@ def _go(
 ) -> None:
     from owl_wms.batch import run as engines
     from owl_wms.cli import _shared as shared
-    from owl_wms.errors import ConfigError
+    from owl_wms.errors import ConfigError, DataError
 
     console = Console(stderr=True)
     if show:
@@ -177,6 +177,11 @@ def _go(
             _log.info("%s: %s, %d frames in %.2f s", outcome.item, outcome.state, outcome.frames, outcome.seconds)
     seconds = time.perf_counter() - begun
     text = f"{done} done, {failed} failed, {frames} frames, {frames / seconds:.1f} frames/s"
+    if not done + failed:
+        state = engines.status(job, source, suffixes)
+        if not state.done + state.left:
+            raise DataError(f"{source}: holds no file that ends in {', '.join(suffixes)}", path=source)
+        text = f"nothing is left to do: {state.done} files were done before, {state.left} are in work elsewhere"
     console.print(text, highlight=False, soft_wrap=True)
     if failed:
         console.print(f"reasons: {job.out}/_ledger/failed.jsonl", markup=False, highlight=False, soft_wrap=True)

@@ -152,7 +152,8 @@ def _split(tensors: Mapping[str, Tensor], frames: int) -> tuple[Mapping[str, Ten
 def _read(path: Path) -> Mapping[str, Tensor]:
     loaded = read_arrays(path)
     if not isinstance(loaded, Mapping):
-        raise DataError(f"{path}: must hold a mapping of tensors, got {type(loaded).__name__}", path=path)
+        wanted = "a beginning is a file of latents, mouse and buttons by name, as `owl-wms sample --latents` writes"
+        raise DataError(f"{path}: holds one {type(loaded).__name__} without a name; {wanted}", path=path)
     return loaded
 
 

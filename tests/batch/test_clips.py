@@ -6,6 +6,7 @@ Run: python -m pytest tests/batch/test_clips.py
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -88,13 +89,24 @@ def test_the_command_decodes_every_kind_of_input(
     assert sorted(str(p.relative_to(generation)) for p in generation.rglob("*.npy")) == names
     for name in names:
         assert np.array_equal(np.load(generation / name), one_by_one), name
-    assert "truncated" in (generation / "_ledger/failed.jsonl").read_text()
+    (told,) = (json.loads(line) for line in (generation / "_ledger/failed.jsonl").read_text().splitlines())
+    assert told["reason"] == "cannot be read as .pt: the file is truncated; copy or write it again"
     (folder / "broken.pt").unlink()
     capsys.readouterr()
+    assert run("decode-dataset", *arguments) == 0
+    assert "nothing is left to do: 4 files were done before" in capsys.readouterr().err
     assert run("decode-dataset", *arguments, "--status") == 0
     assert capsys.readouterr().out.startswith("done 4, failed 1, left 0, ")
     assert run("decode-dataset", *arguments, "--verify") == 0
     assert capsys.readouterr().out == "all as recorded\n"
+    absent = str(tmp_path / "absent")
+    for where, reason in (
+        (absent, "cannot be read: No such file or directory"),
+        (str(out.parent / "none"), "holds no"),
+    ):
+        (tmp_path / "none").mkdir(exist_ok=True)
+        assert run("decode-dataset", where, *arguments[1:]) == 2
+        assert f"error: {where}: {reason}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["mp4", "tar", "parquet"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,15 @@ def test_every_kind_of_gpu(capability: tuple[int, int], library: bool, kernels: 
     assert said["plan"].startswith(plan)
     assert tested in said["tested"]
     assert said["precision"] == "fp16, then bf16"
+
+
+def test_the_page_about_gpus_begins_with_what_doctor_says_of_each() -> None:
+    pytest.importorskip("triton")
+    from benchmarks.architectures import GPUS, overview
+
+    assert set(GPUS) == set(FAMILIES)
+    page = (Path(__file__).parents[2] / "docs" / "gpus.md").read_text(encoding="utf-8").splitlines()
+    assert page[2 : 2 + len(overview())] == overview(), "python -m benchmarks.architectures writes the page"
 
 
 def test_eight_bits_are_refused_where_they_cannot_be() -> None:
