@@ -6,7 +6,7 @@ the three meet.
 
 Usage:
     settings = TensorRTConfig.resolve(train_config, precision="bf16")
-    settings.cache_directory()          # where programs are kept
+    settings.cache_directory()          # where programs are stored
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class Index:
         return row is not None and row[0] == "done"
 
     def lines(self, event: str) -> Iterator[Line]:
-        """Yields the last lines of the items whose last event is this one, of those kept."""
+        """Yields the last lines of the items whose last event is this one, of those that it holds."""
         for (text,) in self._base.execute("SELECT line FROM state WHERE event = ?", (event,)):
             yield json.loads(text)
 

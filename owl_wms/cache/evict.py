@@ -1,6 +1,6 @@
 """Keep the cache under its size: least recently used first, never an entry in use, whatever the clocks say.
 
-Why markers with an ordinal: "last used" is kept as the modification time of an empty file `.use/<entry>`, outside the
+Why markers with an ordinal: "last used" is stored as the modification time of an empty file `.use/<entry>`, outside the
 entry, so that a hit changes nothing that is hashed. Each use sets it to one more than the largest marker there, or to
 now if that is later; so the order is right even when a clock was ten years ahead for a while. Users of an entry hold a
 shared lock on its manifest; only one whose lock can be had exclusively goes.

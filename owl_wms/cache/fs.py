@@ -40,7 +40,7 @@ STORAGE_ERRNOS = frozenset(
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _CHUNK = 1 << 22
-# A file that is kept whole is read whole: joining pieces would copy 500 MB once more, a third of a second.
+# A file that is needed whole is read whole: joining pieces would copy 500 MB once more, a third of a second.
 _WHOLE = 1 << 30
 _NEARLY_FULL_BYTES = 1 << 20
 

@@ -2,7 +2,7 @@
 
 Why a byte-exact format: the file must be exactly the canonical JSON of what it says, and carries the SHA-256 of that.
 So one flipped bit anywhere in it is noticed, there is nothing to be lenient about, and the parser can give up early on
-hostile input. The seal is integrity; authenticity is the optional HMAC, whose secret is not kept in the cache
+hostile input. The seal is integrity; authenticity is the optional HMAC, whose secret is not stored in the cache
 directory.
 
 Usage:

@@ -172,7 +172,7 @@ class CacheStore:
 
         Args:
             name: `<model>_<16 hex>`, as `Entry.name` says it.
-            reason: one line, kept beside the evidence.
+            reason: one line, stored beside the evidence.
         """
         with self._opened() as cache_fd:
             if cache_fd is not None:
@@ -323,7 +323,7 @@ class CacheStore:
 
     def _not_stored(self, entry: Entry) -> Entry:
         self._tally.count("unpublished")
-        self._tally.warn("unpublished", "%s was built and is used, but not kept: %s", entry.name, entry.reason)
+        self._tally.warn("unpublished", "%s was built and is used, but not stored: %s", entry.name, entry.reason)
         return entry
 
     # ---- small things

@@ -75,7 +75,7 @@ def build(
     console.print(Text(state.reason, style="bold"), soft_wrap=True)
     console.print(f"build {state.build_seconds:.1f} s, load {state.load_seconds:.1f} s, {mib(state.cache_bytes)}")
     if program["not_kept"]:
-        text = f"not kept, so every process will build it again: {program['not_kept']}"
+        text = f"not stored, so every process will build it again: {program['not_kept']}"
         console.print(Text(text, style="yellow"), soft_wrap=True)
     else:
         _print_report(console, open_store(settings), program["entry"])

@@ -53,7 +53,9 @@ def play(
     ] = None,
     token: Annotated[
         str | None,
-        typer.Option(help="Part of the address, at least 16 characters; random, and kept for a restart, if left out."),
+        typer.Option(
+            help="Part of the address, at least 16 characters; by default random, and the same after a restart."
+        ),
     ] = None,
     max_clients: Annotated[int, typer.Option(min=1, help="Players at once; they share the model.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,

@@ -117,7 +117,7 @@ def prune(
     console = Console()
     console.print(f"removed {len(result.removed)} ({mib(result.freed_bytes)}), left {mib(result.left_bytes)}")
     if result.in_use:
-        console.print(f"kept, in use: {', '.join(result.in_use)}")
+        console.print(f"left, being in use: {', '.join(result.in_use)}")
 
 
 app.command()(bench)

@@ -46,7 +46,7 @@ def make_game_latents(
 ) -> int:
     """Append episodes of play by `RestlessPlayer` to a table with columns depth_latent, mouse, buttons, seed, fps.
 
-    A table holds every world once, at one frame rate, through one autoencoder. The last is kept as a digest in
+    A table holds every world once, at one frame rate, through one autoencoder. The last is stored as a digest in
     source.json; a table with rows and without that file may be appended to, and stays without it.
 
     Args:
@@ -59,7 +59,7 @@ def make_game_latents(
         batch: players at once.
         size: height and width of rendered frames.
         encoder_name: for messages, beside the digest of its weights.
-        vae_sha256: of the autoencoder's file of weights, kept with the table's facts.
+        vae_sha256: of the autoencoder's file of weights, stored with the table's facts.
         resume: make only those of the worlds that the table lacks, after a run that was stopped.
         progress: called with (frames done, frames in all).
 

@@ -53,7 +53,7 @@ class Row:
 
 
 class NpyTable:
-    """Read access to such a folder; rows marked `missing` are left out, truncated ones kept unless asked otherwise."""
+    """Read access to such a folder; rows marked `missing` are left out, truncated ones are not unless asked for."""
 
     def __init__(self, path: Path | str, columns: Sequence[str] | None = None, *, keep_truncated: bool = True) -> None:
         """Read schema and manifest and check that the arrays of every row exist and agree on their length, and that a

@@ -263,7 +263,7 @@ def _window(lengths: Sequence[int]) -> int:
 
 
 def _names(path: Path, count: int) -> tuple[str, ...]:
-    """Returns the names that an import kept, else B0, B1, ..."""
+    """Returns the names that an import stored, else B0, B1, ..."""
     file = path / "source.json"
     held = json.loads(file.read_text(encoding="utf-8")).get("buttons") if file.exists() else None
     names = [re.sub(r"[^\w-]", "_", str(name))[:32] for name in held] if isinstance(held, list) else []

@@ -50,7 +50,7 @@ def fuse(decoder: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | 
     Args:
         decoder: folded; not changed.
         dtype: of weights and activations.
-        input_shape: `(B, c, h, w)`; on a GPU, learned shortcuts of that shape are timed and the fastest way kept.
+        input_shape: `(B, c, h, w)`; on a GPU, learned shortcuts of that shape are timed and the fastest way chosen.
 
     Raises:
         ValueError: `supports` says no, or weight norm has not been folded.

@@ -77,7 +77,7 @@ def fuse(decoder: Any, dtype: torch.dtype, input_shape: tuple[int, ...] | None =
     Args:
         decoder: diffusers' decoder; not changed.
         dtype: of the result's weights and activations.
-        input_shape: `(B, c, h, w)`; on a GPU, every convolution of that shape is timed and the fastest way kept.
+        input_shape: `(B, c, h, w)`; on a GPU, every convolution of that shape is timed and the fastest way chosen.
 
     Raises:
         ValueError: `supports` says no.

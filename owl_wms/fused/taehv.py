@@ -54,7 +54,7 @@ def fuse(decoder: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | 
     Args:
         decoder: a TAEHVDecoder, best in fp32; not changed. Its `Stepping` gives the `Stepping` of the fused form.
         dtype: of weights and activations.
-        input_shape: `(b, c, h, w)`; on a GPU, every convolution of that shape is timed and the fastest way kept.
+        input_shape: `(b, c, h, w)`; on a GPU, every convolution of that shape is timed and the fastest way chosen.
 
     Raises:
         ValueError: `supports` says no.

@@ -34,7 +34,7 @@ class Recent:
         self._clock, self._last = 0.0, 0.0
 
     def __len__(self) -> int:
-        """Returns how many pictures are kept."""
+        """Returns how many pictures are held."""
         return len(self._pictures)
 
     def add(self, picture: bytes, now: float) -> None:
@@ -47,7 +47,7 @@ class Recent:
             self._bytes -= len(self._pictures.popleft()[1])
 
     def snapshot(self) -> list[tuple[float, bytes]]:
-        """Returns what is kept now: times of play in seconds, and pictures."""
+        """Returns what is held now: times of play in seconds, and pictures."""
         return list(self._pictures)
 
 

@@ -178,7 +178,7 @@ class PlayServer:
 
     async def _run(self, socket: web.WebSocketResponse, *, paused: bool) -> None:
         loop = asyncio.get_running_loop()
-        # A source may hold a model's cache and a compiled decoder: it is kept for the next player.
+        # A source may hold a model's cache and a compiled decoder: it is saved for the next player.
         try:
             if self._sources:
                 source = self._sources.pop()

@@ -202,7 +202,7 @@ class VideoWriter(_FrameWriter):
             encoder, preset: of ENCODERS, as `choose_encoder` returns them.
             crf: see CRF.
             spent: receives seconds of the stages `encode` and `write`.
-            facts: kept in the clip's comment (`owl_wms.media.facts`).
+            facts: stored in the clip's comment (`owl_wms.media.facts`).
 
         Raises:
             DataError: the name does not end in `.mp4`, or PyAV is missing.

@@ -74,7 +74,7 @@ class KVCache:
         return sum(t.numel() * t.element_size() for t in (self._keys, self._values) if t is not None)
 
     def enable_cache_updates(self) -> None:
-        """Frames passed from now on are kept."""
+        """Stores the frames that are passed from now on."""
         self.should_update = True
 
     def disable_cache_updates(self) -> None:
@@ -82,7 +82,7 @@ class KVCache:
         self.should_update = False
 
     def reset(self) -> None:
-        """Forget all frames; storage is kept."""
+        """Forget all frames; their memory stays allocated."""
         self.start = self.end = 0
 
     def drop_oldest(self, frames: int) -> None:

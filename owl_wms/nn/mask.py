@@ -86,7 +86,7 @@ class FrameMask:
         return rule
 
     def block_mask(self, device: torch.device) -> BlockMask:
-        """The mask for flex_attention; kept for the next call unless it depends on documents."""
+        """Returns the mask for flex_attention; the next call gets the same unless it depends on documents."""
         if self.doc_id is None:
             return _kept_block_mask(self.queries, self.keys, self.tokens, self.window, self.causal, str(device))
         return _make_block_mask(self, self.doc_id.shape[0], device)

@@ -158,6 +158,6 @@ class Decoding:
     def failed(self, failure: FastPathError, kind: str) -> None:
         """Counts a failed run; raises it in strict mode."""
         self._slot.strike(failure)
-        self._ledger.failure(failure, kind)
+        self._ledger.failure(failure, kind, raised=self._strict)
         if self._strict:
             raise failure

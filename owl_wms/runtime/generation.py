@@ -65,7 +65,7 @@ class Generation:
         """For a forked child, where programs do not run and locks that another thread held stay locked for ever.
 
         Returns:
-            What was forgotten, to be kept: TensorRT aborts the process that destroys an engine without its GPU.
+            What was forgotten, to be held: TensorRT aborts the process that destroys an engine without its GPU.
         """
         self._guard = threading.Lock()
         forgotten, self._slots = list(self._slots.values()), {}

@@ -143,7 +143,7 @@ class ImageDecode(VideoDecode):
     def _prepare(self, one: tuple[int, ...]) -> None:
         try:
             self.prepare(one)  # type: ignore[arg-type]
-        except Exception as error:  # a strict failure is kept in the slot and raised by the next call
+        except Exception as error:  # a strict failure is stored in the slot and raised by the next call
             self._ledger.note(f"background {one}", f"no program for latents {list(one)}: {error}")
 
     def has_program(self, one: tuple[int, ...]) -> bool:

@@ -40,7 +40,7 @@ def _fill(slot: Slot, find: Callable[[], Loaded], ledger: Ledger, strict: bool) 
         if failure.quiet:
             ledger.note(failure.reason, f"PyTorch decodes: {failure.sentence}")
         else:
-            ledger.failure(failure)
+            ledger.failure(failure, raised=strict)
         if strict:
             raise
         return

@@ -101,14 +101,17 @@ class Ledger:
         with self._guard:
             return dict(self._failures)
 
-    def failure(self, error: FastPathError, kind: str = "") -> None:
-        """Count a failure and warn unless this kind (the stage, if not said) already was warned of."""
+    def failure(self, error: FastPathError, kind: str = "", *, raised: bool = False) -> None:
+        """Count a failure and warn unless this kind (the stage, if not said) already was warned of.
+
+        `raised`: the caller gets the error itself, and PyTorch decodes nothing, so there is no warning.
+        """
         with self._guard:
             self._failures[error.stage] += 1
             first = (kind or error.stage) not in self._said
             self._said.add(kind or error.stage)
         metrics.failure(error.stage)
-        if first:
+        if first and not raised:
             remedy = error.remedy or "see owl-wms doctor"
             _LOG.warning("%sPyTorch decodes instead, because %s; %s", rank_prefix(), error.sentence, remedy)
 

@@ -208,7 +208,7 @@ class Steps:
     def _failed(self, slot: Slot, failure: FastPathError, kind: str) -> None:
         self._ledger.add("fallbacks")
         slot.strike(failure)
-        self._ledger.failure(failure, kind)
+        self._ledger.failure(failure, kind, raised=self.strict)
         if self.strict:
             raise failure
 

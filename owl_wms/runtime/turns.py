@@ -35,7 +35,7 @@ _keys: weakref.WeakValueDictionary[tuple[str, ...], _Turn] = weakref.WeakValueDi
 
 
 class _Turn:
-    """The lock of one key, kept while somebody holds it or waits for it."""
+    """Gives out the lock of one key, which exists while somebody holds it or waits for it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -48,12 +48,12 @@ from owl_wms.trainers.distributed import barrier, choose_device
 from owl_wms.trainers.ema import EMA
 from owl_wms.trainers.evaluation import Evaluation, Evaluator, core_of
 from owl_wms.trainers.guards import REMEDY, broken_weight, require_finite, rescue
-from owl_wms.trainers.journal import Journal
 from owl_wms.trainers.metrics import Metrics
 from owl_wms.trainers.optim.optimisers import build_optimiser, build_schedule
 from owl_wms.trainers.phases import Loss, Phase
 from owl_wms.trainers.progress import Progress, Starting
 from owl_wms.trainers.restore import restore
+from owl_wms.trainers.run_log import RunLog
 from owl_wms.trainers.signals import Asked, listening
 from owl_wms.trainers.undo import Undo
 
@@ -115,7 +115,7 @@ class BaseTrainer(ABC):
         self._asked = Asked()  # by a signal, on this rank, at any moment
         self._stop = False  # agreed by all ranks, between two steps
         self._opened = False  # whether this run has its folder
-        self.journal: Journal | None = None  # on rank 0, once it has
+        self.run_log: RunLog | None = None  # on rank 0, once it has
         self._starting = Starting(enabled=global_rank == 0)
         self._starting.says("building model and optimisers")
         self.space = LatentSpace.of(train_cfg).to(self.device)
@@ -201,8 +201,8 @@ class BaseTrainer(ABC):
                 while not self._finished():
                     values = self._evaluate_and_step()
                     progress.show(self.step, values)
-                    if self.journal is not None:
-                        self.journal.log(self.step, values)
+                    if self.run_log is not None:
+                        self.run_log.log(self.step, values)
                     require_finite(self.step, values)
                     if self.step % self.train_cfg.save_interval == 0:
                         self.save()
@@ -216,8 +216,8 @@ class BaseTrainer(ABC):
             rescue(self, error)
             raise
         finally:
-            if self.journal is not None:
-                self.journal.close()
+            if self.run_log is not None:
+                self.run_log.close()
 
     def train_step(self) -> dict[str, float]:
         """Make one step of all phases; returns means over micro-batches and ranks, the seconds and the rate.
@@ -341,7 +341,7 @@ class BaseTrainer(ABC):
         return values
 
     def _open(self) -> None:
-        """Take the run's folder: set other runs' checkpoints aside and begin the journal, once, on rank 0."""
+        """Take the run's folder: set other runs' checkpoints aside and begin the run's log, once, on rank 0."""
         if self._opened:
             return
         self._opened = True
@@ -353,9 +353,7 @@ class BaseTrainer(ABC):
                 "%s held checkpoints of another run, with steps after %d: they are in %s now; --resume continues a run",
                 *(self.folder, self.saved_step, aside.name),
             )
-        self.journal = Journal(
-            self.folder, self.wandb_cfg, self.configuration(), tensorboard=self.train_cfg.tensorboard
-        )
+        self.run_log = RunLog(self.folder, self.wandb_cfg, self.configuration(), tensorboard=self.train_cfg.tensorboard)
 
     def configuration(self) -> dict[str, Any]:
         """Return the sections of the configuration, as they go into checkpoints and reports."""
@@ -371,10 +369,10 @@ class BaseTrainer(ABC):
         return self.step % self.train_cfg.sample_interval == 0
 
     def _report(self, result: Evaluation) -> None:
-        if self.journal is not None and result.paths:
-            self.journal.clips(result.step, result.paths, result.decoded_by)
-        if self.journal is not None and result.error is not None:
-            self.journal.log(result.step, {"evaluation_error": result.error})
+        if self.run_log is not None and result.paths:
+            self.run_log.clips(result.step, result.paths, result.decoded_by)
+        if self.run_log is not None and result.error is not None:
+            self.run_log.log(result.step, {"evaluation_error": result.error})
 
     def make_loader(
         self, data_id: str | None, kwargs: dict[str, Any] | None, batch_size: int, batch_key: str = BATCH_KEY

@@ -6,7 +6,7 @@ decoder is compiled once, by one rank, through `torch.compile(backend="tensorrt"
 it. Random numbers are forked: how often a run is looked at does not change what it learns.
 
 What is configured is tried before the first step (`prepare`), where a mistake costs nothing. What fails later costs the
-clips of that step: a warning and a line in the journal, and training goes on. Only a decoder that was told not to fall
+clips of that step: a warning and a line in its log, and training goes on. Only a decoder that was told not to fall
 back (`tensorrt_fallback: false`) ends the run. All ranks take part in the same exchanges whatever fails on one of them.
 
 Usage:

@@ -27,7 +27,7 @@ def write_clip(stem: Path, pieces: Iterable[Tensor], audio: Tensor | None, *, fp
         stem: path without suffix; its folder is created.
         pieces: uint8 [k, H, W, C] on the CPU, red, green, blue first, as `decode_stream` yields them; further channels
             are left out.
-        audio: [samples, 2] in [-1, 1], or None; kept in a `.pt` beside the video.
+        audio: [samples, 2] in [-1, 1], or None; stored in a `.pt` beside the video.
         fps: frames per second.
 
     Returns:

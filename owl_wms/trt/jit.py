@@ -153,7 +153,7 @@ def compile_for_training(
     """Wrap `decoder` for use inside a training loop.
 
     Args:
-        decoder: any float dtype and device; kept as the fallback. Weights are read when a shape is first compiled;
+        decoder: any float dtype and device; held as the fallback. Weights are read when a shape is first compiled;
             after changing them, wrap again.
         precision: fp16, bf16 or fp32; `auto` is not offered, since two builds inside a trainer cost more than they
             save.

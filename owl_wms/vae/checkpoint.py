@@ -169,7 +169,7 @@ def save_weights(
     until the new one is.
 
     Args:
-        metadata: strings kept in the file's header.
+        metadata: strings stored in the file's header.
 
     Raises:
         CheckpointError: the suffix is not `.safetensors`, a weight is sparse, quantised, complex or on the meta device,

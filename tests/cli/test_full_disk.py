@@ -19,7 +19,7 @@ from owl_wms.data.latent_dataset import make_game_latents
 from owl_wms.data.npy_table import NpyTable, NpyTableWriter
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.media.video import read_video
-from owl_wms.trainers.journal import Journal
+from owl_wms.trainers.run_log import RunLog
 from tests.cli.test_decode import call, place  # noqa: F401 (a fixture)
 from tests.cli.test_refusals import refuse
 from tests.cli.test_train import Mean
@@ -101,11 +101,11 @@ def test_training_tries_its_folders_first(tmp_path: Path, key: str, capsys: pyte
     assert not (tmp_path / "run").exists()
 
 
-def test_the_journal_names_its_folder(tmp_path: Path) -> None:
+def test_the_log_names_its_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     for folder in (Path("/proc/foo"), tmp_path / "file"):
         with pytest.raises(ConfigError, match=rf"train\.checkpoint_dir: {folder}: cannot be written"):
-            Journal(folder, None, {})
+            RunLog(folder, None, {})
 
 
 @pytest.mark.parametrize("error", [full, short])

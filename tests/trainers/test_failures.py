@@ -23,14 +23,14 @@ from owl_wms.errors import CheckpointError, ConfigError, DataError, FastPathErro
 from owl_wms.models import get_model_cls
 from owl_wms.trainers import get_trainer_cls
 from owl_wms.trainers.checkpoints import latest_checkpoint, load_checkpoint, load_core_weights
-from owl_wms.trainers.journal import Journal
 from owl_wms.trainers.progress import Progress
+from owl_wms.trainers.run_log import RunLog
 from tests.trainers.helpers import FixedLoader, batch_for, config, write_table
 from tests.trainers.test_trainers import build
 
 
 def strict_lines(folder: Path) -> list[dict[str, object]]:
-    """The journal's lines, read as JSON without Python's extensions."""
+    """The run_log's lines, read as JSON without Python's extensions."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
@@ -124,10 +124,10 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "run") is None
 
 
-def test_the_journal_is_json_whatever_it_is_told(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, None, {})
-    journal.log(1, {"a": float("nan"), "b": float("-inf"), "c": None, "d": 1.0})
-    journal.close()
+def test_the_log_is_json_whatever_it_is_told(tmp_path: Path) -> None:
+    run_log = RunLog(tmp_path, None, {})
+    run_log.log(1, {"a": float("nan"), "b": float("-inf"), "c": None, "d": 1.0})
+    run_log.close()
     line = strict_lines(tmp_path)[0]
     assert [line[name] for name in "abcd"] == ["nan", "-inf", None, 1.0]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from owl_wms.configs.vae import WandbConfig
-from owl_wms.trainers.journal import Journal
+from owl_wms.trainers.run_log import RunLog
 from tests.trainers.test_trainers import build
 
 SECTION = WandbConfig(name="team", project="p", run_name="r")
@@ -67,7 +67,7 @@ def test_a_service_that_breaks_down_costs_one_warning(
     sample = trainer.sample
     calls: list[int] = []
 
-    def once(*arguments: Any) -> Any:  # gives the journal texts to show
+    def once(*arguments: Any) -> Any:  # gives the run_log texts to show
         calls.append(1)
         if len(calls) in (1, 2):
             raise RuntimeError("no clip")
@@ -117,7 +117,7 @@ def test_wandb_starts_where_it_needs_no_key_or_has_one(
     for name, value in variables.items():
         monkeypatch.setenv(name, str(tmp_path / value) if name == "NETRC" or name.endswith("DIR") else value)
     with caplog.at_level(logging.WARNING):
-        Journal(tmp_path, SECTION, {}).close()
+        RunLog(tmp_path, SECTION, {}).close()
     assert bool(started) == starts
     assert ("logging to disk only" in caplog.text) == (not starts)
 
@@ -130,9 +130,9 @@ def test_services_that_are_not_installed_cost_a_warning_each(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setenv("WANDB_MODE", "offline")
     with caplog.at_level(logging.WARNING):
-        journal = Journal(tmp_path, SECTION, {}, tensorboard=True)
-    journal.log(1, {"loss": 1.0})
-    journal.close()
+        run_log = RunLog(tmp_path, SECTION, {}, tensorboard=True)
+    run_log.log(1, {"loss": 1.0})
+    run_log.close()
     assert "Weights & Biases is not available" in caplog.text
     assert "TensorBoard is not available" in caplog.text
     assert json.loads((tmp_path / "log.jsonl").read_text())["loss"] == 1.0
@@ -142,23 +142,23 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, caplog: pytest.
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("needs /dev/full")
-    journal = Journal(tmp_path, None, {})
-    journal._file.close()
-    journal._file = full.open("a", encoding="utf-8")
+    run_log = RunLog(tmp_path, None, {})
+    run_log._file.close()
+    run_log._file = full.open("a", encoding="utf-8")
     with caplog.at_level(logging.WARNING):
-        journal.log(1, {"loss": 1.0})
-        journal.log(2, {"loss": 1.0})
-        journal.close()
+        run_log.log(1, {"loss": 1.0})
+        run_log.log(2, {"loss": 1.0})
+        run_log.close()
     assert caplog.text.count("no more lines are written: No space left on device") == 1
 
 
 def test_scalars_and_texts_reach_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Service("")
     install(monkeypatch, service)
-    journal = Journal(tmp_path, None, {}, tensorboard=True)
-    journal.log(3, {"loss": 0.5, "bad": float("nan"), "none": None})
-    journal.clips(3, [tmp_path / "a.mp4"], "eager")
-    journal.close()
+    run_log = RunLog(tmp_path, None, {}, tensorboard=True)
+    run_log.log(3, {"loss": 0.5, "bad": float("nan"), "none": None})
+    run_log.clips(3, [tmp_path / "a.mp4"], "eager")
+    run_log.close()
     assert ("add_scalar", "loss", 0.5, 3) in service.calls
     assert ("add_text", "bad", "nan", 3) in service.calls
     assert ("close",) in service.calls
@@ -179,8 +179,8 @@ def test_a_service_that_calls_exit_ends_nothing(
         monkeypatch.setattr(sys.modules["wandb"], "init", leave)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     with caplog.at_level(logging.WARNING):
-        journal = Journal(tmp_path, SECTION, {})
-        journal.log(1, {"loss": 1.0})
-        journal.close()
+        run_log = RunLog(tmp_path, SECTION, {})
+        run_log.log(1, {"loss": 1.0})
+        run_log.close()
     assert "Weights & Biases" in caplog.text
     assert json.loads((tmp_path / "log.jsonl").read_text())["loss"] == 1.0

@@ -1,7 +1,7 @@
 """Machine code of kernels: made once, by several threads where several are wanted, and carried with a program.
 
 Why it exists: NVRTC takes 0.1 to 0.5 s a variant and a decoder uses up to a dozen, one after the other as the first run
-meets them. While a program is built they are compiled beside each other; a program that is kept takes along the code
+meets them. While a program is built they are compiled beside each other; a program that is stored takes along the code
 that it was checked with, inside the file whose hash the cache verifies, so that the next start compiles nothing and
 runs exactly what passed.
 

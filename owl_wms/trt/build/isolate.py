@@ -2,13 +2,13 @@
 
 Why it exists: that a converter claims an operator does not make it runnable. The sana decoder in bf16 builds one
 engine, and then no execution context can be created, because of its depthwise convolutions; neither Torch-TensorRT nor
-TensorRT says which node is to blame. So the search is by experiment: build with some modules kept in PyTorch, see
+TensorRT says which node is to blame. So the search is by experiment: build with some modules left in PyTorch, see
 whether it works, and narrow down.
 
 Method. `works(kept)` is assumed monotone (keeping more never breaks what worked). QuickXplain (U. Junker, "QuickXplain:
 preferred explanations and relaxations for over-constrained problems", AAAI 2004) then finds an irreducible set in O(k
 log(n/k)) tries for k culprits among n. It first runs over *groups* of like modules (culprits are usually all of a
-kind), then inside the groups found. Modules that already failed when built alone are suspects: they are kept first,
+kind), then inside the groups found. Modules that already failed when built alone are suspects: they are left there first,
 which mostly ends the search at the first try. Tries and time are bounded; when they run out the smallest set seen to
 work is the answer, marked as not minimal.
 
@@ -25,12 +25,12 @@ from dataclasses import dataclass, field
 
 Unit = str
 Works = Callable[[frozenset[Unit]], str]
-"""Build and run with these units kept in PyTorch; "" when that works, else the reason."""
+"""Build and run with these units left in PyTorch; "" when that works, else the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One try: the units kept, why it failed ("" when it worked), how long it took."""
+    """Describes one try: the units left in PyTorch, why it failed ("" when it worked), how long it took."""
 
     kept: tuple[Unit, ...]
     reason: str
@@ -107,7 +107,7 @@ def smallest_kept(
     suspects: Iterable[Unit] = (),
     reason: str = "failed",
 ) -> Isolation:
-    """Find which units must stay in PyTorch, given that nothing kept fails.
+    """Find which units must stay in PyTorch, given that leaving nothing there fails.
 
     Args:
         groups: all units, like ones together; keeping all of them is PyTorch itself and is taken to work, but is no
@@ -116,7 +116,7 @@ def smallest_kept(
         max_tries: most calls of `works`.
         deadline: `time.monotonic()` after which no further try begins.
         suspects: units that failed when built alone; tried first, and taken as necessary if they suffice.
-        reason: of the failure with nothing kept.
+        reason: of the failure with nothing left in PyTorch.
     """
     units = [frozenset(group) for group in groups if group]
     everything = _union(units)

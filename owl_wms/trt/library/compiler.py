@@ -1,4 +1,4 @@
-"""`torch_tensorrt.compile` with the dynamo frontend, nodes of chosen modules kept in PyTorch, and an account of the
+"""`torch_tensorrt.compile` with the dynamo frontend, nodes of chosen modules left in PyTorch, and an account of the
 partition.
 
 Why it exists: Torch-TensorRT can exclude an operator everywhere (`torch_executed_ops`) but not one node

@@ -1,4 +1,4 @@
-"""Our kernels' machine code in the life of a program: kept inside the program's file.
+"""Our kernels' machine code in the life of a program: stored inside the program's file.
 
 Why it exists: see `owl_wms.ops.common.machine_code`. The file's bytes are hashed by the cache and reloaded bit-equal
 before they count, so the code in them needs no trust of its own. Code of other sources or of another GPU has another

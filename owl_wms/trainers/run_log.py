@@ -1,10 +1,10 @@
 """Reports of a run: always one JSON line per step on disk, and the services of `reporters` beside it.
 
 Usage:
-    journal = Journal(folder, wandb_cfg, config={...})
-    journal.log(12, {"diffusion_loss": 0.9})
-    journal.clips(12, [Path("step_12_0.mp4")], decode.stats().reason)
-    journal.close()
+    run_log = RunLog(folder, wandb_cfg, config={...})
+    run_log.log(12, {"diffusion_loss": 0.9})
+    run_log.clips(12, [Path("step_12_0.mp4")], decode.stats().reason)
+    run_log.close()
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from owl_wms.trainers.reporters import Values, WandbSection, start_reporters
 _log = logging.getLogger(__name__)
 
 
-class Journal:
+class RunLog:
     """Reports of one run, written by rank 0."""
 
     def __init__(
