@@ -112,6 +112,7 @@ def measured(
     del truth
     rows: list[dict[str, Any]] = []
     for name, way in ways.items():
+        typer.echo(f"timing {name}", err=True)  # a CPU takes minutes
         try:
             ms = measure_inference_time(way, z, iterations=iterations)
             with torch.no_grad():

@@ -19,6 +19,8 @@ from rich.progress import Progress
 from owl_wms.configs.paths import EXAMPLES
 
 _DEMO_VAE = EXAMPLES / "demo"
+MOST_CHANNELS = 16
+"""More would fill the screen: their range is shown."""
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
@@ -164,6 +166,7 @@ def show(
     """Say what a table holds, after checking that every array of it can be opened; decode five frames of it."""
     from owl_wms.cli import _shared as shared
     from owl_wms.data.npy_table import NpyTable
+    from owl_wms.data.starter import button_names
     from owl_wms.data.statistics import describe_table
     from owl_wms.errors import ConfigError
 
@@ -179,21 +182,27 @@ def show(
     typer.echo(f"frames in a clip: {min(lengths)} to {max(lengths)}")
     for column in table.columns:
         first = table.slice(0, column, 0, 1)
-        typer.echo(f"{column}: {first.dtype} {list(first.shape[1:])} a frame")
+        typer.echo(f"{column}: {first.dtype} {list(first.shape[1:])} per frame")
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading", total=len(lengths))
         found = describe_table(table, progress=lambda done, total: bar.update(task, completed=done))
     if found.rates:
         seconds = sum(lengths) / found.rates[0]
         typer.echo(f"frames per second: {', '.join(f'{rate:g}' for rate in found.rates)} ({seconds:.0f} s in all)")
-    for channel, (mean, std) in enumerate(zip(found.mean, found.std, strict=True)):
-        typer.echo(f"channel {channel}: mean {mean:.4f}, standard deviation {std:.4f}")
+    if len(found.mean) > MOST_CHANNELS:
+        means, stds = (f"{min(values):.4f} to {max(values):.4f}" for values in (found.mean, found.std))
+        typer.echo(f"{len(found.mean)} channels: means {means}, standard deviations {stds}")
+    else:
+        for channel, (mean, std) in enumerate(zip(found.mean, found.std, strict=True)):
+            typer.echo(f"channel {channel}: mean {mean:.4f}, standard deviation {std:.4f}")
     if found.vae_scale is not None:
         typer.echo(
             f"vae_scale: {found.vae_scale:g} gives latents a standard deviation of 1 (of {found.sampled} frames)"
         )
     if len(found.pressed):
-        typer.echo(f"buttons held: {', '.join(f'{100 * share:.1f} %' for share in found.pressed)} of the frames")
+        names = button_names(path, len(found.pressed))
+        held = ", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(names, found.pressed, strict=True))
+        typer.echo(f"buttons held, share of the frames: {held}")
     if len(found.mouse):
         typer.echo(f"mouse: standard deviation {', '.join(f'{axis:.4f}' for axis in found.mouse)}")
     if vae_config is not None and vae_checkpoint is not None:

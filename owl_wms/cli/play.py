@@ -14,15 +14,20 @@ import socket
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from owl_wms.configs.paths import EXAMPLES
 
+if TYPE_CHECKING:
+    import asyncio
+
 # asyncio accepts so many connections before it looks at any of them, each with a file descriptor.
 ACCEPTED_AT_ONCE = 16
+# A second signal that comes sooner is the first one, passed on by a launcher.
+AGAIN_AFTER_SECONDS = 1.0
 SHIPPED = EXAMPLES / "world" / "game_rft.yml", EXAMPLES / "world" / "game_rft.safetensors"
 DEMO_VAE = EXAMPLES / "demo" / "demo_vae.yml", EXAMPLES / "demo" / "demo_vae.safetensors"
 
@@ -167,20 +172,41 @@ def serve(
     console.print("stopped", highlight=False)
 
 
+def stop_on_signals(console: Console) -> asyncio.Event:
+    """Returns an event that the first SIGINT or SIGTERM sets; a later one ends the process at once.
+
+    aiohttp's own signal handling ends the event loop, which cuts players off before they are told why.
+    """
+    import asyncio
+
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def end_at_once() -> None:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    def asked() -> None:
+        if not stop.is_set():
+            console.print("stopping: the players are told; Ctrl-C again stops at once", highlight=False)
+            loop.call_later(AGAIN_AFTER_SECONDS, end_at_once)
+        stop.set()
+
+    for number in numbers:
+        loop.add_signal_handler(number, asked)
+    return stop
+
+
 async def _until_interrupted(
     new_source: Callable[[], Any], settings: Any, sockets: list[socket.socket], console: Console, open_page: bool
 ) -> None:
-    import asyncio
-
     from aiohttp import web
 
     from owl_wms.inference import listen
     from owl_wms.inference.server import make_app, page_address
 
-    # aiohttp's own signal handling ends the event loop, which cuts players off before they are told why.
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = stop_on_signals(console)
     # A log would hold the token.
     runner = web.AppRunner(make_app(new_source, settings), access_log=None, shutdown_timeout=3)
     await runner.setup()

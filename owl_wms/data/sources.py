@@ -111,7 +111,8 @@ def _of_folder(folder: Path) -> Iterator[Clip]:
             empty = False
     for group, members in groups.items():
         if group not in videos:
-            yield from _of_arrays(members, str(group.relative_to(folder)), group)
+            table = group.with_name(f"{group.name}.csv")
+            yield from _of_arrays(members, str(group.relative_to(folder)), group, table)
             empty = False
     if empty:
         forms = ", ".join((*ARRAY_SUFFIXES, ".tar", *_TABLES, *VIDEO_SUFFIXES))
@@ -121,7 +122,7 @@ def _of_folder(folder: Path) -> Iterator[Clip]:
 def _of_file(path: Path, name: str) -> Iterator[Clip]:
     suffix = path.suffix.lower()
     if suffix in ARRAY_SUFFIXES:
-        yield from _of_arrays({"": path}, name, path)
+        yield from _of_arrays({"": path}, name, path, path.with_suffix(".csv"))
     elif suffix == ".tar":
         try:
             data = read_regular(path, _MAX_TAR)
@@ -156,7 +157,7 @@ def _numpy(value: Any) -> np.ndarray:
     return (value.float() if narrow else value).numpy()
 
 
-def _of_arrays(members: Mapping[str, Path], name: str, where: Path) -> Iterator[Clip]:
+def _of_arrays(members: Mapping[str, Path], name: str, where: Path, table: Path) -> Iterator[Clip]:
     arrays: dict[str, np.ndarray] = {}
     facts = Facts()
     for member, path in members.items():
@@ -176,7 +177,8 @@ def _of_arrays(members: Mapping[str, Path], name: str, where: Path) -> Iterator[
     if latents is None:
         raise DataError(f"{where}: has no latents; found {', '.join(arrays) or 'nothing'}", path=where)
     if latents.ndim != 5:
-        yield Clip(name=name, arrays=arrays, facts=facts)
+        controls, buttons = ({}, ()) if {"mouse", "buttons"} & arrays.keys() else _controls_of(table)
+        yield Clip(name=name, arrays={**arrays, **controls}, facts=facts, buttons=buttons)
         return
     for index in range(len(latents)):
         yield Clip(name=f"{name}#{index}", arrays={key: value[index] for key, value in arrays.items()}, facts=facts)
@@ -243,28 +245,32 @@ def _of_rows(path: Path, name: str) -> Iterator[Clip]:
 
 
 def _controls_beside(video: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Read the controls of a video, and its buttons' names: array files of its base name, or a table with a header.
-
-    The table's columns are mouse_x and mouse_y, if there is a mouse, then one for each button, 0 or 1; its rows are the
-    frames.
-    """
+    """Read the controls of a video, and its buttons' names: array files of its base name, or a table."""
     found: dict[str, np.ndarray] = {}
     for name in _OTHER_NAMES:
         for suffix in ARRAY_SUFFIXES:
             path = video.with_name(f"{video.stem}.{name}{suffix}")
             if path.exists():
                 found[name] = _numpy(read_arrays(path))
-    table = video.with_suffix(".csv")
+    controls, buttons = _controls_of(video.with_suffix(".csv"))
+    return {**found, **controls}, buttons
+
+
+def _controls_of(table: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Read a table of controls, if there is one, and its buttons' names.
+
+    Its header names mouse_x and mouse_y, if there is a mouse, then each button, 0 or 1; its rows are the frames.
+    """
     if not table.exists():
-        return found, ()
+        return {}, ()
     try:
         rows = list(csv.reader(io.StringIO(read_regular(table, _MAX_CSV).decode("utf-8-sig"))))
         head, values = [name.strip() for name in rows[0]], np.array(rows[1:], dtype=np.float32)
         if not any(name.startswith("mouse") or _is_number(name) for name in head):
-            return {**found, "buttons": values}, tuple(head)
+            return {"buttons": values}, tuple(head)
         if head[:2] != ["mouse_x", "mouse_y"]:
             raise ValueError(f"its columns must begin with mouse_x and mouse_y, got {', '.join(head[:4])}")
-        return {**found, "mouse": values[:, :2], "buttons": values[:, 2:]}, tuple(head[2:])
+        return {"mouse": values[:, :2], "buttons": values[:, 2:]}, tuple(head[2:])
     except (OSError, ValueError, LookupError, csv.Error) as error:
         reason = one_line(getattr(error, "strerror", None) or error)
         raise DataError(f"{table}: cannot be read as controls: {reason}", path=table) from error

@@ -123,7 +123,7 @@ class Start:
             grid=(height, width),
             channels=channels,
             n_buttons=len(found.pressed),
-            buttons=_names(path, len(found.pressed)),
+            buttons=button_names(path, len(found.pressed)),
             fps=max(1, round(rate)),
             scale=found.vae_scale,
             vae_config=vae_config,
@@ -262,7 +262,7 @@ def _window(lengths: Sequence[int]) -> int:
     return min(WINDOW, sorted(lengths)[len(lengths) // 10])
 
 
-def _names(path: Path, count: int) -> tuple[str, ...]:
+def button_names(path: Path, count: int) -> tuple[str, ...]:
     """Returns the names that an import stored, else B0, B1, ..."""
     file = path / "source.json"
     held = json.loads(file.read_text(encoding="utf-8")).get("buttons") if file.exists() else None

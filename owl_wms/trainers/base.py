@@ -329,7 +329,7 @@ class BaseTrainer(ABC):
         with tempfile.TemporaryDirectory() as place:
             found = None
             if self._evaluation_due():
-                self._starting.says("sampling and decoding the first clips")
+                self._starting.says("making the first clips")
                 found = self.evaluator.run(Path(place))
             self._starting.says("making the first step")
             values = self.train_step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ import pytest
 from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType
 from rich.console import Console
 
-from owl_wms.cli import main
+from owl_wms.cli import main, play
 from owl_wms.cli.play import serve
 from owl_wms.errors import ConfigError
 from owl_wms.inference import listen
@@ -95,6 +96,27 @@ def test_every_player_is_told_that_the_server_stops(number: signal.Signals) -> N
     with playing("--max-clients", "3") as (process, address):
         assert asyncio.run(play(address, process)) == ["the server is stopping"] * 3
         assert_stops(process)
+
+
+def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(play, "AGAIN_AFTER_SECONDS", 0.0)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    text = io.StringIO()
+
+    async def stopped() -> list[object]:
+        stop = play.stop_on_signals(Console(file=text))
+        os.kill(os.getpid(), signal.SIGTERM)
+        await stop.wait()
+        await asyncio.sleep(0.01)
+        return [signal.getsignal(number) for number in numbers]
+
+    try:
+        assert asyncio.run(stopped()) == [signal.SIG_DFL] * 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert text.getvalue() == "stopping: the players are told; Ctrl-C again stops at once\n"
 
 
 @pytest.mark.parametrize(

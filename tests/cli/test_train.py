@@ -35,8 +35,11 @@ def test_train_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     file = str(tmp_path / "rft.yml")
     assert run("train", file, "--set", "train.max_steps=2", "--set", "train.opt_kwargs.lr=0.001") == 0
     said = capsys.readouterr().err
-    begun = re.findall(r"start, [0-9.]+ s: ([a-z]+ [a-z]+)", said)
-    assert begun == ["building model", "opening the", "loading evaluation", "making the", "the run"], said
+    begun = re.findall(r"start, [0-9.]+ s: (.*?) *\n", said)
+    assert begun == [
+        *("building model and optimisers", "opening the training data", "loading evaluation data and decoder"),
+        *("making the first clips", "making the first step", "the run is under way"),
+    ]
     assert run("--quiet", "train", file, "--set", "train.max_steps=3", "--resume") == 0
     said = capsys.readouterr()
     assert "step 3, diffusion_loss" in said.out

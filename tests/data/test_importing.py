@@ -258,6 +258,23 @@ def test_videos_are_encoded_with_their_controls(tmp_path: Path) -> None:
         import_clips(str(source), tmp_path / "other", encoder=encoder)
 
 
+@pytest.mark.parametrize("name", ["a.pt", "a.latents.npy"])
+def test_latents_have_their_controls_in_a_table_beside_them_too(tmp_path: Path, name: str) -> None:
+    source = tmp_path / "source"
+    save_array(source / name, torch.randn(4, 6, 3, 5))
+    (source / "a.csv").write_text("mouse_x,mouse_y,UP,DOWN\n" + "0.5,0,1,0\n" * 4)
+    given = [str(source)] + ([str(source / name)] if name == "a.pt" else [])
+    for number, where in enumerate(given):
+        import_clips(where, tmp_path / f"table{number}", fps=12)
+        table = NpyTable(tmp_path / f"table{number}")
+        assert table.slice(0, "mouse", 0, 1).tolist() == [[0.5, 0]]
+        assert table.slice(0, "buttons", 3, 4).tolist() == [[1, 0]]
+        assert json.loads((table.path / "source.json").read_text())["buttons"] == ["UP", "DOWN"]
+    (source / "a.csv").write_text("mouse_x,mouse_y,UP\n0,0,1\n")
+    with pytest.raises(DataError, match=r"mouse has \[1, 2\] for 4 frames of latents"):
+        import_clips(str(source), tmp_path / "short", fps=12)
+
+
 def test_statistics(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     writer = NpyTableWriter(tmp_path, ("depth_latent", "buttons", "mouse"), ("fps",))
@@ -285,7 +302,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run("data", "show", str(tmp_path / "table")) == 0
     shown = capsys.readouterr().out
     for words in ("3 clips, 15 frames", "depth_latent: float32 [6, 3, 5]", "frames per second: 12", "channel 5: mean",
-                  "vae_scale: 2", "buttons held:"):  # fmt: skip
+                  "vae_scale: 2", "buttons held, share of the frames: B0 "):  # fmt: skip
         assert words in shown
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +198,16 @@ def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_step_and_saves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, second: signal.Signals
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
+    second: signal.Signals,
 ) -> None:
     monkeypatch.setattr("owl_wms.trainers.signals._SECOND_AFTER_SECONDS", 0.0)
+    # What is ignored when a run begins stays ignored, and a shell ignores SIGINT for jobs in the background.
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     trainer = build(tmp_path, "sforce_vid", max_steps=9)
     update = trainer.phases[1].update
 
