@@ -41,9 +41,6 @@ def train(
     shared.check_folder(folder, key="train.checkpoint_dir")
     if section.output_path is not None:
         shared.check_destination(Path(section.output_path), key="train.output_path")
-    quiet = logging.getLogger().level > logging.WARNING
-    # A start may take minutes, and a silent one looks like a hung one.
-    logging.getLogger("owl_wms.trainers.progress").setLevel(logging.NOTSET if quiet else logging.INFO)
     rank, local_rank, world_size = setup(nccl_timeout)
     try:
         trainer = get_trainer_cls(cfg.train.trainer_id)(section, cfg.wandb, cfg.model, rank, local_rank, world_size)
