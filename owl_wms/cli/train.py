@@ -42,7 +42,11 @@ def train(
     if section.output_path is not None:
         shared.check_destination(Path(section.output_path), key="train.output_path")
     rank, local_rank, world_size = setup(nccl_timeout)
+    starting = logging.getLogger("owl_wms.trainers.progress")
+    level = starting.level
     try:
+        if logging.getLogger().level <= logging.WARNING:  # a start may take minutes; -q hides it
+            starting.setLevel(logging.INFO)
         trainer = get_trainer_cls(cfg.train.trainer_id)(section, cfg.wandb, cfg.model, rank, local_rank, world_size)
         try:
             trainer.train()
@@ -60,6 +64,7 @@ def train(
         del trainer  # data parallelism's reducers must go before the process group does
         barrier()
     finally:
+        starting.setLevel(level)
         cleanup()
 
 

@@ -204,6 +204,7 @@ def test_a_second_signal_ends_the_step_and_saves_the_one_before(
     request: pytest.FixtureRequest,
     second: signal.Signals,
 ) -> None:
+    caplog.set_level(logging.WARNING)
     monkeypatch.setattr("owl_wms.trainers.signals._SECOND_AFTER_SECONDS", 0.0)
     # What is ignored when a run begins stays ignored, and a shell ignores SIGINT for jobs in the background.
     request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
