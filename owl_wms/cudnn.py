@@ -13,13 +13,14 @@ Usage:
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from owl_wms import env
 
 _lock = threading.RLock()
 _ONES = [1, 1]
@@ -51,7 +52,7 @@ def convolution_relu(image: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor
 
 def _renew() -> None:
     global _lock
-    _lock = threading.RLock()  # one that another thread held at the fork would stay locked for ever
+    _lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_renew)
+env.after_fork(_renew)

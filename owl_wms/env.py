@@ -57,6 +57,15 @@ def read(name: str) -> str | None:
     return value or None
 
 
+def after_fork(renew: Callable[[], None]) -> None:
+    """Have every forked child of this process call `renew` before anything else; nothing forks on Windows.
+
+    Why: a lock that another thread held at the fork would stay locked in the child for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew)
+
+
 def tensorrt_overrides() -> dict[str, str]:
     """Raw text of the `TENSORRT_*` variables that are set, by setting name; `settings` parses and checks them."""
     found = {setting: read(variable) for setting, variable in TENSORRT_VARIABLES.items()}

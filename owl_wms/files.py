@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Collection
@@ -23,6 +24,12 @@ from typing import BinaryIO
 
 NAME_BYTES = 255
 """Longest name of one file or folder that Linux's usual file systems take."""
+WINDOWS = os.name == "nt"
+# https://learn.microsoft.com/windows/win32/fileio/naming-a-file: devices, whatever follows a first dot; and characters.
+_DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9\u00b9\u00b2\u00b3]) *(\..*)?", re.I | re.S)
+_NOT_IN_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+# Windows has none of these, and its pipes lie outside its folders.
+_WITHOUT_WAITING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -53,7 +60,7 @@ def open_regular(path: Path | str, *, inside: Path | str | None = None) -> Buffe
             real, top = os.path.realpath(path), os.path.realpath(at_home(inside))
             if os.path.commonpath([real, top]) != top:
                 raise OSError(errno.EINVAL, "is a link out of its folder, which is not followed", str(path))
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        number = os.open(path, _WITHOUT_WAITING)
     except ValueError as error:  # a NUL or a lone surrogate in the name
         raise OSError(errno.EINVAL, f"is no name of a file: {error}", str(path)) from error
     try:
@@ -84,7 +91,12 @@ def read_exactly(file: BufferedReader, count: int, offset: int = 0) -> bytearray
     data = bytearray(count)
     view, done = memoryview(data), 0
     while done < count:
-        got = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], offset + done)
+        piece = view[done : done + (1 << 30)]
+        if hasattr(os, "preadv"):
+            got = os.preadv(file.fileno(), [piece], offset + done)
+        else:  # Windows has no read at an offset, so there only one thread at a time may read a file
+            file.seek(offset + done)
+            got = file.readinto(piece)
         if got == 0:
             raise OSError(errno.EINVAL, "the file became shorter while it was read")
         done += got
@@ -114,6 +126,30 @@ def name_too_long(path: Path | str) -> str | None:
     """Return the first part of a path that is longer than `NAME_BYTES`, shortened for a message; None if all fit."""
     parts = (part for part in Path(path).parts if len(os.fsencode(part)) > NAME_BYTES)
     return next((f"{part[:40]}..." for part in parts), None)
+
+
+def unusable_name(name: str, *, windows: bool = WINDOWS) -> str | None:
+    """Say why a text cannot be the name of one file or folder; None when it can.
+
+    Args:
+        name: between two separators; it may come out of a table or an archive, so nothing is taken for granted.
+        windows: go by the rules of Windows too. There `clip:1` writes to a hidden stream of `clip`, `nul.npy` to
+            nowhere, and `a.` and `a` are one file.
+    """
+    if name in ("", ".", ".."):
+        return "means a folder" if name else "is empty"
+    if len(os.fsencode(name)) > NAME_BYTES:
+        return f"is longer than {NAME_BYTES} bytes"
+    if "/" in name or "\0" in name:
+        return "holds a separator or a NUL"
+    if not windows:
+        return None
+    if _DEVICES.fullmatch(name):
+        return "is a device on Windows"
+    foreign = _NOT_IN_NAMES.search(name)
+    if foreign:
+        return f"holds {foreign[0]!r}, which names on Windows cannot"
+    return "ends in a dot or a space, which Windows drops" if name[-1] in ". " else None
 
 
 def foreign_to_torch(head: bytes) -> str | None:

@@ -51,7 +51,7 @@ class Part:
         if store.is_local:
             path = Path(store.path(self._name))
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             earlier = path.read_bytes()
             if earlier and not earlier.endswith(b"\n"):  # the attempt was killed while it wrote
                 os.write(self._file, b"\n")

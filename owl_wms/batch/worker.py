@@ -36,7 +36,7 @@ from owl_wms.batch.ledger import Line, Part
 from owl_wms.batch.outputs import write_frames, write_latents
 from owl_wms.batch.store import Store, digest_of, sync
 from owl_wms.errors import BatchError, OwlError
-from owl_wms.files import NAME_BYTES, one_line, refused_with
+from owl_wms.files import one_line, refused_with, unusable_name
 from owl_wms.runtime.ahead import ahead
 
 Block = tuple[str, list[Item]]
@@ -217,8 +217,9 @@ class BlockWorker:
         for number, source in enumerate(sources):
             name = f"{item.name}/{source.name}" if source.name else item.name
             name = f"{name}.{self._job.form}"
-            if any(len(os.fsencode(part)) > NAME_BYTES or part in ("", ".", "..") for part in name.split("/")):
-                raise ValueError(f"{name!r} is no name for an output")
+            problem = next(filter(None, map(unusable_name, name.split("/"))), None)
+            if problem is not None:
+                raise ValueError(f"{name!r} is no name for an output: a part of it {problem}")
             path = self._staging / f"{key}-{number}.{self._job.form}"
             path.parent.mkdir(parents=True, exist_ok=True)
             pieces = self._clips.stream(source)

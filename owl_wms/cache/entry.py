@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import functools
 import hashlib
 import weakref
@@ -212,7 +211,7 @@ def _open_entry(name: str, cache_path: Path, cache_fd: int, shared: bool) -> tup
         if problem:
             raise CacheCorruptError(problem, path=cache_path / name)
         manifest_fd = _open_member(FILE_NAME, name, cache_path, cache_fd, entry_fd, shared)
-        if not fs.flock(manifest_fd, fcntl.LOCK_SH):
+        if not fs.flock(manifest_fd, exclusive=False):
             raise EntryGoneError(errno.ENOENT, "the entry is being evicted", name)
         raw = fs.read_descriptor(manifest_fd, MAX_BYTES + 1)
     except BaseException:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import time
 from collections.abc import Collection
 
@@ -127,7 +126,7 @@ def _remove_unused(name: str, mark: int | None, cache_fd: int, mode: int) -> boo
         except OSError:
             if entry_fd >= 0:
                 return False
-        if manifest_fd >= 0 and not fs.flock(manifest_fd, fcntl.LOCK_EX):
+        if manifest_fd >= 0 and not fs.flock(manifest_fd, exclusive=True):
             return False
         # Looked at again under the lock: a reader may have come and gone since the list was made.
         if last_used(cache_fd).get(name) != mark:
@@ -183,7 +182,7 @@ def remove_orphan_markers(cache_fd: int) -> None:
 def _unlink_unlocked(file: str, folder_fd: int) -> None:
     descriptor = fs.open_file(file, folder_fd)
     try:
-        if fs.flock(descriptor, fcntl.LOCK_EX):
+        if fs.flock(descriptor, exclusive=True):
             fs.unlink(file, folder_fd)
     finally:
         fs.close(descriptor)

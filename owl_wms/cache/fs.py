@@ -5,7 +5,8 @@ to fail in turn. Every function below goes through `_call`; the fault suite repl
 or break the i-th call. The calls take directory descriptors and refuse to follow links, so that what was checked is
 what is used.
 
-POSIX only (Linux is what is tested): `dir_fd`, `flock` and directory fsync have no Windows counterpart.
+POSIX only (Linux is what is tested): `dir_fd`, `flock` and directory fsync have no Windows counterpart. Without them
+(`MISSING` says which) `guard` refuses every directory, so that programs are built and not kept.
 
 Usage:
     handle = fs.open_directory("/var/cache/owl")
@@ -16,11 +17,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    MISSING = "directory descriptors and flock"
+else:
+    MISSING = (
+        "" if {os.open, os.stat, os.mkdir, os.rename, os.unlink} <= os.supports_dir_fd else "directory descriptors"
+    )
 
 STORAGE_ERRNOS = frozenset(
     {
@@ -40,6 +49,8 @@ STORAGE_ERRNOS = frozenset(
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _CHUNK = 1 << 22
+# Windows has neither of the two, and opens as text unless told otherwise.
+_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 # A file that is needed whole is read whole: joining pieces would copy 500 MB once more, a third of a second.
 _WHOLE = 1 << 30
 _NEARLY_FULL_BYTES = 1 << 20
@@ -60,7 +71,7 @@ def open_file(path: str, dir_fd: int | None = None) -> int:
 
     OSError for links, and for pipes and devices (EINVAL), which could block for ever.
     """
-    descriptor = _call("open", os.open, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+    descriptor = _call("open", os.open, path, _READ, dir_fd=dir_fd)
     try:
         if not stat.S_ISREG(fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
@@ -120,15 +131,16 @@ def set_mtime_ns(descriptor: int, nanoseconds: int) -> None:
     _call("utime", os.utime, descriptor, ns=(nanoseconds, nanoseconds))
 
 
-def flock(descriptor: int, operation: int) -> bool:
-    """Try to take an advisory lock without waiting.
+def flock(descriptor: int, *, exclusive: bool) -> bool:
+    """Try to take an advisory lock, exclusive or shared, without waiting.
 
     Returns:
         False only when somebody else holds it. True otherwise, also where the file system has no locks at all:
         nothing's correctness may rest on a lock, so its absence is not an error.
     """
+    operation = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB
     try:
-        _call("flock", fcntl.flock, descriptor, operation | fcntl.LOCK_NB)
+        _call("flock", fcntl.flock, descriptor, operation)
     except OSError as error:
         return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN)
     return True
@@ -153,12 +165,19 @@ def touch(name: str, dir_fd: int, mode: int) -> int:
     return _call("open", os.open, name, flags, mode, dir_fd=dir_fd)
 
 
+def _read_at(descriptor: int, count: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, count, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows, where no two threads share a descriptor of this module
+    return os.read(descriptor, count)
+
+
 def read_descriptor(descriptor: int, size: int) -> bytes:
     """Bytes 0..size of an open file, fewer if it ends earlier; the file position is not used."""
     parts: list[bytes] = []
     offset = 0
     while offset < size:
-        part = _call("read", os.pread, descriptor, min(_WHOLE, size - offset), offset)
+        part = _call("read", _read_at, descriptor, min(_WHOLE, size - offset), offset)
         if not part:
             break
         parts.append(part)
@@ -169,7 +188,7 @@ def read_descriptor(descriptor: int, size: int) -> bytes:
 def iterate_descriptor(descriptor: int) -> Iterator[bytes]:
     """The whole file in chunks, for hashing without holding it."""
     offset = 0
-    while part := _call("read", os.pread, descriptor, _CHUNK, offset):
+    while part := _call("read", _read_at, descriptor, _CHUNK, offset):
         yield part
         offset += len(part)
 

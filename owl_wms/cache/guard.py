@@ -18,15 +18,18 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import grp
 import os
-import pwd
 import stat
 from pathlib import Path
 
 from owl_wms.cache import fs
 from owl_wms.errors import CacheRefusedError
+
+with contextlib.suppress(ImportError):  # Windows has no such accounts; every directory is refused there
+    import grp
+    import pwd
 
 DIRECTORY_MODE = 0o700
 
@@ -43,6 +46,9 @@ def open_trusted(path: Path, *, shared: bool = False, create: bool = True) -> in
         CacheRefusedError: it may not be trusted or cannot be used; the message says why and what to do.
         FileNotFoundError: it is missing and `create` is False.
     """
+    if fs.MISSING:
+        remedy = "run in WSL, or expect one build per process"
+        raise CacheRefusedError(f"cache directory {path}: this system has no {fs.MISSING}; {remedy}", path=path)
     try:
         descriptor = _open(path, create)
     except FileNotFoundError:

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from owl_wms.errors import ConfigError
+from owl_wms.files import unusable_name
 
 JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
 
@@ -115,8 +116,11 @@ def _text_key(key: Any, place: str) -> str:
 
 
 def label(name: str) -> str:
-    """A model name as it stands in a file name: other characters become `-`, at most 64, never starting with a dot."""
-    return _NAME.sub("-", name)[:64].lstrip(".") or "model"
+    """A model name as it stands in a file name: other characters become `-`, at most 64, never starting with a dot, no
+    device of Windows (`nul.x` becomes `model-nul.x`).
+    """
+    text = _NAME.sub("-", name)[:64].lstrip(".") or "model"
+    return text if unusable_name(f"{text}_", windows=True) is None else f"model-{text}"[:64]
 
 
 def entry_name(name: str, key: str) -> str:

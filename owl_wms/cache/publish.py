@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import math
 import time
@@ -47,13 +46,10 @@ def take_program(folder: Path) -> bytes:
         CacheError: the build returned without writing one, or wrote something that is not a regular file.
         OSError: it cannot be read.
     """
-    folder_fd = fs.open_directory(str(folder))
     try:
-        descriptor = fs.open_file(PROGRAM, folder_fd)
+        descriptor = fs.open_file(str(folder / PROGRAM))
     except FileNotFoundError:
         raise CacheError(f"the build returned without writing {PROGRAM}", path=folder) from None
-    finally:
-        fs.close(folder_fd)
     try:
         return fs.read_descriptor(descriptor, fs.fstat(descriptor).st_size)
     finally:
@@ -115,7 +111,7 @@ def publish(stage: Stage, name: str, manifest: Manifest, cache_fd: int, *, hmac_
         fs.chmod(lock_fd, modes.file)
         _read_back(entry_fd, lock_fd, manifest, text)
         fs.fsync(entry_fd)
-        fs.flock(lock_fd, fcntl.LOCK_SH)
+        fs.flock(lock_fd, exclusive=False)
         with contextlib.suppress(OSError):
             evict.mark_used(name, cache_fd, modes.directory)
         fs.rename(ENTRY, name, stage.folder_fd, cache_fd)

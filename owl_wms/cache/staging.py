@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import uuid
@@ -101,7 +100,7 @@ class Stage:
         folder_fd = -1
         try:
             folder_fd = make_folder(name, parent_fd, mode)
-            fs.flock(folder_fd, fcntl.LOCK_EX)
+            fs.flock(folder_fd, exclusive=True)
             fs.close(make_folder(ENTRY, folder_fd, mode))
         except BaseException:
             with contextlib.suppress(OSError):
@@ -170,7 +169,7 @@ def _is_abandoned(name: str, parent_fd: int) -> bool:
         return False
     folder_fd = fs.open_directory(name, parent_fd)
     try:
-        return fs.flock(folder_fd, fcntl.LOCK_EX) and process.is_dead()
+        return fs.flock(folder_fd, exclusive=True) and process.is_dead()
     finally:
         fs.close(folder_fd)
 

@@ -11,11 +11,12 @@ Usage:
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import weakref
 from collections import Counter
 from typing import Any
+
+from owl_wms import env
 
 COUNTERS = (
     "hits",
@@ -69,5 +70,4 @@ def _after_fork() -> None:
         tally._unlock_in_child()
 
 
-# A lock that another thread held at the moment of a fork would stay locked in the child for ever.
-os.register_at_fork(after_in_child=_after_fork)
+env.after_fork(_after_fork)

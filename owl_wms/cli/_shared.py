@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -33,6 +32,11 @@ from owl_wms.media import sinks
 from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture
 from owl_wms.runtime.stats import DecodeStats
 from owl_wms.timing import Spent
+
+try:
+    import resource
+except ImportError:  # Windows keeps no such account
+    resource = None  # type: ignore[assignment]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MIB = 1024**2
@@ -245,6 +249,8 @@ def peak_memory(device: torch.device) -> str:
     """Peak memory so far: allocated on the GPU, or of this process."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / _MIB:.0f} MiB on {torch.cuda.get_device_name(device)}"
+    if resource is None:
+        return "unknown on this system"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB of process memory"
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from owl_wms.errors import DataError, OwlError
-from owl_wms.files import at_home, one_line, read_regular
+from owl_wms.files import at_home, one_line, read_regular, unusable_name
 from owl_wms.media.npy import NpyFile
 from owl_wms.media.whole import written_whole
 
@@ -187,10 +187,17 @@ class NpyTableWriter:
                 leaves no table without clips.
 
         Raises:
-            DataError: the folder already holds a table of other columns, or cannot be written.
+            DataError: the folder already holds a table of other columns, or cannot be written, or a column's name is
+                none for a file.
         """
         self.path = at_home(path)
         self.array_columns = tuple(array_columns)
+        for column in self.array_columns:
+            problem = unusable_name(f"{column}_0.npy")
+            if problem is not None:
+                raise DataError(
+                    f"{self.path}: no file can be named after column {column!r}: it {problem}", path=self.path
+                )
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         schema = {"columns": [*array_columns, *columns, *_OWN_COLUMNS], "array_columns": list(array_columns)}

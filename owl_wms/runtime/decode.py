@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import os
 import threading
 import weakref
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from owl_wms import env
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError, FastPathError, NonFiniteError
 from owl_wms.ops.frame_bytes import compile_soon
@@ -370,6 +370,4 @@ def _forget_in_child() -> None:
         decode._reset_in_child()
 
 
-# Locks that another thread held at the fork stay locked in the child for ever, so the child gets new ones before
-# anything runs.
-os.register_at_fork(after_in_child=_forget_in_child)
+env.after_fork(_forget_in_child)

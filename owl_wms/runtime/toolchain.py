@@ -18,14 +18,18 @@ from torch import nn
 
 from owl_wms.cache import Key
 from owl_wms.errors import FastPathError, NoDeviceError
+from owl_wms.files import WINDOWS
 from owl_wms.request import Request
 from owl_wms.runtime import turns
 from owl_wms.runtime.programs import Loaded, Program, Progress, Stored, first_run, staged, without_autocast
 from owl_wms.settings import TensorRTConfig
 
 
-def no_device(request: Request) -> FastPathError | None:
-    """Returns why nothing can be compiled for the request's device; None when it is a GPU."""
+def cannot_compile(request: Request) -> FastPathError | None:
+    """Returns why nothing can be compiled or loaded for the request's device; None when it is a GPU, under Linux."""
+    if WINDOWS and request.device.startswith("cuda"):
+        reason = "programs are neither built nor loaded on Windows itself, where nothing of this was ever run"
+        return FastPathError("import", reason, "run in WSL, which works as Linux does")
     if request.device.startswith("cuda"):
         return None
     if torch.cuda.is_available():
@@ -42,7 +46,7 @@ class TensorRT(Stored):
     def ready(self, request: Request) -> FastPathError | None:
         from owl_wms import trt
 
-        unready = no_device(request)
+        unready = cannot_compile(request)
         if unready is not None:
             return unready
         if trt.without_library(request):  # a plan of ours may do, and the build process finds out which
@@ -97,7 +101,7 @@ class Jit:
         """Returns why nothing can be compiled here; None when it can."""
         from owl_wms import trt
 
-        unready = no_device(request)
+        unready = cannot_compile(request)
         if unready is not None:
             return unready
         status = trt.status()  # all of it is needed here, for this process builds

@@ -15,7 +15,7 @@ import torch
 from owl_wms.errors import FastPathError
 from owl_wms.request import Request
 from owl_wms.trt.run import kernels
-from owl_wms.trt.library import compiler
+from owl_wms.trt.library import compiler, jit_kernels
 from owl_wms.trt.check import output
 from owl_wms.trt.build import attempts
 from owl_wms.trt.build.candidate import Candidate
@@ -36,7 +36,7 @@ def save(
         FastPathError: stage "save", "load" or "parity".
     """
     z, *state = example(request.input_shape, request.state, dtype_of(best.precision), device, request.seed)
-    with kernels.collected(z) as files:
+    with kernels.collected(z) as files, jit_kernels.collected(best.program, files):
         wanted = attempts.run(best.program, z, *state)
     found = output.RecordedOutput.of(wanted, best.parity, seed=request.seed)
     files[output.FILE] = found.pack()
@@ -67,7 +67,7 @@ def save(
     return {
         "save_seconds": round(save_seconds, 3),
         "load_seconds": round(load_seconds, 3),
-        "kernel_bytes": len(files.get(kernels.FILE, "")),
+        "kernel_bytes": len(files.get(kernels.FILE, "")) + len(files.get(jit_kernels.FILE, "")),
         "program_bytes": path.stat().st_size,
         "reload_bit_equal": equal,
         "output_sha256": found.sha256,

@@ -39,8 +39,8 @@ class Release:
         not_settings: keywords of `torch_tensorrt.compile` that it no longer takes.
         torch_libraries: files of torch's `lib` folder to load before Torch-TensorRT's library, when that library is
             loaded without the Python package.
-        runtime_cache: whether modules with engines keep kernels that TensorRT for RTX compiled at run time in a file of
-            the temporary folder, unless told otherwise.
+        runtime_cache: whether engines hand out the kernels that TensorRT for RTX compiles at run time, and take them
+            back (`jit_kernels`). Modules with engines keep them in a temporary file, unless told otherwise.
         extra: the extra of pyproject.toml that installs the set with TensorRT for RTX.
     """
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from owl_wms.errors import FastPathError
 from owl_wms.trt.check import output
 from owl_wms.trt.check.parity import example
-from owl_wms.trt.library import engines
+from owl_wms.trt.library import engines, jit_kernels
 from owl_wms.trt.run import kernels
 
 _LOG = logging.getLogger(__name__)
@@ -106,7 +106,8 @@ def load_program(data: bytes, device: torch.device | str, *, library: bool = Tru
 
 
 def _load(data: bytes, device: torch.device) -> LoadedProgram:
-    extra: dict[str, str] = {kernels.FILE: "", output.FILE: ""}  # an empty dict would be replaced, not filled
+    # An empty dict would be replaced, not filled.
+    extra: dict[str, str] = {kernels.FILE: "", jit_kernels.FILE: "", output.FILE: ""}
     exported = torch.export.load(io.BytesIO(data), extra_files=extra)
     kernels.adopt(extra)
     inputs = exported.graph_signature.user_inputs
@@ -121,6 +122,7 @@ def _load(data: bytes, device: torch.device) -> LoadedProgram:
         from torch.export.passes import move_to_device_pass
 
         exported = move_to_device_pass(exported, str(device))
+    jit_kernels.attach(exported.constants.values(), extra[jit_kernels.FILE])
     program = LoadedProgram(exported.module(), tuple(first.shape), first.dtype, device, shapes)
     if extra[output.FILE]:
         confirm(program, output.RecordedOutput.unpack(extra[output.FILE]))
