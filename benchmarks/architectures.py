@@ -93,7 +93,7 @@ def main() -> None:
         "Registers per thread of each kernel variant as NVRTC compiles it (`python -m benchmarks.architectures`; no",
         "GPU is needed). A dash: the kernel uses Hopper's own instructions, and another takes its place elsewhere.",
         "Executed: sm_90, and the sm_80 and sm_89 code on an H200, translated by its driver (`make test-gpu`). The",
-        "others only compile here.",
+        "others only compile here. Which torch and TensorRT were tried with them: [version sets](versions.md).",
         "",
         f"| kernel | shared memory, bytes | {' | '.join(names)} |",
         f"|---|---|{'---|' * len(names)}",

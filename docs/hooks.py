@@ -1,4 +1,4 @@
-"""What the site adds to a page: SECURITY.md stands at the top of the checkout, where code hosts look for it."""
+"""What the site adds to its pages: some stand elsewhere in the checkout, where people look for them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+ELSEWHERE = {"security.md": "SECURITY.md", "versions.md": "benchmarks/results/versions.md"}
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put SECURITY.md into its page, with links relative to `docs/`."""
-    if page.file.src_path != "security.md":
+    """Put such a file into its page, with links relative to `docs/`."""
+    if page.file.src_path not in ELSEWHERE:
         return markdown
-    return (ROOT / "SECURITY.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    text = (ROOT / ELSEWHERE[page.file.src_path]).read_text(encoding="utf-8")
+    return text.replace("](docs/", "](").replace("](../../docs/", "](")

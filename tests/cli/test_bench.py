@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from owl_wms.cli import bench
 from tests.cli.runner import run
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU builds a program, which takes minutes")
@@ -38,3 +42,5 @@ def test_the_printed_object_can_be_compared(
     assert found["machine"]["torch"].endswith(torch.__version__.split("+")[0])
     assert set(found["gpu"].values()) == {"-"}
     assert "no CUDA device" in found["decoded_by"]
+    asked_for = set(re.findall(r"`([a-z_]+)`", (RESULTS / "community.md").read_text(encoding="utf-8"))) - {"owl_wms"}
+    assert {"machine", "rows"} <= asked_for <= set(found) | set(ours), "the page says what the command prints"

@@ -1,4 +1,4 @@
-"""Writes the tables of `docs/versions.md` from the results of the runs; the text around them is written by hand.
+"""Writes the tables of `benchmarks/results/versions.md` from what the runs found; people write the text around them.
 
 Usage: page.write({"2.13": {"versions": {...}, "rows": [...], "tests": "95 passed", "sound": True}})
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parents[2] / "docs" / "versions.md"
+PAGE = Path(__file__).parents[2] / "benchmarks" / "results" / "versions.md"
 BEGIN, END = "<!-- written by tests/versions/run.py -->", "<!-- until here -->"
 FIRST = "2.11"
 """The set that the others are held against: what ran on GPUs."""

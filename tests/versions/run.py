@@ -2,11 +2,11 @@
 
 Every set takes 3 to 6 GB of disk and several minutes; its environment is deleted when it has been tested. One that
 stands in the folder already, under the set's name, is used as it is and stays. The results of the sets that ran replace
-theirs in `benchmarks/results/versions.json`, and `docs/versions.md` is written from that file.
+theirs in `benchmarks/results/versions.json`, and `versions.md` beside it is written from that file.
 
 Run: python -m tests.versions.run /path/to/a/folder            # all of them
      python -m tests.versions.run /path/to/a/folder 2.14 2.15
-     python -m tests.versions.run --page                       # docs/versions.md from what is there
+     python -m tests.versions.run --page                       # the page again, from what is there
 """
 
 from __future__ import annotations

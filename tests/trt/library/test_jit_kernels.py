@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import importlib.util
 import io
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch
 from torch import nn
 
 from owl_wms.errors import FastPathError
-from owl_wms.trt.library import importer, jit_kernels, versions
+from owl_wms.trt.library import engines, importer, jit_kernels, versions
 from owl_wms.trt.run.load import load_program
 
 COMPILED = bytes(range(256)) * 9
@@ -139,3 +143,21 @@ def test_reading_a_program_hands_on_what_its_file_holds(monkeypatch: pytest.Monk
         torch.export.save(exported, buffer, extra_files=files)
         load_program(buffer.getvalue(), "cpu", library=False)
         assert given.pop()[1] == text
+
+
+def test_the_installed_library_has_what_is_asked_of_it() -> None:
+    """Run by `make test-versions`, in the sets that offer it."""
+    release = versions.of_torch()
+    if release is None or not release.runtime_cache or not engines.attached():
+        pytest.skip("Torch-TensorRT 2.13 or newer is not installed")
+    files = {jit_kernels.FILE: base64.b64encode(zlib.compress(COMPILED)).decode()}
+    engine = Engine()
+    assert jit_kernels.attach([engine], files[jit_kernels.FILE]) == 1
+    ((_, _, handle),) = engine.settings
+    assert (handle.path, handle.has_cache()) == ("", False), "it waits for the engine's first run"
+    spec = importlib.util.find_spec("torch_tensorrt")
+    assert spec is not None
+    (root,) = spec.submodule_search_locations or []
+    text = (Path(root) / "runtime" / "_runtime_cache.py").read_text(encoding="utf-8")
+    assert "def runtime_cache(" in text
+    assert "load_from_stream" in text, "it takes a stream"

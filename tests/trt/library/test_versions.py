@@ -11,6 +11,7 @@ from owl_wms.errors import FastPathError
 from owl_wms.request import Request
 from owl_wms.trt.library import engines, importer, versions
 from owl_wms.trt.spec import compile_settings
+from tests.versions import page, run
 
 ROOT = Path(__file__).parents[3]
 
@@ -105,3 +106,28 @@ def test_extras_install_the_sets_of_the_table() -> None:
         assert tuple(project["optional-dependencies"][release.extra]) == release.packages()
     today = (ROOT / "requirements-rtx.txt").read_text(encoding="utf-8").splitlines()
     assert versions.RELEASES["2.11"].packages()[1:] == tuple(line for line in today if "tensorrt" in line)[-2:]
+
+
+def test_the_page_of_sets_is_made_from_the_stored_results() -> None:
+    results = run.stored()
+    assert next(iter(results)) == page.FIRST
+    assert f"{page.BEGIN}\n\n{page.tables(results)}\n{page.END}" in page.PAGE.read_text(encoding="utf-8")
+    assert set(results) <= set(run.SETS)
+    for name, found in results.items():
+        assert found["sound"], f"{name} is listed with a failure: {found['tests']}"
+
+
+def test_the_matrix_names_every_flaw() -> None:
+    first = {"engines": 1, "left": ["aten.add"], "parity": True, "reload_bit_equal": True}
+    assert page.cell(None, first) == "-"
+    assert page.cell(first, first) == "1, 1 left"
+    assert page.cell({**first, "left": []}, first) == "1, 0 left **leaves others than 2.11**"
+    assert page.cell({**first, "parity": False, "reload_bit_equal": False}, first) == "1, 1 left **parity** **reload**"
+    assert page.cell({**first, "left": None, "engines": 0}, None) == "built"
+    assert page.cell({"failed": "no engine"}, first) == "**failed**: no engine"
+
+
+@pytest.mark.parametrize("arguments", [[], ["folder", "2.12"]])
+def test_sets_that_are_not_in_the_table_are_not_run(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"2\.11 2\.13 2\.14 2\.15 python3\.13"):
+        run.main(arguments)
