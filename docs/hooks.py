@@ -13,5 +13,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put such a file into its page, with links relative to `docs/`."""
     if page.file.src_path not in ELSEWHERE:
         return markdown
-    text = (ROOT / ELSEWHERE[page.file.src_path]).read_text(encoding="utf-8")
-    return text.replace("](docs/", "](").replace("](../../docs/", "](")
+    return (ROOT / ELSEWHERE[page.file.src_path]).read_text(encoding="utf-8").replace("](docs/", "](")
