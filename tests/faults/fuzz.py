@@ -36,6 +36,7 @@ from owl_wms.vae.weight_files import read_content
 from tests.faults.test_fuzz import mutations
 
 CORPUS = Path(__file__).parent / "corpus"
+FEWEST = 10
 SLOW_SECONDS = 2.0
 """Of the CPU, for one input of a few KiB; more is a failure."""
 
@@ -103,7 +104,7 @@ def _endless(seeds: list[bytes], chance: random.Random) -> Iterator[bytes]:
 
 
 def fuzz(reader: str, seconds: float, seed: int, place: Path) -> Found:
-    """Feed one reader for so many seconds; failures are collected, not raised."""
+    """Feed one reader for so many seconds, and at least `FEWEST` inputs; failures are collected, not raised."""
     suffix, reads = READERS[reader]
     path, found = place / f"input{suffix}", Found()
     seeds, ending = seeds_of(reader), time.monotonic() + seconds
@@ -121,7 +122,7 @@ def fuzz(reader: str, seconds: float, seed: int, place: Path) -> Found:
                 if len(seeds) < 2000 and len(data) < 1 << 16:
                     seeds.append(data)
         found.tried += 1
-        if time.monotonic() > ending or len(found.failures) > 20:
+        if (time.monotonic() > ending and found.tried >= FEWEST) or len(found.failures) > 20:
             return found
     return found
 
