@@ -32,6 +32,7 @@ from owl_wms.media import sinks
 from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture
 from owl_wms.runtime.stats import DecodeStats
 from owl_wms.timing import Spent
+from owl_wms.vae.load import TAEHV_VAE_ID
 
 try:
     import resource
@@ -120,9 +121,9 @@ def check_destination(path: Path, *suffixes: str, key: str = "") -> None:
 
 def check_family(family: str | None, vae_config: Path | str | None) -> None:
     """Raises ConfigError unless a configuration or a known family says what the decoder is."""
-    if family not in (None, "taehv") or (family is None and vae_config is None):
+    if family not in (None, TAEHV_VAE_ID) or (family is None and vae_config is None):
         got = f"--family {family} is not known" if family else "neither --vae-config nor --family is given"
-        raise ConfigError(f"{got}; give --vae-config FILE, or --family taehv", key="family")
+        raise ConfigError(f"{got}; give --vae-config FILE, or --family {TAEHV_VAE_ID}", key="family")
 
 
 def check_kept(path: Path, *, overwrite: bool) -> None:
