@@ -12,6 +12,7 @@ Usage:
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -21,9 +22,9 @@ from contextlib import contextmanager
 from owl_wms.data.workers import STOPPING
 
 _log = logging.getLogger(__name__)
-# A launcher such as torchrun passes on the signal that its processes have already got from the terminal or scheduler.
-_SECOND_AFTER_SECONDS = 1.0
-_AT_ONCE = (signal.SIGINT, signal.SIGTERM)
+# What comes sooner is the first signal once more: a launcher such as torchrun passes on what its processes have already
+# got from the terminal or the scheduler, and on a busy machine a SIGTERM late.
+_SECOND_AFTER_SECONDS = {signal.SIGINT: 1.0, signal.SIGTERM: 5.0}
 
 
 class Asked:
@@ -43,13 +44,13 @@ class Asked:
         return self.by is not None
 
     def take(self, number: int, frame: object) -> None:
-        """Handle a signal. A SIGINT or SIGTERM more than a second after the first signal raises KeyboardInterrupt."""
+        """Handle a signal. A SIGINT or SIGTERM some seconds after the first signal raises KeyboardInterrupt."""
         if self.by is None:
             self.by, self._since = signal.Signals(number).name, time.monotonic()
             if self._tells:
-                text = "%s: the run ends after this step, with a checkpoint; Ctrl-C or SIGTERM again stops it at once"
-                _log.warning(text, self.by)
-        elif number in _AT_ONCE and time.monotonic() - self._since > _SECOND_AFTER_SECONDS:
+                text = "%s: the run ends and saves after this step; at once by a second Ctrl-C, or SIGTERM after %g s"
+                _log.warning(text, self.by, _SECOND_AFTER_SECONDS[signal.SIGTERM])
+        elif time.monotonic() - self._since > _SECOND_AFTER_SECONDS.get(signal.Signals(number), math.inf):
             raise KeyboardInterrupt
 
 

@@ -205,7 +205,7 @@ def test_a_second_signal_ends_the_step_and_saves_the_one_before(
     second: signal.Signals,
 ) -> None:
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr("owl_wms.trainers.signals._SECOND_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr("owl_wms.trainers.signals._SECOND_AFTER_SECONDS", {signal.SIGINT: 0.0, signal.SIGTERM: 0.0})
     # What is ignored when a run begins stays ignored, and a shell ignores SIGINT for jobs in the background.
     request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -221,7 +221,7 @@ def test_a_second_signal_ends_the_step_and_saves_the_one_before(
     trainer.phases[1].update = patient  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    said = "SIGINT: the run ends after this step, with a checkpoint; Ctrl-C or SIGTERM again stops it at once"
+    said = "SIGINT: the run ends and saves after this step; at once by a second Ctrl-C, or SIGTERM after 0 s"
     assert [record.getMessage() for record in caplog.records][-2:] == [
         said,
         f"the run was stopped; step 2 was saved to {tmp_path / 'run'} first",
