@@ -1,16 +1,21 @@
-"""Measures `owl-wms decode-dataset` on one and on all visible GPUs, with local workers and with a launcher's ranks.
+"""Measures `owl-wms decode-dataset` on one or more GPUs: local workers, a launcher's ranks, Ray; npy and mp4.
 
-Every run decodes the same items to `.npy` on a RAM disk. The outputs of all runs must have the same hashes, and those
-of the first item must be the bytes of `owl-wms decode`; otherwise the exit status is 1. The rate of a run is that of
-its steady part, from the first finished item to the last; `whole` counts from the start of the command.
+Every run decodes the same items on a RAM disk. The npy outputs of all runs must have the same hashes, and those of the
+first item must be the bytes of `owl-wms decode`; otherwise the exit status is 1. The rate of a run is that of its
+steady part, from the first finished item to the last; `whole` counts from the start of the command. `idle` is the
+share of that time in which a worker computes no item, `CPU` the cores that all processes together keep busy, and
+`memory` the most that they hold at once.
 
 Usage:
     python -m benchmarks.dataset --out dataset.json        # about three minutes on two GPUs; writes dataset.md too
+    python -m benchmarks.dataset --engines local,ranks,ray --forms npy,mp4 --gpus 1,2,4,8 --out scaling.json
+    python -m benchmarks.dataset --toy                     # a minute on a CPU: shows that everything runs
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -19,10 +24,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 
@@ -30,20 +37,26 @@ from benchmarks.decoders import VAE_CONFIGS, subject
 from benchmarks.harness import commit, require_gpu
 from owl_wms.media.arrays import save_array
 
-CONFIG = VAE_CONFIGS / "dec_dist.yml"
+ROOT = Path(__file__).parents[1]
+TOY = ROOT / "examples/demo/demo_vae"
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+ENGINES, FORMS = ("local", "ranks", "ray"), ("npy", "mp4")
+LONG = 20  # items in the file that `owl-wms decode` is timed with
 
 
-def make_inputs(folder: Path, items: int, frames: int) -> list[str]:
+def make_inputs(folder: Path, items: int, frames: int, toy: bool) -> list[str]:
     """Writes the decoder and the latents; returns the options that name the decoder."""
-    of = subject("dist")
-    save_file({name: value.contiguous() for name, value in of.make().state_dict().items()}, folder / "dec.safetensors")
+    if toy:
+        config, checkpoint, shape = f"{TOY}.yml", f"{TOY}.safetensors", (128, 8, 8)
+    else:
+        of = subject("dist")
+        config, checkpoint, shape = str(VAE_CONFIGS / "dec_dist.yml"), str(folder / "dec.safetensors"), of.latent_shape
+        save_file({name: value.contiguous() for name, value in of.make().state_dict().items()}, checkpoint)
     generator = torch.Generator().manual_seed(0)
     for number in range(items):
-        latents = torch.randn(frames, *of.latent_shape, generator=generator).bfloat16()
-        save_array(folder / "in" / f"{number:04}.pt", latents)
-    save_array(folder / "long.pt", torch.randn(frames * 20, *of.latent_shape, generator=generator).bfloat16())
-    return ["--vae-config", str(CONFIG), "--checkpoint", str(folder / "dec.safetensors")]
+        save_array(folder / "in" / f"{number:04}.pt", torch.randn(frames, *shape, generator=generator).bfloat16())
+    save_array(folder / "long.pt", torch.randn(frames * LONG, *shape, generator=generator).bfloat16())
+    return ["--vae-config", config, "--checkpoint", checkpoint]
 
 
 def command(*words: str, **variables: str) -> subprocess.Popen[str]:
@@ -75,72 +88,134 @@ def decode_rate(folder: Path, decoder: list[str]) -> float:
     return rate
 
 
-def measure(name: str, folder: Path, decoder: list[str], gpus: int, ranks: bool) -> dict[str, Any]:
+class Load:
+    """Cores that this process and its descendants keep busy, and the most memory that they hold, sampled."""
+
+    def __init__(self) -> None:
+        self.memory, self._seconds, self._began = 0, dict[int, float](), time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.cores = sum(self._seconds.values()) / (time.monotonic() - self._began)
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.5):
+            memory = 0
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    times = process.cpu_times()
+                    self._seconds[process.pid] = times.user + times.system
+                    memory += process.memory_info().rss
+                except psutil.Error:  # it has ended
+                    continue
+            self.memory = max(self.memory, memory)
+
+
+def measure(engine: str, form: str, folder: Path, decoder: list[str], workers: int, toy: bool) -> dict[str, Any]:
     """Decodes all items once; returns rates, what idled, and the hashes of the outputs."""
     out = folder / "out"
-    words = ["decode-dataset", str(folder / "in"), "--out", str(out), *decoder]
+    words = ["decode-dataset", str(folder / "in"), "--out", str(out), *decoder, "--format", form, "--engine", engine]
     began = time.time()
-    if ranks:
-        places = [dict(zip(RANK_NAMES, (str(n), str(gpus), str(n)), strict=True)) for n in range(gpus)]
-        ended(*[command(*words, "--engine", "ranks", **place) for place in places])
-    else:
-        ended(command(*words, "--engine", "local", "--gpus", str(gpus)))
+    with Load() as load:
+        if engine == "ranks":
+            places = [dict(zip(RANK_NAMES, (str(n), str(workers), str(n)), strict=True)) for n in range(workers)]
+            ended(*[command(*words, **place) for place in places])
+        else:
+            ended(command(*words, "--workers" if toy else "--gpus", str(workers), PYTHONPATH=str(ROOT)))
     whole = time.time() - began
     (generation,) = out.iterdir()
     text = "".join(part.read_text() for part in (generation / "_ledger/parts").iterdir())
     lines = (json.loads(line) for line in text.splitlines())
     done = sorted((line for line in lines if line["event"] == "done"), key=lambda line: line["at"])
     frames, span = sum(line["frames"] for line in done[1:]), done[-1]["at"] - done[0]["at"]
-    busy = statistics.median(line["seconds"] for line in done) * (len(done) - 1) / (span * gpus)
+    busy = statistics.median(line["seconds"] for line in done) * (len(done) - 1) / (span * workers)
     hashes = {output["name"]: output["sha256"] for line in done for output in line["outputs"]}
     first = (generation / sorted(hashes)[0]).read_bytes()
     shutil.rmtree(out)
-    row = {"engine": name, "gpus": gpus, "rate": frames / span, "whole_s": whole, "idle": max(0.0, 1 - busy)}
-    return {**row, "frames": frames, "hashes": hashes, "first": first}
+    row = {"engine": engine, "form": form, "gpus": workers, "rate": frames / span, "whole_s": whole}
+    row |= {"idle": max(0.0, 1 - busy), "cores": load.cores, "memory_gib": load.memory / (1 << 30), "frames": frames}
+    return {**row, "hashes": hashes, "first": first}
 
 
 def table(rows: list[dict[str, Any]], base: float) -> str:
-    """Returns the runs as Markdown."""
-    one = next(row["rate"] for row in rows if row["gpus"] == 1)
-    lines = ["| engine | GPUs | frames/s | of `decode` | times one GPU | workers idle | whole run |", "|---" * 7 + "|"]
+    """Returns the runs as Markdown; times and efficiency are against the first run of the same form."""
+    heads = "engine | form | GPUs | frames/s | of `decode` | times | efficiency | idle | CPU | memory | whole run"
+    lines = [f"| {heads} |", "|---" * 11 + "|"]
     for row in rows:
-        shares = f"{row['rate'] / base / row['gpus']:.0%} | {row['rate'] / one:.2f} | {row['idle']:.0%}"
-        lines.append(f"| {row['engine']} | {row['gpus']} | {row['rate']:.0f} | {shares} | {row['whole_s']:.1f} s |")
+        first = next(other for other in rows if other["form"] == row["form"])
+        times = row["rate"] / first["rate"] * first["gpus"]
+        share = f"{row['rate'] / base / row['gpus']:.0%}" if row["form"] == "npy" else ""
+        cells = (row["engine"], row["form"], row["gpus"], f"{row['rate']:.0f}", share, f"{times:.2f}",
+                 f"{times / row['gpus']:.0%}", f"{row['idle']:.0%}", f"{row['cores']:.1f} cores",
+                 f"{row['memory_gib']:.1f} GiB", f"{row['whole_s']:.1f} s")  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Runs everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=200)
-    parser.add_argument("--frames", type=int, default=240, help="frames of each item")
+    parser.add_argument("--items", type=int)
+    parser.add_argument("--frames", type=int, help="frames of each item")
+    parser.add_argument("--engines", type=lambda text: text.split(","), default=["local", "ranks"])
+    parser.add_argument("--forms", type=lambda text: text.split(","), default=["npy"])
+    parser.add_argument("--gpus", type=lambda text: [int(n) for n in text.split(",")], help="1 and all by default")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="on a RAM disk, for inputs and outputs")
     parser.add_argument("--out", type=Path, help="JSON; the table goes beside it as .md")
+    parser.add_argument("--toy", action="store_true", help="the demo's decoder and a few frames, on CPUs")
     arguments = parser.parse_args()
-    require_gpu(parser)
-    needed = (arguments.items + 20) * arguments.frames * 360 * 640 * 4
+    if not arguments.toy:
+        require_gpu(parser)
+    if not set(arguments.engines) <= set(ENGINES) or not set(arguments.forms) <= set(FORMS):
+        parser.error(f"--engines are of {', '.join(ENGINES)} and --forms of {', '.join(FORMS)}")
+    items = arguments.items or (4 if arguments.toy else 200)
+    length = arguments.frames or (2 if arguments.toy else 240)
+    needed = (items + LONG) * length * 360 * 640 * 4
     if shutil.disk_usage(arguments.folder).free < needed:
         parser.error(f"--folder {arguments.folder} needs {needed >> 30} GiB free; name another, or take fewer --frames")
-    gpus = torch.cuda.device_count()
+    seen = 2 if arguments.toy else torch.cuda.device_count()
+    gpus = sorted({n for n in arguments.gpus or (1, seen) if n <= seen})
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        decoder = make_inputs(folder, arguments.items, arguments.frames)
+        decoder = make_inputs(folder, items, length, arguments.toy)
         base = decode_rate(folder, decoder)
-        rows = [measure("local", folder, decoder, 1, False)]
-        if gpus > 1:
-            rows += [measure("local", folder, decoder, gpus, False), measure("ranks", folder, decoder, gpus, True)]
+        rows = []
+        for form, engine in itertools.product(arguments.forms, arguments.engines):
+            for count in gpus:
+                rows.append(measure(engine, form, folder, decoder, count, arguments.toy))
+                print(table(rows, base).splitlines()[-1], flush=True)
         ended(command("decode", str(folder / "in/0000.pt"), *decoder, "--out", str(folder / "one.npy")))
-        equal_to_decode = (folder / "one.npy").read_bytes() == rows[0]["first"]
-    alike = all(row["hashes"] == rows[0]["hashes"] for row in rows)
+        written = (folder / "one.npy").read_bytes()
+    arrays = [row for row in rows if row["form"] == "npy"]
+    equal_to_decode = all(row["first"] == written for row in arrays[:1])
+    alike = all(row["hashes"] == arrays[0]["hashes"] for row in arrays)
     for row in rows:
         del row["hashes"], row["first"]
-    card, title = torch.cuda.get_device_name(), f"{arguments.items} items of {arguments.frames} frames, decoder `dist`"
-    text = f"{title}, npy, {gpus} x {card}, commit {commit()}; `owl-wms decode`: {base:.0f} frames/s\n\n"
+    card = "CPU (toy: no figure)" if arguments.toy else torch.cuda.get_device_name()
+    title = (
+        f"{items} items of {length} frames, decoder `{'demo' if arguments.toy else 'dist'}`, up to {gpus[-1]} x {card}"
+    )
+    text = f"{title}, commit {commit()}; `owl-wms decode`: {base:.0f} frames/s\n\n"
     text += table(rows, base) + "\n"
     text += f"\nsame outputs in all runs: {alike}; same bytes as `owl-wms decode`: {equal_to_decode}\n"
     print(text)
     if arguments.out is not None:
-        facts = {"commit": commit(), "gpu": card, "gpus": gpus, "decode": base, "rows": rows, "alike": alike}
+        facts = {
+            "commit": commit(),
+            "gpu": card,
+            "items": items,
+            "length": length,
+            "decode": base,
+            "rows": rows,
+            "alike": alike,
+        }
         arguments.out.write_text(json.dumps({**facts, "equal_to_decode": equal_to_decode}, indent=1) + "\n")
         arguments.out.with_suffix(".md").write_text(text)
     sys.exit(not (alike and equal_to_decode))

@@ -90,6 +90,22 @@ def _generations(store: Store) -> list[str]:
     return sorted(name for name in names if name.startswith("generation-"))
 
 
+def announce(job: Job, run: str) -> None:
+    """Writes down which run is at work on the output.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = json.dumps({"generation": job.generation, "form": job.form, "run": run})
+    Store(job.out).write(SETTINGS, text.encode())
+
+
+def is_announced(job: Job, run: str) -> bool:
+    """Returns whether this run is still the last that was announced."""
+    found = Store(job.out).read(SETTINGS)
+    return found is not None and json.loads(found).get("run") == run
+
+
 def digest_of_files(path: str | None) -> str:
     """Returns the SHA-256 of a file, or of a folder's files with their names; `""` for None.
 

@@ -150,10 +150,6 @@ class Index:
         for (text,) in self._base.execute("SELECT line FROM state WHERE event = ?", (event,)):
             yield json.loads(text)
 
-    def count(self, event: str) -> int:
-        """Returns how many items have this last event."""
-        return int(self._base.execute("SELECT COUNT(*) FROM state WHERE event = ?", (event,)).fetchone()[0])
-
     def close(self) -> None:
         """Removes the temporary file."""
         self._base.close()
@@ -198,13 +194,39 @@ class Ledger:
             index.take({**line, "event": "done"} for line in found)
         return len(found)
 
-    def write_failures(self) -> int:
-        """Writes `failed.jsonl` anew, the items whose last outcome is a failure; returns how many."""
-        failed: dict[str, str] = {}
+    def write_failures(self, *, shared: bool = False) -> int:
+        """Writes `failed.jsonl` anew, the items whose last outcome is a failure; returns how many.
+
+        Args:
+            shared: other ranks may write it too. It is then read and written until nothing has changed, so that the
+                last writer's file has the failures of all ranks.
+        """
+        written = None
+        while True:
+            failed = self._failures()
+            if failed == written:
+                return len(failed)
+            self.store.write(FAILED, "".join(text + "\n" for text in failed.values()).encode())
+            if not shared:
+                return len(failed)
+            written = failed
+
+    def _failures(self) -> dict[str, str]:
+        failures = Failures()
         for line in self.lines():
-            if line.get("event") == "failed":
-                failed[line["item"]] = json.dumps({name: line.get(name) for name in ("item", "reason", "remedy")})
-            elif line.get("event") == "done":
-                failed.pop(line["item"], None)
-        self.store.write(FAILED, "".join(text + "\n" for text in failed.values()).encode())
-        return len(failed)
+            failures.take(line)
+        return failures.by_item
+
+
+class Failures:
+    """The items whose last outcome is a failure, by URL: an input that changed has another key and is the same item."""
+
+    def __init__(self) -> None:
+        self.by_item: dict[str, str] = {}
+
+    def take(self, line: Line) -> None:
+        """Takes the next line of the ledger."""
+        if line.get("event") == "failed":
+            self.by_item[line["item"]] = json.dumps({name: line.get(name) for name in ("item", "reason", "remedy")})
+        elif line.get("event") == "done":
+            self.by_item.pop(line["item"], None)

@@ -20,11 +20,14 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 from owl_wms.batch.job import Job
 from owl_wms.batch.worker import Block, BlockWorker, Outcome
 from owl_wms.errors import BatchError, OwlError
 from owl_wms.files import one_line
 
+_CONTEXT: Any = multiprocessing.get_context("spawn")  # a forked process could not use a GPU of its parent
 _IN_HAND = 2
 _STARTS = 3  # workers that may end one after the other without having done anything
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
@@ -33,11 +36,10 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 class _Worker:
     """One process, its pipe and the blocks that it has."""
 
-    def __init__(self, job: Job, device: str | None) -> None:
-        self.device, self.blocks, self.ready = device, deque[Block](), False
-        context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU of its parent
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(job, device, theirs, os.getpid()), daemon=True)
+    def __init__(self, job: Job, device: str | None, threads: int) -> None:
+        self.device, self.threads, self.blocks, self.ready = device, threads, deque[Block](), False
+        self.pipe, theirs = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_work, args=(job, device, threads, theirs, os.getpid()), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -64,7 +66,8 @@ def run_local(job: Job, blocks: Iterator[Block], devices: list[str | None]) -> I
         BatchError: outputs cannot be stored, or workers end before they begin.
         OwlError: the model cannot be loaded.
     """
-    workers = [_Worker(job, device) for device in devices]
+    threads = max(1, len(os.sched_getaffinity(0)) // len(devices))
+    workers = [_Worker(job, device, threads) for device in devices]
     fruitless = 0
     try:
         for worker in workers:
@@ -107,18 +110,20 @@ def _fill(worker: _Worker, blocks: Iterator[Block]) -> None:
 
 
 def _replaced(dead: _Worker, job: Job) -> _Worker:
-    worker = _Worker(job, dead.device)
+    worker = _Worker(job, dead.device, dead.threads)
     for block in dead.blocks:
         worker.give(block)
     return worker
 
 
-def _work(job: Job, device: str | None, pipe: Connection, parent: int) -> None:
+def _work(job: Job, device: str | None, threads: int, pipe: Connection, parent: int) -> None:
     """Runs in the worker process."""
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    if not torch.cuda.is_available():  # workers that decode on a CPU share its cores
+        torch.set_num_threads(min(torch.get_num_threads(), threads))
     try:
         worker = BlockWorker(job, device=device)
         pipe.send(None)

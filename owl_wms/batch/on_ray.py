@@ -4,7 +4,7 @@ The list of blocks is a file beside the ledger, and Ray gets a row per block wit
 driver holds about 50 bytes per item. A block that is repeated goes on behind the items that its part file has.
 
 Usage:
-    for outcome in run_ray(job, blocks, workers=2): ...
+    for outcome in run_ray(job, blocks, workers=2, run=run): ...
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from owl_wms.batch.items import Item
-from owl_wms.batch.job import Job
+from owl_wms.batch.job import Job, is_announced
 from owl_wms.batch.ledger import FOLDER
+from owl_wms.batch.lock import at_work
 from owl_wms.batch.store import Store
 from owl_wms.batch.worker import Block, BlockWorker, Outcome
 from owl_wms.errors import BatchError, ConfigError
@@ -28,11 +29,19 @@ _ROWS = 4096  # blocks that Ray sees at once
 class _RayWorker:
     """A BlockWorker whose rows say where in the list a block stands."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, run: str) -> None:
+        self._job, self._run = job, run
         self._worker = BlockWorker(job)
         self._store = Store(job.out)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        with at_work(self._store):
+            # The driver may have been killed, and Ray has not ended this actor yet, while another run has begun.
+            if not is_announced(self._job, self._run):
+                raise BatchError(f"{self._job.out}: another run has begun; this one ends", out=self._job.out)
+            return self._processed(batch)
+
+    def _processed(self, batch: dict[str, Any]) -> dict[str, Any]:
         names, items = [], []
         for path, start, stop in zip(batch["path"], batch["start"], batch["stop"], strict=True):
             name, block = json.loads(self._store.fs.cat_file(str(path), start=int(start), end=int(stop)))
@@ -41,13 +50,14 @@ class _RayWorker:
         return self._worker({"block": names, "items": items})
 
 
-def run_ray(job: Job, blocks: Iterator[Block], workers: int, *, gpus: float = 1.0) -> Iterator[Outcome]:
+def run_ray(job: Job, blocks: Iterator[Block], workers: int, *, run: str, gpus: float = 1.0) -> Iterator[Outcome]:
     """Yields outcomes as Ray returns them, block by block.
 
     Args:
         job: what to do; its output must be one that every node reaches.
         blocks: named lists of items.
         workers: actors at most.
+        run: see `announce`.
         gpus: of each actor; 0 takes one CPU each.
 
     Raises:
@@ -71,7 +81,7 @@ def run_ray(job: Job, blocks: Iterator[Block], workers: int, *, gpus: float = 1.
         compute = ray.data.ActorPoolStrategy(min_size=1, max_size=workers)
         data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _RayWorker,
-            fn_constructor_args=(job,),
+            fn_constructor_args=(job, run),
             batch_size=1,
             compute=compute,
             num_gpus=gpus or None,

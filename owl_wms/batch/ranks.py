@@ -9,12 +9,9 @@ Usage:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import torch
 
 from owl_wms import env
-from owl_wms.batch.items import Item
 from owl_wms.errors import ConfigError
 
 _LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
@@ -44,22 +41,24 @@ def place() -> tuple[int, int] | None:
     return None
 
 
+def local_rank() -> int:
+    """Returns this process's number on its machine as a launcher states it, or 0.
+
+    Raises:
+        ConfigError: LOCAL_RANK is no number.
+    """
+    local = env.local_rank()
+    slurm = env.read("SLURM_LOCALID")
+    if local is None and slurm is not None and slurm.isascii() and slurm.isdecimal():
+        local = int(slurm)
+    return local or 0
+
+
 def device() -> str | None:
-    """Returns this rank's device: `cuda:N` of LOCAL_RANK, or the only GPU it sees; None without a GPU.
+    """Returns this rank's device: `cuda:N` of its local rank, or the only GPU it sees; None without a GPU.
 
     Raises:
         ConfigError: LOCAL_RANK is no number.
     """
     count = torch.cuda.device_count()
-    if not count:
-        return None
-    local = env.local_rank()
-    slurm = env.read("SLURM_LOCALID")
-    if local is None and slurm is not None and slurm.isascii() and slurm.isdecimal():
-        local = int(slurm)
-    return f"cuda:{(local or 0) % count}"
-
-
-def share(items: Iterable[Item], rank: int, world: int) -> Iterator[Item]:
-    """Yields every `world`-th item, from number `rank` on."""
-    return (item for number, item in enumerate(items) if number % world == rank)
+    return f"cuda:{local_rank() % count}" if count else None

@@ -7,10 +7,10 @@ Usage:
 
 from __future__ import annotations
 
-import json
 import shutil
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import util
 from typing import NamedTuple
 
@@ -19,14 +19,15 @@ import torch
 from owl_wms import env
 from owl_wms.batch import ranks
 from owl_wms.batch.items import Item, cut, list_items
-from owl_wms.batch.job import SETTINGS, Job
-from owl_wms.batch.ledger import Index, Part, run_name
+from owl_wms.batch.job import Job, announce
+from owl_wms.batch.ledger import Failures, Index, Part, run_name
 from owl_wms.batch.local import run_local
-from owl_wms.batch.lock import held
+from owl_wms.batch.lock import held, quiet
 from owl_wms.batch.on_ray import run_ray
 from owl_wms.batch.outputs import count_frames
+from owl_wms.batch.progress import Board, Tally
 from owl_wms.batch.store import Store
-from owl_wms.batch.worker import Block, Outcome
+from owl_wms.batch.worker import Block, Outcome, Storing
 from owl_wms.errors import BatchError, ConfigError, DataError
 
 ENGINES = ("ray", "ranks", "local")
@@ -78,6 +79,7 @@ def run(
     engine: str | None = None,
     workers: int | None = None,
     devices: list[str | None] | None = None,
+    tally: Tally | None = None,
 ) -> Iterator[Outcome]:
     """Processes what is missing, and yields an outcome per item as it ends (and one without a key per block).
 
@@ -87,6 +89,7 @@ def run(
         engine: see `choose_engine`.
         workers: processes or actors; by default one per GPU, or one without a GPU.
         devices: of local workers, in turn; by default every GPU.
+        tally: is kept up to date; the items are then counted too, by a second listing.
 
     Raises:
         BatchError: another run is writing there, or outputs cannot be stored.
@@ -96,32 +99,64 @@ def run(
     rank, world = ranks.place() or (0, 1) if chosen == "ranks" else (0, 1)
     name = run_name()
     with ExitStack() as stack:
-        if chosen == "ranks":
-            stack.enter_context(held(job, f"rank-{rank}"))
-        else:
-            stack.enter_context(held(job, "run"))
-            stack.enter_context(held(job, "rank-0"))  # a launcher's ranks are another run
+        check = stack.enter_context(held(job, rank if chosen == "ranks" else None))
         ledger = job.ledger()
         store = ledger.store
-        if chosen != "ranks":
-            shutil.rmtree(store.staging(""), ignore_errors=True)
-        if rank == 0:
-            store.write(SETTINGS, json.dumps({"generation": job.generation, "form": job.form}).encode())
+        with quiet(job), Storing(job.out):
+            if chosen == "ranks":
+                store.remove_abandoned()
+            else:
+                shutil.rmtree(store.staging(""), ignore_errors=True)
+            if rank == 0:
+                announce(job, name)
         index = ledger.index()
         stack.callback(index.close)
-        ledger.adopt(index, name, (rank, world))
-        items = ranks.share(list_items(source, suffixes), rank, world)
-        missing = (item for item in items if not index.is_done(item.key(job.generation)))
+        with Storing(job.out):
+            ledger.adopt(index, name, (rank, world))
+        seen = Tally() if tally is None else tally
+        board = Board(store, rank, world, seen) if chosen == "ranks" else None
+        counting = threading.Thread(target=_count, args=(source, suffixes, seen), name="owl-wms-count", daemon=True)
+        if tally is not None:
+            counting.start()
+        missing = _missing(list_items(source, suffixes), index, job.generation, rank, world, seen)
         if chosen == "ray":
             count = workers or max(1, torch.cuda.device_count())
-            outcomes = run_ray(job, _named(missing, name, rank, count), count, gpus=float(torch.cuda.is_available()))
+            blocks = _named(missing, name, rank, count)
+            outcomes = run_ray(job, blocks, count, run=name, gpus=float(torch.cuda.is_available()))
         else:
             places = devices or ([ranks.device()] if chosen == "ranks" else _every_gpu())
             count = workers or len(places)
             places = [places[number % len(places)] for number in range(count)]
             outcomes = run_local(job, _named(missing, name, rank, count), places)
-        yield from outcomes
-        ledger.write_failures()
+        for outcome in outcomes:
+            check()
+            if outcome.key:
+                seen.take(outcome)
+            if board is not None:
+                board.post()
+            yield outcome
+        if tally is not None:
+            counting.join()  # about as far as the listing that has just ended
+        if board is not None:
+            board.post(now=True)
+        with Storing(job.out):
+            ledger.write_failures(shared=chosen == "ranks")
+
+
+def _missing(
+    items: Iterator[Item], index: Index, generation: str, rank: int, world: int, tally: Tally
+) -> Iterator[Item]:
+    """Yields the items of this rank, every `world`-th from number `rank` on, that are not done."""
+    for number, item in enumerate(items):
+        if index.is_done(item.key(generation)):
+            tally.earlier += 1
+        elif number % world == rank:
+            yield item
+
+
+def _count(source: str, suffixes: tuple[str, ...], tally: Tally) -> None:
+    with suppress(DataError):  # which the run itself raises
+        tally.total = sum(1 for _ in list_items(source, suffixes))
 
 
 def _named(items: Iterator[Item], run: str, rank: int, workers: int) -> Iterator[Block]:
@@ -140,8 +175,10 @@ def status(job: Job, source: str, suffixes: tuple[str, ...]) -> Status:
     """
     index = Index()
     minutes: dict[int, tuple[int, float, float]] = {}  # frames, first and last second
+    failures = Failures()
     for line in job.ledger().lines():
         index.take([line])
+        failures.take(line)
         if line.get("event") == "done":
             at = float(line["at"])
             frames, first, last = minutes.get(int(at // 60), (0, at, at))
@@ -153,11 +190,11 @@ def status(job: Job, source: str, suffixes: tuple[str, ...]) -> Status:
             done += 1
         else:
             left += 1
-    failed, total = index.count("failed"), index.frames
+    total = index.frames
     index.close()
     rate = _last_rate(minutes)
     seconds = left * (total / done) / rate if rate and done else None
-    return Status(done, failed, left, total, rate, seconds)
+    return Status(done, len(failures.by_item), left, total, rate, seconds)
 
 
 def _last_rate(minutes: dict[int, tuple[int, float, float]]) -> float | None:
@@ -181,7 +218,7 @@ def verify(job: Job) -> Iterator[tuple[str, str]]:
     Raises:
         BatchError: another run is writing there.
     """
-    with held(job, "run"), held(job, "rank-0"):
+    with held(job):
         ledger, name, part = job.ledger(), run_name(), None
         index = Index(kept=("done",))
         index.take(ledger.lines())

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -22,6 +24,12 @@ from typing import Any
 import fsspec
 
 _PIECE = 256 << 10
+_HOST = re.sub(r"[^\w.]", "_", socket.gethostname())
+
+
+def own_name() -> str:
+    """Returns a name that no other caller gets; it begins with this host and process."""
+    return f"{_HOST}-{os.getpid()}-{uuid.uuid4().hex}"
 
 
 class Store:
@@ -49,11 +57,18 @@ class Store:
         return f"{self.root}/{name}"
 
     def staging(self, owner: str) -> Path:
-        """Returns the folder for unfinished files of one worker; the same for the same owner."""
+        """Returns the folder for unfinished files of one owner, a name of `own_name`; `""` is the folder of all."""
         if self.is_local:
             return Path(self.path("_ledger/staging")) / owner
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"owl-wms-staging-{digest}" / owner
+
+    def remove_abandoned(self) -> None:
+        """Removes staging folders of processes of this host that are gone."""
+        for folder in self.staging("").glob(f"{_HOST}-*"):
+            number = folder.name.removeprefix(f"{_HOST}-").partition("-")[0]
+            if number.isdecimal() and not Path(f"/proc/{number}").exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def place(self, staged: Path, name: str) -> None:
         """Makes a staged file, already flushed, visible under its name, in the place of one that is there.
@@ -75,7 +90,7 @@ class Store:
         if not self.is_local:
             self.fs.pipe_file(self.path(name), data)
             return
-        folder = self.staging(f"small-{uuid.uuid4().hex}")  # of this call alone: threads write at the same time
+        folder = self.staging(own_name())  # of this call alone: threads write at the same time
         folder.mkdir(parents=True)
         try:
             staged = folder / "file"

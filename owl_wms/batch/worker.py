@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import socket
 import threading
@@ -34,7 +33,7 @@ from owl_wms.batch.items import Item
 from owl_wms.batch.job import Job
 from owl_wms.batch.ledger import Line, Part
 from owl_wms.batch.outputs import write_frames, write_latents
-from owl_wms.batch.store import Store, digest_of, sync
+from owl_wms.batch.store import Store, digest_of, own_name, sync
 from owl_wms.errors import BatchError, OwlError
 from owl_wms.files import one_line, refused_with, unusable_name
 from owl_wms.runtime.ahead import ahead
@@ -58,6 +57,7 @@ class Outcome(NamedTuple):
         seconds: that its computation took.
         size: bytes written.
         reason: of a failure.
+        worker: host and process id of the worker.
     """
 
     block: str
@@ -68,6 +68,7 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
     size: int = 0
     reason: str = ""
+    worker: str = ""
 
 
 class BlockWorker:
@@ -85,9 +86,9 @@ class BlockWorker:
         """
         self._job, self._store = job, Store(job.out)
         self._clips = job.make(device=device)
-        self._host = re.sub(r"[^\w.]", "_", socket.gethostname())
-        self._staging = self._store.staging(f"{self._host}-{os.getpid()}-{time.time_ns():x}")
-        self._remove_abandoned()
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self._staging = self._store.staging(own_name())
+        self._store.remove_abandoned()
         self._watch = _Watch(job.time_limit)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -115,23 +116,26 @@ class BlockWorker:
         Raises:
             BatchError: outputs cannot be stored.
         """
-        finishing: deque[Future[Outcome]] = deque()
         with ThreadPoolExecutor(_FINISHING, "owl-wms-finish") as pool:
             try:
-                for block in blocks:
-                    if block is not None:
-                        for future in self._begun(pool, *block):
-                            finishing.append(future)
-                            while finishing and (finishing[0].done() or len(finishing) > _FINISHING):
-                                yield finishing.popleft().result()
-                    else:
-                        while finishing:
-                            yield finishing.popleft().result()
-                while finishing:
-                    yield finishing.popleft().result()
+                for outcome in self._ended(pool, blocks):
+                    yield outcome._replace(worker=self.name)
             finally:
                 pool.shutdown(cancel_futures=True)
                 shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _ended(self, pool: ThreadPoolExecutor, blocks: Iterable[Block | None]) -> Iterator[Outcome]:
+        """Begins block after block, and yields outcomes in order."""
+        finishing: deque[Future[Outcome]] = deque()
+        for block in blocks:
+            for future in self._begun(pool, *block) if block is not None else ():
+                finishing.append(future)
+                while finishing and (finishing[0].done() or len(finishing) > _FINISHING):
+                    yield finishing.popleft().result()
+            while block is None and finishing:
+                yield finishing.popleft().result()
+        while finishing:
+            yield finishing.popleft().result()
 
     def _begun(self, pool: ThreadPoolExecutor, name: str, items: list[Item]) -> Iterator[Future[Outcome]]:
         """Computes a block's items, and yields what finishes them."""
@@ -285,21 +289,15 @@ class BlockWorker:
         if "CUDA error" in str(error):  # no later call in this process would work
             raise error
 
-    def _storing(self) -> _Storing:
-        return _Storing(self._job.out)
-
-    def _remove_abandoned(self) -> None:
-        """Removes staging folders of processes of this host that are gone."""
-        for folder in self._staging.parent.glob(f"{self._host}-*"):
-            number = folder.name.removeprefix(f"{self._host}-").partition("-")[0]
-            if number.isdecimal() and not Path(f"/proc/{number}").exists():
-                shutil.rmtree(folder, ignore_errors=True)
+    def _storing(self) -> Storing:
+        return Storing(self._job.out)
 
 
-class _Storing:
+class Storing:
     """Turns what the output store refuses into the error that ends the run."""
 
     def __init__(self, out: str) -> None:
+        """Names the output that the body writes."""
         self._out = out
 
     def __enter__(self) -> None:

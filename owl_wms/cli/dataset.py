@@ -16,7 +16,10 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from owl_wms.batch import Job
+    from owl_wms.batch.progress import Tally
 
 _log = logging.getLogger(__name__)
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="Folder, s3:// prefix, file, or manifest .jsonl or .txt.")]
@@ -28,6 +31,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Workers without a GPU;
 BatchSize = Annotated[int, typer.Option(min=1, help="Frames at once.")]
 Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")]
 Limit = Annotated[float, typer.Option(min=0.1, help="Seconds that one item may take.")]
+Metrics = Annotated[int | None, typer.Option(min=0, help="Port for Prometheus; 0 takes a free one. Ranks add theirs.")]
 Show = Annotated[bool, typer.Option("--status", help="Show how far the work is, and do nothing.")]
 Verify = Annotated[bool, typer.Option(help="Check hash and frame count of every output, and do nothing else.")]
 
@@ -48,6 +52,7 @@ def decode_dataset(
     gpus: Gpus = None,
     workers: Workers = None,
     time_limit: Limit = 3600.0,
+    metrics_port: Metrics = None,
     status: Show = False,
     verify: Verify = False,
 ) -> None:
@@ -66,7 +71,7 @@ def decode_dataset(
         tensorrt=tensorrt,
     )  # fmt: skip
     job = _job(make, out, form, FRAME_FORMS, settings, vae_config, checkpoint, fps=fps, time_limit=time_limit)
-    _go(job, source, LATENT_SUFFIXES, engine, gpus, workers, status, verify)
+    _go(job, source, LATENT_SUFFIXES, engine, gpus, workers, metrics_port, status, verify)
 
 
 def encode_dataset(
@@ -83,6 +88,7 @@ def encode_dataset(
     gpus: Gpus = None,
     workers: Workers = None,
     time_limit: Limit = 3600.0,
+    metrics_port: Metrics = None,
     status: Show = False,
     verify: Verify = False,
 ) -> None:
@@ -96,7 +102,7 @@ def encode_dataset(
     settings = {"scale": scale, "batch_size": batch_size, "dtype": dtype, "resize": resize}
     make = partial(EncodeClips, vae_config, checkpoint, dtype=dtype, batch_size=batch_size, scale=scale, resize=resize)
     job = _job(make, out, form, LATENT_FORMS, settings, vae_config, checkpoint, encodes=True, time_limit=time_limit)
-    _go(job, source, FRAME_SUFFIXES, engine, gpus, workers, status, verify)
+    _go(job, source, FRAME_SUFFIXES, engine, gpus, workers, metrics_port, status, verify)
 
 
 def _job(
@@ -131,11 +137,13 @@ def _go(
     engine: str | None,
     gpus: int | None,
     workers: int | None,
+    metrics_port: int | None,
     show: bool,
     verify: bool,
 ) -> None:
+    from owl_wms.batch import ranks
     from owl_wms.batch import run as engines
-    from owl_wms.cli import _shared as shared
+    from owl_wms.batch.progress import Tally
     from owl_wms.errors import ConfigError, DataError
 
     console = Console(stderr=True)
@@ -161,28 +169,84 @@ def _go(
         if workers is not None or gpus > torch.cuda.device_count():
             seen = f"this machine shows {torch.cuda.device_count()} GPUs"
             raise ConfigError(f"--gpus {gpus}: {seen}; give at most that, and no --workers", key="gpus")
-    done = failed = frames = 0
-    begun = time.perf_counter()
-    with shared.progress(console) as bar:
-        task = bar.add_task("items", total=None)
-        for outcome in engines.run(job, source, suffixes, engine=engine, workers=workers or gpus):
+    rank = ranks.place() if engines.choose_engine(engine) == "ranks" else None
+    if metrics_port is not None:
+        _serve(metrics_port, console)
+    tally, begun = Tally(), time.perf_counter()
+    # One screen for the whole job: rank 0 shows all ranks.
+    with _View(console, tally, shown=rank is None or rank[0] == 0) as view:
+        for outcome in engines.run(job, source, suffixes, engine=engine, workers=workers or gpus, tally=tally):
             if not outcome.key:
                 continue
-            done, failed = done + (outcome.state == "done"), failed + (outcome.state == "failed")
-            frames += outcome.frames
-            seconds = time.perf_counter() - begun
-            bar.update(task, completed=done + failed, description=f"{frames / seconds:.0f} frames/s, {failed} failed")
+            view.update()
             if outcome.state == "failed":
                 _log.warning("%s: %s", outcome.item, outcome.reason)
-            _log.info("%s: %s, %d frames in %.2f s", outcome.item, outcome.state, outcome.frames, outcome.seconds)
+            text = "%s: %s, %d frames in %.2f s by %s"
+            _log.debug(text, outcome.item, outcome.state, outcome.frames, outcome.seconds, outcome.worker)
+        view.update()
     seconds = time.perf_counter() - begun
-    text = f"{done} done, {failed} failed, {frames} frames, {frames / seconds:.1f} frames/s"
-    if not done + failed:
+    mine = Tally(workers=tally.workers).sum()
+    who = "" if rank is None else f"rank {rank[0]}: "
+    text = f"{who}{mine.done} done, {mine.failed} failed, {mine.frames} frames, {mine.frames / seconds:.1f} frames/s"
+    if not mine.done + mine.failed:
         state = engines.status(job, source, suffixes)
         if not state.done + state.left:
             raise DataError(f"{source}: holds no file that ends in {', '.join(suffixes)}", path=source)
-        text = f"nothing is left to do: {state.done} files were done before, {state.left} are in work elsewhere"
+        text = f"{who}nothing is left to do: {state.done} files were done before, {state.left} are in work elsewhere"
     console.print(text, highlight=False, soft_wrap=True)
-    if failed:
+    if mine.failed:
         console.print(f"reasons: {job.out}/_ledger/failed.jsonl", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1)
+
+
+class _View:
+    """The progress of the whole job on one line, and with -v a line per worker."""
+
+    def __init__(self, console: Console, tally: Tally, *, shown: bool) -> None:
+        from owl_wms.cli import _shared as shared
+
+        self._tally, self._begun = tally, time.perf_counter()
+        self._bar = shared.progress(console)
+        self._bar.disable = not shown
+        self._whole = self._bar.add_task("items", total=None)
+        self._per_worker = _log.isEnabledFor(logging.INFO)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> _View:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self) -> None:
+        """Shows the tally as it is now."""
+        tally, seconds = self._tally, time.perf_counter() - self._begun
+        counts = tally.sum()
+        text = f"{counts.frames / seconds:.0f} frames/s, {counts.failed} failed"
+        ended = tally.earlier + counts.done + counts.failed
+        self._bar.update(self._whole, total=tally.total, completed=ended, description=text)
+        for worker, has in sorted({**tally.workers, **tally.others}.items()) if self._per_worker else ():
+            text = f"{worker}: {has.frames / seconds:.0f} frames/s, {has.failed} failed"
+            if worker not in self._tasks:
+                self._tasks[worker] = self._bar.add_task(text, total=None)
+            self._bar.update(self._tasks[worker], completed=has.done + has.failed, description=text)
+
+
+def _serve(port: int, console: Console) -> None:
+    """Serves this process's counters to Prometheus; ranks of one machine take the ports from `port` on."""
+    from owl_wms.batch import ranks
+    from owl_wms.errors import ConfigError
+
+    try:
+        import prometheus_client
+    except ImportError as error:
+        text = "--metrics-port needs prometheus-client: pip install prometheus-client; or leave it out"
+        raise ConfigError(text, key="metrics_port") from error
+    taken = port + ranks.local_rank() if port else 0
+    try:
+        server, _ = prometheus_client.start_http_server(taken)
+    except OSError as error:
+        text = f"--metrics-port {taken}: {error.strerror}; name another port, or 0 for a free one"
+        raise ConfigError(text, key="metrics_port") from error
+    console.print(f"metrics: http://localhost:{server.server_port}/metrics", highlight=False, soft_wrap=True)

@@ -28,7 +28,8 @@ _HELP = {
 
 
 @functools.cache
-def _counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Any:
+def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Any:
+    """Returns the process's counter of this name, or None without `prometheus-client`."""
     try:
         import prometheus_client
     except ImportError:
@@ -41,13 +42,13 @@ def _counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Any:
 
 def count(name: str, by: int) -> None:
     """Add to `owl_decode_<name>_total`; names without a help text are not exported."""
-    counter = _counter(f"owl_decode_{name}", _HELP[name]) if name in _HELP else None
-    if counter is not None:
-        counter.inc(by)
+    found = counter(f"owl_decode_{name}", _HELP[name]) if name in _HELP else None
+    if found is not None:
+        found.inc(by)
 
 
 def failure(stage: str) -> None:
     """Add one to `owl_decode_failures_total{stage=...}`."""
-    counter = _counter("owl_decode_failures", "failures of the compiled path by stage", ("stage",))
-    if counter is not None:
-        counter.labels(stage=stage).inc()
+    found = counter("owl_decode_failures", "failures of the compiled path by stage", ("stage",))
+    if found is not None:
+        found.labels(stage=stage).inc()

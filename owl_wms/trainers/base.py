@@ -47,7 +47,7 @@ from owl_wms.trainers.checkpoints import (
 from owl_wms.trainers.distributed import barrier, choose_device
 from owl_wms.trainers.ema import EMA
 from owl_wms.trainers.evaluation import Evaluation, Evaluator, core_of
-from owl_wms.trainers.guards import REMEDY, broken_weight, require_finite, rescue
+from owl_wms.trainers.guards import REMEDY, broken_weight, raise_if_rank_lost, require_finite, rescue
 from owl_wms.trainers.metrics import Metrics
 from owl_wms.trainers.optim.optimisers import build_optimiser, build_schedule
 from owl_wms.trainers.phases import Loss, Phase
@@ -188,7 +188,8 @@ class BaseTrainer(ABC):
         Raises:
             ConfigError, DataError, CheckpointError: before the first step, a file or a setting cannot be used; the
                 run's folder is as it was.
-            TrainingError: a loss, gradient or weight is no longer finite; nothing was saved over.
+            TrainingError: a loss, gradient or weight is no longer finite, and nothing was saved over; or another rank
+                ended, and rank 0 saved the last whole step.
             DataError: a row that cannot be used; the steps before it are saved.
         """
         self.resume()
@@ -214,6 +215,7 @@ class BaseTrainer(ABC):
                     _log.warning("%s: the run ends after step %d; --resume continues it", self._asked.by, self.step)
         except BaseException as error:  # KeyboardInterrupt too: a second Ctrl-C ends the step, not what is saved
             rescue(self, error)
+            raise_if_rank_lost(error, self.step)
             raise
         finally:
             if self.run_log is not None:

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from owl_wms.errors import TrainingError
+from owl_wms.files import one_line
 from owl_wms.trainers.run import Saved
 
 REMEDY = (
@@ -73,3 +75,17 @@ def rescue(trainer: Saved, error: BaseException) -> None:
             _log.warning("%s; step %d is not saved: weight %r is not finite", ended, trainer.step, broken)
     except Exception as failure:
         _log.warning("%s, and step %d could not be saved: %s", ended, trainer.step, failure)
+
+
+def raise_if_rank_lost(error: BaseException, step: int) -> None:
+    """Turns what a collective reports when another rank is gone into one line; passes over any other error.
+
+    Raises:
+        TrainingError: another rank ended, or did not answer in time.
+    """
+    text = one_line(error)
+    # gloo has no class of its own: its messages begin with the file that they come from.
+    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in text)
+    if lost:
+        remedy = "see its error, then start the run again with --resume, on as many ranks as you like"
+        raise TrainingError(f"another rank ended after step {step} ({text}); {remedy}", step=step) from error

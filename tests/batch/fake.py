@@ -28,7 +28,8 @@ class FakeClips:
     """Makes two frames out of the bytes of a file. A file that begins with a word below does that instead:
 
     `bad` fails; `hang` never ends; `die` kills the process; `die-once:PATH` does unless PATH is there, and makes it;
-    `slow:SECONDS` sleeps; `busy:SECONDS` computes for that long.
+    `die-parent-once:PATH` kills the parent process likewise; `slow:SECONDS` sleeps; `busy:SECONDS` computes for that
+    long.
     """
 
     def __init__(self, *, device: str | None = None) -> None:
@@ -43,17 +44,22 @@ class FakeClips:
             raise DataError("it is bad")
         if word == "hang":
             time.sleep(1000)
-        if word == "die" or (word == "die-once" and not Path(value).exists()):
+        if word == "die" or (word in ("die-once", "die-parent-once") and not Path(value).exists()):
             if value:
                 Path(value).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getppid() if word == "die-parent-once" else os.getpid(), signal.SIGKILL)
+            time.sleep(60)
         if word == "slow":
             time.sleep(float(value))
         if word == "busy":
             end = time.process_time() + float(value)
             while time.process_time() < end:
                 pass
-        yield frames_of(source.text)
+        for number in range(2):
+            yield self.piece(source.text, number)
+
+    def piece(self, text: str, number: int) -> torch.Tensor:
+        return frames_of(text)[number : number + 1]
 
 
 def frames_of(text: str) -> torch.Tensor:
@@ -81,3 +87,8 @@ def outputs_of(job: Job) -> dict[str, bytes]:
     root = Path(job.out)
     found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     return {name: data for name, data in found.items() if not name.startswith("_ledger") or "staging" in name}
+
+
+def parts(job: Job) -> list[dict[str, Any]]:
+    """The whole lines of the ledger, run after run."""
+    return list(job.ledger().lines())

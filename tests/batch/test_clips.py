@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import socket
 import tarfile
 from pathlib import Path
+from urllib.request import ProxyHandler, build_opener
 
 import numpy as np
+import prometheus_client
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -33,6 +37,13 @@ def latents(frames: int, seed: int = 0) -> torch.Tensor:
     side = size if isinstance(size, int) else size[0]
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(frames, golden["cfg"]["latent_channels"], side, side, generator=generator)
+
+
+def counters() -> list[float]:
+    """Items done, items failed and frames, as this process tells Prometheus."""
+    labels = [("items", {"state": "done"}), ("items", {"state": "failed"}), ("frames", {})]
+    value = prometheus_client.REGISTRY.get_sample_value
+    return [value(f"owl_batch_{name}_total", label) or 0.0 for name, label in labels]
 
 
 @pytest.fixture
@@ -83,7 +94,16 @@ def test_the_command_decodes_every_kind_of_input(
     (folder / "broken.pt").write_bytes(b"PK\x03\x04")
     out = tmp_path / "out"
     arguments = [str(folder), "--out", str(out), "--vae-config", files[0], "--checkpoint", files[1], "--no-tensorrt"]
-    assert run("decode-dataset", *arguments) == 1
+    before = counters()
+    assert run("-v", "decode-dataset", *arguments, "--metrics-port", "0") == 1
+    shown = capsys.readouterr().err
+    assert re.search(rf"{re.escape(socket.gethostname())}:\d+: \d+ frames/s, 1 failed .* 5/\?", shown), shown
+    assert re.search(r"\d+ frames/s, 1 failed .* 5/5", shown), "the whole job on a line of its own"
+    (url,) = re.findall(r"metrics: (http://localhost:\d+/metrics)", shown)
+    with build_opener(ProxyHandler({})).open(url, timeout=60) as page:
+        served = page.read().decode()
+    assert 'owl_batch_items_total{state="done"}' in served
+    assert [now - then for now, then in zip(counters(), before, strict=True)] == [4, 1, 25]
     names = ["a.pt.npy", "c.safetensors.npy", "d.tar/x.npy", "d.tar/y.npy", "deep/b.npy.npy"]
     (generation,) = out.iterdir()
     assert sorted(str(p.relative_to(generation)) for p in generation.rglob("*.npy")) == names

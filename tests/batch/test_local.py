@@ -5,9 +5,14 @@ Run: python -m pytest tests/batch/test_local.py
 
 from __future__ import annotations
 
-import errno
+import ctypes
 import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +22,22 @@ from owl_wms.batch.items import LATENT_SUFFIXES, Item, cut, list_items
 from owl_wms.batch.ledger import run_name
 from owl_wms.batch.lock import held
 from owl_wms.batch.run import run, status, verify
-from owl_wms.batch.store import Store
 from owl_wms.batch.worker import Outcome
 from owl_wms.errors import BatchError
-from tests.batch.fake import fake_job, frames_of, make_inputs, outputs_of
+from tests.batch.fake import fake_job, frames_of, make_inputs, outputs_of, parts
+
+FORK: Any = multiprocessing.get_context("fork")
 
 
 def go(job: Job, folder: Path, workers: int = 1) -> list[Outcome]:
     return [o for o in run(job, str(folder), LATENT_SUFFIXES, engine="local", workers=workers) if o.key]
+
+
+@pytest.fixture(autouse=True)
+def _forked(request: pytest.FixtureRequest) -> None:
+    """Spares each worker the import of torch; one test has workers as users have them."""
+    if "spawned" not in request.function.__name__:
+        request.getfixturevalue("forked")
 
 
 def plain(job: Job, folder: Path) -> list[Outcome]:
@@ -34,7 +47,7 @@ def plain(job: Job, folder: Path) -> list[Outcome]:
     return [o for o in worker.run(blocks) if o.key]
 
 
-def test_outputs_are_right_and_a_second_run_has_nothing_to_do(tmp_path: Path) -> None:
+def test_outputs_of_spawned_workers_are_right_and_a_second_run_has_nothing_to_do(tmp_path: Path) -> None:
     texts = {f"{n % 3}/{n}.pt": f"item {n}" for n in range(30)}
     folder, job = make_inputs(tmp_path / "in", texts), fake_job(tmp_path / "out")
     done = go(job, folder, workers=2)
@@ -56,13 +69,13 @@ def test_outputs_are_right_and_a_second_run_has_nothing_to_do(tmp_path: Path) ->
 def test_a_bad_item_a_hanging_one_and_a_deadly_one_fail_alone(tmp_path: Path) -> None:
     texts = {f"{n}.pt": f"item {n}" for n in range(12)}
     texts |= {"03.pt": "bad", "05.pt": "hang", "07.pt": "die", "09.pt": f"die-once:{tmp_path / 'died'}"}
-    folder, job = make_inputs(tmp_path / "in", texts), fake_job(tmp_path / "out", time_limit=1.0)
+    folder, job = make_inputs(tmp_path / "in", texts), fake_job(tmp_path / "out", time_limit=3.0)
     outcomes = {Path(o.item).name: o for o in go(job, folder)}
     assert set(outcomes) == set(texts)
     failed = {name: o.reason for name, o in outcomes.items() if o.state == "failed"}
     assert failed == {
         "03.pt": "it is bad",
-        "05.pt": "took longer than 1 s",
+        "05.pt": "took longer than 3 s",
         "07.pt": "3 workers ended while they had it",
     }
     told = [json.loads(line) for line in (Path(job.out) / "_ledger/failed.jsonl").read_text().splitlines()]
@@ -116,30 +129,89 @@ def test_verify_finds_what_changed_and_the_next_run_mends_it(tmp_path: Path) -> 
 
 def test_a_second_run_on_the_same_output_refuses(tmp_path: Path) -> None:
     folder, job = make_inputs(tmp_path / "in", {"a.pt": "a"}), fake_job(tmp_path / "out")
-    with held(job, "run"), pytest.raises(BatchError, match="another run is writing here"):
+    with held(job), pytest.raises(BatchError, match="another run is writing here"):
         go(job, folder)
     assert len(go(job, folder)) == 1
 
 
-def test_a_full_disk_ends_the_run_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def on_a_disk_of_its_own(folder: Path, body: Callable[[Callable[[str], None]], None]) -> None:
+    """Runs the body in a fork that sees a RAM disk at `folder`; it is given what sets the disk's size."""
+
+    def child() -> None:
+        libc, options = ctypes.CDLL(None, use_errno=True), ["size=1m"]
+        user, group = os.getuid(), os.getgid()
+        new_user, new_mounts, private, remount = 0x10000000, 0x20000, 0x44000, 0x20  # <sched.h>, <sys/mount.h>
+        refused = libc.unshare(new_mounts | (new_user if user else 0))
+        if not refused and user:
+            Path("/proc/self/setgroups").write_text("deny")
+            Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+            Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+        refused = refused or libc.mount(None, b"/", None, private, None)
+        if refused or libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, options[0].encode()):
+            os._exit(77)
+
+        def resize(size: str) -> None:
+            assert not libc.mount(b"none", os.fsencode(folder), b"tmpfs", remount, f"size={size}".encode())
+
+        body(resize)
+
+    folder.mkdir()
+    process = FORK.Process(target=child)
+    process.start()
+    process.join(60)
+    if process.exitcode == 77:
+        pytest.skip("this system lets tests mount no RAM disk")
+    assert process.exitcode == 0
+
+
+def test_a_full_disk_ends_the_run_and_nothing_is_lost(tmp_path: Path) -> None:
     folder = make_inputs(tmp_path / "in", {f"{n}.pt": f"item {n}" for n in range(40)})
-    job = fake_job(tmp_path / "out")
-    place, placed = Store.place, []
+    plain(fake_job(tmp_path / "quiet"), folder)
+    wanted, job = outputs_of(fake_job(tmp_path / "quiet")), fake_job(tmp_path / "out")
 
-    def full(self: Store, staged: Path, name: str) -> None:
-        if len(placed) == 10:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        placed.append(name)
-        place(self, staged, name)
+    def body(resize: Callable[[str], None]) -> None:
+        resize("128k")  # a file takes a page of 4 KiB
+        for _ in range(2):
+            with pytest.raises(BatchError, match="No space left on device; make room"):
+                go(job, folder, workers=2)
+        there = {name: data for name, data in outputs_of(job).items() if "staging" not in name}
+        assert 0 < len(there) < len(wanted)
+        assert there.items() <= wanted.items(), "what has its name is whole"
+        resize("1m")
+        assert len(go(job, folder)) >= len(wanted) - len(there)
+        assert outputs_of(job) == wanted
 
-    monkeypatch.setattr(Store, "place", full)
-    with pytest.raises(BatchError, match="No space left on device; make room"):
-        plain(job, folder)
-    monkeypatch.undo()
-    assert len(outputs_of(job)) == 10
-    done = go(job, folder)
-    assert len(done) == 30
-    assert len(outputs_of(job)) == 40
+    on_a_disk_of_its_own(tmp_path / "out", body)
+
+
+def test_two_runs_at_once_share_nothing_and_lose_nothing(tmp_path: Path) -> None:
+    folder = make_inputs(tmp_path / "in", {f"{n:02}.pt": f"item {n}" for n in range(40)})
+    plain(fake_job(tmp_path / "quiet"), folder)
+    wanted = outputs_of(fake_job(tmp_path / "quiet"))
+    for kind in ("threads", "processes"):
+        job = fake_job(tmp_path / kind)
+        barrier: Any = threading.Barrier(3) if kind == "threads" else FORK.Barrier(3)
+        said: Any = [] if kind == "threads" else FORK.Manager().list()
+
+        def one(job: Job = job, barrier: Any = barrier, said: Any = said) -> None:
+            barrier.wait(30)
+            try:
+                said.append(len(go(job, folder)))
+            except BatchError as error:
+                said.append(str(error))
+
+        both = [(threading.Thread if kind == "threads" else FORK.Process)(target=one) for _ in range(3)]
+        for each in both:
+            each.start()
+        for each in both:
+            each.join(60)
+        # Each did all of it, found it done, or was refused.
+        assert sorted(outcome for outcome in said if isinstance(outcome, int))[-1] == 40
+        assert all(outcome in (0, 40) or "another run is writing here" in outcome for outcome in said)
+        assert len(said) == 3
+        assert outputs_of(job) == wanted
+        done = [line["key"] for line in parts(job) if line["event"] == "done"]
+        assert len(done) == len(set(done)) == 40
 
 
 def test_blocks_are_cut_by_bytes_and_become_smaller_at_the_end() -> None:

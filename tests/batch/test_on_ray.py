@@ -6,14 +6,26 @@ Run: python -m pytest tests/batch/test_on_ray.py
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from owl_wms.batch import DecodeClips, lock
 from owl_wms.batch.items import LATENT_SUFFIXES
+from owl_wms.batch.job import announce
+from owl_wms.batch.lock import at_work, held, quiet
+from owl_wms.batch.on_ray import _RayWorker
+from owl_wms.batch.progress import Tally
 from owl_wms.batch.run import run, status
+from owl_wms.batch.store import Store
+from owl_wms.errors import BatchError
 from tests.batch.fake import fake_job, frames_of, make_inputs, outputs_of
+from tests.batch.test_clips import latents
+from tests.cli.conftest import files  # noqa: F401
 
 ray = pytest.importorskip("ray", reason="Ray comes with the extra ray")
 ROOT = Path(__file__).parents[2]
@@ -34,9 +46,11 @@ def cluster() -> Iterator[None]:
 def test_each_item_once_although_actors_die(tmp_path: Path) -> None:
     texts = {f"{n:02}.pt": f"item {n}" for n in range(40)}
     texts |= {"03.pt": "bad", "20.pt": f"die-once:{tmp_path / 'died'}"}
-    folder, job = make_inputs(tmp_path / "in", texts), fake_job(tmp_path / "out")
-    outcomes = [o for o in run(job, str(folder), LATENT_SUFFIXES, engine="ray", workers=2) if o.key]
+    folder, job, tally = make_inputs(tmp_path / "in", texts), fake_job(tmp_path / "out"), Tally()
+    outcomes = [o for o in run(job, str(folder), LATENT_SUFFIXES, engine="ray", workers=2, tally=tally) if o.key]
     assert (tmp_path / "died").exists()
+    assert tally.sum()[:3] == (39, 1, 78)
+    assert len({worker for worker in tally.workers if worker}) >= 2, "two actors worked"
     assert sorted(os.path.basename(o.item) for o in outcomes) == sorted(texts)
     assert [o.reason for o in outcomes if o.state == "failed"] == ["it is bad"]
     found = outputs_of(job)
@@ -45,3 +59,36 @@ def test_each_item_once_although_actors_die(tmp_path: Path) -> None:
         assert data.endswith(frames_of(texts[name.removesuffix(".npy")]).numpy().tobytes())
     state = status(job, str(folder), LATENT_SUFFIXES)
     assert (state.done, state.failed, state.left) == (39, 1, 1)
+
+
+def test_an_actor_of_a_run_that_is_over_does_nothing(tmp_path: Path) -> None:
+    folder, job = make_inputs(tmp_path / "in", {"a.pt": "a"}), fake_job(tmp_path / "out")
+    with held(job), quiet(job):
+        announce(job, "now")
+    row = {"path": [str(tmp_path / "rows")], "start": [0], "stop": [1]}
+    with pytest.raises(BatchError, match="another run has begun; this one ends"):
+        _RayWorker(job, "before")(row)
+    assert outputs_of(job) == {}
+    with at_work(Store(job.out)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lock, "_ACTORS_SECONDS", 0.1)
+        with pytest.raises(BatchError, match="actors of an earlier run are at work"):
+            list(run(job, str(folder), LATENT_SUFFIXES, engine="local"))
+
+
+def test_map_batches_as_the_page_has_it(tmp_path: Path, files: tuple[str, str]) -> None:  # noqa: F811
+    page = (ROOT / "docs/dataset.md").read_text(encoding="utf-8")
+    (block,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.S) if "map_batches" in text)
+    decode = DecodeClips(*files, device="cpu", tensorrt=False)
+    clips = [latents(3, seed).numpy() for seed in range(4)]
+    for number, clip in enumerate(clips):
+        np.save(tmp_path / f"{number}.npy", clip)
+    here = {"latents/": f"{tmp_path}/", "dec.yml": files[0], "dec.pt": files[1], "num_gpus=1": "num_gpus=0"}
+    for written, there in here.items():
+        assert written in block
+        block = block.replace(written, there)
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/dataset.md", "exec"), names)
+    found = {Path(row["name"]).stem: row["frames"] for row in names["frames"].iter_rows()}
+    assert sorted(found) == ["0", "1", "2", "3"]
+    for number, clip in enumerate(clips):
+        assert np.array_equal(found[str(number)], decode({"latents": clip[None]})["frames"][0])
