@@ -41,10 +41,9 @@ ROOT = Path(__file__).parents[1]
 TOY = ROOT / "examples/demo/demo_vae"
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 ENGINES, FORMS = ("local", "ranks", "ray"), ("npy", "mp4")
-LONG = 20  # items in the file that `owl-wms decode` is timed with
 
 
-def make_inputs(folder: Path, items: int, frames: int, toy: bool) -> list[str]:
+def make_inputs(folder: Path, items: int, frames: int, long: int, toy: bool) -> list[str]:
     """Writes the decoder and the latents; returns the options that name the decoder."""
     if toy:
         config, checkpoint, shape = f"{TOY}.yml", f"{TOY}.safetensors", (128, 8, 8)
@@ -55,7 +54,7 @@ def make_inputs(folder: Path, items: int, frames: int, toy: bool) -> list[str]:
     generator = torch.Generator().manual_seed(0)
     for number in range(items):
         save_array(folder / "in" / f"{number:04}.pt", torch.randn(frames, *shape, generator=generator).bfloat16())
-    save_array(folder / "long.pt", torch.randn(frames * LONG, *shape, generator=generator).bfloat16())
+    save_array(folder / "long.pt", torch.randn(long, *shape, generator=generator).bfloat16())
     return ["--vae-config", config, "--checkpoint", checkpoint]
 
 
@@ -134,7 +133,7 @@ def measure(engine: str, form: str, folder: Path, decoder: list[str], workers: i
     text = "".join(part.read_text() for part in (generation / "_ledger/parts").iterdir())
     lines = (json.loads(line) for line in text.splitlines())
     done = sorted((line for line in lines if line["event"] == "done"), key=lambda line: line["at"])
-    frames, span = sum(line["frames"] for line in done[1:]), done[-1]["at"] - done[0]["at"]
+    frames, span = sum(line["frames"] for line in done[1:]), max(done[-1]["at"] - done[0]["at"], 1e-3)
     busy = statistics.median(line["seconds"] for line in done) * (len(done) - 1) / (span * workers)
     hashes = {output["name"]: output["sha256"] for line in done for output in line["outputs"]}
     first = (generation / sorted(hashes)[0]).read_bytes()
@@ -176,15 +175,16 @@ def main() -> None:
     if not set(arguments.engines) <= set(ENGINES) or not set(arguments.forms) <= set(FORMS):
         parser.error(f"--engines are of {', '.join(ENGINES)} and --forms of {', '.join(FORMS)}")
     items = arguments.items or (4 if arguments.toy else 200)
-    length = arguments.frames or (2 if arguments.toy else 240)
-    needed = (items + LONG) * length * 360 * 640 * 4
+    length = arguments.frames or (1 if arguments.toy else 240)
+    long = 2 if arguments.toy else length * 20  # frames of the file that `owl-wms decode` is timed with
+    needed = (items * length + long) * 360 * 640 * 4
     if shutil.disk_usage(arguments.folder).free < needed:
         parser.error(f"--folder {arguments.folder} needs {needed >> 30} GiB free; name another, or take fewer --frames")
     seen = 2 if arguments.toy else torch.cuda.device_count()
     gpus = sorted({n for n in arguments.gpus or (1, seen) if n <= seen})
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        decoder = make_inputs(folder, items, length, arguments.toy)
+        decoder = make_inputs(folder, items, length, long, arguments.toy)
         base = decode_rate(folder, decoder)
         rows = []
         for form, engine in itertools.product(arguments.forms, arguments.engines):
