@@ -37,18 +37,23 @@ def plot_rows(rows: list[dict[str, Any]], out: Path, caption: str) -> None:
             place = index * 4 + offset
             label = NAMES[kind] if index == 0 else None
             axes.barh(place, eager / ms, color=COLOURS[kind], label=label, height=0.9)
-            axes.text(eager / ms, place, f" {ms:.3g} ms, {eager / ms:.1f}x", va="center", fontsize=11)
+            axes.text(eager / ms, place, f" {three_digits(ms)} ms, {eager / ms:.1f}x", va="center", fontsize=11)
     axes.set_yticks([index * 4 + 1 for index in range(len(groups))], [group["name"] for group in groups], fontsize=12)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(group["eager"]["median_ms"] / group["ours"]["median_ms"] for group in groups))
     axes.set_xlabel("times as fast as eager PyTorch; milliseconds per batch of 8 frames", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", fontsize=11, frameon=False)
-    figure.text(0.01, 0.01, caption, fontsize=8, color="#555555")
+    figure.text(0.01, 0.01, caption, fontsize=9, color="#555555")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
     pyplot.close(figure)
+
+
+def three_digits(value: float) -> str:
+    """Returns a figure as 2.63, 11.0 or 222."""
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import (
     accuracy,
@@ -20,6 +21,7 @@ from benchmarks import (
     ops,
     ops8,
     ops_sana,
+    pictures,
     play,
     plot,
     report,
@@ -219,6 +221,23 @@ def test_a_row_names_decoder_precision_and_plan() -> None:
     ):
         _, spec = trt_matrix.spec_of(row, argparse.Namespace(**asked))
         assert (spec.precision, spec.plans, spec.input_shape) == (precision, plans, (2, 128, 8, 8))
+
+
+def test_bars_are_labelled_with_three_digits() -> None:
+    values = (2.631, 9.996, 11.0, 34.0, 99.96, 221.6)
+    assert [plot.three_digits(value) for value in values] == ["2.63", "10.0", "11.0", "34.0", "100", "222"]
+
+
+def test_a_clip_runs_at_the_game_s_speed_and_repeats(tmp_path: Path) -> None:
+    shots = [Image.new("RGB", (16, 9), (80 * number, 0, 0)) for number in range(3)]
+    pictures.save_clip(shots, tmp_path / "clip.webp")
+    with Image.open(tmp_path / "clip.webp") as clip:
+        assert (clip.size, clip.n_frames, clip.info["loop"]) == ((16, 9), 3, 0)
+        for number in range(3):
+            clip.seek(number)
+            clip.load()
+            assert clip.info["duration"] == 67
+            assert abs(clip.convert("RGB").getpixel((8, 4))[0] - 80 * number) < 8
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import typer
+from PIL import Image
 
 from owl_wms.cli import build_app
 
@@ -92,6 +93,20 @@ def test_commands_that_can_run_here_run(path: Path, tmp_path: Path, monkeypatch:
             command = re.sub(r"\bowl-wms\b", f"{shlex.quote(sys.executable)} -m owl_wms", line)
             ran = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=280)
             assert ran.returncode == 0, f"{line}\n{ran.stderr}"
+
+
+def test_pictures_are_described_wide_enough_and_small() -> None:
+    shown = {page: re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page.read_text(encoding="utf-8")) for page in PAGES}
+    assert {name_of(page) for page, found in shown.items() if found} >= {"README.md", "docs/index.md", "docs/play.md"}
+    for page, found in shown.items():
+        for words, target in found:
+            path = page.parent / target
+            assert len(words) > 20, f"{target} on {page.name}: say what is seen, for who cannot see it"
+            assert path.stat().st_size < 800_000, f"{target}: every clone brings it along"
+            with Image.open(path) as picture:
+                assert picture.width >= 800, f"{target}: README is about 830 pixels wide"
+                if path.stem == "play":
+                    assert picture.n_frames > 30, "a clip, not a picture"
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
