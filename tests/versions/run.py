@@ -63,6 +63,12 @@ def install(wanted: Set, place: Path) -> None:
     subprocess.run([python, "-m", "venv", str(place)], check=True)
     pip = [str(interpreter(place)), "-m", "pip", "install", "-q", "--no-cache-dir"]
     subprocess.run([*pip, *wanted.requirements, "-r", str(ROOT / "requirements-common.txt")], check=True)
+    # Where an index or folder has builds for CPUs too, pip prefers them, and Torch-TensorRT's library needs CUDA's.
+    probe = "import sys, torch; sys.exit(torch.version.cuda is None)"
+    if subprocess.run([str(interpreter(place)), "-c", probe]).returncode:
+        raise SystemExit(
+            f"pip took a torch without CUDA for {wanted.requirements}; see `pip config list` for find-links"
+        )
 
 
 def interpreter(place: Path) -> Path:
