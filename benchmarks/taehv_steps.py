@@ -67,7 +67,9 @@ def tensorrt_step(decoder: TAEHVDecoder, latent: Tensor, state: State) -> Step:
 
 
 def graphed(step: Step, latent: Tensor, state: State) -> Step:
-    """Returns the step as one CUDA graph for one stream, its state in the graph's buffers."""
+    """Returns the step as one CUDA graph for one stream, its state in the graph's buffers; on a CPU the step itself."""
+    if not latent.is_cuda:
+        return step
     graph = GraphedStep(_flat(step), latent, *state)
 
     def replayed(latent: Tensor, state: State) -> tuple[Tensor, State]:
@@ -86,7 +88,9 @@ def _flat(step: Step) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def as_program(step: Step, latent: Tensor, state: State) -> Step:
-    """Returns the step as one CUDA graph whose results are new tensors, as a loaded program gives them."""
+    """Returns the step as one CUDA graph that gives new tensors, as a loaded program does; on a CPU, the step."""
+    if not latent.is_cuda:
+        return step
     graph = GraphedStep(_flat(step), latent, *state)
 
     def called(latent: Tensor, state: State) -> tuple[Tensor, State]:
@@ -98,7 +102,9 @@ def as_program(step: Step, latent: Tensor, state: State) -> Step:
 
 def compiled(decoder: TAEHVDecoder) -> Step:
     """Returns the step under torch.compile in channels_last."""
-    module = torch.compile(Stepping(decoder.to(memory_format=torch.channels_last)), dynamic=False)  # type: ignore[call-overload]
+    on_cpu = next(decoder.parameters()).device.type == "cpu"  # where a toy run needs no C++ compiler
+    laid_out = Stepping(decoder.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    module = torch.compile(laid_out, dynamic=False, backend="eager" if on_cpu else "inductor")
 
     def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
         frames, *following = module(latent, *state)
@@ -113,10 +119,10 @@ def candidates(
     """Name -> maker of a step, given an example."""
 
     def half(latent: Tensor, state: State) -> TAEHVDecoder:
-        twin = build_decoder(decoder.config).cuda().eval().requires_grad_(False)
+        twin = build_decoder(decoder.config).to(latent.device).eval().requires_grad_(False)
         twin.load_state_dict(decoder.state_dict())
         assert isinstance(twin, TAEHVDecoder)
-        return twin.half()
+        return twin.to(latent.dtype)
 
     made: dict[str, Callable[[Tensor, State], Step]] = {
         "eager": lambda z, s: half(z, s).step,
@@ -137,6 +143,8 @@ def to_host(step: Step) -> Step:
 
     def with_copy(latent: Tensor, state: State) -> tuple[Tensor, State]:
         frames, state = step(latent, state)
+        if not frames.is_cuda:
+            return frames, state
         if not pinned:
             pinned.append(torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True))
         pinned[0].copy_(frames, non_blocking=True)
