@@ -192,7 +192,8 @@ def _go(
         state = engines.status(job, source, suffixes)
         if not state.done + state.left:
             raise DataError(f"{source}: holds no file that ends in {', '.join(suffixes)}", path=source)
-        text = f"{who}nothing is left to do: {state.done} files were done before, {state.left} are in work elsewhere"
+        elsewhere = f", {state.left} are in work elsewhere" if state.left else ""
+        text = f"{who}nothing is left to do: {state.done} files were done before{elsewhere}"
     console.print(text, highlight=False, soft_wrap=True)
     if mine.failed:
         console.print(f"reasons: {job.out}/_ledger/failed.jsonl", markup=False, highlight=False, soft_wrap=True)
