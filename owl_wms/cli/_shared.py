@@ -198,19 +198,23 @@ def _try_to_write_below(said: str, folder: Path) -> None:
 
 
 class _RateColumn(ProgressColumn):
-    """Frames per second over the last seconds."""
+    """What a bar counts, per second over the last seconds."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.1f} frames/s")
+        return Text("" if task.speed is None else f"{task.speed:.1f} {self._unit}/s")
 
 
-def progress(console: Any) -> Progress:
-    """A bar with counts, rate and time left, on the given console."""
+def progress(console: Any, unit: str = "frames") -> Progress:
+    """A bar with counts, rate and time left, on the given console; `unit` is what it counts."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _RateColumn(),
+        _RateColumn(unit),
         TimeRemainingColumn(),
         console=console,
     )

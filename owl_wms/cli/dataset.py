@@ -207,7 +207,7 @@ class _View:
         from owl_wms.cli import _shared as shared
 
         self._tally, self._begun = tally, time.perf_counter()
-        self._bar = shared.progress(console)
+        self._bar = shared.progress(console, "items")
         self._bar.disable = not shown
         self._whole = self._bar.add_task("items", total=None)
         self._per_worker = _log.isEnabledFor(logging.INFO)
@@ -224,11 +224,11 @@ class _View:
         """Shows the tally as it is now."""
         tally, seconds = self._tally, time.perf_counter() - self._begun
         counts = tally.sum()
-        text = f"{counts.frames / seconds:.0f} frames/s, {counts.failed} failed"
+        text = f"{counts.frames / seconds:.1f} frames/s, {counts.failed} failed"
         ended = tally.earlier + counts.done + counts.failed
         self._bar.update(self._whole, total=tally.total, completed=ended, description=text)
         for worker, has in sorted({**tally.workers, **tally.others}.items()) if self._per_worker else ():
-            text = f"{worker}: {has.frames / seconds:.0f} frames/s, {has.failed} failed"
+            text = f"{worker}: {has.frames / seconds:.1f} frames/s, {has.failed} failed"
             if worker not in self._tasks:
                 self._tasks[worker] = self._bar.add_task(text, total=None)
             self._bar.update(self._tasks[worker], completed=has.done + has.failed, description=text)
