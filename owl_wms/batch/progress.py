@@ -37,7 +37,7 @@ class Counts(NamedTuple):
 
 @dataclass
 class Tally:
-    """What a run has done so far.
+    """Holds what a run has done so far.
 
     Attributes:
         total: items of the dataset, or None until they are counted.

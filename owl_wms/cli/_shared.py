@@ -198,7 +198,7 @@ def _try_to_write_below(said: str, folder: Path) -> None:
 
 
 class _RateColumn(ProgressColumn):
-    """What a bar counts, per second over the last seconds."""
+    """Shows the rate of the last seconds, in what the bar counts."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
