@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,19 @@ ELSEWHERE = {"security.md": "SECURITY.md", "versions.md": "benchmarks/results/ve
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put such a file into its page, with links relative to `docs/`."""
+    """Put such a file into its page, with links relative to `docs/`; after the examples' table comes their code."""
+    if page.file.src_path == "examples.md":
+        table = (ROOT / "examples/README.md").read_text(encoding="utf-8")
+        return re.sub(r"\[([^]]+)\]\([^)]+\)", r"`\1`", table) + "".join(map(_with_code, _scripts()))
     if page.file.src_path not in ELSEWHERE:
         return markdown
     return (ROOT / ELSEWHERE[page.file.src_path]).read_text(encoding="utf-8").replace("](docs/", "](")
+
+
+def _scripts() -> list[Path]:
+    return [*sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "examples").glob("*.slurm"))]
+
+
+def _with_code(path: Path) -> str:
+    kind = "python" if path.suffix == ".py" else "bash"
+    return f"\n## {path.name}\n\n```{kind}\n{path.read_text(encoding='utf-8')}```\n"

@@ -1,176 +1,241 @@
-"""The examples' scripts: what they name is found from any directory, what is missing is one line.
+"""The examples run as a newcomer would run them: from another folder, with wrong input, without what is optional.
+
+All but the SLURM script run in this process, as on a machine without a GPU. `decode_dataset.py` runs in
+tests/batch/test_on_ray.py, where a Ray cluster is up. The scripts of examples/world have tests/test_example_world.py.
 
 Run: python -m pytest tests/test_examples.py
 """
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
+import json
+import os
+import re
+import runpy
+import subprocess
 import sys
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from owl_wms.configs.world import load_world_config
-from owl_wms.models.latents import LatentSpace
-from owl_wms.models.load import load_model
+from owl_wms.media.arrays import load_latents, save_array
+from owl_wms.media.metrics import psnr
+from owl_wms.media.pictures import to_bytes
+from owl_wms.utils.owl_vae_bridge import get_decoder_only
+from tests import notebook
+from tests.cli.conftest import files  # noqa: F401
+from tests.runtime.toolchains import ExportToolchain
 
-WORLD = Path(__file__).parents[1] / "examples" / "world"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+DEMO = EXAMPLES / "demo" / "demo_vae.yml", EXAMPLES / "demo" / "demo_vae.safetensors"
+SCRIPTS = sorted([*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.slurm")])
+
+
+class Ran(NamedTuple):
+    """What a script left: its names, its exit status or last message, and what it printed."""
+
+    names: dict[str, Any]
+    status: object
+    printed: str
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """examples/world/train.py as a module; its neighbours are imported by their bare names."""
-    monkeypatch.syspath_prepend(str(WORLD))
-    spec = importlib.util.spec_from_file_location("world_train", WORLD / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    for name in ("control", "episodes", "own_history", "stages"):
-        sys.modules.pop(name, None)
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs a script in this process, in a folder that is not the checkout."""
+
+    def run(name: str, *arguments: str | Path) -> Ran:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        names, status = {}, None
+        try:
+            names = runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        except SystemExit as ended:
+            status = ended.code
+        return Ran(names, status, capsys.readouterr().out)
+
+    return run
 
 
-def test_the_autoencoder_is_found_from_any_directory(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@torch.no_grad()
+def plain(latents: torch.Tensor) -> torch.Tensor:
+    """Frames of the demo's decoder itself, bf16."""
+    return get_decoder_only(None, *DEMO)(latents.bfloat16())
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_short_and_in_the_table(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 40
+    head = "\n".join(lines[:8])
+    assert " needs " in head
+    assert f"examples/{path.name}" in head
+    assert f"[{path.name}]({path.name})" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+
+
+def test_bridge(example: Callable[..., Ran], tmp_path: Path) -> None:
+    names, status, printed = example("bridge.py", "out")
+    assert status is None
+    frames, source = names["frames"], names["source"]
+    assert (frames.shape, frames.dtype) == ((2, 4, 360, 640), torch.bfloat16)
+    torch.testing.assert_close(frames, plain(names["latents"]), rtol=0, atol=0.02)
+    assert psnr(frames[:, :3], source[:, :3]).min() > 35
+    assert re.fullmatch(r"[34]\d\.\d dB\ndecoded by pytorch: import: no CUDA device.*\n", printed)
+    assert torch.equal(load_latents(tmp_path / "out/latents.pt")[0], names["latents"])
+    assert Image.open(tmp_path / "out/frames.png").size == (664, 436)
+
+
+def test_bridge_where_nothing_can_be_written(example: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    _, status, _ = example("bridge.py", "file")
+    assert re.fullmatch(r"error: file/latents.pt: cannot be written: .*", str(status))
+
+
+def test_prepare(example: Callable[..., Ran]) -> None:
+    names, status, printed = example("prepare.py")
+    assert status is None
+    assert names["frames"].shape == (1, 3, 4, 360, 640)
+    lines = printed.splitlines()
+    assert lines[0].startswith("ready: pytorch, import: no CUDA device")
+    assert lines[1:3] == [
+        "programs: 0 found, 0 built in 0.0 s, failures {}",
+        "3 frames: 0 batches by a program, 2 by PyTorch",
+    ]
+    assert names["stats"].latency_ms["samples"] == 2
+
+
+def test_training_loop(example: Callable[..., Ran], tmp_path: Path) -> None:
+    names, status, printed = example("training_loop.py", "out")
+    assert status is None
+    losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+), decoded by pytorch: import: no CUDA", printed)]
+    assert len(losses) == 2
+    assert losses[1] < 0.8 * losses[0]
+    assert names["decode"].stats().decodes == 2
+    wanted = to_bytes(plain(names["found"].detach()))
+    assert (names["frames"].int() - wanted.int()).abs().max() <= 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"step_20.png", "step_40.png"}
+
+
+def test_sana(example: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real pipeline, whose decoder runs as a program that the stand-in for TensorRT made."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("TENSORRT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("owl_wms.runtime.decode.TensorRT", ExportToolchain)
+    names, status, printed = example("sana.py", "owl.png")
+    assert status is None
+    assert printed.startswith("largest difference of a pixel: 0.00 of 255\n")
+    assert names["pipe"].vae.decoder.stats().program_calls == 1
+    assert names["plain"].std() > 0.05, "a picture of one colour proves nothing"
+    picture = np.asarray(Image.open(tmp_path / "owl.png"))
+    assert np.array_equal(picture, (names["fast"][0] * 255).round().astype("uint8"))
+
+
+def test_a_missing_package_is_one_line(example: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, name, remedy in (("diffusers", "sana.py", "needed: diffusers"), ("ray", "decode_dataset.py", "Run: ")):
+        monkeypatch.setitem(sys.modules, package, None)
+        _, status, _ = example(name)
+        assert re.fullmatch(rf"error: .*\b{package}\b.* \({remedy}.*\)", str(status))
+
+
+def test_one_machine_builds_the_cache_and_others_find_it(
+    example: Callable[..., Ran],
+    files: tuple[str, str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = WORLD / "game_rft.yml"
-    cfg = script.with_files_found(load_world_config(path), path)
-    encode, decode = script.make_codec(cfg, torch.device("cpu"))
-    with torch.no_grad():
-        assert decode(encode(torch.zeros(1, 4, 360, 640))).shape == (1, 4, 360, 640)
+    monkeypatch.setattr("owl_wms.runtime.decode.TensorRT", ExportToolchain)
+    _, status, built = example("cluster_cache.py", "shared", *files)
+    assert status is None
+    assert [re.sub(r"\d+\.\d s", "N s", line).split(": ")[:2] for line in built.splitlines()] == [
+        ["batch 1", "built in N s"],
+        ["batch 8", "built in N s"],
+    ]
+    places = [Path(line.split(": ")[-1]) for line in built.splitlines()]
+    assert all(place.parent.name == "shared" and (place / "manifest.json").is_file() for place in places)
+    _, status, found = example("cluster_cache.py", "shared", *files)
+    assert status is None
+    assert found.splitlines() == [f"batch {size}: found: {place}" for size, place in zip((1, 8), places, strict=True)]
 
 
-def test_missing_weights_are_one_line(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_why_there_is_no_cache_is_one_line(
+    example: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train.py", "--measure", "none.safetensors", "--out", "out"])
-    with pytest.raises(SystemExit) as ended:
-        script.main()
-    assert ended.value.code == 2
-    assert "error: --measure none.safetensors: no such file" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def episodes(script: ModuleType, count: int = 6, frames: int = 24) -> object:
-    """Latents that say where they are from: episode + frame / 100; every second episode rests at its end."""
-    value = torch.arange(count)[:, None] + torch.arange(frames)[None] / 100
-    mouse = torch.ones(count, frames, 2)
-    mouse[::2, 8:] = 0
-    buttons = torch.zeros(count, frames, 11)
-    latents = value[..., None, None, None].expand(-1, -1, 4, 2, 2).half()
-    return script.Episodes(latents=latents, mouse=mouse, buttons=buttons)
-
-
-class Marks(torch.nn.Module):
-    """A model whose frames are all far above the true ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-
-
-def own_loader(script: ModuleType, monkeypatch: pytest.MonkeyPatch, window: int = 6) -> object:
-    class Sampler:
-        def __init__(self, **settings: object) -> None:
-            self.frames = int(settings["num_frames"])  # type: ignore[call-overload]
-
-        def __call__(self, core: object, x: torch.Tensor, mouse: object, btn: object, **_: object) -> object:
-            made = 50 + x[:, :1].expand(-1, self.frames, -1, -1, -1)
-            return type("Result", (), {"latents": made})
-
-    monkeypatch.setattr(sys.modules["own_history"], "get_sampler_cls", lambda name: Sampler)
-    space, settings = LatentSpace(2.0), {"window": window, "batch_size": 32, "sampler": {}}
-    return script.OwnHistoryLoader(episodes(script), space, **settings)
-
-
-def test_own_frames_are_history_and_true_frames_are_targets(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loader = own_loader(script, monkeypatch)
-    loader.renew(Marks(), clips=20, keep=2, frames=16, step=0, noise=0.1)  # type: ignore[attr-defined]
-    batches = iter(loader)  # type: ignore[call-overload]
-    lengths = set()
-    for _ in range(20):
-        latents, mouse, buttons, history = next(batches)
-        assert (latents.shape, mouse.shape, buttons.shape) == ((32, 6, 4, 2, 2), (32, 6, 2), (32, 6, 11))
-        assert (history[:16] == -1).all()
-        assert ((history[16:] >= 1) & (history[16:] <= 5)).all()
-        lengths |= set(history[16:].tolist())
-        own = latents[:, :, 0, 0, 0] > 40
-        assert not own[:16].any(), "true windows are true"
-        for row, count in zip(own[16:], history[16:].tolist(), strict=True):
-            assert not row[count:].any(), "targets are the game's"
-            assert row[count - 1], "the frame before the first target is the model's"
-            assert (row[:count].diff().int() >= 0).all(), "own frames follow the real ones"
-        # Time goes on by one frame between targets, and between the last real and the first target too.
-        for values, mine in zip(latents[16:, :, 0, 0, 0].float(), own[16:], strict=True):
-            real = [(k, float(v)) for k, (v, m) in enumerate(zip(values, mine, strict=True)) if not m]
-            assert all(b[1] - a[1] == pytest.approx((b[0] - a[0]) / 100, abs=5e-3) for a, b in pairwise(real))
-    assert lengths == {1, 2, 3, 4, 5}
-
-
-def test_clips_that_move_end_sooner(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = own_loader(script, monkeypatch)
-    monkeypatch.setattr(loader, "horizon", sys.modules["own_history"].Horizon(moving=2, still=16))
-    for step in range(2):
-        loader.renew(Marks(), clips=40, keep=2, frames=16, step=step, noise=0.1)  # type: ignore[attr-defined]
-    places = loader._places  # type: ignore[attr-defined]
-    assert len(places) == 80
-    reach: dict[bool, int] = {True: 0, False: 0}
-    batches = iter(loader)  # type: ignore[call-overload]
-    for _ in range(30):
-        latents, _, _, history = next(batches)
-        for clip, count in zip(latents[16:, :, 0, 0, 0].float(), history[16:].tolist(), strict=True):
-            last = float(clip[-1])
-            moving = int(last + 0.005) % 2 == 1
-            real = int((clip[:count] < 40).sum())
-            reach[moving] = max(reach[moving], 6 - real)
-    assert reach[True] == 2, "a moving clip ends two own frames behind its last real one"
-    assert reach[False] == 6
-
-
-def tiny(script: ModuleType, folder: Path) -> object:
-    cfg = script.smaller(load_world_config(WORLD / "world_28m.yml"))
-    model = cfg.model.model_copy(update={"channels": 4, "sample_size": 2, "tokens_per_frame": 4})
-    train = cfg.train.model_copy(
-        update={"vae_cfg_path": None, "vae_ckpt_path": None, "vae_scale": 1.0, "latent_transform": None}
+    assert example("cluster_cache.py", "shared").status == (
+        "error: import: no CUDA device: the decoder is on the CPU (run on a machine with an NVIDIA GPU)"
     )
-    return cfg.model_copy(update={"model": model, "train": train})
+    missing = example("cluster_cache.py", "shared", "none.yml", "none.pt").status
+    assert missing == "error: none.yml: cannot read this configuration: No such file or directory"
+    assert example("cluster_cache.py").status == "Run: python examples/cluster_cache.py FOLDER [CONFIG CHECKPOINT]"
+    monkeypatch.setenv("TENSORRT_ENABLED", "false")
+    assert str(example("cluster_cache.py", "shared").status).endswith("switched off by the settings (enabled=False)")
+    assert not (tmp_path / "shared").exists()
 
 
-def test_stages_continue_from_call_to_call_and_on_another_machine(script: ModuleType, tmp_path: Path) -> None:
-    """A stage's first call ends after one step, a later one at its end; the second has carried files alone."""
-    cfg = tiny(script, tmp_path)
-    stages = [stage.smaller() for stage in script.STAGES]
-    data = episodes(script, frames=20)
-    done = []
-    for call in range(60):
-        state = script.Progress.read(tmp_path)
-        stage = next((stage for stage in stages if stage.name not in state.done), None)
-        if stage is None:
-            break
-        if call == 1:
-            shutil.rmtree(tmp_path / stage.name)
-        continued = state.stage == stage.name
-        before = state.step if continued else 0
-        script.train(tmp_path, stage, state, cfg, data, 600.0 if continued and call > 1 else 0.0)
-        after = script.Progress.read(tmp_path)
-        assert after.step > before, "no step is lost or made twice"
-        done.append((stage.name, after.step))
-    assert script.Progress.read(tmp_path).done == ["base", "settle", "own"]
-    assert [steps for name, steps in done if name == "own"][-1] == 12
-    written = load_world_config(tmp_path / "world.yml")
-    assert written.model == cfg.model
-    assert written.train.latent_transform == "whitener.safetensors"
-    load_model(tmp_path / "world.yml", tmp_path / "world.safetensors")
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert any('"own_error"' in line for line in lines)
+def test_slurm_script_with_two_ranks(tmp_path: Path, files: tuple[str, str]) -> None:  # noqa: F811
+    """`srun` is a stand-in that starts two processes with the variables that SLURM sets."""
+    decoder = get_decoder_only(None, *files, dtype=torch.float32)
+    latents = torch.randn(3, 2, decoder.latent_channels, 4, 4)
+    for number, clip in enumerate(latents):
+        save_array(tmp_path / f"in/{number}.pt", clip)
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (commands / "python").write_text(f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
+    (commands / "srun").write_text(
+        "#!/bin/bash\nexport SLURM_STEP_ID=0 SLURM_NTASKS=2\n"
+        'SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!\nSLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!\n'
+        "wait $first && wait $second\n"
+    )
+    for command in commands.iterdir():
+        command.chmod(0o755)
+    script = ["bash", str(EXAMPLES / "decode_dataset.slurm")]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    environment = {
+        **kept,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    ran = subprocess.run([*script, "in", "out", *files], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(re.findall(r"(\d) done, 0 failed", ran.stderr)) == ["1", "2"], ran.stderr
+    (generation,) = (tmp_path / "out").iterdir()
+    for number, clip in enumerate(latents):
+        with torch.no_grad():
+            wanted = to_bytes(decoder(clip))
+        got = torch.from_numpy(np.load(generation / f"{number}.pt.npy"))
+        assert (got.int() - wanted.int()).abs().max() <= 1
+    ended = subprocess.run([*script, "in"], env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "usage: sbatch" in ended.stderr
+
+
+def test_notebook() -> None:
+    """Its cells run, and the outputs in the repository are those of its cells but for rounding."""
+    path = EXAMPLES / "latents_to_frames.ipynb"
+    assert path.stat().st_size < 150_000
+    stored, made = json.loads(path.read_text(encoding="utf-8")), notebook.run(path)
+    assert made["cells"][-1]["outputs"][0]["text"][0] == "pytorch - import: no CUDA device: the decoder is on the CPU\n"
+    assert outline(stored) == outline(made)
+    pictures = [line for line in outline(made) if line == "<picture>"]
+    assert len(pictures) == 4
+
+
+def outline(cells: dict[str, Any]) -> list[str]:
+    """The sources of a notebook and its outputs, without pictures and without numbers that have a point."""
+    lines: list[str] = []
+    for cell in cells["cells"]:
+        lines += cell["source"]
+        for output in cell.get("outputs", []):
+            lines += [re.sub(r"\d+\.\d+", "N", line) for line in output.get("text", [])]
+            lines += ["<picture>"] if any(kind.startswith("image/") for kind in output.get("data", ())) else []
+    return lines

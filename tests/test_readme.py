@@ -27,7 +27,12 @@ def test_table_and_report_are_made_from_the_result() -> None:
     assert RESULT.with_suffix(".md").read_text(encoding="utf-8") == report.report(result)
 
 
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md"), ROOT / "benchmarks/README.md"]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("examples/**/README.md"),
+    ROOT / "benchmarks/README.md",
+]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from owl_wms.batch import DecodeClips, lock
 from owl_wms.batch.items import LATENT_SUFFIXES
@@ -23,6 +26,9 @@ from owl_wms.batch.progress import Tally
 from owl_wms.batch.run import run, status
 from owl_wms.batch.store import Store
 from owl_wms.errors import BatchError
+from owl_wms.media.arrays import save_array
+from owl_wms.media.pictures import to_bytes
+from owl_wms.utils.owl_vae_bridge import get_decoder_only
 from tests.batch.fake import fake_job, frames_of, make_inputs, outputs_of
 from tests.batch.test_clips import latents
 from tests.cli.conftest import files  # noqa: F401
@@ -92,3 +98,27 @@ def test_map_batches_as_the_page_has_it(tmp_path: Path, files: tuple[str, str]) 
     assert sorted(found) == ["0", "1", "2", "3"]
     for number, clip in enumerate(clips):
         assert np.array_equal(found[str(number)], decode({"latents": clip[None]})["frames"][0])
+
+
+def test_the_example_decodes_what_it_can(
+    tmp_path: Path,
+    files: tuple[str, str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Files of one and of two clips are decoded whole, and a bad one costs no other."""
+    decoder = get_decoder_only(None, *files, device="cpu", dtype=torch.float32)
+    channels = decoder.latent_channels
+    clips = {"one": torch.randn(2, channels, 4, 4), "two": torch.randn(2, 1, channels, 4, 4)}
+    for name, clip in {**clips, "bad": torch.randn(2, channels + 1, 4, 4)}.items():
+        save_array(tmp_path / f"in/{name}.pt", clip)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["decode_dataset.py", "in", "out", *files])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "examples/decode_dataset.py"), run_name="__main__")
+    assert ended.value.code == "error: decoded 2 of the 3 .pt files in in"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"one.npy", "two.npy"}
+    for name, clip in clips.items():
+        with torch.no_grad():
+            wanted = to_bytes(decoder(clip.reshape(2, channels, 4, 4)))
+        got = torch.from_numpy(np.load(tmp_path / f"out/{name}.npy"))
+        assert (got.int() - wanted.int()).abs().max() <= 1

@@ -1,0 +1,176 @@
+"""The scripts of examples/world: what they name is found from any directory, what is missing is one line.
+
+Run: python -m pytest tests/test_example_world.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from owl_wms.configs.world import load_world_config
+from owl_wms.models.latents import LatentSpace
+from owl_wms.models.load import load_model
+
+WORLD = Path(__file__).parents[1] / "examples" / "world"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """examples/world/train.py as a module; its neighbours are imported by their bare names."""
+    monkeypatch.syspath_prepend(str(WORLD))
+    spec = importlib.util.spec_from_file_location("world_train", WORLD / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    for name in ("control", "episodes", "own_history", "stages"):
+        sys.modules.pop(name, None)
+
+
+def test_the_autoencoder_is_found_from_any_directory(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = WORLD / "game_rft.yml"
+    cfg = script.with_files_found(load_world_config(path), path)
+    encode, decode = script.make_codec(cfg, torch.device("cpu"))
+    with torch.no_grad():
+        assert decode(encode(torch.zeros(1, 4, 360, 640))).shape == (1, 4, 360, 640)
+
+
+def test_missing_weights_are_one_line(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", "--measure", "none.safetensors", "--out", "out"])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    assert "error: --measure none.safetensors: no such file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def episodes(script: ModuleType, count: int = 6, frames: int = 24) -> object:
+    """Latents that say where they are from: episode + frame / 100; every second episode rests at its end."""
+    value = torch.arange(count)[:, None] + torch.arange(frames)[None] / 100
+    mouse = torch.ones(count, frames, 2)
+    mouse[::2, 8:] = 0
+    buttons = torch.zeros(count, frames, 11)
+    latents = value[..., None, None, None].expand(-1, -1, 4, 2, 2).half()
+    return script.Episodes(latents=latents, mouse=mouse, buttons=buttons)
+
+
+class Marks(torch.nn.Module):
+    """A model whose frames are all far above the true ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+
+def own_loader(script: ModuleType, monkeypatch: pytest.MonkeyPatch, window: int = 6) -> object:
+    class Sampler:
+        def __init__(self, **settings: object) -> None:
+            self.frames = int(settings["num_frames"])  # type: ignore[call-overload]
+
+        def __call__(self, core: object, x: torch.Tensor, mouse: object, btn: object, **_: object) -> object:
+            made = 50 + x[:, :1].expand(-1, self.frames, -1, -1, -1)
+            return type("Result", (), {"latents": made})
+
+    monkeypatch.setattr(sys.modules["own_history"], "get_sampler_cls", lambda name: Sampler)
+    space, settings = LatentSpace(2.0), {"window": window, "batch_size": 32, "sampler": {}}
+    return script.OwnHistoryLoader(episodes(script), space, **settings)
+
+
+def test_own_frames_are_history_and_true_frames_are_targets(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = own_loader(script, monkeypatch)
+    loader.renew(Marks(), clips=20, keep=2, frames=16, step=0, noise=0.1)  # type: ignore[attr-defined]
+    batches = iter(loader)  # type: ignore[call-overload]
+    lengths = set()
+    for _ in range(20):
+        latents, mouse, buttons, history = next(batches)
+        assert (latents.shape, mouse.shape, buttons.shape) == ((32, 6, 4, 2, 2), (32, 6, 2), (32, 6, 11))
+        assert (history[:16] == -1).all()
+        assert ((history[16:] >= 1) & (history[16:] <= 5)).all()
+        lengths |= set(history[16:].tolist())
+        own = latents[:, :, 0, 0, 0] > 40
+        assert not own[:16].any(), "true windows are true"
+        for row, count in zip(own[16:], history[16:].tolist(), strict=True):
+            assert not row[count:].any(), "targets are the game's"
+            assert row[count - 1], "the frame before the first target is the model's"
+            assert (row[:count].diff().int() >= 0).all(), "own frames follow the real ones"
+        # Time goes on by one frame between targets, and between the last real and the first target too.
+        for values, mine in zip(latents[16:, :, 0, 0, 0].float(), own[16:], strict=True):
+            real = [(k, float(v)) for k, (v, m) in enumerate(zip(values, mine, strict=True)) if not m]
+            assert all(b[1] - a[1] == pytest.approx((b[0] - a[0]) / 100, abs=5e-3) for a, b in pairwise(real))
+    assert lengths == {1, 2, 3, 4, 5}
+
+
+def test_clips_that_move_end_sooner(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = own_loader(script, monkeypatch)
+    monkeypatch.setattr(loader, "horizon", sys.modules["own_history"].Horizon(moving=2, still=16))
+    for step in range(2):
+        loader.renew(Marks(), clips=40, keep=2, frames=16, step=step, noise=0.1)  # type: ignore[attr-defined]
+    places = loader._places  # type: ignore[attr-defined]
+    assert len(places) == 80
+    reach: dict[bool, int] = {True: 0, False: 0}
+    batches = iter(loader)  # type: ignore[call-overload]
+    for _ in range(30):
+        latents, _, _, history = next(batches)
+        for clip, count in zip(latents[16:, :, 0, 0, 0].float(), history[16:].tolist(), strict=True):
+            last = float(clip[-1])
+            moving = int(last + 0.005) % 2 == 1
+            real = int((clip[:count] < 40).sum())
+            reach[moving] = max(reach[moving], 6 - real)
+    assert reach[True] == 2, "a moving clip ends two own frames behind its last real one"
+    assert reach[False] == 6
+
+
+def tiny(script: ModuleType, folder: Path) -> object:
+    cfg = script.smaller(load_world_config(WORLD / "world_28m.yml"))
+    model = cfg.model.model_copy(update={"channels": 4, "sample_size": 2, "tokens_per_frame": 4})
+    train = cfg.train.model_copy(
+        update={"vae_cfg_path": None, "vae_ckpt_path": None, "vae_scale": 1.0, "latent_transform": None}
+    )
+    return cfg.model_copy(update={"model": model, "train": train})
+
+
+def test_stages_continue_from_call_to_call_and_on_another_machine(script: ModuleType, tmp_path: Path) -> None:
+    """A stage's first call ends after one step, a later one at its end; the second has carried files alone."""
+    cfg = tiny(script, tmp_path)
+    stages = [stage.smaller() for stage in script.STAGES]
+    data = episodes(script, frames=20)
+    done = []
+    for call in range(60):
+        state = script.Progress.read(tmp_path)
+        stage = next((stage for stage in stages if stage.name not in state.done), None)
+        if stage is None:
+            break
+        if call == 1:
+            shutil.rmtree(tmp_path / stage.name)
+        continued = state.stage == stage.name
+        before = state.step if continued else 0
+        script.train(tmp_path, stage, state, cfg, data, 600.0 if continued and call > 1 else 0.0)
+        after = script.Progress.read(tmp_path)
+        assert after.step > before, "no step is lost or made twice"
+        done.append((stage.name, after.step))
+    assert script.Progress.read(tmp_path).done == ["base", "settle", "own"]
+    assert [steps for name, steps in done if name == "own"][-1] == 12
+    written = load_world_config(tmp_path / "world.yml")
+    assert written.model == cfg.model
+    assert written.train.latent_transform == "whitener.safetensors"
+    load_model(tmp_path / "world.yml", tmp_path / "world.safetensors")
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert any('"own_error"' in line for line in lines)
