@@ -93,7 +93,9 @@ def test_bridge(example: Callable[..., Ran], tmp_path: Path) -> None:
     assert psnr(frames[:, :3], source[:, :3]).min() > 35
     assert re.fullmatch(rf"[34]\d\.\d dB\ndecoded by pytorch: {NO_GPU}\n", printed)
     assert torch.equal(load_latents(tmp_path / "out/latents.pt")[0], names["latents"])
-    assert Image.open(tmp_path / "out/frames.png").size == (664, 436)
+    width, height = Image.open(tmp_path / "out/frames.png").size
+    assert width > 2 * 320
+    assert height > 2 * 180
 
 
 def test_bridge_where_nothing_can_be_written(example: Callable[..., Ran], tmp_path: Path) -> None:
