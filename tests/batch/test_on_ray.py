@@ -39,10 +39,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    """A cluster of two CPUs whose processes find this checkout."""
+    """A cluster of two CPUs whose processes find this checkout; `local` never joins one that runs on this machine."""
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False,
+        address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False,
         runtime_env={"env_vars": environment},
     )  # fmt: skip
     yield
