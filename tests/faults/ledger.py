@@ -36,7 +36,7 @@ ATTACKED = {
     "cache": ["owl_wms/cache"],
     "runtime": ["owl_wms/runtime"],
     "building child": ["owl_wms/trt/build"],
-    "loading": ["owl_wms/trt/run/load.py", "owl_wms/trt/check/output.py"],
+    "loading": ["owl_wms/trt/run/load.py", "owl_wms/trt/run/calls.py", "owl_wms/trt/check/output.py"],
     "readers": [
         "owl_wms/configs",
         "owl_wms/inference/messages.py",

@@ -28,7 +28,8 @@ COUNTED = {
     "digests of the weights": "owl_wms.trt.graph.digest.weights_digest",
     "directory checks": "owl_wms.cache.guard.open_trusted",
     "keys hashed": "owl_wms.cache.key._digits",
-    "programs loaded": "owl_wms.trt.run.load._load",
+    "exported programs loaded": "owl_wms.trt.run.load._exported",
+    "call lists read": "owl_wms.trt.run.calls.read",
     "outputs compared": "owl_wms.trt.run.load.confirm",
     "exports": "owl_wms.trt.graph.export.export_decoder",
 }

@@ -14,13 +14,13 @@ import torch
 
 from owl_wms.errors import FastPathError
 from owl_wms.request import Request
-from owl_wms.trt.run import kernels
+from owl_wms.trt.run import calls, kernels
 from owl_wms.trt.library import compiler, jit_kernels
 from owl_wms.trt.check import output
 from owl_wms.trt.build import attempts
 from owl_wms.trt.build.candidate import Candidate
 from owl_wms.trt.build.journal import BuildJournal
-from owl_wms.trt.run.load import load_program
+from owl_wms.trt.run.load import load_calls, load_exported
 from owl_wms.trt.check.parity import example
 from owl_wms.trt.spec import dtype_of
 
@@ -57,19 +57,40 @@ def save(
     attempts.release()
     journal.stage("reload", plan=best.plan)
     begin = time.monotonic()
-    loaded = load_program(path.read_bytes(), device, library=library)
+    data = path.read_bytes()
+    loaded, exported = load_exported(data, device, library=library)
     load_seconds = time.monotonic() - begin
     wanted = output.joined(wanted)
     equal = torch.equal(output.joined(attempts.run(loaded, z, *state)), wanted)
     if not equal:
         reason = "the saved program gives other frames than the program it was saved from"
         raise FastPathError("parity", reason, "report this with the decoder's configuration")
+    del loaded
+
+    def with_calls() -> bytes:
+        listed = calls.with_calls(data, exported, device)
+        again = load_calls(listed, device)
+        if again is None or not torch.equal(output.joined(attempts.run(again, z, *state)), wanted):
+            raise ValueError("its call list gives other frames")
+        return listed
+
+    key = f"calls|{best.plan}|{best.precision}"
+    no_calls = journal.attempt(key) or ""
+    if not no_calls:
+        try:
+            path.write_bytes(with_calls())
+        except Exception as error:  # a program without a call list is as right, and slower to load
+            no_calls = attempts.reason_of(error)
+            path.write_bytes(data)
+            attempts.check_context(device)
+        journal.outcome(key, no_calls)
     return {
         "save_seconds": round(save_seconds, 3),
         "load_seconds": round(load_seconds, 3),
         "kernel_bytes": len(files.get(kernels.FILE, "")) + len(files.get(jit_kernels.FILE, "")),
         "program_bytes": path.stat().st_size,
         "reload_bit_equal": equal,
+        "no_call_list": no_calls,
         "output_sha256": found.sha256,
         "output_shape": list(wanted.shape),
         "output_dtype": str(wanted.dtype).removeprefix("torch."),

@@ -114,6 +114,10 @@ def _pointwise_in_place(x: Tensor, *_settings: Any) -> Tensor | None:
     return x if plain(x) else None
 
 
+def _clamp(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor | None:
+    return _pointwise(x) if low is not None or high is not None else None
+
+
 def _two_alike(x: Any, y: Any) -> Tensor | None:
     if not plain(x) or isinstance(y, (bool, complex)):
         return None
@@ -126,6 +130,26 @@ def _repeat(x: Tensor, repeats: list[int]) -> Tensor | None:
     if not plain(x) or len(repeats) != x.dim() or min(repeats) < 1:
         return None
     return _same_order(x, tuple(size * times for size, times in zip(x.shape, repeats, strict=True)))
+
+
+def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor | None:
+    count = tensors[0].dim() if tensors else 0
+    # The strides decide about the order of a tensor with one channel, whose order `plain` calls unknown.
+    rows = all(
+        type(x) is Tensor and x.is_meta and x.is_floating_point() and x.layout == torch.strided and x.numel() > 0
+        and x.dim() == count and x.is_contiguous() and x.stride(1) > x.stride(-1)
+        for x in tensors
+    )  # fmt: skip
+    if not rows or count not in (4, 5) or not -count <= dim < count:
+        return None
+    shape = list(tensors[0].shape)
+    alike = all(
+        x.dtype == tensors[0].dtype
+        and [*x.shape[: dim % count], *x.shape[dim % count + 1 :]] == [*shape[: dim % count], *shape[dim % count + 1 :]]
+        for x in tensors
+    )
+    shape[dim] = sum(x.shape[dim] for x in tensors)
+    return torch.empty(shape, dtype=tensors[0].dtype, device="meta") if alike else None
 
 
 def _pixel_shuffle(x: Tensor, factor: int) -> Tensor | None:
@@ -148,6 +172,8 @@ RULES: dict[Any, Rule] = {
     aten.leaky_relu.default: _pointwise,
     aten.relu.default: _pointwise,
     aten.silu.default: _pointwise,
+    aten.tanh.default: _pointwise,
+    aten.clamp.default: _clamp,
     aten.leaky_relu_.default: _pointwise_in_place,
     aten.relu_.default: _pointwise_in_place,
     aten.silu_.default: _pointwise_in_place,
@@ -156,6 +182,7 @@ RULES: dict[Any, Rule] = {
     aten.mul.Tensor: _two_alike,
     aten.div.Tensor: _two_alike,
     aten.repeat.default: _repeat,
+    aten.cat.default: _cat,
     aten.pixel_shuffle.default: _pixel_shuffle,
 }
 """Operator -> rule; a rule gets the positional arguments and answers None where it does not apply."""

@@ -19,18 +19,20 @@ import io
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from owl_wms.errors import FastPathError
 from owl_wms.trt.check import output
 from owl_wms.trt.check.parity import example
 from owl_wms.trt.library import engines, jit_kernels
-from owl_wms.trt.run import kernels
+from owl_wms.trt.run import calls, kernels
 
 _LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class LoadedProgram:
@@ -75,7 +77,7 @@ class LoadedProgram:
 
 
 def load_program(data: bytes, device: torch.device | str, *, library: bool = True) -> LoadedProgram:
-    """Deserialize a program whose bytes the caller has verified.
+    """Reads a program whose bytes the caller has verified: its call list if it has one, else the exported program.
 
     Args:
         data: the whole `program.pt2`.
@@ -86,6 +88,17 @@ def load_program(data: bytes, device: torch.device | str, *, library: bool = Tru
         FastPathError: stage "import" when Torch-TensorRT is missing, "parity" when the program does not repeat the
             answer of its build, else "load".
     """
+    return _guarded(_load, data, device, library)
+
+
+def load_exported(
+    data: bytes, device: torch.device | str, *, library: bool = True
+) -> tuple[LoadedProgram, ExportedProgram]:
+    """Reads the exported program, to run and as it is. Arguments and errors as for `load_program`."""
+    return _guarded(_exported, data, device, library)
+
+
+def _guarded(load: Callable[[bytes, torch.device], _T], data: bytes, device: torch.device | str, library: bool) -> _T:
     register_operators()
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -95,8 +108,8 @@ def load_program(data: bytes, device: torch.device | str, *, library: bool = Tru
             warnings.simplefilter("ignore")
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 if not library:
-                    return _load(data, device)
-                return engines.reading(lambda: _load(data, device))  # engine class and operator are registered by it
+                    return load(data, device)
+                return engines.reading(lambda: load(data, device))  # engine class and operator are registered by it
     except FastPathError:
         raise
     except Exception as error:  # a damaged archive raises anything from KeyError to RuntimeError
@@ -106,6 +119,34 @@ def load_program(data: bytes, device: torch.device | str, *, library: bool = Tru
 
 
 def _load(data: bytes, device: torch.device) -> LoadedProgram:
+    program = None
+    try:
+        program = load_calls(data, device)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of another version, damaged, or it does not repeat the output of the build
+        _LOG.info("a call list is not used, so the exported program is loaded: %s: %s", type(error).__name__, error)
+    return _exported(data, device)[0] if program is None else program
+
+
+def load_calls(data: bytes, device: torch.device) -> LoadedProgram | None:
+    """Returns the program behind the call list in the file; None if there is no list.
+
+    Raises:
+        FastPathError: stage "parity", as `confirm`.
+        Exception: the list is refused (`calls.read`).
+    """
+    read = calls.read(data, device)
+    if read is None:
+        return None
+    kernels.adopt(read.extra)
+    jit_kernels.attach(read.engines, read.extra.get(jit_kernels.FILE, ""))
+    (shape, dtype), *state = read.inputs
+    program = LoadedProgram(read.module, shape, dtype, device, tuple(shape for shape, _ in state))
+    return _confirmed(program, read.extra)
+
+
+def _exported(data: bytes, device: torch.device) -> tuple[LoadedProgram, ExportedProgram]:
     # An empty dict would be replaced, not filled.
     extra: dict[str, str] = {kernels.FILE: "", jit_kernels.FILE: "", output.FILE: ""}
     exported = torch.export.load(io.BytesIO(data), extra_files=extra)
@@ -124,7 +165,11 @@ def _load(data: bytes, device: torch.device) -> LoadedProgram:
         exported = move_to_device_pass(exported, str(device))
     jit_kernels.attach(exported.constants.values(), extra[jit_kernels.FILE])
     program = LoadedProgram(exported.module(), tuple(first.shape), first.dtype, device, shapes)
-    if extra[output.FILE]:
+    return _confirmed(program, extra), exported
+
+
+def _confirmed(program: LoadedProgram, extra: dict[str, str]) -> LoadedProgram:
+    if extra.get(output.FILE):
         confirm(program, output.RecordedOutput.unpack(extra[output.FILE]))
     return program
 
@@ -148,11 +193,9 @@ def register_operators() -> None:
 
 
 def prepare() -> None:
-    """Import what reading a program takes, 1.5 s in a fresh process, so that it can happen while something else runs.
+    """Import what reading a call list takes, so that it can happen while something else runs.
 
     Not for a thread of its own: two threads that import parts of torch at once may meet each other's half-made modules.
     """
     register_operators()
     engines.attached()
-    with contextlib.suppress(Exception):  # where torch keeps it elsewhere or it is broken, reading says so
-        importlib.import_module("torch.export.pt2_archive._package")

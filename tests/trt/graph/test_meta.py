@@ -92,12 +92,24 @@ def test_enlargement_and_pixel_shuffle(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_pointwise(data: st.DataObject) -> None:
     x = data.draw(images())
-    for op in (aten.leaky_relu.default, aten.relu.default, aten.silu.default):
+    for op in (aten.leaky_relu.default, aten.relu.default, aten.silu.default, aten.tanh.default):
         same(op, x)
+    bound = st.sampled_from([None, -1, 0.5])
+    same(aten.clamp.default, x, data.draw(bound), data.draw(bound))
     other = data.draw(st.one_of(images(), st.just(x), st.integers(-2, 2), st.floats(-2, 2), st.booleans()))
     for op in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor):
         if op is not aten.sub.Tensor or not isinstance(other, bool):
             same(op, x, other)
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_cat(data: st.DataObject) -> None:
+    x = data.draw(images())
+    tensors = [x] * data.draw(st.integers(1, 3)) + data.draw(st.lists(images(channels=x.shape[1]), max_size=2))
+    same(aten.cat.default, tensors, data.draw(st.integers(-5, 4)))
+    clips = [one.unsqueeze(data.draw(st.sampled_from([1, 1, 2]))) for one in tensors]
+    same(aten.cat.default, clips, data.draw(st.integers(-5, 4)))
 
 
 def test_every_rule_is_compared_somewhere_above_or_here() -> None:
