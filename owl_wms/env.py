@@ -35,6 +35,7 @@ TENSORRT_VARIABLES = {
     "precision": "TENSORRT_PRECISION",
     "cache_dir": "TENSORRT_CACHE_DIR",
     "fallback_on_error": "TENSORRT_FALLBACK",
+    "build": "TENSORRT_BUILD",
 }
 """Setting name -> environment variable that overrides it."""
 

@@ -29,6 +29,7 @@ from owl_wms.errors import ConfigError
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 EIGHT_BITS = ("fp8", "int8")
 """The precisions that are calibrated."""
+BUILDS = ("wait", "background")
 FALLBACKS = {"pytorch": True, "error": False}
 GIB = 1024**3
 
@@ -55,6 +56,9 @@ class TensorRTConfig:
             of this size.
         use_cache: False builds in a temporary directory and keeps nothing.
         fallback_on_error: False turns every failure of the compiled path into FastPathError.
+        build: `wait`: the first decode of a latent shape waits until its program is built. `background`: PyTorch
+            decodes until then, and the program takes over between two calls. A program in the cache is waited for
+            either way.
         workspace_size: bytes of scratch memory TensorRT may plan with; 0 leaves it to TensorRT.
         plans: names of the plans to build and compare; empty means every plan that applies.
         calibration: `.safetensors` file of latents (`[..., c, h, w]`, called `latents`) that fp8 and int8 are
@@ -68,6 +72,7 @@ class TensorRTConfig:
     max_batch_size: int = 64
     use_cache: bool = True
     fallback_on_error: bool = True
+    build: str = "wait"
     workspace_size: int = 0
     plans: tuple[str, ...] = ()
     calibration: Path | None = None
@@ -80,6 +85,7 @@ class TensorRTConfig:
         put(self, "use_cache", _parse_flag("use_cache", self.use_cache))
         put(self, "fallback_on_error", _parse_fallback(self.fallback_on_error))
         put(self, "precision", _parse_choice("precision", self.precision, PRECISIONS))
+        put(self, "build", _parse_choice("build", self.build, BUILDS))
         put(self, "max_batch_size", _parse_count("max_batch_size", self.max_batch_size, minimum=1))
         put(self, "workspace_size", _parse_count("workspace_size", self.workspace_size, minimum=0))
         put(self, "cache_max_bytes", _parse_count("cache_max_bytes", self.cache_max_bytes, minimum=1))

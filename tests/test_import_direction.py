@@ -17,6 +17,7 @@ STAGES = [
         "errors",
         "interrupts",
         "env",
+        "ending",
         "files",
         "cudnn",
         "dynamo",

@@ -55,8 +55,8 @@ def accelerate(
             decides. Other batches are split, padded or left to PyTorch, whichever is measured to be fastest.
         cache_dir: directory of the programs; None as in TensorRTConfig.
         strict: raise FastPathError if a program cannot be built or fails, instead of decoding by PyTorch.
-        background: build in the background and decode by PyTorch meanwhile. Programs that a GPU is busy with are timed
-            less exactly.
+        background: build in the background and decode by PyTorch meanwhile, as `build` of TensorRTConfig says. Programs
+            that a GPU is busy with are timed less exactly.
         toolchain: what builds programs; None means TensorRT.
 
     Returns:
@@ -67,12 +67,13 @@ def accelerate(
     """
     if any(size < 1 for size in batch_sizes):
         raise ConfigError(f"batch_sizes must be >= 1; got {list(batch_sizes)}", key="batch_sizes")
-    settings = TensorRTConfig.resolve(precision=precision, cache_dir=cache_dir)
+    settings = TensorRTConfig.resolve(
+        precision=precision, cache_dir=cache_dir, build="background" if background else None
+    )
     options = Options(
         settings=settings,
         batch_sizes=tuple(sorted({min(size, settings.max_batch_size) for size in batch_sizes})),
         strict=strict or not settings.fallback_on_error,
-        background=background,
         toolchain=toolchain,
     )
     if isinstance(module, nn.Module):

@@ -55,7 +55,6 @@ class Options:
     settings: TensorRTConfig
     batch_sizes: tuple[int, ...] = ()
     strict: bool = False
-    background: bool = False
     toolchain: Toolchain | None = None
 
 
@@ -99,7 +98,6 @@ class _State:
                 batch_size=size,
                 settings=self.options.settings,
                 strict=self.options.strict,
-                background=self.options.background,
                 toolchain=self.options.toolchain,
             )
         return decode

@@ -158,7 +158,8 @@ class VideoDecode:
 
     @uncompiled
     def prepare(self, latent_shape: tuple[int, int, int]) -> DecodeStats:
-        """Find or build the program for latents `(c, h, w)` now (at start-up, say); returns the state after it.
+        """Find or build the program for latents `(c, h, w)` now (at start-up, say), and wait for it whatever
+        `settings.build` says; returns the state after it.
 
         Raises:
             LatentShapeError: a shape that the decoder cannot take, before anything is built for it.
@@ -167,7 +168,7 @@ class VideoDecode:
         generation = self._current()
         check_video_shape((1, 1, *latent_shape), generation.eager.channels)
         device = torch.device("cpu") if generation.eager.device is None else generation.eager.device
-        self._ready(generation.eager, self._slot(generation, latent_shape, device))
+        self._ready(generation.eager, self._slot(generation, latent_shape, device), background=False)
         return self.stats()
 
     @property
@@ -298,16 +299,25 @@ class VideoDecode:
             slot.switch_off("a CUDA graph is being recorded")
         return slot
 
-    def _ready(self, eager: EagerDecoder, slot: Slot) -> bool:
-        """Returns whether the slot has a program; obtains it on the first call. Other threads wait here meanwhile."""
-        return obtain(slot, lambda: self._find(eager, slot), self._ledger, strict=self.strict)
+    def _ready(self, eager: EagerDecoder, slot: Slot, background: bool = True) -> bool:
+        """Returns whether the slot has a program; obtains it on the first call, in the background if the settings say
+        so too. Otherwise other threads wait here meanwhile.
+        """
+        return obtain(
+            slot,
+            lambda progress: self._find(eager, slot, progress),
+            self._ledger,
+            strict=self.strict,
+            progress=self._progress,
+            background=background and self.settings.build == "background",
+        )
 
-    def _find(self, eager: EagerDecoder, slot: Slot) -> Loaded:
+    def _find(self, eager: EagerDecoder, slot: Slot, progress: Progress | None) -> Loaded:
         if self.output == "uint8" and eager.device is not None:  # while the program is read or built
             compile_soon(eager.dtype, getattr(eager.module, "out_channels", 3), eager.device)
         if eager.hindrance is not None:
             raise FastPathError("export", eager.hindrance, "remove the hooks, or call decoder.eval()")
-        return self.toolchain.obtain(eager.module, slot.request, self.settings, self._progress)
+        return self.toolchain.obtain(eager.module, slot.request, self.settings, progress)
 
     def _while_recording(self) -> Generation:
         """Returns a Generation without programs, for this call only. It must not be reused: weights folded during a

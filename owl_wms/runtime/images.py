@@ -13,7 +13,6 @@ Usage:
 from __future__ import annotations
 
 import operator
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,17 +40,11 @@ class _Frames:
 
 
 class ImageDecode(VideoDecode):
-    """Decodes image batches by programs; arguments as for `VideoDecode`.
+    """Decodes image batches by programs; arguments as for `VideoDecode`."""
 
-    Args:
-        background: obtain programs in a thread of their own; until one is ready, `images` returns None.
-    """
-
-    def __init__(self, decoder: nn.Module, *, background: bool = False, **options: Any) -> None:
+    def __init__(self, decoder: nn.Module, **options: Any) -> None:
         super().__init__(decoder, **options)
-        self.background = background
         self._lanes: dict[tuple[int, ...], tuple[Generation, Slot, list[dict[str, Any]]]] = {}
-        self._threads: dict[tuple[int, ...], threading.Thread] = {}
 
     @uncompiled
     @torch.no_grad()
@@ -120,31 +113,12 @@ class ImageDecode(VideoDecode):
             return None
         generation = self._current()
         slot = self._slot(generation, one, device)
-        if slot.state == "new" and self.background:
-            self._begin(one)
-            return None
         if not self._ready(generation.eager, slot):
             return None
         lane = generation, slot, [vars(module) for module in self.decoder.modules()]
         if self._generation is generation:  # not one that a recording made for itself
             self._lanes[one] = lane
         return lane
-
-    def _begin(self, one: tuple[int, ...]) -> None:
-        """Obtain the program of a shape in a thread, one at a time for each shape."""
-        with self._guard:
-            thread = self._threads.get(one)
-            if thread is not None and thread.is_alive():
-                return
-            thread = threading.Thread(target=self._prepare, args=(one,), name="owl-wms-program", daemon=True)
-            self._threads[one] = thread
-            thread.start()
-
-    def _prepare(self, one: tuple[int, ...]) -> None:
-        try:
-            self.prepare(one)  # type: ignore[arg-type]
-        except Exception as error:  # a strict failure is stored in the slot and raised by the next call
-            self._ledger.note(f"background {one}", f"no program for latents {list(one)}: {error}")
 
     def has_program(self, one: tuple[int, ...]) -> bool:
         """Returns whether latents `(c, h, w)` have a program in memory."""
@@ -179,4 +153,4 @@ class ImageDecode(VideoDecode):
 
     def _reset_in_child(self) -> None:
         super()._reset_in_child()
-        self._lanes, self._threads = {}, {}
+        self._lanes = {}

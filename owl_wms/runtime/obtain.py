@@ -1,35 +1,99 @@
 """Obtains a slot's program once, for whoever decodes or steps, and counts what came of it.
 
+A program is found or built in the thread that decodes first, or, with `background`, in a thread of its own: then
+PyTorch decodes until the program is ready. A program that is in the cache is waited for in both cases.
+
 Usage:
-    if obtain(slot, find, ledger, strict=False):     # find() is Toolchain.obtain for the slot's request
+    if obtain(slot, find, ledger, strict=False):     # find(progress) is Toolchain.obtain for the slot's request
         finite = slot.run(z, write, check=True)
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import Any
 
+from owl_wms import ending
 from owl_wms.errors import FastPathError
-from owl_wms.runtime.programs import Loaded
+from owl_wms.runtime.programs import MISSED, Loaded, Progress
 from owl_wms.runtime.slot import Slot
 from owl_wms.runtime.stats import Ledger
 
+Find = Callable[[Progress | None], Loaded]
 
-def obtain(slot: Slot, find: Callable[[], Loaded], ledger: Ledger, *, strict: bool) -> bool:
+
+def obtain(
+    slot: Slot,
+    find: Find,
+    ledger: Ledger,
+    *,
+    strict: bool,
+    progress: Progress | None = None,
+    background: bool = False,
+) -> bool:
     """Returns whether there is a program; the first call finds or builds it, other threads wait meanwhile.
+
+    Args:
+        slot: of the program.
+        find: finds or builds it, and tells the progress that it is given.
+        ledger: counts.
+        strict: raise if there is none.
+        progress: receives build events.
+        background: return False, in this and other threads, while a program is built. Without it, a build that was
+            begun in the background is waited for.
 
     Raises:
         FastPathError: there is none, and the caller is strict.
         Exception: one of the caller's, such as a time limit; see `owl_wms.interrupts`.
     """
     if slot.state == "new" and slot.rested():
-        with slot.lock:
-            if slot.state == "new" and slot.rested():
-                _fill(slot, find, ledger, strict)
+        if background:
+            if not _begin(slot, find, ledger, strict, progress):
+                return False
+        else:
+            with slot.lock:
+                if slot.state == "new" and slot.rested():
+                    _fill(slot, lambda: find(progress), ledger, strict)
+    elif slot.state == "building" and not background:
+        assert slot.search is not None
+        slot.search.join()
     failure = slot.failure
     if failure is not None and strict:
         raise failure.again()
     return slot.state == "ready"
+
+
+def _begin(slot: Slot, find: Find, ledger: Ledger, strict: bool, progress: Progress | None) -> bool:
+    """Starts the search in a thread of its own. Returns True once it has ended, False if something is to be built."""
+    answered, missed = threading.Event(), threading.Event()
+
+    def tell(event: dict[str, Any]) -> None:
+        if event.get("stage") == MISSED:
+            missed.set()
+            answered.set()
+        if progress is not None:
+            progress(event)
+
+    def work() -> None:
+        try:
+            _fill(slot, lambda: find(tell), ledger, strict)
+        except FastPathError:
+            pass  # the slot holds it, and the next call of a strict caller raises it
+        except Exception as error:  # no caller is here to raise it to, nor to make a time limit of its own
+            failure = FastPathError("build", f"{type(error).__name__}: {error}", "run owl-wms doctor")
+            slot.switch_off(failure.sentence, failure)
+            ledger.failure(failure, raised=strict)
+        finally:
+            answered.set()
+
+    with slot.lock:
+        if slot.state == "new":
+            slot.begin(lambda: ending.begin(work, name="owl-wms-program"))
+        else:  # another thread was faster
+            answered.set()
+    answered.wait()
+    return not missed.is_set()
 
 
 def _fill(slot: Slot, find: Callable[[], Loaded], ledger: Ledger, strict: bool) -> None:
@@ -37,7 +101,7 @@ def _fill(slot: Slot, find: Callable[[], Loaded], ledger: Ledger, strict: bool) 
         loaded = find()
     except FastPathError as failure:
         slot.switch_off(failure.sentence, failure)
-        if failure.quiet:
+        if failure.quiet or ending.over():
             ledger.note(failure.reason, f"PyTorch decodes: {failure.sentence}")
         else:
             ledger.failure(failure, raised=strict)

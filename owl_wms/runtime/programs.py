@@ -10,6 +10,7 @@ Usage:
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -35,6 +36,8 @@ from owl_wms.vae.stepping import Stepping
 Program = Callable[..., Any]
 """`[B, c, h, w] -> [B, C, H, W]`; with a state, `(latents, *state) -> (frames, *state)`."""
 Progress = Callable[[dict[str, Any]], None]
+MISSED = "waiting to build"
+"""The stage of the event that says: no program was found, so one will be built, or another thread builds it now."""
 STALE_SECONDS = 1.0
 """Age of a key after which it is computed again before something is built for it."""
 _T = TypeVar("_T")
@@ -181,16 +184,17 @@ class Stored(abc.ABC):
                 raise unready
             stamp = WeightsStamp(decoder)  # before the key reads the weights
             key = self._key(decoder, request)
-        with turns.one_of((self.name, key.digits)):
-            return _Way(
-                toolchain=self,
-                decoder=decoder,
-                request=request,
-                settings=settings,
-                progress=progress,
-                key=key,
-                stamp=stamp,
-            ).walk()
+        way = _Way(
+            toolchain=self,
+            decoder=decoder,
+            request=request,
+            settings=settings,
+            progress=progress,
+            key=key,
+            stamp=stamp,
+        )
+        with turns.one_of((self.name, key.digits), busy=way.missed):
+            return way.walk()
 
     def _key(self, decoder: nn.Module, request: Request) -> Key:
         return staged("export", lambda: Key.of(self.key_material(decoder, request)))
@@ -254,7 +258,7 @@ class _Way:
                 label,
                 self.key,
                 self._build,
-                waiting=turns.building,
+                waiting=self._turn,
                 meanwhile=self._prepare,
             )
         except _ChangedError:
@@ -267,6 +271,15 @@ class _Way:
             return entry, entry.read()
         finally:
             entry.close()  # the bytes are ours now; a loaded program does not need its files any more
+
+    def missed(self) -> None:
+        """Tells that the program is not there to be loaded."""
+        if self.progress is not None:
+            self.progress({"stage": MISSED})
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        self.missed()
+        return turns.building()
 
     def _build(self, folder: Path) -> Mapping[str, Any]:
         if time.monotonic() - self.keyed > STALE_SECONDS:

@@ -1,4 +1,4 @@
-"""The program of one latent shape and its state: new, ready or off.
+"""The program of one latent shape and its state: new, building, ready or off.
 
 Why: one state per shape keeps one shape's failure from slowing the others. One lock per program keeps threads and
 streams apart, because two runs at once would share the scratch memory of one TensorRT execution context.
@@ -38,8 +38,9 @@ class Slot:
     """Program state for one `Request`.
 
     Attributes:
-        state: `new`, `ready` or `off`.
+        state: `new`, `building` (in the background), `ready` or `off`.
         reason: why it is off, or where the program came from.
+        search: the thread that finds or builds the program in the background.
         failure: what a strict caller is told at every call while it is off; None when off by choice.
         failures: run failures so far.
         eager_step: chunk size of the PyTorch path, smaller after memory ran out.
@@ -52,11 +53,23 @@ class Slot:
         self.reason = ""
         self.failure: FastPathError | None = None
         self.loaded: Loaded | None = None
+        self.search: threading.Thread | None = None
         self.failures = 0
         self.eager_step = request.input_shape[0]
         self._calls = 0
-        self._rest_until = 0.0
+        self._rest_until = self._began = 0.0
         self._last: tuple[Any, Any] | None = None
+
+    def begin(self, start: Callable[[], threading.Thread]) -> None:
+        """Start a search for the program in a thread."""
+        self.state, self._began = "building", time.monotonic()
+        self.search = start()
+
+    def said(self) -> str:
+        """Returns the reason, or how long the program has been in the making."""
+        if self.state == "building":
+            return f"building (PyTorch meanwhile) for {time.monotonic() - self._began:.1f} s"
+        return self.reason
 
     def accept(self, loaded: Loaded) -> None:
         """Put a program in place."""

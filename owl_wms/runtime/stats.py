@@ -135,7 +135,7 @@ def summarise(
     count = ledger.count
     ready = [slot for slot in slots if slot.state == "ready"]
     backend = toolchain if ready else "pytorch"
-    reasons = [slot.reason for slot in ready or slots if slot.reason]
+    reasons = [said for slot in ready or slots if (said := slot.said())]
     if not enabled:
         backend, reasons = "pytorch", [SWITCHED_OFF]
     elif not reasons:
@@ -167,7 +167,7 @@ def _describe(slot: Slot) -> dict[str, Any]:
     return {
         "shape": list(slot.request.input_shape),
         "state": slot.state,
-        "reason": slot.reason,
+        "reason": slot.said(),
         "entry": None if loaded is None else loaded.name,
         "plan": None if loaded is None else loaded.report.get("plan"),
         "precision": None if loaded is None else loaded.report.get("precision"),

@@ -140,10 +140,10 @@ class Steps:
         self._ledger.warn("non-finite frames", text)
 
     def prepare(self, shape: tuple[int, ...]) -> None:
-        """Finds or builds the program for latents `(b, c, h, w)`."""
+        """Finds or builds the program for latents `(b, c, h, w)`, and waits for it."""
         specs = cast(Any, self._eager.module).state_specs(shape)
         device = self._eager.device or torch.device("cpu")
-        self._ready(self._slot(shape, device, tuple(spec.shape for spec in specs)))
+        self._ready(self._slot(shape, device, tuple(spec.shape for spec in specs)), background=False)
 
     def stats(self) -> DecodeStats:
         """Returns counts of what happened so far."""
@@ -223,14 +223,17 @@ class Steps:
                     slot.switch_off(SWITCHED_OFF)
         return slot
 
-    def _ready(self, slot: Slot) -> bool:
+    def _ready(self, slot: Slot, background: bool = True) -> bool:
         if recording.underway():  # what a caller records in a CUDA graph of its own is PyTorch's step
             return False
+        stepping = self._stepping  # new weights may come while it is built
         return obtain(
             slot,
-            lambda: self.toolchain.obtain(self._stepping, slot.request, self.settings, self._progress),
+            lambda progress: self.toolchain.obtain(stepping, slot.request, self.settings, progress),
             self._ledger,
             strict=self.strict,
+            progress=self._progress,
+            background=background and self.settings.build == "background",
         )
 
     def _take_weights(self) -> None:

@@ -21,7 +21,7 @@ from owl_wms.errors import FastPathError, NoDeviceError
 from owl_wms.files import WINDOWS
 from owl_wms.request import Request
 from owl_wms.runtime import turns
-from owl_wms.runtime.programs import Loaded, Program, Progress, Stored, first_run, staged, without_autocast
+from owl_wms.runtime.programs import MISSED, Loaded, Program, Progress, Stored, first_run, staged, without_autocast
 from owl_wms.settings import TensorRTConfig
 
 
@@ -114,6 +114,8 @@ class Jit:
         """Compile for this request. Raises FastPathError only."""
         from owl_wms import trt
 
+        if progress is not None:
+            progress({"stage": MISSED})
         with turns.tracing():
             unready = staged("import", self.ready, request)
             if unready is not None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _tracing = threading.RLock()
 _building = threading.Lock()
@@ -56,14 +56,19 @@ def building() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_of(key: tuple[str, ...]) -> Iterator[None]:
-    """Inside the block no other thread finds or builds the program of `key`."""
+def one_of(key: tuple[str, ...], busy: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside the block no other thread finds or builds the program of `key`; `busy` is called if one does now."""
     with _guard:
         turn = _keys.get(key)
         if turn is None:
             turn = _keys[key] = _Turn()
-    with turn.lock:
+    if not turn.lock.acquire(blocking=False):
+        busy()
+        turn.lock.acquire()
+    try:
         yield
+    finally:
+        turn.lock.release()
 
 
 def renew() -> None:

@@ -37,6 +37,7 @@ def test_order_is_environment_call_config(monkeypatch: pytest.MonkeyPatch) -> No
         ("TENSORRT_ENABLED", "1", "enabled", True),
         ("TENSORRT_FALLBACK", "error", "fallback_on_error", False),
         ("TENSORRT_FALLBACK", "PyTorch", "fallback_on_error", True),
+        ("TENSORRT_BUILD", "Background", "build", "background"),
         ("TENSORRT_CACHE_DIR", "/x/y", "cache_dir", Path("/x/y")),
         ("TENSORRT_CACHE_DIR", "  ", "cache_dir", None),
     ],
@@ -52,6 +53,7 @@ def test_variables(monkeypatch: pytest.MonkeyPatch, variable: str, text: str, fi
         ("TENSORRT_ENABLED", "maybe", "true"),
         ("TENSORRT_PRECISION", "half", "fp16"),
         ("TENSORRT_FALLBACK", "x", "error"),
+        ("TENSORRT_BUILD", "later", "wait, background"),
     ],
 )
 def test_a_bad_variable_names_itself_and_the_valid_values(

@@ -30,7 +30,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from owl_wms import env
+from owl_wms import ending, env
 from owl_wms.errors import FastPathError
 from owl_wms.request import Request
 from owl_wms.trt import plans
@@ -145,7 +145,7 @@ class Build:
 
     def run(self) -> dict[str, Any]:
         """The report of the child that finished. Raises FastPathError."""
-        while True:
+        while not ending.over():
             outcome = self._one_child()
             if outcome["event"] == "done":
                 return cast("dict[str, Any]", outcome["report"])
@@ -155,12 +155,13 @@ class Build:
                     importer.remember(failure)
                 raise failure
             _LOG.info("the building process died: %s", outcome["reason"])
-            if self.restarts >= MAX_RESTARTS or not outcome["open"]:
+            if not ending.over() and (self.restarts >= MAX_RESTARTS or not outcome["open"]):
                 raise FastPathError(
                     "build", outcome["reason"], "try another precision or plan (owl-wms trt plans)"
                 )
             self.known[outcome["open"]] = outcome["reason"]
             self.restarts += 1
+        raise FastPathError("build", "the process that asked for it is ending")
 
     def _one_child(self) -> Event:
         job = {
@@ -190,12 +191,18 @@ class Build:
                 start_new_session=True,
             )
         os.close(write_fd)
-        try:
-            self._start(process)
-            last, open_key = self._listen(read_fd)
-        except BaseException:
+
+
+        def kill() -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing else is in it
+
+        try:
+            with ending.stopped_by(kill):
+                self._start(process)
+                last, open_key = self._listen(read_fd)
+        except BaseException:
+            kill()
             raise
         finally:
             os.close(read_fd)
