@@ -63,6 +63,7 @@ def first(s: Settings) -> Settings:
         "frame": list(frames.shape[2:]),
         "build_seconds": stats.build_seconds,
         "load_seconds": stats.load_seconds,
+        "build_stages": stats.programs[0]["stages"],
         "backend": stats.backend,
         "reason": stats.reason,
     }

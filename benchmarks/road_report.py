@@ -31,6 +31,18 @@ def page(result: dict[str, Any], names: list[str]) -> str:
         lines += ["", "Seconds from the start of a process to its first decoded batch:", ""]
         lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         lines += [f"| {name} | {' | '.join(f'{spent[c]:.2f}' for c in columns)} |" for name, spent in starts.items()]
+    builds = {
+        name: part["build_stages"]
+        for name, part in parts.items()
+        if name.endswith("built") and part.get("build_stages")
+    }
+    if builds:
+        stages = list(dict.fromkeys(stage for spent in builds.values() for stage in spent))
+        lines += ["", "Seconds of the first builds, by stage and plan:", ""]
+        lines += [f"| | {' | '.join(builds)} |", "|---" * (len(builds) + 1) + "|"]
+        for stage in stages:
+            cells = [f"{spent[stage]:.2f}" if stage in spent else "" for spent in builds.values()]
+            lines.append(f"| {stage} | {' | '.join(cells)} |")
     lines += ["", "`owl-wms decode`, seconds that each stage was busy; stages work at the same time:", ""]
     lines += [f"| | whole | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 2) + "|"]
     for name, part in parts.items():

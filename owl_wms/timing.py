@@ -81,6 +81,25 @@ class Spent:
             self.add(stage, time.perf_counter() - begun)
 
 
+class Stages:
+    """Seconds of stages that follow each other: each lasts until the next one begins."""
+
+    def __init__(self) -> None:
+        self._spent, self._name, self._begun = Spent(), "", time.perf_counter()
+
+    def begin(self, name: str) -> None:
+        """Ends the present stage and begins another, or goes on with one of the same name."""
+        now = time.perf_counter()
+        if self._name:
+            self._spent.add(self._name, now - self._begun)
+        self._name, self._begun = name, now
+
+    def end(self) -> dict[str, float]:
+        """Ends the present stage. Returns the seconds of every stage, in the order in which they first began."""
+        self.begin("")
+        return {name: round(seconds, 3) for name, seconds in self._spent.seconds.items()}
+
+
 Measure: TypeAlias = Callable[[str, Callable[[], float]], "float | None"]
 
 

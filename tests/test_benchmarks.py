@@ -335,11 +335,17 @@ def test_the_road_says_what_was_met_and_what_was_not_measured(tmp_path: Path) ->
     assert rows["dist: compile_for_training"][0].startswith("4.07x torch.compile, 2.70 ms, error 6.0e-03")
     assert rows["dist: first decode, built, after import torch"] == ("not done after 150 s", "-")
     assert ROAD["npy dist"]["spent"] == {"read": 0.1, "decode": 1.31, "copy": 0.2, "write": 0.9}
-    document = {"parts": ROAD, "machine": {"gpu": "none"}, "cores": 2}
+    builds = {
+        "first dist built": {"failed": "later", "build_stages": {"import": 3.0, "compile tensorrt+ops": 8.25}},
+        "first base built": {"failed": "later", "build_stages": {"import": 3.5, "isolation tensorrt": 1.0}},
+    }
+    document = {"parts": {**ROAD, **builds}, "machine": {"gpu": "none"}, "cores": 2}
     road_report.write(document, ["dist"], tmp_path / "road")
     page = (tmp_path / "road.md").read_text()
     assert "| npy dist, 4000 frames | 1.60 | 0.10 | 1.31 | 0.20 |  | 0.90 |" in page
     assert all("| " + what + " |" in page for what in rows)
+    for line in ("| import | 3.00 | 3.50 |", "| compile tensorrt+ops | 8.25 |  |", "| isolation tensorrt |  | 1.00 |"):
+        assert line in page
 
 
 def test_the_road_tells_wrong_from_slow() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from owl_wms.timing import Marks, interleaved
+from owl_wms import timing
+from owl_wms.timing import Marks, Stages, interleaved
 
 
 def test_turns_samples_and_budget() -> None:
@@ -34,6 +35,15 @@ def test_turns_samples_and_budget() -> None:
     interleaved({"fast": candidate("fast", 0.0001)}, z)
     assert len(calls) == 2 + 15
     assert interleaved({}, z) == {}
+
+
+def test_each_stage_lasts_until_the_next_one_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 3.5, 4.0, 9.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    stages = Stages()
+    for name in ("import", "compile", "parity", "compile"):
+        stages.begin(name)
+    assert stages.end() == {"import": 2.0, "compile": 5.5, "parity": 0.5}
 
 
 @pytest.mark.parametrize("head_start", [0, 1000])

@@ -46,8 +46,8 @@ class DecodeStats:
         latency_ms: `p50`, `p90`, `p99`, `samples` of one batch; None unless timing was asked for.
         cache_bytes: size of the programs in use, as files.
         build_seconds, load_seconds: spent in this process.
-        programs: one dict per latent shape: `shape`, `state`, `reason`, `entry`, `plan`, `precision`, and `not_kept`:
-            why a program does not stand in the cache, empty when it does.
+        programs: one dict per latent shape: `shape`, `state`, `reason`, `entry`, `plan`, `precision`; `not_kept`: why a
+            program does not stand in the cache, empty when it does; `stages`: where the seconds of its build went.
     """
 
     backend: str
@@ -171,6 +171,7 @@ def _describe(slot: Slot) -> dict[str, Any]:
         "entry": None if loaded is None else loaded.name,
         "plan": None if loaded is None else loaded.report.get("plan"),
         "precision": None if loaded is None else loaded.report.get("precision"),
+        "stages": {} if loaded is None else loaded.report.get("stages", {}),
         "not_kept": None if loaded is None else loaded.not_kept,
     }
 

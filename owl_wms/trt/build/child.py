@@ -31,6 +31,7 @@ from typing import Any
 
 from owl_wms.errors import FastPathError
 from owl_wms.request import Request
+from owl_wms.timing import Stages
 
 BROKEN_CONTEXT_EXIT = 70
 JOB_NAME = "job.json"
@@ -48,6 +49,7 @@ class PipeJournal:
         self.fd = fd
         self.known = known
         self.begin = time.monotonic()
+        self.stages = Stages()
 
     def send(self, **message: Any) -> None:
         """Write one message; a parent that went away is not an error of the build."""
@@ -57,6 +59,8 @@ class PipeJournal:
             sys.exit(1)
 
     def stage(self, name: str, **details: Any) -> None:
+        if name != "tensorrt":  # a step of "compile"
+            self.stages.begin(f"{name} {details['plan']}" if "plan" in details else name)
         self.send(event="stage", stage=name, elapsed=round(time.monotonic() - self.begin, 3), **details)
 
     def attempt(self, key: str) -> str | None:
@@ -112,7 +116,8 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
             raise _another(decoder)
         worker = Worker(fp32_copy(decoder, device), recording, request, journal, missing)
         del decoder
-        journal.send(event="done", report=worker.build(Path(job["out_dir"])))
+        report = worker.build(Path(job["out_dir"]))
+        journal.send(event="done", report={**report, "stages": journal.stages.end()})
     except FastPathError as error:
         journal.send(event="failed", stage=error.stage, reason=error.reason, remedy=error.remedy)
     except BrokenContext as error:

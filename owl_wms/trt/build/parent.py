@@ -78,7 +78,7 @@ def build_program(
     Returns:
         The report (JSON-ready): `plan`, `precision`, `latency_ms`, `eager_latency_ms`, `cuda_graph`, `parity`,
         `engines`, `kept_modules` (left in PyTorch), `candidates`, `refused`, `attempts`, `build_seconds`, `save_seconds`,
-        `load_seconds`, `program_bytes`, `wall_seconds`, `restarts`, ...
+        `load_seconds`, `program_bytes`, `wall_seconds`, `stages` (its split: stage and plan -> seconds), `restarts`, ...
 
     Raises:
         FastPathError: stage "export", "build", "parity", "save" or "load"; the caller decodes with PyTorch.
@@ -101,7 +101,11 @@ def build_program(
             meanwhile=meanwhile,
         )
         report = build.run()
-    report["wall_seconds"] = round(time.monotonic() - begin, 3)
+    wall = time.monotonic() - begin
+    report["wall_seconds"] = round(wall, 3)
+    # The rest: starting the process, the end of it, and whatever earlier processes took that died.
+    stages = report.get("stages", {})
+    report["stages"] = {**stages, "processes": round(wall - sum(stages.values()), 3)}
     report["restarts"] = build.restarts
     return report
 

@@ -74,6 +74,7 @@ def save(
             raise ValueError("its call list gives other frames")
         return listed
 
+    journal.stage("call list", plan=best.plan)
     key = f"calls|{best.plan}|{best.precision}"
     no_calls = journal.attempt(key) or ""
     if not no_calls:

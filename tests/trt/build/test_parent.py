@@ -79,6 +79,10 @@ def test_without_tensorrt_our_kernels_are_the_program(tmp_path: Path) -> None:
     assert report["reload_bit_equal"]
     assert "import torch_tensorrt failed" in report["refused"]["tensorrt"]
     assert [row["plan"] for row in report["candidates"]] == ["ops"]
+    alone, of_plan = ["import", "decoder", "reference"], ["lower", "compile", "first run", "parity"]
+    after = [f"{stage} ops" for stage in ("save", "reload", "call list")]
+    assert list(report["stages"]) == [*alone, *(f"{stage} ops" for stage in of_plan), "timing", *after]
+    assert 0 < sum(report["stages"].values()) < 200
     decoder, shape = decoders.make("tiled")
     program = load_program((tmp_path / "out" / "program.pt2").read_bytes(), "cpu", library=False)
     z = torch.randn(shape)
