@@ -36,6 +36,7 @@ class Copied:
     """A stand-in for TensorRT: the program is a copy of the decoder."""
 
     name = "copied"
+    background = False
 
     def obtain(self, decoder: nn.Module, *_: Any) -> Loaded:
         """Returns the copy, with the limits of an fp32 parity check."""

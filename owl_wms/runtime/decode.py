@@ -309,7 +309,7 @@ class VideoDecode:
             self._ledger,
             strict=self.strict,
             progress=self._progress,
-            background=background and self.settings.build == "background",
+            background=background and self.settings.build == "background" and self.toolchain.background,
         )
 
     def _find(self, eager: EagerDecoder, slot: Slot, progress: Progress | None) -> Loaded:

@@ -81,9 +81,16 @@ class Loaded:
 
 
 class Toolchain(Protocol):
-    """Makes programs; this is all that the decode loop knows of it."""
+    """Makes programs; this is all that the decode loop knows of it.
+
+    Attributes:
+        name: what stands for it in statistics.
+        background: whether `obtain` may be called in a thread beside the caller's. It then says `{"stage": MISSED}` to
+            the progress before it waits or builds.
+    """
 
     name: str
+    background: bool
 
     def obtain(
         self, decoder: nn.Module, request: Request, settings: TensorRTConfig, progress: Progress | None
@@ -142,6 +149,7 @@ class Stored(abc.ABC):
     """
 
     name: str
+    background = True
 
     @abc.abstractmethod
     def ready(self, request: Request) -> FastPathError | None:

@@ -233,7 +233,7 @@ class Steps:
             self._ledger,
             strict=self.strict,
             progress=self._progress,
-            background=background and self.settings.build == "background",
+            background=background and self.settings.build == "background" and self.toolchain.background,
         )
 
     def _take_weights(self) -> None:

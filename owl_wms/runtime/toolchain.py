@@ -21,7 +21,7 @@ from owl_wms.errors import FastPathError, NoDeviceError
 from owl_wms.files import WINDOWS
 from owl_wms.request import Request
 from owl_wms.runtime import turns
-from owl_wms.runtime.programs import MISSED, Loaded, Program, Progress, Stored, first_run, staged, without_autocast
+from owl_wms.runtime.programs import Loaded, Program, Progress, Stored, first_run, staged, without_autocast
 from owl_wms.settings import TensorRTConfig
 
 
@@ -96,6 +96,7 @@ class Jit:
     """Torch-TensorRT through `torch.compile`: built in this process at the first decode, not isolated, not stored."""
 
     name = "tensorrt-jit"
+    background = False  # torch.compile in one thread may meet torch.compile in another
 
     def ready(self, request: Request) -> FastPathError | None:
         """Returns why nothing can be compiled here; None when it can."""
@@ -114,8 +115,6 @@ class Jit:
         """Compile for this request. Raises FastPathError only."""
         from owl_wms import trt
 
-        if progress is not None:
-            progress({"stage": MISSED})
         with turns.tracing():
             unready = staged("import", self.ready, request)
             if unready is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from owl_wms.errors import FastPathError
 from owl_wms.request import Request
-from owl_wms.runtime import StreamDecode, VideoDecode
+from owl_wms.runtime import Jit, StreamDecode, VideoDecode
 from owl_wms.runtime.decoding import Decoding
 from owl_wms.runtime.programs import MISSED, Loaded, forget_failed_builds
 from owl_wms.settings import TensorRTConfig
@@ -177,6 +177,7 @@ def test_new_weights_do_not_get_the_program_of_the_old_ones(tmp_path: Path) -> N
 class LaterPrograms(Programs):
     """Builds the program of a step when it is allowed to."""
 
+    background = True
     go = threading.Event()
 
     def obtain(self, decoder: nn.Module, request: Request, settings: TensorRTConfig, progress: Any) -> Loaded:
@@ -194,6 +195,13 @@ def test_a_stream_goes_on_by_the_program_from_one_step_to_the_next() -> None:
     assert stream.prepare(tuple(latents.shape[2:]), streams=2).builds == 1  # type: ignore[arg-type]
     assert near(torch.cat([begun, stream.step(latents[:, 2:])], 1), DECODER(latents))
     assert (stream.stats().chunks_pytorch, stream.stats().chunks_program) == (2, 2)
+
+
+def test_what_compiles_in_this_process_is_waited_for() -> None:
+    assert not Jit.background
+    stream = StreamDecode(DECODER, settings=TensorRTConfig(build="background"), toolchain=Programs())
+    stream.step(clip(1))
+    assert (stream.stats().builds, stream.stats().chunks_program) == (1, 1)
 
 
 ENDS_WHILE_IT_BUILDS = """

@@ -272,6 +272,7 @@ class Copied:
     """Its program is a copy of the decoder, on any device; `module` is that copy, in the program's memory."""
 
     name = "copied"
+    background = False
 
     def obtain(self, decoder: torch.nn.Module, *_: Any) -> Loaded:
         self.module = copy.deepcopy(decoder)

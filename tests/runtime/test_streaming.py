@@ -143,6 +143,7 @@ class Programs:
     """A toolchain whose program is the step itself in float64, or what `fault` makes of it."""
 
     name = "stand-in"
+    background = False
 
     def __init__(self, fault: Callable[[int, tuple[Tensor, ...]], Any] = lambda call, answered: answered) -> None:
         self.fault, self.calls, self.obtained = fault, 0, list[Request]()
