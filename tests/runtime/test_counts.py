@@ -46,6 +46,7 @@ CACHED = {
 NOT_HASHED = {
     "owl_wms": "a version number",
     "owl_wms.errors": "words",
+    "owl_wms.ending": "stops a build at exit, and makes none",
     "owl_wms.env": "reads the machine; what it reads is in the key",
     "owl_wms.settings": "what a user asked for; the request holds it",
     "owl_wms.dynamo": "keeps callers' compilers out",
