@@ -31,6 +31,7 @@ from owl_wms.trt.check.parity import example
 from owl_wms.trt.graph.export import export_decoder
 from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.graph.shapes import fp32_copy
+from owl_wms.trt.library import jit_kernels
 from owl_wms.trt.run import calls
 from owl_wms.trt.run.load import load_calls, load_exported, load_program
 from tests.trt import decoders
@@ -166,6 +167,17 @@ def test_an_altered_list_is_not_used(how: str, exports: list[bytes]) -> None:
     program = load_program(buffer.getvalue(), "cpu", library=False)
     assert len(exports) == 1, "the exported program was read"
     assert torch.equal(program(*lowered("tiled")[1]), saved("tiled")[2])
+
+
+def test_engines_get_the_kernels_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    seen: list[Any] = []
+    monkeypatch.setattr(jit_kernels, "attach", lambda engines, text: seen.append((list(engines), text)))
+    buffer = io.BytesIO(listed("tiled"))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr(f"{archive.namelist()[0].split('/')[0]}/extra/{jit_kernels.FILE}", "kernels")
+    assert load_calls(buffer.getvalue(), CPU) is not None
+    assert seen == [([], "kernels")]
 
 
 class Journal:
