@@ -9,9 +9,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+MOST_SHOWN = 4000
+"""Characters of a message; of a longer one its beginning and its end are kept."""
+
+
+def printable(text: str, limit: int = MOST_SHOWN) -> str:
+    """Returns text as one line that a terminal shows as it is: what is not printable becomes its escape (`\\n`).
+
+    Names of files and of weights come from others. One with an escape sequence could rewrite a terminal, and one with a
+    lone surrogate (bytes that are no UTF-8) cannot be printed at all.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...{text[-(limit // 2) :]}"
+    if text.isprintable():
+        return text
+    escaped = (sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
+    return "".join(escaped)
+
 
 class OwlError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package; its message is made `printable`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class ConfigError(OwlError, ValueError):

@@ -1,7 +1,7 @@
 """Finds this process's place among those that a launcher started, and its GPU.
 
-torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; `srun` sets SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID. The items are
-dealt out by their place in the sorted list, so no rank has to talk to another one.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; `srun` sets SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID. The
+items are dealt out by their place in the sorted list, so no rank has to talk to another one.
 
 Usage:
     rank, world = place()
@@ -14,7 +14,12 @@ import torch
 from owl_wms import env
 from owl_wms.errors import ConfigError
 
-_LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+# A step may have fewer tasks than its job.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+)
 
 
 def place() -> tuple[int, int] | None:
@@ -26,7 +31,7 @@ def place() -> tuple[int, int] | None:
     Raises:
         ConfigError: a variable is no number, or the rank is not below the world's size.
     """
-    for rank_name, world_name, _ in _LAUNCHERS:
+    for rank_name, world_name in _LAUNCHERS:
         rank, world = env.read(rank_name), env.read(world_name)
         if rank is None or world is None or (rank_name.startswith("SLURM") and env.read("SLURM_STEP_ID") is None):
             continue

@@ -140,7 +140,10 @@ class _Loader(yaml.SafeLoader):
         """Convert a quoted scalar, or any that `!!str` makes a text."""
         if not isinstance(node, yaml.ScalarNode):
             raise self._fail(node, "a text is wanted here")
-        return str(node.value)
+        try:  # JSON, which is YAML, writes a character beyond 16 bits as two escapes: "\\ud83d\\ude00"
+            return str(node.value).encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise self._fail(node, "a text holds half of a character") from None
 
     def refuse(self, node: yaml.Node) -> Any:
         """Refuse any other tag: dates, bytes, sets, Python objects."""

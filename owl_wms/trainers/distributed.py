@@ -23,6 +23,8 @@ import torch.distributed as dist
 from owl_wms import env
 from owl_wms.errors import ConfigError
 
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Set by the mpirun of Open MPI, of MPICH and Intel, and of MVAPICH."""
 _TIMEOUT_SECONDS = 1800.0  # the other ranks wait while rank 0 compiles a decoder and decodes
 
 
@@ -45,6 +47,7 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
     if found["WORLD_SIZE"] is None:
         env.local_rank()  # without a launcher it has no effect, and a bad value is an error all the same
         if not _is_slurm_task():
+            _refuse_mpi()
             return 0, 0, 1
         tasks = "SLURM_NTASKS" if env.read("SLURM_STEP_NUM_TASKS") is None else "SLURM_STEP_NUM_TASKS"
         found = {name: env.read(name) for name in ("SLURM_PROCID", "SLURM_LOCALID", tasks)}
@@ -64,6 +67,15 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, address, rank=rank, world_size=world_size, timeout=timeout)
     return rank, local_rank, world_size
+
+
+def _refuse_mpi() -> None:
+    """Raise ConfigError in one of several processes of mpirun: each alone would write the same checkpoints."""
+    for name in _MPI_SIZES:
+        count = env.read(name)
+        if count is not None and count.isdecimal() and int(count) > 1:
+            text = f"{name} is {count}: mpirun started several processes, and does not say where they meet"
+            raise ConfigError(f"{text}; start with torchrun or srun", key=name)
 
 
 def _is_slurm_task() -> bool:

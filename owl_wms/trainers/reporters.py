@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from owl_wms import env
+from owl_wms.files import one_line
+from owl_wms.interrupts import raise_interrupt
 
 _log = logging.getLogger(__name__)
 _WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
@@ -67,9 +69,12 @@ class Reporter:
             return
         try:
             call(self._service)
-        except (Exception, SystemExit) as error:  # a service that broke down raises anything, and may call sys.exit
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a service that broke down raises anything: sys.exit, asyncio's CancelledError
+            raise_interrupt(error)
             self._service = None
-            said = str(error).strip() or type(error).__name__
+            said = one_line(error) or type(error).__name__
             _log.warning("%s failed (%s): the run goes on and is logged to disk only", self._name, said)
 
 
@@ -96,8 +101,12 @@ def start_reporters(
 def _started(name: str, make: Callable[[], _Service], remedy: str) -> Reporter | None:
     try:
         return Reporter(name, make())
-    except (Exception, SystemExit) as error:  # not installed, refused, unreachable: these share no base class
-        _log.warning("%s is not available (%s): logging to disk only; %s", name, error, remedy)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # not installed, refused, unreachable, cancelled: these share no other base class
+        raise_interrupt(error)
+        said = one_line(error) or type(error).__name__
+        _log.warning("%s is not available (%s): logging to disk only; %s", name, said, remedy)
         return None
 
 

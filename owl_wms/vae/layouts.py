@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from owl_wms.errors import CheckpointError
+from owl_wms.errors import CheckpointError, printable
 
 _log = logging.getLogger(__name__)
 
@@ -320,4 +320,5 @@ def _below(key: str, root: tuple[str, ...]) -> bool:
 def _tell(path: Path | str, keys: list[str], remark: str, level: int = logging.WARNING) -> None:
     if keys:
         more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
-        _log.log(level, "%s: %s%s %s", path, ", ".join(keys[:MAX_NAMED]), more, remark)
+        shown = ", ".join(printable(key, 100) for key in keys[:MAX_NAMED])
+        _log.log(level, "%s: %s%s %s", printable(str(path)), shown, more, remark)

@@ -29,6 +29,7 @@ import torch
 
 from owl_wms.errors import CheckpointError
 from owl_wms.files import at_home, false_claims, foreign_to_torch
+from owl_wms.vae.layouts import is_training_state
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 INDEX = ".index.json"
@@ -199,7 +200,7 @@ def _read_numbered(path: Path, shard: re.Match[str]) -> dict[str, Any]:
 
 def _read_shard(path: Path, name: str) -> dict[str, Any]:
     """Reads one part that stands beside `path`."""
-    if Path(name).name != name:
+    if not name or Path(name).name != name:
         raise CheckpointError(f"{path}: a part must be a file beside it, not {name!r}", path=path)
     part = path.with_name(name)
     if not part.is_file() or part.stat().st_size == 0:
@@ -211,11 +212,13 @@ def _read_shard(path: Path, name: str) -> dict[str, Any]:
 
 
 def _read_folder(path: Path) -> Any:
-    names = sorted(entry.name for entry in os.scandir(path))
+    # Hidden files are those of systems (`._model.safetensors`).
+    names = sorted(entry.name for entry in os.scandir(path) if entry.name[0] != "." or entry.name == DISTRIBUTED)
     if DISTRIBUTED in names:
         return _read_distributed(path)
     indices = [name for name in names if name.endswith(INDEX)]
     files = [name for name in names if name.endswith(SUFFIXES) and not _SHARD.fullmatch(name)]
+    files = [name for name in files if not is_training_state(Path(name).stem)] or files
     usual = [name for name in USUAL_NAMES if name in files]
     chosen = indices or usual[:1] or files
     if not chosen:

@@ -24,6 +24,7 @@ FILES = {
     "twice": (b"model: 1\nmodel: 2\n", "the key 'model' appears twice"),
     "code": (b"model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
     "date": (b"model: 2020-99-99\n", "must be a mapping, received '2020-99-99'"),
+    "half": (rb'model: "x\ud83d"', "a text holds half of a character"),
     "binary": (b"\xff\xfe\x00\x01", "cannot read this configuration: it is no text in UTF-8"),
     "nul": (b"\x00", "not valid YAML"),
     "deep": (b"- " * 5000, "nested too deeply"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ def test_refusals_are_one_line(text: str) -> None:
     with pytest.raises(YamlError, match=REFUSED[text]) as caught:
         parse_yaml(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["plain", "größe", "\U0001f60e", "\ufeffx", "a\n\tb", ""])
+def test_texts_of_json_are_texts(text: str) -> None:
+    """With escapes, of which a character beyond 16 bits has two, and without."""
+    assert parse_yaml(json.dumps({"a": text})) == parse_yaml(json.dumps({"a": text}, ensure_ascii=False)) == {"a": text}
 
 
 def test_merges() -> None:

@@ -24,7 +24,11 @@ SCRIPT = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLU
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What `init_process_group` was called with, in an environment without launchers."""
-    for name in [n for n in os.environ if n.startswith(("SLURM_", "MASTER_"))] + ["RANK", "LOCAL_RANK", "WORLD_SIZE"]:
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "MASTER_", "OMPI_", "PMI_"))] + [
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+    ]:
         monkeypatch.delenv(name, raising=False)
     calls: list[Any] = []
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: calls.append((a, k)))
@@ -38,6 +42,8 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         (STEP, (1, 0, 2), "tcp://gpu007:22979"),
         ({**STEP, "MASTER_ADDR": "head", "MASTER_PORT": "5000"}, (1, 0, 2), "tcp://head:5000"),
         ({k: v for k, v in STEP.items() if k != "SLURM_STEP_NUM_TASKS"}, (1, 0, 4), "tcp://gpu007:22979"),
+        ({**STEP, "PMI_SIZE": "2"}, (1, 0, 2), "tcp://gpu007:22979"),  # srun --mpi=pmi2
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, (0, 0, 1), None),
         (SCRIPT, (0, 0, 1), None),  # the script of sbatch, which is no task of a step
         ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 0, 1), None),  # an interactive step
         ({**STEP, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, (3, 1, 8), "env"),  # torchrun within srun
@@ -68,6 +74,8 @@ def test_ranks(
         ({**STEP, "SLURM_PROCID": "2"}, "the first below the last"),
         ({**STEP, "SLURM_STEP_NODELIST": ""}, "set MASTER_ADDR"),
         ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "the first below the last"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, "mpirun started several.*torchrun or srun"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE is 2"),
     ],
 )
 def test_variables_that_cannot_be(

@@ -5,8 +5,10 @@ Run: python -m pytest tests/trainers/test_reporters.py
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import signal
 import sys
 import types
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from owl_wms.configs.vae import WandbConfig
+from owl_wms.trainers.reporters import Reporter
 from owl_wms.trainers.run_log import RunLog
 from tests.trainers.test_trainers import build
 
@@ -164,12 +167,19 @@ def test_scalars_and_texts_reach_tensorboard(tmp_path: Path, monkeypatch: pytest
     assert ("close",) in service.calls
 
 
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError, GeneratorExit])
 @pytest.mark.parametrize("failing", ["init", "log", "finish"])
-def test_a_service_that_calls_exit_ends_nothing(
-    tmp_path: Path, failing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_service_that_raises_no_exception_ends_nothing(
+    tmp_path: Path,
+    failing: str,
+    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """`sys.exit` in a library, and the cancelled tasks of its event loop, are no `Exception`."""
+
     def leave(*_: Any, **__: Any) -> None:
-        sys.exit(1)
+        raise error("two\nlines")
 
     service = types.SimpleNamespace(
         **{name: leave if name == failing else (lambda *_, **__: None) for name in ("log", "finish")}
@@ -182,5 +192,26 @@ def test_a_service_that_calls_exit_ends_nothing(
         run_log = RunLog(tmp_path, SECTION, {})
         run_log.log(1, {"loss": 1.0})
         run_log.close()
-    assert "Weights & Biases" in caplog.text
+    (said,) = [record.getMessage() for record in caplog.records if "Weights & Biases" in record.getMessage()]
+    assert "two lines" in said
     assert json.loads((tmp_path / "log.jsonl").read_text())["loss"] == 1.0
+
+
+class OutOfTimeError(Exception):
+    pass
+
+
+def out_of_time(*_: object) -> None:
+    raise OutOfTimeError
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
+def test_what_the_user_asks_for_passes_through_a_service(number: signal.Signals) -> None:
+    """Ctrl-C, and the exception of the caller's own signal handler."""
+    before = signal.signal(number, out_of_time if number == signal.SIGALRM else signal.default_int_handler)
+    try:
+        reporter = Reporter("x", types.SimpleNamespace(log=lambda *_: signal.raise_signal(number)))  # type: ignore[arg-type]
+        with pytest.raises((KeyboardInterrupt, OutOfTimeError)):
+            reporter.log(1, {})
+    finally:
+        signal.signal(number, before)

@@ -60,6 +60,8 @@ def test_shards_by_index_folder_part_and_numbers(tmp_path: Path, suffix: str) ->
         (lambda m: {k: v for k, v in m.items() if k != "conv_in.bias"}, "conv_in.bias is in that file and not in the"),
         (lambda m: {**m, "conv_in.bias": "../up.safetensors"}, "must be a file beside it"),
         (lambda m: {**m, "conv_in.bias": "/etc/passwd"}, "must be a file beside it"),
+        (lambda m: {**m, "conv_in.bias": ""}, "must be a file beside it, not ''$"),
+        (lambda m: {**m, "conv_in.bias": "a\n\ud800"}, r"its part a\\n\\ud800 is missing"),
         (lambda m: {**m, "conv_in.bias": 3}, "weight_map must map names to files"),
         (lambda m: [1], "weight_map must map names to files"),
     ],
@@ -84,6 +86,34 @@ def test_folders(tmp_path: Path) -> None:
     (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "one.safetensors")
     with pytest.raises(CheckpointError, match=r"is not a file, and it has one\.safetensors, other\.pt; give the"):
         read_state_dict(tmp_path)
+
+
+def test_a_folder_with_files_of_systems_and_of_training(tmp_path: Path) -> None:
+    torch.save(DECODER, tmp_path / "vae.pt")
+    for name in ("._vae.pt", ".vae.pt.swp", "._model.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    for name in ("optimizer.pt", "scheduler.bin"):
+        torch.save({"state": {}}, tmp_path / name)
+    assert reads(tmp_path)
+    (tmp_path / "vae.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"it has optimizer\.pt, scheduler\.bin; give the"):
+        read_state_dict(tmp_path)
+
+
+def test_names_of_others_stay_on_their_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Names with line breaks, terminal sequences and halves of characters, and one of a megabyte."""
+    path = tmp_path / "odd\nname.pt"
+    names = ["a\nb", "\x1b[2Jcleared", "\u202ereversed", "half \ud800", "x" * (1 << 20)]
+    torch.save({**MODEL.state_dict(), **{name: torch.zeros(1) for name in names}}, path)
+    assert select_part(read_state_dict(path), "decoder", path).keys() == DECODER.keys()
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(MODEL.decoder, {**DECODER, names[0]: torch.zeros(1)}, path)
+    for said in (caplog.records[-1].getMessage(), str(caught.value)):
+        assert said.isprintable()
+        assert r"odd\nname.pt" in said
+        assert r"a\nb" in said
+        assert len(said) < 5000
+        said.encode()
 
 
 def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
