@@ -158,7 +158,7 @@ def test_unknown_ids_and_keywords_list_what_there_is(tmp_path: Path) -> None:
         get_loader("cods", 1)
     with pytest.raises(ConfigError, match="window_length"):
         get_loader("cod", 1, dataset_path=tmp_path, window=3)
-    with pytest.raises(ConfigError, match="batch_size 1"):
+    with pytest.raises(ConfigError, match=r"train\.batch_size must be 1 per rank, got 2"):
         get_loader("sequence_packing", 2, **kwargs(write(tmp_path)))
 
 
