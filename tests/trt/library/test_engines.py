@@ -137,6 +137,8 @@ def test_a_library_that_cannot_be_loaded_means_the_package(monkeypatch: pytest.M
 
     monkeypatch.setattr(engines, "_load_library", broken)
     monkeypatch.setattr(importer, "installed_flavour", lambda: ("rtx", "torch-tensorrt-rtx 2"))
+    release = engines.versions.of_torch() or engines.versions.RELEASES["2.11"]
+    monkeypatch.setattr(engines.versions, "of_torch", lambda: release)
     monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)
     monkeypatch.setattr(importer, "_attempt", lambda: (ABSENT, None))
     assert engines.status() == ABSENT
@@ -150,6 +152,8 @@ def test_a_library_that_cannot_be_loaded_means_the_package(monkeypatch: pytest.M
 def test_a_library_that_registers_nothing_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(engines, "_load_library", lambda _flavour: None)
     monkeypatch.setattr(importer, "installed_flavour", lambda: ("rtx", "torch-tensorrt-rtx 2"))
+    release = engines.versions.of_torch() or engines.versions.RELEASES["2.11"]
+    monkeypatch.setattr(engines.versions, "of_torch", lambda: release)
     monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)
     monkeypatch.setattr(engines.torch, "classes", ModuleType("classes"))
     assert not engines.attached()
