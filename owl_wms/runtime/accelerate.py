@@ -3,6 +3,7 @@
 Usage:
     pipe = owl_wms.accelerate(pipe)                             # a diffusers pipeline; its decoders are replaced
     vae.decoder = owl_wms.accelerate(vae.decoder)               # the same for one decoder
+    taehv = owl_wms.accelerate(taehv)                           # the author's TAEHV: its decode_video
     pipe.vae.decoder = pipe.vae.decoder.original                # and back
 """
 
@@ -17,14 +18,17 @@ from torch import nn
 
 from owl_wms.errors import ConfigError
 from owl_wms.runtime.accelerated import AcceleratedDecoder, Options
+from owl_wms.runtime.accelerated_video import AcceleratedStream, AcceleratedVideo
 from owl_wms.runtime.eager import unwrap
 from owl_wms.runtime.programs import Toolchain
 from owl_wms.settings import TensorRTConfig
 from owl_wms.vae.autoencoder_dc import is_sana_decoder
 from owl_wms.vae.dcae import DCAEDecoder
 from owl_wms.vae.distill import DistillDecoder
+from owl_wms.vae.taehv import TAEHVDecoder
+from owl_wms.vae.taehv_modules import METHOD, decoder_within, gives_same_frames, has_layout
 
-KNOWN = "diffusers' AutoencoderDC (Sana), and this package's DCAE and distilled decoders"
+KNOWN = "diffusers' AutoencoderDC (Sana), this package's decoders of pictures and streams, and the author's TAEHV"
 _LOG = logging.getLogger("owl_wms.runtime")
 _T = TypeVar("_T")
 
@@ -48,7 +52,8 @@ def accelerate(
     Args:
         module: a decoder `[B, C, H, W] -> [B, C, H, W]`, which is returned wrapped; or an autoencoder with `.decoder`
             or a pipeline whose components have one, which are changed in place and returned. A name in the log
-            (`owl_wms.runtime`, level INFO) says what was replaced.
+            (`owl_wms.runtime`, level INFO) says what was replaced. Of a TAEHV, whole clips `[b, n, c, h, w]` are
+            decoded; the author's module, and whatever holds one, keeps its class and gets another `decode_video`.
         precision: arithmetic of the programs as in TensorRTConfig: `auto` takes fp16 if every output is finite and the
             parity check passes, else bf16, also for a decoder in fp32. The result has the decoder's dtype.
         batch_sizes: programs are built for these batch sizes only, >= 1 each. Empty: the first batch of a latent shape
@@ -81,15 +86,22 @@ def accelerate(
             return module
         inner = unwrap(module)
         if is_known(inner):
-            return AcceleratedDecoder(inner, options)  # type: ignore[return-value]
+            return _wrapped(inner, options)  # type: ignore[return-value]
     replaced = []
     for name, holder in _holders(module):
         decoder = unwrap(holder.decoder)
         if is_known(decoder):
-            holder.decoder = AcceleratedDecoder(decoder, options)
+            holder.decoder = _wrapped(decoder, options)
             replaced.append(f"{name}{type(decoder).__name__}")
         elif isinstance(decoder, AcceleratedDecoder):
             replaced.append(f"{name}{type(decoder.original).__name__} (before)")
+    for name, part in _parts(module):
+        for inside, video in part.named_modules():
+            if isinstance(vars(video).get(METHOD), AcceleratedVideo):
+                replaced.append(f"{_joined(name, inside, METHOD)} (before)")
+            elif has_layout(video) and (within := decoder_within(video)) is not None and gives_same_frames(video):
+                vars(video)[METHOD] = AcceleratedVideo(video, options, within)
+                replaced.append(_joined(name, inside, METHOD))
     if replaced:
         _LOG.info("accelerated: %s", ", ".join(replaced))
     else:
@@ -99,15 +111,33 @@ def accelerate(
 
 def is_known(module: Any) -> bool:
     """Returns whether `module` is a decoder that programs can be made of."""
-    return isinstance(module, (DCAEDecoder, DistillDecoder)) or (
+    return isinstance(module, (DCAEDecoder, DistillDecoder, TAEHVDecoder)) or (
         isinstance(module, nn.Module) and is_sana_decoder(module)
     )
 
 
-def _holders(module: Any) -> Iterator[tuple[str, Any]]:
-    """Lists the modules that have a decoder: the autoencoder itself or a pipeline's components, with their names."""
+def _wrapped(decoder: nn.Module, options: Options) -> AcceleratedDecoder:
+    return (AcceleratedStream if isinstance(decoder, TAEHVDecoder) else AcceleratedDecoder)(decoder, options)
+
+
+def _parts(module: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Lists the modules of what was handed over, with their names: itself, a pipeline's components, or attributes."""
     components = getattr(module, "components", None)
-    named = components.items() if isinstance(components, dict) else [("", module)]
-    for name, part in named:
-        if isinstance(part, nn.Module) and isinstance(getattr(part, "decoder", None), nn.Module):
-            yield f"{name}.decoder: " if name else "decoder: ", part
+    if isinstance(components, dict):
+        named = components
+    else:
+        named = {"": module} if isinstance(module, nn.Module) else getattr(module, "__dict__", {})
+    for name, part in named.items():
+        if isinstance(part, nn.Module):
+            yield name, part
+
+
+def _holders(module: Any) -> Iterator[tuple[str, Any]]:
+    """Lists the parts that have a decoder, with their names."""
+    for name, part in _parts(module):
+        if isinstance(getattr(part, "decoder", None), nn.Module):
+            yield f"{_joined(name, 'decoder')}: ", part
+
+
+def _joined(*names: str) -> str:
+    return ".".join(name for name in names if name)

@@ -67,7 +67,7 @@ class AcceleratedStats:
         program_calls: calls that programs answered.
         pytorch: calls that PyTorch answered, by reason.
         ways: how batches are decoded: `(batch, c, h, w)` -> sizes of the programs that run, empty for PyTorch.
-        programs: the state of the programs, by their batch size.
+        programs: the state of the programs, by their batch size; of a decoder of streams all together, under 0.
     """
 
     calls: int
@@ -137,7 +137,11 @@ class AcceleratedDecoder(nn.Module):
         super().__init__()
         own = vars(self)
         own.update({name: value for name, value in vars(original).items() if _is_shared(name)})
-        own.update(_original=original, _options=options, _state=_State(original, options))
+        own.update(_original=original, _options=options, _state=self._begin(original, options))
+
+    @staticmethod
+    def _begin(original: nn.Module, options: Options) -> _State:
+        return _State(original, options)
 
     @property
     def original(self) -> nn.Module:
@@ -158,7 +162,7 @@ class AcceleratedDecoder(nn.Module):
     @uncompiled
     def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Decode latents; whatever else the wrapped decoder takes is handed to it."""
-        reason = "further arguments" if args or kwargs else self._why_pytorch(z)
+        reason = "further arguments" if args or kwargs else why_pytorch(self._original, z)
         if not reason:
             cast = torch.is_autocast_enabled(z.device.type)
             dtypes = (torch.get_autocast_dtype(z.device.type), z.dtype) if cast else None
@@ -189,22 +193,6 @@ class AcceleratedDecoder(nn.Module):
         return self._in_tiles(z)
 
     # ---- which way
-
-    def _why_pytorch(self, z: Any) -> str:
-        """Why the wrapped decoder has to compute this one itself; empty where a program may."""
-        if type(z) is not Tensor:  # a fake, functional or distributed tensor, a subclass: its own rules hold
-            return "no plain tensor"
-        if z.dim() != 4 or not z.shape[0] or z.dtype not in FLOATS or z.layout is not torch.strided:
-            return "no batch of float latents"
-        if self._original.training:
-            return "train mode"
-        if torch.is_grad_enabled() and (z.requires_grad or any(p.requires_grad for p in self._original.parameters())):
-            return "gradients are wanted (decode under torch.no_grad() otherwise)"
-        if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-            return "a dispatch mode or function transform"
-        if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
-            return "differentiated forwards or traced"
-        return "a CUDA graph is recorded" if recording.underway() else ""
 
     def _in_tiles(self, z: Tensor) -> Tensor:
         """Decodes by PyTorch in the largest tiles that fit into memory. Exact; see `owl_wms.vae.tiles`."""
@@ -277,7 +265,7 @@ class AcceleratedDecoder(nn.Module):
             super().__setattr__(name, value)
         else:
             setattr(self._original, name, value)
-            vars(self)["_state"] = _State(self._original, self._options)  # programs were made with the old value
+            vars(self)["_state"] = self._begin(self._original, self._options)  # programs were made with the old value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         moved = [(decode, before) for decode in self._state.decodes.values() if (before := decode.weights())]
@@ -287,14 +275,14 @@ class AcceleratedDecoder(nn.Module):
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AcceleratedDecoder:
-        twin = AcceleratedDecoder(copy.deepcopy(self._original, memo), self._options)
+        twin = type(self)(copy.deepcopy(self._original, memo), self._options)
         memo[id(self)] = twin
         for name, value in self._hung_on():
             vars(twin)[name] = copy.deepcopy(value, memo)
         return twin
 
     def __reduce__(self) -> Any:
-        return AcceleratedDecoder, (self._original, self._options), dict(self._hung_on())
+        return type(self), (self._original, self._options), dict(self._hung_on())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -315,6 +303,23 @@ _SHARED = frozenset(vars(nn.Module())) - {"training"}
 def _is_shared(name: str) -> bool:
     """Returns whether an attribute is one of those in which nn.Module keeps members and hooks."""
     return name in _SHARED
+
+
+def why_pytorch(original: nn.Module, z: Any, dims: int = 4) -> str:
+    """Returns why a decoder has to compute latents of `dims` dimensions itself; empty where a program may."""
+    if type(z) is not Tensor:  # a fake, functional or distributed tensor, a subclass: its own rules hold
+        return "no plain tensor"
+    if z.dim() != dims or not z.shape[0] or z.dtype not in FLOATS or z.layout is not torch.strided:
+        return "no batch of float latents"
+    if original.training:
+        return "train mode"
+    if torch.is_grad_enabled() and (z.requires_grad or any(p.requires_grad for p in original.parameters())):
+        return "gradients are wanted (decode under torch.no_grad() otherwise)"
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a dispatch mode or function transform"
+    if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
+        return "differentiated forwards or traced"
+    return "a CUDA graph is recorded" if recording.underway() else ""
 
 
 def altered(module: nn.Module) -> bool:

@@ -141,9 +141,19 @@ class Steps:
 
     def prepare(self, shape: tuple[int, ...]) -> None:
         """Finds or builds the program for latents `(b, c, h, w)`, and waits for it."""
+        self._ready(self._slot_for(shape), background=False)
+
+    def has_program(self, shape: tuple[int, ...]) -> bool:
+        """Returns whether latents `(b, c, h, w)` have a program; finds or builds it as the settings say."""
+        return self._ready(self._slot_for(shape))
+
+    def state(self, shape: tuple[int, ...]) -> str:
+        """Returns the state of the program for latents `(b, c, h, w)`, "new" if it was never asked for."""
+        return self._slot_for(shape).state
+
+    def _slot_for(self, shape: tuple[int, ...]) -> Slot:
         specs = cast(Any, self._eager.module).state_specs(shape)
-        device = self._eager.device or torch.device("cpu")
-        self._ready(self._slot(shape, device, tuple(spec.shape for spec in specs)), background=False)
+        return self._slot(shape, self._eager.device or torch.device("cpu"), tuple(spec.shape for spec in specs))
 
     def stats(self) -> DecodeStats:
         """Returns counts of what happened so far."""

@@ -23,7 +23,8 @@ from owl_wms.vae.checkpoint import detect_variant, load_weights, read_state_dict
 from owl_wms.vae.hub import load_hub_decoder, load_hub_encoder
 from owl_wms.vae.layouts import select_part
 from owl_wms.vae.meta import WeightNormShapes
-from owl_wms.vae.taehv import TAEHVDecoder, config_of, fit_grow_layers
+from owl_wms.vae.taehv import TAEHVDecoder
+from owl_wms.vae.taehv_weights import config_of, fit_grow_layers, require_fits
 
 HUB_VAE_ID = "dcae"
 TAEHV_VAE_ID = "taehv"
@@ -96,6 +97,8 @@ def _read_part(part: str, ckpt_path: Path | str) -> dict[str, Tensor]:
 
 
 def _with_weights(part: str, cfg: VAEModelConfig, state: dict[str, Tensor], ckpt_path: Path | str) -> nn.Module:
+    if isinstance(cfg, TAEHVConfig) and part == "decoder":
+        require_fits(cfg, state, ckpt_path)
     variant = detect_variant(state, skip_residuals=cfg.skip_residuals) if isinstance(cfg, DCAEConfig) else None
     # On meta nothing is initialised only to be overwritten; the file's tensors then become the parameters.
     with torch.device("meta"), WeightNormShapes():

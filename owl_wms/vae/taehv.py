@@ -15,15 +15,12 @@ Usage:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from owl_wms.configs.vae import TAEHVConfig
-from owl_wms.errors import CheckpointError, LatentShapeError
+from owl_wms.errors import LatentShapeError
 from owl_wms.state import State, StateSpec, zeros
 
 IMAGE_CHANNELS = 3
@@ -224,50 +221,3 @@ def shifted(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     if frames.shape[1] == 1:
         return state, x
     return torch.cat([state[:, None], frames[:, :-1]], 1).flatten(0, 1), frames[:, -1].contiguous()
-
-
-def config_of(state: Mapping[str, Tensor], path: object) -> TAEHVConfig:
-    """Reads the configuration off a checkpoint's decoder weights, all upsampling switched on that they have.
-
-    Args:
-        state: weights of the decoder, keys `N...` in the author's layout.
-        path: of the file, for the message.
-
-    Raises:
-        CheckpointError: the keys or shapes are not those of a TAEHV decoder.
-    """
-    form: Literal["normal", "super"] = "super" if "0.weight" in state else "normal"
-    first, last, grows, grown = (0, 22, (7, 14, 21), WIDTHS["super"][1:])
-    if form == "normal":
-        first, last, grows, grown = (1, 22, (7, 13, 19), WIDTHS["normal"][:-1])
-    keys = (f"{first}.weight", f"{last}.weight", *(f"{i}.conv.weight" for i in grows))
-    missing = next((key for key in keys if key not in state or state[key].dim() != 4), None)
-    if missing is not None:
-        raise CheckpointError(
-            f"{path}: is no TAEHV checkpoint: it has no decoder.{missing}; give one of the author's files",
-            path=str(path),
-            mismatch=missing,
-        )
-    outputs = len(state[f"{last}.weight"])
-    patch = round((outputs / IMAGE_CHANNELS) ** 0.5) or 1
-    times = [len(state[f"{i}.conv.weight"]) > width for i, width in zip(grows, grown, strict=True)]
-    return TAEHVConfig(
-        model_id="taehv",
-        latent_channels=state[f"{first}.weight"].shape[1],
-        patch_size=patch,
-        form=form,
-        time_upscale=(times[0], times[1], times[2]),
-    )
-
-
-def fit_grow_layers(decoder: TAEHVDecoder, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `state` with grow layers that make more frames than `decoder` wants cut to their last outputs.
-
-    The last outputs are the latest frame, as in the author's loader: a checkpoint that doubles the frame rate is then
-    decoded at half of it.
-    """
-    cut = dict(state)
-    for name, layer in decoder.named_children():
-        if isinstance(layer, Grow) and f"{name}.conv.weight" in cut:
-            cut[f"{name}.conv.weight"] = cut[f"{name}.conv.weight"][-layer.conv.out_channels :]
-    return cut

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from owl_wms.runtime import StreamDecode
 from owl_wms.runtime.programs import Loaded, Progress
 from owl_wms.settings import TensorRTConfig
 from owl_wms.state import State
-from owl_wms.vae import build_decoder
+from owl_wms.vae import build_decoder, taehv
 from owl_wms.vae.taehv import TAEHVDecoder
 
 
@@ -140,23 +141,24 @@ def test_threads_take_turns() -> None:
 
 
 class Programs:
-    """A toolchain whose program is the step itself in float64, or what `fault` makes of it."""
+    """A toolchain whose program is the step itself in another dtype, or what `fault` makes of it."""
 
     name = "stand-in"
     background = False
 
     def __init__(self, fault: Callable[[int, tuple[Tensor, ...]], Any] = lambda call, answered: answered) -> None:
         self.fault, self.calls, self.obtained = fault, 0, list[Request]()
+        self.dtype = torch.float64
 
     def obtain(
         self, decoder: nn.Module, request: Request, settings: TensorRTConfig, progress: Progress | None
     ) -> Loaded:
         self.obtained.append(request)
-        step = copy.deepcopy(decoder).double()
+        step = copy.deepcopy(decoder).to(self.dtype)
 
         def program(z: Tensor, *state: Tensor) -> Any:
             self.calls += 1
-            return self.fault(self.calls, step(z.double(), *(tensor.double() for tensor in state)))
+            return self.fault(self.calls, step(z.to(self.dtype), *(tensor.to(self.dtype) for tensor in state)))
 
         return Loaded(
             program=program,
@@ -224,6 +226,73 @@ def test_pytorch_takes_over_in_mid_stream(kind: str, caplog: pytest.LogCaptureFi
     assert stats.backend == "pytorch"
     assert "switched off after 3 failed runs" in stats.reason
     assert sum("PyTorch decodes instead" in record.message for record in caplog.records) == 1
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoders of a few thousand weights, where a step takes a millisecond."""
+    monkeypatch.setattr(taehv, "WIDTHS", dict.fromkeys(taehv.WIDTHS, (16, 8, 8, 8)))
+
+
+def steps_by_pytorch(decoder: TAEHVDecoder, state: State, latents: Tensor) -> Tensor:
+    parts, state = [], tuple(tensor.float() for tensor in state)
+    for latent in latents.unbind(1):
+        frames, state = decoder.step(latent, state)
+        parts.append(frames)
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_program_lost_at_step_500_leaves_streams_and_forks_to_pytorch(caplog: pytest.LogCaptureFixture) -> None:
+    """From that very step on, two streams in one batch and a fork of them are PyTorch's, bit for bit."""
+    lost_at, after = 500, 6
+
+    def fault(call: int, answered: tuple[Tensor, ...]) -> Any:
+        if call >= lost_at:
+            raise RuntimeError("device lost")
+        return answered
+
+    decoder, programs = make(), Programs(fault)
+    latents, others = clip(lost_at + after, streams=2), clip(after, streams=2, seed=1)
+    stream = StreamDecode(decoder, settings=SETTINGS, toolchain=programs)
+    first = torch.cat([stream.step(latent) for latent in latents[:, : lost_at - 1].unbind(1)], 1)
+    assert stream.stats().chunks_program == lost_at - 1
+    assert near(first[:, -8:], decoder(latents[:, : lost_at - 1])[:, -8:])
+    state, fork = stream._state, stream.fork()
+    with caplog.at_level(logging.WARNING, logger="owl_wms.runtime"):
+        rest = decoded(stream, latents[:, lost_at - 1 :])
+    assert torch.equal(rest, steps_by_pytorch(decoder, state, latents[:, lost_at - 1 :]))
+    assert torch.equal(decoded(fork, others), steps_by_pytorch(decoder, state, others))
+    assert torch.equal(stream.fork().step(others[:, 0]), steps_by_pytorch(decoder, stream._state, others[:, :1]))
+    stats = stream.stats()
+    assert (stats.chunks_program, stats.fallbacks, stats.backend) == (lost_at - 1, 3, "pytorch")
+    assert "device lost" in caplog.text
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("steps", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_error_and_memory_stay_flat(steps: int) -> None:
+    """A bf16 program against fp32 PyTorch: a state is worth nothing if what it carries grows."""
+    decoder, programs = make(), Programs()
+    programs.dtype = torch.bfloat16
+    by_program = StreamDecode(decoder, settings=SETTINGS, toolchain=programs)
+    exact = StreamDecode(decoder, settings=TensorRTConfig(enabled=False))
+    latents = clip(64)
+    errors: list[float] = []
+    tensors: list[int] = []
+    for i in range(steps):
+        got, wanted = (stream.step(latents[:, i % 64]) for stream in (by_program, exact))
+        errors.append(float((got - wanted).norm() / wanted.norm()))
+        del got, wanted
+        if i in (149, steps - 1):
+            gc.collect()
+            tensors.append(sum(issubclass(type(each), Tensor) for each in gc.get_objects()))
+    begin, end = (sum(errors[at : at + 64]) / 64 for at in (64, steps - 64))  # the same latents
+    assert 1e-5 < begin < 0.05
+    assert end <= 1.05 * begin
+    assert max(errors[64:]) <= 1.5 * max(errors[:64])
+    assert tensors[1] <= tensors[0]
+    assert by_program.stats().chunks_program == steps
 
 
 def test_strict_raises_and_keeps_the_state() -> None:

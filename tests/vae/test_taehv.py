@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from owl_wms.configs import TAEHVConfig, load_vae_config
 from owl_wms.errors import CheckpointError, ConfigError, LatentShapeError
-from owl_wms.state import zeros
+from owl_wms.state import State, zeros
 from owl_wms.utils.owl_vae_bridge import get_decoder_only
-from owl_wms.vae import build_decoder, build_encoder, load_decoder
+from owl_wms.vae import build_decoder, build_encoder, load_decoder, taehv
 from owl_wms.vae.taehv import TAEHVDecoder
+from owl_wms.vae.taehv_weights import config_of, require_fits
 from tests.vae.helpers import DATA, VAE_CONFIGS, relative_error
 
 GOLDEN = ("taehv_hy15", "taehv_wan21")
@@ -27,6 +29,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "normal": {"latent_channels": 4, "patch_size": 2},
     "super": {"latent_channels": 4, "form": "super", "time_upscale": (True, False, True)},
 }
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoders of a few thousand weights."""
+    monkeypatch.setattr(taehv, "WIDTHS", dict.fromkeys(taehv.WIDTHS, (16, 8, 8, 8)))
 
 
 def fill(decoder: torch.nn.Module, last: str) -> None:
@@ -127,6 +135,109 @@ def test_shipped_variants(variant: str, suffix: str, channels: int, scale: int, 
     assert frames.shape == (1, per_latent + 1, 3, 2 * scale, 3 * scale)
 
 
+def described(form: str, channels: int, patch: int, time: tuple[bool, ...]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a decoder's weights, counted from the description of the network and nothing else."""
+    found: dict[str, tuple[int, ...]] = {}
+    number = 0
+
+    def put(name: str, *shape: int, bias: bool = False) -> None:
+        found[f"{name}.weight"] = shape
+        if bias:
+            found[f"{name}.bias"] = shape[:1]
+
+    if form == "normal":
+        widths = (256, 128, 64, 64)
+        put("1", widths[0], channels, 3, 3, bias=True)
+        number = 3  # clamp, convolution, ReLU
+        for i, (here, there) in enumerate(itertools.pairwise(widths)):
+            for _ in range(3):
+                put(f"{number}.conv.0", here, 2 * here, 3, 3, bias=True)
+                put(f"{number}.conv.2", here, here, 3, 3, bias=True)
+                put(f"{number}.conv.4", here, here, 3, 3, bias=True)
+                number += 1
+            put(f"{number + 1}.conv", here * (2 if time[i] else 1), here, 1, 1)  # behind the enlargement
+            put(f"{number + 2}", there, here, 3, 3)
+            number += 3
+        number += 1  # ReLU
+    else:
+        widths = (512, 256, 128, 64)
+        put("0", widths[0], channels, 1, 1)
+        number = 1
+        for i, (here, there) in enumerate(itertools.pairwise(widths)):
+            for _ in range(3):
+                put(f"{number}.conv.0", 2 * here, 1, 7, 7)
+                put(f"{number}.conv.1", 4 * here, 2 * here, 1, 1, bias=True)
+                put(f"{number}.conv.3", here, 4 * here, 1, 1)
+                number += 1
+            put(f"{number}", 4 * there, here, 3, 3, bias=True)
+            put(f"{number + 3}.conv", there * (2 if time[i] else 1), there, 1, 1)  # behind ReLU and pixel shuffle
+            number += 4
+    put(f"{number}", 3 * patch**2, widths[-1], 3, 3, bias=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variant", "channels", "patch", "time"),
+    [
+        ("wan21", 16, 1, (False, True, True)),
+        ("wan22", 48, 2, (False, True, True)),
+        ("hunyuan15", 32, 2, (False, True, True)),
+        ("ltx2", 128, 4, (True, True, True)),
+    ],
+)
+@pytest.mark.parametrize("form", ["normal", "super"])
+def test_weights_of_every_variant(
+    variant: str, channels: int, patch: int, time: tuple[bool, ...], form: str, tmp_path: Path
+) -> None:
+    """Their names, shapes and number; and weights under another variant's configuration are told which one fits."""
+    names = {v: f"taehv_{v}{'_super' if form == 'super' else ''}.yml" for v in ("wan21", "wan22", "hunyuan15", "ltx2")}
+    config = load_vae_config(VAE_CONFIGS / names[variant]).model
+    wanted = described(form, channels, patch, time)
+    with torch.device("meta"):
+        decoder = build_decoder(config)
+    own = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
+    assert own == wanted
+    assert len(own) == {"normal": 64, "super": 48}[form]
+    state = {name: torch.zeros(1).expand(shape) for name, shape in wanted.items()}
+    assert config_of(state, "x.pth") == config
+    require_fits(config, state, "x.pth")
+    for other in names:
+        if other != variant:
+            with pytest.raises(CheckpointError) as refused:
+                require_fits(load_vae_config(VAE_CONFIGS / names[other]).model, state, "x.pth")
+            assert f"use configs/vae/{names[variant]}, or vae_id taehv" in str(refused.value)
+            assert "\n" not in str(refused.value)
+    swapped = load_vae_config(VAE_CONFIGS / f"taehv_{variant}{'' if form == 'super' else '_super'}.yml").model
+    with pytest.raises(CheckpointError, match=f"use configs/vae/{names[variant]}"):
+        require_fits(swapped, state, "x.pth")
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize(("height", "width"), [(5, 9), (1, 1), (3, 2)])
+@pytest.mark.parametrize("form", ["normal", "super"])
+@pytest.mark.parametrize(("channels", "patch", "time"), [(16, 1, (False, True, True)), (128, 4, (True, True, True))])
+@torch.no_grad()
+def test_one_latent_at_a_time_is_the_clip_at_odd_sizes(
+    n: int, height: int, width: int, form: Any, channels: int, patch: int, time: Any
+) -> None:
+    decoder = build_decoder(
+        TAEHVConfig(model_id="taehv", latent_channels=channels, patch_size=patch, form=form, time_upscale=time)
+    ).eval()
+    assert isinstance(decoder, TAEHVDecoder)
+    fill(decoder, "22")
+    latents = torch.randn(2, n, channels, height, width, generator=torch.Generator().manual_seed(7))
+    whole = decoder(latents)
+    each = decoder.frames_per_latent
+    assert whole.shape == (2, n * each - each + 1, 3, 8 * patch * height, 8 * patch * width)
+    state: State = ()
+    parts = []
+    for latent in latents.unbind(1):
+        frames, state = decoder.step(latent, state)
+        parts.append(frames)
+    assert relative_error(torch.cat(parts, 1)[:, each - 1 :], whole) < 1e-5
+
+
 def write(state: dict[str, Tensor], path: Path) -> Path:
     if path.suffix == ".safetensors":
         save_file({key: value.contiguous() for key, value in state.items()}, path)
@@ -175,5 +286,10 @@ def test_refusals(tmp_path: Path) -> None:
     other = write({"decoder.conv.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"no TAEHV checkpoint: it has no decoder\.1\.weight"):
         load_decoder("taehv", None, other)
+    config = tmp_path / "wan.yml"
+    config.write_text("model: {model_id: taehv, latent_channels: 16}")
+    weights = write({f"decoder.{k}": v for k, v in decoder.state_dict().items()}, tmp_path / "four.pth")
+    with pytest.raises(CheckpointError, match=r"latent_channels 4, patch_size 2.* describes Wan 2\.1: .* use a config"):
+        load_decoder(None, config, weights)
     with pytest.raises(ConfigError, match="'taehv' with a checkpoint"):
         load_decoder("taehv", None, None)
