@@ -45,9 +45,9 @@ def accelerate(
 ) -> _T:
     """Makes a decoder, or the decoders of a model or pipeline, decode by compiled programs.
 
-    A program is found in the cache or built (some minutes) when latents of its shape are first decoded. It is compared
-    with the fp32 decoder before it is used. PyTorch decodes whatever no program is right for: gradients, train mode,
-    weights that changed, hooks inside the decoder, other dtypes.
+    A program is found in the cache or built (half a minute to minutes) when latents of its shape are first decoded.
+    It is compared with the fp32 decoder before it is used. PyTorch decodes whatever no program is right for:
+    gradients, train mode, weights that changed, hooks inside the decoder, other dtypes.
 
     Args:
         module: a decoder `[B, C, H, W] -> [B, C, H, W]`, which is returned wrapped; or an autoencoder with `.decoder`
