@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 # CI has two cores. Of two workers with two threads each, every parallel loop would wait for threads that do not run.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # set, for a worker inherits what the next line set in the process that began it
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
