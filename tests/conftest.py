@@ -6,7 +6,7 @@ import os
 
 # CI has two cores. Of two workers with two threads each, every parallel loop would wait for threads that do not run.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # set, for a worker inherits what the next line set in the process that began it
+    os.environ["OMP_NUM_THREADS"] = "1"  # a worker inherits what the next line set in its parent
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
