@@ -30,6 +30,7 @@ from tests.trainers.test_trainers import build
 KILLS = 10
 ALONE = "OWL_WMS_TEST_ALONE"
 CLIPS, FRAMES = 40, 30
+FILE_CALLS = ("open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.truncate")
 FORK = multiprocessing.get_context("fork")
 
 
@@ -38,14 +39,30 @@ def _alone(work: Callable[[], Any]) -> None:
     work()
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds that the work takes in a process of its own."""
-    begun = time.monotonic()
-    process = FORK.Process(target=_alone, args=(work,))
+def fatal(work: Callable[[Path], Any], folder: Path, call: int, count: Any) -> None:
+    """Do the work in `folder` and die of SIGKILL before the given call that changes or opens a file there.
+
+    A place, not a time: a kill after so many seconds hits another place on a busy machine, or none.
+    """
+
+    def watch(event: str, given: tuple[Any, ...]) -> None:
+        if event in FILE_CALLS and str(folder) in str(given[0]):
+            count.value += 1
+            if count.value == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    _alone(lambda: work(folder))
+
+
+def calls_of(work: Callable[[Path], Any], folder: Path, call: int = 0) -> tuple[int, bool]:
+    """How many such calls the work makes in a process of its own, and whether it died of that one; 0 for none."""
+    count = FORK.Value("i", 0)
+    process = FORK.Process(target=fatal, args=(work, folder, call, count))
     process.start()
     process.join(120)
-    assert process.exitcode == 0
-    return time.monotonic() - begun
+    assert process.exitcode in (0, -signal.SIGKILL if call else 0)
+    return count.value, process.exitcode != 0
 
 
 def killed(work: Callable[[], Any], seconds: float) -> bool:
@@ -78,14 +95,14 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def survive(work: Callable[[Path], Any], folder: Path, spare: Path) -> list[dict[str, Any]]:
     """Kill the work in `folder` ten times; what was there stays, and its end is the same as undisturbed in `spare`."""
-    longest, chance, before, hits = timed(lambda: work(spare)), random.Random(5), [], 0
+    (calls, _), chance, before, hits = calls_of(work, spare), random.Random(5), [], 0
     for _ in range(KILLS):
-        hits += killed(lambda: work(folder), chance.uniform(0, longest / 2))
+        hits += calls_of(work, folder, chance.randint(1, calls // 4))[1]
         after = rows_of(folder)
         assert len(after) >= len(before)
         assert all(map(same, before, after))
         before = after
-    assert hits >= 3, "too quick to be killed"
+    assert hits >= 3
     work(folder)
     whole = rows_of(folder)
     wanted = rows_of(spare)
