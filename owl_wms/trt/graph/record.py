@@ -14,6 +14,7 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 from collections.abc import Callable
@@ -49,11 +50,11 @@ def record(module: nn.Module, z: Tensor, *state: Tensor, inspect: Callable[[Any]
     book.value(z, "z")
     book.results(state, "s")
     with (
-        torch.random.fork_rng(devices=[]),  # what a forward draws on the CPU is drawn for real
+        contextlib.ExitStack() as drawing,
         torch.autocast("cuda", enabled=False),  # a surrounding autocast is the caller's context, not the decoder's
         torch.autocast("cpu", enabled=False),
         _Calls(book),
-        _Operators(book),
+        _Operators(book, drawing),
     ):
         returned = module(z, *state)
     if inspect is not None:
@@ -143,11 +144,17 @@ class _Book:
 class _Operators(QuickShapes):
     """Records what reaches torch's dispatcher, below autograd and below functions made of other functions."""
 
-    def __init__(self, book: _Book) -> None:
+    def __init__(self, book: _Book, drawing: contextlib.ExitStack) -> None:
         super().__init__()
         self._book = book
+        self._drawing, self._draws = drawing, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What a forward draws on the CPU is drawn for real, and the state before it comes back at the end. Not so for
+        # others: the state belongs to every thread, and one that trains meanwhile would draw the same numbers twice.
+        if not self._draws and torch.Tag.nondeterministic_seeded in func.tags:
+            self._draws = True
+            self._drawing.enter_context(torch.random.fork_rng(devices=[]))
         self._book.line(f"{func} {self._book.text(args)} {self._book.text(kwargs or {})}")
         results = result_of(func, args, kwargs or {})
         self._book.results(results, f"v{len(self._book.lines)}")

@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -223,6 +224,24 @@ def test_the_callers_context_does_not_count() -> None:
     with torch.inference_mode():
         assert Recording.of(net, spec.input_shape).text == plain
         assert Recording.of(nn.Conv2d(4, 4, 3), spec.input_shape).text == plain
+
+
+def test_numbers_that_another_thread_draws_meanwhile_do_not_come_again() -> None:
+    drawn: list[Tensor] = []
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 3, 1)
+
+        def forward(self, z: Tensor) -> Tensor:
+            trains = threading.Thread(target=lambda: drawn.append(torch.rand(4)))
+            trains.start()
+            trains.join()
+            return self.conv(z)
+
+    Recording.of(Beside().eval(), SHAPE)
+    assert not torch.equal(torch.rand(4), drawn[-1])
 
 
 def test_the_callers_random_numbers_are_not_drawn() -> None:
