@@ -117,7 +117,9 @@ class WeightsStamp:
         self._steps = _STEPS.count
         # `get_referents` gives the values of many dicts in one loop of C: half the time of chaining their views.
         self._holders = [held for module in modules for held in (module._parameters, module._buffers) if held]
-        values = get_referents(*self._holders)
+        # A scripted module has its tables in C++ instead.
+        self._foreign = [held for held in self._holders if not isinstance(held, dict)]
+        values = self._values()
         self._ids = list(map(id, values))
         # Takes the tensors out of the values, of which an absent bias is None.
         self._tensors_of = _picker([i for i, value in enumerate(values) if isinstance(value, Tensor)])
@@ -128,8 +130,8 @@ class WeightsStamp:
         self._memory = {storage.data_ptr() for storage in map(Tensor.untyped_storage, tensors)}
         # A tensor made in inference mode has no version.
         self._counted = _picker([i for i, tensor in enumerate(tensors) if not tensor.is_inference()])
-        # Of the same tensors: another number as soon as one is written, because versions only grow.
-        self._versions = sum(map(_version, self._counted(tensors)))
+        # Not their sum: what exchanges the insides of tensors (`torch.utils.swap_tensors`) may lower a version.
+        self._versions = list(map(_version, self._counted(tensors)))
         self._children = [module._modules for module in modules if module._modules]
         self._children_then = [dict(children) for children in self._children]
         # Of modules whose own forward may look at them; what is added to these is new to the computation.
@@ -146,7 +148,8 @@ class WeightsStamp:
         self._hooked = [held for held in self._hooks if held]
         self._parts = modules
         self._types = list(map(type, modules))
-        self._classes = list(dict.fromkeys(self._types))
+        # The class of a scripted module has no forward; each of its instances brings its own from C++.
+        self._classes = [kind for kind in dict.fromkeys(self._types) if not issubclass(kind, torch.jit.ScriptModule)]
         self._forwards = list(map(_forward, self._classes))
         self._calls = _calls(self._classes)
         self._forwarded = [own for own in self._own if "forward" in own]
@@ -163,11 +166,11 @@ class WeightsStamp:
             return False
         if list(map(_forward, self._classes)) != self._forwards or _calls(self._classes) != self._calls:
             return False
-        values = get_referents(*self._holders)
+        values = self._values()
         if list(map(id, values)) != self._ids:
             return False
         tensors = self._tensors_of(values)
-        if sum(map(_version, self._counted(tensors))) != self._versions:
+        if list(map(_version, self._counted(tensors))) != self._versions:
             return False
         if list(map(Tensor.data_ptr, tensors)) != self._addresses:
             return False
@@ -176,6 +179,13 @@ class WeightsStamp:
         if any(map(torch.UntypedStorage._expired, self._pointers)):
             return False
         return self._unstepped() and self._unhooked()
+
+    def _values(self) -> list[Any]:
+        """Returns every parameter and buffer, or None for an absent one, and what else stands among them."""
+        values = get_referents(*self._holders)
+        for held in self._foreign:
+            values.extend(held.values())
+        return values
 
     def _unstepped(self) -> bool:
         """Returns whether no optimiser has stepped that has one of the weights."""

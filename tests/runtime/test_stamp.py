@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from owl_wms.runtime import VideoDecode
 from owl_wms.runtime.stamp import WeightsStamp, hindrance
+from owl_wms.settings import TensorRTConfig
 from owl_wms.vae import fold_weight_norm
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
 
@@ -247,6 +248,35 @@ def test_steps_of_other_optimisers_and_hooks_elsewhere_cost_no_program(tmp_path:
         decode(LATENTS)
     assert decode.stats().builds == 1
     assert decode.stats().chunks_program == 4
+
+
+def test_a_version_that_falls_does_not_hide_one_that_rises() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    both = nn.Sequential(first, second)
+    turned = nn.Parameter(first.weight.data.t())  # the same memory, and a version of its own
+    with torch.no_grad():
+        first.weight.add_(0)
+    stamp, fallen = WeightsStamp(both), first.weight._version
+    torch.utils.swap_tensors(first.weight, turned)
+    with torch.no_grad():
+        for _ in range(fallen - first.weight._version):
+            second.weight.add_(1)
+    assert not stamp.matches(both)
+
+
+def test_a_part_that_torch_scripted_is_watched() -> None:
+    scripted = torch.jit.script(nn.Conv2d(4, 3, 1))
+    decoder = nn.Sequential(scripted, nn.Conv2d(3, 3, 1)).eval()
+    decode = VideoDecode(decoder, batch_size=2, settings=TensorRTConfig(enabled=False))
+    for _ in range(2):
+        with torch.no_grad():
+            wanted = decoder(LATENTS[0])
+        assert torch.equal(decode(LATENTS)[0], wanted.to(torch.bfloat16))
+        stamp = WeightsStamp(decoder)
+        assert stamp.matches(decoder)
+        with torch.no_grad():
+            scripted.weight.add_(1)
+        assert not stamp.matches(decoder)
 
 
 def test_what_a_stamp_does_not_see_is_written_down() -> None:
