@@ -168,7 +168,7 @@ class VideoDecode:
         generation = self._current()
         check_video_shape((1, 1, *latent_shape), generation.eager.channels)
         device = torch.device("cpu") if generation.eager.device is None else generation.eager.device
-        self._ready(generation.eager, self._slot(generation, latent_shape, device), background=False)
+        self._ready(generation.eager, self._slot(generation, latent_shape, device), wait=True)
         return self.stats()
 
     @property
@@ -299,9 +299,9 @@ class VideoDecode:
             slot.switch_off("a CUDA graph is being recorded")
         return slot
 
-    def _ready(self, eager: EagerDecoder, slot: Slot, background: bool = True) -> bool:
+    def _ready(self, eager: EagerDecoder, slot: Slot, wait: bool = False) -> bool:
         """Returns whether the slot has a program; obtains it on the first call, in the background if the settings say
-        so too. Otherwise other threads wait here meanwhile.
+        so, and then returns False while it is built, unless told to wait. Otherwise other threads wait here meanwhile.
         """
         return obtain(
             slot,
@@ -309,7 +309,8 @@ class VideoDecode:
             self._ledger,
             strict=self.strict,
             progress=self._progress,
-            background=background and self.settings.build == "background" and self.toolchain.background,
+            background=self.settings.build == "background" and self.toolchain.background,
+            wait=wait,
         )
 
     def _find(self, eager: EagerDecoder, slot: Slot, progress: Progress | None) -> Loaded:

@@ -31,6 +31,7 @@ def obtain(
     strict: bool,
     progress: Progress | None = None,
     background: bool = False,
+    wait: bool = False,
 ) -> bool:
     """Returns whether there is a program; the first call finds or builds it, other threads wait meanwhile.
 
@@ -40,24 +41,25 @@ def obtain(
         ledger: counts.
         strict: raise if there is none.
         progress: receives build events.
-        background: return False, in this and other threads, while a program is built. Without it, a build that was
-            begun in the background is waited for.
+        background: return False, in this and other threads, while a program is built.
+        wait: wait for what is built in the background, whoever began it; other threads do not.
 
     Raises:
         FastPathError: there is none, and the caller is strict.
         Exception: one of the caller's, such as a time limit; see `owl_wms.interrupts`.
     """
-    if slot.state == "new" and slot.rested():
-        if background:
-            if not _begin(slot, find, ledger, strict, progress):
-                return False
-        else:
-            with slot.lock:
-                if slot.state == "new" and slot.rested():
-                    _fill(slot, lambda: find(progress), ledger, strict)
-    elif slot.state == "building" and not background:
-        assert slot.search is not None
-        slot.search.join()
+    if background:
+        if slot.state == "new" and slot.rested() and not _begin(slot, find, ledger, strict, progress) and not wait:
+            return False
+        if wait and slot.state == "building":
+            with slot.lock:  # held by whoever is just starting the thread
+                search = slot.search
+            if search is not None:
+                search.join()
+    elif slot.state == "new" and slot.rested():
+        with slot.lock:
+            if slot.state == "new" and slot.rested():
+                _fill(slot, lambda: find(progress), ledger, strict)
     failure = slot.failure
     if failure is not None and strict:
         raise failure.again()
@@ -82,14 +84,18 @@ def _begin(slot: Slot, find: Find, ledger: Ledger, strict: bool, progress: Progr
             pass  # the slot holds it, and the next call of a strict caller raises it
         except Exception as error:  # no caller is here to raise it to, nor to make a time limit of its own
             failure = FastPathError("build", f"{type(error).__name__}: {error}", "run owl-wms doctor")
-            slot.switch_off(failure.sentence, failure)
-            ledger.failure(failure, raised=strict)
+            _give_up(slot, failure, ledger, strict)
         finally:
             answered.set()
 
     with slot.lock:
         if slot.state == "new":
-            slot.begin(lambda: ending.begin(work, name="owl-wms-program"))
+            try:
+                slot.begin(lambda: ending.begin(work, name="owl-wms-program"))
+            except RuntimeError as error:  # the system gives no more threads, or the interpreter is shutting down
+                remedy = "end other threads, or set TENSORRT_BUILD=wait"
+                _give_up(slot, FastPathError("build", f"no thread to build in: {error}", remedy), ledger, strict)
+                answered.set()
         else:  # another thread was faster
             answered.set()
     answered.wait()
@@ -100,11 +106,7 @@ def _fill(slot: Slot, find: Callable[[], Loaded], ledger: Ledger, strict: bool) 
     try:
         loaded = find()
     except FastPathError as failure:
-        slot.switch_off(failure.sentence, failure)
-        if failure.quiet or ending.over():
-            ledger.note(failure.reason, f"PyTorch decodes: {failure.sentence}")
-        else:
-            ledger.failure(failure, raised=strict)
+        _give_up(slot, failure, ledger, strict)
         if strict:
             raise
         return
@@ -117,3 +119,11 @@ def _fill(slot: Slot, find: Callable[[], Loaded], ledger: Ledger, strict: bool) 
     ledger.spend("load", loaded.load_seconds)
     shape = slot.request.input_shape
     ledger.note(f"ready {shape}", f"{slot.reason} decodes {list(shape)}")
+
+
+def _give_up(slot: Slot, failure: FastPathError, ledger: Ledger, strict: bool) -> None:
+    slot.switch_off(failure.sentence, failure)
+    if failure.quiet or ending.over():
+        ledger.note(failure.reason, f"PyTorch decodes: {failure.sentence}")
+    else:
+        ledger.failure(failure, raised=strict)

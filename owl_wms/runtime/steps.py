@@ -141,7 +141,7 @@ class Steps:
 
     def prepare(self, shape: tuple[int, ...]) -> None:
         """Finds or builds the program for latents `(b, c, h, w)`, and waits for it."""
-        self._ready(self._slot_for(shape), background=False)
+        self._ready(self._slot_for(shape), wait=True)
 
     def has_program(self, shape: tuple[int, ...]) -> bool:
         """Returns whether latents `(b, c, h, w)` have a program; finds or builds it as the settings say."""
@@ -233,7 +233,7 @@ class Steps:
                     slot.switch_off(SWITCHED_OFF)
         return slot
 
-    def _ready(self, slot: Slot, background: bool = True) -> bool:
+    def _ready(self, slot: Slot, wait: bool = False) -> bool:
         if recording.underway():  # what a caller records in a CUDA graph of its own is PyTorch's step
             return False
         stepping = self._stepping  # new weights may come while it is built
@@ -243,7 +243,8 @@ class Steps:
             self._ledger,
             strict=self.strict,
             progress=self._progress,
-            background=background and self.settings.build == "background" and self.toolchain.background,
+            background=self.settings.build == "background" and self.toolchain.background,
+            wait=wait,
         )
 
     def _take_weights(self) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from owl_wms import ending
 from owl_wms.errors import FastPathError
 from owl_wms.request import Request
 from owl_wms.runtime import Jit, StreamDecode, VideoDecode
@@ -89,6 +90,56 @@ def test_prepare_waits_without_a_call_before_it(tmp_path: Path) -> None:
     toolchain = marked()
     toolchain.go.set()
     assert decoding(tmp_path, toolchain).prepare((4, 3, 3)).builds == 1
+
+
+def test_a_call_does_not_wait_for_what_another_thread_prepares(tmp_path: Path) -> None:
+    toolchain = marked()
+    decode = decoding(tmp_path, toolchain)
+    preparing = threading.Thread(target=lambda: decode.prepare((4, 3, 3)))
+    preparing.start()
+    assert toolchain.building.wait(SECONDS)
+    assert by_program(decode, decode(Z)) == [False] * 5
+    assert preparing.is_alive()
+    toolchain.go.set()
+    preparing.join(SECONDS)
+    assert by_program(decode, decode(Z)) == [True] * 5
+
+
+def test_prepare_waits_for_a_search_whose_thread_is_just_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toolchain, begin, threads = marked(), ending.begin, list[threading.Thread]()
+    decode, builds = decoding(tmp_path, toolchain), list[int]()
+
+    def starting(work: Any, *, name: str) -> threading.Thread:
+        threads.append(threading.Thread(target=lambda: builds.append(decode.prepare((4, 3, 3)).builds)))
+        threads[0].start()
+        threads[0].join(0.05)
+        return begin(work, name=name)
+
+    monkeypatch.setattr(ending, "begin", starting)
+    decode(Z)
+    toolchain.go.set()
+    threads[0].join(SECONDS)
+    assert builds == [1]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_without_a_thread_to_build_in_pytorch_decodes(
+    tmp_path: Path, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> threading.Thread:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ending, "begin", refused)
+    decode = decoding(tmp_path, marked(), strict=strict)
+    if strict:
+        with pytest.raises(FastPathError, match="can't start new thread"):
+            decode(Z)
+        return
+    for _ in range(2):
+        assert by_program(decode, decode(Z)) == [False] * 5
+    assert "can't start new thread" in decode.prepare((4, 3, 3)).reason
 
 
 def test_a_call_is_answered_by_one_of_them_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
