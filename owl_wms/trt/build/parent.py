@@ -32,6 +32,7 @@ from torch import nn
 
 from owl_wms import ending, env
 from owl_wms.errors import FastPathError
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.request import Request
 from owl_wms.trt import plans
 from owl_wms.trt.build.child import DECODER_NAME, GO, JOB_NAME
@@ -232,7 +233,8 @@ class Build:
         if meanwhile is not None:
             try:
                 meanwhile()
-            except Exception:
+            except Exception as error:
+                raise_interrupt(error)
                 _LOG.warning("beside the build: ", exc_info=True)
 
     def _listen(self, fd: int) -> tuple[Event | None, str]:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.trt.graph.record import record
 from owl_wms.trt.graph.recording import Recording, meta_inputs
 from owl_wms.trt.graph.shapes import meta_copy
@@ -46,6 +47,7 @@ def is_ordinary(decoder: nn.Module, recording: Recording, standard: Callable[[nn
                 recording.text == wanted or f"recorded\n{record(_plain(decoder, recording.dtype), *inputs)}" == wanted
             )
         except Exception as error:  # whatever a forward of somebody's own raises on the meta device
+            raise_interrupt(error)
             _LOG.info("%s cannot be compared with a new one: %s", type(decoder).__name__, error)
             return False
 

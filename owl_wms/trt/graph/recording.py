@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from owl_wms.errors import FastPathError
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.trt.graph.export import export_decoder, graph_text
 from owl_wms.trt.graph.record import record
 from owl_wms.trt.graph.shapes import meta_copy, module_dtype, noted_shapes
@@ -77,6 +78,7 @@ class Recording:
             except FastPathError:
                 raise
             except Exception as error:  # an operator without a meta form, or whatever the forward itself raises
+                raise_interrupt(error)
                 _LOG.info("the forward of %s cannot be recorded, so it is exported: %s", type(decoder).__name__, error)
                 text, shapes = f"exported\n{graph_text(export_decoder(twin, *inputs))}", None
         return cls(text=text, shapes=shapes, input_shape=tuple(input_shape), dtype=dtype, state=state)

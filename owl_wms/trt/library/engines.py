@@ -25,6 +25,7 @@ from typing import TypeVar
 import torch
 
 from owl_wms.errors import FastPathError
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.trt.library import importer, versions
 
 LIBRARIES = {"rtx": "tensorrt_rtx_libs", "standard": "tensorrt_libs"}
@@ -73,6 +74,7 @@ def reading(load: Callable[[], _T]) -> _T:
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
+        raise_interrupt(error)
         if "torch_tensorrt" in sys.modules or not importer.status().available:
             raise
         _LOG.info("reading once more with all of Torch-TensorRT: %s: %s", type(error).__name__, error)
@@ -106,6 +108,7 @@ def _attach() -> bool:
         known = bool(torch.classes.tensorrt.Engine) and hasattr(torch.ops.tensorrt, "execute_engine")
         return known and str(torch.ops.tensorrt.ABI_VERSION()) == release.abi
     except Exception as error:  # a library that is missing, does not fit this torch, or registers something else
+        raise_interrupt(error)
         _LOG.debug("Torch-TensorRT's library alone does not do: %s: %s", type(error).__name__, error)
         return False
 

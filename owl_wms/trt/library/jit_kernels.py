@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.trt.library import importer, versions
 
 FILE = "tensorrt_kernels.txt"
@@ -86,5 +87,6 @@ def attach(objects: Iterable[object], text: str) -> int:
                 engine.update_runtime_settings(_LAZY, _DISABLED, handle)
                 taken += 1
     except Exception as error:
+        raise_interrupt(error)
         _LOG.info("kernels that came with the program are not used: %s: %s", type(error).__name__, error)
     return taken

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from owl_wms.interrupts import raise_interrupt
+
 FILE = "owl_wms_kernels.json"
 NAMESPACE = "owl_wms"
 _LOG = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ def _machine_code() -> Any:
     try:
         return importlib.import_module("owl_wms.ops.common.machine_code")
     except Exception as error:
+        raise_interrupt(error)
         _LOG.debug("our operators cannot be imported: %s", error)
         return None
 

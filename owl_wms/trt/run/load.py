@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from owl_wms.errors import FastPathError
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.trt.check import output
 from owl_wms.trt.check.parity import example
 from owl_wms.trt.library import engines, jit_kernels
@@ -125,6 +126,7 @@ def _load(data: bytes, device: torch.device) -> LoadedProgram:
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # of another version, damaged, or it does not repeat the output of the build
+        raise_interrupt(error)
         _LOG.info("a call list is not used, so the exported program is loaded: %s: %s", type(error).__name__, error)
     return _exported(data, device)[0] if program is None else program
 
@@ -189,6 +191,7 @@ def register_operators() -> None:
     try:
         importlib.import_module("owl_wms.ops")
     except Exception as error:  # a missing or broken dependency: a program that needs them says so when it is read
+        raise_interrupt(error)
         _LOG.info("our operators cannot be imported: %s: %s", type(error).__name__, error)
 
 

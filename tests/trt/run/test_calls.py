@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import signal
 import subprocess
 import sys
 import zipfile
@@ -22,6 +23,7 @@ from torch import Tensor
 from owl_wms.cache import Key
 from owl_wms.request import Request
 from owl_wms.runtime import TensorRT, VideoDecode
+from owl_wms.runtime.programs import staged
 from owl_wms.settings import TensorRTConfig
 from owl_wms.trt import plans
 from owl_wms.trt.build import save as saving
@@ -167,6 +169,28 @@ def test_an_altered_list_is_not_used(how: str, exports: list[bytes]) -> None:
     program = load_program(buffer.getvalue(), "cpu", library=False)
     assert len(exports) == 1, "the exported program was read"
     assert torch.equal(program(*lowered("tiled")[1]), saved("tiled")[2])
+
+
+class TimeLimit(Exception):
+    pass
+
+
+def test_a_time_limit_of_the_caller_ends_the_reading(monkeypatch: pytest.MonkeyPatch, exports: list[bytes]) -> None:
+    pytest.importorskip("triton")
+
+    def limit(*_: object) -> None:
+        raise TimeLimit
+
+    data = listed("tiled")
+    exports.clear()
+    monkeypatch.setattr(calls, "read", lambda *_: signal.raise_signal(signal.SIGALRM))
+    before = signal.signal(signal.SIGALRM, limit)
+    try:
+        with pytest.raises(TimeLimit):
+            staged("load", load_program, data, "cpu", library=False)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not exports, "nothing else was tried within a limit that is over"
 
 
 def test_engines_get_the_kernels_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
