@@ -149,7 +149,8 @@ class WeightsStamp:
         self._parts = modules
         self._types = list(map(type, modules))
         # The class of a scripted module has no forward; each of its instances brings its own from C++.
-        self._classes = [kind for kind in dict.fromkeys(self._types) if not issubclass(kind, torch.jit.ScriptModule)]
+        scripted: type = torch.jit.ScriptModule
+        self._classes = [kind for kind in dict.fromkeys(self._types) if not issubclass(kind, scripted)]
         self._forwards = list(map(_forward, self._classes))
         self._calls = _calls(self._classes)
         self._forwarded = [own for own in self._own if "forward" in own]
