@@ -107,8 +107,8 @@ class WeightsStamp:
     or one of torch's fused kernels (`torch._fused_adamw_`) outside of an optimiser's step, a `tensor.data` that becomes
     another view of the same memory, writes of another process into shared memory, updates of tensors made in inference
     mode, a replaced `nn.Module.__call__` (tracing replaces it too, for a while), another method than forward that is
-    replaced in a class, and plain attributes that a forward reads (some count their calls in one). After such, make a
-    new decode function.
+    replaced in a class, a table of parameters or buffers that is exchanged as a whole (`module._parameters = ...`), and
+    plain attributes that a forward reads (some count their calls in one). After such, make a new decode function.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -149,7 +149,7 @@ class WeightsStamp:
         self._parts = modules
         self._types = list(map(type, modules))
         # The class of a scripted module has no forward; each of its instances brings its own from C++.
-        scripted: type = torch.jit.ScriptModule
+        scripted: Any = torch.jit.ScriptModule
         self._classes = [kind for kind in dict.fromkeys(self._types) if not issubclass(kind, scripted)]
         self._forwards = list(map(_forward, self._classes))
         self._calls = _calls(self._classes)
