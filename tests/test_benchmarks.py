@@ -32,7 +32,7 @@ from benchmarks import (
     taehv,
     trt_matrix,
 )
-from tests.versions import run as versions
+from tests.versions.page import page
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 RENDERED = {
@@ -195,7 +195,7 @@ REPORTS = sorted(path for path in RESULTS.glob("*.md") if path.stem != "communit
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
 def test_no_figure_of_a_report_was_typed(path: Path) -> None:
     document = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    render = versions.table if path.stem == "versions" else RENDERED[document["theme"]]
+    render = page if path.stem == "versions" else RENDERED[document["theme"]]
     assert render(document) == path.read_text(encoding="utf-8")
 
 

@@ -31,11 +31,17 @@ FOLDER = "_ledger"
 PARTS = f"{FOLDER}/parts"
 FAILED = f"{FOLDER}/failed.jsonl"
 Line = dict[str, Any]
+_OWN = ("event", "key", "at", "part")  # what a line has of its own and hands on to no other
 
 
 def run_name() -> str:
-    """Returns a name for a run; later ones sort behind earlier ones."""
+    """Returns a name for a run; later ones sort behind earlier ones. A part's name goes on with rank and number."""
     return f"{time.time_ns():020d}-{os.getpid()}"
+
+
+def _rank_of(part: str) -> int:
+    rank = part.split("-")[2:3]
+    return int(rank[0]) if rank and rank[0].isdecimal() else 0
 
 
 class Part:
@@ -162,9 +168,10 @@ class Ledger:
         self.store = store
 
     def lines(self) -> Iterator[Line]:
-        """Yields all lines, run after run."""
+        """Yields all lines, run after run, each with the name of its `part`."""
         for name in self.store.names(PARTS):
-            yield from parsed(self.store.read(f"{PARTS}/{name}") or b"")
+            for line in parsed(self.store.read(f"{PARTS}/{name}") or b""):
+                yield {**line, "part": name}
 
     def index(self) -> Index:
         """Returns the state of every item that a run has touched."""
@@ -178,18 +185,19 @@ class Ledger:
         Args:
             index: receives them too.
             run: names the part.
-            share: `(rank, world)`; each rank looks at keys of its own.
+            share: `(rank, world)`; each rank looks at what was placed under its own number, or under one that no
+                rank has now. What another rank is placing at this moment is not lost, only not recorded yet.
         """
         rank, world = share
         found = []
         for line in index.lines("placing"):
-            mine = int(line["key"][:8], 16) % world == rank
+            mine = _rank_of(line["part"]) % world == rank
             if mine and all(self.store.digest(output["name"]) == output["sha256"] for output in line["outputs"]):
                 found.append(line)
         if found:
             part = Part(self.store, f"{run}-adopted-{rank}")
             for line in found:
-                part.add("done", line["key"], **{k: v for k, v in line.items() if k not in ("event", "key", "at")})
+                part.add("done", line["key"], **{k: v for k, v in line.items() if k not in _OWN})
             part.close()
             index.take({**line, "event": "done"} for line in found)
         return len(found)

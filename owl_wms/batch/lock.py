@@ -13,7 +13,6 @@ Usage:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -24,6 +23,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+
+with suppress(ImportError):  # Windows; see `_flocked`
+    import fcntl
 
 from owl_wms.batch.job import Job
 from owl_wms.batch.ledger import FOLDER
@@ -65,14 +67,15 @@ def quiet(job: Job) -> Iterator[None]:
     with ExitStack() as stack:
         if store.is_local:
             with _refusing(job.out, busy):
-                stack.enter_context(_flocked(store, "actors", fcntl.LOCK_EX, _ACTORS_SECONDS))
+                stack.enter_context(_flocked(store, "actors", exclusive=True, seconds=_ACTORS_SECONDS))
         yield
 
 
 @contextmanager
 def at_work(store: Store) -> Iterator[None]:
     """Holds what `quiet` waits for, while a Ray actor processes a block."""
-    with _flocked(store, "actors", fcntl.LOCK_SH, _ACTORS_SECONDS) if store.is_local else nullcontext():
+    here = store.is_local
+    with _flocked(store, "actors", exclusive=False, seconds=_ACTORS_SECONDS) if here else nullcontext():
         yield
 
 
@@ -94,15 +97,18 @@ def _refusing(out: str, taken: str = _RUNNING) -> Iterator[None]:
 @contextmanager
 def _files(store: Store, rank: int | None) -> Iterator[Callable[[], None]]:
     Path(store.path(FOLDER)).mkdir(parents=True, exist_ok=True)
-    mine = nullcontext() if rank is None else _flocked(store, f"rank-{rank}", fcntl.LOCK_EX)
-    with _flocked(store, "run", fcntl.LOCK_EX if rank is None else fcntl.LOCK_SH), mine:
+    mine = nullcontext() if rank is None else _flocked(store, f"rank-{rank}", exclusive=True)
+    with _flocked(store, "run", exclusive=rank is None), mine:
         yield lambda: None
 
 
 @contextmanager
-def _flocked(store: Store, name: str, how: int, seconds: float = 0.0) -> Iterator[None]:
+def _flocked(store: Store, name: str, *, exclusive: bool, seconds: float = 0.0) -> Iterator[None]:
     path, end = store.path(f"{FOLDER}/{name}.lock"), time.monotonic() + seconds
+    if os.name == "nt":
+        raise OSError(None, "Windows has no flock, which keeps a second run out (in WSL it works)")
     number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    how = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
     try:
         while True:
             try:

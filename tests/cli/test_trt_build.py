@@ -157,8 +157,8 @@ def test_build_shows_tensorrts_progress_and_failed_attempts(
     monkeypatch.setattr(Progress, "update", watch)
     monkeypatch.setattr(decode_module, "TensorRT", Telling)
     assert run(*build_here) == 0
-    assert shown[0] == "tensorrt, plan p, Node [/conv] of 3 4/9"
-    assert len(shown[1]) < 80
+    assert shown[:2] == ["waiting to build", "tensorrt, plan p, Node [/conv] of 3 4/9"]
+    assert len(shown[2]) < 80
     assert "attempt failed, build p bf16, no [/tactic]" in capsys.readouterr().err
 
 

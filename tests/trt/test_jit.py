@@ -45,7 +45,7 @@ def test_our_fused_form_is_compiled_checked_and_timed() -> None:
     assert said["error"] < 0.02
     assert said["relative_error"] < 0.02
     assert said["timed"] == ["compiled", "pytorch"]
-    assert said["wrong"].startswith("parity: ")
+    assert said["wrong"].startswith("a program's frames are not right: ")
     assert said["fallback"], "a decoder that fails the check is PyTorch's"
 
 

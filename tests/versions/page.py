@@ -18,9 +18,14 @@ Case = tuple[str, str, str]
 
 def write(results: dict[str, Any]) -> None:
     """Put the tables of these results, set -> result, into the page."""
+    PAGE.write_text(page(results), encoding="utf-8")
+
+
+def page(results: dict[str, Any]) -> str:
+    """The page with these results."""
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n{END}{after}", encoding="utf-8")
+    return f"{before}{BEGIN}\n\n{tables(results)}\n{END}{after}"
 
 
 def tables(results: dict[str, Any]) -> str:
