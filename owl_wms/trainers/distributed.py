@@ -25,6 +25,8 @@ from owl_wms.errors import ConfigError
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """Set by the mpirun of Open MPI, of MPICH and Intel, and of MVAPICH."""
+_SPECIAL_STEPS = 0xFFFFFFF0
+"""Slurm's step ids from here on (batch, interactive, extern) are of no srun; torchrun may start in them."""
 _TIMEOUT_SECONDS = 1800.0  # the other ranks wait while rank 0 compiles a decoder and decodes
 
 
@@ -44,7 +46,7 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
     """
     found = {name: env.read(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     remedy, address = "use torchrun", None
-    if found["WORLD_SIZE"] is None:
+    if found["WORLD_SIZE"] is None and found["RANK"] is None:
         env.local_rank()  # without a launcher it has no effect, and a bad value is an error all the same
         if not _is_slurm_task():
             _refuse_mpi()
@@ -52,8 +54,7 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
         tasks = "SLURM_NTASKS" if env.read("SLURM_STEP_NUM_TASKS") is None else "SLURM_STEP_NUM_TASKS"
         found = {name: env.read(name) for name in ("SLURM_PROCID", "SLURM_LOCALID", tasks)}
         remedy, address = "start with srun or torchrun", _slurm_address()
-    # Superscripts are digits too, and int() refuses them.
-    numbers = [int(value) for value in found.values() if value is not None and value.isascii() and value.isdigit()]
+    numbers = [number for value in found.values() if (number := _whole(value)) is not None]
     if len(numbers) != len(found) or not numbers[0] < numbers[2]:
         raise ConfigError(
             f"a launcher must set {', '.join(found)} to whole numbers, the first below the last, got {found}; {remedy}"
@@ -63,10 +64,30 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
         return 0, 0, 1
     device = choose_device(local_rank)
     if not dist.is_initialized():
+        _require_meeting_place(address)
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, address, rank=rank, world_size=world_size, timeout=timeout)
     return rank, local_rank, world_size
+
+
+def _whole(text: str | None) -> int | None:
+    """Return a launcher's number; None for other texts. Superscripts are digits too, and int() refuses those."""
+    return int(text) if text is not None and re.fullmatch("[0-9]{1,18}", text) else None
+
+
+def _require_meeting_place(address: str | None) -> None:
+    """Raise ConfigError for a port that is none, or if the variables that torch reads itself are absent."""
+    host, port = env.read("MASTER_ADDR"), env.read("MASTER_PORT")
+    if address is None and (host is None or port is None):
+        raise ConfigError(
+            f"a launcher must set MASTER_ADDR and MASTER_PORT beside RANK, got {host!r} and {port!r}; use torchrun, or "
+            "unset RANK, LOCAL_RANK and WORLD_SIZE to train in one process",
+            key="MASTER_PORT" if host else "MASTER_ADDR",
+        )
+    number = None if port is None else _whole(port)
+    if port is not None and (number is None or number > 65_535):
+        raise ConfigError(f"MASTER_PORT must be a port from 0 to 65535, got {port!r}", key="MASTER_PORT")
 
 
 def _refuse_mpi() -> None:
@@ -83,8 +104,10 @@ def _is_slurm_task() -> bool:
 
     The script that sbatch starts has a job's variables without being a task: no step, and process 0.
     """
-    step = env.read("SLURM_STEP_NUM_TASKS") or env.read("SLURM_STEP_ID")
-    return step is not None or (env.read("SLURM_PROCID") or "0") != "0"
+    if (env.read("SLURM_PROCID") or "0") != "0" or env.read("SLURM_STEP_NUM_TASKS") is not None:
+        return True
+    step = _whole(env.read("SLURM_STEP_ID"))
+    return step is not None and step < _SPECIAL_STEPS
 
 
 def _slurm_address() -> str:
@@ -96,8 +119,7 @@ def _slurm_address() -> str:
     host = env.read("MASTER_ADDR") or first_host(env.read("SLURM_STEP_NODELIST") or env.read("SLURM_NODELIST") or "")
     if not host:
         raise ConfigError("srun names no node in SLURM_STEP_NODELIST; set MASTER_ADDR to the first task's host")
-    ids = [env.read(name) or "0" for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
-    job, step = (int(value) if value.isascii() and value.isdigit() else 0 for value in ids)
+    job, step = (_whole(env.read(name)) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return f"tcp://{host}:{env.read('MASTER_PORT') or 20_000 + (job * 7 + step) % 10_000}"
 
 

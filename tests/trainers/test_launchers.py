@@ -18,6 +18,7 @@ STEP = {
     **{"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "2"},
     **{"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu[007-008]"},
 }
+MASTER = {"MASTER_ADDR": "head", "MASTER_PORT": "5000"}
 SCRIPT = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
 
@@ -46,7 +47,9 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ({"OMPI_COMM_WORLD_SIZE": "1"}, (0, 0, 1), None),
         (SCRIPT, (0, 0, 1), None),  # the script of sbatch, which is no task of a step
         ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 0, 1), None),  # an interactive step
-        ({**STEP, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, (3, 1, 8), "env"),  # torchrun within srun
+        ({**SCRIPT, "SLURM_STEP_ID": "4294967291"}, (0, 0, 1), None),  # the same, by its number for such scripts
+        ({**SCRIPT, "SLURM_STEP_ID": "batch"}, (0, 0, 1), None),
+        ({**STEP, **MASTER, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, (3, 1, 8), "env"),  # torchrun in srun
     ],
 )
 def test_ranks(
@@ -76,6 +79,12 @@ def test_ranks(
         ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "the first below the last"),
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, "mpirun started several.*torchrun or srun"),
         ({"PMI_SIZE": "2"}, "PMI_SIZE is 2"),
+        ({"RANK": "0"}, "must set RANK, LOCAL_RANK, WORLD_SIZE"),  # each would take itself for the only process
+        ({"RANK": "1", "LOCAL_RANK": "1"}, "must set RANK, LOCAL_RANK, WORLD_SIZE"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "9" * 5000}, "whole numbers"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT.*use torchrun, or unset"),
+        ({**STEP, "MASTER_PORT": "http"}, "MASTER_PORT must be a port"),
+        ({**STEP, "MASTER_PORT": "99999"}, "MASTER_PORT must be a port"),
     ],
 )
 def test_variables_that_cannot_be(
