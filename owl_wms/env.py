@@ -16,6 +16,7 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -49,6 +50,7 @@ _PACKAGES = {
 }
 _NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_MEMORY_LIMIT_FILE = Path("/sys/fs/cgroup/memory.max")
 _NVML = "libnvidia-ml.so.1"
 
 
@@ -117,6 +119,17 @@ def describe_machine(device_index: int | None = None) -> dict[str, str | int]:
     described["driver"] = driver_version()
     described.update(_describe_gpu(device_index))
     return described
+
+
+def memory_bytes() -> int | None:
+    """Returns the machine's memory, or the container's where that is less; None where the system does not say."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return None
+    with contextlib.suppress(OSError, ValueError):  # no such file without cgroups 2, or the word "max" in it
+        total = min(total, int(_MEMORY_LIMIT_FILE.read_text(encoding="ascii")))
+    return total if total > 0 else None
 
 
 def driver_version() -> str:

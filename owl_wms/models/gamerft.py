@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from owl_wms.configs.world import LevelsConfig
 from owl_wms.errors import ConfigError
 from owl_wms.models.flow import counted_mse, draw_levels, drop_controls, noised, require_dit
+from owl_wms.models.size import require_room
 from owl_wms.nn.dit import DiT
 from owl_wms.nn.embeddings import ControlEmbedding, TimestepEmbedding
 from owl_wms.nn.modulation import FinalProjection
@@ -33,7 +34,7 @@ class ConditionedCore(nn.Module):
         config: the `model` section, as any object with its attributes.
 
     Raises:
-        ConfigError: a backbone other than dit, or tokens_per_frame at odds with sample_size.
+        ConfigError: a backbone other than dit, tokens_per_frame at odds with sample_size, or more weights than memory.
     """
 
     extra_tokens = 0
@@ -54,6 +55,7 @@ class ConditionedCore(nn.Module):
                 f"has_audio must be {self.extra_tokens > 0} for {type(self).__name__}, got {config.has_audio}",
                 key="model.has_audio",
             )
+        require_room(config)
         self.config = config
         self.uncond = bool(config.uncond)
         self.transformer = DiT(config)

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from owl_wms.configs.world import parse_world
 from owl_wms.errors import ConfigError
-from owl_wms.models import GameRFT, get_model_cls
+from owl_wms.models import GameRFT, get_model_cls, make_model
 from owl_wms.models.flow import drop_controls
+from owl_wms.models.size import count_parameters
 from tests.world import golden, inputs, relative, tiny_config, tiny_core
 
 DIT_V4 = {
@@ -23,6 +25,7 @@ DIT_V4 = {
     "control_hidden": 2048,
     "local_window": 16,
 }
+FIXED = {"model_id": "game_rft", "uncond": False, "backbone": "dit", "has_audio": False, "global_window": None}
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +163,30 @@ def test_bad_input_is_named() -> None:
 def test_unknown_ids_are_listed() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'game_rft'.*game_rft_audio"):
         get_model_cls("game_rtf")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_layers": 2**31},
+        {"d_model": 24 * 2**26},
+        {"control_hidden": 2**31},
+        {"n_buttons": 2**31},
+        {"channels": 2**31},
+        {"n_frames": 2**31},
+        {"sample_size": 2**15, "tokens_per_frame": 2**30},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_model_larger_than_memory_is_one_line_before_anything_is_allocated(change: dict[str, int]) -> None:
+    config = parse_world({"model": {**DIT_V4, **FIXED, **change}, "train": {}}).model
+    with pytest.raises(ConfigError, match=r"GiB, and this process may have .* GiB; lower d_model") as caught:
+        make_model(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_are_counted_from_the_configuration_alone() -> None:
+    config = parse_world({"model": {**DIT_V4, **FIXED}, "train": {}}).model
+    for given in (config, config.model_copy(update={"uncond": True, "n_layers": 3})):
+        with torch.device("meta"):
+            assert count_parameters(given) == sum(p.numel() for p in make_model(given).parameters())
