@@ -17,7 +17,7 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +28,8 @@ WINDOWS = os.name == "nt"
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file: devices, whatever follows a first dot; and characters.
 _DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9\u00b9\u00b2\u00b3]) *(\..*)?", re.I | re.S)
 _NOT_IN_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+# Folders that systems and file servers make: of macOS, pax, Synology and QNAP, Windows.
+_FOREIGN = re.compile(r"__MACOSX|PaxHeader.*|[@#](eaDir|recycle|Recycle|Recently-Snapshot)|\$RECYCLE\.BIN|\.[^.].*")
 # Windows has none of these, and its pipes lie outside its folders.
 _WITHOUT_WAITING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 
@@ -150,6 +152,11 @@ def unusable_name(name: str, *, windows: bool = WINDOWS) -> str | None:
     if foreign:
         return f"holds {foreign[0]!r}, which names on Windows cannot"
     return "ends in a dot or a space, which Windows drops" if name[-1] in ". " else None
+
+
+def is_foreign(parts: Sequence[str]) -> bool:
+    """Return whether a path's parts name a hidden file, or lie in a folder that systems and file servers make."""
+    return any(_FOREIGN.fullmatch(part) for part in parts[:-1]) or parts[-1].startswith(".")
 
 
 def foreign_to_torch(head: bytes) -> str | None:

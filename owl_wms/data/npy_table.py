@@ -109,6 +109,11 @@ class NpyTable:
             )
         with self._open(entry.index, entry.fields, column) as file:
             values = file.read(start, stop)
+        shape = self._frames[column][0] if column in self._frames else values.shape[1:]
+        if values.shape != (stop - start, *shape):  # another process put a new file there
+            changed = self.path / entry.fields[column]
+            text = f"frames {start} to {stop} of {column!r} in row {entry.index} are {list(values.shape)} now"
+            raise DataError(f"{changed}: {text}; open the table anew", path=changed, index=entry.index)
         # One such value in a batch makes every weight NaN, and nothing on the way there complains.
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
@@ -339,7 +344,8 @@ def _flag(value: Any, name: str, index: int, path: Path) -> bool:
 
 def _read_json(path: Path, kind: type) -> Any:
     try:
-        value = json.loads(read_regular(path, MAX_JSON_BYTES, inside=path.parent).decode("utf-8-sig"))
+        text = read_regular(path, MAX_JSON_BYTES, inside=path.parent).decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_without_doubles)
     except (FileNotFoundError, NotADirectoryError) as error:
         made = "`owl-wms data make` makes a table of the rendered game, `owl-wms data import` one of your files"
         raise DataError(f"{path}: no such file, so this is no table; {made}", path=path) from error
@@ -351,6 +357,15 @@ def _read_json(path: Path, kind: type) -> Any:
     if not isinstance(value, kind):
         raise DataError(f"{path}: must hold a JSON {kind.__name__}, found {type(value).__name__}", path=path)
     return value
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of a key that stands twice, JSON's readers take the one or the other."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
 
 
 def _replace_json(path: Path, value: Any) -> None:

@@ -26,22 +26,21 @@ from torch import Tensor
 
 from owl_wms import env
 from owl_wms.errors import ConfigError, DataError
-from owl_wms.files import one_line
-from owl_wms.media.arrays import load_tensor_bytes
+from owl_wms.files import is_foreign, one_line
+from owl_wms.media.arrays import ARRAY_SUFFIXES, load_tensor_bytes
 
 SHARDS, SUBDIRS, TARS = 2, 1, 9  # how upstream's buckets are laid out
 ATTEMPTS = 5
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 8.0
 # Classes of botocore's and urllib3's errors that another try can change: the network's. All others are of settings.
-_OF_NETWORK = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "HTTPError"}
+_OF_NETWORK = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "HTTPError", "FlexibleChecksumError"}
 # The same of S3's answers: a server that is busy. Any other answer from 300 to 499 stays the same.
 _BUSY_STATUS = {307, 408, 409, 429}
 _BUSY_CODE = re.compile("Throttl|SlowDown|RequestTimeout$|LimitExceeded|TooManyRequests|PriorRequestNotComplete")
 # Answers about one object: it is not there, or lies in an archive.
 _ABSENT_CODES = {"NoSuchKey", "NoSuchVersion", "InvalidObjectState", "404"}
-# Folders that systems and file servers make: of macOS, pax, Synology and QNAP, Windows.
-_FOREIGN = re.compile(r"__MACOSX|PaxHeader.*|[@#](eaDir|recycle|Recycle|Recently-Snapshot)|\$RECYCLE\.BIN|\.[^.].*")
+_BLOCK = 512  # bytes; a tar ends in two blocks of zeros
 _PACKED = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ", "zstandard": b"\x28\xb5\x2f\xfd", "zip": b"PK"}
 _log = logging.getLogger(__name__)
 
@@ -162,7 +161,7 @@ def list_tars(bucket: TarBucket, prefix: str) -> list[str]:
     except Exception as error:  # see `fetch`
         text = f"s3://{bucket.bucket_name}: cannot be listed: {one_line(error)}; check bucket and AWS's credentials"
         raise BucketError(text, path=bucket.bucket_name) from error
-    tars = sorted(key for key in keys if key.endswith(".tar"))
+    tars = sorted(key for key in keys if key.endswith(".tar") and not is_foreign(key.split("/")))
     if not tars:
         raise DataError(f"s3://{bucket.bucket_name}/{prefix}: no .tar below this prefix", path=prefix)
     return tars
@@ -218,19 +217,28 @@ def tar_members(data: bytes, *, source: str) -> Iterator[tuple[str, bytes]]:
     files (`@eaDir/`) and other hidden names, which are no data.
 
     Raises:
-        DataError: not a plain tar (one that is compressed or sparse can claim any size), or one that breaks off.
+        DataError: not a plain tar (one that is compressed or sparse can claim any size), one that breaks off, goes on
+            behind its end, or has a link in place of a file.
     """
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for entry in tar:
-                parts = entry.name.split("/")
-                foreign = any(_FOREIGN.fullmatch(part) for part in parts[:-1])
-                if not entry.isfile() or foreign or parts[-1].startswith("."):
+                if is_foreign(entry.name.split("/")):
+                    continue
+                if entry.islnk() or (entry.issym() and entry.name.lower().endswith(ARRAY_SUFFIXES)):
+                    # GNU tar stores a file's second name so. Passed over, its clip would be missing in silence.
+                    raise ValueError(f"member {entry.name} is a link; pack with --dereference --hard-dereference")
+                if not entry.isfile():
                     continue
                 if entry.issparse() or entry.size > len(data):
                     raise ValueError(f"member {entry.name} claims more bytes than the tar has")
                 file = tar.extractfile(entry)
                 yield entry.name, b"" if file is None else file.read()
+            # tarfile ends in silence where data end, at a damaged header, and at an end with another tar behind it.
+            if data[tar.offset : tar.offset + _BLOCK] != bytes(_BLOCK):
+                raise ValueError("it breaks off, or is damaged: no mark of its end follows its last member")
+            if data.count(0, tar.offset) != len(data) - tar.offset:
+                raise ValueError("something follows its end; tars that were joined must be packed anew as one")
     except Exception as error:  # damaged headers lead tarfile to raise more than its own errors
         if isinstance(error, DataError):
             raise

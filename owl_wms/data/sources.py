@@ -31,7 +31,7 @@ from torch import Tensor
 from owl_wms.data.npy_table import LATENT_COLUMN
 from owl_wms.data.s3 import TarBucket, list_tars, tar_members
 from owl_wms.errors import ConfigError, DataError
-from owl_wms.files import one_line, read_regular
+from owl_wms.files import is_foreign, one_line, read_regular
 from owl_wms.media.arrays import ARRAY_SUFFIXES, load_tensor_bytes, read_arrays
 from owl_wms.media.facts import Facts
 from owl_wms.media.npy import NpyFile
@@ -92,7 +92,7 @@ def _of_folder(folder: Path) -> Iterator[Clip]:
         found = [path for path in folder.rglob("*") if not path.is_dir()]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read: {error.strerror}", path=folder) from error
-    files = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    files = [path for path in found if not is_foreign(path.relative_to(folder).parts)]
     files.sort(key=lambda path: ([natural_order(Path(part)) for part in path.relative_to(folder).parts]))
     if (folder / "manifest.json").exists() and (folder / "schema.json").exists():
         raise DataError(f"{folder}: is a table already; train and show it as it is", path=folder)
@@ -150,11 +150,14 @@ def _column(name: str) -> str:
     return LATENT_COLUMN if name in (*LATENT_NAMES, "") else name
 
 
-def _numpy(value: Any) -> np.ndarray:
+def _numpy(value: Any, where: Path | str) -> np.ndarray:
     if not isinstance(value, Tensor):
         return np.asarray(value)
     narrow = value.is_floating_point() and value.dtype not in (torch.float16, torch.float32, torch.float64)
-    return (value.float() if narrow else value).numpy()
+    try:
+        return (value.float() if narrow else value).numpy()
+    except (RuntimeError, TypeError) as error:  # a dtype that numpy lacks, or that torch cannot convert
+        raise DataError(f"{where}: tensors of {value.dtype} cannot be read; store float32", path=where) from error
 
 
 def _of_arrays(members: Mapping[str, Path], name: str, where: Path, table: Path) -> Iterator[Clip]:
@@ -170,7 +173,7 @@ def _of_arrays(members: Mapping[str, Path], name: str, where: Path, table: Path)
         for key, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 raise DataError(f"{path}: needs tensors, it holds a {type(tensor).__name__}", path=path)
-            arrays[_column(str(key))] = _numpy(tensor)
+            arrays[_column(str(key))] = _numpy(tensor, path)
         if member == "" or member in LATENT_NAMES:
             facts = read_facts(path)
     latents = arrays.get(LATENT_COLUMN)
@@ -195,7 +198,7 @@ def _of_tar(data: bytes, source: str) -> Iterator[Clip]:
             value = _tensor_of(content, suffix)
         except (OSError, ValueError) as error:
             raise DataError(f"{source}: member {name}: {one_line(error)}", path=source) from error
-        clips.setdefault(base, {})[_column(member)] = _numpy(value)
+        clips.setdefault(base, {})[_column(member)] = _numpy(value, f"{source}: member {name}")
     for base, arrays in clips.items():
         yield Clip(name=f"{source}/{base}", arrays=arrays)
 
@@ -251,7 +254,7 @@ def _controls_beside(video: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...
         for suffix in ARRAY_SUFFIXES:
             path = video.with_name(f"{video.stem}.{name}{suffix}")
             if path.exists():
-                found[name] = _numpy(read_arrays(path))
+                found[name] = _numpy(read_arrays(path), path)
     controls, buttons = _controls_of(video.with_suffix(".csv"))
     return {**found, **controls}, buttons
 

@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 try:
     import resource
@@ -32,6 +33,22 @@ HEADER_SECONDS = 8.0
 LOOK_SECONDS = 0.25
 KEEP_ALIVE_SECONDS = 15.0
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def request_log() -> logging.Logger:
+    """Return the log of requests that failed, without those that are no HTTP.
+
+    aiohttp writes a traceback for each of those, with the target in it: anyone could fill the disk, and a damaged
+    address could put the token there.
+    """
+    log = _LOG.getChild("requests")
+    log.addFilter(_is_ours)
+    return log
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
 
 
 def most_connections() -> int:

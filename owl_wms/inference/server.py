@@ -26,7 +26,7 @@ from aiohttp import WSCloseCode, web
 
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.inference.clip import to_mp4
-from owl_wms.inference.limits import KEEP_ALIVE_SECONDS, ConnectionLimits
+from owl_wms.inference.limits import KEEP_ALIVE_SECONDS, ConnectionLimits, request_log
 from owl_wms.inference.messages import MAX_MESSAGE_BYTES
 from owl_wms.inference.origins import is_local_name, parse_origin
 from owl_wms.inference.session import Pace, Session, Threads
@@ -115,7 +115,8 @@ class PlayServer:
 
     def app(self) -> web.Application:
         """The aiohttp application."""
-        app = web.Application(middlewares=[self._guard], handler_args={"keepalive_timeout": KEEP_ALIVE_SECONDS})
+        arguments = {"keepalive_timeout": KEEP_ALIVE_SECONDS, "logger": request_log()}
+        app = web.Application(middlewares=[self._guard], handler_args=arguments)
         self._limits.guard(app)
         app.router.add_get("/{token}", self._add_slash)
         app.router.add_get("/{token}/ws", self._play)
@@ -156,7 +157,8 @@ class PlayServer:
 
     def _same_origin(self, request: web.Request) -> bool:
         """Returns whether the page that asks came from here: browsers always send where it came from."""
-        said = parse_origin(request.headers.get("Origin", ""))
+        headers = request.headers.getall("Origin", [])
+        said = parse_origin(headers[0]) if len(headers) == 1 else None
         return said is not None and said in {parse_origin(f"{request.scheme}://{request.host}"), *self._origins}
 
     async def _play(self, request: web.Request) -> web.StreamResponse:

@@ -77,9 +77,10 @@ def read_arrays(path: Path | str, *, mapped: bool = False) -> Any:
                     value = _load_torch(file, path if mapped else None)
                 else:
                     value = load_file(path) if mapped else load_bytes(bytes(read_exactly(file, size_of(file))))
-        for tensor in value.values() if isinstance(value, Mapping) else [value]:
-            if isinstance(tensor, Tensor):
-                _require_ordinary(tensor)
+        if isinstance(value, Mapping):
+            value = {key: _plain(item) if isinstance(item, Tensor) else item for key, item in value.items()}
+        elif isinstance(value, Tensor):
+            value = _plain(value)
     except Exception as error:  # damaged bytes lead numpy and torch to raise almost anything (TokenError, SyntaxError)
         raise DataError(f"{path}: {_why_unreadable(path, suffix, error)}", path=path) from error
     return value
@@ -100,7 +101,7 @@ def load_tensor_bytes(data: bytes) -> Any:
     try:
         value = _load_torch(io.BytesIO(data))
         if isinstance(value, Tensor):
-            _require_ordinary(value)
+            value = _plain(value)
     except Exception as error:  # see above
         raise ValueError(_why_not_torch(data[:16], error)) from error
     return value
@@ -117,8 +118,11 @@ def _load_torch(file: io.BufferedReader | io.BytesIO, mapped: Path | None = None
         return torch.load(where, map_location="cpu", weights_only=True, mmap=where is mapped)
 
 
-def _require_ordinary(tensor: Tensor) -> None:
-    """Refuse what is not a dense tensor in memory, and one whose strides make many values of few."""
+def _plain(tensor: Tensor) -> Tensor:
+    """Return the values alone: a parameter's without their gradient, a conjugate or negative view's worked out.
+
+    Refused are what is not a dense tensor in memory, and one whose strides make many values of few.
+    """
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested or tensor.is_quantized:
         kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else f"{tensor.layout}"
         where = f" on {tensor.device}" if tensor.device.type != "cpu" else ""
@@ -126,6 +130,7 @@ def _require_ordinary(tensor: Tensor) -> None:
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         shape = list(tensor.shape)
         raise ValueError(f"it holds fewer values than its shape {shape} says; save tensor.contiguous() instead")
+    return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _why_unreadable(path: Path, suffix: str, error: Exception) -> str:

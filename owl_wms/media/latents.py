@@ -7,18 +7,21 @@ Usage:
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from owl_wms.errors import DataError
 from owl_wms.media.arrays import as_clips, check_finite, load_array
 
 
 class LatentFile:
     """The latents of a `.pt`, `.npy` or `.safetensors` file, mapped into memory and read when they are asked for.
 
-    The file must not change meanwhile. A `.pt` file of torch 1.5 or older cannot be mapped and is read whole.
+    A file that changes meanwhile is refused; one that another takes the place of stays open. A `.pt` file of torch
+    1.5 or older cannot be mapped and is read whole.
 
     Attributes:
         path: the file.
@@ -38,13 +41,30 @@ class LatentFile:
         self.path = Path(path)
         self._latents = as_clips(load_array(path, mapped=True), path, channels)
         self.shape = tuple(self._latents.shape)
+        self._state = self._now()
+
+    def _now(self) -> tuple[int, ...]:
+        """Return what tells whether the mapped file was written to; another file under its name leaves it alone."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return self._state
+        state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        known = getattr(self, "_state", state)
+        return state if state[:2] == known[:2] else known
+
+    def _require_unchanged(self) -> None:
+        if self._now() != self._state:
+            raise DataError(f"{self.path}: the file was changed while it was read; start again", path=self.path)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Returns a copy of frames `start` to `stop`, counted through all clips, as `[stop - start, c, h, w]`.
 
         Raises:
-            DataError: values that are not finite; `index` is the frame.
+            DataError: values that are not finite, `index` is then the frame; or the file was changed since it was
+                opened.
         """
+        self._require_unchanged()  # of a file that is shorter now, a missing page would end the process
         length, parts, place = self.shape[1], [], start
         while place < stop:
             clip, at = divmod(place, length)
@@ -52,5 +72,6 @@ class LatentFile:
             parts.append(self._latents[clip, at : at + taken])
             place += taken
         frames = torch.cat(parts)
+        self._require_unchanged()
         check_finite(frames, self.path, start)
         return frames

@@ -30,8 +30,10 @@ MAX_PIXELS = 1 << 27
 """Largest picture or video frame that is decoded: 134 million pixels, 1.6 GB as float32 colours."""
 
 _SRGB_GAMMA = 0.45455  # as PNG writes it (PNG specification, gAMA)
+_TRANSPARENT = "it is transparent in places; lay it on a background first"
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-_ANIMATED = ("PNG", "WEBP", "GIF")  # a phone's JPEG may have further pictures (MPO), of which the first is the picture
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # of `PICTURE_SUFFIXES`; Pillow would run a program for an EPS of any ending
+_ANIMATED = ("PNG", "WEBP")  # a phone's JPEG may have further pictures (MPO), of which the first is the picture
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -60,7 +62,7 @@ def picture_files(folder: Path) -> list[Path]:
 
 def natural_order(path: Path) -> tuple[list[tuple[int, int, str]], str]:
     """Return a key that sorts names by the numbers in them: `frame_2` before `frame_10`; the name decides a tie."""
-    pieces = re.split(r"([0-9]+)", path.name.casefold())
+    pieces = re.split(r"(\d+)", path.name.casefold())
     return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece], path.name
 
 
@@ -75,7 +77,7 @@ def read_picture(path: Path) -> Tensor:
         # Of its size Pillow warns at 89 million pixels and fails at twice that; the bound here is between the two.
         with open_regular(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file) as picture:
+            with Image.open(file, formats=_FORMATS) as picture:
                 return _decode(picture)
     except Exception as error:  # damaged bytes lead Pillow's parsers to raise almost anything
         reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
@@ -96,21 +98,25 @@ def _decode(picture: Image.Image) -> Tensor:
         grey = np.array(upright).astype(np.float32)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("its grey values leave the 16 bits of a picture")
+        if (grey == upright.info.get("transparency")).any():
+            raise ValueError(_TRANSPARENT)
         return torch.from_numpy(grey / 32767.5 - 1).expand(3, -1, -1)
     if upright.has_transparency_data:
         alpha = np.array(upright.convert("RGBA"))[..., 3]
         if alpha.min() < 255:
-            raise ValueError("it is transparent in places; lay it on a background first")
+            raise ValueError(_TRANSPARENT)
     return torch.from_numpy(np.array(_in_srgb(upright, profile))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _in_srgb(picture: Image.Image, profile: Any) -> Image.Image:
-    if not profile or picture.mode not in ("RGB", "RGBA", "CMYK"):
-        return picture.convert("RGB")
-    opaque = picture.convert("RGB") if picture.mode == "RGBA" else picture
+    opaque = picture if picture.mode == "CMYK" else picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+    if not profile:
+        return opaque.convert("RGB")
     try:
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(given).lower():
+            return opaque.convert("RGB")
+        if opaque.mode == "L" and given.profile.xcolor_space.strip() != "GRAY":  # a colour profile says nothing of grey
             return opaque.convert("RGB")
         changed = ImageCms.profileToProfile(opaque, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError) as error:

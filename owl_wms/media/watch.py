@@ -27,8 +27,8 @@ from owl_wms.media.stills import MAX_PIXELS
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 _FORMATS = {"mov", "mp4", "matroska", "webm", "avi"}  # as FFmpeg calls what `VIDEO_SUFFIXES` hold
-# ITU-T H.273: matrix, primaries and transfer of BT.709; 2 is "unspecified"; transfers of PQ and HLG.
-BT709, _UNSAID, _HDR = 1, 2, (16, 18)
+# ITU-T H.273: matrix, primaries and transfer of BT.709; 2 is "unspecified", 3 reserved; transfers of PQ and HLG.
+BT709, _UNSAID, _HDR = 1, (2, 3), (16, 18)
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 LIMITED = 1  # FFmpeg's AVCOL_RANGE_MPEG
 _LARGE = 720  # lines from which players take an untagged clip for BT.709
@@ -70,14 +70,17 @@ def rate_of(path: Path) -> float | None:
     av = pyav(path)
     try:
         with _opened(av, path) as container:
-            rate = container.streams.video[0].average_rate if container.streams.video else None
+            stream = container.streams.best("video")
+            rate = stream.average_rate if stream is not None else None
             return round(float(rate), 3) if rate else None
     except Exception as error:  # see `read_video`
         raise DataError(f"{path}: cannot be read as video: {_why(error)}", path=path) from error
 
 
 def read_video(path: Path | str) -> Iterator[Tensor]:
-    """Yields the frames of a clip's first video stream as a player shows them, uint8 [H, W, 3] each.
+    """Yields the frames of a clip's video stream as a player shows them, uint8 [H, W, 3] each.
+
+    Of several streams FFmpeg chooses, as its player does: a cover picture is none.
 
     Turned and mirrored as the clip's display matrix says, pixels made square, colours by the clip's tags (BT.709 from
     720 lines on where it has none, as players do).
@@ -91,9 +94,9 @@ def read_video(path: Path | str) -> Iterator[Tensor]:
     index = 0
     try:
         with _opened(av, path) as container:
-            if not container.streams.video:
+            stream = container.streams.best("video")
+            if stream is None:
                 raise DataError(f"{path}: has no video stream", path=path)
-            stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise ValueError("its codec is not known here")
             if stream.width * stream.height > MAX_PIXELS:
@@ -171,15 +174,20 @@ def _as_shown(av: ModuleType, frame: Any, aspect: Fraction | None) -> np.ndarray
     if int(frame.color_trc) in _HDR:
         raise ValueError("it is HDR (PQ or HLG); convert it to SDR first, which needs a choice of brightness")
     spaces = av.video.reformatter.Colorspace
-    untagged = int(frame.colorspace) == _UNSAID
+    untagged = int(frame.colorspace) in _UNSAID
     known = {"src_colorspace": spaces.ITU709 if frame.height >= _LARGE else spaces.ITU601} if untagged else {}
     width = frame.width if not aspect else max(1, round(frame.width * aspect))
     if width * frame.height > MAX_PIXELS:
         raise ValueError(f"{width}x{frame.height} are more than {MAX_PIXELS} pixels")
-    picture: np.ndarray = frame.to_ndarray(format="rgb24", width=width, height=frame.height, **known)
+    if any(component.is_alpha for component in frame.format.components):
+        picture: np.ndarray = frame.to_ndarray(format="rgba", width=width, height=frame.height, **known)
+        if picture[..., 3].min() < 255:
+            raise ValueError("it is transparent in places; lay it on a background first")
+        picture = picture[..., :3]
+    else:
+        picture = frame.to_ndarray(format="rgb24", width=width, height=frame.height, **known)
     matrix = next((bytes(side) for side in frame.side_data if side.type.name == "DISPLAYMATRIX"), None)
-    shown: np.ndarray = picture if matrix is None else np.ascontiguousarray(_turned(picture, matrix))
-    return shown
+    return np.ascontiguousarray(picture if matrix is None else _turned(picture, matrix))
 
 
 def _turned(picture: np.ndarray, matrix: bytes) -> np.ndarray:

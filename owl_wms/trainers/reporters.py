@@ -12,6 +12,8 @@ import configparser
 import contextlib
 import logging
 import netrc
+import queue
+import threading
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,9 @@ from owl_wms.interrupts import raise_interrupt
 _log = logging.getLogger(__name__)
 _WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 """Values of WANDB_MODE under which nothing is sent, so that no key is needed."""
+
+SECONDS = 30.0
+"""Longest call of a service. What it still has to send, it sends meanwhile, or when the process ends."""
 
 Values = Mapping[str, float | str | None]
 
@@ -46,7 +51,7 @@ class _Service(Protocol):
 
 
 class Reporter:
-    """Calls a service until its first failure, which costs one warning."""
+    """Calls a service until its first failure, which costs one warning; a call of `SECONDS` without an end is one."""
 
     def __init__(self, name: str, service: _Service) -> None:
         self._name = name
@@ -68,7 +73,7 @@ class Reporter:
         if self._service is None:
             return
         try:
-            call(self._service)
+            _within(SECONDS, call, self._service)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a service that broke down raises anything: sys.exit, asyncio's CancelledError
@@ -76,6 +81,32 @@ class Reporter:
             self._service = None
             said = one_line(error) or type(error).__name__
             _log.warning("%s failed (%s): the run goes on and is logged to disk only", self._name, said)
+
+
+def _within(seconds: float, call: Callable[[_Service], None], service: _Service) -> None:
+    """Call a service on a thread of its own, which is left behind when it takes longer.
+
+    Raises:
+        TimeoutError: the time is over.
+        BaseException: what the call raised.
+    """
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            call(service)
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    threading.Thread(target=run, name="owl-wms-report", daemon=True).start()
+    try:
+        error = ended.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:g} s") from None
+    if error is not None:
+        raise error
 
 
 def start_reporters(

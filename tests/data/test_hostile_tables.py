@@ -381,3 +381,59 @@ def test_a_table_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     NpyTableWriter("~/table", ("mouse",)).append({"mouse": np.arange(3.0)})
     assert NpyTable(tmp_path / "table").slice(0, "mouse", 0, 3).tolist() == [0, 1, 2]
     assert NpyTable("~/table").slice(0, "mouse", 0, 3).tolist() == [0, 1, 2]
+
+
+def test_a_row_whose_file_was_replaced(tmp_path: Path) -> None:
+    table(tmp_path)
+    opened = NpyTable(tmp_path)
+    whole = np.load(tmp_path / "z_1.npy")
+    for other in (whole[:2], np.concatenate([whole, whole], axis=-1)):
+        np.save(tmp_path / "new.npy", other)
+        os.replace(tmp_path / "new.npy", tmp_path / "z_1.npy")
+        with pytest.raises(DataError, match=r"z_1\.npy: frames 1 to 4 of 'z' in row 1 are \[.*open the table anew"):
+            opened.slice(1, "z", 1, 4)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "schema.json"])
+def test_a_key_that_stands_twice(tmp_path: Path, name: str) -> None:
+    table(tmp_path)
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text.replace("{", '{"missing": true, "missing": false, ', 1))
+    with pytest.raises(DataError, match=rf"{name}: .*the key 'missing' stands twice in one object"):
+        NpyTable(tmp_path)
+
+
+def with_link(kind: bytes) -> bytes:
+    out = io.BytesIO()
+    good = members_of(make_tar({"a": clip(3)}))
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in good.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+        link = tarfile.TarInfo("b.latent.pt")
+        link.type, link.linkname = kind, "a.latent.pt"
+        tar.addfile(link)
+    return out.getvalue()
+
+
+def second_member(tar: bytes) -> int:
+    with tarfile.open(fileobj=io.BytesIO(tar)) as opened:
+        return opened.getmembers()[1].offset
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (with_link(tarfile.LNKTYPE), r"member b\.latent\.pt is a link"),
+        (with_link(tarfile.SYMTYPE), r"member b\.latent\.pt is a link"),
+        (make_tar({"a": clip(3)}) + make_tar({"b": clip(3)}), "something follows its end"),
+        ((whole := make_tar({"a": clip(3), "b": clip(3)}))[: second_member(whole)], "breaks off"),
+        (whole[: second_member(whole) + 100], "breaks off"),
+        (whole[: second_member(whole)] + b"?" * 512 + whole[second_member(whole) + 512 :], "damaged"),
+    ],
+    ids=["hard-link", "symbolic-link", "joined", "cut", "cut-header", "damaged-header"],
+)
+def test_clips_that_a_tar_would_lose_in_silence(data: bytes, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read_clips(data, source="x.tar", members=MEMBERS)

@@ -340,3 +340,25 @@ def test_an_import_that_is_killed_goes_on(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "table" / "source.json").read_text())["imported"] == str(source)
     named = {name for row in rows for name in row.fields.values() if str(name).endswith(".npy")}
     assert {name for name in os.listdir(tmp_path / "table") if name.endswith(".npy")} == named
+
+
+def test_tensors_with_a_gradient_or_a_negative_bit_are_their_values(tmp_path: Path) -> None:
+    mouse = torch.randn(5, 2)
+    held = {"latent": torch.nn.Parameter(torch.ones(5, 4, 2, 2)), "mouse": torch._neg_view(mouse)}
+    torch.save(held, tmp_path / "a.pt")
+    (found,) = clips_of(str(tmp_path / "a.pt"))
+    assert (found.arrays["depth_latent"] == 1).all()
+    assert np.array_equal(found.arrays["mouse"], -mouse.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.float4_e2m1fn_x2, torch.bits8])
+def test_tensors_that_numpy_cannot_have_are_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.save(torch.zeros(5, 4, 2, 4, dtype=torch.uint8).view(dtype), tmp_path / "a.latent.pt")
+    with pytest.raises(DataError, match=rf"a\.latent\.pt: tensors of {dtype} cannot be read"):
+        list(clips_of(str(tmp_path)))
+
+
+def test_folders_that_systems_and_file_servers_make_hold_no_clips(tmp_path: Path) -> None:
+    for name in ("", "#recycle", "@eaDir", "__MACOSX", "$RECYCLE.BIN", ".hidden"):
+        save_array(tmp_path / name / "a.latent.npy", torch.zeros(5, 4, 2, 2))
+    assert [found.name for found in clips_of(str(tmp_path))] == ["a"]

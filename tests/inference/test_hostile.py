@@ -106,3 +106,34 @@ def test_what_a_client_wrote_reaches_log_and_close_frame_escaped(name: str, capl
         assert "\x1b" not in caplog.text
 
     asyncio.run(asyncio.wait_for(test(), 20))
+
+
+@pytest.mark.parametrize("others", ["https://evil.example", "null"])
+def test_one_origin_of_two_is_not_enough(others: str) -> None:
+    async def test() -> None:
+        async with serve() as (_client, address, made):
+            lines = [
+                f"GET /{TOKEN}/ws HTTP/1.1", f"Host: {address.removeprefix('http://')}", f"Origin: {address}",
+                f"Origin: {others}", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
+                "Sec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==", "", "",
+            ]  # fmt: skip
+            assert b" 403 " in await answer(address, "\r\n".join(lines).encode())
+            assert made == []
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+
+
+def test_what_is_no_http_leaves_no_traceback_and_no_token_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with serve() as (_client, address, _made):
+            for request in (
+                f"GET /{TOKEN}/\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+                f"GET /{TOKEN}/{'a' * 9000} HTTP/1.1\r\nHost: x\r\n\r\n",
+                "GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
+                "GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -3\r\n\r\n",
+            ):
+                assert b" 400 " in await answer(address, request.encode("latin1"))
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+    assert "Traceback" not in caplog.text
+    assert TOKEN not in caplog.text

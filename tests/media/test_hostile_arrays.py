@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from owl_wms.errors import DataError, printable
 from owl_wms.media.arrays import ARRAY_SUFFIXES, load_array, load_latents, read_arrays, save_array
 from owl_wms.media.facts import Facts
+from owl_wms.media.latents import LatentFile
 from owl_wms.media.npy import NpyFile
 from owl_wms.media.read_facts import read_facts
 from tests.only_ours import read_or_refuse
@@ -257,3 +258,26 @@ def test_files_in_the_home_folder(tmp_path: Path, suffix: str, monkeypatch: pyte
     save_array(f"~/x{suffix}", torch.ones(2, 3, 2, 2))
     assert torch.equal(load_latents(tmp_path / "home" / f"x{suffix}"), load_latents(f"~/x{suffix}"))
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("suffix", ARRAY_SUFFIXES)
+def test_latents_that_change_while_they_are_decoded(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    save_array(path, Z)
+    source = LatentFile(path)
+    save_array(tmp_path / f"other{suffix}", Z + 1)
+    (tmp_path / f"other{suffix}").rename(path)  # another file under the name: the one that was opened stays
+    assert torch.equal(source.read(0, 3), Z)
+    source = LatentFile(path)
+    os.truncate(path, 10)
+    with pytest.raises(DataError, match=r"x\..*: the file was changed while it was read"):
+        source.read(0, 1)
+
+
+@pytest.mark.parametrize("value", [torch.nn.Parameter(Z.clone()), torch._neg_view(-Z)], ids=["parameter", "negative"])
+def test_values_without_their_history(tmp_path: Path, value: torch.Tensor) -> None:
+    torch.save(value, tmp_path / "x.pt")
+    latents = load_latents(tmp_path / "x.pt")
+    assert torch.equal(latents[0], Z)
+    assert not latents.requires_grad
+    assert not latents.is_neg()

@@ -286,3 +286,61 @@ def test_a_clip_that_breaks_off_is_an_error(tmp_path: Path, name: str, codec: st
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match="x"):
             list(read_video(path))
+
+
+@pytest.mark.parametrize("form", ["TIFF", "GIF", "ICO", "PPM"])
+def test_other_forms_under_the_ending_of_a_picture_are_refused(tmp_path: Path, form: str) -> None:
+    """Pillow would make black of a TIFF of numbers from 0 to 1, and run a program for PostScript."""
+    picture = Image.fromarray(np.full((4, 4), 0.5, np.float32)) if form == "TIFF" else Image.new("RGB", (16, 16))
+    picture.save(tmp_path / "x.png", format=form)
+    with pytest.raises(DataError, match="cannot identify"):
+        read_picture(tmp_path / "x.png")
+
+
+def test_a_palette_has_the_colours_of_its_profile(tmp_path: Path) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tags = bytearray(srgb)
+    red, blue = tags.find(b"rXYZ", 128), tags.find(b"bXYZ", 128)
+    tags[red : red + 4], tags[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    swapped = bytes(tags).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+    picture = Image.new("P", (4, 4), 0)
+    picture.putpalette([200, 10, 10])
+    picture.save(tmp_path / "x.png", icc_profile=swapped)
+    assert ((read_picture(tmp_path / "x.png")[:, 0, 0] + 1) * 127.5).round().tolist() == [10, 10, 200]
+
+
+def test_a_grey_value_of_sixteen_bits_may_be_transparent(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 0x80FF, np.uint16)).save(tmp_path / "x.png", transparency=0x80FF)
+    with pytest.raises(DataError, match="transparent in places"):
+        read_picture(tmp_path / "x.png")
+    Image.fromarray(np.full((4, 4), 0x80FE, np.uint16)).save(tmp_path / "x.png", transparency=0x80FF)
+    assert read_picture(tmp_path / "x.png").shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("alpha", [255, 10])
+def test_a_clip_that_is_transparent_is_refused(tmp_path: Path, alpha: int) -> None:
+    with av.open(str(tmp_path / "x.mov"), "w") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 8, 8, "rgba"
+        pixels = np.full((8, 8, 4), (200, 30, 60, alpha), np.uint8)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba")))
+    if alpha == 255:
+        (frame,) = read_video(tmp_path / "x.mov")
+        assert frame[0, 0].tolist() == [200, 30, 60]
+    else:
+        with pytest.raises(DataError, match="transparent in places"):
+            list(read_video(tmp_path / "x.mov"))
+
+
+def test_a_cover_before_the_video_is_not_the_clip(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "x.mkv"), "w") as container:
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for kind, count in ((cover, 1), (stream, 6)):
+            for _ in range(count):
+                pixels = np.full((kind.height, kind.width, 3), 90, np.uint8)
+                container.mux(kind.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(kind.encode())
+    assert [tuple(frame.shape) for frame in read_video(tmp_path / "x.mkv")] == [(48, 64, 3)] * 6

@@ -10,6 +10,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from owl_wms.configs.vae import WandbConfig
+from owl_wms.trainers import reporters
 from owl_wms.trainers.reporters import Reporter
 from owl_wms.trainers.run_log import RunLog
 from tests.trainers.test_trainers import build
@@ -215,3 +217,22 @@ def test_what_the_user_asks_for_passes_through_a_service(number: signal.Signals)
             reporter.log(1, {})
     finally:
         signal.signal(number, before)
+
+
+def test_a_service_that_never_answers_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reporters, "SECONDS", 0.05)
+    ended = threading.Event()
+    calls: list[str] = []
+
+    def hang() -> None:
+        calls.append("close")
+        ended.wait(60)
+
+    reporter = Reporter("x", types.SimpleNamespace(close=hang))  # type: ignore[arg-type]
+    reporter.close()
+    reporter.close()
+    ended.set()
+    assert calls == ["close"]
+    assert caplog.text.count("x failed (no answer in 0.05 s): the run goes on") == 1
