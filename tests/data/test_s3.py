@@ -16,6 +16,7 @@ import torch
 from botocore.exceptions import (
     ConfigParseError,
     EndpointConnectionError,
+    FlexibleChecksumError,
     IncompleteReadError,
     InvalidConfigError,
     ReadTimeoutError,
@@ -190,6 +191,7 @@ def test_what_no_other_try_can_change_is_said_at_once(refusal: Exception) -> Non
         EndpointConnectionError(endpoint_url="https://s3"),
         ReadTimeoutError(endpoint_url="https://s3"),
         IncompleteReadError(actual_bytes=1, expected_bytes=2),
+        FlexibleChecksumError(error_msg="Expected checksum a did not match b"),
         ConnectionResetError("reset"),
     ],
     ids=str,
