@@ -220,6 +220,7 @@ class BaseTrainer(ABC):
         finally:
             if self.run_log is not None:
                 self.run_log.close()
+                self.run_log, self._opened = None, False  # a notebook may call `train` again
 
     def train_step(self) -> dict[str, float]:
         """Make one step of all phases; returns means over micro-batches and ranks, the seconds and the rate.
@@ -231,6 +232,7 @@ class BaseTrainer(ABC):
         # Fixed by the step, so that a resumed run draws what the killed one would have drawn.
         torch.manual_seed((self.train_cfg.seed * 1_000_003 + self.step) * self.world_size + self.rank)
         self.model.train()
+        self.metrics.forget()  # what a step that failed has left
         with Undo() as undo:
             undo.keep_values(self, "step", "position")
             undo.keep_values(self.ema, "steps")

@@ -112,10 +112,15 @@ def endless(loader: Loader, rule: BatchRule, device: torch.device) -> Iterator[B
     """Batches on the device, floats as float32: autocast decides what is bf16; noise and loss are not.
 
     Raises:
-        DataError: a batch that does not keep the rule.
+        DataError: a batch that does not keep the rule, or a loader that gives none.
     """
+    empty = 0
     while True:
+        empty += 1  # one pass may be: a position at the end of its epoch
+        if empty > 2:
+            raise DataError("the loader gives no batches: its data are empty, or it is an iterator that has ended")
         for batch in loader:
+            empty = 0
             rule.check(batch)
             rule.check_scale(batch)
             moved = (part.to(device, non_blocking=True) for part in batch)

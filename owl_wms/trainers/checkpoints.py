@@ -151,7 +151,7 @@ def differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, An
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         names = [name for name in now if name in before]
         return [found for name in names for found in differences(before[name], now[name], f"{key}{name}.")]
-    return [] if (before is None and not key) or before == now else [(key.rstrip("."), before, now)]
+    return [] if not key or before == now else [(key.rstrip("."), before, now)]
 
 
 def averaged_weights(ema: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,10 @@ class Metrics:
         self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
         self._counts[name] = self._counts.get(name, 0) + 1
 
+    def forget(self) -> None:
+        """Drop all values."""
+        self._sums, self._counts = {}, {}
+
     def shown(self) -> str:
         """Return this rank's mean losses so far, for a message."""
         losses = [name for name in sorted(self._sums) if name.endswith("loss")]
@@ -48,5 +52,5 @@ class Metrics:
             dist.all_reduce(packed)
             world = dist.get_world_size()
         *means, stops = packed.tolist()
-        self._sums, self._counts = {}, {}
+        self.forget()
         return {name: mean / world for name, mean in zip(names, means, strict=True)}, stops > 0

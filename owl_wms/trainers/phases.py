@@ -90,6 +90,7 @@ class Phase:
         """
         for _ in range(self.repeats):
             self.schedule(step)
+            self.optimiser.zero_grad(set_to_none=True)  # a step that failed may have left some
             for micro in range(self.accumulation):
                 last = micro == self.accumulation - 1
                 ddp = self._step if isinstance(self._step, DistributedDataParallel) else None

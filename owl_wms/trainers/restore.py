@@ -56,6 +56,8 @@ def restore(trainer: Resumed, path: Path | str) -> None:
         if "data" in state:  # upstream's checkpoints have no data position
             trainer.loader.load_state_dict(state["data"])
             trainer.position = trainer.loader.state_dict()
+        if min(trainer.step, *(trainer.position.get(name, 0) for name in ("epoch", "samples"))) < 0:
+            raise ValueError("its step or its data position is below 0")
     except CheckpointError:
         raise
     except KeyError as error:
@@ -64,7 +66,7 @@ def restore(trainer: Resumed, path: Path | str) -> None:
             "weights alone",
             path=path,
         ) from error
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: does not continue this run: {reason}", path=path) from error
     _log.info("resumed from %s at step %d", path, trainer.step)

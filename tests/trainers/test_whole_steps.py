@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from owl_wms.data.workers import STOPPING
-from owl_wms.errors import CheckpointError
+from owl_wms.errors import CheckpointError, DataError
 from owl_wms.trainers import BaseTrainer
 from owl_wms.trainers.checkpoints import latest_checkpoint, load_checkpoint, save_output
 from owl_wms.trainers.signals import listening
@@ -339,3 +339,41 @@ def test_workers_ignore_a_terminal_that_closes(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.strip() == "alive", done.stderr
+
+
+def test_training_goes_on_in_the_same_process_after_a_step_that_was_stopped(tmp_path: Path) -> None:
+    whole = build(tmp_path, "rft", max_steps=4, target_batch_size=4, checkpoint_dir=str(tmp_path / "whole"))
+    whole.train()
+    trainer = build(tmp_path, "rft", max_steps=4, target_batch_size=4)
+    step, stopped = trainer.phases[0].optimiser.step, []
+
+    def once() -> None:
+        if trainer.step == 2 and not stopped:
+            stopped.append(1)
+            raise KeyboardInterrupt
+        step()
+
+    trainer.phases[0].optimiser.step = once  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert_same(*(load_checkpoint(tmp_path / name / "step_4.pt") for name in ("run", "whole")))
+    cut, undisturbed = ([{**v, "time": 0.0} for v in run.losses] for run in (trainer, whole))
+    assert cut == undisturbed
+
+
+@pytest.mark.parametrize("part", [{"steps": -5}, {"data": {"epoch": float("inf"), "samples": 0}}])
+def test_positions_that_cannot_be_are_one_line(tmp_path: Path, part: dict[str, Any]) -> None:
+    build(tmp_path, "rft", max_steps=1).train()
+    torch.save({**load_checkpoint(tmp_path / "run" / "step_1.pt"), **part}, tmp_path / "bad.pt")
+    trainer = build(tmp_path, "rft", resume_ckpt=str(tmp_path / "bad.pt"))
+    trainer.loader.load_state_dict = lambda state: int(state.get("epoch", 0))  # type: ignore
+    with pytest.raises(CheckpointError, match="does not continue this run"):
+        trainer.resume()
+
+
+def test_a_loader_without_batches_is_not_asked_for_ever(tmp_path: Path) -> None:
+    trainer = build(tmp_path, "rft")
+    trainer._batches = trainer.endless([], "data_kwargs")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="gives no batches"):
+        trainer.train_step()
