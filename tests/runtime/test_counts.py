@@ -46,6 +46,7 @@ CACHED = {
 NOT_HASHED = {
     "owl_wms": "a version number",
     "owl_wms.errors": "words",
+    "owl_wms.interrupts": "lets a caller's own exceptions pass, and makes nothing",
     "owl_wms.ending": "stops a build at exit, and makes none",
     "owl_wms.env": "reads the machine; what it reads is in the key",
     "owl_wms.settings": "what a user asked for; the request holds it",
