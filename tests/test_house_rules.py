@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,11 @@ def test_no_message_names_an_extra(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert not re.search(r"\bowl[-_]wms\[", node.value), f"line {node.lineno}: name the package that is missing"
+
+
+def test_every_file_of_tests_is_collected(request: pytest.FixtureRequest) -> None:
+    """pytest passes over folders of some names (`build` is one by default) without a word."""
+    skipped = request.config.getini("norecursedirs")
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        folders = path.relative_to(ROOT).parts[:-1]
+        assert not [name for name in folders if any(fnmatch(name, pattern) for pattern in skipped)], path
