@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +146,25 @@ def batch_for(trainer_id: str) -> tuple[Tensor, ...]:
 def training(cfg: WorldConfig, **changes: object) -> TrainingConfig:
     """The `train` section with values replaced."""
     return cfg.train.model_copy(update=changes)
+
+
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+"""Arguments of Python before a script that two ranks are to run."""
+
+
+def run_python(home: Path, *arguments: str) -> str:
+    """Run Python in an environment that has nothing of the caller's; returns its standard error. It must succeed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "OMP_NUM_THREADS": "1",
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(home),
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr

@@ -6,15 +6,13 @@ Run: python -m pytest tests/trainers/test_lost_rank.py
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from owl_wms.data.loaders import get_loader
 from owl_wms.trainers.checkpoints import load_checkpoint
-from tests.trainers.helpers import config, write_table
+from tests.trainers.helpers import config, run_python, write_table
 from tests.trainers.test_whole_steps import assert_same
 
 STEPS, LOST = 5, 3
@@ -82,19 +80,7 @@ start("cut", 2, int(sys.argv[3]))
 def test_a_rank_is_killed_inside_a_step(tmp_path: Path) -> None:
     write_table(tmp_path, clips=16)
     cfg = config(tmp_path, "rft", batch_size=1, target_batch_size=4, sample_interval=10**9)
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(tmp_path), str(LOST), str(STEPS)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "OMP_NUM_THREADS": "1",
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(tmp_path),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(tmp_path, "-c", _SCRIPT, str(tmp_path), str(LOST), str(STEPS))
     said = [(tmp_path / f"cut-4-{rank}").read_text() for rank in (0, 1, 3)]
     for text in said:
         assert text.startswith(f"TrainingError: another rank ended after step {LOST} ("), text

@@ -6,11 +6,9 @@ Run: python -m pytest tests/trainers/test_two_failures.py
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.trainers.helpers import config, write_table
+from tests.trainers.helpers import TWO_RANKS, config, run_python, write_table
 from tests.trainers.test_failures import decoder_files
 
 _SCRIPT = """
@@ -64,21 +62,8 @@ def test_a_rank_that_fails_leaves_no_one_waiting(tmp_path: Path) -> None:
     config(tmp_path, "rft", max_steps=3, sample_interval=1, target_batch_size=4, **decoder_files(tmp_path))
     script = tmp_path / "run.py"
     script.write_text(_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(tmp_path / "rft.yml")],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "OMP_NUM_THREADS": "1",
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(tmp_path),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "step 1: evaluation failed on rank 1, training goes on: no sample" in done.stderr
+    said = run_python(tmp_path, *TWO_RANKS, str(script), str(tmp_path / "rft.yml"))
+    assert "step 1: evaluation failed on rank 1, training goes on: no sample" in said
     clips = {path.stem for path in (tmp_path / "run" / "samples").iterdir()}
     assert clips == {"step_0_rank0_0", "step_0_rank1_0", "step_1_rank0_0", "step_3_rank0_0", "step_3_rank1_0"}
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

@@ -6,14 +6,12 @@ Run: python -m pytest tests/trainers/test_two_processes.py
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from owl_wms.trainers.checkpoints import load_checkpoint
-from tests.trainers.helpers import config, write_table
+from tests.trainers.helpers import TWO_RANKS, config, run_python, write_table
 
 _SCRIPT = """
 import sys, torch
@@ -48,16 +46,7 @@ def test_two_ranks_share_one_run(tmp_path: Path) -> None:
     config(tmp_path, "rft", opt="Muon", opt_kwargs=muon, **changes)
     script = tmp_path / "run.py"
     script.write_text(_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*command, str(tmp_path / "rft.yml")],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(tmp_path, *TWO_RANKS, str(script), str(tmp_path / "rft.yml"))
     state = load_checkpoint(tmp_path / "run" / "step_4.pt")
     assert state["steps"] == 4
     assert all(key.startswith("core.") for key in state["model"])
