@@ -7,13 +7,13 @@ Usage:
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from owl_wms.errors import DataError
+from owl_wms.files import at_home
 from owl_wms.media.arrays import as_clips, check_finite, load_array
 
 
@@ -41,20 +41,11 @@ class LatentFile:
         self.path = Path(path)
         self._latents = as_clips(load_array(path, mapped=True), path, channels)
         self.shape = tuple(self._latents.shape)
-        self._state = self._now()
-
-    def _now(self) -> tuple[int, ...]:
-        """Return what tells whether the mapped file was written to; another file under its name leaves it alone."""
-        try:
-            found = os.stat(self.path)
-        except OSError:
-            return self._state
-        state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-        known = getattr(self, "_state", state)
-        return state if state[:2] == known[:2] else known
+        self._file, self._version = _look(self.path)
 
     def _require_unchanged(self) -> None:
-        if self._now() != self._state:
+        file, version = _look(self.path)
+        if file == self._file and version != self._version:  # another file under the name leaves the mapped one alone
             raise DataError(f"{self.path}: the file was changed while it was read; start again", path=self.path)
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -75,3 +66,12 @@ class LatentFile:
         self._require_unchanged()
         check_finite(frames, self.path, start)
         return frames
+
+
+def _look(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return which file stands under a name, and what changes when it is written to; both empty where there is none."""
+    try:
+        found = at_home(path).stat()
+    except OSError:
+        return (), ()
+    return (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)

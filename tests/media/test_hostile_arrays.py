@@ -281,3 +281,12 @@ def test_values_without_their_history(tmp_path: Path, value: torch.Tensor) -> No
     assert torch.equal(latents[0], Z)
     assert not latents.requires_grad
     assert not latents.is_neg()
+
+
+def test_latents_at_home_or_without_a_name_by_now_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_array(tmp_path / "z.npy", Z)
+    source = LatentFile("~/z.npy")
+    assert torch.equal(source.read(0, 3), Z)
+    (tmp_path / "z.npy").unlink()
+    assert torch.equal(source.read(0, 3), Z), "it is open, and nobody can write to it any more"
