@@ -8,7 +8,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 total=${1:-3600}; shift || true
-steps=${*:-tests trt bridge road world train matrix batches codes sana ops kernels play soak}
+steps=${*:-tests trt bridge road world train matrix batches codes sana pictures taehv ops kernels play canary dataset faults soak}
 out=${OUT:-build/gpu}; mkdir -p "$out"
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 begin=$(date +%s)
@@ -25,7 +25,7 @@ run() { # run NAME LIMIT_SECONDS command...
 
 for step in $steps; do
   case $step in
-    tests)   run tests 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/ops tests/runtime tests/data_game ;;
+    tests)   run tests 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/ops tests/runtime tests/game tests/fused ;;
     trt)     run trt 480 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trt ;;
     world)   run world 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/nn tests/inference tests/sampling ;;
     train)   run train 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trainers ;;
@@ -40,7 +40,12 @@ for step in $steps; do
     ops)     run ops 120 "$python" -m benchmarks.ops --out "$out/ops.json" ;;
     kernels) run kernels 200 "$python" -m benchmarks.kernels --precision bf16 fp8 int8 --out "$out/kernels.json" ;;
     play)    run play 400 "$python" -m benchmarks.play --out "$out/play.json" ;;
-    soak)    run soak 900 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/faults/test_gpu.py --full-counts -s
+    pictures) run pictures 400 "$python" -m benchmarks.sana --out "$out/pictures.json" ;;
+    taehv)   run taehv 400 "$python" -m benchmarks.taehv --out "$out/taehv.json" ;;
+    canary)  run canary 90 "$python" -m benchmarks.canary ;;
+    dataset) run dataset 300 "$python" -m benchmarks.dataset --out "$out/dataset.json" ;;
+    soak)    run soak 570 "$python" -m benchmarks.soak --minutes 9 ;;
+    faults)  run faults 900 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/faults/test_gpu.py --full-counts -s
              cp docs/faults.md "$out/" ;;
     *)       echo "no step is called $step" >&2; exit 2 ;;
   esac

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -354,3 +355,17 @@ def test_the_road_tells_wrong_from_slow() -> None:
     broken["rate dist"]["same_bytes"] = False
     broken["training dist"]["relative_error"]["compile_for_training"] = 0.2
     assert len(road.wrong(broken)) == 2
+
+
+def test_every_step_on_a_gpu_runs_something_that_is_there() -> None:
+    root = Path(__file__).parents[1]
+    script = (root / "benchmarks" / "on_gpu.sh").read_text(encoding="utf-8")
+    folders = set(re.findall(r"\btests/[\w/.]+", script))
+    modules = set(re.findall(r"-m benchmarks\.(\w+)", script))
+    assert len(folders) > 8
+    assert len(modules) > 8
+    assert not [name for name in folders if not (root / name).exists()]
+    assert not [name for name in modules if not (root / "benchmarks" / f"{name}.py").is_file()]
+    steps = re.search(r"\$\{\*:-([^}]+)\}", script)
+    assert steps is not None
+    assert sorted(steps[1].split()) == sorted(re.findall(r"^    (\w+)\) +run", script, re.M))
