@@ -19,7 +19,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> soak.Worker:
     monkeypatch.setattr(canary, "EVERY", canary.EVERY)  # it sets its own
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     options = argparse.Namespace(
-        decoder="tiny", number=0, cache=tmp_path / "cache", shapes=2, states=3, clips=3, minutes=0.03
+        decoder="tiny", number=0, cache=tmp_path / "cache", shapes=2, states=3, clips=3, minutes=0.03, until=0
     )
     return soak.Worker(options)
 
@@ -30,7 +30,8 @@ def test_a_sound_worker_has_no_wrong_frame(worker: soak.Worker) -> None:
     assert counts["frames"] > 0
     assert counts["chunks_program"] > 0
     assert (counts["wrong"], counts["updates that change little"], counts["canary_misses"]) == (0, 0, 0)
-    assert len(result["memory"]) > 0
+    assert len(result["memory"]["host"]) > 0
+    assert result["programs"] == ["export bf16"]
 
 
 @pytest.mark.parametrize("number", [0, 1])
