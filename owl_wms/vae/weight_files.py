@@ -30,6 +30,7 @@ import torch
 from owl_wms.errors import CheckpointError
 from owl_wms.files import at_home, false_claims, foreign_to_torch
 from owl_wms.vae.layouts import is_training_state
+from owl_wms.vae.pieces import read_pieces, safetensors_places
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 INDEX = ".index.json"
@@ -113,7 +114,11 @@ def _read_file(path: Path) -> Any:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
-        return dict(safetensors.torch.load(path.read_bytes()))
+        with path.open("rb") as file:
+            places = safetensors_places(file)
+            if places is not None:
+                return read_pieces(file, places)
+        return dict(safetensors.torch.load(path.read_bytes()))  # where something is wrong, it says what
     except (safetensors.SafetensorError, ValueError, KeyError, AssertionError, TypeError, AttributeError) as err:
         raise CheckpointError(f"{path}: truncated or not a safetensors file: {err}", path=path) from err
 
