@@ -15,6 +15,29 @@ from statistics import median
 from typing import Any
 
 Settings = dict[str, Any]
+COMPILER = ("torch._dynamo", "torch._inductor", "sympy", "torch_tensorrt")
+"""What a cached start does without. Listed by `first` where it was imported all the same."""
+STEPS = {
+    "weights: read": "owl_wms.vae.weight_files:_read_file",
+    "weights: module and load": "owl_wms.utils.owl_vae_bridge:load_decoder",
+    "weights: fold": "owl_wms.utils.owl_vae_bridge:fold_weight_norm",
+    "weights: finite": "owl_wms.utils.owl_vae_bridge:check_values",
+    "key": "owl_wms.trt:key_material",
+    "key: weights": "owl_wms.trt.key:weights_digest",
+    "key: sources": "owl_wms.trt.key:sources_digest",
+    "key: machine": "owl_wms.env:describe_machine",
+    "TensorRT's library": "owl_wms.trt.library.engines:_load_library",
+    "program: read and hash": "owl_wms.cache.entry:_read_program",
+    "program: load": "owl_wms.trt:load_program",
+    "program: call list": "owl_wms.trt.run.calls:read",
+    "program: engines": "torch._C:_pickle_load_obj",
+    "program: kernels": "owl_wms.trt.run.kernels:adopt",
+    "program: repeats its output": "owl_wms.trt.run.load:confirm",
+    "program: exported form": "owl_wms.trt.run.load:_exported",
+    "CUDA graph": "owl_wms.trt:GraphedProgram",
+    "first run": "owl_wms.runtime.programs:first_run",
+}
+"""Step of a start -> the function that takes it. A step may be a part of another one."""
 PIECE = 32  # frames per call of the decode function: as many as a piece of `decode_stream` has
 
 
@@ -57,6 +80,8 @@ def first(s: Settings) -> Settings:
     stats, before, spent = decode.stats(), s["begun"], {}
     for name, at in marks:
         spent[name], before = at - before, at
+    compiler = [name for name in COMPILER if name in sys.modules]
+    reports = [info.manifest.report for info in _entries() if info.manifest and info.name == stats.programs[0]["entry"]]
     return {
         "seconds": spent,
         "after_torch": sum(seconds for name, seconds in spent.items() if name not in ("interpreter", "import torch")),
@@ -64,9 +89,35 @@ def first(s: Settings) -> Settings:
         "build_seconds": stats.build_seconds,
         "load_seconds": stats.load_seconds,
         "build_stages": stats.programs[0]["stages"],
+        "no_call_list": reports[0].get("no_call_list", "not said") if reports else "no program",
+        "compiler_imported": compiler,
         "backend": stats.backend,
         "reason": stats.reason,
     }
+
+
+def steps(s: Settings) -> Settings:
+    """As `first`, with the seconds of every step of `STEPS`. The clock costs little, but it is no measurement of the
+    whole."""
+    import importlib
+
+    from owl_wms.timing import Spent
+
+    spent = Spent()
+
+    def timed(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with spent.on(step):
+                return function(*args, **kwargs)
+
+        return call
+
+    for step, place in STEPS.items():
+        module, name = place.split(":")
+        owner = importlib.import_module(module)
+        setattr(owner, name, timed(step, getattr(owner, name)))
+    found = first(s)
+    return {"steps": spent.seconds, "whole": found["seconds"], "backend": found["backend"], "reason": found["reason"]}
 
 
 def rate(s: Settings) -> Settings:
@@ -230,6 +281,14 @@ def _decoder(s: Settings) -> Any:
     return quick_on(torch.device(s["device"]), decoder)
 
 
+def _entries() -> list[Any]:
+    from owl_wms import env
+    from owl_wms.runtime.programs import store_of
+    from owl_wms.settings import TensorRTConfig
+
+    return list(store_of(TensorRTConfig.resolve()).entries(env.describe_machine()))
+
+
 def _dtype(s: Settings) -> Any:
     import torch
 
@@ -254,7 +313,7 @@ def _resident_mib() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
-PARTS = {part.__name__: part for part in (files, first, rate, x264, training, memory)}
+PARTS = {part.__name__: part for part in (files, first, steps, rate, x264, training, memory)}
 
 if __name__ == "__main__":
     print("\n" + json.dumps(PARTS[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)

@@ -31,6 +31,12 @@ def page(result: dict[str, Any], names: list[str]) -> str:
         lines += ["", "Seconds from the start of a process to its first decoded batch:", ""]
         lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         lines += [f"| {name} | {' | '.join(f'{spent[c]:.2f}' for c in columns)} |" for name, spent in starts.items()]
+    steps = {name.split()[1]: part["steps"] for name, part in parts.items() if part.get("steps")}
+    if steps:
+        lines += ["", "Seconds of the steps of a cached start; a step may be a part of another one:", ""]
+        lines += [f"| | {' | '.join(steps)} |", "|---" * (len(steps) + 1) + "|"]
+        for step in dict.fromkeys(step for spent in steps.values() for step in spent):
+            lines.append(f"| {step} | {' | '.join(f'{spent.get(step, 0.0):.2f}' for spent in steps.values())} |")
     builds = {
         name: part["build_stages"]
         for name, part in parts.items()
