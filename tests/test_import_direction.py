@@ -17,6 +17,7 @@ STAGES = [
         "errors",
         "interrupts",
         "env",
+        "process",
         "ending",
         "files",
         "cudnn",

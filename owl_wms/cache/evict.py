@@ -21,7 +21,8 @@ from owl_wms.cache import fs
 from owl_wms.cache.key import is_entry_name
 from owl_wms.cache.manifest import FILE_NAME
 from owl_wms.cache.staging import FOLDER as STAGES
-from owl_wms.cache.staging import Process, open_folder
+from owl_wms.cache.staging import open_folder
+from owl_wms.process import Process
 
 FOLDER = ".use"
 LOCKS = ".locks"
@@ -147,7 +148,7 @@ def _discard(name: str, cache_fd: int, mode: int) -> None:
     stages_fd = open_folder(STAGES, cache_fd, mode)
     try:
         # Named like a stage, so that it is swept should this process die between the rename and the end of the removal.
-        away = Process.current().stage_name()
+        away = Process.current().unique_name()
         with contextlib.suppress(FileNotFoundError):
             fs.rename(name, away, cache_fd, stages_fd)
             fs.remove_tree(away, stages_fd)

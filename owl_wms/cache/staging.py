@@ -17,65 +17,13 @@ Usage:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import os
-import uuid
 from pathlib import Path
 
 from owl_wms.cache import fs
+from owl_wms.process import Process
 
 FOLDER = ".tmp"
 ENTRY = "entry"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Process:
-    """A process, told apart from every other one that ever had its number.
-
-    Attributes:
-        host, boot, namespace: 8 hex digits each: host name, boot of its kernel, namespace its number is valid in.
-        pid: process number.
-        start: kernel ticks from boot to its start; 0 when that cannot be read.
-    """
-
-    host: str
-    boot: str
-    namespace: str
-    pid: int
-    start: int
-
-    @classmethod
-    def current(cls) -> Process:
-        pid = os.getpid()
-        return cls(_short(os.uname().nodename), _short(_boot()), _short(_namespace()), pid, _start_ticks(pid) or 0)
-
-    @classmethod
-    def parse(cls, text: str) -> Process | None:
-        """The process in a stage's name, None when the name is not one of ours."""
-        parts = text.split("-")
-        if len(parts) != 6 or not (parts[3].isdecimal() and parts[4].isdecimal()) or len(text) > 120:
-            return None
-        return cls(parts[0], parts[1], parts[2], int(parts[3]), int(parts[4]))
-
-    def stage_name(self) -> str:
-        return f"{self.host}-{self.boot}-{self.namespace}-{self.pid}-{self.start}-{uuid.uuid4().hex}"
-
-    def is_dead(self) -> bool:
-        """Returns whether it has certainly ended; False when that cannot be known from here."""
-        here = Process.current()
-        if self.boot != here.boot:
-            return self.host == here.host  # this machine was restarted; of another machine nothing is known
-        if self.namespace != here.namespace:
-            return True  # same kernel, other container: the lock, which the caller holds by now, has said so
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass  # alive, and another user's
-        start = _start_ticks(self.pid)
-        return bool(start and self.start and start != self.start)
 
 
 class Stage:
@@ -96,7 +44,7 @@ class Stage:
     def open(cls, cache_fd: int, cache_path: Path, mode: int) -> Stage:
         """Make a stage; OSError when the file system will not."""
         parent_fd = open_folder(FOLDER, cache_fd, mode)
-        name = Process.current().stage_name()
+        name = Process.current().unique_name()
         folder_fd = -1
         try:
             folder_fd = make_folder(name, parent_fd, mode)
@@ -169,36 +117,10 @@ def _is_abandoned(name: str, parent_fd: int) -> bool:
         return False
     folder_fd = fs.open_directory(name, parent_fd)
     try:
-        return fs.flock(folder_fd, exclusive=True) and process.is_dead()
+        if not fs.flock(folder_fd, exclusive=True):
+            return False
+        # Of another container on this kernel nothing is known but that the lock, which this process has now, was free.
+        lives = process.lives()
+        return lives is False or (lives is None and process.boot == Process.current().boot)
     finally:
         fs.close(folder_fd)
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _start_ticks(pid: int) -> int | None:
-    """Field 22 of `/proc/<pid>/stat` (proc(5)).
-
-    The command in field 2 may hold spaces and brackets, so count from its last bracket.
-    """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        return int(text.rsplit(")", 1)[1].split()[19])
-    except (OSError, IndexError, ValueError):
-        return None

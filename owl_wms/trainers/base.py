@@ -53,6 +53,7 @@ from owl_wms.trainers.optim.optimisers import build_optimiser, build_schedule
 from owl_wms.trainers.phases import Loss, Phase
 from owl_wms.trainers.progress import Progress, Starting
 from owl_wms.trainers.restore import restore
+from owl_wms.trainers.run_lock import RunLock
 from owl_wms.trainers.run_log import RunLog
 from owl_wms.trainers.signals import Asked, listening
 from owl_wms.trainers.undo import Undo
@@ -101,7 +102,8 @@ class BaseTrainer(ABC):
             max_seconds: end the loop, with a checkpoint, after this long.
 
         Raises:
-            ConfigError, DataError, CheckpointError: a configuration, data or weights that cannot be used.
+            ConfigError, DataError, CheckpointError: a configuration, data or weights that cannot be used, or a folder
+                in which another run is under way.
         """
         # Before anything is put on a GPU: otherwise every rank first fills GPU 0.
         self.device = choose_device(local_rank)
@@ -109,6 +111,9 @@ class BaseTrainer(ABC):
         self.train_cfg, self.wandb_cfg, self.model_cfg = train_cfg, wandb_cfg, model_cfg
         self.rank, self.local_rank, self.world_size = global_rank, local_rank, world_size
         self.folder = Path(train_cfg.checkpoint_dir)
+        self._lock = RunLock(self.folder)  # of rank 0 alone
+        if global_rank == 0:
+            self._lock.look()
         self.step = self.saved_step = 0
         self.losses: list[dict[str, float]] = []
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
@@ -205,6 +210,8 @@ class BaseTrainer(ABC):
                     if self.run_log is not None:
                         self.run_log.log(self.step, values)
                     require_finite(self.step, values)
+                    if self.displaced:
+                        self._lock.check(self.step)
                     if self.step % self.train_cfg.save_interval == 0:
                         self.save()
                 if self.step != self.saved_step:
@@ -220,7 +227,9 @@ class BaseTrainer(ABC):
         finally:
             if self.run_log is not None:
                 self.run_log.close()
-                self.run_log, self._opened = None, False  # a notebook may call `train` again
+                self.run_log = None
+            self._opened = False  # a notebook may call `train` again
+            self._lock.release()
 
     def train_step(self) -> dict[str, float]:
         """Make one step of all phases; returns means over micro-batches and ranks, the seconds and the rate.
@@ -279,10 +288,20 @@ class BaseTrainer(ABC):
         self.saved_step = self.step
 
     def write_checkpoint(self) -> None:
-        """Write the files of `save`, on this rank alone and without a look at the weights."""
+        """Write the files of `save`, on this rank alone and without a look at the weights.
+
+        Raises:
+            TrainingError: another run has taken the folder over; nothing is written.
+        """
+        self._lock.check(self.step)
         save_checkpoint(checkpoint_path(self.folder, self.step), self.checkpoint())
         if self.train_cfg.output_path is not None:
             save_output(Path(self.train_cfg.output_path), averaged_weights(self.ema.state_dict()))
+
+    @property
+    def displaced(self) -> bool:
+        """Whether another run has the folder, so that this one writes nothing there."""
+        return self._lock.lost
 
     def resume(self) -> None:
         """Continue from `resume_ckpt`, where `latest` means the newest in the checkpoint folder, if there is one.
@@ -351,6 +370,7 @@ class BaseTrainer(ABC):
         self._opened = True
         if self.rank != 0:
             return
+        self._lock.take()
         aside = set_aside(self.folder, self.saved_step)
         if aside is not None:
             _log.warning(

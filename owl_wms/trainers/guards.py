@@ -58,12 +58,13 @@ def broken_weight(state: Mapping[str, Any]) -> str | None:
 
 
 def rescue(trainer: Saved, error: BaseException) -> None:
-    """Save the steps since the last checkpoint, unless the weights are broken; `error` is what ended the run.
+    """Save the steps since the last checkpoint, unless the weights are broken or the folder is another run's; `error`
+    is what ended the run.
 
     By rank 0 without waiting for anyone, as other ranks may be gone. Never raises: the failure that led here is the one
     to report.
     """
-    if trainer.rank != 0 or trainer.step == trainer.saved_step:
+    if trainer.rank != 0 or trainer.step == trainer.saved_step or trainer.displaced:
         return
     ended = "the run was stopped" if isinstance(error, KeyboardInterrupt) else "the run failed"
     try:

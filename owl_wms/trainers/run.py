@@ -25,6 +25,10 @@ class Saved(Protocol):
     saved_step: int
     folder: Path
 
+    @property
+    def displaced(self) -> bool:
+        """Whether another run has the folder."""
+
     def checkpoint(self) -> dict[str, Any]:
         """Return the run's state, as it is written to `step_{n}.pt`."""
 
