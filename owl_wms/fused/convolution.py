@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from owl_wms.ops import conv3x3 as conv3x3_op
 from owl_wms.ops.common.ahead import compile_ahead
-from owl_wms.ops.conv3x3 import LIBRARY, conv3x3, conv3x3_norm, pack
+from owl_wms.ops.conv3x3 import LIBRARY, conv3x3, conv3x3_norm, conv3x3_shuffled, pack
 from owl_wms.timing import interleaved
 
+SHUFFLED = -6  # beside the ways of `owl_wms.ops.conv3x3`, see LearnedShortcut
 TIMING_SECONDS = 0.3  # of each distinct convolution; sana has a dozen
 HEAD_START = 1_000_000  # clock cycles, some 0.6 ms; a launch from Python takes as long as a convolution at batch 1
 # A way to compute a convolution that strays further than rounding can from the library's result is wrong, not fast.
@@ -58,14 +59,19 @@ class Chosen(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        if self.choices is not None:
-            shapes = (tuple(x.shape), None if other is None else tuple(other.shape))
-            key: Choice = (type(self).__name__, shapes, tuple(self.weight.shape), self.alike)
-            if key not in self.choices:
-                ways = {how: functools.partial(self.compute, how, other=other) for how in self.ways(x, other)}
-                self.choices[key] = quickest(ways, x)
-            self.how = self.choices[key]
+        self.decide(x, other, functools.partial(self.compute, other=other))
         return self.compute(self.how, x, other)
+
+    def decide(self, x: Tensor, other: Tensor | None, compute: Callable[[int, Tensor], Tensor]) -> None:
+        """Set `how` to the way in which `compute(how, x)` is quickest, while choices are being made."""
+        if self.choices is None:
+            return
+        shapes = (tuple(x.shape), None if other is None else tuple(other.shape))
+        key: Choice = (type(self).__name__, shapes, tuple(self.weight.shape), self.alike)
+        if key not in self.choices:
+            ways = {how: functools.partial(compute, how) for how in self.ways(x, other)}
+            self.choices[key] = quickest(ways, x)
+        self.how = self.choices[key]
 
 
 class Conv3x3(Chosen):
@@ -108,6 +114,30 @@ class Conv3x3(Chosen):
         return None if self.gain is None or self.eps is None else (self.gain, self.eps)
 
 
+class LearnedShortcut(Conv3x3):
+    """`run(shortcut)`, a stage, with its shortcut `conv(x) + bias`; `how` as in `owl_wms.ops.conv3x3`, or SHUFFLED.
+
+    With SHUFFLED the stage runs without a shortcut, and the convolution adds itself, pixel-shuffled, onto the result:
+    the shortcut is neither written nor read, and the stage has room for its quicker form. What is timed is both
+    together; no two stages of a decoder have inputs of one shape.
+    """
+
+    def ways(self, x: Tensor, other: Tensor | None) -> list[int]:
+        shuffled = conv3x3_op.fits_shuffled(x, self.weight)
+        return [*super().ways(x, other), *([SHUFFLED] if shuffled else [])]
+
+    def join(self, x: Tensor, run: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """Returns the stage's result `[B, 2H, 2W, O]` of its input `x [B, H, W, C]`."""
+
+        def compute(how: int, x: Tensor) -> Tensor:
+            if how == SHUFFLED:
+                return conv3x3_shuffled(x, self.weight, self.bias, run(None))
+            return run(self.compute(how, x, None))
+
+        self.decide(x, None, compute)
+        return compute(self.how, x)
+
+
 def quickest(ways: Mapping[int, Way], x: Tensor) -> int:
     """Returns the quickest `how` for this shape on this GPU, among those that run and agree with the library.
 
@@ -138,7 +168,8 @@ def choose(fused: nn.Module, dtype: torch.dtype, input_shape: tuple[int, ...] | 
     # In threads; the run below needs all of them, and what it tries for a convolution does not show before.
     plain = [conv for conv in convs if isinstance(conv, Conv3x3)]
     eps = next((conv.eps for conv in plain if conv.eps is not None), None)
-    compile_ahead(fused, z, also=conv3x3_op.variants(z, any(conv.silu for conv in plain), eps) if plain else ())
+    silu, shuffled = any(conv.silu for conv in plain), any(isinstance(conv, LearnedShortcut) for conv in plain)
+    compile_ahead(fused, z, also=conv3x3_op.variants(z, silu, eps, shuffled) if plain else ())
     choices: dict[Choice, int] = {}
     for conv in convs:
         conv.choices = choices

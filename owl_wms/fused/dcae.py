@@ -13,6 +13,7 @@ Usage:
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from owl_wms.fused.convolution import Conv3x3, choose
+from owl_wms.fused.convolution import LearnedShortcut, choose
 from owl_wms.ops.codes import code_gain
 from owl_wms.ops.conv_out import MAX_OUT, conv_out, padded
 from owl_wms.ops.conv_out import pack as pack_conv_out
@@ -110,7 +111,7 @@ class FusedStage(nn.Module):
         learned = shortcut if isinstance(shortcut, nn.Conv2d) else None
         # Not left to TensorRT: its half-precision sums fail the parity gate, and its engines hold weights in a form
         # that takes a minute to write and twenty seconds to read (docs/log.md).
-        self.shortcut = None if learned is None else Conv3x3(learned.weight, learned.bias, dtype)
+        self.shortcut = None if learned is None else LearnedShortcut(learned.weight, learned.bias, dtype)
         self.take(blocks, dtype)
 
     def take(self, blocks: nn.ModuleList | list[Any], dtype: torch.dtype) -> None:
@@ -126,16 +127,15 @@ class FusedStage(nn.Module):
     def _all(self, name: str) -> list[Tensor]:
         return [getattr(self, f"{name}_{j}") for j in range(self.depth)]
 
-    def shortcut_of(self, x: Tensor) -> Tensor | None:
-        """Returns the tensor that is shuffled onto the stage's result, or None."""
-        if self.shortcut is None:
-            return x if self.tiled else None
-        result: Tensor | None = self.shortcut(x)
-        return result
-
     def forward(self, x: Tensor, gain: Tensor | None) -> Tensor:
+        if self.shortcut is None:
+            return self.run(x, gain, x if self.tiled else None)
+        return self.shortcut.join(x, functools.partial(self.run, x, gain))
+
+    def run(self, x: Tensor, gain: Tensor | None, shortcut: Tensor | None) -> Tensor:
+        """The stage's op; `shortcut` is what it shuffles onto its result, or None."""
         weights = (self._all(name) for name in ("w1", "b1", "w2", "b2", "w3"))
-        return stage(x, self.shortcut_of(x), self.proj, *weights, self.scale)
+        return stage(x, shortcut, self.proj, *weights, self.scale)
 
 
 MakeStage = Callable[[Any, Any, int, Any, torch.dtype], FusedStage]

@@ -114,14 +114,12 @@ class FusedStage8(FusedStage):
         for name, tensor in tensors.items():
             self.register_buffer(f"{name}_{j}", tensor.contiguous())
 
-    def forward(self, x: Tensor, gain: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, gain: Tensor | None, shortcut: Tensor | None) -> Tensor:
         first = (self.w1, self.b1, self.w2, self.b2)
         later = ("up", "up_scale", "up_bias", "taps", "taps_scale", "taps_bias")
         lists = [[getattr(self, f"{name}_{j}") for j in range(1, self.depth)] for name in (*later, "inverse")]
         down, down_scale = self._all("down"), self._all("down_scale")
-        return stage8(
-            x, self.shortcut_of(x), self.proj, *first, *lists[:-1], down, down_scale, lists[-1], gain, self.scale
-        )
+        return stage8(x, shortcut, self.proj, *first, *lists[:-1], down, down_scale, lists[-1], gain, self.scale)
 
 
 def supports8(decoder: nn.Module) -> tuple[bool, str]:

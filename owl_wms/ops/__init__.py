@@ -20,7 +20,7 @@ with 8-bit products (`codes` says what a code is):
 and, for diffusers' AutoencoderDC (Triton where not said otherwise):
 
     conv3x3           dense 3x3 with bias, ReLU or SiLU and residual, by the library or by ours; `conv3x3_norm` with an
-                      RMS norm, `latent_conv` the first
+                      RMS norm, `latent_conv` the first, `conv3x3_shuffled` behind a pixel shuffle onto an image
     nearest_up        enlargement by nearest neighbour, 3x3 and shortcut
     pointwise         a 1x1 convolution as one library product; with ReLU, a residual, or into frames
     depthwise_gate    SiLU, depthwise 3x3, SiLU gate (CUDA)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from owl_wms.fused import convolution
 from owl_wms.ops.conv3x3 import LIBRARY, LIBRARY_FUSED
+from owl_wms.ops.up_residual import shuffle
 
 X, WEIGHT = torch.randn(1, 4, 4, 8), torch.randn(16, 3, 3, 8)
 
@@ -45,6 +46,55 @@ def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fault", [RuntimeError("no such kernel"), torch.full((1,), 5.0), torch.full((1,), torch.nan)])
 def test_what_fails_or_strays_is_not(monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
     assert choose_among(monkeypatch, {LIBRARY: 0.03, LIBRARY_FUSED: 0.01, 0: fault}) == LIBRARY_FUSED
+
+
+def learned(monkeypatch: pytest.MonkeyPatch, shuffled: int | Exception, beside: int) -> tuple[int, list[bool]]:
+    """What is chosen for a learned shortcut, and for every later run of its stage whether it had one.
+
+    `shuffled`: what the convolution takes that adds itself, or what it raises; `beside`: a stage with a shortcut.
+    """
+    conv, runs, clock = convolution.LearnedShortcut(torch.randn(16, 8, 3, 3), torch.randn(16), torch.float32), [], [0]
+    original = convolution.conv3x3_shuffled
+
+    def late(*arguments: Any) -> Tensor:
+        if isinstance(shuffled, Exception):
+            raise shuffled
+        clock[0] += shuffled
+        return original(*arguments)
+
+    def run(shortcut: Tensor | None) -> Tensor:
+        runs.append(shortcut is not None)
+        base = X.new_ones(1, 8, 8, 4)
+        if shortcut is None:
+            return base
+        clock[0] += beside
+        return base + shuffle(shortcut, 4)
+
+    def times(ways: dict[str, Any], x: Tensor, **_: Any) -> dict[str, int]:
+        found = {}
+        for name, way in ways.items():
+            clock[0] = 0
+            way(x)
+            found[name] = clock[0]
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convolution, "conv3x3_shuffled", late)
+        patch.setattr(convolution, "interleaved", times)
+        patch.setattr(convolution.LearnedShortcut, "ways", lambda *_: [LIBRARY, convolution.SHUFFLED])
+        conv.choices = {}
+        got = conv.join(X, run)
+        conv.choices = None
+    torch.testing.assert_close(got, run(conv.compute(LIBRARY, X, None)))
+    runs.clear()
+    torch.testing.assert_close(conv.join(X, run), got)
+    return conv.how, runs
+
+
+def test_a_learned_shortcut_adds_itself_where_that_and_the_stage_are_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert learned(monkeypatch, shuffled=1, beside=3) == (convolution.SHUFFLED, [False])
+    assert learned(monkeypatch, shuffled=3, beside=1) == (LIBRARY, [True])
+    assert learned(monkeypatch, shuffled=RuntimeError("no such kernel"), beside=1) == (LIBRARY, [True])
 
 
 def test_the_library_remains(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from owl_wms.fused import dcae8
+from owl_wms.fused.convolution import SHUFFLED
 from owl_wms.fused.dcae import fuse, supports
+from owl_wms.fused.dcae8 import fuse8
 from owl_wms.vae.dcae import DCAEDecoder
 from tests.ops.decoders import dcae, distill
 
@@ -38,6 +41,41 @@ def test_fused_equals_decoder(case: str) -> None:
     assert float((got - want).norm() / want.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+def test_shortcuts_that_add_themselves_are_the_same_function(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dcae8, "LEAST_CHANNELS", 64)
+    decoder, z = dcae("learned", ch_0=64, ch_max=128, stages=(2, 1), size=32), torch.randn(1, 16, 4, 4)
+    with torch.inference_mode():
+        fused = fuse(decoder, torch.float32) if bits == 16 else fuse8(decoder, torch.float32, torch.int8, z)
+        want = fused(z)
+        for stage in fused.stages:
+            stage.shortcut.how = SHUFFLED
+        got = fused(z)
+        if bits == 16:
+            assert float((got - decoder(z)).norm() / got.norm()) < 1e-5
+    assert not torch.equal(got, torch.zeros_like(got))
+    assert float((got - want).norm() / want.norm()) < (1e-5 if bits == 16 else 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_shortcuts_that_add_themselves_on_the_gpu(bits: int, dtype: torch.dtype) -> None:
+    """As accurate as shortcuts that are handed to their stage, for 32, 64 and 256 channels of a result."""
+    decoder = dcae("learned", ch_0=32, ch_max=256, stages=(2, 1, 2, 1), size=64).cuda()
+    z = torch.randn(3, 16, 16, 16, device="cuda")
+    with torch.inference_mode():
+        want = decoder(z)
+        fused = fuse(decoder, dtype) if bits == 16 else fuse8(decoder, dtype, torch.int8, z)
+        beside = fused(z.to(dtype)).float()
+        for stage in fused.stages:
+            stage.shortcut.how = SHUFFLED
+        got = fused(z.to(dtype)).float()
+    error, today = (float((x - want).norm() / want.norm()) for x in (got, beside))
+    assert error < 1.1 * today
+    assert torch.equal(fused(z.to(dtype)).float(), got), "a race"
+
+
 def test_unsupported_decoders_say_why() -> None:
     supported, reason = supports(nn.Identity())
     assert not supported
@@ -47,6 +85,17 @@ def test_unsupported_decoders_say_why() -> None:
     live = DCAEDecoder(dcae().config, "tiled")
     with pytest.raises(ValueError, match="fold_weight_norm"):
         fuse(live, torch.float32)
+
+
+def test_a_shortcut_that_adds_itself_exports() -> None:
+    fused, z = fuse(dcae("learned", size=32), torch.float32), torch.randn(1, 16, 4, 4)
+    for stage in fused.stages:
+        stage.shortcut.how = SHUFFLED
+    exported = torch.export.export(fused, (z,))
+    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert sum("owl_wms.conv3x3_shuffled" in target for target in targets) == 3
+    with torch.inference_mode():
+        torch.testing.assert_close(exported.module()(z), fused(z))
 
 
 def test_fused_exports_with_its_ops_intact() -> None:

@@ -59,6 +59,76 @@ def test_what_the_kernel_would_misread_is_refused(changes: dict[str, Any], launc
     assert launches == []
 
 
+def shuffled(out: int = 96, **changes: Any) -> dict[str, Any]:
+    to = {"dtype": torch.bfloat16}
+    given: dict[str, Any] = {
+        "x": torch.zeros(2, 16, 32, DEPTH, **to),
+        "weight": torch.zeros(4 * out, 3, 3, DEPTH, **to),
+        "bias": torch.zeros(4 * out),
+        "base": torch.zeros(2, 32, 64, out, **to),
+    }
+    return {**given, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x": torch.zeros(2, 16, 32, DEPTH, dtype=torch.float16)},
+        {"x": torch.zeros(2, 8, 32, DEPTH, dtype=torch.bfloat16)},
+        {"weight": torch.zeros(4 * 96, 3, 3, 2 * DEPTH, dtype=torch.bfloat16)},
+        {"base": torch.zeros(2, 32, 64, 96, dtype=torch.float16)},
+        {"base": torch.zeros(2, 16, 32, 4 * 96, dtype=torch.bfloat16)},
+        shuffled(out=48),
+        shuffled(out=16),
+    ],
+)
+def test_what_a_shuffled_convolution_would_misread_is_refused(
+    changes: dict[str, Any], launches: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(ValueError, match="no shuffled 3x3 convolution of"):
+        resident.launch_shuffled(**shuffled(**changes))
+    assert launches == []
+
+
+@pytest.mark.parametrize("out", [32, 96, 192])
+def test_a_phase_of_the_shuffle_is_a_box(
+    out: int, launches: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 columns lie in one row parity, and 32 in one phase, so the boxes of the maps hold what the kernel asks for."""
+    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def noted(x: Tensor, box: tuple[int, ...]) -> TensorMap:
+        boxes.append((tuple(x.shape), box))
+        return TensorMap(None, x.data_ptr())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(resident, "tensor_map", noted)
+    base = torch.randn(2, 32, 64, out).bfloat16()
+    kept = base.clone()
+    result = resident.launch_shuffled(**shuffled(out=out, base=base))
+    (asked,) = launches
+    assert result.shape == base.shape
+    assert result.data_ptr() != base.data_ptr()
+    assert torch.equal(base, kept)
+    assert asked["kernel"].defines == ("BIAS=1", "RELU=0", "RESIDUAL=1", "SHUFFLE=1")
+    enlarged = ((2, 16, 2, 32, 2 * out), (1, 8, 1, 16, 64))
+    assert boxes == [
+        ((2, 16, 32, DEPTH), resident.X_PIECE),
+        ((out, 4, 9 * DEPTH), (32, 1, DEPTH)),
+        enlarged,
+        enlarged,
+    ]
+    assert 2 * out % 64 == 0
+    assert out % 32 == 0
+    assert asked["arguments"][5:] == (1, 2, out // 32, 2 * 2 * out // 32, 1, out)
+
+
+def test_no_images_are_no_shuffled_launch(launches: list[dict[str, Any]]) -> None:
+    none = {"x": torch.zeros(0, 16, 32, DEPTH), "base": torch.zeros(0, 32, 64, 96)}
+    none = {name: tensor.bfloat16() for name, tensor in none.items()}
+    assert resident.launch_shuffled(**shuffled(**none)).shape == (0, 32, 64, 96)
+    assert launches == []
+
+
 def test_a_norm_needs_every_channel_in_one_tile(launches: list[dict[str, Any]]) -> None:
     norm = (torch.ones(OUT), 1e-5)
     resident.launch(**arguments(norm=norm))
@@ -121,6 +191,10 @@ def test_what_is_compiled_ahead_is_what_convolutions_launch(
         resident.launch(**arguments(**{**given, "norm": (torch.ones(OUT), 1e-5)}))
         resident.launch(**arguments(**{**given, "residual": None, "bias": None}))
         assert {asked["kernel"] for asked in launches} == set(conv3x3.variants(on_gpu, True, 1e-5)) - set(ahead)
+        launches.clear()
+        given = {k: v.to(on_gpu.dtype) for k, v in shuffled().items() if k != "bias"}
+        resident.launch_shuffled(**shuffled(**given))
+        assert {asked["kernel"] for asked in launches} == set(conv3x3.variants(on_gpu, shuffled=True)) - set(ahead)
 
 
 @pytest.mark.parametrize(("tiles", "blocks"), [((1, 16, 16), 1), ((3, 64, 160), 120), ((8, 128, 128), 132)])

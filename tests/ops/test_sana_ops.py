@@ -226,6 +226,7 @@ def cases(device: str, dtype: torch.dtype) -> list[tuple]:
         (OPS.conv3x3.default, (t(2, 3, 5, 8), weight, wide(16), None, True, -2)),
         (OPS.conv3x3.default, (t(2, 3, 5, 8), weight, wide(16), None, False, -1, True)),
         (OPS.conv3x3_norm.default, (t(2, 3, 5, 8), weight, wide(16), wide(16), t(2, 3, 5, 16), 1e-5, -1)),
+        (OPS.conv3x3_shuffled.default, (t(2, 3, 5, 8), weight, wide(16), t(2, 6, 10, 4))),
         (OPS.nearest_up.default, (t(2, 3, 5, 8), nearest_up.pack(t(16, 8, 3, 3) / 8), wide(16), True)),
         (OPS.multiscale_attention.default, (t(2, 7, 11, 96), taps, point.to(dtype), 16, 1e-15)),
         (OPS.multiscale_attention.default, (t(2, 3, 4, 96), taps, point.to(dtype), 16, 1e-15)),
@@ -241,7 +242,7 @@ def cases(device: str, dtype: torch.dtype) -> list[tuple]:
     ]
 
 
-@pytest.mark.parametrize("index", range(17))
+@pytest.mark.parametrize("index", range(18))
 def test_opcheck(index: int) -> None:
     op, arguments = cases("cpu", torch.float32)[index]
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -255,7 +256,7 @@ def reference_of(op: object, arguments: tuple) -> torch.Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("index", range(17))
+@pytest.mark.parametrize("index", range(18))
 def test_on_the_gpu(index: int, dtype: torch.dtype) -> None:
     op, arguments = cases("cuda", dtype)[index]
     # What was freed before the call is full of NaN: an output element that is not written shows.
@@ -360,3 +361,33 @@ def test_what_resident_pixels_take(shape: tuple[int, ...], out: int, fits: bool)
 def test_pointwise_is_a_linear_layer() -> None:
     x, weight, bias = torch.randn(2, 3, 5), torch.randn(7, 5), torch.randn(7)
     close(OPS.pointwise(x, weight, bias), pointwise.reference(x, weight, bias))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "shape",  # one tile; phases that end inside a tile; several images, chunks and tiles a processor; wide
+    [(1, 16, 16, 64, 32), (2, 16, 48, 192, 96), (3, 32, 16, 128, 160), (4, 96, 112, 64, 96), (1, 64, 64, 512, 256)],
+)
+def test_shuffled_onto_an_image_on_the_gpu(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    batch, height, width, channels, out = shape
+    to = {"device": "cuda", "dtype": dtype}
+    x, base = torch.randn(batch, height, width, channels, **to), torch.randn(batch, 2 * height, 2 * width, out, **to)
+    weight = conv3x3.pack(torch.randn(4 * out, channels, 3, 3, device="cuda") * channels**-0.5 / 3).to(dtype)
+    added = torch.randn(4 * out, device="cuda") if bias else None
+    if not conv3x3.fits_shuffled(x, weight):
+        pytest.skip("needs compute capability 9.0")
+    arguments, kept = (x, weight, added, base), base.clone()
+    wanted = reference_of(OPS.conv3x3_shuffled.default, arguments).to(dtype)
+    got = None
+    for _ in range(5):
+        torch.full((1 << 26,), float("nan"), **to)
+        again = OPS.conv3x3_shuffled(*arguments)
+        close(again, wanted)
+        assert got is None or torch.equal(got, again), "a race"
+        got = again
+    # One by one as well: a wrong pixel is lost in a norm over millions.
+    worst = (got.float() - wanted.float()).abs() / wanted.float().abs().clamp_min(1)
+    assert float(worst.max()) < 4 * TOLERANCE[dtype]
+    assert torch.equal(base, kept), "an op must not write its arguments"

@@ -18,6 +18,18 @@ DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int c, int x
                  "l"(&map), "r"(barrier), "r"(c), "r"(x), "r"(y), "r"(image)
                  : "memory");
 }
+// A box of a five-dimensional tensor.
+DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int c, int x, int parity, int y, int image) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(target),
+                 "l"(&map), "r"(barrier), "r"(c), "r"(x), "r"(parity), "r"(y), "r"(image)
+                 : "memory");
+}
+// A box of a three-dimensional tensor.
+DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int column, int phase, int row) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(target),
+                 "l"(&map), "r"(barrier), "r"(column), "r"(phase), "r"(row)
+                 : "memory");
+}
 // A box of a matrix.
 DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(target),

@@ -1,16 +1,19 @@
-"""`owl_wms::conv3x3`, `conv3x3_norm` and `latent_conv`: dense 3x3 convolutions on NHWC with all that follows them.
+"""`owl_wms::conv3x3` and its forms: dense 3x3 convolutions on NHWC with all that follows them.
 
 Why it exists: nine tenths of the sana decoder are these, and what a library leaves behind them (bias, ReLU, residual)
 is passes over the largest tensors. `how` says who computes: LIBRARY (cuDNN, on a channels_last view, no copy) with what
 it cannot fuse as one pass, LIBRARY_FUSED its own convolution + bias + ReLU, RESIDENT our CUDA kernel, NARROW our Triton
 kernel for few output channels. `ways(...)` lists what applies to a shape; the fastest is measured when a program is
 built, not guessed here, and stays what it was then. RESIDENT_NORM is RESIDENT with an RMS norm over the channels in its
-epilogue; every other way of `conv3x3_norm` ends in a pass of `channel_norm`. cuDNN chooses its algorithm by shape
+epilogue; every other way of `conv3x3_norm` ends in a pass of `channel_norm`. `conv3x3_shuffled` adds a pixel
+shuffle by two onto an enlarged image where the results are stored (RESIDENT's kernel; `fits_shuffled`, or it is its
+reference). cuDNN chooses its algorithm by shape
 (`owl_wms.cudnn`).
 
 Usage:
     y = conv3x3(x, pack(weight), bias, residual, relu=False, how=LIBRARY)     # [B, H, W, C] -> [B, H, W, O]
     y = conv3x3_norm(x, pack(weight), gain, shift, residual, 1e-5, how=LIBRARY)
+    y = conv3x3_shuffled(x, pack(weight), bias, base)          # 4 O output channels, base [B, 2H, 2W, O] -> like base
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ from owl_wms.ops.common.gpu import is_hopper
 from owl_wms.ops.common.nvrtc import Kernel
 from owl_wms.ops.common.register import define, has_kernel
 from owl_wms.ops.conv3x3 import resident
-from owl_wms.ops.conv3x3.reference import latent_reference, latent_rows, pack, reference
+from owl_wms.ops.conv3x3.reference import latent_reference, latent_rows, pack, reference, shuffled_reference
 
 __all__ = [
     "LIBRARY", "LIBRARY_FUSED", "NARROW", "RESIDENT", "RESIDENT_NORM",
-    "conv3x3", "conv3x3_norm", "latent_conv", "latent_reference", "pack", "reference", "variants", "ways",
+    "conv3x3", "conv3x3_norm", "conv3x3_shuffled", "fits_shuffled", "latent_conv", "latent_reference", "pack",
+    "reference", "shuffled_reference", "variants", "ways",
 ]  # fmt: skip
 
 LIBRARY, LIBRARY_FUSED, RESIDENT, RESIDENT_NORM, NARROW = -1, -2, -3, -4, 0
@@ -52,12 +56,18 @@ def ways(x: Tensor, weight: Tensor, residual: bool, relu: bool, silu: bool = Fal
     return found
 
 
-def variants(x: Tensor, silu: bool = False, norm_eps: float | None = None) -> list[Kernel]:
+def fits_shuffled(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether `conv3x3_shuffled` of these is one kernel on `x`'s device."""
+    return has_kernel(x) and is_hopper(x.device) and resident.fits_shuffled(x, weight)
+
+
+def variants(x: Tensor, silu: bool = False, norm_eps: float | None = None, shuffled: bool = False) -> list[Kernel]:
     """The CUDA kernels that convolutions of tensors like `x` may try, to be compiled beforehand.
 
     Args:
         silu: whether some are followed by SiLU.
         norm_eps: eps of the norms behind some of them, None without any.
+        shuffled: whether some, with a bias, are added to enlarged images.
     """
     if not has_kernel(x) or not is_hopper(x.device):
         return []
@@ -65,6 +75,8 @@ def variants(x: Tensor, silu: bool = False, norm_eps: float | None = None) -> li
     found = [resident.kernel_of(x.dtype, bias=True, relu=relu, residual=residual) for relu, residual in follows]
     if silu:
         found.append(resident.kernel_of(x.dtype, bias=True, relu=False, residual=False, silu=True))
+    if shuffled:
+        found.append(resident.shuffled_kernel_of(x.dtype, bias=True))
     if norm_eps is not None:
         found.append(resident.kernel_of(x.dtype, bias=False, relu=False, residual=False))
         found.append(resident.kernel_of(x.dtype, bias=True, relu=False, residual=True, norm_eps=norm_eps))
@@ -117,6 +129,20 @@ def _fake_norm(
     return _fake(x, weight, None, residual, False, how)
 
 
+def _run_shuffled(x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor) -> Tensor:
+    if fits_shuffled(x, weight):
+        return resident.launch_shuffled(x.contiguous(), weight.contiguous(), bias, base)
+    return shuffled_reference(x, weight, bias, base)
+
+
+def _fake_shuffled(x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor) -> Tensor:
+    batch, height, width, channels = x.shape
+    wanted = (batch, 2 * height, 2 * width, weight.shape[0] // 4)
+    torch._check(channels == weight.shape[-1], lambda: f"{channels} channels, weights for {weight.shape[-1]}")
+    torch._check(base.shape == wanted, lambda: f"a result of {list(wanted)} onto {list(base.shape)}")
+    return base.new_empty(base.shape)
+
+
 def _run_latent(z: Tensor, weight: Tensor, bias: Tensor, repeats: int) -> Tensor:
     rows, shortcut = latent_rows(z, weight, repeats)
     return _run(rows, weight, bias, shortcut, False, LIBRARY)
@@ -136,6 +162,11 @@ conv3x3_norm = define(
     "conv3x3_norm(Tensor x, Tensor weight, Tensor gain, Tensor shift, Tensor? residual, float eps, int how) -> Tensor",
     run=_run_norm,
     fake=_fake_norm,
+)
+conv3x3_shuffled = define(
+    "conv3x3_shuffled(Tensor x, Tensor weight, Tensor? bias, Tensor base) -> Tensor",
+    run=_run_shuffled,
+    fake=_fake_shuffled,
 )
 latent_conv = define(
     "latent_conv(Tensor z, Tensor weight, Tensor bias, int repeats) -> Tensor", run=_run_latent, fake=_fake_latent

@@ -25,6 +25,9 @@
 //                  2 x 2 input pixels. Columns are [phase][frame][channel]; `frames` images come of one.
 // HOLD             all weights stay in shared memory: one column tile, one chunk.
 // FRAMES           the last convolution: clamp to [0, 1] and pixel shuffle by PATCH. 1: 16-bit planes, 2: bytes, RGB.
+// SHUFFLE          a pixel shuffle by two behind it, with RESIDUAL: out and residual are enlarged images of `channels`. Columns
+//                  are [row parity][column parity][channel], so 64 of them are 64 values side by side in a row of the image.
+//                  weight and bias stay in the shuffle's order, [channel][row parity][column parity].
 // FP16             element type.
 #ifndef COLUMNS
 #define COLUMNS 128
@@ -43,6 +46,9 @@
 #endif
 #ifndef PATCH
 #define PATCH 1
+#endif
+#ifndef SHUFFLE
+#define SHUFFLE 0
 #endif
 #define TAPS (ENLARGE ? 4 : 9)
 #define DEPTH 64     // input channels at a time: 128 bytes, a row of the operand
@@ -123,13 +129,36 @@ struct Pixels {
 };
 
 // Piece i of a tile's residual: 64 channels of one half, into the place of its results.
-DEVICE void load_residual(const Layout& at, const TensorMap& map, const Tile& t, int i, u32 parity) {
+DEVICE void load_residual(const Work& w, const Layout& at, const TensorMap& map, const Tile& t, int i, u32 parity) {
     int g = i & 1, part = i >> 1;
     if (part == 0) {
         barrier_wait(at.room + g * 8, parity);
         barrier_expect(at.ready + g * 8, OUT_BYTES);
     }
-    copy_box(at.out + g * OUT_BYTES + part * PART_BYTES, map, at.ready + g * 8, t.n + part * 64, t.x, t.y + 8 * g, t.image);
+    u32 target = at.out + g * OUT_BYTES + part * PART_BYTES, ready = at.ready + g * 8;
+    int n = t.n + part * 64;
+#if SHUFFLE  // the map's dimensions: image, row, its parity, column, and the channels of two neighbours
+    int row = n / (2 * w.channels);
+    copy_box(target, map, ready, n - row * 2 * w.channels, t.x, row, t.y + 8 * g, t.image);
+#else
+    copy_box(target, map, ready, n, t.x, t.y + 8 * g, t.image);
+#endif
+}
+
+// The weights of a tile's columns for 64 input channels of a tap. Under SHUFFLE, columns of one phase are four rows of the
+// weights apart, the map's dimensions are channel, phase and the rest, and a phase may end after any 32 columns.
+DEVICE void copy_weights(const Work& w, u32 target, const TensorMap& map, u32 full, int depth, const Tile& t) {
+#if SHUFFLE
+    int phase = t.n / w.channels, channel = t.n - phase * w.channels;
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 32; ++i) {
+        copy_box(target + i * 32 * 128, map, full, depth, phase, channel);
+        channel += 32;
+        if (channel == w.channels) channel = 0, ++phase;
+    }
+#else
+    copy_box(target, map, full, depth, t.n);
+#endif
 }
 
 DEVICE void load(const Work& w, const Layout& at, const Maps& maps) {
@@ -149,14 +178,14 @@ DEVICE void load(const Work& w, const Layout& at, const Maps& maps) {
                     u32 full = at.full_w + p.slot * 8;
                     barrier_wait(at.empty_w + p.slot * 8, p.parity);
                     barrier_expect(full, W_BYTES);
-                    copy_box(at.w + p.slot * W_BYTES, maps.weight, full, (tap * w.chunks + chunk) * DEPTH, t.n);
+                    copy_weights(w, at.w + p.slot * W_BYTES, maps.weight, full, (tap * w.chunks + chunk) * DEPTH, t);
                     p.next();
                 }
                 if (ENLARGE && tap == TAPS - 1)
                     for (int i = 0; i < X_PIECES; ++i) pixels.load_piece(w, at, maps, i);
                 if (!ENLARGE && tap >= 9 - X_PIECES) pixels.load_piece(w, at, maps, tap - (9 - X_PIECES));
                 if (RESIDUAL && count == next && piece < 2 * PARTS) {
-                    load_residual(at, maps.residual, t, piece, parity);
+                    load_residual(w, at, maps.residual, t, piece, parity);
                     ++piece, next += step;
                 }
             }
@@ -177,6 +206,9 @@ DEVICE void store_results(const Work& w, const Layout& at, const TensorMap& map,
             int phase = n / (w.frames * w.channels), rest = n % (w.frames * w.channels);
             int frame = rest / w.channels, channel = rest % w.channels;
             store_box(map, place + i * PART_BYTES, (phase & 1) * w.channels + channel, t.x, phase >> 1, t.y + 8 * g, t.image * w.frames + frame);
+#elif SHUFFLE
+            int row = n / (2 * w.channels);
+            store_box(map, place + i * PART_BYTES, n - row * 2 * w.channels, t.x, row, t.y + 8 * g, t.image);
 #else
             store_box(map, place + i * PART_BYTES, n, t.x, t.y + 8 * g, t.image);
 #endif
@@ -229,9 +261,22 @@ DEVICE void normalize(float (&d)[COLUMNS / 2], const float* gain, int lane) {
 #define PASS_GAIN
 #endif
 
+// What is added to columns 8 n + 2 lane and the next one of a tile, lane 0 to 3. `bias` is that of the tile's first column;
+// under SHUFFLE it is the whole one, `column` the tile's first, and the two columns are of one phase.
+DEVICE float2 bias_of(const float* bias, const Work& w, int column, int n, int lane) {
+#if SHUFFLE
+    column += 8 * n + 2 * lane;
+    int phase = column / w.channels;
+    bias += 4 * (column - phase * w.channels) + phase;
+    return float2{__ldg(bias), __ldg(bias + 4)};
+#else
+    return __ldg((const float2*)(bias + 8 * n) + lane);
+#endif
+}
+
 // Sums of 8 x 8 pixels, the left or the right of a half, to results. Warp w has rows 2 w and 2 w + 1 of the pixels; lane
 // 8 m + r gives the address of pixel r of block m: the two rows' pixels for eight channels, then for the next eight.
-DEVICE void finish(const float (&d)[COLUMNS / 2], const float* bias, u32 place, int right, int warp, int lane) {
+DEVICE void finish(const float (&d)[COLUMNS / 2], const float* bias, const Work& w, int column, u32 place, int right, int warp, int lane) {
     int row = (2 * warp + (lane >> 3 & 1)) * 16 + 8 * right + (lane & 7);
 #pragma unroll
     for (int i = 0; i < PARTS; ++i)
@@ -244,7 +289,7 @@ DEVICE void finish(const float (&d)[COLUMNS / 2], const float* bias, u32 place, 
             for (int k = 0; k < 2; ++k) {
                 const int n = 8 * i + 2 * j + k;
                 float2 b = {0, 0};
-                if (BIAS) b = __ldg((const float2*)(bias + 8 * n) + (lane & 3));
+                if (BIAS) b = bias_of(bias, w, column, n, lane & 3);
                 float v[4] = {after(d[4 * n], b.x), after(d[4 * n + 1], b.y), after(d[4 * n + 2], b.x), after(d[4 * n + 3], b.y)};
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
@@ -347,12 +392,13 @@ DEVICE void multiply(const Work& w, const Layout& at, const float* bias, void* p
         write_frames(right, bias, pictures, w, t, t.y + 8 * g + 2 * warp, t.x + 8, lane);
 #else
         barrier_wait(at.ready + g * 8, parity);
-        const float* first = bias + tile_at(w, index).n;
+        int column = tile_at(w, index).n;
+        const float* first = SHUFFLE ? bias : bias + column;
 #ifdef NORM
         normalize(left, gain, lane), normalize(right, gain, lane);
 #endif
-        finish(left, first, at.out + g * OUT_BYTES, 0, warp, lane);
-        finish(right, first, at.out + g * OUT_BYTES, 1, warp, lane);
+        finish(left, first, w, column, at.out + g * OUT_BYTES, 0, warp, lane);
+        finish(right, first, w, column, at.out + g * OUT_BYTES, 1, warp, lane);
         async_fence();
         __syncwarp();
         if (lane == 0) barrier_arrive(at.done + g * 8);
@@ -363,6 +409,8 @@ DEVICE void multiply(const Work& w, const Layout& at, const float* bias, void* p
 
 #if PAST || ENLARGE || FRAMES
 #define MORE , const __grid_constant__ TensorMap past, void* pictures, int frames, int channels, int height, int width
+#elif SHUFFLE
+#define MORE , int channels
 #else
 #define MORE
 #endif
@@ -384,6 +432,9 @@ conv3x3(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w
 #else
     const TensorMap& past = x;
     void* pictures = nullptr;
+#if SHUFFLE
+    w.channels = channels;
+#endif
 #endif
     if (threadIdx.x == 0) {
         for (int i = 0; i < X_SLOTS; ++i) barrier_init(at.full_x + i * 8, 1), barrier_init(at.empty_x + i * 8, WARPS);

@@ -1,4 +1,4 @@
-"""References of `conv3x3` and `latent_conv` in plain PyTorch, and the layout of their weights.
+"""References of `conv3x3`, `conv3x3_shuffled` and `latent_conv` in plain PyTorch, and the layout of their weights.
 
 Usage:
     y = reference(x, pack(conv.weight), conv.bias, residual, relu=False)     # x [B, H, W, C] -> [B, H, W, O]
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from owl_wms.ops.up_residual.reference import shuffle
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -29,6 +31,11 @@ def reference(
     y = F.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), bias, padding=1).permute(0, 2, 3, 1)
     y = F.relu(y) if relu else F.silu(y) if silu else y
     return (y if residual is None else y + residual).contiguous()
+
+
+def shuffled_reference(x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor) -> Tensor:
+    """`base [B, 2H, 2W, O]` plus the pixel-shuffled convolution of `x [B, H, W, C]` to 4 O channels."""
+    return (base + shuffle(reference(x, weight, bias, None, False), base.shape[-1])).contiguous()
 
 
 def latent_rows(z: Tensor, weight: Tensor, repeats: int) -> tuple[Tensor, Tensor | None]:
