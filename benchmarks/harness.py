@@ -57,6 +57,7 @@ def measure_interleaved(
     *,
     rounds: int = 30,
     warmup: int = 3,
+    head_start: int = 0,
 ) -> dict[str, Timing]:
     """Time every candidate on every round, one after the other, each round on the next input.
 
@@ -65,6 +66,8 @@ def measure_interleaved(
         inputs: CUDA tensors of one shape, rotated from round to round.
         rounds: timed calls a candidate.
         warmup: untimed calls a candidate before the first round.
+        head_start: clock cycles for which the GPU is kept busy before each timed call, so that the launch of a graph is
+            not timed, whatever ran before it.
     """
     for run in candidates.values():
         for index in range(warmup):
@@ -74,6 +77,8 @@ def measure_interleaved(
     for index in range(rounds):
         for name, run in candidates.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if head_start:
+                torch.cuda._sleep(head_start)
             begin.record()
             run(inputs[index % len(inputs)])
             end.record()

@@ -23,6 +23,7 @@ STAGES = [
         "cudnn",
         "dynamo",
         "timing",
+        "device_order",
         "configs",
         "settings",
         "state",

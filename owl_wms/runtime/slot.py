@@ -11,20 +11,19 @@ Usage:
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from owl_wms.device_order import DeviceOrder
 from owl_wms.errors import FastPathError
 from owl_wms.request import Request
 from owl_wms.runtime.programs import Loaded
-from owl_wms.state import State
+from owl_wms.state import KeptState, State
 
 STRIKES = 3
 """Failed runs after which a program is switched off."""
@@ -48,7 +47,8 @@ class Slot:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.lock = threading.RLock()
+        self._order = DeviceOrder()
+        self.lock = self._order.lock
         self.state = "new"
         self.reason = ""
         self.failure: FastPathError | None = None
@@ -58,7 +58,6 @@ class Slot:
         self.eager_step = request.input_shape[0]
         self._calls = 0
         self._rest_until = self._began = 0.0
-        self._last: tuple[Any, Any] | None = None
 
     def begin(self, start: Callable[[], threading.Thread]) -> None:
         """Start a search for the program in a thread."""
@@ -106,13 +105,25 @@ class Slot:
         fp16 = dtype == torch.float16 if self.loaded is None else self.loaded.report.get("precision") == "fp16"
         return looks(mode, calls, fp16=fp16)
 
-    def step(self, z: Tensor, state: State) -> tuple[Tensor, State]:
-        """Run one step of a streaming decoder's program: frames and the next state, in the program's dtype."""
-        with self.lock, self._ordered(z.device):
+    def step(self, z: Tensor, state: State, check: bool) -> tuple[Tensor, State, Tensor | None]:
+        """Run one step of a streaming decoder's program.
+
+        Returns:
+            Frames and the next state, in the program's dtype, and what `run` returns, which is about both here.
+        """
+        with self._order.turn(z.device):
             if self.loaded is None:
                 raise RuntimeError("the program was switched off by another thread")
-            frames, *following = self.loaded.program(z, *state)
-            return frames, tuple(following)
+            in_place = getattr(self.loaded.program, "step_in_place", None)
+            if in_place is None:
+                frames, *rest = self.loaded.program(z, *state)
+                following: State = tuple(rest)
+            else:
+                frames, following = in_place(z, state)
+            if not check:
+                return frames, following, None
+            seen = following.in_place() if isinstance(following, KeptState) else following
+            return frames, following, torch.stack([all_finite(tensor) for tensor in (frames, *seen)]).all()
 
     def run(self, z: Tensor, write: Callable[[Tensor], None], check: bool) -> Tensor | None:
         """Run the program on `[k <= B, c, h, w]` and hand `[k, C, H, W]` to `write` before anyone else may run it.
@@ -120,7 +131,7 @@ class Slot:
         Returns:
             A scalar bool tensor on the device (are all values finite), or None when not asked to check.
         """
-        with self.lock, self._ordered(z.device):
+        with self._order.turn(z.device):
             if self.loaded is None:
                 raise RuntimeError("the program was switched off by another thread")
             missing = self.request.input_shape[0] - len(z)
@@ -129,23 +140,6 @@ class Slot:
                 raise RuntimeError(f"the program answered {len(frames)} frames to {len(z)} latents")
             write(frames)
             return all_finite(frames) if check else None
-
-    @contextlib.contextmanager
-    def _ordered(self, device: torch.device) -> Iterator[None]:
-        """Make runs on different CUDA streams wait for each other on the device; the lock orders only launches."""
-        if device.type != "cuda":
-            yield
-            return
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream()
-            if self._last is not None and self._last[0] != stream:
-                stream.wait_event(self._last[1])
-            try:
-                yield
-            finally:
-                event = self._last[1] if self._last is not None else torch.cuda.Event()
-                event.record(stream)
-                self._last = (stream, event)
 
 
 def looks(mode: str, call: int, *, fp16: bool) -> bool:

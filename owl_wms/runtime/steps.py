@@ -187,10 +187,8 @@ class Steps:
     def _by_program(self, eager: EagerDecoder, slot: Slot, latent: Tensor, state: State) -> tuple[Tensor, State] | None:
         """The program's answer, or None where PyTorch has to give one; `state` is as it was then."""
         try:
-            frames, following = slot.step(latent, state)
-            finite = True
-            if slot.wants_check(self.check, eager.dtype):
-                finite = bool(torch.stack([all_finite(tensor) for tensor in (frames, *following)]).all())
+            frames, following, found = slot.step(latent, state, slot.wants_check(self.check, eager.dtype))
+            finite = found is None or bool(found)
         except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this step
             failure, memory = run_failure(error, lambda: "build the program anew, or choose another TENSORRT_PRECISION")
         else:

@@ -161,12 +161,14 @@ class StreamDecode:
             )
 
     def fork(self) -> StreamDecode:
-        """Returns another stream that goes on from here: what one of the two decodes, the other never sees."""
+        """Returns another stream that goes on from here: what one of the two decodes, the other never sees.
+
+        Nothing is copied here, for no step writes into a state that somebody holds.
+        """
         other = StreamDecode.__new__(StreamDecode)
         with self._guard:
             other.__dict__.update(self.__dict__)
             other._guard = threading.Lock()
-            other._state = tuple(tensor.clone() for tensor in self._state)
             other._began = list(self._began)
         return other
 

@@ -175,6 +175,15 @@ PLANS = {
             settles_on=((9, 0),),  # benchmarks/results: H100 and H200, every decoder family that it applies to
         ),
         Plan(
+            name="ops",
+            summary="our fused kernels and PyTorch's for the rest, without TensorRT; where that is not installed",
+            applies=_fusible,
+            lower=_lower_fused,
+            precisions=("fp16", "bf16"),
+            isolates=False,
+            library=False,
+        ),
+        Plan(
             name="tensorrt",
             summary="TensorRT after every rewrite: resizes as matrix products, attention and norms without transposes",
             applies=_always,
@@ -185,15 +194,6 @@ PLANS = {
             summary="TensorRT on diffusers' own graph, no rewrites: what the rewrites are compared with",
             applies=_only_sana,
             lower=lower_with(),
-        ),
-        Plan(
-            name="ops",
-            summary="our fused kernels and PyTorch's for the rest, without TensorRT; where that is not installed",
-            applies=_fusible,
-            lower=_lower_fused,
-            precisions=("fp16", "bf16"),
-            isolates=False,
-            library=False,
         ),
         Plan(
             name="tensorrt+ops8",

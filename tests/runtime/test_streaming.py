@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import logging
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -22,8 +24,10 @@ from owl_wms.runtime import StreamDecode
 from owl_wms.runtime.programs import Loaded, Progress
 from owl_wms.settings import TensorRTConfig
 from owl_wms.state import State
+from owl_wms.trt.run import step_graph
 from owl_wms.vae import build_decoder, taehv
 from owl_wms.vae.taehv import TAEHVDecoder
+from tests.trt.graph_stand_in import Replayed
 
 
 def make(form: str = "normal") -> TAEHVDecoder:
@@ -172,7 +176,92 @@ class Programs:
         )
 
 
+class Graphed(Programs):
+    """The program keeps the state in its own buffers, as a captured one does."""
+
+    def obtain(
+        self, decoder: nn.Module, request: Request, settings: TensorRTConfig, progress: Progress | None
+    ) -> Loaded:
+        loaded = super().obtain(decoder, request, settings, progress)
+        example = [torch.zeros(shape, dtype=self.dtype) for shape in (request.input_shape, *request.state)]
+        with mock.patch.object(step_graph, "Recorded", Replayed):
+            graphed = step_graph.GraphedStep(loaded.program, *example)
+        self.calls = 0
+        return dataclasses.replace(loaded, program=graphed)
+
+
 SETTINGS = TensorRTConfig()
+COURSE = ("again", "fork", "reset", "row")
+
+
+@pytest.mark.usefixtures("narrow")
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["step", "step", "again", "fork", "reset", "row"]), st.integers(0, 4)), max_size=8
+    )
+)
+def test_any_course_of_streams_that_share_a_captured_program(course: list[tuple[str, int]]) -> None:
+    """Two videos in each batch; every stream and fork has decoded the latents since its own beginning, row by row.
+
+    `again`: a step from the state before the last one, which somebody has held; the stream itself does not move.
+    """
+    decoder = make()
+    stream = StreamDecode(decoder, settings=SETTINGS, toolchain=Graphed(), check="always")
+    rows: list[tuple[StreamDecode, list[list[Tensor]], list[State]]] = [(stream, [[], []], [])]
+    for turn, (what, which) in enumerate(course):
+        stream, since, held = rows[which % len(rows)]
+        if what == "fork":
+            rows.append((stream.fork(), [list(row) for row in since], list(held)))
+        elif what == "reset":
+            stream.reset()
+            since[:] = [], []
+        elif what == "row" and since[1]:
+            stream.reset(1)
+            since[1] = []
+        elif what == "again" and min(map(len, since)) > 1:
+            frames, _ = stream._steps.run(since_last(since), held[-1])
+            for row, decoded in zip(since, frames, strict=True):
+                assert near(decoded[-4:], decoder(torch.stack(row, 1))[0, -4:])
+        else:
+            latent = clip(1, streams=2, seed=turn)[:, 0]
+            held.append(stream._state)
+            decoded_rows = stream.step_each(latent)
+            for row, one, frames in zip(since, latent, decoded_rows, strict=True):
+                row.append(one[None])
+                assert near(frames, decoder(torch.stack(row, 1))[0, -len(frames) :])
+    assert stream.stats().chunks_pytorch == stream.stats().fallbacks == 0
+
+
+def since_last(since: list[list[Tensor]]) -> Tensor:
+    """The newest latent of every row."""
+    return torch.cat([row[-1] for row in since])
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("kind", ["raises", "nan"])
+def test_pytorch_takes_over_from_the_buffers_of_a_captured_program(kind: str) -> None:
+    """The step that fails has written the next state; PyTorch and a fork go on from the one before."""
+    latents, others = clip(6), clip(2, seed=1)
+    decoder, programs = make(), Graphed()
+
+    def fault(call: int, answered: tuple[Tensor, ...]) -> Any:
+        if not armed:
+            return answered
+        if kind == "raises":
+            raise RuntimeError("device lost")
+        return nan_in_the_state(answered)
+
+    armed: list[bool] = []
+    programs.fault = fault
+    stream = StreamDecode(decoder, settings=SETTINGS, toolchain=programs, check="always")
+    first = decoded(stream, latents[:, :3])
+    fork = stream.fork()
+    armed.append(True)
+    rest = decoded(stream, latents[:, 3:])
+    assert near(torch.cat([first, rest], 1), decoder(latents))
+    assert stream.stats().fallbacks == 3
+    assert near(decoded(fork, others), decoder(torch.cat([latents[:, :3], others], 1))[:, -8:])
 
 
 def decoded(stream: StreamDecode, latents: Tensor) -> Tensor:

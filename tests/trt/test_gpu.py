@@ -12,6 +12,8 @@ import torch
 from owl_wms import trt
 from owl_wms.errors import FastPathError
 from owl_wms.request import Request
+from owl_wms.runtime import StreamDecode
+from owl_wms.settings import TensorRTConfig
 from owl_wms.trt.check.output import output_digest
 from owl_wms.trt.check.parity import latents
 from tests.trt import decoders
@@ -41,6 +43,29 @@ def test_build_reload_and_run(family: str, precision: str, tmp_path: Path) -> No
         wanted = decoder(z.float().cpu())
     assert torch.allclose(program(z).float().cpu(), wanted, atol=0.15 if precision == "bf16" else 0.05)
     assert {event["stage"] for event in events} >= {"import", "lower", "compile", "parity", "timing", "save", "reload"}
+
+
+@torch.no_grad()
+def test_a_step_is_built_stored_and_streamed(tmp_path: Path) -> None:
+    step, request = decoders.make_step()
+    decoder = step.decoder.cuda()
+    latents_ = torch.randn(1, 8, *request.input_shape[1:], generator=torch.Generator().manual_seed(5)).cuda()
+    wanted = decoder(latents_)
+    settings = TensorRTConfig(precision="fp16", cache_dir=tmp_path / "cache")
+    for hits, builds in ((0, 1), (1, 0)):
+        stream = StreamDecode(decoder, settings=settings)
+        frames = [stream.step(latent) for latent in latents_[:, :4].unbind(1)]
+        fork = stream.fork()
+        frames += [stream.step(latent) for latent in latents_[:, 4:].unbind(1)]
+        once_more = [fork.step(latent) for latent in latents_[:, 4:].unbind(1)]
+        got, again = torch.cat(frames, 1), torch.cat(once_more, 1)
+        assert bool((got - wanted).norm() < 0.02 * wanted.norm())
+        assert torch.equal(got[:, -again.shape[1] :], again), "the fork goes on from where the stream was"
+        stats = stream.stats()
+        (program,) = stats.programs
+        print(program, type(stream._state).__name__)
+        assert (stats.backend, stats.hits, stats.builds, stats.fallbacks) == ("tensorrt", hits, builds, 0)
+        assert stats.chunks_program == 12
 
 
 def test_fp32_is_fp32_or_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from owl_wms.errors import FastPathError
 from owl_wms.request import Request
+from owl_wms.state import State
 from owl_wms.timing import interleaved
 from owl_wms.trt import plans
 from owl_wms.trt.build import attempts
@@ -173,7 +174,7 @@ class Worker:
 
     def settled(self, plan: plans.Plan) -> str:
         """Returns why no plan after this one, which is usable, needs to be built; empty where one may be faster."""
-        if self.request.plans or self.device.type != "cuda":
+        if self.request.plans or self.device.type != "cuda" or self.request.state:  # steps were never compared
             return ""
         capability = torch.cuda.get_device_capability(self.device)
         return f"{plan.name} was faster in every measurement on such a GPU" if capability in plan.settles_on else ""
@@ -265,11 +266,19 @@ class Worker:
         return (streams * STEPS, *latent) if self.request.state else self.request.input_shape
 
     def with_state(self, decode: Callable[..., Any], precision: str) -> Callable[[torch.Tensor], Any]:
-        """`decode` as a function of latents alone, always from the same state."""
+        """`decode` as a function of latents alone: from the same state each time, or as a stream where it keeps one."""
         if not self.request.state:
             return decode
-        state = self.example(precision)[1:]
-        return lambda z: decode(z, *state)
+        state: State = self.example(precision)[1:]
+        if not isinstance(decode, GraphedStep):
+            return lambda z: decode(z, *state)
+
+        def stepped(z: torch.Tensor) -> torch.Tensor:
+            nonlocal state
+            frames, state = decode.step_in_place(z, state)
+            return frames
+
+        return stepped
 
     def candidate(self, plan: plans.Plan, precision: str) -> Candidate:
         """Lower, build and first-run one plan, isolating what fails. Never raises for a failing plan; its `reason` says

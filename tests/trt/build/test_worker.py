@@ -259,19 +259,25 @@ def test_no_plan_is_begun_after_one_that_has_always_won(build: Any, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("named", "device", "capability", "settled"),
+    ("named", "state", "device", "capability", "settled"),
     [
-        ((), "cuda:0", (9, 0), True),
-        ((), "cuda:0", (8, 9), False),
-        (("tensorrt+ops", "tensorrt"), "cuda:0", (9, 0), False),
-        ((), "cpu", (9, 0), False),
+        ((), (), "cuda:0", (9, 0), True),
+        ((), (), "cuda:0", (8, 9), False),
+        ((), ((1, 2, 3, 3),), "cuda:0", (9, 0), False),
+        (("tensorrt+ops", "tensorrt"), (), "cuda:0", (9, 0), False),
+        ((), (), "cpu", (9, 0), False),
     ],
 )
 def test_our_plan_settles_where_it_was_measured(
-    monkeypatch: pytest.MonkeyPatch, named: tuple[str, ...], device: str, capability: tuple[int, int], settled: bool
+    monkeypatch: pytest.MonkeyPatch,
+    named: tuple[str, ...],
+    state: tuple[tuple[int, ...], ...],
+    device: str,
+    capability: tuple[int, int],
+    settled: bool,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
-    asked = SimpleNamespace(request=SimpleNamespace(plans=named), device=torch.device(device))
+    asked = SimpleNamespace(request=SimpleNamespace(plans=named, state=state), device=torch.device(device))
     assert bool(Worker.settled(asked, plans.PLANS["tensorrt+ops"])) == settled  # type: ignore[arg-type]
     assert Worker.settled(asked, plans.PLANS["tensorrt"]) == ""  # type: ignore[arg-type]
 
