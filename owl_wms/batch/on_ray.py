@@ -11,8 +11,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import queue
+import threading
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from owl_wms.batch.items import Item
 from owl_wms.batch.job import Job, is_announced
@@ -24,30 +30,84 @@ from owl_wms.errors import BatchError, ConfigError
 from owl_wms.files import one_line
 
 _ROWS = 4096  # blocks that Ray sees at once
+_IN_HAND = 2  # blocks that an actor has, as a local worker
+_ENDS = "ends"  # state of an outcome that ends the run
 
 
 class _RayWorker:
-    """A BlockWorker whose rows say where in the list a block stands."""
+    """A BlockWorker whose rows say where in the list a block stands.
+
+    Ray calls it for two blocks at once. The BlockWorker has a thread of its own and takes them one behind the other, so
+    that the GPU computes the second one while the last files of the first are hashed and put in place.
+    """
 
     def __init__(self, job: Job, run: str) -> None:
         self._job, self._run = job, run
         self._worker = BlockWorker(job)
         self._store = Store(job.out)
+        self._blocks: queue.SimpleQueue[Block] = queue.SimpleQueue()
+        self._asked: dict[str, _Asked] = {}
+        self._error: Exception | None = None
+        self._lock = threading.Lock()
+        threading.Thread(target=self._work, name="owl-wms-blocks", daemon=True).start()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns the outcomes of a batch of one block, as columns; what ends the run is one outcome too.
+
+        Why not an exception: Ray wraps it, and the driver would see that a function failed and not why.
+        """
+        try:
+            outcomes = self._processed(batch)
+        except BatchError as error:
+            outcomes = [Outcome("", state=_ENDS, reason=str(error))]
+        columns = {name: [getattr(outcome, name) for outcome in outcomes] for name in Outcome._fields}
+        return {name: np.array(column) for name, column in columns.items()}
+
+    def _processed(self, batch: dict[str, Any]) -> list[Outcome]:
         with at_work(self._store):
             # The driver may have been killed, and Ray has not ended this actor yet, while another run has begun.
             if not is_announced(self._job, self._run):
                 raise BatchError(f"{self._job.out}: another run has begun; this one ends", out=self._job.out)
-            return self._processed(batch)
+            (path,), (start,), (stop,) = batch["path"], batch["start"], batch["stop"]
+            name, items = json.loads(self._store.fs.cat_file(str(path), start=int(start), end=int(stop)))
+            asked = _Asked([], Future())
+            with self._lock:
+                if self._error is not None:
+                    raise self._error
+                self._asked[name] = asked
+            self._blocks.put((name, [Item(*fields) for fields in items]))
+            asked.ended.result()
+            return asked.outcomes
 
-    def _processed(self, batch: dict[str, Any]) -> dict[str, Any]:
-        names, items = [], []
-        for path, start, stop in zip(batch["path"], batch["start"], batch["stop"], strict=True):
-            name, block = json.loads(self._store.fs.cat_file(str(path), start=int(start), end=int(stop)))
-            names.append(name)
-            items.append([Item(*fields) for fields in block])
-        return self._worker({"block": names, "items": items})
+    def _work(self) -> None:
+        try:
+            for outcome in self._worker.run(self._taken()):
+                asked = self._asked[outcome.block]
+                if outcome.key:
+                    asked.outcomes.append(outcome)
+                    continue
+                del self._asked[outcome.block]
+                asked.ended.set_result(None)
+        except Exception as error:
+            if "CUDA error" in str(error):  # no later call in this process would work; Ray starts another actor
+                os._exit(1)
+            with self._lock:
+                self._error = error
+                for asked in self._asked.values():
+                    asked.ended.set_exception(error)
+
+    def _taken(self) -> Iterator[Block | None]:
+        while True:
+            if self._blocks.empty():
+                yield None
+            yield self._blocks.get()
+
+
+class _Asked(NamedTuple):
+    """What a call waits for."""
+
+    outcomes: list[Outcome]
+    ended: Future[None]
 
 
 def run_ray(job: Job, blocks: Iterator[Block], workers: int, *, run: str, gpus: float = 1.0) -> Iterator[Outcome]:
@@ -78,7 +138,15 @@ def run_ray(job: Job, blocks: Iterator[Block], workers: int, *, run: str, gpus: 
     number = 0
     while rows := _listed(store, blocks, number):
         number += 1
-        compute = ray.data.ActorPoolStrategy(min_size=1, max_size=workers)
+        # All actors start at once; a cluster with room for fewer goes on with those that it can hold.
+        compute = ray.data.ActorPoolStrategy(
+            min_size=1,
+            max_size=workers,
+            initial_size=workers,
+            max_tasks_in_flight_per_actor=_IN_HAND,
+            max_concurrent_calls_per_actor=_IN_HAND,
+            enable_true_multi_threading=True,
+        )
         data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _RayWorker,
             fn_constructor_args=(job, run),
@@ -89,11 +157,12 @@ def run_ray(job: Job, blocks: Iterator[Block], workers: int, *, run: str, gpus: 
         )
         try:
             for row in data.iter_rows():
-                yield Outcome(**{name: row[name] for name in Outcome._fields})
+                outcome = Outcome(**{name: row[name] for name in Outcome._fields})
+                if outcome.state == _ENDS:
+                    raise BatchError(outcome.reason, out=job.out)
+                yield outcome
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
-            if isinstance(cause, BatchError):
-                raise cause from error
             text = f"Ray gave up: {one_line(cause)}; run the same command again to go on"
             raise BatchError(text, out=job.out) from error
 

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
-import numpy as np
 
 from owl_wms.batch.items import Item
 from owl_wms.batch.job import Job
@@ -91,22 +90,6 @@ class BlockWorker:
         self._store.remove_abandoned()
         self._watch = _Watch(job.time_limit)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Processes the blocks of a batch with the columns `block` and `items`, and returns outcomes as columns.
-
-        This is the form that Ray Data's `map_batches` calls. An item is a list of the fields of Item.
-
-        Raises:
-            BatchError: outputs cannot be stored.
-        """
-        blocks = [
-            (str(name), [Item(*fields) for fields in items])
-            for name, items in zip(batch["block"], batch["items"], strict=True)
-        ]
-        outcomes = [outcome for outcome in self.run(blocks) if outcome.key]
-        columns = {name: [getattr(outcome, name) for outcome in outcomes] for name in Outcome._fields}
-        return {name: np.array(column) for name, column in columns.items()}
-
     def run(self, blocks: Iterable[Block | None]) -> Iterator[Outcome]:
         """Yields an outcome per item, and one without a key behind the last item of each block.
 
@@ -156,7 +139,7 @@ class BlockWorker:
             for place, item in enumerate(todo):
                 key = item.key(self._job.generation)
                 with self._storing():
-                    part.add("begin", key)
+                    part.add("begin", key, worker=self.name)
                     if place == 0 or part.earlier:
                         part.upload()
                 began = time.perf_counter()

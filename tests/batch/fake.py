@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from owl_wms.batch import Job, prepare
-from owl_wms.errors import DataError
+from owl_wms.errors import BatchError, DataError
 
 
 class FakeSource(NamedTuple):
@@ -27,7 +27,8 @@ class FakeSource(NamedTuple):
 class FakeClips:
     """Makes two frames out of the bytes of a file. A file that begins with a word below does that instead:
 
-    `bad` fails; `hang` never ends; `die` kills the process; `die-once:PATH` does unless PATH is there, and makes it;
+    `bad` fails; `unstored` finds that no output can be stored; `hang` never ends; `die` kills the process;
+    `die-once:PATH` does unless PATH is there, and makes it;
     `die-parent-once:PATH` kills the parent process likewise; `slow:SECONDS` sleeps; `busy:SECONDS` computes for that
     long.
     """
@@ -42,6 +43,8 @@ class FakeClips:
         word, _, value = source.text.partition(":")
         if word == "bad":
             raise DataError("it is bad")
+        if word == "unstored":
+            raise BatchError("the bucket is gone", out="bucket")
         if word == "hang":
             time.sleep(1000)
         if word == "die" or (word in ("die-once", "die-parent-once") and not Path(value).exists()):

@@ -67,13 +67,19 @@ def test_each_item_once_although_actors_die(tmp_path: Path) -> None:
     assert (state.done, state.failed, state.left) == (39, 1, 1)
 
 
+def test_what_ends_a_run_is_told_as_it_is(tmp_path: Path) -> None:
+    folder, job = make_inputs(tmp_path / "in", {"a.pt": "unstored", "b.pt": "b"}), fake_job(tmp_path / "out")
+    with pytest.raises(BatchError, match=r"^the bucket is gone$"):
+        list(run(job, str(folder), LATENT_SUFFIXES, engine="ray", workers=1))
+
+
 def test_an_actor_of_a_run_that_is_over_does_nothing(tmp_path: Path) -> None:
     folder, job = make_inputs(tmp_path / "in", {"a.pt": "a"}), fake_job(tmp_path / "out")
     with held(job), quiet(job):
         announce(job, "now")
     row = {"path": [str(tmp_path / "rows")], "start": [0], "stop": [1]}
-    with pytest.raises(BatchError, match="another run has begun; this one ends"):
-        _RayWorker(job, "before")(row)
+    (reason,) = _RayWorker(job, "before")(row)["reason"]
+    assert str(reason).endswith("another run has begun; this one ends")
     assert outputs_of(job) == {}
     with at_work(Store(job.out)), pytest.MonkeyPatch.context() as patch:
         patch.setattr(lock, "_ACTORS_SECONDS", 0.1)
