@@ -159,6 +159,8 @@ def measure(road: Road) -> None:
         for name in (f"{decoder}.npy", f"{decoder}.mp4", "rate.npy", "memory.mp4"):
             (road.work / name).unlink(missing_ok=True)
     for decoder in streamed[:1]:
+        if not args.cpu:
+            road.part(f"background {decoder}", "background", decoder)
         road.part(f"memory {decoder}", "memory", decoder, frames=args.long)
     for decoder in args.decoders:
         if decoder in ("dist", "base") and not args.cpu:
@@ -239,6 +241,15 @@ def table(parts: dict[str, Any], names: list[str]) -> list[tuple[str, str, str, 
                 lambda seconds, limit=limit: seconds <= limit,
                 f"first {name} {what}",
             )
+        swapped = get(f"background {name}", "swapped_after_torch")
+        add(
+            f"{name}: first decode, built in the background, after import torch",
+            get(f"background {name}", "after_torch"),
+            f"{{:.2f}} s, by PyTorch; the program takes over after {swapped or 0:.1f} s",
+            f"<= {built} s",
+            lambda seconds, limit=built: seconds <= limit,
+            f"background {name}",
+        )
     return rows
 
 

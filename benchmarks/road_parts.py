@@ -7,6 +7,7 @@ Usage: python -m benchmarks.road_parts PART JSON      prints one JSON object as 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 Settings = dict[str, Any]
 COMPILER = ("torch._dynamo", "torch._inductor", "sympy", "torch_tensorrt")
 """What a cached start does without. Listed by `first` where it was imported all the same."""
+BACKGROUND_SECONDS = 60.0
 STEPS = {
     "weights: read": "owl_wms.vae.weight_files:_read_file",
     "weights: module and load": "owl_wms.utils.owl_vae_bridge:load_decoder",
@@ -61,6 +63,11 @@ def files(s: Settings) -> Settings:
 
 def first(s: Settings) -> Settings:
     """Times the way from the start of this process (`s["begun"]`, wall clock) to the first decoded batch."""
+    return _started(s)[0]
+
+
+def _started(s: Settings) -> tuple[Settings, Any, Any]:
+    """What `first` returns, the decode function and the latents that it decoded."""
     marks = [("interpreter", time.time())]
     import torch
 
@@ -74,15 +81,16 @@ def first(s: Settings) -> Settings:
     decoder = get_decoder_only(None, s["config"], s["checkpoint"], device=s["device"], dtype=_dtype(s))
     marks.append(("weights", time.time()))
     decode = make_batched_decode_fn(decoder, s["batch"], output="uint8")
-    shape = (1, s["batch"], *_latent_shape(s))
-    frames = decode(torch.zeros(shape, device=s["device"])).cpu()
+    latents = torch.zeros((1, s["batch"], *_latent_shape(s)), device=s["device"])
+    frames = decode(latents).cpu()
     marks.append(("program and first batch", time.time()))
     stats, before, spent = decode.stats(), s["begun"], {}
     for name, at in marks:
         spent[name], before = at - before, at
     compiler = [name for name in COMPILER if name in sys.modules]
-    reports = [info.manifest.report for info in _entries() if info.manifest and info.name == stats.programs[0]["entry"]]
-    return {
+    entry = stats.programs[0]["entry"]
+    reports = [info.manifest.report for info in _entries() if info.manifest and info.name == entry]
+    found = {
         "seconds": spent,
         "after_torch": sum(seconds for name, seconds in spent.items() if name not in ("interpreter", "import torch")),
         "frame": list(frames.shape[2:]),
@@ -93,6 +101,28 @@ def first(s: Settings) -> Settings:
         "compiler_imported": compiler,
         "backend": stats.backend,
         "reason": stats.reason,
+    }
+    return found, decode, latents
+
+
+def background(s: Settings) -> Settings:
+    """As `first` with an empty cache and `TENSORRT_BUILD=background`, and the seconds until the program took over."""
+    os.environ.update(TENSORRT_BUILD="background", TENSORRT_CACHE_DIR=str(Path(s["work"], "another cache")))
+    found, decode, latents = _started(s)
+    calls, slowest = 0, 0.0
+    while decode.stats().backend == "pytorch" and time.time() - s["begun"] < BACKGROUND_SECONDS:
+        begun = time.time()
+        decode(latents).cpu()
+        calls, slowest = calls + 1, max(slowest, time.time() - begun)
+    interpreter = found["seconds"]["interpreter"] + found["seconds"]["import torch"]
+    return {
+        "after_torch": found["after_torch"],
+        "swapped_after_torch": time.time() - s["begun"] - interpreter,
+        "first_backend": found["backend"],
+        "backend": decode.stats().backend,
+        "reason": decode.stats().reason,
+        "calls_meanwhile": calls,
+        "slowest_call_seconds": slowest,
     }
 
 
@@ -313,7 +343,7 @@ def _resident_mib() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
-PARTS = {part.__name__: part for part in (files, first, steps, rate, x264, training, memory)}
+PARTS = {part.__name__: part for part in (files, first, steps, background, rate, x264, training, memory)}
 
 if __name__ == "__main__":
     print("\n" + json.dumps(PARTS[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)

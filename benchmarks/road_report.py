@@ -5,7 +5,7 @@ Usage: python -m benchmarks.road_report road.json      writes road.md and road.p
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,8 @@ def write(result: dict[str, Any], names: list[str], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    given = Path(sys.argv[1])
-    found = read_result(given)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    given = parser.parse_args().result
+    found = read_result(given, parser)
     write(found, found["decoders"], given)
