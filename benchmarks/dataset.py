@@ -1,224 +1,309 @@
 """Measures `owl-wms decode-dataset` on one or more GPUs: local workers, a launcher's ranks, Ray; npy and mp4.
 
-Every run decodes the same items on a RAM disk. The npy outputs of all runs must have the same hashes, and those of the
-first item must be the bytes of `owl-wms decode`; otherwise the exit status is 1. The rate of a run is that of its
-steady part, from the first finished item to the last; `whole` counts from the start of the command. `idle` is the
-share of that time in which a worker computes no item, `CPU` the cores that all processes together keep busy, and
-`memory` the most that they hold at once.
+Every run decodes the same items on a RAM disk; runs with mp4 take every tenth of them. The npy outputs of all runs must
+have the same hashes, and those of the first item must be the frames of `owl-wms decode`; otherwise the exit status is
+1. The rate of a run is that of its steady part: from the moment when every worker has finished an item to the last
+item's end. `whole` counts from the start of the command. In the steady part, `idle` is the share of time in which a
+worker computes no item, `GPU` what nvidia-smi calls utilization, `CPU` the cores that all processes together keep busy.
+`memory` is the most that they hold at once. Results are written after each run, and one that fails costs its row only.
 
 Usage:
-    python -m benchmarks.dataset --out dataset.json        # about three minutes on two GPUs; writes dataset.md too
-    python -m benchmarks.dataset --engines local,ranks,ray --forms npy,mp4 --gpus 1,2,4,8 --out scaling.json
+    python -m benchmarks.dataset --out dataset.json        # about four minutes on two GPUs; writes dataset.md too
+    python -m benchmarks.dataset --runs local-npy-1 local-npy-8 ray-npy-8 local-mp4-8 --out scaling.json
     python -m benchmarks.dataset --toy                     # a minute on a CPU: shows that everything runs
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from benchmarks.decoders import VAE_CONFIGS, subject
 from benchmarks.harness import commit, require_gpu
+from benchmarks.load import Load
+from owl_wms.batch.ledger import parsed
+from owl_wms.env import describe_machine
 from owl_wms.media.arrays import save_array
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "examples/demo/demo_vae"
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-ENGINES, FORMS = ("local", "ranks", "ray"), ("npy", "mp4")
+RUNS = ["local-npy-1", "local-npy-N", "ranks-npy-N", "ray-npy-1", "ray-npy-N", "local-mp4-1", "local-mp4-N"]
+FRAME_BYTES = 360 * 640 * 4
+RUN_SECONDS = 90  # no run takes longer, unless it hangs
+# Ray counts a RAM disk's files as memory in use and would end workers; its own store needs hardly any here.
+RAY = {
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION": "0.05",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def write_rate(folder: Path, size: int, writers: int) -> float:
+    """Writes `size` bytes into files of that many threads, removes them, and returns GB per second."""
+    block = bytes(64 << 20)
+
+    def fill(number: int) -> None:
+        with (folder / f"fill-{number}").open("wb", buffering=0) as file:
+            for _ in range(max(1, size // writers // len(block))):
+                file.write(block)
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(writers) as pool:
+        list(pool.map(fill, range(writers)))
+    seconds = time.perf_counter() - began
+    written = sum(path.stat().st_size for path in folder.glob("fill-*"))
+    for path in folder.glob("fill-*"):
+        path.unlink()
+    return written / seconds / 1e9
 
 
 def make_inputs(folder: Path, items: int, frames: int, long: int, toy: bool) -> list[str]:
-    """Writes the decoder and the latents; returns the options that name the decoder."""
+    """Writes the decoder and the latents; returns the options that name the decoder.
+
+    The long file, for `owl-wms decode`, begins with the frames of the first item.
+    """
     if toy:
         config, checkpoint, shape = f"{TOY}.yml", f"{TOY}.safetensors", (128, 8, 8)
     else:
         of = subject("dist")
         config, checkpoint, shape = str(VAE_CONFIGS / "dec_dist.yml"), str(folder / "dec.safetensors"), of.latent_shape
         save_file({name: value.contiguous() for name, value in of.make().state_dict().items()}, checkpoint)
-    generator = torch.Generator().manual_seed(0)
+    device = "cpu" if toy else "cuda"
+    generator = torch.Generator(device).manual_seed(0)
+
+    def latents(count: int) -> torch.Tensor:
+        return torch.randn(count, *shape, generator=generator, device=device).bfloat16().cpu()
+
+    first = latents(frames)
     for number in range(items):
-        save_array(folder / "in" / f"{number:04}.pt", torch.randn(frames, *shape, generator=generator).bfloat16())
-    save_array(folder / "long.pt", torch.randn(long, *shape, generator=generator).bfloat16())
-    return ["--vae-config", config, "--checkpoint", checkpoint]
+        save_array(folder / "in" / f"{number:04}.pt", latents(frames) if number else first)
+    save_array(folder / "long.pt", torch.cat([first, latents(long - frames)]))
+    some = [f"in/{number:04}.pt\n" for number in range(0, items, 2 if toy else 10)]
+    (folder / "some.txt").write_text("".join(some))
+    # One frame at a time where items are shorter than a batch, so that batches of all files hold the same frames.
+    return ["--vae-config", config, "--checkpoint", checkpoint, "--batch-size", "1" if toy else "8"]
 
 
 def command(*words: str, **variables: str) -> subprocess.Popen[str]:
     """Starts `owl-wms`."""
     inherited = {name: value for name, value in os.environ.items() if name not in RANK_NAMES}
+    inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), inherited.get("PYTHONPATH")]))
     full = [sys.executable, "-m", "owl_wms", *words]
-    return subprocess.Popen(full, env={**inherited, **variables}, stderr=subprocess.PIPE, text=True)
+    environment = {**inherited, **variables}
+    return subprocess.Popen(full, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def ended(*processes: subprocess.Popen[str]) -> str:
-    """Waits for commands, and returns what they said."""
-    said = [process.communicate()[1] for process in processes]
-    for process, text in zip(processes, said, strict=True):
-        if process.returncode:
-            raise SystemExit(f"{' '.join(process.args[2:5])} ended with status {process.returncode}:\n{text[-3000:]}")  # type: ignore[index]
+def ended(*processes: subprocess.Popen[str], seconds: float | None = None) -> str:
+    """Waits for commands, and returns what they said.
+
+    Raises:
+        RuntimeError: one failed, or they took longer than that.
+    """
+    end = None if seconds is None else time.monotonic() + seconds
+    said = []
+    try:
+        for process in processes:
+            text = process.communicate(timeout=None if end is None else max(0.1, end - time.monotonic()))[1]
+            said.append(text)
+            if process.returncode:
+                raise RuntimeError(f"ended with status {process.returncode}: {text[-3000:]}")
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"took longer than {seconds:.0f} s: {(error.stderr or b'')[-3000:]!r}") from error
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
     return "\n".join(said)
 
 
 def decode_rate(folder: Path, decoder: list[str]) -> float:
-    """Returns the frames per second of `owl-wms decode` for one long file, from its second run."""
-    rate = 0.0
-    for _ in range(2):  # the first builds the program
-        out = folder / "long.npy"
-        said = ended(command("decode", str(folder / "long.pt"), *decoder, "--out", str(out), "--overwrite"))
-        found = re.search(r"frames, ([\d.]+) frames/s", said)
-        assert found is not None, said
-        rate = float(found[1])
-        out.unlink()
-    return rate
+    """Returns the frames per second of `owl-wms decode` for one long file; the output stays."""
+    said = ended(command("decode", str(folder / "long.pt"), *decoder, "--out", str(folder / "long.npy"), "--overwrite"))
+    found = re.search(r"frames, ([\d.]+) frames/s", said)
+    assert found is not None, said
+    return float(found[1])
 
 
-class Load:
-    """Cores that this process and its descendants keep busy, and the most memory that they hold, sampled."""
+def measure(run: str, folder: Path, decoder: list[str], toy: bool) -> dict[str, Any]:
+    """Decodes all items once; returns rates, what idled, and the hashes of the outputs.
 
-    def __init__(self) -> None:
-        self.memory, self._seconds, self._began = 0, dict[int, float](), time.monotonic()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        self.cores = sum(self._seconds.values()) / (time.monotonic() - self._began)
-
-    def _look(self) -> None:
-        while not self._ended.wait(0.5):
-            memory = 0
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    times = process.cpu_times()
-                    self._seconds[process.pid] = times.user + times.system
-                    memory += process.memory_info().rss
-                except psutil.Error:  # it has ended
-                    continue
-            self.memory = max(self.memory, memory)
-
-
-def measure(engine: str, form: str, folder: Path, decoder: list[str], workers: int, toy: bool) -> dict[str, Any]:
-    """Decodes all items once; returns rates, what idled, and the hashes of the outputs."""
-    out = folder / "out"
-    words = ["decode-dataset", str(folder / "in"), "--out", str(out), *decoder, "--format", form, "--engine", engine]
+    Raises:
+        RuntimeError: the command failed.
+    """
+    engine, form, number = run.split("-")
+    workers, out = int(number), folder / "out"
+    source = folder / ("some.txt" if form == "mp4" else "in")
+    words = ["decode-dataset", str(source), "--out", str(out), *decoder, "--format", form, "--engine", engine]
     began = time.time()
-    with Load() as load:
-        if engine == "ranks":
-            places = [dict(zip(RANK_NAMES, (str(n), str(workers), str(n)), strict=True)) for n in range(workers)]
-            ended(*[command(*words, **place) for place in places])
-        else:
-            ended(command(*words, "--workers" if toy else "--gpus", str(workers), PYTHONPATH=str(ROOT)))
-    whole = time.time() - began
-    (generation,) = out.iterdir()
-    text = "".join(part.read_text() for part in (generation / "_ledger/parts").iterdir())
-    lines = (json.loads(line) for line in text.splitlines())
-    done = sorted((line for line in lines if line["event"] == "done"), key=lambda line: line["at"])
-    frames, span = sum(line["frames"] for line in done[1:]), max(done[-1]["at"] - done[0]["at"], 1e-3)
-    busy = statistics.median(line["seconds"] for line in done) * (len(done) - 1) / (span * workers)
-    hashes = {output["name"]: output["sha256"] for line in done for output in line["outputs"]}
-    first = (generation / sorted(hashes)[0]).read_bytes()
-    shutil.rmtree(out)
-    row = {"engine": engine, "form": form, "gpus": workers, "rate": frames / span, "whole_s": whole}
-    row |= {"idle": max(0.0, 1 - busy), "cores": load.cores, "memory_gib": load.memory / (1 << 30), "frames": frames}
-    return {**row, "hashes": hashes, "first": first}
+    try:
+        with Load() as load:
+            if engine == "ranks":
+                places = [dict(zip(RANK_NAMES, (str(n), number, str(n)), strict=True)) for n in range(workers)]
+                ended(*[command(*words, **place) for place in places], seconds=RUN_SECONDS)
+            else:
+                variables = RAY if engine == "ray" else {}
+                how = "--workers" if toy else "--gpus"
+                ended(command(*words, how, number, **variables), seconds=RUN_SECONDS)
+        whole = time.time() - began
+        (generation,) = out.iterdir()
+        lines = [line for part in (generation / "_ledger/parts").iterdir() for line in parsed(part.read_bytes())]
+        worker = {line["key"]: line["worker"] for line in lines if line["event"] == "begin"}
+        done = sorted((line for line in lines if line["event"] == "done"), key=lambda line: line["at"])
+        hashes = {output["name"]: output["sha256"] for line in done for output in line["outputs"]}
+        first = generation / sorted(hashes)[0]
+        frames_of_first = np.load(first) if form == "npy" else None
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    firsts: dict[str, float] = {}
+    for line in done:
+        firsts.setdefault(worker[line["key"]], line["at"])
+    start, end = max(firsts.values()), done[-1]["at"]
+    span = max(end - start, 1e-3)
+    frames = sum(line["frames"] for line in done if line["at"] > start)
+    busy = statistics.median(line["seconds"] for line in done) * sum(line["at"] > start for line in done)
+    row = {"run": run, "engine": engine, "form": form, "gpus": workers, "items": len(done), "worked": len(firsts)}
+    row |= {"rate": frames / span, "steady_s": span, "whole_s": whole, "first_s": min(firsts.values()) - began}
+    row |= {"idle": max(0.0, 1 - busy / (span * workers)), "cores": load.cores(start, end)}
+    row |= {"gpu": load.gpu(start, end, workers), "memory_gib": load.memory / (1 << 30), "frames": frames}
+    return {**row, "hashes": hashes, "first": frames_of_first}
 
 
 def table(rows: list[dict[str, Any]], base: float) -> str:
     """Returns the runs as Markdown; times and efficiency are against the first run of the same form."""
-    heads = "engine | form | GPUs | frames/s | of `decode` | times | efficiency | idle | CPU | memory | whole run"
-    lines = [f"| {heads} |", "|---" * 11 + "|"]
+    heads = "engine | form | GPUs | frames/s | of `decode` | times | efficiency | idle | GPU | CPU | memory | steady"
+    lines = [f"| {heads} | first item | whole run |", "|---" * 14 + "|"]
     for row in rows:
-        first = next(other for other in rows if other["form"] == row["form"])
-        times = row["rate"] / first["rate"] * first["gpus"]
+        if "error" in row:
+            engine, form, number = row["run"].split("-")
+            lines.append(f"| {engine} | {form} | {number} | failed: {row['error'].splitlines()[0][:80]} {'| ' * 11}|")
+            continue
+        first = next(other for other in rows if other.get("form") == row["form"])
+        times = row["rate"] / (first["rate"] or 1) * first["gpus"]
         share = f"{row['rate'] / base / row['gpus']:.0%}" if row["form"] == "npy" else ""
         cells = (row["engine"], row["form"], row["gpus"], f"{row['rate']:.0f}", share, f"{times:.2f}",
-                 f"{times / row['gpus']:.0%}", f"{row['idle']:.0%}", f"{row['cores']:.1f} cores",
-                 f"{row['memory_gib']:.1f} GiB", f"{row['whole_s']:.1f} s")  # fmt: skip
+                 f"{times / row['gpus']:.0%}", f"{row['idle']:.0%}", "" if row["gpu"] is None else f"{row['gpu']:.0%}",
+                 f"{row['cores']:.1f} cores", f"{row['memory_gib']:.1f} GiB", f"{row['steady_s']:.1f} s",
+                 f"{row['first_s']:.1f} s", f"{row['whole_s']:.1f} s")  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+class Report:
+    """The results so far, written anew after each run."""
+
+    def __init__(self, out: Path | None, title: str, facts: dict[str, Any]) -> None:
+        self._out, self._title, self._facts = out, title, facts
+        self.rows: list[dict[str, Any]] = []
+        self._hashes: dict[str, str] = {}
+        self.alike: bool | None = None
+        self.equal_to_decode: bool | None = None
+
+    def take(self, row: dict[str, Any], frames: Any) -> None:
+        """Takes the next run, and the frames that `owl-wms decode` made of its first item."""
+        hashes, first = row.pop("hashes", {}), row.pop("first", None)
+        self.rows.append(row)
+        if first is not None:
+            self._hashes = self._hashes or hashes
+            self.alike = self.alike is not False and hashes == self._hashes
+            self.equal_to_decode = self.equal_to_decode is not False and np.array_equal(first, frames)
+        text = f"{self._title}\n\n{table(self.rows, self._facts['decode'])}\n\n"
+        text += f"same outputs in all runs: {self.alike}; same frames as `owl-wms decode`: {self.equal_to_decode}\n"
+        if self._out is not None:
+            checks = {"alike": self.alike, "equal_to_decode": self.equal_to_decode}
+            self._out.write_text(json.dumps({**self._facts, "rows": self.rows, **checks}, indent=1) + "\n")
+            self._out.with_suffix(".md").write_text(text)
+        print(table(self.rows, self._facts["decode"]).splitlines()[-1], flush=True)
+
+    @property
+    def good(self) -> bool:
+        """Whether every run ended well and gave the same frames."""
+        return self.alike is True and self.equal_to_decode is True and not any("error" in row for row in self.rows)
 
 
 def main() -> None:
     """Runs everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", default=RUNS, help="ENGINE-FORM-GPUS each, N for all; most wanted first")
     parser.add_argument("--items", type=int)
-    parser.add_argument("--frames", type=int, help="frames of each item")
-    parser.add_argument("--engines", type=lambda text: text.split(","), default=["local", "ranks"])
-    parser.add_argument("--forms", type=lambda text: text.split(","), default=["npy"])
-    parser.add_argument("--gpus", type=lambda text: [int(n) for n in text.split(",")], help="1 and all by default")
+    parser.add_argument("--frames", type=int, help="frames of each item, a multiple of 8")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="on a RAM disk, for inputs and outputs")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="begin no run later than this")
     parser.add_argument("--out", type=Path, help="JSON; the table goes beside it as .md")
     parser.add_argument("--toy", action="store_true", help="the demo's decoder and a few frames, on CPUs")
     arguments = parser.parse_args()
-    if not arguments.toy:
+    began, toy = time.monotonic(), arguments.toy
+    if not toy:
         require_gpu(parser)
-    if not set(arguments.engines) <= set(ENGINES) or not set(arguments.forms) <= set(FORMS):
-        parser.error(f"--engines are of {', '.join(ENGINES)} and --forms of {', '.join(FORMS)}")
-    items = arguments.items or (4 if arguments.toy else 200)
-    length = arguments.frames or (1 if arguments.toy else 240)
-    long = 2 if arguments.toy else length * 20  # frames of the file that `owl-wms decode` is timed with
-    needed = (items * length + long) * 360 * 640 * 4
-    if shutil.disk_usage(arguments.folder).free < needed:
-        parser.error(f"--folder {arguments.folder} needs {needed >> 30} GiB free; name another, or take fewer --frames")
-    seen = 2 if arguments.toy else torch.cuda.device_count()
-    gpus = sorted({n for n in arguments.gpus or (1, seen) if n <= seen})
+    seen = 2 if toy else torch.cuda.device_count()
+    runs = list(dict.fromkeys(run.replace("-N", f"-{seen}") for run in arguments.runs))
+    wrong = [run for run in runs if not re.fullmatch(r"(local|ranks|ray)-(npy|mp4)-[1-9]\d*", run)]
+    if wrong or any(int(run.rpartition("-")[2]) > seen for run in runs):
+        parser.error(f"--runs are like local-npy-1, of at most {seen} GPUs; got {' '.join(wrong or runs)}")
+    items = arguments.items or (4 if toy else 200)
+    length = arguments.frames or (1 if toy else 200)
+    long = 2 if toy else length * 40  # frames of the file that `owl-wms decode` is timed with
+    room = int(shutil.disk_usage(arguments.folder).free * 0.95)
+    if (needed := (items * length + long) * FRAME_BYTES * 1.03) > room:
+        fits = max(8, int(length * room / needed) // 8 * 8)
+        print(f"{arguments.folder} has {room >> 30} GiB: items of {fits} frames instead of {length}", flush=True)
+        length, long = fits, fits * 40
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        decoder = make_inputs(folder, items, length, long, arguments.toy)
+        decoder = make_inputs(folder, items, length, long, toy)
+        with ThreadPoolExecutor(1) as pool:
+            # A virtual machine may get its memory when it is first used: all that a run will need, while a program is
+            # built.
+            filled = pool.submit(write_rate, folder, items * length * FRAME_BYTES, 8)
+            decode_rate(folder, decoder)
+        disk = {"first": filled.result()} | {n: write_rate(folder, (64 << 20) if toy else (8 << 30), n) for n in (1, 2)}
         base = decode_rate(folder, decoder)
-        rows = []
-        for form, engine in itertools.product(arguments.forms, arguments.engines):
-            for count in gpus:
-                rows.append(measure(engine, form, folder, decoder, count, arguments.toy))
-                print(table(rows, base).splitlines()[-1], flush=True)
-        ended(command("decode", str(folder / "in/0000.pt"), *decoder, "--out", str(folder / "one.npy")))
-        written = (folder / "one.npy").read_bytes()
-    arrays = [row for row in rows if row["form"] == "npy"]
-    equal_to_decode = all(row["first"] == written for row in arrays[:1])
-    alike = all(row["hashes"] == arrays[0]["hashes"] for row in arrays)
-    for row in rows:
-        del row["hashes"], row["first"]
-    card = "CPU (toy: no figure)" if arguments.toy else torch.cuda.get_device_name()
-    title = (
-        f"{items} items of {length} frames, decoder `{'demo' if arguments.toy else 'dist'}`, up to {gpus[-1]} x {card}"
-    )
-    text = f"{title}, commit {commit()}; `owl-wms decode`: {base:.0f} frames/s\n\n"
-    text += table(rows, base) + "\n"
-    text += f"\nsame outputs in all runs: {alike}; same bytes as `owl-wms decode`: {equal_to_decode}\n"
-    print(text)
-    if arguments.out is not None:
+        frames = np.load(folder / "long.npy", mmap_mode="r")[:length].copy()
+        (folder / "long.npy").unlink()
+        card = "CPU (toy: no figure)" if toy else torch.cuda.get_device_name()
+        title = (
+            f"{items} items of {length} frames, decoder `{'demo' if toy else 'dist'}`, up to {seen} x {card}, commit "
+        )
+        title += f"{commit()}; `owl-wms decode`: {base:.0f} frames/s; RAM disk: {disk[1]:.1f} GB/s by one writer, "
+        title += f"{disk[2]:.1f} by two, {disk['first']:.1f} by eight at first use"
+        print(title, flush=True)
         facts = {
             "commit": commit(),
+            "machine": describe_machine(),
+            "cores": os.cpu_count(),
             "gpu": card,
-            "items": items,
-            "length": length,
             "decode": base,
-            "rows": rows,
-            "alike": alike,
         }
-        arguments.out.write_text(json.dumps({**facts, "equal_to_decode": equal_to_decode}, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(text)
-    sys.exit(not (alike and equal_to_decode))
+        report = Report(arguments.out, title, {**facts, "ram_disk_gbps": disk, "items": items, "length": length})
+        for run in runs:
+            if time.monotonic() - began > arguments.seconds:
+                print(f"{run}: no time left", flush=True)
+                continue
+            try:
+                row = measure(run, folder, decoder, toy)
+            except (RuntimeError, OSError, ValueError) as error:
+                row = {"run": run, "error": str(error)}
+                print(f"{run}: {error}", flush=True)
+            report.take(row, frames)
+    print(f"same outputs in all runs: {report.alike}; same frames as `owl-wms decode`: {report.equal_to_decode}")
+    sys.exit(not report.good)
 
 
 if __name__ == "__main__":
