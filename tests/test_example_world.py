@@ -11,14 +11,19 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from time import monotonic
 from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from owl_wms.configs.world import load_world_config
+from owl_wms.models.gamerft import GameRFT
 from owl_wms.models.latents import LatentSpace
 from owl_wms.models.load import load_model
+from owl_wms.nn.attention import Masks
+from owl_wms.nn.mask import FrameMask
 
 WORLD = Path(__file__).parents[1] / "examples" / "world"
 
@@ -33,7 +38,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for name in ("control", "episodes", "own_history", "stages"):
+    for name in (path.stem for path in WORLD.glob("*.py")):
         sys.modules.pop(name, None)
 
 
@@ -174,3 +179,52 @@ def test_stages_continue_from_call_to_call_and_on_another_machine(script: Module
     load_model(tmp_path / "world.yml", tmp_path / "world.safetensors")
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert any('"own_error"' in line for line in lines)
+
+
+def test_rates_levels_and_own_frames_follow_the_clock(script: ModuleType) -> None:
+    plan = importlib.import_module("clock_trainer").Plan()
+    shares = [k / 100 for k in range(101)]
+    rates = [plan.rate(share, 10_000) for share in shares]
+    assert rates[0] == 1
+    assert rates[-1] == 0
+    assert all(a >= b for a, b in pairwise(rates)), "rates only fall"
+    assert plan.rate(0.7, 10_000) == pytest.approx(plan.low)
+    assert plan.rate(0.0, 0) == pytest.approx(1 / 300)
+    assert [plan.prefix(share) for share in (0.0, 0.39, 0.4, 1.0)] == [0.5, 0.5, 0.8, 0.8]
+    assert [plan.horizon(share) for share in (0.58, 0.71, 0.72, 0.86, 1.0)] == [8, 8, 16, 24, 24]
+
+
+def test_attention_of_the_clock_sees_what_the_models_own_sees(script: ModuleType) -> None:
+    built = importlib.import_module("clock_trainer").BuiltMasks(6, 4, 3, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 24, 16, generator=generator) for _ in range(3))
+    for window in (3, None):
+        mask = FrameMask(queries=6, keys=6, tokens=4, window=window, causal=True)
+        wanted = Masks(torch.device("cpu"), "sdpa").attend(q, k, v, mask)
+        torch.testing.assert_close(built.attend(q, k, v, mask), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_training_by_the_clock_learns_from_own_frames_and_leaves_weights(script: ModuleType, tmp_path: Path) -> None:
+    module = importlib.import_module("clock_trainer")
+    said: list[str] = []
+    cfg = tiny(script, tmp_path)
+    trainer = module.ClockTrainer(cfg, episodes(script, frames=20), tmp_path, said.append)
+    plan = module.Plan(clips=4, own_frames=4)
+    trainer.run(plan, monotonic() - 1)
+    assert trainer.step == 1, "one step at least, whatever the time"
+    trainer._renew(plan, 0.6)
+    *_, history = trainer._batch()
+    assert (history >= 0).sum() == 2, "half of the windows"
+    good = trainer._copied()
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer._step(trainer._batch(), 0.8)
+    assert any(not torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+    trainer._look([(2, 1.0, 1.0, torch.tensor([torch.nan]))], good)
+    assert trainer.recovered == 1
+    assert "not finite" in said[-1]
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+    module.export(trainer.ema.model, tmp_path)
+    parts = [load_file(tmp_path / f"world_{number}.safetensors") for number in (1, 2)]
+    sizes = [sum(value.numel() for value in part.values()) for part in parts]
+    assert max(sizes) < 2 * min(sizes)
+    GameRFT(cfg.model).load_state_dict(parts[0] | parts[1])

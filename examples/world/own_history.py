@@ -6,12 +6,13 @@ own frames.
 
 Usage:
     loader = OwnHistoryLoader(data, space, window=24, batch_size=64, sampler={...})
-    loader.renew(ema.model.core, clips=1024)
+    loader.renew(playing(ema.model.core, device), clips=256, keep=4, frames=72, step=0, noise=0.15)
     trainer = OwnHistoryTrainer(cfg.train, None, cfg.model, loader=loader, sample_loader=loader)
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,11 @@ class Horizon:
 
     moving: int = 8
     still: int = 72
+
+
+def playing(core: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a core in the precision of play: bfloat16 on a GPU."""
+    return copy.deepcopy(core).to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
 
 class OwnHistoryLoader:
@@ -77,7 +83,7 @@ class OwnHistoryLoader:
         """Let the model continue `clips` episodes from a window of true frames on, under the episodes' own controls.
 
         Args:
-            core: the averaged model.
+            core: the averaged model, in the precision of play.
             clips: continued at once.
             keep: calls of this function whose clips stay in the buffer.
             frames: own frames of each.
@@ -91,12 +97,13 @@ class OwnHistoryLoader:
         episode = torch.randint(episodes, (clips, 1), generator=generator, device=device)
         start = torch.randint(length - self._window - frames + 1, (clips, 1), generator=generator, device=device)
         at = episode, start + torch.arange(self._window + frames, device=device)
-        x = self._space.to_model(data.latents[episode, at[1][:, : self._window]].float())
+        # A model in bfloat16, not autocast: only then are its passes captured as CUDA graphs.
+        dtype = next(core.parameters()).dtype
+        x = self._space.to_model(data.latents[episode, at[1][:, : self._window]].float()).to(dtype)
         run = get_sampler_cls("av_caching")(
             **{**self._sampler, "noise_prev": noise, "num_frames": frames, "only_return_generated": True}
         )
-        with torch.autocast(device.type, torch.bfloat16):
-            own = run(core, x, data.mouse[at], data.buttons[at], generator=generator).latents
+        own = run(core, x, data.mouse[at], data.buttons[at], generator=generator).latents
         made = torch.cat([episode, start], dim=1), self._space.to_stored(own.float()).half()
         self._rounds = [*self._rounds, made][-keep:]
         self._places, self._frames = (torch.cat(parts) for parts in zip(*self._rounds, strict=True))
@@ -131,8 +138,10 @@ class OwnHistoryLoader:
         at = (start + end)[:, None] + torch.arange(window, device=device)
         index = at - (start + window)[:, None]  # of own frames; below 0 the frame is real
         mine = (index >= 0) & (torch.arange(window, device=device) < history[:, None])
-        latents = data.latents[episode[:, None], at].clone()
-        latents[mine] = self._frames[chosen[:, None].expand_as(index)[mine], index[mine]].to(latents.dtype)
+        made = self._frames[
+            chosen[:, None], index.clamp(min=0)
+        ]  # chosen by `where`: a mask as index would wait for the GPU
+        latents = torch.where(mine[..., None, None, None], made, data.latents[episode[:, None], at])
         return latents, data.mouse[episode[:, None], at], data.buttons[episode[:, None], at], history
 
     def state_dict(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from own_history import Horizon, OwnHistoryLoader, OwnHistoryTrainer
+from own_history import Horizon, OwnHistoryLoader, OwnHistoryTrainer, playing
 from safetensors.torch import save_file
 
 from owl_wms.configs.world import LevelsConfig, WorldConfig
@@ -137,7 +137,7 @@ class _OwnStaged(OwnHistoryTrainer, _Staged):
             # As in play, at a level of its own each time.
             noise = 0.3 * float(torch.rand((), generator=torch.Generator().manual_seed(self.step * ROUNDS + round_)))
             settings = {"clips": clips, "keep": ROUNDS, "frames": OWN_FRAMES, "step": self.step * ROUNDS + round_}
-            loader.renew(self.ema.model.core, noise=noise, **settings)
+            loader.renew(playing(self.ema.model.core, self.device), noise=noise, **settings)
         return super().train_step()
 
 

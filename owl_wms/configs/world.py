@@ -78,6 +78,8 @@ class WorldModelConfig(StrictModel):
     `video_head_norm` belongs to `game_rft_audio`: False for weights of upstream before 2025-07-28, whose picture head
     has no layer norm before it. `rest_has_direction` False gives a mouse at rest no direction; upstream's weights were
     trained with True.
+    `predicts` belongs to `game_rft`: "data" lets the network predict the clean frame, from which the velocity follows,
+    so that a narrow network need not carry the noise from its input to its output; upstream's predict velocities.
     `n_mouse_axes`, `patch_size` and `audio_tokens` are accepted because shipped files have them; no model reads them.
     """
 
@@ -93,6 +95,7 @@ class WorldModelConfig(StrictModel):
     n_mouse_axes: PositiveInt = 2
     control_hidden: PositiveInt = 2048
     rest_has_direction: bool = True
+    predicts: Literal["velocity", "data"] = "velocity"
     video_head_norm: bool = True
     n_frames: PositiveInt = 120
     cfg_prob: float = 0.1
@@ -130,6 +133,11 @@ class WorldModelConfig(StrictModel):
             f"received {self.tokens_per_frame}",
         )
         rule(0.0 <= self.cfg_prob <= 1.0, "cfg_prob", f"must be within 0..1, received {self.cfg_prob}")
+        rule(
+            self.predicts == "velocity" or not self.has_audio,
+            "predicts",
+            f"must be velocity for a model with audio, received {self.predicts}",
+        )
         return self
 
 

@@ -1,0 +1,184 @@
+"""Trains the world model of the game in one call of 21 minutes on one GPU, by the clock, and measures if it holds.
+
+Whatever the speed of the machine, the call ends in `--seconds`: rendering and encoding episodes, training whose levels,
+rates and own history follow the share of its time that has passed, and the measures. Weights are written every few
+minutes, so that a run that is killed leaves some.
+
+Usage:
+    python examples/world/by_clock.py --out build/world
+    python examples/world/by_clock.py --small --seconds 120 --out build/world-small      # a toy, for a CPU
+
+Writes to --out: world_1.safetensors and world_2.safetensors (averaged weights in bfloat16, in two parts), world.yml,
+whitener.safetensors, log.jsonl, metrics.json, sheet.webp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from clock_trainer import ClockTrainer, Plan, export
+from episodes import Episodes
+from holding import FPS, Player, Truth, looks_of, measure
+from own_history import playing
+from safetensors.torch import load_file
+from stages import smaller
+from torch import Tensor
+from train import FIRST_SEED, collect, make_codec, say, whiten
+
+from owl_wms.configs.world import WorldConfig, load_world_config, with_files_found
+from owl_wms.media.pictures import contact_sheet, to_bytes
+from owl_wms.models import GameRFT
+from owl_wms.models.latents import LatentSpace
+
+HERE = Path(__file__).resolve().parent
+DATA_SHARE, MEASURE_SHARE = 0.19, 0.115  # of the time; the rest is training
+SHEET_SECONDS = (0, 1, 5, 15, 30)
+SHEET_BYTES = 98_000
+
+
+def write_configuration(cfg: WorldConfig, out: Path) -> None:
+    """world.yml beside the weights, with paths as it needs them there."""
+    plain = {name: getattr(cfg, name).model_dump(mode="json", exclude_unset=True) for name in ("model", "train")}
+    plain["train"] |= {"latent_transform": "whitener.safetensors"}
+    (out / "world.yml").write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def write_sheet(truth: Truth, frames: Tensor, path: Path) -> None:
+    """The game and the model at 0, 1, 5, 15 and 30 s: one world at rest, one that turns, one that walks."""
+    last = truth.shown[-1]
+    steps = [min(s * FPS, last) for s in SHEET_SECONDS] if last >= 600 else [0, 1, last // 2, last]
+    at = truth.at([max(truth.shown[0], min(truth.shown, key=lambda k: abs(k - s))) for s in steps])
+    rows = {}
+    for index, kind in enumerate(("at rest", "turning", "walking")):
+        world = index * truth.worlds
+        rows[f"{kind}: the game"] = to_bytes(truth.drawn[world, at, :3].float())
+        rows[f"{kind}: the model"] = to_bytes(frames[world, at, :3].float())
+    sheet = contact_sheet(rows, times=[f"{s / FPS:g} s" for s in steps], width=224)
+    for quality in (88, 80, 70, 55, 40):
+        sheet.save(path, quality=quality, method=6)
+        if path.stat().st_size <= SHEET_BYTES:
+            return
+
+
+def shipped(device: torch.device) -> Player:
+    """The model that is in this folder, played as it is configured."""
+    path = HERE / "game_rft.yml"
+    cfg = with_files_found(load_world_config(path), path)
+    model = GameRFT(cfg.model)
+    model.load_state_dict(load_file(HERE / "game_rft.safetensors"))
+    sampler = {k: v for k, v in (cfg.train.sampler_kwargs or {}).items() if k != "num_frames"}
+    return Player(playing(model.core, device), LatentSpace.of(cfg.train).to(device), sampler)
+
+
+def judge(
+    trainer: ClockTrainer,
+    cfg: WorldConfig,
+    codec: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    args: argparse.Namespace,
+    report: dict[str, Any],
+    until: float,
+) -> None:
+    """Measure the new model with 1 to 4 steps and the shipped one; what does not fit into the time is left out."""
+    encode, decode = codec
+    device = trainer.device
+    size = (45, 80) if args.small else (360, 640)
+    begun = time.monotonic()
+    frames = 30 if args.small else 600
+    truth = Truth.play(worlds=args.worlds, frames=frames, encode=encode, decode=decode, device=device, size=size)
+    report["worlds"], report["frames"] = 3 * truth.worlds, frames
+    report["game_decoded"] = looks_of(truth.decoded, truth.spread, truth)[1]
+    save(report, args.out)
+    say(f"played {3 * truth.worlds} held-out worlds for {frames / FPS:g} s in {time.monotonic() - begun:.1f} s")
+    sampler = {k: v for k, v in (cfg.train.sampler_kwargs or {}).items() if k != "num_frames"}
+    sampler["max_window"] = trainer.window
+    core = playing(trainer.ema.model.core, device)
+    players: dict[str, Callable[[], Player]] = {
+        f"{steps} steps": (lambda steps=steps: Player(core, trainer.space, {**sampler, "n_steps": steps}))
+        for steps in (2, 1, 3, 4)
+    }
+    if not args.small:
+        players = {"2 steps": players.pop("2 steps"), "shipped before": lambda: shipped(device), **players}
+        players["2 steps, history at 0.05"] = lambda: Player(core, trainer.space, {**sampler, "noise_prev": 0.05})
+        players["2 steps, history at 0.25"] = lambda: Player(core, trainer.space, {**sampler, "noise_prev": 0.25})
+    longest = 0.0
+    for name, make in players.items():
+        begun = time.monotonic()
+        if begun + longest > until:
+            say(f"no time left for: {name}")
+            continue
+        try:
+            report[name], seen = measure(make(), truth, decode)
+        except Exception as error:  # one row is lost, not the others
+            say(f"{name}: {type(error).__name__}: {error}")
+            continue
+        longest = max(longest, time.monotonic() - begun)
+        save(report, args.out)
+        say(f"{name} ({time.monotonic() - begun:.1f} s): {json.dumps(report[name])}")
+        if name == "2 steps":
+            write_sheet(truth, seen, args.out / "sheet.webp")
+
+
+def save(report: dict[str, Any], out: Path) -> None:
+    """Write metrics.json; called after each part, so that an interrupted run leaves what it has."""
+    (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def main() -> None:
+    """Parse arguments, make data, train, measure."""
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1260, help="from the start to the last file")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--config", type=Path, default=HERE / "world_11m.yml")
+    parser.add_argument("--small", action="store_true", help="a toy run for a CPU")
+    parser.add_argument("--worlds", type=int, default=12, help="held-out worlds of each kind to measure in")
+    args = parser.parse_args()
+    args.worlds = 1 if args.small else args.worlds
+    args.out.mkdir(parents=True, exist_ok=True)
+    cfg = with_files_found(load_world_config(args.config), args.config)
+    cfg = smaller(cfg) if args.small else cfg
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    size = (45, 80) if args.small else (360, 640)
+    codec = make_codec(cfg, device)
+    players, frames = (6, 20) if args.small else (128, 120)
+    with torch.no_grad():
+        data: Episodes = collect(DATA_SHARE * args.seconds, players, frames, FIRST_SEED, codec[0], device, size)
+    cfg = whiten(args.out, data, cfg)
+    write_configuration(cfg, args.out)
+    trainer = ClockTrainer(cfg, data, args.out, say)
+    report: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "training_frames": data.mouse.shape[0] * data.mouse.shape[1],
+        "training_worlds": data.mouse.shape[0],
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none",
+        "seconds_of_data": round(time.monotonic() - started, 1),
+    }
+    save(report, args.out)
+    say(f"{report['training_frames']} frames of {report['training_worlds']} worlds; {report['parameters']} parameters")
+    if device.type == "cuda":
+        report["attention"] = trainer.compile_blocks()
+    until = started + (1 - MEASURE_SHARE) * args.seconds
+    begun = time.monotonic()
+    plan = Plan(warm_up=20, renew_seconds=2.0, clips=6, own_frames=12) if args.small else Plan()
+    trainer.run(plan, until)
+    report |= {
+        "steps": trainer.step,
+        "seconds_of_training": round(time.monotonic() - begun, 1),
+        "recovered": trainer.recovered,
+    }
+    export(trainer.ema.model, args.out)
+    save(report, args.out)
+    judge(trainer, cfg, codec, args, report, started + args.seconds - 4)
+    say("done")
+
+
+if __name__ == "__main__":
+    main()
