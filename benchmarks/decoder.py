@@ -4,6 +4,8 @@ Usage:
     python -m benchmarks.decoder                                # dist and base, batch 8
     python -m benchmarks.decoder --decoder sana --batch 1 4 8 --out result.json --plot result.png
     python -m benchmarks.decoder --precision bf16 fp16 fp8 --max-autotune-seconds 120
+    python -m benchmarks.decoder --plans tensorrt+ops ops --each-plan       # a row for each
+    python -m benchmarks.decoder --precision --older 8.0 8.9                # only the kernels of older GPUs
 
 A row whose parity test is red, or whose output is not finite, is refused: it gets its reason in place of its time.
 The last line of standard output is one JSON document with everything.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import time
 from collections.abc import Callable
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks import baselines, harness, report
 from benchmarks.accuracy import accuracy
 from benchmarks.decoders import SUBJECTS, gigaflop, subject
-from benchmarks.ours import build_ours
+from benchmarks.ours import build_older, build_ours
 from owl_wms.trt.check.parity import reference_arithmetic
 
 # "Error no worse than eager's at the same precision", with room for a different order of summation.
@@ -101,30 +104,45 @@ def measure(name: str, batch: int, args: argparse.Namespace, ceilings: harness.C
         harness.console.print(f"  {candidate}: ready in {row.figures['ready_seconds']:.1f} s {row.refused}")
 
     for candidate, make in baselines.candidates(live, args.max_autotune_seconds).items():
-        add(candidate, make)
-    for precision in args.precision:
-        add(
-            f"ours {precision}",
-            lambda precision=precision: build_ours(chosen.make(), shape, precision, tuple(args.plans)),
-        )
+        if not args.baselines or candidate in args.baselines:
+            add(candidate, make)
+    for older in args.older:
+        add(f"ours bf16 as {older}", lambda older=older: build_older(chosen.make(), shape, capability(older)))
+    for candidate, precision, plans in built(args):
+        add(candidate, lambda at=precision, plans=plans: build_ours(chosen.make(), shape, at, plans))
 
     with torch.no_grad():
         timings = harness.measure_interleaved(candidates, inputs, rounds=args.rounds)
+        for candidate, run in candidates.items():
+            rows[candidate].figures["watts"] = harness.watts(functools.partial(run, inputs[0]))
     finish_rows(rows, timings, batch, floor_ms, work_gflop)
     return list(rows.values())
+
+
+def built(args: argparse.Namespace) -> list[tuple[str, str, tuple[str, ...]]]:
+    """The programs that are built: candidate, precision, plans of which the fastest is taken."""
+    if args.each_plan:
+        return [(f"ours {at} {plan}", at, (plan,)) for at in args.precision for plan in args.plans]
+    return [(f"ours {at}", at, tuple(args.plans)) for at in args.precision]
+
+
+def capability(text: str) -> tuple[int, int]:
+    """`(8, 0)` out of `8.0`. Raises ValueError for a text without two numbers."""
+    major, minor = text.split(".")
+    return int(major), int(minor)
 
 
 def finish_rows(
     rows: dict[str, Row], timings: dict[str, harness.Timing], batch: int, floor_ms: float, work_gflop: float
 ) -> None:
     """Put times and ratios into the rows: over eager with live weight norm, and over the best compiled PyTorch."""
-    eager = timings["eager bf16"].median_ms
+    eager = timings["eager bf16"].median_ms if "eager bf16" in timings else None
     compiled = [timing.median_ms for name, timing in timings.items() if name.startswith("torch.compile")]
     for name, timing in timings.items():
         rows[name].figures |= {
             **dataclasses.asdict(timing),
             "fps": batch * 1000 / timing.median_ms,
-            "over_eager": eager / timing.median_ms,
+            "over_eager": eager / timing.median_ms if eager else None,
             "over_compiled": min(compiled) / timing.median_ms if compiled else None,
             "floor_ms": floor_ms,
             "percent_of_floor": 100 * floor_ms / timing.median_ms,
@@ -157,8 +175,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", nargs="+", default=["dist", "base"], choices=list(SUBJECTS))
     parser.add_argument("--batch", nargs="+", type=int, default=[8])
-    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp16", "auto", "fp8", "int8"])
+    parser.add_argument("--baselines", nargs="+", default=[], help="names of rows; all of PyTorch's when left out")
+    parser.add_argument("--precision", nargs="*", default=["bf16"], choices=["bf16", "fp16", "auto", "fp8", "int8"])
     parser.add_argument("--plans", nargs="*", default=[], help="plans to build; every one that applies when left out")
+    parser.add_argument("--each-plan", action="store_true", help="a row for each of --plans, not for the fastest")
+    parser.add_argument("--older", nargs="+", default=[], help="also the kernels of GPUs of these compute capabilities")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--max-autotune-seconds", type=int, default=0, help="0 leaves max-autotune out")
     parser.add_argument("--theme", default="decoder")

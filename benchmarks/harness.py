@@ -116,13 +116,16 @@ def measure_ceilings(dtype: torch.dtype = torch.bfloat16) -> Ceilings:
 
 
 def watts(run: Callable[[], object], seconds: float = 1.5) -> float:
-    """Power of the GPU in W while `run` repeats, as nvidia-smi reads it; NaN where it cannot be read."""
+    """Power in W of the first GPU that this process sees, while `run` repeats, as nvidia-smi reads it; NaN where it
+    cannot be read.
+    """
     torch.cuda.synchronize()
     begin = time.perf_counter()
     run()
     torch.cuda.synchronize()
     times = max(1, math.ceil(seconds / max(time.perf_counter() - begin, 1e-4)))
-    asked = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-i", "0"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"  # nvidia-smi itself sees them all
+    asked = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-i", first]
     for _ in range(times):  # queued: the GPU is busy with them while nvidia-smi starts
         run()
     time.sleep(0.5 * seconds)  # power readings are averages over the last second or so

@@ -1,4 +1,7 @@
-"""Makes our candidate as the runtime does: built in a child process, parity-checked, saved, loaded from bytes."""
+"""Makes our candidate as the runtime does: built in a child process, parity-checked, saved, loaded from bytes.
+
+And apart from that: the plan `ops` as an older GPU would run it.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms import trt
+from owl_wms import fused, trt
+from owl_wms.ops.common import gpu, machine_code, nvrtc
 from owl_wms.request import Request
 from owl_wms.trt.check.parity import PSNR_GATE_DB
+from owl_wms.vae import fold_weight_norm
 
 
 def build_ours(
@@ -42,7 +47,7 @@ def build_ours(
         report = trt.build_program(decoder, request, Path(folder))
         built = time.perf_counter()
         data = (Path(folder) / "program.pt2").read_bytes()
-        program = trt.load_program(data, torch.device("cuda"))
+        program = trt.load_program(data, torch.device("cuda"), library=report.get("library", True))
         run: Callable[[Tensor], Tensor] = program
         if report.get("cuda_graph"):
             run = trt.GraphedProgram(program, torch.randn(input_shape, device="cuda", dtype=program.input_dtype))
@@ -55,3 +60,36 @@ def build_ours(
         "psnr_gate_db": PSNR_GATE_DB.get(precision),
     }
     return lambda z_BCHW: run(z_BCHW.to(program.input_dtype)), extra
+
+
+def build_older(
+    decoder: nn.Module, input_shape: tuple[int, int, int, int], older: gpu.Capability
+) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    """The fused form of `decoder` in bf16, one CUDA graph of the kernels that a GPU of compute capability `older` gets.
+
+    They are compiled to that capability's intermediate code, and this GPU's driver translates it. Matrix products of
+    the libraries are those of this GPU.
+
+    Args:
+        decoder: weight norm live or folded, any float dtype and device; not changed.
+        input_shape: static shape of the latents [B, c, h, w].
+        older: at most this GPU's.
+
+    Returns:
+        The graph as a function of bf16 latents, and the targets that our CUDA kernels were compiled for.
+
+    Raises:
+        RuntimeError: the decoder has no fused form, or no graph could be captured: without one, a later call would run
+            this GPU's own kernels.
+    """
+    form, why = fused.form_of(decoder)
+    if form is None:
+        raise RuntimeError(why)
+    with gpu.treated_as(older), torch.no_grad(), machine_code.watched() as used:
+        module = form.fuse(fold_weight_norm(decoder).float().cuda(), torch.bfloat16, input_shape).eval()
+        graphed = trt.GraphedProgram(module, torch.randn(input_shape, device="cuda", dtype=torch.bfloat16))
+        index = torch.cuda.current_device()
+        targets = sorted({f"{kernel.op} {nvrtc.architecture_of(kernel, index)}" for kernel in used})
+    if not graphed.graphed:
+        raise RuntimeError(f"no CUDA graph: {graphed.reason}")
+    return graphed, {"plan": "ops", "targets": targets}

@@ -32,6 +32,7 @@ COLUMNS = (
     ("VRAM GiB", "peak_memory_gib", "{:.2f}"),
     ("ready s", "ready_seconds", "{:.1f}"),
     ("load s", "load_seconds", "{:.1f}"),
+    ("W", "watts", "{:.0f}"),
 )
 
 

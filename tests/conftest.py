@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 # CI has two cores. Of two workers with two threads each, every parallel loop would wait for threads that do not run.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -32,3 +34,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _every_kernel_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a GPU, an operator that was computed without its kernel has not been tested."""
+    yield
+    register = sys.modules.get("owl_wms.ops.common.register")
+    if "gpu" in request.keywords and register is not None:
+        assert register.refused() == {}

@@ -34,4 +34,5 @@ channel_norm = define(
     "channel_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu) -> Tensor",
     run=_run,
     fake=_fake,
+    simpler=(reference,),
 )

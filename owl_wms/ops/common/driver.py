@@ -17,6 +17,16 @@ class KernelError(RuntimeError):
     """A kernel that did not compile, load or launch; the message carries the compiler's or driver's own words."""
 
 
+class KernelRefused(KernelError):
+    """A kernel that this compiler, driver or GPU cannot have: nothing was launched, and a simpler one may do."""
+
+
+# Of cuda.h: invalid value (too much shared memory), invalid image, no binary for this GPU, invalid PTX, no translator,
+# unsupported PTX version, translation disabled, invalid source, not found, out of resources (registers), not supported.
+# All say that nothing began; those of a broken context or of memory that ran out are not among them.
+_REFUSALS = frozenset({1, 200, 209, 218, 221, 222, 223, 300, 500, 701, 801})
+
+
 @functools.lru_cache(maxsize=1)
 def driver() -> ctypes.CDLL:
     """libcuda.
@@ -47,8 +57,9 @@ def ensure_context(index: int) -> None:
 
 
 def check_driver(status: int, doing: str) -> None:
-    """Raises KernelError with the driver's words unless `status` is success."""
+    """Raises KernelError with the driver's words unless `status` is success; KernelRefused if nothing could begin."""
     if status:
         text = ctypes.c_char_p()
         driver().cuGetErrorString(status, ctypes.byref(text))
-        raise KernelError(f"{doing}: CUDA error {status}, {(text.value or b'unknown').decode()}")
+        kind = KernelRefused if status in _REFUSALS else KernelError
+        raise kind(f"{doing}: CUDA error {status}, {(text.value or b'unknown').decode()}")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.common import gpu, machine_code
-from owl_wms.ops.common.driver import KernelError, check_driver, driver, ensure_context
+from owl_wms.ops.common.driver import KernelError, KernelRefused, check_driver, driver, ensure_context
 from owl_wms.ops.common.tensor_maps import TensorMap
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +35,7 @@ DEFAULT_SHARED_BYTES = 48 * 1024
 
 _lock = threading.Lock()
 _functions: dict[tuple[Kernel, int, str], ctypes.c_void_p] = {}
+_refused: dict[tuple[Kernel, int, str], str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ class Kernel:
         tensor maps as they are.
 
         Raises:
-            KernelError: compilation, loading or launching failed.
+            KernelRefused: this compiler, driver or GPU cannot have it; nothing was launched.
+            KernelError: compilation, loading or launching failed otherwise.
         """
         if machine_code.noted(self):
             return
@@ -112,20 +114,31 @@ def _function(kernel: Kernel, index: int) -> ctypes.c_void_p:
     found = _functions.get(key)
     if found is not None:
         return found
+    if key in _refused:  # compiling it takes half a second, and waiting for the stream would break a capture
+        raise KernelRefused(_refused[key])
     with _lock:
         if key not in _functions:
-            torch.cuda.current_stream().synchronize()  # also makes the device's primary context current in this thread
-            image = compile_kernel(kernel, key[-1])
-            library, module, function = driver(), ctypes.c_void_p(), ctypes.c_void_p()
-            check_driver(library.cuModuleLoadData(ctypes.byref(module), image), f"loading {kernel}")
-            check_driver(
-                library.cuModuleGetFunction(ctypes.byref(function), module, kernel.entry.encode()), f"finding {kernel}"
-            )
-            if kernel.shared_bytes > DEFAULT_SHARED_BYTES:
-                status = library.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, kernel.shared_bytes)
-                check_driver(status, f"reserving {kernel.shared_bytes} bytes of shared memory for {kernel}")
-            _functions[key] = function
+            try:
+                _functions[key] = _loaded(kernel, key[-1])
+            except KernelRefused as error:
+                _refused[key] = str(error)
+                raise
     return _functions[key]
+
+
+def _loaded(kernel: Kernel, architecture: str) -> ctypes.c_void_p:
+    """The function on the current device, compiled if need be. Raises KernelError."""
+    torch.cuda.current_stream().synchronize()  # also makes the device's primary context current in this thread
+    image = compile_kernel(kernel, architecture)
+    library, module, function = driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    check_driver(library.cuModuleLoadData(ctypes.byref(module), image), f"loading {kernel}")
+    check_driver(
+        library.cuModuleGetFunction(ctypes.byref(function), module, kernel.entry.encode()), f"finding {kernel}"
+    )
+    if kernel.shared_bytes > DEFAULT_SHARED_BYTES:
+        status = library.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, kernel.shared_bytes)
+        check_driver(status, f"reserving {kernel.shared_bytes} bytes of shared memory for {kernel}")
+    return function
 
 
 def architecture_of(kernel: Kernel, index: int) -> str:
@@ -146,7 +159,8 @@ def compile_kernel(kernel: Kernel, architecture: str) -> bytes:
     Needs no GPU.
 
     Raises:
-        KernelError: it does not compile; the message has the compiler's log.
+        KernelRefused: it does not compile, and the message has the compiler's log; or there is no compiler.
+        KernelError: the compiler failed otherwise.
     """
     return machine_code.once(kernel, architecture, lambda: _compile(kernel, architecture))
 
@@ -161,7 +175,7 @@ def _compile(kernel: Kernel, architecture: str) -> bytes:
         options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{define}" for define in kernel.defines)]
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), array):
-            raise KernelError(f"{kernel} does not compile for {architecture}:\n{_compiler_log(program)}")
+            raise KernelRefused(f"{kernel} does not compile for {architecture}:\n{_compiler_log(program)}")
         size_of, read = (
             (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
             if architecture.startswith("sm_")
@@ -202,7 +216,7 @@ def _nvrtc() -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise KernelError("libnvrtc was not found (it comes with torch's CUDA wheels): pip install nvidia-cuda-nvrtc")
+    raise KernelRefused("libnvrtc was not found (it comes with torch's CUDA wheels): pip install nvidia-cuda-nvrtc")
 
 
 def _check_nvrtc(status: int, step: str) -> None:

@@ -106,6 +106,18 @@ def _run(
     return kernel.finish_(y, bias, residual, relu, silu)
 
 
+def _by_library(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, how: int, silu: bool = False
+) -> Tensor:
+    return _run(x, weight, bias, residual, relu, LIBRARY, silu)
+
+
+def _by_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, how: int, silu: bool = False
+) -> Tensor:
+    return reference(x, weight, bias, residual, relu, silu)
+
+
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, how: int, silu: bool = False
 ) -> Tensor:
@@ -119,7 +131,14 @@ def _run_norm(
     if how == RESIDENT_NORM and has_kernel(x):
         residual = None if residual is None else residual.contiguous()
         return resident.launch(x.contiguous(), weight.contiguous(), shift, residual, False, norm=(gain, eps))
-    return channel_norm.channel_norm(_run(x, weight, None, None, False, how), gain, shift, residual, eps, False)
+    return _norm_by_two(x, weight, gain, shift, residual, eps, how)
+
+
+def _norm_by_two(
+    x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, residual: Tensor | None, eps: float, how: int
+) -> Tensor:
+    y = conv3x3(x, weight, None, None, False, LIBRARY if how == RESIDENT_NORM else how)
+    return channel_norm.channel_norm(y, gain, shift, residual, eps, False)
 
 
 def _fake_norm(
@@ -157,11 +176,13 @@ conv3x3 = define(
     "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu, int how, bool silu=False) -> Tensor",
     run=_run,
     fake=_fake,
+    simpler=(_by_library, _by_torch),
 )
 conv3x3_norm = define(
     "conv3x3_norm(Tensor x, Tensor weight, Tensor gain, Tensor shift, Tensor? residual, float eps, int how) -> Tensor",
     run=_run_norm,
     fake=_fake_norm,
+    simpler=(_norm_by_two,),
 )
 conv3x3_shuffled = define(
     "conv3x3_shuffled(Tensor x, Tensor weight, Tensor? bias, Tensor base) -> Tensor",
@@ -169,5 +190,8 @@ conv3x3_shuffled = define(
     fake=_fake_shuffled,
 )
 latent_conv = define(
-    "latent_conv(Tensor z, Tensor weight, Tensor bias, int repeats) -> Tensor", run=_run_latent, fake=_fake_latent
+    "latent_conv(Tensor z, Tensor weight, Tensor bias, int repeats) -> Tensor",
+    run=_run_latent,
+    fake=_fake_latent,
+    simpler=(latent_reference,),
 )

@@ -73,4 +73,6 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
     return x.new_empty(batch, height, width, bias.shape[0], dtype=torch.float32)
 
 
-conv_out = define("conv_out(Tensor x, Tensor weight, Tensor bias, bool silu) -> Tensor", run=_run, fake=_fake)
+conv_out = define(
+    "conv_out(Tensor x, Tensor weight, Tensor bias, bool silu) -> Tensor", run=_run, fake=_fake, simpler=(reference,)
+)

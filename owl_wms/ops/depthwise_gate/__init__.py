@@ -54,4 +54,6 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-depthwise_gate = define("depthwise_gate(Tensor x, Tensor weight, Tensor bias) -> Tensor", run=_run, fake=_fake)
+depthwise_gate = define(
+    "depthwise_gate(Tensor x, Tensor weight, Tensor bias) -> Tensor", run=_run, fake=_fake, simpler=(reference,)
+)

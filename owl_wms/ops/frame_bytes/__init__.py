@@ -50,4 +50,4 @@ def _fake(x: Tensor) -> Tensor:
     return x.new_empty(batch, height, width, channels, dtype=torch.uint8)
 
 
-frame_bytes = define("frame_bytes(Tensor x) -> Tensor", run=_run, fake=_fake)
+frame_bytes = define("frame_bytes(Tensor x) -> Tensor", run=_run, fake=_fake, simpler=(reference,))

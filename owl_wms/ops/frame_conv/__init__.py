@@ -87,6 +87,18 @@ def _run_frame(
     return finish_(y, bias, residual, False, relu_last=True)
 
 
+def _frame_by_library(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, how: int
+) -> Tensor:
+    return _run_frame(x, past, weight, bias, residual, LIBRARY)
+
+
+def _frame_by_torch(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, how: int
+) -> Tensor:
+    return frame_reference(x, past, weight, bias, residual)
+
+
 def _fake_frame(
     x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, how: int
 ) -> Tensor:
@@ -98,6 +110,10 @@ def _fake_frame(
 def _run_enlarge(x: Tensor, weight: Tensor, frames: int, relu: bool, how: int) -> Tensor:
     if has_kernel(x) and how in COLUMNS:
         return kernel.launch_enlarge(x, weight, frames, relu, COLUMNS[how])
+    return enlarge_reference(x, weight, frames, relu)
+
+
+def _enlarge_by_torch(x: Tensor, weight: Tensor, frames: int, relu: bool, how: int) -> Tensor:
     return enlarge_reference(x, weight, frames, relu)
 
 
@@ -113,6 +129,10 @@ def _run_picture(x: Tensor, weight: Tensor, bias: Tensor, patch: int, as_bytes: 
     return picture_reference(x, weight, bias, patch, as_bytes)
 
 
+def _picture_by_torch(x: Tensor, weight: Tensor, bias: Tensor, patch: int, as_bytes: bool, how: int) -> Tensor:
+    return picture_reference(x, weight, bias, patch, as_bytes)
+
+
 def _fake_picture(x: Tensor, weight: Tensor, bias: Tensor, patch: int, as_bytes: bool, how: int) -> Tensor:
     batch, height, width, channels = x.shape
     torch._check(channels == weight.shape[-1], lambda: f"{channels} channels, weights for {weight.shape[-1]}")
@@ -125,14 +145,17 @@ frame_conv = define(
     "frame_conv(Tensor x, Tensor? past, Tensor weight, Tensor? bias, Tensor? residual, int how) -> Tensor",
     run=_run_frame,
     fake=_fake_frame,
+    simpler=(_frame_by_library, _frame_by_torch),
 )
 enlarge_conv = define(
     "enlarge_conv(Tensor x, Tensor weight, int frames, bool relu, int how) -> Tensor",
     run=_run_enlarge,
     fake=_fake_enlarge,
+    simpler=(_enlarge_by_torch,),
 )
 picture_conv = define(
     "picture_conv(Tensor x, Tensor weight, Tensor bias, int patch, bool as_bytes, int how) -> Tensor",
     run=_run_picture,
     fake=_fake_picture,
+    simpler=(_picture_by_torch,),
 )

@@ -55,4 +55,6 @@ def _fake(x: Tensor, past: Tensor, taps: Tensor) -> Tensor:
     return x.new_empty(batch, height, width, 2 * channels)
 
 
-frame_depthwise = define("frame_depthwise(Tensor x, Tensor past, Tensor taps) -> Tensor", run=_run, fake=_fake)
+frame_depthwise = define(
+    "frame_depthwise(Tensor x, Tensor past, Tensor taps) -> Tensor", run=_run, fake=_fake, simpler=(reference,)
+)

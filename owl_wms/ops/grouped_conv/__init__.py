@@ -50,14 +50,23 @@ def grid_of(batch: int, height: int, width: int, slices: int, processors: int) -
 
 
 def launch(
-    x: Tensor, weight: Tensor, bias: Tensor, up2: bool, codes: torch.dtype | None = None, gain: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    up2: bool,
+    codes: torch.dtype | None = None,
+    gain: Tensor | None = None,
+    by_warps: bool = True,
 ) -> Tensor:
-    """The kernel on a 16-bit CUDA tensor; `codes` makes the result 8-bit (see grouped_conv8), and then wants `gain`."""
+    """The kernel on a 16-bit CUDA tensor; `codes` makes the result 8-bit (see grouped_conv8), and then wants `gain`.
+
+    With `up2`, `by_warps` chooses the kernel whose warps enlarge for themselves, which is the faster one.
+    """
     _check(x, weight, bias)
     # A module cast as a whole hands over a 16-bit bias; the kernel reads fp32.
     x, bias = aligned(x), bias.float()
     batch, height, width, channels = x.shape
-    if up2 and enlarging.suits(x):
+    if up2 and by_warps and enlarging.suits(x):
         return enlarging.launch(x, aligned(weight), bias.contiguous(), codes, gain)
     if up2:
         height, width = 2 * height, 2 * width
@@ -76,6 +85,10 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:
     return launch(x, weight, bias, up2) if has_kernel(x) else reference(x, weight, bias, up2)
 
 
+def _by_strips(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:
+    return launch(x, weight, bias, up2, by_warps=False) if has_kernel(x) else reference(x, weight, bias, up2)
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     channels = x.shape[-1]
     fits = weight.shape == (channels // GROUP, 9, 32, 8) and bias.shape == (channels,) and channels % GROUP == 0
@@ -89,4 +102,9 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:
     return x.new_empty(batch, height * (2 if up2 else 1), width * (2 if up2 else 1), channels)
 
 
-grouped_conv = define("grouped_conv(Tensor x, Tensor weight, Tensor bias, bool up2) -> Tensor", run=_run, fake=_fake)
+grouped_conv = define(
+    "grouped_conv(Tensor x, Tensor weight, Tensor bias, bool up2) -> Tensor",
+    run=_run,
+    fake=_fake,
+    simpler=(_by_strips, reference),
+)

@@ -59,6 +59,12 @@ def _run(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, gain: Te
     return out
 
 
+def _by_torch(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, gain: Tensor, up2: bool, fp8: bool
+) -> Tensor:
+    return reference(x, weight, scale, bias, gain, up2, FORMATS["fp8" if fp8 else "int8"])
+
+
 def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, gain: Tensor, up2: bool, fp8: bool) -> None:
     batch, channels = x.shape[0], x.shape[-1]
     torch._check(gain.shape == (batch, 2), lambda: f"grouped_conv8: gain {list(gain.shape)} for {batch} images")
@@ -85,4 +91,5 @@ grouped_conv8 = define(
     "grouped_conv8(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor gain, bool up2, bool fp8) -> Tensor",
     run=_run,
     fake=_fake,
+    simpler=(_by_torch,),
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from owl_wms.ops.codes import LARGEST
 from owl_wms.ops.common.gpu import is_hopper, processors
-from owl_wms.ops.common.register import aligned, define, has_kernel
+from owl_wms.ops.common.register import aligned, define, first_that_runs, has_kernel
 from owl_wms.ops.linear8.plan import THREADS, ProductPlan, fitting, plan_of
 from owl_wms.ops.linear8.reference import add_reference, reference
 from owl_wms.ops.up_residual import add_shortcut_
@@ -100,6 +100,10 @@ def _run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, gain: Tensor) -
         codes = run_plan(plan, x, weight, scale, bias, gain)
         assert codes is not None
         return codes
+    return _by_triton(x, weight, scale, bias, gain)
+
+
+def _by_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
     from owl_wms.ops.linear8 import kernel
 
     rows, pixels = x.contiguous().view(-1, x.shape[-1]), x.shape[1] * x.shape[2]
@@ -136,16 +140,40 @@ def add_linear8_(
     _check(x, weight, scale, gain)
     _check_residual(u, x, weight, shortcut)
     if not has_kernel(u):
-        total, codes = add_reference(u, x, weight, scale, gain, inverse, shortcut)
-        u.copy_(total)
-        return codes
+        return _add_by_torch_(u, x, weight, scale, gain, inverse, shortcut)
     plan = _plan_of_addition(u, weight, inverse, shortcut)
     if plan is None and shortcut is not None:
         add_shortcut_(u, shortcut)
         shortcut = None
         plan = _plan_of_addition(u, weight, inverse, None)
+    # Each writes into `u` by its last step alone, so that nothing is added twice where a kernel is refused.
+    ways = [_add_by_torch_]
+    if shortcut is None:
+        ways.insert(0, _add_by_triton_)
     if plan is not None:
-        return run_plan(plan, x, weight, scale, inverse, gain, u, shortcut)
+        ways.insert(0, _add_by_plan_)
+    return first_that_runs("linear8", ways, u, x, weight, scale, gain, inverse, shortcut)
+
+
+def _add_by_plan_(
+    u: Tensor, x: Tensor, weight: Tensor, scale: Tensor, gain: Tensor, inverse: Tensor | None, shortcut: Tensor | None
+) -> Tensor | None:
+    plan = _plan_of_addition(u, weight, inverse, shortcut)
+    assert plan is not None
+    return run_plan(plan, x, weight, scale, inverse, gain, u, shortcut)
+
+
+def _add_by_torch_(
+    u: Tensor, x: Tensor, weight: Tensor, scale: Tensor, gain: Tensor, inverse: Tensor | None, shortcut: Tensor | None
+) -> Tensor | None:
+    total, codes = add_reference(u, x, weight, scale, gain, inverse, shortcut)
+    u.copy_(total)
+    return codes
+
+
+def _add_by_triton_(
+    u: Tensor, x: Tensor, weight: Tensor, scale: Tensor, gain: Tensor, inverse: Tensor | None, shortcut: Tensor | None
+) -> Tensor | None:
     from owl_wms.ops.linear8 import kernel
 
     rows, pixels = x.contiguous().view(-1, x.shape[-1]), x.shape[1] * x.shape[2]
@@ -187,5 +215,8 @@ def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, gain: Tensor) 
 
 
 linear8 = define(
-    "linear8(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor gain) -> Tensor", run=_run, fake=_fake
+    "linear8(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor gain) -> Tensor",
+    run=_run,
+    fake=_fake,
+    simpler=(_by_triton, reference),
 )

@@ -57,9 +57,12 @@ def _fake_multiscale(qkv: Tensor, taps: Tensor, point: Tensor, head: int, eps: f
     return qkv.new_empty(*qkv.shape[:-1], 2 * channels // 3)
 
 
-linear_attention = define("linear_attention(Tensor qkv, int head, float eps) -> Tensor", run=_run, fake=_fake)
+linear_attention = define(
+    "linear_attention(Tensor qkv, int head, float eps) -> Tensor", run=_run, fake=_fake, simpler=(reference,)
+)
 multiscale_attention = define(
     "multiscale_attention(Tensor qkv, Tensor taps, Tensor point, int head, float eps) -> Tensor",
     run=_run_multiscale,
     fake=_fake_multiscale,
+    simpler=(multiscale_reference,),
 )

@@ -39,4 +39,9 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor, shortcut: bool) -> Tensor:
     return x.new_empty(batch, 2 * height, 2 * width, outputs)
 
 
-nearest_up = define("nearest_up(Tensor x, Tensor weight, Tensor bias, bool shortcut) -> Tensor", run=_run, fake=_fake)
+nearest_up = define(
+    "nearest_up(Tensor x, Tensor weight, Tensor bias, bool shortcut) -> Tensor",
+    run=_run,
+    fake=_fake,
+    simpler=(reference,),
+)

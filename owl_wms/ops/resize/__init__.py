@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.common.nvrtc import Kernel
-from owl_wms.ops.common.register import KERNEL_DTYPES, define, dtype_defines
+from owl_wms.ops.common.register import define, dtype_defines, has_kernel
 from owl_wms.ops.resize.reference import reference
 
 __all__ = ["kernel_of", "reference", "resize"]
@@ -24,7 +24,7 @@ def kernel_of(dtype: torch.dtype, *, pad: int) -> Kernel:
 
 
 def _run(x: Tensor, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    if not x.is_cuda or dtype not in KERNEL_DTYPES:
+    if not has_kernel(x, dtype):
         return reference(x, channels, height, width, dtype)
     x, out = x.contiguous(), _fake(x, channels, height, width, dtype)
     batch, low_height, low_width, pad = x.shape
@@ -43,5 +43,8 @@ def _fake(x: Tensor, channels: int, height: int, width: int, dtype: torch.dtype)
 
 
 resize = define(
-    "resize(Tensor x, int channels, int height, int width, ScalarType dtype) -> Tensor", run=_run, fake=_fake
+    "resize(Tensor x, int channels, int height, int width, ScalarType dtype) -> Tensor",
+    run=_run,
+    fake=_fake,
+    simpler=(reference,),
 )

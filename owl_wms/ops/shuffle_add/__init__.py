@@ -51,5 +51,7 @@ def _fake_frames(y: Tensor, channels: int) -> Tensor:
     return y.new_empty(batch, channels, 2 * height, 2 * width)
 
 
-shuffle_add = define("shuffle_add(Tensor y, Tensor? x) -> Tensor", run=_run, fake=_fake)
-shuffle_frames = define("shuffle_frames(Tensor y, int channels) -> Tensor", run=_run_frames, fake=_fake_frames)
+shuffle_add = define("shuffle_add(Tensor y, Tensor? x) -> Tensor", run=_run, fake=_fake, simpler=(reference,))
+shuffle_frames = define(
+    "shuffle_frames(Tensor y, int channels) -> Tensor", run=_run_frames, fake=_fake_frames, simpler=(frames_reference,)
+)

@@ -117,4 +117,5 @@ stage_tail = define(
     "stage_tail(Tensor low, Tensor hidden, Tensor? shortcut, Tensor w2, Tensor b2, Tensor w3) -> Tensor",
     run=_run,
     fake=_fake,
+    simpler=(composition,),
 )

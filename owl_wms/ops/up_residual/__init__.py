@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.common.nvrtc import Kernel
-from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel
+from owl_wms.ops.common.register import aligned, define, dtype_defines, first_that_runs, has_kernel
 from owl_wms.ops.up_residual.reference import reference, shuffle
 
 __all__ = ["add_shortcut_", "kernel_of", "reference", "shuffle", "up_residual"]
@@ -49,8 +49,15 @@ def _run(low: Tensor, shortcut: Tensor | None) -> Tensor:
 
 def add_shortcut_(base: Tensor, shortcut: Tensor) -> Tensor:
     """Adds the shuffled `shortcut [B, h, w, Cs]` to `base [B, 2h, 2w, C]` in place; base must be contiguous."""
-    if not has_kernel(base):
-        return base.add_(shuffle(shortcut, base.shape[-1]))
+    ways = (_add_by_kernel_, _add_by_torch_) if has_kernel(base) else (_add_by_torch_,)
+    return first_that_runs("up_residual", ways, base, shortcut)
+
+
+def _add_by_torch_(base: Tensor, shortcut: Tensor) -> Tensor:
+    return base.add_(shuffle(shortcut, base.shape[-1]))
+
+
+def _add_by_kernel_(base: Tensor, shortcut: Tensor) -> Tensor:
     batch, height, width, shortcut_channels = shortcut.shape
     threads = batch * height * width * (base.shape[-1] // 4)
     kernel_of(base.dtype, SHORTCUT).launch(
@@ -77,4 +84,4 @@ def _fake(low: Tensor, shortcut: Tensor | None) -> Tensor:
     return low.new_empty(batch, 2 * height, 2 * width, channels)
 
 
-up_residual = define("up_residual(Tensor low, Tensor? shortcut) -> Tensor", run=_run, fake=_fake)
+up_residual = define("up_residual(Tensor low, Tensor? shortcut) -> Tensor", run=_run, fake=_fake, simpler=(reference,))

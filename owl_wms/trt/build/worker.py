@@ -118,6 +118,7 @@ class Worker:
                 "cuda_graph": graph_ms is not None and plain_ms is not None and graph_ms < (1 - GRAPH_GAIN) * plain_ms,
                 "candidates": candidates,
                 "refused": dict(selection.refused),
+                "kernels_refused": kernels.refused(),
                 "total_seconds": round(time.monotonic() - begin, 3),
             }
         )
@@ -174,7 +175,8 @@ class Worker:
 
     def settled(self, plan: plans.Plan) -> str:
         """Returns why no plan after this one, which is usable, needs to be built; empty where one may be faster."""
-        if self.request.plans or self.device.type != "cuda" or self.request.state:  # steps were never compared
+        # Steps were never compared, and what was measured had all of our kernels.
+        if self.request.plans or self.device.type != "cuda" or self.request.state or kernels.refused():
             return ""
         capability = torch.cuda.get_device_capability(self.device)
         return f"{plan.name} was faster in every measurement on such a GPU" if capability in plan.settles_on else ""

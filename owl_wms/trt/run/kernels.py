@@ -41,7 +41,7 @@ def collected(z: Tensor) -> Iterator[dict[str, str]]:
     empty when there were none.
     """
     files: dict[str, str] = {}
-    machine_code = _machine_code()
+    machine_code = _imported("machine_code")
     if machine_code is None:
         yield files
         return
@@ -55,14 +55,20 @@ def collected(z: Tensor) -> Iterator[dict[str, str]]:
 
 def adopt(files: dict[str, str]) -> int:
     """Take over machine code that came with a verified program; returns how many kernels that was."""
-    machine_code = _machine_code()
+    machine_code = _imported("machine_code")
     return 0 if machine_code is None else int(machine_code.adopt(files.get(FILE, "")))
 
 
-def _machine_code() -> Any:
-    """Imports `owl_wms.ops.common.machine_code`; None where our operators cannot be imported."""
+def refused() -> dict[str, str]:
+    """Operator -> why this process computes it without one of its kernels."""
+    register = _imported("register")
+    return {} if register is None else dict(register.refused())
+
+
+def _imported(name: str) -> Any:
+    """Imports `owl_wms.ops.common.<name>`; None where our operators cannot be imported."""
     try:
-        return importlib.import_module("owl_wms.ops.common.machine_code")
+        return importlib.import_module(f"owl_wms.ops.common.{name}")
     except Exception as error:
         raise_interrupt(error)
         _LOG.debug("our operators cannot be imported: %s", error)

@@ -279,6 +279,9 @@ def test_our_plan_settles_where_it_was_measured(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     asked = SimpleNamespace(request=SimpleNamespace(plans=named, state=state), device=torch.device(device))
     assert bool(Worker.settled(asked, plans.PLANS["tensorrt+ops"])) == settled  # type: ignore[arg-type]
+    with monkeypatch.context() as lacking:  # what was measured had all of our kernels
+        lacking.setattr("owl_wms.trt.run.kernels.refused", lambda: {"resize": "no compiler"})
+        assert Worker.settled(asked, plans.PLANS["tensorrt+ops"]) == ""  # type: ignore[arg-type]
     assert Worker.settled(asked, plans.PLANS["tensorrt"]) == ""  # type: ignore[arg-type]
 
 
