@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import re
@@ -18,10 +19,12 @@ from benchmarks import (
     accuracy,
     baselines,
     decoder,
+    harness,
     kernels,
     ops,
     ops8,
     ops_sana,
+    ours,
     pictures,
     play,
     plot,
@@ -33,6 +36,9 @@ from benchmarks import (
     taehv,
     trt_matrix,
 )
+from owl_wms.ops import resize
+from owl_wms.ops.common import gpu, nvrtc
+from tests.ops.decoders import dcae
 from tests.versions.page import page
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -282,8 +288,8 @@ def test_merging_what_does_not_belong_together_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [tmp_path / "a.json", tmp_path / "b.json"]
-    for path, gpu in zip(files, ("card", "another"), strict=True):
-        path.write_text(json.dumps(matrix("aaa", "dist", gpu=gpu)))
+    for path, card in zip(files, ("card", "another"), strict=True):
+        path.write_text(json.dumps(matrix("aaa", "dist", gpu=card)))
     for module, out in ((report, []), (trt_matrix, ["--render"])):
         monkeypatch.setattr("sys.argv", ["x", *out, str(tmp_path / "o.json"), "--merge", *map(str, files)])
         with pytest.raises(SystemExit):
@@ -369,3 +375,69 @@ def test_every_step_on_a_gpu_runs_something_that_is_there() -> None:
     steps = re.search(r"\$\{\*:-([^}]+)\}", script)
     assert steps is not None
     assert sorted(steps[1].split()) == sorted(re.findall(r"^    (\w+)\) +run", script, re.M))
+
+
+@pytest.mark.parametrize(
+    ("plans", "each", "built"),
+    [
+        ([], False, [("ours bf16", "bf16", ())]),
+        (["ops", "tensorrt"], False, [("ours bf16", "bf16", ("ops", "tensorrt"))]),
+        (
+            ["ops", "tensorrt"],
+            True,
+            [("ours bf16 ops", "bf16", ("ops",)), ("ours bf16 tensorrt", "bf16", ("tensorrt",))],
+        ),
+    ],
+)
+def test_plans_are_rows_or_compete(plans: list[str], each: bool, built: list[tuple]) -> None:
+    asked = argparse.Namespace(precision=["bf16"], plans=plans, each_plan=each)
+    assert decoder.built(asked) == built
+    assert decoder.built(argparse.Namespace(precision=[], plans=plans, each_plan=each)) == []
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_an_older_gpu_s_kernels_are_taken_from_fusing_to_capture(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, with the graph's place taken: what a kernel would be compiled for, while it is captured and after."""
+    asked = []
+
+    def graph(module: torch.nn.Module, z: torch.Tensor) -> argparse.Namespace:
+        asked.append(gpu.architecture(torch.device("cuda", 0)))
+        with contextlib.suppress(Exception):  # there is no driver; the launch is noted before it is needed
+            resize.kernel_of(torch.bfloat16, pad=4).launch(torch.device("cuda", 0), grid=1, block=1, arguments=())
+        return argparse.Namespace(graphed=captured, reason="no graphs here", shape=module(z).shape)
+
+    real = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device=None, **rest: real(*shape, **rest))
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda module: module)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(ours.trt, "GraphedProgram", graph)
+    model = dcae()
+    if not captured:
+        with pytest.raises(RuntimeError, match="no graphs here"):
+            ours.build_older(model, (1, model.latent_channels, 4, 4), decoder.capability("8.9"))
+    else:
+        run, said = ours.build_older(model, (1, model.latent_channels, 4, 4), decoder.capability("8.9"))
+        assert run.shape[0] == 1  # type: ignore[attr-defined]
+        assert said == {"plan": "ops", "targets": ["resize compute_89"]}
+    assert asked == ["compute_89"]
+    assert gpu.architecture(torch.device("cuda", 0)) == "sm_90"
+    assert nvrtc.architecture_of(resize.kernel_of(torch.bfloat16, pad=4), 0) == "sm_90"
+
+
+@pytest.mark.parametrize(
+    ("seen", "asked"), [(None, "0"), ("", "0"), ("1", "1"), ("3,1", "3"), ("GPU-8b1e", "GPU-8b1e")]
+)
+def test_power_is_read_from_the_gpu_that_runs(seen: str | None, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: Any) -> argparse.Namespace:
+        assert command[-2:] == ["-i", asked]
+        return argparse.Namespace(stdout="512.5\n")
+
+    monkeypatch.setattr(harness.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert harness.watts(lambda: None, seconds=1e-4) == 512.5
