@@ -2,8 +2,14 @@
 
 Why beside `VideoDecode`: a decoder that stands inside somebody else's model is called once per image, and expects back
 what it would have computed. So nothing is stacked into clips, the caller keeps his own PyTorch path, and a call costs
-little beside the program. Whether the weights are still those of the program is looked at after the launch, while the
-GPU works; frames of old weights are thrown away.
+little beside the program.
+
+The weights are compared with those of the program after the launch, while the GPU works, and before anything waits for
+it. This order is safe for three reasons. A program computes from its own copy of the weights, so it reads nothing that
+could change meanwhile. Its frames reach the caller only if the comparison finds every weight as it was when the program
+was made; otherwise they are thrown away and decoded again. And a launch changes nothing that outlives the call but the
+program's own buffers, which every run overwrites. A change that another thread makes after the comparison comes after
+this call.
 
 Usage:
     decode = ImageDecode(decoder, batch_size=4, settings=settings)
@@ -22,6 +28,7 @@ from torch import Tensor, nn
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import FastPathError
 from owl_wms.runtime.decode import VideoDecode
+from owl_wms.runtime.decoding import Decoding
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.slot import Slot, all_finite
 
@@ -76,27 +83,39 @@ class ImageDecode(VideoDecode):
             if slot.state != "ready":
                 self._lanes.pop(one, None)
                 return None
-            frames = self._run(generation, slot, z, dtype)
+            decoding, kept, finite = self._launch(generation, slot, z, dtype)
             if any(map(_TRAINING, modules)):
                 return None
             if generation.eager.stamp.matches(self.decoder):
+                frames = kept.tensor
+                if frames is not None and finite is not None and not bool(finite):
+                    frames = self._finite(generation, decoding, z, frames)
                 self._ledger.add("fallbacks", int(frames is None))
                 self._ledger.add("frames", 0 if frames is None else len(z))
                 return frames
             self._lanes.clear()
         return None
 
-    def _run(self, generation: Generation, slot: Slot, z: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def _launch(
+        self, generation: Generation, slot: Slot, z: Tensor, dtype: torch.dtype
+    ) -> tuple[Decoding, _Frames, Tensor | None]:
+        """Runs the program without waiting for it. The frames are None if it failed.
+
+        Returns:
+            What ran it, the frames, and a scalar bool tensor that says whether all their values are finite; None where
+            this call does not look.
+        """
         kept = _Frames(dtype)
         check = slot.wants_check(self.check, generation.eager.dtype)
         decoding = self._decoding(generation.eager, slot, kept, looked=False)
         if not decoding.run(z.contiguous(), 0):
-            return None
-        frames = kept.tensor
+            kept.tensor = None
         # Looked at in the caller's dtype, where a value that the program could hold may be infinity.
-        if not check or frames is None or bool(all_finite(frames)):
-            return frames
-        truth = generation.eager(z).to(dtype)
+        return decoding, kept, all_finite(kept.tensor) if check and kept.tensor is not None else None
+
+    def _finite(self, generation: Generation, decoding: Decoding, z: Tensor, frames: Tensor) -> Tensor:
+        """Returns PyTorch's frames instead of those of the program, if it has values that only there are not finite."""
+        truth = generation.eager(z).to(frames.dtype)
         worse = int((truth.isfinite() & ~frames.isfinite()).sum())
         if not worse:
             return frames

@@ -230,6 +230,32 @@ def test_weights_that_change_under_it(fast: AcceleratedDecoder, change: Any, thr
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("first", [Offset.BY_PROGRAM, float("nan")])
+@pytest.mark.parametrize("change", ["in place", "train mode"])
+def test_a_change_while_the_program_runs(fast: AcceleratedDecoder, tools: Offset, change: str, first: float) -> None:
+    """What was launched is thrown away unseen: it is neither returned nor counted as a fault of the program."""
+    z = latents()
+    assert who(fast, z) == "program"
+    added = [first]
+
+    def run(frames: Tensor) -> Tensor:
+        if not added:
+            return frames + Offset.BY_PROGRAM
+        if change == "in place":
+            fast.original.conv_in.weight.add_(0.5)  # type: ignore[union-attr,operator]
+        else:
+            fast.original.train()
+        return frames + added.pop()
+
+    tools.damage = run
+    assert who(fast, z) == ("program" if change == "in place" else "pytorch")
+    assert not added
+    assert fast.stats().programs[1].failures == {}
+    fast.eval()
+    assert who(fast, z) == "program"
+
+
+@torch.no_grad()
 def test_hooks_on_the_decoder_itself_run_around_the_program(fast: AcceleratedDecoder, original: nn.Module) -> None:
     seen: list[str] = []
     z = latents()
