@@ -7,13 +7,15 @@ whether it works, and narrow down.
 
 Method. `works(kept)` is assumed monotone (keeping more never breaks what worked). QuickXplain (U. Junker, "QuickXplain:
 preferred explanations and relaxations for over-constrained problems", AAAI 2004) then finds an irreducible set in O(k
-log(n/k)) tries for k culprits among n. It first runs over *groups* of like modules (culprits are usually all of a
-kind), then inside the groups found. Modules that already failed when built alone are suspects: they are left there first,
-which mostly ends the search at the first try. Tries and time are bounded; when they run out the smallest set seen to
-work is the answer, marked as not minimal.
+log(n/k)) tries for k culprits among n. It runs over classes of modules first, since a build takes up to a minute and
+there are a dozen classes (depthwise convolutions of every size are one). Inside what it finds it runs over *groups* of
+like modules, and inside those over single ones. Modules that already failed when built alone are suspects: they are left
+there first, which mostly ends the search at the first try. Tries and time are bounded; when they run out the smallest
+set seen to work is the answer, marked as not minimal.
 
 Usage:
-    found = smallest_kept([["a.depth", "b.depth"], ["a.point"]], works, max_tries=16, deadline=time.monotonic() + 60)
+    classes = [[["a.depth", "b.depth"], ["c.depth"]], [["a.point"]]]
+    found = smallest_kept(classes, works, max_tries=16, deadline=time.monotonic() + 60)
     found.kept, found.minimal, found.attempts
 """
 
@@ -99,7 +101,7 @@ class _Search:
 
 
 def smallest_kept(
-    groups: Sequence[Sequence[Unit]],
+    classes: Sequence[Sequence[Sequence[Unit]]],
     works: Works,
     *,
     max_tries: int,
@@ -110,19 +112,23 @@ def smallest_kept(
     """Find which units must stay in PyTorch, given that leaving nothing there fails.
 
     Args:
-        groups: all units, like ones together; keeping all of them is PyTorch itself and is taken to work, but is no
-            answer.
+        classes: all units, in groups of like ones, and groups of one class together. Keeping all of them is PyTorch
+            itself and is taken to work, but is no answer.
         works: one try; must not raise.
         max_tries: most calls of `works`.
         deadline: `time.monotonic()` after which no further try begins.
         suspects: units that failed when built alone; tried first, and taken as necessary if they suffice.
         reason: of the failure with nothing left in PyTorch.
     """
-    units = [frozenset(group) for group in groups if group]
-    everything = _union(units)
+    levels = [
+        [_union(map(frozenset, groups)) for groups in classes],
+        [frozenset(group) for groups in classes for group in groups],
+        [frozenset([unit]) for groups in classes for group in groups for unit in sorted(group)],
+    ]
+    everything = _union(levels[0])
     search = _Search(works=works, everything=everything, max_tries=max_tries, deadline=deadline)
     search.known[frozenset()] = reason
-    if not units:
+    if not everything:
         return Isolation(kept=None, minimal=True, attempts=())
     suspected = frozenset(suspects) & everything
     kept: frozenset[Unit] | None = None
@@ -130,11 +136,10 @@ def smallest_kept(
     try:
         if suspected and suspected != everything and search.ok(suspected):
             return _found(suspected, True, search)
-        ordered = sorted(units, key=lambda group: not group & suspected)
-        kept = _union(search.explain(ordered, frozenset()))
-        singles = [frozenset([unit]) for group in ordered for unit in sorted(group) if group <= kept]
-        if len(singles) > 1:
-            kept = _union(search.explain(singles, frozenset()))
+        for level in levels:
+            parts = [part for part in level if part and (kept is None or part <= kept)]
+            if kept is None or len(parts) > 1:
+                kept = _union(search.explain(sorted(parts, key=lambda part: not part & suspected), frozenset()))
     except _OutOfBudget:
         minimal = False
         best = search.best()

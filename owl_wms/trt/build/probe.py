@@ -1,7 +1,8 @@
 """Finds the kinds of modules that cannot be built alone: the suspects that isolation begins with.
 
-Why it exists: a decoder has a dozen kinds of modules and hundreds of modules. One small build a kind costs seconds and
-usually names the culprit; trying subsets of the whole costs a whole build each.
+Why it exists: a decoder has hundreds of modules, some thirty kinds and a dozen classes of them (all depthwise 3x3
+convolutions are one class, those of one width are a kind). One small build per kind costs seconds and usually names the
+culprit; trying subsets of the whole costs a whole build each.
 
 Usage:
     prober = Prober(request, journal, device)
@@ -39,22 +40,31 @@ class Prober:
         self.probed: dict[str, str] = {}
 
     def probe(
-        self, module: nn.Module, groups: list[list[str]], precision: str, settings: dict[str, Any]
+        self, module: nn.Module, classes: list[list[list[str]]], precision: str, settings: dict[str, Any]
     ) -> dict[str, str]:
-        """Build one leaf module of each group alone; `{module path: reason}` for all modules of failing groups."""
+        """Build one leaf module of each kind alone; `{module path: reason}` for all modules of failing kinds.
+
+        One kind of each class comes first, for `PROBE_SECONDS`; then, for as long again, the other kinds of the classes
+        in which it failed; and the rest if there is time left of the first.
+
+        Args:
+            classes: of `like_units`.
+        """
         shapes = record_shapes(module, self.request.input_shape)
         children = dict(module.named_modules())
         failing: dict[str, str] = {}
         deadline = time.monotonic() + PROBE_SECONDS
-        for group in groups:
-            leaves = [path for path in group if path in shapes and next(children[path].children(), None) is None]
-            if not leaves:
-                continue
-            leaf, shape = children[leaves[0]], shapes[leaves[0]]
+
+        def buildable(path: str) -> bool:
+            return path in shapes and next(children[path].children(), None) is None
+
+        def fails(group: list[str], until: float) -> bool:
+            path = next(filter(buildable, group))
+            leaf, shape = children[path], shapes[path]
             # Keyed by what is probed: another plan's module of the same kind and shape has the same answer.
             key = f"probe|{precision}|{shape}|{_kind(leaf, [])}"
-            if key not in self.probed and time.monotonic() > deadline:
-                continue
+            if key not in self.probed and time.monotonic() > until:
+                return False
             reason = self.probed.get(key)
             if reason is None:
                 reason = self.journal.attempt(key)
@@ -64,6 +74,15 @@ class Prober:
             self.probed[key] = reason
             if reason:
                 failing.update(dict.fromkeys(group, reason))
+            return bool(reason)
+
+        known = [kinds for groups in classes if (kinds := [group for group in groups if any(map(buildable, group))])]
+        failed = [fails(kinds[0], deadline) for kinds in known]
+        for suspicious, until in ((True, deadline + PROBE_SECONDS), (False, deadline)):
+            for kinds, first in zip(known, failed, strict=True):
+                if first is suspicious:
+                    for group in kinds[1:]:
+                        fails(group, until)
         return failing
 
     def _probe_one(self, leaf: nn.Module, shape: tuple[int, ...], precision: str, settings: dict[str, Any]) -> str:
@@ -78,15 +97,30 @@ class Prober:
         return ""
 
 
-def like_units(module: nn.Module, exported: ExportedProgram) -> list[list[str]]:
-    """Module paths that call operators, grouped by what they are: a leaf's type, configuration and tensor shapes, else
-    the operators.
+def like_units(module: nn.Module, exported: ExportedProgram) -> list[list[list[str]]]:
+    """Module paths that call operators, grouped by kind, and the kinds by class.
+
+    A kind is a leaf's type, configuration and tensor shapes, else the operators. A class is the type, with the size of a
+    convolution's window and the way in which its channels are grouped. Grouped convolutions come first: they are what
+    libraries have the fewest kernels for.
     """
-    groups: dict[str, list[str]] = {}
+    kinds: dict[str, list[str]] = {}
     children = dict(module.named_modules())
     for path, operators in compiler.operators_by_module(exported).items():
-        groups.setdefault(_kind(children.get(path), operators), []).append(path)
-    return list(groups.values())
+        kinds.setdefault(_kind(children.get(path), operators), []).append(path)
+    classes: dict[str, list[list[str]]] = {}
+    for kind in kinds.values():
+        classes.setdefault(_class(children.get(kind[0])), []).append(kind)
+    return [classes[name] for name in sorted(classes, key=lambda name: not name.endswith(_GROUPED))]
+
+
+_GROUPED = ("depthwise", "grouped")
+
+
+def _class(child: nn.Module | None) -> str:
+    groups = getattr(child, "groups", 1)
+    grouped = "" if groups == 1 else _GROUPED[groups != getattr(child, "in_channels", groups)]
+    return f"{type(child).__name__} {getattr(child, 'kernel_size', '')} {grouped}"
 
 
 def _kind(child: nn.Module | None, operators: list[str]) -> str:

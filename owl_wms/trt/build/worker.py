@@ -41,8 +41,9 @@ from owl_wms.trt.spec import compile_settings, dtype_of
 
 # A graph costs memory and a copy of the output; it is recommended where it saves at least this share of the time.
 GRAPH_GAIN = 0.03
-# Bounds of the search for a module that cannot be compiled: its seconds, and the builds that it makes.
-ISOLATION_SECONDS, ISOLATION_TRIES = 60.0, 16
+# Bounds of the search for a module that cannot be compiled: the builds that it makes, and its seconds: time for a few
+# builds where one takes long (a large decoder takes 40 s), but no build is begun after this share of the whole time.
+ISOLATION_TRIES, ISOLATION_SECONDS, ISOLATION_BUILDS, ISOLATION_SHARE = 16, 60.0, 4, 0.6
 # Once a plan is usable, no further one is begun after this share of the time, or these seconds, and none is searched
 # for what fails in it: a late build must not cost the program that exists, nor make a user wait for two minutes.
 ENOUGH_SHARE, ENOUGH_SECONDS = 0.5, 60.0
@@ -69,7 +70,9 @@ class Worker:
         self.missing = missing
         self.device = torch.device(request.device)
         self.prober = Prober(request, journal, self.device)
-        self.enough = time.monotonic() + min(ENOUGH_SHARE * request.timeout_seconds, ENOUGH_SECONDS)
+        begin = time.monotonic()
+        self.enough = begin + min(ENOUGH_SHARE * request.timeout_seconds, ENOUGH_SECONDS)
+        self.last_try = begin + ISOLATION_SHARE * request.timeout_seconds
         self.usable = False
 
     def build(self, out_dir: Path) -> dict[str, Any]:
@@ -330,16 +333,19 @@ class Worker:
             self.journal.outcome(key, reason)
             return reason
 
+        first = time.monotonic()
         failure = works(frozenset())
+        one_build = time.monotonic() - first
         kept = frozenset[str]()
         if failure and plan.isolates:
             candidate.kept_reason = failure
-            groups = like_units(module, exported)
-            candidate.probes = self.prober.probe(module, groups, precision, settings)
+            classes = like_units(module, exported)
+            candidate.probes = self.prober.probe(module, classes, precision, settings)
             self.journal.stage("isolation", plan=plan.name, precision=precision, suspects=len(candidate.probes))
-            deadline = time.monotonic() + ISOLATION_SECONDS
+            deadline = time.monotonic() + max(ISOLATION_SECONDS, ISOLATION_BUILDS * one_build)
+            deadline = min(deadline, self.last_try)
             candidate.isolation = smallest_kept(
-                groups,
+                classes,
                 works,
                 max_tries=ISOLATION_TRIES,
                 deadline=min(deadline, self.enough) if self.usable else deadline,
