@@ -3,6 +3,7 @@
     python -m benchmarks.sana --check     # one minute: every operator against its reference, then whole decoders
     python -m benchmarks.sana --out benchmarks/results/sana_h200.json      # some six minutes; writes .md beside it
     python -m benchmarks.sana --isolate   # TensorRT alone: which modules it cannot run, found by itself
+    python -m benchmarks.sana --build --cache FOLDER        # only build our programs, for a later run with that cache
 
 Weights are random and seeded, nothing is downloaded. Errors are relative L2 distances from the fp32 decoder on the same
 latents. Exit status 1: a wrong result, an error above 1.2 times that of eager bf16, or no program of ours.
@@ -104,9 +105,20 @@ def compiled(decoder: nn.Module, layout: torch.memory_format) -> Run:
 
 @torch.no_grad()
 def measure(
-    form: str, name: str, precision: str, plans: tuple[str, ...], layouts: tuple[str, ...]
+    form: str,
+    name: str,
+    precision: str,
+    plans: tuple[str, ...],
+    layouts: tuple[str, ...],
+    cache: Path | None = None,
+    emit: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Returns one size: a row per candidate, and whether ours ran and is right."""
+    """Returns one size: a row per candidate, and whether ours ran and is right.
+
+    Args:
+        cache: directory of our programs; None builds one and drops it.
+        emit: receives the rows once eager and ours were timed, before the rivals are compiled, and at the end.
+    """
     batch, side, wanted_ms = SIZES[name]
     fp32, z = make(form), latents(form, batch, side)
     wanted = reference(fp32, z)
@@ -116,6 +128,7 @@ def measure(
 
     def add(candidate: str, prepare: Callable[[], tuple[Run, dict[str, Any]]]) -> None:
         row = rows[candidate] = {"form": form, "size": name, "candidate": candidate, "reason": ""}
+        row["commit"] = harness.commit()
         begin = time.perf_counter()
         try:
             run, extra = prepare()
@@ -129,16 +142,23 @@ def measure(
             console.print(f"{name}, {candidate}: {row['reason']}", markup=False)
         torch.cuda.empty_cache()
 
+    def clock() -> None:
+        for candidate, timing in measure_interleaved(runs, [z, z.flip(0)], rounds=15, warmup=2).items():
+            rows[candidate] |= {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
+            rows[candidate]["watts"] = watts(lambda candidate=candidate: runs[candidate](z))  # type: ignore[misc]
+        emit(list(rows.values()))
+
     add("eager", lambda: (eager, {}))
-    for layout in layouts:
-        add(f"torch.compile {layout}", lambda layout=layout: (compiled(copy.deepcopy(eager), LAYOUTS[layout]), {}))  # type: ignore[misc]
-    add("ours", lambda: build_ours(eager, tuple(z.shape), precision, plans))  # type: ignore[arg-type]
+    add("ours", lambda: build_ours(eager, tuple(z.shape), precision, plans, cache))  # type: ignore[arg-type]
     del fp32
-    for candidate, timing in measure_interleaved(runs, [z, z.flip(0)], rounds=15, warmup=2).items():
-        rows[candidate] |= {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
-        rows[candidate]["watts"] = watts(lambda candidate=candidate: runs[candidate](z))  # type: ignore[misc]
     ours = rows["ours"]
     ours["wanted_ms"] = wanted_ms
+    if layouts:
+        clock()
+    for layout in layouts:
+        add(f"torch.compile {layout}", lambda layout=layout: (compiled(copy.deepcopy(eager), LAYOUTS[layout]), {}))  # type: ignore[misc]
+    rows["ours"] = rows.pop("ours")  # the last line of the table
+    clock()
     fine = not ours["reason"] and ours["finite"] and ours["error"] <= MOST_ERROR * rows["eager"]["error"]
     if not fine and not ours["reason"]:
         console.print(f"{name}: error {ours['error']:.2e} of ours, {rows['eager']['error']:.2e} of eager")
@@ -147,12 +167,12 @@ def measure(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table, also printed."""
-    titles = ("size", "candidate", "ms", "p20-p80", "eager / this", "error", "W", "plan")
+    titles = ("size", "candidate", "ms", "p20-p80", "eager / this", "error", "W", "plan", "commit")
     lines = []
     eager = {row["size"]: row.get("median_ms") for row in rows if row["candidate"] == "eager"}
     for row in rows:
         if "median_ms" not in row:
-            cells = [row["size"], row["candidate"], "-", "-", "-", "-", "-", row["reason"][:80]]
+            cells = [row["size"], row["candidate"], "-", "-", "-", "-", "-", row["reason"][:80], row.get("commit", "")]
         else:
             base = eager.get(row["size"])
             goal = f" (wanted {row['wanted_ms']:.0f})" if "wanted_ms" in row else ""
@@ -166,6 +186,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['error']:.2e}",
                 f"{row['watts']:.0f}",
                 str(report.get("plan", "")),
+                row.get("commit", ""),
             ]
         lines.append(cells)
     return show(titles, lines)
@@ -207,9 +228,9 @@ def check() -> bool:
 
 
 @torch.no_grad()
-def isolate(form: str) -> tuple[dict[str, Any], bool]:
-    """Build with TensorRT alone in bf16, whose depthwise convolutions have no execution context there, and say what
-    isolation found, how long it took and whether the program survives being saved.
+def isolate(form: str, seconds: float) -> tuple[dict[str, Any], bool]:
+    """Builds with TensorRT alone in bf16, whose depthwise convolutions have no execution context there, in at most
+    `seconds`, and says what isolation found, how long it took and whether the program survives being saved.
     """
     z = latents(form, 1, 512 // PIXELS[form])
     decoder = make(form)
@@ -219,13 +240,13 @@ def isolate(form: str) -> tuple[dict[str, Any], bool]:
         input_shape=tuple(z.shape),  # type: ignore[arg-type]
         precision="bf16",
         plans=("tensorrt",),
-        timeout_seconds=420.0,
+        timeout_seconds=seconds,
     )
     row: dict[str, Any] = {"form": form, "eager_error": relative_l2(eager(z), wanted)}
     begin = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            report = trt.build_program(eager, request, Path(folder))
+            report = trt.build_program(eager, request, Path(folder), progress=_tell(form))
             row["build_seconds"] = time.perf_counter() - begin
             data = (Path(folder) / "program.pt2").read_bytes()
         programs = [trt.load_program(data, torch.device("cuda")) for _ in range(2)]
@@ -248,6 +269,18 @@ def isolate(form: str) -> tuple[dict[str, Any], bool]:
     return row, bool(row["bit_equal"]) and row["error"] <= 2 * row["eager_error"]
 
 
+def _tell(form: str) -> Callable[[dict[str, Any]], None]:
+    """Returns what prints the steps of a build as they begin, for a run that may be killed."""
+    begin = time.perf_counter()
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["stage"] != "tensorrt":
+            rest = {key: str(value)[:160] for key, value in event.items() if key not in ("stage", "elapsed")}
+            console.print(f"{form} {time.perf_counter() - begin:6.1f} s  {event['stage']} {rest or ''}", markup=False)
+
+    return tell
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -257,6 +290,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "auto"], help="of our program")
     parser.add_argument("--form", action="append", choices=list(FORMS), help="of --isolate: only these forms")
     parser.add_argument("--plan", action="append", help="of our program; every plan that applies: all")
+    parser.add_argument("--cache", type=Path, help="directory of our programs; left out: built for this run alone")
+    parser.add_argument("--build", action="store_true", help="only put our programs into --cache")
+    parser.add_argument("--seconds", type=float, default=420.0, help="of --isolate: time limit of one form")
     parser.add_argument("--compile", action="append", choices=[*LAYOUTS, "none"], help="rivals; both if left out")
     parser.add_argument("--out", type=Path, help="JSON file; a table in Markdown is written beside it")
     given = parser.parse_args(arguments)
@@ -265,24 +301,34 @@ def main(arguments: list[str] | None = None) -> int:
     if given.check:
         return 0 if check() else 1
     if given.isolate:
-        found = [isolate(form) for form in given.form or reversed(FORMS)]
+        found = [isolate(form, given.seconds) for form in given.form or reversed(FORMS)]
         finish(document("sana_isolation", None, [row for row, _ in found]), given.out)
         return 0 if all(fine for _, fine in found) else 1
-    ceilings = measure_ceilings(torch.bfloat16)
     plans = () if given.plan == ["all"] else tuple(given.plan or ["tensorrt+ops"])
     layouts = tuple(layout for layout in given.compile or LAYOUTS if layout != "none")
-    rows, fine = [], True
+    if given.build:
+        for name in given.size or SIZES:
+            z = latents("f32c32", *SIZES[name][:2])
+            _, built = build_ours(make("f32c32").bfloat16(), tuple(z.shape), given.precision, plans, given.cache)  # type: ignore[arg-type]
+            console.print(f"{name}: built in {built['build_seconds']:.0f} s, loaded in {built['load_seconds']:.1f} s")
+        return 0
+    ceilings = measure_ceilings(torch.bfloat16)
+    done, fine = list[dict[str, Any]](), True
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        result = document("sana", ceilings, [*done, *rows])
+        if given.out is not None:
+            harness.write(result, given.out)
+            given.out.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+
     for name in given.size or SIZES:
-        measured, right = measure("f32c32", name, given.precision, plans, layouts)
-        rows += measured
+        measured, right = measure("f32c32", name, given.precision, plans, layouts, given.cache, write)
+        done += measured
         fine &= right
         torch._dynamo.reset()
         torch.cuda.empty_cache()
-    result = document("sana", ceilings, rows)
-    text = markdown(result)
+    result = document("sana", ceilings, done)
     console.print(harness.origin(result))
-    if given.out is not None:
-        given.out.with_suffix(".md").write_text(text, encoding="utf-8")
     finish(result, given.out)
     return 0 if fine else 1
 

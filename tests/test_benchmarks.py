@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import owl_wms
 from benchmarks import (
     accuracy,
     baselines,
@@ -35,10 +36,13 @@ from benchmarks import (
     sana_parts,
     taehv,
     trt_matrix,
+    wrapper,
 )
 from owl_wms.ops import resize
 from owl_wms.ops.common import gpu, nvrtc
 from tests.ops.decoders import dcae
+from tests.runtime.sana import LATENTS, autoencoder
+from tests.runtime.toolchains import ExportToolchain
 from tests.versions.page import page
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -193,6 +197,21 @@ def test_checks_of_sana_hold_and_its_table_has_every_row() -> None:
     assert len(lines) == 5
     assert "4.00x" in lines[3]
     assert "TimeoutError" in lines[4]
+
+
+def test_the_wrapper_is_measured_beside_its_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    fast: Any = owl_wms.accelerate(autoencoder().decoder, cache_dir=tmp_path, toolchain=ExportToolchain())
+    row = wrapper.measure(fast, torch.randn(1, LATENTS, 4, 4), rounds=3)
+    for key in ("waited_us", "returned_us", "queued_us"):
+        whole, program, _ = row[key]
+        assert whole > 0 < program
+    assert row["before_launch_us"] > 0
+    assert row["stamp_us"] > 0
+    assert row["wrong"] in ("", "more than 30 us added to a call that is waited for")
+    assert wrapper.table([{**row, "precision": "bf16"}]).count("|") == 3 * 8
+    assert fast.stats().pytorch == {}
 
 
 # The one page there that is prose: it says how others add their results.
