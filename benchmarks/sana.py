@@ -3,7 +3,6 @@
     python -m benchmarks.sana --check     # one minute: every operator against its reference, then whole decoders
     python -m benchmarks.sana --out benchmarks/results/sana_h200.json      # some six minutes; writes .md beside it
     python -m benchmarks.sana --isolate   # TensorRT alone: which modules it cannot run, found by itself
-    python -m benchmarks.sana --build --cache FOLDER        # only build our programs, for a later run with that cache
 
 Weights are random and seeded, nothing is downloaded. Errors are relative L2 distances from the fp32 decoder on the same
 latents. Exit status 1: a wrong result, an error above 1.2 times that of eager bf16, or no program of ours.
@@ -111,12 +110,14 @@ def measure(
     plans: tuple[str, ...],
     layouts: tuple[str, ...],
     cache: Path | None = None,
+    compile_seconds: int = COMPILE_SECONDS,
     emit: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> tuple[list[dict[str, Any]], bool]:
     """Returns one size: a row per candidate, and whether ours ran and is right.
 
     Args:
         cache: directory of our programs; None builds one and drops it.
+        compile_seconds: most for a rival to compile.
         emit: receives the rows once eager and ours were timed, before the rivals are compiled, and at the end.
     """
     batch, side, wanted_ms = SIZES[name]
@@ -132,7 +133,7 @@ def measure(
         begin = time.perf_counter()
         try:
             run, extra = prepare()
-            with time_limit(COMPILE_SECONDS):
+            with time_limit(compile_seconds):
                 got = run(z)
             row |= {"prepared_seconds": time.perf_counter() - begin, "error": relative_l2(got, wanted), **extra}
             row["finite"] = bool(got.isfinite().all())
@@ -142,10 +143,11 @@ def measure(
             console.print(f"{name}, {candidate}: {row['reason']}", markup=False)
         torch.cuda.empty_cache()
 
-    def clock() -> None:
+    def clock(*, power: bool) -> None:
         for candidate, timing in measure_interleaved(runs, [z, z.flip(0)], rounds=15, warmup=2).items():
             rows[candidate] |= {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
-            rows[candidate]["watts"] = watts(lambda candidate=candidate: runs[candidate](z))  # type: ignore[misc]
+            drawn = watts(lambda candidate=candidate: runs[candidate](z)) if power else math.nan  # type: ignore[misc]
+            rows[candidate]["watts"] = drawn
         emit(list(rows.values()))
 
     add("eager", lambda: (eager, {}))
@@ -154,11 +156,11 @@ def measure(
     ours = rows["ours"]
     ours["wanted_ms"] = wanted_ms
     if layouts:
-        clock()
+        clock(power=False)
     for layout in layouts:
         add(f"torch.compile {layout}", lambda layout=layout: (compiled(copy.deepcopy(eager), LAYOUTS[layout]), {}))  # type: ignore[misc]
     rows["ours"] = rows.pop("ours")  # the last line of the table
-    clock()
+    clock(power=True)
     fine = not ours["reason"] and ours["finite"] and ours["error"] <= MOST_ERROR * rows["eager"]["error"]
     if not fine and not ours["reason"]:
         console.print(f"{name}: error {ours['error']:.2e} of ours, {rows['eager']['error']:.2e} of eager")
@@ -291,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--form", action="append", choices=list(FORMS), help="of --isolate: only these forms")
     parser.add_argument("--plan", action="append", help="of our program; every plan that applies: all")
     parser.add_argument("--cache", type=Path, help="directory of our programs; left out: built for this run alone")
-    parser.add_argument("--build", action="store_true", help="only put our programs into --cache")
+    parser.add_argument("--compile-seconds", type=int, default=COMPILE_SECONDS, help="most for a rival to compile")
     parser.add_argument("--seconds", type=float, default=420.0, help="of --isolate: time limit of one form")
     parser.add_argument("--compile", action="append", choices=[*LAYOUTS, "none"], help="rivals; both if left out")
     parser.add_argument("--out", type=Path, help="JSON file; a table in Markdown is written beside it")
@@ -306,12 +308,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if all(fine for _, fine in found) else 1
     plans = () if given.plan == ["all"] else tuple(given.plan or ["tensorrt+ops"])
     layouts = tuple(layout for layout in given.compile or LAYOUTS if layout != "none")
-    if given.build:
-        for name in given.size or SIZES:
-            z = latents("f32c32", *SIZES[name][:2])
-            _, built = build_ours(make("f32c32").bfloat16(), tuple(z.shape), given.precision, plans, given.cache)  # type: ignore[arg-type]
-            console.print(f"{name}: built in {built['build_seconds']:.0f} s, loaded in {built['load_seconds']:.1f} s")
-        return 0
     ceilings = measure_ceilings(torch.bfloat16)
     done, fine = list[dict[str, Any]](), True
 
@@ -322,7 +318,9 @@ def main(arguments: list[str] | None = None) -> int:
             given.out.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
 
     for name in given.size or SIZES:
-        measured, right = measure("f32c32", name, given.precision, plans, layouts, given.cache, write)
+        measured, right = measure(
+            "f32c32", name, given.precision, plans, layouts, given.cache, given.compile_seconds, write
+        )
         done += measured
         fine &= right
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Measures what a call of an accelerated decoder costs beside its program: AutoencoderDC f32c32, one 1024x1024 picture.
+"""Measures what a call of an accelerated decoder (AutoencoderDC f32c32) costs beside its program.
 
     python -m benchmarks.wrapper --cache FOLDER --out build/wrapper.json     # a program from the cache, or built there
 
@@ -30,7 +30,6 @@ from benchmarks.sana import SIZES, latents, make
 from benchmarks.stamp import microseconds
 from owl_wms.runtime.accelerated import AcceleratedDecoder
 
-SIZE = "1 x 1024x1024"
 MOST_US = 30.0
 QUEUED = 20
 Call = Callable[[Tensor], Tensor]
@@ -100,7 +99,7 @@ def _lane(fast: AcceleratedDecoder) -> Any:
 @torch.no_grad()
 def measure(fast: AcceleratedDecoder, z: Tensor, rounds: int) -> dict[str, Any]:
     """Returns the row of one accelerated decoder; `wrong` says what is not as it should be."""
-    row: dict[str, Any] = {"size": SIZE, "commit": commit(), "wrong": ""}
+    row: dict[str, Any] = {"latents": list(z.shape), "commit": commit(), "wrong": ""}
     frames = fast(z)
     generation, slot, _ = _lane(fast)
     program = slot.loaded.program
@@ -127,12 +126,22 @@ def measure(fast: AcceleratedDecoder, z: Tensor, rounds: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table, also printed."""
-    titles = ("precision", "us added: waited for", "returned", "queued", "before launch", "weights compared", "remark")
+    titles = (
+        "latents",
+        "precision",
+        "us added: waited for",
+        "returned",
+        "queued",
+        "before launch",
+        "weights compared",
+        "remark",
+    )
     lines = []
     for row in rows:
         added = [f"{row[key][2]:.1f} ({row[key][1]:.0f})" for key in ("waited_us", "returned_us", "queued_us")]
+        size = "x".join(map(str, row["latents"]))
         lines.append(
-            [row["precision"], *added, f"{row['before_launch_us']:.1f}", f"{row['stamp_us']:.1f}", row["wrong"]]
+            [size, row["precision"], *added, f"{row['before_launch_us']:.1f}", f"{row['stamp_us']:.1f}", row["wrong"]]
         )
     return show(titles, lines)
 
@@ -140,27 +149,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="1 x 1024x1024", help="of the pictures")
     parser.add_argument(
-        "--precision", action="append", choices=["bf16", "fp16", "auto"], help="bf16 and auto if left out"
+        "--precision", choices=["bf16", "auto"], action="append", help="of the program; both if not given"
     )
     parser.add_argument("--cache", type=Path, help="directory of programs; left out: built for this run alone")
-    parser.add_argument("--build", action="store_true", help="only put the programs into --cache")
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=200, help="calls of each kind")
     parser.add_argument("--out", type=Path, help="JSON file")
     given = parser.parse_args(arguments)
     require_gpu(parser)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for precision in given.precision or ["bf16", "auto"]:
-            cache = given.cache or Path(folder)
             decoder = make("f32c32").bfloat16()
+            cache = given.cache or Path(folder)
             fast: Any = owl_wms.accelerate(decoder, precision=precision, cache_dir=cache, strict=True)
-            z = latents("f32c32", *SIZES[SIZE][:2])
-            if given.build:
-                with torch.no_grad():
-                    fast(z)
-                continue
-            rows.append(measure(fast, z, given.rounds))
+            rows.append(measure(fast, latents("f32c32", *SIZES[given.size][:2]), given.rounds))
             if given.out is not None:
                 write(document("wrapper", None, rows), given.out)
     table(rows)
