@@ -163,7 +163,7 @@ class Course:
     def fine(self) -> bool:
         """Returns whether ours is near enough to fp32."""
         worst = {label: max(strays) for label, strays in self._errors.items()}
-        return "ours" in worst and worst["ours"] <= MOST_ERROR * worst["eager"]
+        return "ours" in worst and worst["ours"] <= MOST_ERROR * worst.get("eager", 0.0)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

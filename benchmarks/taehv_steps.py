@@ -84,11 +84,13 @@ def compiled(decoder: TAEHVDecoder, latent: Tensor, state: State) -> Step:
     laid_out = Stepping(decoder.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     module = torch.compile(laid_out, dynamic=False, backend="eager" if on_cpu else "inductor")
     like = laid_out(latent, *state)[1:]
+    orders = {like[0].stride()}
 
     def step(latent: Tensor, state: State) -> tuple[Tensor, State]:
-        if state[0].stride() != like[0].stride():  # the first one of a stream; another order would compile anew
+        if state[0].stride() not in orders:  # the first one of a stream; for another order it would be compiled anew
             state = tuple(torch.empty_like(other).copy_(tensor) for other, tensor in zip(like, state, strict=True))
         frames, *following = module(latent, *state)
+        orders.add(following[0].stride())
         return frames, tuple(following)
 
     return step
