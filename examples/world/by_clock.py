@@ -29,13 +29,14 @@ from holding import FPS, Player, Truth, looks_of, measure
 from own_history import playing
 from safetensors.torch import load_file
 from stages import smaller
-from torch import Tensor
+from torch import Tensor, nn
 from train import FIRST_SEED, collect, make_codec, say, whiten
 
 from owl_wms.configs.world import WorldConfig, load_world_config, with_files_found
 from owl_wms.media.pictures import contact_sheet, to_bytes
 from owl_wms.models import GameRFT
 from owl_wms.models.latents import LatentSpace
+from owl_wms.vae.eight_bits import packed, unpacked
 
 HERE = Path(__file__).resolve().parent
 DATA_SHARE, MEASURE_SHARE = 0.19, 0.115  # of the time; the rest is training
@@ -74,7 +75,14 @@ def shipped(device: torch.device) -> Player:
     model = GameRFT(cfg.model)
     model.load_state_dict(load_file(HERE / "game_rft.safetensors"))
     sampler = {k: v for k, v in (cfg.train.sampler_kwargs or {}).items() if k != "num_frames"}
-    return Player(playing(model.core, device), LatentSpace.of(cfg.train).to(device), sampler)
+    return Player(playing(model.core.to(device), device), LatentSpace.of(cfg.train).to(device), sampler)
+
+
+def eight_bits(trainer: ClockTrainer) -> nn.Module:
+    """The averaged core as it is read from a file with 8 bits a weight."""
+    model = GameRFT(trainer.model_cfg)
+    model.load_state_dict(unpacked(packed(trainer.ema.model.state_dict()), "8 bits"))
+    return playing(model.core.to(trainer.device), trainer.device)
 
 
 def judge(
@@ -105,6 +113,7 @@ def judge(
     }
     if not args.small:
         players = {"2 steps": players.pop("2 steps"), "shipped before": lambda: shipped(device), **players}
+        players["2 steps, 8 bits"] = lambda: Player(eight_bits(trainer), trainer.space, sampler)
         players["2 steps, history at 0.05"] = lambda: Player(core, trainer.space, {**sampler, "noise_prev": 0.05})
         players["2 steps, history at 0.25"] = lambda: Player(core, trainer.space, {**sampler, "noise_prev": 0.25})
     longest = 0.0

@@ -78,8 +78,9 @@ class WorldModelConfig(StrictModel):
     `video_head_norm` belongs to `game_rft_audio`: False for weights of upstream before 2025-07-28, whose picture head
     has no layer norm before it. `rest_has_direction` False gives a mouse at rest no direction; upstream's weights were
     trained with True.
-    `predicts` belongs to `game_rft`: "data" lets the network predict the clean frame, from which the velocity follows,
-    so that a narrow network need not carry the noise from its input to its output; upstream's predict velocities.
+    `predicts` belongs to `game_rft`: with "remainder" the network predicts what the velocity leaves of the noisy frame,
+    which at level 1 is the clean frame, so that a narrow network need not carry the noise from its input to its output;
+    upstream's weights predict the velocity.
     `n_mouse_axes`, `patch_size` and `audio_tokens` are accepted because shipped files have them; no model reads them.
     """
 
@@ -95,7 +96,7 @@ class WorldModelConfig(StrictModel):
     n_mouse_axes: PositiveInt = 2
     control_hidden: PositiveInt = 2048
     rest_has_direction: bool = True
-    predicts: Literal["velocity", "data"] = "velocity"
+    predicts: Literal["velocity", "remainder"] = "velocity"
     video_head_norm: bool = True
     n_frames: PositiveInt = 120
     cfg_prob: float = 0.1

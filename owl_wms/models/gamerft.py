@@ -26,9 +26,6 @@ from owl_wms.nn.modulation import FinalProjection
 from owl_wms.nn.ring_cache import Cache
 from owl_wms.nn.setting import latent_grid, setting
 
-CLOSEST = 0.1
-"""Levels below it are taken for it where a predicted clean frame becomes a velocity, which divides by the level."""
-
 
 class ConditionedCore(nn.Module):
     """The part that video and audio models share: transformer, condition, and the video's projections.
@@ -104,13 +101,13 @@ class ConditionedCore(nn.Module):
 class GameRFTCore(ConditionedCore):
     """The network itself.
 
-    With `predicts: data` its last layer gives the clean frame f, and the velocity is (x - f) / max(t, 0.1). Source: Li
-    and He, "Back to basics: let denoising generative models denoise" (2025), whose bound is 0.05.
+    With `predicts: remainder` its last layer gives r and the velocity is x - r: r = (2 - t) data - (1 - t) noise, in
+    which there is no noise at t = 1, where sampling begins, and little for the next steps.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self._predicts_data = setting(config, "predicts", "velocity") == "data"
+        self._predicts_remainder = setting(config, "predicts", "velocity") == "remainder"
 
     def forward(
         self,
@@ -137,9 +134,8 @@ class GameRFTCore(ConditionedCore):
         cond = self.condition(t, mouse, btn, has_controls)
         tokens = self.transformer(self.video_tokens(x), cond, doc_id, kv_cache)
         out: Tensor = self.proj_out(tokens, cond).transpose(2, 3).unflatten(3, x.shape[3:])
-        if self._predicts_data:
-            level = t.float().clamp(min=CLOSEST)[..., None, None, None]
-            out = ((x.float() - out.float()) / level).to(x.dtype)
+        if self._predicts_remainder:
+            out = x - out
         return out
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from owl_wms.errors import CheckpointError
 from owl_wms.files import at_home
 from owl_wms.vae.dcae import Variant
+from owl_wms.vae.eight_bits import unpacked
 from owl_wms.vae.layouts import flat_weights
 from owl_wms.vae.spellings import direction, respelled
 from owl_wms.vae.weight_files import read_content
@@ -33,7 +34,7 @@ LATER_KEY = "residuals.0.proj.bias"
 
 
 def read_state_dict(path: Path | str, *, prefer_ema: bool = True) -> dict[str, Tensor]:
-    """Returns the weights of a checkpoint by flat names, on the CPU, without wrapper prefixes.
+    """Returns the weights of a checkpoint by flat names, on the CPU, without wrapper prefixes; 8 bits become fp32.
 
     Args:
         path: any file or folder that `weight_files.read_content` reads.
@@ -43,7 +44,7 @@ def read_state_dict(path: Path | str, *, prefer_ema: bool = True) -> dict[str, T
         CheckpointError: the file is missing, empty, truncated, not a checkpoint, or would run code when unpickled; or
             it holds no weights, or several sets between which nothing decides.
     """
-    return flat_weights(read_content(path), path, prefer_ema=prefer_ema)
+    return unpacked(flat_weights(read_content(path), path, prefer_ema=prefer_ema), path)
 
 
 def detect_variant(part: Mapping[str, Tensor], *, skip_residuals: bool = False) -> Variant:

@@ -120,9 +120,9 @@ MISTAKES = [
     (_changed("train", "sampler_id", "av_cachin"), "train.sampler_id", "did you mean 'av_caching'?"),
     (_changed("train", "vae_scale", 0.0), "train.vae_scale", "must be above 0, received 0.0"),
     (_changed("train", "vae_scale", "0.63"), "train.vae_scale", "valid number"),
-    (_changed("model", "predicts", "noise"), "model.predicts", "'velocity' or 'data'"),
+    (_changed("model", "predicts", "noise"), "model.predicts", "'velocity' or 'remainder'"),
     (
-        {"model": {**DIT_V4["model"], "has_audio": True, "tokens_per_frame": 65, "predicts": "data"}, "train": {}},
+        {"model": {**DIT_V4["model"], "has_audio": True, "tokens_per_frame": 65, "predicts": "remainder"}, "train": {}},
         "model.predicts",
         "must be velocity for a model with audio",
     ),
