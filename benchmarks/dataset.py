@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="the demo's decoder and a few frames, on CPUs")
     arguments = parser.parse_args()
     began, toy = time.monotonic(), arguments.toy
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the commands in work are ended, and the files removed
     if not toy:
         require_gpu(parser)
     seen = 2 if toy else torch.cuda.device_count()
@@ -265,7 +266,7 @@ def main() -> None:
         fits = max(8, int(length * room / needed) // 8 * 8)
         print(f"{arguments.folder} has {room >> 30} GiB: items of {fits} frames instead of {length}", flush=True)
         length, long = fits, fits * 40
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+    with tempfile.TemporaryDirectory(prefix="owl-wms-dataset-", dir=arguments.folder) as name:
         folder = Path(name)
         decoder = make_inputs(folder, items, length, long, toy)
         with ThreadPoolExecutor(1) as pool:
