@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -19,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from owl_wms.media import sinks
+from owl_wms.media import sinks, video
 from owl_wms.media.latents import LatentFile
 from owl_wms.media.video import read_video
 from owl_wms.timing import Spent
@@ -115,6 +116,41 @@ def test_quality_and_preset_reach_the_encoder(place: Path, encoder: str) -> None
         assert call(place, "decode", "latents.pt", *more) == 0
         sizes.append(out.stat().st_size)
     assert sizes[0] > 3 * sizes[1]
+
+
+class WithoutChip:
+    """PyAV on a GPU that encodes no video, such as an H200: NVENC is there, and opening it fails."""
+
+    def __init__(self, failure: Exception) -> None:
+        context = SimpleNamespace(open=raising(failure))
+        self.CodecContext = SimpleNamespace(create=lambda *_: context)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(av, name)
+
+
+def raising(failure: Exception) -> Any:
+    def call() -> None:
+        raise failure
+
+    return call
+
+
+@pytest.mark.parametrize("kind", [av.error.ExternalError, av.error.PermissionError, av.error.NotImplementedError])
+def test_a_gpu_without_an_encoder_is_said_in_one_line(
+    place: Path,  # noqa: F811
+    kind: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(video, "pyav", lambda _: WithoutChip(kind(1, "no capable devices found")))
+    more = ("--out", str(place / "x.mp4"), "--encoder", "h264_nvenc")
+    capsys.readouterr()
+    assert call(place, "decode", "latents.pt", *more) == 2
+    said = capsys.readouterr().err
+    assert said == "error: --encoder h264_nvenc: cannot be opened on this machine; use libx264\n"
+    assert not (place / "x.mp4").exists()
+    assert video.choose_encoder("auto") == ("libx264", "veryfast")
 
 
 def test_y4m_on_standard_output_is_read_back(place: Path) -> None:  # noqa: F811
