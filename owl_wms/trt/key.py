@@ -38,7 +38,7 @@ MACHINE_FIELDS = (
     "torch", "triton", "torch_tensorrt", "tensorrt", "cuda", "nvrtc", "cudnn", "driver", "gpu", "compute_capability",
     "sm_count", "python",
 )  # fmt: skip
-SOURCES = ("trt", "fused", "ops", "vae", "request.py", "state.py", "cudnn.py", "timing.py")
+SOURCES = ("trt", "fused", "ops", "vae", "request.py", "state.py", "cudnn.py", "timing.py", "device_order.py")
 """Folders and files of `owl_wms` whose sources shape a program: whatever a lowering loads, so that a change of one of
 them builds anew. `tests/runtime/test_counts.py` holds it to that.
 """
