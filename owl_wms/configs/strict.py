@@ -78,6 +78,7 @@ FloatPair = Annotated[tuple[float, float], BeforeValidator(_to_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_to_tuple)]
 ThreeSwitches = Annotated[tuple[bool, bool, bool], BeforeValidator(_to_tuple)]
 Size = Annotated[int | tuple[int, int], BeforeValidator(_to_size)]
+Seed = Annotated[int, Field(ge=-(1 << 32), le=1 << 32)]  # of a step: times 1,000,003 and the ranks, within 64 bits
 Kwargs = Annotated[dict[str, Any], AfterValidator(_freeze)]
 
 

@@ -25,6 +25,7 @@ from owl_wms.configs.strict import (
     Floats,
     Kwargs,
     PositiveInt,
+    Seed,
     Size,
     StrictModel,
     parse,
@@ -239,7 +240,7 @@ class TrainingConfig(StrictModel):
     sampler_id: SamplerId | None = None
     sampler_kwargs: Kwargs | None = None
     eval_sample_dir: PathText | None = None
-    seed: int = 0
+    seed: Seed = 0
     max_steps: PositiveInt | None = None
     fps: PositiveInt = 60
     levels: LevelsConfig = LevelsConfig()

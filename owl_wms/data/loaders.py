@@ -55,7 +55,11 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "batch_columns": (Sequence,),
     "unlabelled_frac": (int, float),
     "num_workers": (int,),
+    "seed": (int,),
 }
+MOST_WORKERS = 512
+"""Reading processes of one rank; each is started before the first batch, and a machine has few hundred cores."""
+MOST_SEED = 1 << 32
 
 
 class Loader(Protocol):
@@ -125,10 +129,10 @@ def get_loader(
     Args:
         data_id: one of the table above.
         batch_size: samples in a batch on this rank; 1 for `sequence_packing`, whose masks serve one packed sequence.
-        seed: of every random choice.
+        seed: of every random choice, -2^32 to 2^32.
         rank: this process among `world_size`.
         world_size: processes that share the data.
-        num_workers: reading processes, 0 for none.
+        num_workers: reading processes, 0 for none, at most `MOST_WORKERS`.
         batch_key: the configuration's key that `batch_size` comes from, for messages.
         **kwargs: `data_kwargs` of the configuration: dataset_path, window_length, batch_columns, stride,
             include_truncated for tables; bucket_name, prefix, window_length, file_share_max (and unlabelled_frac,
@@ -149,9 +153,10 @@ def get_loader(
         raise ConfigError(
             f"data_id {data_id!r}: {error}; it takes {', '.join(allowed)}", key="train.data_kwargs"
         ) from error
-    given = {**kwargs, "num_workers": num_workers}
+    given = {**kwargs, "num_workers": num_workers, "seed": seed}
     odd = next((name for name, value in given.items() if not isinstance(value, _KINDS.get(name, object))), None)
-    odd = "num_workers" if odd is None and num_workers < 0 else odd
+    odd = "num_workers" if odd is None and not 0 <= num_workers <= MOST_WORKERS else odd
+    odd = "seed" if odd is None and not -MOST_SEED <= seed <= MOST_SEED else odd
     if odd is not None:
         raise ConfigError(f"data_id {data_id!r}: {odd} cannot be {given[odd]!r:.80}", key=f"train.data_kwargs.{odd}")
     return build(share, **kwargs)

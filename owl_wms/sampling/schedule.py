@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from owl_wms.errors import ConfigError
 
 _SHIFT = 3.0
+MOST_STEPS = 10_000
+"""Steps per frame; levels of more would be closer than bf16 can tell them."""
 
 
 def get_sd3_euler(n_steps: int) -> Tensor:
@@ -19,13 +22,15 @@ def get_sd3_euler(n_steps: int) -> Tensor:
     Noise levels are s(u) = 3u / (1 + 2u) at u = 1, (n-1)/n, ..., 1/n, then 0 (Esser et al. 2024, section 5.3.2).
 
     Args:
-        n_steps: at least 1.
+        n_steps: 1 to `MOST_STEPS`.
 
     Returns:
         [n_steps] fp32 on the CPU, positive, adding up to 1; for 4 steps 0.1, 0.15, 0.25, 0.5.
     """
-    if n_steps < 1:
-        raise ConfigError(f"n_steps must be at least 1, got {n_steps}", key="n_steps")
+    if not isinstance(n_steps, Integral) or n_steps < 1:
+        raise ConfigError(f"n_steps must be at least 1, got {n_steps!r}", key="n_steps")
+    if n_steps > MOST_STEPS:
+        raise ConfigError(f"n_steps must be at most {MOST_STEPS}, got {n_steps}", key="n_steps")
     u = torch.arange(n_steps, -1, -1, dtype=torch.float64, device="cpu") / n_steps
     levels = _SHIFT * u / (1 + (_SHIFT - 1) * u)
     return (levels[:-1] - levels[1:]).float()

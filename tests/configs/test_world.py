@@ -114,6 +114,8 @@ MISTAKES = [
     (_changed("train", "use_tensorrt", "true"), "train.use_tensorrt", "valid boolean, received 'true' (str)"),
     (_changed("train", "opt_kwargs", {"momentun": 1}), "train.opt_kwargs.momentun", "did you mean 'momentum'?"),
     (_changed("train", "opt_kwargs", 3), "train.opt_kwargs", "valid dictionary"),
+    (_changed("train", "seed", 2**62), "train.seed", "less than or equal to 4294967296"),
+    (_changed("train", "seed", -(2**33)), "train.seed", "greater than or equal to -4294967296"),
     (_changed("train", "gen_p", 1.5), "train.gen_p", "within 0..1"),
     (_changed("train", "data_id", "cod_s3_audi"), "train.data_id", "did you mean 'cod_s3_audio'?"),
     (_changed("train", "sample_data_id", "cods"), "train.sample_data_id", "did you mean 'cod'?"),

@@ -214,7 +214,8 @@ def test_batches_stay_on_the_cpu_beside_another_default_device(tmp_path: Path, d
 @pytest.mark.parametrize(
     ("name", "value"),
     [("dataset_path", None), ("dataset_path", 5), ("batch_columns", None), ("batch_columns", 3)]
-    + [("num_workers", value) for value in (-1, 1.5, "x", None)],
+    + [("num_workers", value) for value in (-1, 1.5, "x", None, 513, 2**31)]
+    + [("seed", value) for value in (2**33, -(2**33), 1.5, None)],
 )
 def test_arguments_of_other_types_are_one_error(tmp_path: Path, data_id: str, name: str, value: Any) -> None:
     given = {"dataset_path": str(tmp_path), "window_length": 3, "batch_columns": ["mouse"], "num_workers": 0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -42,8 +44,12 @@ def test_custom_schedules_end_at_zero_and_stay_untouched() -> None:
 def test_schedules_that_do_not_fall_from_one_are_refused(schedule: list[float]) -> None:
     with pytest.raises(ConfigError, match="fall strictly"):
         custom_deltas(schedule)
-    with pytest.raises(ConfigError, match="at least 1"):
-        get_sd3_euler(0)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 0.5, 2.0, 10_001, 2**31, 2**70, float("nan"), float("inf"), "4", None])
+def test_numbers_of_steps_that_are_none_are_refused(steps: Any) -> None:
+    with pytest.raises(ConfigError, match="n_steps must be at"):
+        get_sd3_euler(steps)
 
 
 def test_zlerp_ends() -> None:
