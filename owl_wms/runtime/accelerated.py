@@ -42,6 +42,7 @@ MAX_PROGRAMS = 8
 """Programs in memory at once; each holds a copy of the weights, and latents of ever new sizes would fill a GPU."""
 LARGEST_TILE = 128
 """Side of a tile in pixels of the last stage with attention: 1,024 of the picture's for f32c32."""
+DEVICES = ("cuda", "cpu")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LOG = logging.getLogger("owl_wms.runtime")
 # What this module keeps for itself; everything else that is set on it belongs to the wrapped decoder.
@@ -311,6 +312,8 @@ def why_pytorch(original: nn.Module, z: Any, dims: int = 4) -> str:
         return "no plain tensor"
     if z.dim() != dims or not z.shape[0] or z.dtype not in FLOATS or z.layout is not torch.strided:
         return "no batch of float latents"
+    if z.device.type not in DEVICES:  # meta tensors have shapes only
+        return "neither on a GPU nor on the CPU"
     if original.training:
         return "train mode"
     if torch.is_grad_enabled() and (z.requires_grad or any(p.requires_grad for p in original.parameters())):

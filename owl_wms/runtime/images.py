@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.slot import Slot, all_finite
 
 _TRAINING = operator.itemgetter("training")
+_Place: TypeAlias = tuple[torch.device, tuple[int, ...]]
+"""Device of the latents and their shape `(c, h, w)`."""
+_Lane: TypeAlias = tuple[Generation, Slot, list[dict[str, Any]]]
+"""What a program was made from, its state, and the attributes of the decoder's modules."""
 
 
 class _Frames:
@@ -51,7 +55,7 @@ class ImageDecode(VideoDecode):
 
     def __init__(self, decoder: nn.Module, **options: Any) -> None:
         super().__init__(decoder, **options)
-        self._lanes: dict[tuple[int, ...], tuple[Generation, Slot, list[dict[str, Any]]]] = {}
+        self._lanes: dict[_Place, _Lane] = {}
 
     @uncompiled
     @torch.no_grad()
@@ -70,18 +74,18 @@ class ImageDecode(VideoDecode):
         Raises:
             FastPathError: in strict mode.
         """
-        one = tuple(z.shape[1:])
+        place = z.device, tuple(z.shape[1:])
         for _ in range(2):  # weights that changed since the last call cost one more look
-            lane = self._lanes.get(one) or self._lane(one, z.device)
+            lane = self._lanes.get(place) or self._lane(place)
             if lane is not None and not cast and lane[0].dtype is not z.dtype:
-                lane = self._lane(one, z.device)  # the weights may have been cast since
+                lane = self._lane(place)  # the weights may have been cast since
                 if lane is not None and lane[0].dtype is not z.dtype:
                     return None
             if lane is None:
                 return None
             generation, slot, modules = lane
             if slot.state != "ready":
-                self._lanes.pop(one, None)
+                self._lanes.pop(place, None)
                 return None
             decoding, kept, finite = self._launch(generation, slot, z, dtype)
             if any(map(_TRAINING, modules)):
@@ -123,8 +127,9 @@ class ImageDecode(VideoDecode):
         decoding.failed(FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
         return truth
 
-    def _lane(self, one: tuple[int, ...], device: torch.device) -> tuple[Generation, Slot, list[dict[str, Any]]] | None:
+    def _lane(self, place: _Place) -> _Lane | None:
         """The program of one latent shape and what it was made from, found or built; None where there is none."""
+        device, one = place
         tensors = (*self.decoder.parameters(), *self.decoder.buffers())
         if any(tensor.device != device for tensor in tensors):  # some offloading leaves weights elsewhere, or nowhere
             return None
@@ -136,7 +141,7 @@ class ImageDecode(VideoDecode):
             return None
         lane = generation, slot, [vars(module) for module in self.decoder.modules()]
         if self._generation is generation:  # not one that a recording made for itself
-            self._lanes[one] = lane
+            self._lanes[place] = lane
         return lane
 
     def has_program(self, one: tuple[int, ...]) -> bool:

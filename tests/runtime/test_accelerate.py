@@ -281,6 +281,18 @@ def test_inference_mode_channels_last_and_views(fast: AcceleratedDecoder) -> Non
 
 
 @torch.no_grad()
+def test_latents_without_values_are_pytorchs(fast: AcceleratedDecoder) -> None:
+    z = latents()
+    assert who(fast, z) == "program"
+    for decode in (fast, fast.original):
+        with pytest.raises(RuntimeError, match="device meta"):
+            decode(z.to("meta"))
+    assert who(fast, z) == "program"
+    fast.to("meta")
+    assert fast(z.to("meta")).shape == (1, 3, 8, 8)
+
+
+@torch.no_grad()
 def test_threads_get_their_own_frames(fast: AcceleratedDecoder, tools: Offset) -> None:
     given = [latents() for _ in range(24)]
     with ThreadPoolExecutor(6) as pool:

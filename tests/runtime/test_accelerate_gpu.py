@@ -44,6 +44,8 @@ def test_on_the_gpu_with_real_programs_and_real_offloading(tmp_path: Path) -> No
     z = z[:1]
     wanted, eager = wanted[:1], (plain.decode(z).sample - wanted[:1]).norm()
     assert error() <= 1.2
+    with pytest.raises(RuntimeError):  # PyTorch's own, as from the plain decoder
+        fast.decoder(z.cpu())
     before = fast.decoder(z)
     launched = fast.decoder(z)
     for parameter in fast.decoder.parameters():  # while the GPU still works on the call before
