@@ -16,6 +16,7 @@ Usage:
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,8 +58,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "num_workers": (int,),
     "seed": (int,),
 }
-MOST_WORKERS = 512
-"""Reading processes of one rank; each is started before the first batch, and a machine has few hundred cores."""
+MOST_WORKERS = 64 + 4 * (os.cpu_count() or 1)
+"""Reading processes of one rank. All are started before the first batch, and many more would take the machine down."""
 MOST_SEED = 1 << 32
 
 
