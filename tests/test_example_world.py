@@ -194,6 +194,7 @@ def test_rates_levels_and_own_frames_follow_the_clock(script: ModuleType) -> Non
     assert [plan.horizon(share) for share in (0.58, 0.71, 0.72, 0.86, 1.0)] == [8, 8, 16, 24, 24]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_attention_of_the_clock_sees_what_the_models_own_sees(script: ModuleType) -> None:
     built = importlib.import_module("clock_trainer").BuiltMasks(6, 4, 3, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
@@ -228,3 +229,32 @@ def test_training_by_the_clock_learns_from_own_frames_and_leaves_weights(script:
     sizes = [sum(value.numel() for value in part.values()) for part in parts]
     assert max(sizes) < 2 * min(sizes)
     GameRFT(cfg.model).load_state_dict(parts[0] | parts[1])
+
+
+def test_a_world_holds_until_its_first_bound_breaks(script: ModuleType) -> None:
+    """Three worlds, of which the still one loses its picture after a second and the one that walks its sharpness."""
+    holding = importlib.import_module("holding")
+    generator = torch.Generator().manual_seed(0)
+    shown = sorted({1, *range(0, 61, 10), *range(61)})
+    frames = torch.rand(3, 1, 4, 40, 64, generator=generator).expand(-1, len(shown), -1, -1, -1).clone()
+    spread = torch.ones(3, len(shown))
+    truth = holding.Truth(
+        latents=torch.zeros(3, 1, 1, 1, 1),
+        mouse=torch.zeros(3, 72, 2),
+        buttons=torch.zeros(3, 72, 11),
+        shown=shown,
+        drawn=frames,
+        decoded=frames,
+        spread=spread,
+        windows=[0, 20, 40],
+    )
+    assert holding.looks_of(frames, spread, truth)[1]["survival"]["median_seconds"]["all"] == 3.5, (
+        "the game: to the end"
+    )
+    made = frames.clone()
+    made[0, 25:] = made[0, 25:].flip(-1)  # the colours stay, the picture does not
+    made[2, 45:] = 0.5 * made[2, 45:] + 0.25
+    found = holding.looks_of(made, spread, truth)[1]
+    assert found["survival"]["median_seconds"] == {"all": 2.5, "still": 1.5, "turn": 3.5, "walk": 2.5}
+    assert found["still_db_to_own_first"][20] == 60
+    assert found["sharpness"]["walk"]["1s"] == 1

@@ -29,7 +29,6 @@ import torch
 from control import Bench, Clips, Settings
 from episodes import Episodes, MemoryLoader, record
 from own_history import OwnHistoryLoader
-from safetensors.torch import load_file
 from stages import STAGES, Progress, Stage, carry, make_trainer, smaller
 from torch import Tensor, nn
 
@@ -37,6 +36,7 @@ from owl_wms.configs.world import WorldConfig, load_world_config, with_files_fou
 from owl_wms.media.pictures import contact_sheet, to_bytes
 from owl_wms.models import GameRFT
 from owl_wms.models.latents import LatentSpace, Whitener
+from owl_wms.trainers.checkpoints import load_core_weights
 from owl_wms.vae import fold_weight_norm, load_decoder, load_encoder
 
 HERE = Path(__file__).resolve().parent
@@ -222,7 +222,7 @@ def measure(
 ) -> None:
     """Measure stored weights; what metrics.json in --out says besides is kept."""
     model = GameRFT(cfg.model)
-    model.load_state_dict(load_file(weights))
+    load_core_weights(model.core, weights)
     known = args.out / "metrics.json"
     report: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
     report["parameters"] = sum(p.numel() for p in model.parameters())

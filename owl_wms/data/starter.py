@@ -18,10 +18,12 @@ import torch
 
 from owl_wms.configs import load_vae_model, load_world_config
 from owl_wms.configs.paths import EXAMPLES, find_beside
+from owl_wms.configs.world import with_files_found
 from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable
 from owl_wms.data.statistics import describe_table
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.media.read_facts import file_digest, read_facts
+from owl_wms.models.latents import LatentSpace
 from owl_wms.vae.build import build_decoder, build_encoder
 
 WINDOW, BATCH, SAMPLES = 24, 32, 4
@@ -142,13 +144,13 @@ class Start:
             ConfigError: the shipped configuration is not there.
         """
         shipped = EXAMPLES / "world" / "game_rft.yml"
-        world = load_world_config(shipped)
+        world = with_files_found(load_world_config(shipped), shipped)
         model, train = world.model, world.train
         side = model.sample_size
         return Start(
             table=table,
             grid=(side, side) if isinstance(side, int) else side,
-            channels=model.channels,
+            channels=LatentSpace.of(train).stored_channels(model.channels),
             n_buttons=model.n_buttons,
             fps=train.fps,
             scale=train.vae_scale,

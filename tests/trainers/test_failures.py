@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from owl_wms.configs import load_vae_config
 from owl_wms.errors import CheckpointError, ConfigError, DataError, FastPathError, TrainingError
@@ -25,6 +25,7 @@ from owl_wms.trainers import get_trainer_cls
 from owl_wms.trainers.checkpoints import latest_checkpoint, load_checkpoint, load_core_weights
 from owl_wms.trainers.progress import Progress
 from owl_wms.trainers.run_log import RunLog
+from owl_wms.vae import read_state_dict
 from tests.trainers.helpers import FixedLoader, batch_for, config, write_table
 from tests.trainers.test_trainers import build
 
@@ -285,7 +286,8 @@ def test_the_shipped_weights_can_be_a_teacher() -> None:
     with torch.device("meta"):
         net = get_model_cls("game_rft")(load_world_config(world / "game_rft.yml").model).core
     load_core_weights(net.to_empty(device="cpu"), world / "game_rft.safetensors")
-    stored = {key.removeprefix("core."): value for key, value in load_file(world / "game_rft.safetensors").items()}
+    read = read_state_dict(world / "game_rft.safetensors")
+    stored = {key.removeprefix("core."): value for key, value in read.items()}
     assert set(stored) == set(net.state_dict())
     assert all(torch.equal(value, stored[key].to(value.dtype)) for key, value in net.state_dict().items())
 
