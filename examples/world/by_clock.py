@@ -8,8 +8,8 @@ Usage:
     python examples/world/by_clock.py --out build/world
     python examples/world/by_clock.py --small --seconds 120 --out build/world-small      # a toy, for a CPU
 
-Writes to --out: world_1.safetensors and world_2.safetensors (averaged weights in bfloat16, in two parts), world.yml,
-whitener.safetensors, log.jsonl, metrics.json, sheet.webp.
+Writes to --out: world.safetensors (averaged weights, 8 bits each), world.yml, whitener.safetensors, log.jsonl,
+metrics.json, sheet.webp.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from clock_trainer import ClockTrainer, Plan, export
 from episodes import Episodes
 from holding import FPS, Player, Truth, looks_of, measure
 from own_history import playing
-from safetensors.torch import load_file
 from stages import smaller
 from torch import Tensor, nn
 from train import FIRST_SEED, collect, make_codec, say, whiten
@@ -36,6 +35,7 @@ from owl_wms.configs.world import WorldConfig, load_world_config, with_files_fou
 from owl_wms.media.pictures import contact_sheet, to_bytes
 from owl_wms.models import GameRFT
 from owl_wms.models.latents import LatentSpace
+from owl_wms.models.load import load_model
 from owl_wms.vae.eight_bits import packed, unpacked
 
 HERE = Path(__file__).resolve().parent
@@ -72,8 +72,7 @@ def shipped(device: torch.device) -> Player:
     """The model that is in this folder, played as it is configured."""
     path = HERE / "game_rft.yml"
     cfg = with_files_found(load_world_config(path), path)
-    model = GameRFT(cfg.model)
-    model.load_state_dict(load_file(HERE / "game_rft.safetensors"))
+    model = load_model(path, HERE / "game_rft.safetensors")
     sampler = {k: v for k, v in (cfg.train.sampler_kwargs or {}).items() if k != "num_frames"}
     return Player(playing(model.core.to(device), device), LatentSpace.of(cfg.train).to(device), sampler)
 

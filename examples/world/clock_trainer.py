@@ -35,6 +35,7 @@ from owl_wms.configs.world import WorldConfig
 from owl_wms.data.loading import Batch
 from owl_wms.nn.mask import FrameMask
 from owl_wms.trainers.optim.optimisers import parts_of
+from owl_wms.vae.eight_bits import packed
 
 LOOK_EVERY = 100  # steps between looks at the loss, which wait for the GPU
 EXPORT_SECONDS = 150.0
@@ -326,15 +327,7 @@ class ClockTrainer(OwnHistoryTrainer):
 
 
 def export(model: nn.Module, out: Path) -> None:
-    """The weights in bfloat16 as two files of like size, each whole or as it was."""
-    weights = {k: v.bfloat16().contiguous().cpu() for k, v in model.state_dict().items()}
-    total = 0
-    parts: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-    whole = sum(v.numel() for v in weights.values())
-    for name, value in weights.items():
-        parts[int(total >= whole / 2)][name] = value
-        total += value.numel()
-    for number, part in enumerate(parts, start=1):
-        draft = out / f".world_{number}.safetensors"
-        save_file(part, draft)
-        draft.replace(out / f"world_{number}.safetensors")
+    """Write the weights with 8 bits each to world.safetensors, whole or as it was."""
+    draft = out / ".world.safetensors"
+    save_file(packed(model.state_dict()), draft)
+    draft.replace(out / "world.safetensors")

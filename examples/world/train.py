@@ -178,7 +178,7 @@ def main() -> None:
     left = [stage.name for stage in stages if stage.name not in state.done]
     say(f"stages left: {', '.join(left) or 'none; call once more to measure'}")
     if left:
-        sys.exit(75)  # "try again" of sysexits.h: `make world` calls until this is not the answer
+        sys.exit(75)  # "try again" of sysexits.h: a loop in the shell calls until this is not the answer
 
 
 def judge(
