@@ -8,11 +8,10 @@ Usage:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from owl_wms.ops.channel_norm.reference import reference
-from owl_wms.ops.common.register import define, has_kernel
+from owl_wms.ops.common.register import define, has_kernel, require
 
 __all__ = ["channel_norm", "reference"]
 
@@ -26,7 +25,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: 
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, relu: bool) -> Tensor:
-    torch._check(x.shape[-1] == weight.shape[0], lambda: f"{x.shape[-1]} channels, weights for {weight.shape[0]}")
+    require(x.shape[-1] == weight.shape[0], lambda: f"{x.shape[-1]} channels, weights for {weight.shape[0]}")
     return x.new_empty(x.shape)
 
 

@@ -18,14 +18,13 @@ Usage:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from owl_wms import cudnn
 from owl_wms.ops import channel_norm
 from owl_wms.ops.common.gpu import is_hopper
 from owl_wms.ops.common.nvrtc import Kernel
-from owl_wms.ops.common.register import define, has_kernel
+from owl_wms.ops.common.register import define, has_kernel, require
 from owl_wms.ops.conv3x3 import resident
 from owl_wms.ops.conv3x3.reference import latent_reference, latent_rows, pack, reference, shuffled_reference
 
@@ -121,7 +120,7 @@ def _by_torch(
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, how: int, silu: bool = False
 ) -> Tensor:
-    torch._check(x.shape[-1] == weight.shape[-1], lambda: f"{x.shape[-1]} channels, weights for {weight.shape[-1]}")
+    require(x.shape[-1] == weight.shape[-1], lambda: f"{x.shape[-1]} channels, weights for {weight.shape[-1]}")
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -144,7 +143,7 @@ def _norm_by_two(
 def _fake_norm(
     x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, residual: Tensor | None, eps: float, how: int
 ) -> Tensor:
-    torch._check(gain.shape[0] == weight.shape[0], lambda: f"{weight.shape[0]} channels, a norm of {gain.shape[0]}")
+    require(gain.shape[0] == weight.shape[0], lambda: f"{weight.shape[0]} channels, a norm of {gain.shape[0]}")
     return _fake(x, weight, None, residual, False, how)
 
 
@@ -157,8 +156,8 @@ def _run_shuffled(x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor) 
 def _fake_shuffled(x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor) -> Tensor:
     batch, height, width, channels = x.shape
     wanted = (batch, 2 * height, 2 * width, weight.shape[0] // 4)
-    torch._check(channels == weight.shape[-1], lambda: f"{channels} channels, weights for {weight.shape[-1]}")
-    torch._check(base.shape == wanted, lambda: f"a result of {list(wanted)} onto {list(base.shape)}")
+    require(channels == weight.shape[-1], lambda: f"{channels} channels, weights for {weight.shape[-1]}")
+    require(base.shape == wanted, lambda: f"a result of {list(wanted)} onto {list(base.shape)}")
     return base.new_empty(base.shape)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from owl_wms.ops.common.gpu import shared_limit
 from owl_wms.ops.common.nvrtc import Kernel
-from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel
+from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel, require
 from owl_wms.ops.conv_out.reference import BLOCK, MAX_OUT, pack, padded, reference, unpack
 
 __all__ = ["MAX_OUT", "conv_out", "kernel_of", "pack", "padded", "reference", "unpack"]
@@ -61,10 +61,10 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     channels, pad = x.shape[-1], bias.shape[0]
-    torch._check(channels % 8 == 0, lambda: f"conv_out wants a multiple of 8 channels, got {channels}")
+    require(channels % 8 == 0, lambda: f"conv_out wants a multiple of 8 channels, got {channels}")
     fits = pad in (4, 8) and weight.shape == (-(-channels // BLOCK), -(-9 * pad // 8), 32, 8)
-    torch._check(fits, lambda: f"conv_out: {channels} channels to {pad} do not fit weights {list(weight.shape)}")
-    torch._check(weight.dtype == x.dtype, lambda: f"conv_out: input {x.dtype}, weights {weight.dtype}")
+    require(fits, lambda: f"conv_out: {channels} channels to {pad} do not fit weights {list(weight.shape)}")
+    require(weight.dtype == x.dtype, lambda: f"conv_out: input {x.dtype}, weights {weight.dtype}")
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.common.nvrtc import Kernel
-from owl_wms.ops.common.register import define, dtype_defines, has_kernel
+from owl_wms.ops.common.register import define, dtype_defines, has_kernel, require
 from owl_wms.ops.depthwise_gate.reference import pack, reference
 
 __all__ = ["depthwise_gate", "kernel_of", "pack", "reference"]
@@ -50,7 +50,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    torch._check(x.shape[-1] == weight.shape[1], lambda: f"{x.shape[-1]} channels, weights for {weight.shape[1]}")
+    require(x.shape[-1] == weight.shape[1], lambda: f"{x.shape[-1]} channels, weights for {weight.shape[1]}")
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from owl_wms import cudnn
 from owl_wms.ops.common.gpu import is_hopper
-from owl_wms.ops.common.register import define, has_kernel
+from owl_wms.ops.common.register import define, has_kernel, require
 from owl_wms.ops.conv3x3 import LIBRARY, LIBRARY_FUSED, RESIDENT
 from owl_wms.ops.conv3x3.reference import pack
 from owl_wms.ops.frame_conv import kernel
@@ -103,7 +103,7 @@ def _fake_frame(
     x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, how: int
 ) -> Tensor:
     inputs = x.shape[-1] * (1 if past is None else 2)
-    torch._check(inputs == weight.shape[-1], lambda: f"{inputs} channels, weights for {weight.shape[-1]}")
+    require(inputs == weight.shape[-1], lambda: f"{inputs} channels, weights for {weight.shape[-1]}")
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -119,7 +119,7 @@ def _enlarge_by_torch(x: Tensor, weight: Tensor, frames: int, relu: bool, how: i
 
 def _fake_enlarge(x: Tensor, weight: Tensor, frames: int, relu: bool, how: int) -> Tensor:
     batch, height, width, channels = x.shape
-    torch._check(channels == weight.shape[-1], lambda: f"{channels} channels, weights for {weight.shape[-1]}")
+    require(channels == weight.shape[-1], lambda: f"{channels} channels, weights for {weight.shape[-1]}")
     return x.new_empty(batch * frames, 2 * height, 2 * width, weight.shape[0] // (4 * frames))
 
 
@@ -135,7 +135,7 @@ def _picture_by_torch(x: Tensor, weight: Tensor, bias: Tensor, patch: int, as_by
 
 def _fake_picture(x: Tensor, weight: Tensor, bias: Tensor, patch: int, as_bytes: bool, how: int) -> Tensor:
     batch, height, width, channels = x.shape
-    torch._check(channels == weight.shape[-1], lambda: f"{channels} channels, weights for {weight.shape[-1]}")
+    require(channels == weight.shape[-1], lambda: f"{channels} channels, weights for {weight.shape[-1]}")
     if as_bytes:
         return x.new_empty(batch, patch * height, patch * width, COLOURS, dtype=torch.uint8)
     return x.new_empty(batch, COLOURS, patch * height, patch * width)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.common.nvrtc import Kernel
-from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel
+from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel, require
 from owl_wms.ops.frame_depthwise.reference import SIDE, pack, reference
 
 __all__ = ["frame_depthwise", "kernel_of", "pack", "reference"]
@@ -32,7 +32,7 @@ def _run(x: Tensor, past: Tensor, taps: Tensor) -> Tensor:
     out = _fake(x, past, taps)
     if not has_kernel(x) or x.shape[-1] % 2:
         return reference(x, past, taps)
-    torch._check(taps.dtype == torch.float32 and past.dtype == x.dtype, lambda: f"got {taps.dtype}, {past.dtype}")
+    require(taps.dtype == torch.float32 and past.dtype == x.dtype, lambda: f"got {taps.dtype}, {past.dtype}")
     if not out.numel():
         return out
     x, past, taps = aligned(x), aligned(past), aligned(taps)
@@ -49,9 +49,9 @@ def _run(x: Tensor, past: Tensor, taps: Tensor) -> Tensor:
 
 def _fake(x: Tensor, past: Tensor, taps: Tensor) -> Tensor:
     batch, height, width, channels = x.shape
-    torch._check(taps.shape[1] == 2 * channels, lambda: f"{channels} channels, weights for {taps.shape[1]}")
-    torch._check(taps.shape[0] == SIDE**2 and past.shape[1:] == x.shape[1:], lambda: f"past is {list(past.shape)}")
-    torch._check(batch % past.shape[0] == 0, lambda: f"{batch} frames of {past.shape[0]} streams")
+    require(taps.shape[1] == 2 * channels, lambda: f"{channels} channels, weights for {taps.shape[1]}")
+    require(taps.shape[0] == SIDE**2 and past.shape[1:] == x.shape[1:], lambda: f"past is {list(past.shape)}")
+    require(batch % past.shape[0] == 0, lambda: f"{batch} frames of {past.shape[0]} streams")
     return x.new_empty(batch, height, width, 2 * channels)
 
 

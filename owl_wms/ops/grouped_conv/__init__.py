@@ -16,7 +16,7 @@ from owl_wms.ops import enlarging
 from owl_wms.ops.codes import DEFINES
 from owl_wms.ops.common.gpu import processors
 from owl_wms.ops.common.nvrtc import Kernel
-from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel
+from owl_wms.ops.common.register import aligned, define, dtype_defines, has_kernel, require
 from owl_wms.ops.grouped_conv.reference import GROUP, enlarge, pack, reference, unpack
 
 __all__ = ["enlarge", "grid_of", "grouped_conv", "kernel_of", "launch", "pack", "reference", "unpack"]
@@ -92,8 +92,8 @@ def _by_strips(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     channels = x.shape[-1]
     fits = weight.shape == (channels // GROUP, 9, 32, 8) and bias.shape == (channels,) and channels % GROUP == 0
-    torch._check(fits, lambda: f"grouped_conv: {channels} channels do not fit weights {list(weight.shape)}")
-    torch._check(weight.dtype == x.dtype, lambda: f"grouped_conv: input {x.dtype}, weights {weight.dtype}")
+    require(fits, lambda: f"grouped_conv: {channels} channels do not fit weights {list(weight.shape)}")
+    require(weight.dtype == x.dtype, lambda: f"grouped_conv: input {x.dtype}, weights {weight.dtype}")
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, up2: bool) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from owl_wms.ops.codes import DEFINES, FORMATS
 from owl_wms.ops.common.gpu import processors
 from owl_wms.ops.common.nvrtc import Kernel
-from owl_wms.ops.common.register import aligned, define, has_kernel
+from owl_wms.ops.common.register import aligned, define, has_kernel, require
 from owl_wms.ops.grouped_conv import grid_of
 from owl_wms.ops.grouped_conv import launch as launch_wide
 from owl_wms.ops.grouped_conv.reference import GROUP
@@ -67,17 +67,17 @@ def _by_torch(
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, gain: Tensor, up2: bool, fp8: bool) -> None:
     batch, channels = x.shape[0], x.shape[-1]
-    torch._check(gain.shape == (batch, 2), lambda: f"grouped_conv8: gain {list(gain.shape)} for {batch} images")
+    require(gain.shape == (batch, 2), lambda: f"grouped_conv8: gain {list(gain.shape)} for {batch} images")
     fits = channels % GROUP == 0 and bias.shape == (channels,) and weight.shape[0] == channels // GROUP
-    torch._check(fits, lambda: f"grouped_conv8: {channels} channels do not fit weights {list(weight.shape)}")
+    require(fits, lambda: f"grouped_conv8: {channels} channels do not fit weights {list(weight.shape)}")
     if scale is None:
-        torch._check(weight.dtype == x.dtype, lambda: f"grouped_conv8: input {x.dtype}, weights {weight.dtype}")
+        require(weight.dtype == x.dtype, lambda: f"grouped_conv8: input {x.dtype}, weights {weight.dtype}")
         return
-    torch._check(not up2, lambda: "grouped_conv8: codes cannot be enlarged")
+    require(not up2, lambda: "grouped_conv8: codes cannot be enlarged")
     expected = torch.float16 if fp8 else torch.int8
     fits = x.dtype == FORMATS["fp8" if fp8 else "int8"] and weight.dtype == expected
     fits = fits and tuple(weight.shape[1:]) == TAP_SHAPE[expected]
-    torch._check(fits, lambda: f"grouped_conv8: codes {x.dtype}, taps {weight.dtype} {list(weight.shape)}")
+    require(fits, lambda: f"grouped_conv8: codes {x.dtype}, taps {weight.dtype} {list(weight.shape)}")
 
 
 def _fake(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, gain: Tensor, up2: bool, fp8: bool) -> Tensor:

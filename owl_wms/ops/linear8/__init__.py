@@ -22,7 +22,7 @@ from torch import Tensor
 
 from owl_wms.ops.codes import LARGEST
 from owl_wms.ops.common.gpu import is_hopper, processors
-from owl_wms.ops.common.register import aligned, define, first_that_runs, has_kernel
+from owl_wms.ops.common.register import aligned, define, first_that_runs, has_kernel, require
 from owl_wms.ops.linear8.plan import THREADS, ProductPlan, fitting, plan_of
 from owl_wms.ops.linear8.reference import add_reference, reference
 from owl_wms.ops.up_residual import add_shortcut_
@@ -193,20 +193,20 @@ def _plan_of_addition(u: Tensor, weight: Tensor, inverse: Tensor | None, shortcu
 def _check(x: Tensor, weight: Tensor, scale: Tensor, gain: Tensor) -> None:
     depth, channels = x.shape[-1], weight.shape[0]
     fits = x.dtype in LARGEST and weight.dtype == x.dtype and weight.shape[1] == depth and scale.shape == (channels,)
-    torch._check(fits, lambda: f"linear8: {x.dtype} {list(x.shape)} does not fit {weight.dtype} {list(weight.shape)}")
+    require(fits, lambda: f"linear8: {x.dtype} {list(x.shape)} does not fit {weight.dtype} {list(weight.shape)}")
     even = depth % ALIGNMENT == 0 and channels % ALIGNMENT == 0
-    torch._check(even, lambda: f"linear8 wants multiples of {ALIGNMENT} channels, got {depth} and {channels}")
-    torch._check(gain.shape == (x.shape[0], 2), lambda: f"linear8: gain {list(gain.shape)} for {x.shape[0]} images")
+    require(even, lambda: f"linear8 wants multiples of {ALIGNMENT} channels, got {depth} and {channels}")
+    require(gain.shape == (x.shape[0], 2), lambda: f"linear8: gain {list(gain.shape)} for {x.shape[0]} images")
 
 
 def _check_residual(u: Tensor, x: Tensor, weight: Tensor, shortcut: Tensor | None) -> None:
     batch, height, width, channels = u.shape
     fits = x.shape[:3] == u.shape[:3] and weight.shape[0] == channels and u.is_contiguous()
-    torch._check(fits, lambda: f"linear8: residual {list(u.shape)} for {list(x.shape)} and {list(weight.shape)}")
+    require(fits, lambda: f"linear8: residual {list(u.shape)} for {list(x.shape)} and {list(weight.shape)}")
     if shortcut is not None:
         quarter = (batch, height // 2, width // 2) if height % 2 == width % 2 == 0 else None
         fits = shortcut.shape[:3] == quarter and 4 * channels % shortcut.shape[-1] == 0 and shortcut.dtype == u.dtype
-        torch._check(fits, lambda: f"linear8: shortcut {list(shortcut.shape)} {shortcut.dtype} for {list(u.shape)}")
+        require(fits, lambda: f"linear8: shortcut {list(shortcut.shape)} {shortcut.dtype} for {list(u.shape)}")
 
 
 def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, gain: Tensor) -> Tensor:

@@ -13,10 +13,9 @@ Usage:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from owl_wms.ops.common.register import define, has_kernel
+from owl_wms.ops.common.register import define, has_kernel, require
 from owl_wms.ops.linear_attention.reference import multiscale_reference, pack_scale, reference
 
 __all__ = ["linear_attention", "multiscale_attention", "multiscale_reference", "pack_scale", "reference"]
@@ -45,15 +44,15 @@ def _run_multiscale(qkv: Tensor, taps: Tensor, point: Tensor, head: int, eps: fl
 
 def _fake(qkv: Tensor, head: int, eps: float) -> Tensor:
     channels = qkv.shape[-1]
-    torch._check(channels % (3 * head) == 0, lambda: f"{channels} channels are no multiple of 3 x {head}")
+    require(channels % (3 * head) == 0, lambda: f"{channels} channels are no multiple of 3 x {head}")
     return qkv.new_empty(*qkv.shape[:-1], channels // 3)
 
 
 def _fake_multiscale(qkv: Tensor, taps: Tensor, point: Tensor, head: int, eps: float) -> Tensor:
     channels = qkv.shape[-1]
-    torch._check(channels % (3 * head) == 0, lambda: f"{channels} channels are no multiple of 3 x {head}")
+    require(channels % (3 * head) == 0, lambda: f"{channels} channels are no multiple of 3 x {head}")
     fits = taps.shape[1] == channels and point.shape == (channels // head, head, head)
-    torch._check(fits, lambda: f"{channels} channels, taps {list(taps.shape)}, 1x1 weights {list(point.shape)}")
+    require(fits, lambda: f"{channels} channels, taps {list(taps.shape)}, 1x1 weights {list(point.shape)}")
     return qkv.new_empty(*qkv.shape[:-1], 2 * channels // 3)
 
 

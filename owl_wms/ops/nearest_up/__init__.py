@@ -10,11 +10,10 @@ Usage:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from owl_wms import cudnn
-from owl_wms.ops.common.register import define, has_kernel
+from owl_wms.ops.common.register import define, has_kernel, require
 from owl_wms.ops.nearest_up.reference import as_pixel_shuffle, pack, reference
 
 __all__ = ["as_pixel_shuffle", "nearest_up", "pack", "reference"]
@@ -33,9 +32,9 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, shortcut: bool) -> Tensor:
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, shortcut: bool) -> Tensor:
     batch, height, width, channels = x.shape
     outputs = weight.shape[0] // 4
-    torch._check(channels == weight.shape[-1], lambda: f"{channels} channels, weights for {weight.shape[-1]}")
+    require(channels == weight.shape[-1], lambda: f"{channels} channels, weights for {weight.shape[-1]}")
     whole = not shortcut or (4 * outputs) % channels == 0
-    torch._check(whole, lambda: f"{channels} channels cannot be repeated to 4 x {outputs}")
+    require(whole, lambda: f"{channels} channels cannot be repeated to 4 x {outputs}")
     return x.new_empty(batch, 2 * height, 2 * width, outputs)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from owl_wms.ops.common.register import define
+from owl_wms.ops.common.register import define, require
 
 __all__ = ["pointwise", "pointwise_add", "pointwise_frames", "pointwise_relu", "reference"]
 
@@ -33,7 +33,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    torch._check(x.shape[-1] == weight.shape[-1], lambda: f"{x.shape[-1]} channels, weights for {weight.shape[-1]}")
+    require(x.shape[-1] == weight.shape[-1], lambda: f"{x.shape[-1]} channels, weights for {weight.shape[-1]}")
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -59,7 +59,7 @@ def _run_frames(x: Tensor, weight: Tensor, frames: int) -> Tensor:
 
 
 def _fake_frames(x: Tensor, weight: Tensor, frames: int) -> Tensor:
-    torch._check(x.shape[-1] == weight.shape[-1], lambda: f"{x.shape[-1]} channels, weights for {weight.shape[-1]}")
+    require(x.shape[-1] == weight.shape[-1], lambda: f"{x.shape[-1]} channels, weights for {weight.shape[-1]}")
     batch, height, width, _ = x.shape
     return x.new_empty(batch * frames, height, width, weight.shape[0] // frames)
 

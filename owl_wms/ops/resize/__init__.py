@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.common.nvrtc import Kernel
-from owl_wms.ops.common.register import define, dtype_defines, has_kernel
+from owl_wms.ops.common.register import define, dtype_defines, has_kernel, require
 from owl_wms.ops.resize.reference import reference
 
 __all__ = ["kernel_of", "reference", "resize"]
@@ -38,7 +38,7 @@ def _run(x: Tensor, channels: int, height: int, width: int, dtype: torch.dtype) 
 
 
 def _fake(x: Tensor, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    torch._check(x.dtype == torch.float32 and x.shape[-1] in (4, 8), lambda: "resize wants fp32 with 4 or 8 channels")
+    require(x.dtype == torch.float32 and x.shape[-1] in (4, 8), lambda: "resize wants fp32 with 4 or 8 channels")
     return x.new_empty(x.shape[0], channels, height, width, dtype=dtype)
 
 

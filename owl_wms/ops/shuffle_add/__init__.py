@@ -10,10 +10,9 @@ Usage:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from owl_wms.ops.common.register import define, has_kernel
+from owl_wms.ops.common.register import define, has_kernel, require
 from owl_wms.ops.shuffle_add.reference import frames_reference, phases_first, reference
 
 __all__ = ["frames_reference", "phases_first", "reference", "shuffle_add", "shuffle_frames"]
@@ -37,17 +36,15 @@ def _run_frames(y: Tensor, channels: int) -> Tensor:
 
 def _fake(y: Tensor, x: Tensor | None) -> Tensor:
     batch, height, width, wide = y.shape
-    torch._check(wide % 4 == 0, lambda: f"pixel shuffle by 2 wants a multiple of 4 channels, got {wide}")
+    require(wide % 4 == 0, lambda: f"pixel shuffle by 2 wants a multiple of 4 channels, got {wide}")
     if x is not None:
-        torch._check(wide % x.shape[-1] == 0, lambda: f"{x.shape[-1]} channels cannot be repeated to {wide}")
+        require(wide % x.shape[-1] == 0, lambda: f"{x.shape[-1]} channels cannot be repeated to {wide}")
     return y.new_empty(batch, 2 * height, 2 * width, wide // 4)
 
 
 def _fake_frames(y: Tensor, channels: int) -> Tensor:
     batch, height, width, stored = y.shape
-    torch._check(
-        stored >= 4 * channels, lambda: f"{channels} channels need {4 * channels} values a pixel, got {stored}"
-    )
+    require(stored >= 4 * channels, lambda: f"{channels} channels need {4 * channels} values a pixel, got {stored}")
     return y.new_empty(batch, channels, 2 * height, 2 * width)
 
 

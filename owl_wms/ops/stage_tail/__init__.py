@@ -16,12 +16,11 @@ Usage:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from owl_wms.ops import enlarging
 from owl_wms.ops.common.gpu import is_hopper, processors
-from owl_wms.ops.common.register import aligned, define, has_kernel
+from owl_wms.ops.common.register import aligned, define, has_kernel, require
 from owl_wms.ops.enlarging import STRIP, rows_of_band
 from owl_wms.ops.grouped_conv import grouped_conv
 from owl_wms.ops.stage_tail.plan import TailPlan, blocks_at_once, plan_of
@@ -90,11 +89,11 @@ def run_plan(
 def _check(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor) -> None:
     channels = low.shape[-1]
     wide = 2 * channels
-    torch._check(
+    require(
         hidden.shape[:3] == low.shape[:3] and hidden.shape[3] == wide,
         lambda: f"stage_tail: hidden {list(hidden.shape)} beside low {list(low.shape)}; it must be twice as wide",
     )
-    torch._check(
+    require(
         w2.shape == (wide // 16, 9, 32, 8) and b2.shape == (wide,) and w3.shape == (channels, wide) and wide % 16 == 0,
         lambda: (
             f"stage_tail: width {channels} does not fit w2 {list(w2.shape)}, b2 {list(b2.shape)}, w3 {list(w3.shape)}"
@@ -102,9 +101,9 @@ def _check(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2:
     )
     if shortcut is not None:
         fits = shortcut.shape[:3] == low.shape[:3] and 4 * channels % shortcut.shape[-1] == 0
-        torch._check(fits, lambda: f"stage_tail: shortcut {list(shortcut.shape)} beside low {list(low.shape)}")
+        require(fits, lambda: f"stage_tail: shortcut {list(shortcut.shape)} beside low {list(low.shape)}")
     types = {x.dtype for x in (low, hidden, shortcut, w2, w3) if x is not None}
-    torch._check(len(types) == 1, lambda: f"stage_tail wants one type for all but b2, got {sorted(map(str, types))}")
+    require(len(types) == 1, lambda: f"stage_tail wants one type for all but b2, got {sorted(map(str, types))}")
 
 
 def _fake(low: Tensor, hidden: Tensor, shortcut: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.ops.common.nvrtc import Kernel
-from owl_wms.ops.common.register import aligned, define, dtype_defines, first_that_runs, has_kernel
+from owl_wms.ops.common.register import aligned, define, dtype_defines, first_that_runs, has_kernel, require
 from owl_wms.ops.up_residual.reference import reference, shuffle
 
 __all__ = ["add_shortcut_", "kernel_of", "reference", "shuffle", "up_residual"]
@@ -71,11 +71,11 @@ def _add_by_kernel_(base: Tensor, shortcut: Tensor) -> Tensor:
 
 def _check(low: Tensor, shortcut: Tensor | None) -> None:
     channels = low.shape[-1]
-    torch._check(channels % 4 == 0, lambda: f"up_residual wants a multiple of 4 channels, got {channels}")
+    require(channels % 4 == 0, lambda: f"up_residual wants a multiple of 4 channels, got {channels}")
     if shortcut is not None:
         fits = shortcut.shape[:3] == low.shape[:3] and 4 * channels % shortcut.shape[-1] == 0
-        torch._check(fits, lambda: f"up_residual: shortcut {list(shortcut.shape)} beside {list(low.shape)}")
-        torch._check(shortcut.dtype == low.dtype, lambda: f"up_residual: {low.dtype} and {shortcut.dtype}")
+        require(fits, lambda: f"up_residual: shortcut {list(shortcut.shape)} beside {list(low.shape)}")
+        require(shortcut.dtype == low.dtype, lambda: f"up_residual: {low.dtype} and {shortcut.dtype}")
 
 
 def _fake(low: Tensor, shortcut: Tensor | None) -> Tensor:
