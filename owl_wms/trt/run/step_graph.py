@@ -81,6 +81,7 @@ class GraphedStep:
     @torch.no_grad()
     def __init__(self, step: Step, latent: Tensor, *state: Tensor) -> None:
         self._order, self._device = DeviceOrder(), latent.device
+        self._step = step  # its weights, kernels and engines: a graph holds none of what it reads and runs
         with self._turn():
             self._latent, buffers = latent.detach().clone(), tuple(state)
             for _ in range(2):

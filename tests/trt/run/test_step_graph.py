@@ -5,7 +5,9 @@ Run: python -m pytest tests/trt/run/test_step_graph.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import pytest
@@ -151,6 +153,30 @@ def test_a_state_outlives_its_program_and_fits_no_other(fast: GraphedStep) -> No
     assert same(tensors, following)
     del fast
     assert same(state, wanted)
+
+
+class Captured:
+    """Holds what a CUDA graph holds: its results, and neither the step nor what the step reads."""
+
+    def __init__(self, run: Callable[[], tuple[Tensor, ...]], before: object = None) -> None:
+        self.results = tuple(run())
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph() -> None:
+    class Program:
+        def __call__(self, latent: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            return step(latent, *state)
+
+    program = Program()
+    alive = weakref.ref(program)
+    with mock.patch.object(step_graph, "Recorded", Captured), mock.patch.object(GraphedStep, "_check"):
+        fast = GraphedStep(program, latent_of(0), *zeros())
+    del program
+    gc.collect()
+    assert alive() is not None
+    del fast
+    gc.collect()
+    assert alive() is None
 
 
 def test_without_a_gpu_there_is_no_graph() -> None:
