@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from typing import Any
 
 import pytest
 import torch
@@ -160,6 +161,28 @@ def test_only_plain_models_on_a_gpu_are_captured() -> None:
     assert not may_capture(nn.Identity())
 
 
+def sampled(name: str, core: nn.Module, clip: tuple[Tensor, ...], frames: int) -> Tensor:
+    """Latents of `name`: 4 frames of context and `frames` more, over a window of 8, with guidance."""
+    x, mouse, btn = clip
+    caching = issubclass(SAMPLERS[name], AVCachingSampler)
+    steps = 1 if name == "av_caching_one_step" else 2
+    options: dict[str, Any] = {"max_window": 8} if caching else {"window_length": 8}
+    sampler = SAMPLERS[name](n_steps=steps, cfg_scale=1.3, num_frames=frames, **options)
+    audio = () if caching else (None,)
+    generator = torch.Generator(x.device).manual_seed(1)
+    latents: Tensor = sampler(core, x[:, :4], *audio, mouse, btn, generator=generator).latents  # type: ignore[arg-type]
+    return latents.float()
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_sampler_makes_the_same_frames_from_the_same_seed(name: str) -> None:
+    x, _, mouse, btn = inputs(1, 10)
+    core = tiny_core(n_frames=64)
+    clips = [sampled(name, core, (x, mouse, btn), 6) for _ in range(2)]
+    assert clips[0].shape[1] == 10
+    assert torch.equal(*clips)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -177,11 +200,7 @@ def test_captured_sampling_equals_eager(name: str, dtype: torch.dtype, monkeypat
     clips, replayed = [], []
     for _ in range(2):  # the second time captured
         made.clear()
-        options = {"max_window": 8} if name == "av_caching" else {"window_length": 8}
-        sampler = SAMPLERS[name](n_steps=2, cfg_scale=1.3, num_frames=40, **options)  # type: ignore[arg-type]
-        audio = () if name == "av_caching" else (None,)
-        generator = torch.Generator("cuda").manual_seed(1)
-        clips.append(sampler(core, x[:, :4], *audio, mouse, btn, generator=generator).latents.float())
+        clips.append(sampled(name, core, (x, mouse, btn), 40))
         replayed.append(sum(step.replayed for step in made))
         assert not any(step.reason for step in made)
     assert replayed[0] == 0
