@@ -90,6 +90,16 @@ class Steps:
         self._take_weights()
         self.channels = self._eager.channels
 
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments that others of this kind are made with, without the decoder."""
+        return {
+            "settings": self.settings,
+            "strict": self.strict,
+            "check": self.check,
+            "toolchain": self.toolchain,
+            "progress": self._progress,
+        }
+
     @property
     def device(self) -> torch.device | None:
         """The decoder's device; None without weights."""

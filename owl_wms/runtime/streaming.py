@@ -14,7 +14,9 @@ Usage:
 
 from __future__ import annotations
 
+import copy
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +174,26 @@ class StreamDecode:
             other._began = list(self._began)
         return other
 
+    # ---- copies
+
+    def __copy__(self) -> StreamDecode:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamDecode:
+        """Returns a stream of the copied decoder that goes on from here and finds its program in the cache."""
+        decoder, place = copy.deepcopy((self.decoder, self._place()), memo)
+        return _made_anew(decoder, self._steps.arguments(), place)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_anew, (self.decoder, self._steps.arguments(), self._place())
+
+    def _place(self) -> tuple[State, list[bool], tuple[int, ...] | None]:
+        """Returns state, beginnings and shape; those of a new video if the state was made by other weights."""
+        with self._guard:
+            if self._steps.follow_weights() != self._weights:
+                return (), [], None
+            return self._state, list(self._began), self._shape
+
     # ---- a step
 
     def _advance(self, latents: Tensor) -> tuple[Tensor, list[int]]:
@@ -199,3 +221,12 @@ class StreamDecode:
 
     def _refuse(self, got: tuple[int, ...], expected: str) -> None:
         raise LatentShapeError(f"latents must be {expected}; got {list(got)}", got=got, expected=expected)
+
+
+def _made_anew(
+    decoder: nn.Module, arguments: dict[str, Any], place: tuple[State, list[bool], tuple[int, ...] | None]
+) -> StreamDecode:
+    stream = StreamDecode(decoder, **arguments)
+    stream._state, stream._began, stream._shape = place
+    stream._weights = stream._steps.follow_weights()
+    return stream

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import logging
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -447,3 +448,27 @@ def test_frames_that_are_not_finite_are_told_once(caplog: pytest.LogCaptureFixtu
     stats = stream.stats()
     assert stats.non_finite == stats.frames
     assert stats.fallbacks == 0, "a program that computes what PyTorch does is not at fault"
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_copies_go_on_from_here_by_themselves(clone: Any) -> None:
+    decoder, latents = make(), clip(6)
+    wanted = StreamDecode(decoder).step(latents)
+    stream = StreamDecode(decoder, check="always", strict=False)
+    clone(stream).step(latents)  # of a stream that has not begun
+    begun = [stream.step(latents[:, :3])]
+    other = clone(stream)
+    other.step(clip(2, seed=5))
+    twin = clone(stream)
+    assert (twin.decoder is decoder) == (clone is copy.copy)
+    assert near(torch.cat([*begun, stream.step(latents[:, 3:])], 1), wanted)
+    assert near(torch.cat([*begun, twin.step(latents[:, 3:])], 1), wanted)
+
+
+def test_a_copy_has_no_state_of_old_weights() -> None:
+    decoder = make()
+    stream = StreamDecode(decoder)
+    stream.step(clip(2))
+    with torch.no_grad():
+        decoder[22].bias.add_(0.1)
+    assert torch.equal(copy.deepcopy(stream).step(clip(2)), StreamDecode(decoder).step(clip(2)))
