@@ -159,6 +159,14 @@ def is_foreign(parts: Sequence[str]) -> bool:
     return any(_FOREIGN.fullmatch(part) for part in parts[:-1]) or parts[-1].startswith(".")
 
 
+def is_pointer(head: bytes) -> bool:
+    """Return whether a file that begins with `head` (16 bytes) is what Git LFS leaves in the place of a large one."""
+    return head.startswith(b"version https://")
+
+
+POINTER = "it is a pointer of Git LFS and not the file itself; run git lfs pull in its repository"
+
+
 def foreign_to_torch(head: bytes) -> str | None:
     """Say why a file that begins with `head` (16 bytes) cannot be torch.save's: it is neither a zip nor a pickle.
 
@@ -168,6 +176,8 @@ def foreign_to_torch(head: bytes) -> str | None:
         return "it is empty"
     if head.startswith((b"PK", b"\x80")):
         return None
+    if is_pointer(head):
+        return POINTER
     words = " ".join(head.decode("ascii", errors="replace").split())
     begins = f" and begins with {words!r}" if words.isprintable() and words.isascii() else ""
     return f"torch.save did not write this file: it is neither a zip archive nor a pickle{begins}"

@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 
 from owl_wms.errors import CheckpointError
-from owl_wms.files import at_home, false_claims, foreign_to_torch
+from owl_wms.files import POINTER, at_home, false_claims, foreign_to_torch, is_pointer
 from owl_wms.vae.layouts import is_training_state
 from owl_wms.vae.pieces import read_pieces, safetensors_places
 
@@ -42,6 +42,7 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suff
 # How torch.load(weights_only=True) words a refusal to run code, as opposed to bytes it cannot parse.
 _FORBIDDEN = re.compile(r"[Uu]nsupported (global|GLOBAL|class)|unrecognized function|Can only build|not allowed")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+_FRAMED = "Unsupported operand 149"  # the FRAME of pickle's protocols from 4 on
 
 
 def _harmless() -> list[Any]:
@@ -120,7 +121,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
                 return read_pieces(file, places)
         return dict(safetensors.torch.load(path.read_bytes()))  # where something is wrong, it says what
     except (safetensors.SafetensorError, ValueError, KeyError, AssertionError, TypeError, AttributeError) as err:
-        raise CheckpointError(f"{path}: truncated or not a safetensors file: {err}", path=path) from err
+        with path.open("rb") as file:
+            reason = POINTER if is_pointer(file.read(16)) else err
+        raise CheckpointError(f"{path}: truncated or not a safetensors file: {reason}", path=path) from err
 
 
 def _read_torch(path: Path) -> Any:
@@ -145,6 +148,9 @@ def _read_torch(path: Path) -> Any:
             )
             raise CheckpointError(f"{path}: {text}", path=path) from err
         reason = reason.split("WeightsUnpickler error:")[-1].strip().splitlines()[0][:200]
+        if reason == _FRAMED:
+            text = "was saved with pickle_protocol 4 or 5, which is not read here; save it again without that argument"
+            raise CheckpointError(f"{path}: {text}", path=path) from err
         raise CheckpointError(f"{path}: truncated or not a PyTorch checkpoint: {reason}", path=path) from err
 
 

@@ -63,7 +63,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "empty pt": (folder / "empty.pt", "cannot be read as .pt: it is empty"),
         "text": (
             folder / "text.pt",
-            "torch.save did not write this file: it is neither a zip archive nor a pickle and begins with 'version https://'",
+            "it is a pointer of Git LFS and not the file itself; run git lfs pull in its repository",
         ),
         "damaged pickle": (folder / "key.pt", "the file is damaged|or is damaged"),
         "rank": (folder / "rank.pt", r"got \[3, 4\]"),

@@ -163,7 +163,9 @@ def test_bad_files_give_one_clear_error_each(tmp_path: Path, monkeypatch: pytest
     Path("header.safetensors").write_bytes(b"\xff" * 64)
     Path("noise.pt").write_bytes(random.Random(0).randbytes(4096))
     Path("text.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    Path("text.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     Path("empty.pt").touch()
+    torch.save(DECODER, "framed.pt", pickle_protocol=5)
     Path("folder.pt").mkdir()
     torch.save({"model": _Evil()}, "evil.pt")
     torch.save([1, 2], "list.pt")
@@ -176,7 +178,9 @@ def test_bad_files_give_one_clear_error_each(tmp_path: Path, monkeypatch: pytest
         "short.safetensors": "truncated",
         "header.safetensors": "truncated or not a safetensors file",
         "noise.pt": "truncated or not a PyTorch checkpoint",
-        "text.pt": "truncated or not a PyTorch checkpoint",
+        "text.pt": "truncated or not a PyTorch checkpoint: it is a pointer of Git LFS",
+        "text.safetensors": "not a safetensors file: it is a pointer of Git LFS",
+        "framed.pt": "was saved with pickle_protocol 4 or 5",
         "empty.pt": "is empty",
         "folder.pt": "is not a file",
         "evil.pt": "would run code",
