@@ -12,10 +12,11 @@ Usage:
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ MAX_PIXELS = 1 << 27
 """Largest picture or video frame that is decoded: 134 million pixels, 1.6 GB as float32 colours."""
 
 _SRGB_GAMMA = 0.45455  # as PNG writes it (PNG specification, gAMA)
+# Transfer characteristics of ITU-T H.273 that are shown as sRGB is: BT.709, BT.601, sRGB, BT.2020 (10 and 12 bits).
+_USUAL_TRANSFERS = (b"\x01", b"\x06", b"\x0d", b"\x0e", b"\x0f")
+_MOST_BYTES = 768  # a palette of 256 colours
 _TRANSPARENT = "it is transparent in places; lay it on a background first"
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # of `PICTURE_SUFFIXES`; Pillow would run a program for an EPS of any ending
@@ -78,14 +82,27 @@ def read_picture(path: Path) -> Tensor:
         with open_regular(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=_FORMATS) as picture:
-                return _decode(picture)
+                return _decode(picture, _png_chunks(file) if picture.format == "PNG" else None)
     except Exception as error:  # damaged bytes lead Pillow's parsers to raise almost anything
         reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
         reason = reason.split(" <_io.")[0]
         raise DataError(f"{path}: cannot be read as a picture: {reason}", path=path) from error
 
 
-def _decode(picture: Image.Image) -> Tensor:
+def _png_chunks(file: BinaryIO) -> dict[bytes, bytes]:
+    """Returns the short chunks that stand before the pixels of a PNG, and an empty text for each long one."""
+    place, chunks = file.tell(), {}
+    file.seek(8)
+    while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
+        size = int.from_bytes(head[:4], "big")
+        chunks[head[4:]] = file.read(size) if size <= _MOST_BYTES else b""
+        file.seek(4 + (size if size > _MOST_BYTES else 0), os.SEEK_CUR)
+    file.seek(place)
+    return chunks
+
+
+def _decode(picture: Image.Image, chunks: dict[bytes, bytes] | None) -> Tensor:
+    """Decodes a picture; `chunks` of a PNG are what Pillow passes over."""
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(f"{picture.width}x{picture.height} are more than {MAX_PIXELS} pixels")
     if picture.format in _ANIMATED and getattr(picture, "n_frames", 1) > 1:
@@ -93,7 +110,14 @@ def _decode(picture: Image.Image) -> Tensor:
     profile, gamma = picture.info.get("icc_profile"), picture.info.get("gamma")
     if gamma and not profile and "srgb" not in picture.info and abs(gamma - _SRGB_GAMMA) > 0.01:
         raise ValueError(f"its gamma is {gamma:g}, that of sRGB is {_SRGB_GAMMA}; convert it to sRGB first")
+    coded = None if chunks is None else chunks.get(b"cICP")
+    if coded is not None and not (coded[:1] == b"\1" and coded[1:2] in _USUAL_TRANSFERS and coded[2:] == b"\0\1"):
+        raise ValueError(f"its colours are not those of sRGB (cICP {list(coded)}); convert it to sRGB first")
     upright: Image.Image = ImageOps.exif_transpose(picture)
+    if chunks is not None and upright.mode == "P":
+        colours = len(chunks.get(b"PLTE", b"")) // 3
+        if np.array(upright).max() >= colours:
+            raise ValueError(f"it has pixels of a colour that its palette of {colours} lacks")
     if upright.mode in _SIXTEEN_BITS:
         grey = np.array(upright).astype(np.float32)
         if grey.min() < 0 or grey.max() > 65535:

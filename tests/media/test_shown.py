@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,46 @@ def test_only_our_own_errors_for_damaged_clips_and_pictures(tmp_path: Path, put:
         path.write_bytes(raw[:start] + put + raw[start + cut :])
         for read in (read_facts, lambda path: list(read_video(path))) if suffix == ".mp4" else (read_picture,):
             read_or_refuse(read, path)  # type: ignore[arg-type]
+
+
+def png(path: Path, depth: int, kind: int, row: bytes, **chunks: bytes) -> Path:
+    """A PNG of one row of two pixels, of this bit depth and colour type, with further chunks before it."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0))
+    extra = b"".join(chunk(name.encode(), data) for name, data in chunks.items())
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + head + extra + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+@pytest.mark.parametrize("coded", [(1, 13, 0, 1), (1, 1, 0, 1)])
+def test_usual_colours_by_their_codes(tmp_path: Path, coded: tuple[int, ...]) -> None:
+    frame = read_picture(
+        png(tmp_path / "x.png", 8, 2, bytes([255, 128, 0] * 2), tEXt=b"a\0" + b"b" * 5000, cICP=bytes(coded))
+    )
+    assert ((frame[:, 0, 1] + 1) * 127.5).round().tolist() == [255, 128, 0]
+
+
+@pytest.mark.parametrize("coded", [(9, 16, 0, 1), (9, 18, 0, 1), (12, 13, 0, 1), (1, 8, 0, 1), (1, 13, 0, 0), (1,)])
+def test_colours_of_hdr_and_other_screens_are_refused(tmp_path: Path, coded: tuple[int, ...]) -> None:
+    path = png(tmp_path / "x.png", 8, 2, bytes(6), sRGB=b"\0", cICP=bytes(coded))
+    with pytest.raises(DataError, match=r"not those of sRGB \(cICP .*convert it to sRGB first"):
+        read_picture(path)
+
+
+@pytest.mark.parametrize(("row", "palette", "right"), [(b"\0\1", 2, True), (b"\0\2", 2, False), (b"\0\0", 0, False)])
+def test_a_palette_that_lacks_colours_is_refused(tmp_path: Path, row: bytes, palette: int, right: bool) -> None:
+    chunks = {"PLTE": bytes(range(200, 200 + 3 * palette))} if palette else {}
+    path = png(tmp_path / "x.png", 8, 3, row, **chunks)
+    if right:
+        assert ((read_picture(path)[:, 0, 1] + 1) * 127.5).round().tolist() == [203, 204, 205]
+        return
+    with pytest.raises(DataError, match="of a colour that its palette of"):
+        read_picture(path)
 
 
 @pytest.mark.parametrize(("gamma", "refused"), [(100000, True), (45455, False)])
