@@ -105,6 +105,7 @@ class _Loader(yaml.SafeLoader):
             raise self._fail(node, f"{text} is {meant} to some readers and text to others: write {meant} or '{text}'")
         if _OLD_NUMBER.fullmatch(text):
             plain = text.replace("_", "")
+            plain = str(int(plain, 2)) if "b" in plain[:3].lower() and len(plain) < 80 else plain
             raise self._fail(node, f"{text[:40]} is a number to some readers and text to others: write {plain[:40]}")
         return text
 

@@ -26,7 +26,7 @@ VALUES: dict[str, Any] = {
 }  # fmt: skip
 REFUSED = {
     **{word: f"write {meant}" for word, meant in (("yes", "true"), ("On", "true"), ("no", "false"), ("OFF", "false"))},
-    "1_000": "write 1000", "1_0.5": "write 10.5", "0b101": "write 0b101", "1_0e3": "write 10e3",
+    "1_000": "write 1000", "1_0.5": "write 10.5", "0b101": "write 5$", "-0b1_0": "write -2$", "1_0e3": "write 10e3",
     "99999999999999999999": "beyond 64 bits", "9" * 5000: "beyond 64 bits", "!!int 5": "the tag 'int'",
     "!!binary aGk=": "the tag 'binary'", "!!timestamp 2024-01-01": "the tag", "!!set {a}": "the tag", "!x y": "the tag",
     "!!python/name:os.system ": "the tag", "{a: 1, a: 2}": "appears twice", "{1: 1, 1: 2}": "appears twice",
