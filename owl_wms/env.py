@@ -60,6 +60,10 @@ def read(name: str) -> str | None:
     return value or None
 
 
+MOST_PROCESSES = 64 + 4 * (os.cpu_count() or 1)
+"""Processes that one call may start on this machine: many more would take it down before any of them has worked."""
+
+
 def after_fork(renew: Callable[[], None]) -> None:
     """Have every forked child of this process call `renew` before anything else; nothing forks on Windows.
 

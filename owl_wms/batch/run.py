@@ -96,6 +96,9 @@ def run(
         ConfigError, DataError: an argument or the source cannot be used.
     """
     chosen = choose_engine(engine)
+    if chosen == "local" and workers is not None and not 1 <= workers <= env.MOST_PROCESSES:
+        text = f"workers must be 1 to {env.MOST_PROCESSES} on this machine, got {workers}"
+        raise ConfigError(text, key="workers")
     rank, world = ranks.place() or (0, 1) if chosen == "ranks" else (0, 1)
     name = run_name()
     with ExitStack() as stack:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from owl_wms import env
 from owl_wms.cache import CacheStore
+from owl_wms.cli._bounds import MOST_FRAMES
 from owl_wms.errors import ConfigError
 from owl_wms.settings import TensorRTConfig
 
@@ -26,7 +27,7 @@ VAE_CONFIG = typer.Option(None, "--vae-config", help="YAML with a model section.
 CHECKPOINT = typer.Option(
     None, "--checkpoint", help=".pt or .safetensors; diffusers folder or hub id with --vae-id dcae."
 )
-BATCH = typer.Option(8, "--batch-size", min=1, help="Frames a batch.")
+BATCH = typer.Option(8, "--batch-size", min=1, max=MOST_FRAMES, help="Frames a batch.")
 LATENT = typer.Option("", "--latent", help="c,h,w of one latent frame; from the configuration when not said.")
 PRECISION = typer.Option(None, "--precision", help="auto, fp16, bf16, fp32, fp8 or int8.")
 PLAN = typer.Option(None, "--plan", help="Only this plan (owl-wms trt plans); may be repeated.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from owl_wms import __version__, env
+from owl_wms.cli._bounds import MOST_FRAMES
 from owl_wms.configs.paths import EXAMPLES
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ SCHEMA = 1
 
 
 def bench(
-    batch_size: int = typer.Option(8, min=1, help="Frames per batch."),
+    batch_size: int = typer.Option(8, min=1, max=MOST_FRAMES, help="Frames per batch."),
     precision: str | None = typer.Option(None, help="auto, fp16, bf16, fp32, fp8 or int8."),
     iterations: int = typer.Option(20, min=1, help="Timed runs of each way; the median is printed."),
     compiled: bool = typer.Option(True, help="Also time torch.compile."),

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from owl_wms.cli._bounds import MOST_FRAMES
 from owl_wms.configs.paths import EXAMPLES
 
 _DEMO_VAE = EXAMPLES / "demo"
@@ -88,7 +89,7 @@ def import_(
     vae_checkpoint: Annotated[Path | None, typer.Option(help="Weights of that autoencoder.")] = None,
     resize: Annotated[bool, typer.Option(help="Scale frames of another size instead of refusing them.")] = False,
     no_mouse: Annotated[bool, typer.Option("--no-mouse", help="There is no mouse: store one at rest.")] = False,
-    batch: int = typer.Option(8, min=1, help="Frames encoded at once."),
+    batch: int = typer.Option(8, min=1, max=MOST_FRAMES, help="Frames encoded at once."),
     skip_bad: Annotated[bool, typer.Option(help="Leave out clips that cannot be used, each with one line.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
 ) -> None:

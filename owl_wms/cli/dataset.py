@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from owl_wms.cli._bounds import MOST_FRAMES
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -28,10 +30,12 @@ Checkpoint = Annotated[str, typer.Option(help="Weights of the autoencoder.")]
 Engine = Annotated[str | None, typer.Option(help="ray, ranks or local; by default what this process is started by.")]
 Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs, a worker on each; by default every visible one.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Workers without a GPU; one by default.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Frames at once.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=MOST_FRAMES, help="Frames at once.")]
 Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")]
 Limit = Annotated[float, typer.Option(min=0.1, help="Seconds that one item may take.")]
-Metrics = Annotated[int | None, typer.Option(min=0, help="Port for Prometheus; 0 takes a free one. Ranks add theirs.")]
+Metrics = Annotated[
+    int | None, typer.Option(min=0, max=65_535, help="Port for Prometheus; 0 takes a free one. Ranks add theirs.")
+]
 Show = Annotated[bool, typer.Option("--status", help="Show how far the work is, and do nothing.")]
 Verify = Annotated[bool, typer.Option(help="Check hash and frame count of every output, and do nothing else.")]
 
@@ -63,6 +67,7 @@ def decode_dataset(
     from owl_wms.cli import _shared as shared
 
     shared.check_number("--scale", scale, shared.SCALES)
+    shared.check_number("--time-limit", time_limit, (0.1, 10**6))
     shared.check_number("--fps", fps, shared.FPS)
     shared.check_family(family, vae_config)
     settings = {"scale": scale, "batch_size": batch_size, "dtype": dtype, "family": family, "tensorrt": tensorrt}
@@ -99,6 +104,7 @@ def encode_dataset(
     from owl_wms.cli import _shared as shared
 
     shared.check_number("--scale", scale, shared.SCALES)
+    shared.check_number("--time-limit", time_limit, (0.1, 10**6))
     settings = {"scale": scale, "batch_size": batch_size, "dtype": dtype, "resize": resize}
     make = partial(EncodeClips, vae_config, checkpoint, dtype=dtype, batch_size=batch_size, scale=scale, resize=resize)
     job = _job(make, out, form, LATENT_FORMS, settings, vae_config, checkpoint, encodes=True, time_limit=time_limit)

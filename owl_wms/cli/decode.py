@@ -18,6 +18,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from owl_wms.cli._bounds import MOST_FRAMES
+
 
 def decode(
     latents: Annotated[Path, typer.Argument(help="Latents \\[b,n,c,h,w] or \\[n,c,h,w]: .pt, .npy or .safetensors.")],
@@ -46,7 +48,7 @@ def decode(
     ] = "libx264",
     crf: Annotated[int, typer.Option(help="Quality of the clip: 0 is lossless, 51 the worst.")] = 16,
     preset: Annotated[str | None, typer.Option(help="Of the encoder; veryfast for libx264, p4 for h264_nvenc.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Frames decoded at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_FRAMES, help="Frames decoded at once.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
     tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from owl_wms.cli._bounds import MOST_FRAMES
 from owl_wms.configs.paths import EXAMPLES
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, max=_HELD_OUT - 1, help="World; training never saw these.")] = 7,
     frames: Annotated[int, typer.Option(min=2, help="Frames to show.")] = 32,
     every: Annotated[int, typer.Option(min=1, max=60, help="Show every n-th of the game's 60 frames a second.")] = 4,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Frames at once; 8 on a GPU, 2 on a CPU.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=MOST_FRAMES, help="Frames at once; 8 on a GPU, 2 on a CPU.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace the clip and the sheet of an earlier run.")] = False,

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from owl_wms.cli._bounds import MOST_FRAMES
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,7 +29,7 @@ def encode(
     depth: Annotated[Path | None, typer.Option(help="Grey clip or folder with the depth channel.")] = None,
     resize: Annotated[bool, typer.Option(help="Scale frames of another size instead of refusing them.")] = False,
     scale: Annotated[float, typer.Option(help="Divide latents by this (upstream's vae_scale).")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Frames encoded at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_FRAMES, help="Frames encoded at once.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace latents that stand under this name.")] = False,

@@ -16,7 +16,6 @@ Usage:
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from owl_wms import env
 from owl_wms.configs.strict import choose
 from owl_wms.data.loading import (
     BATCH_KEY,
@@ -58,8 +58,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "num_workers": (int,),
     "seed": (int,),
 }
-MOST_WORKERS = 64 + 4 * (os.cpu_count() or 1)
-"""Reading processes of one rank. All are started before the first batch, and many more would take the machine down."""
 MOST_SEED = 1 << 32
 
 
@@ -133,7 +131,7 @@ def get_loader(
         seed: of every random choice, -2^32 to 2^32.
         rank: this process among `world_size`.
         world_size: processes that share the data.
-        num_workers: reading processes, 0 for none, at most `MOST_WORKERS`.
+        num_workers: reading processes, 0 for none, at most `env.MOST_PROCESSES`.
         batch_key: the configuration's key that `batch_size` comes from, for messages.
         **kwargs: `data_kwargs` of the configuration: dataset_path, window_length, batch_columns, stride,
             include_truncated for tables; bucket_name, prefix, window_length, file_share_max (and unlabelled_frac,
@@ -156,7 +154,7 @@ def get_loader(
         ) from error
     given = {**kwargs, "num_workers": num_workers, "seed": seed}
     odd = next((name for name, value in given.items() if not isinstance(value, _KINDS.get(name, object))), None)
-    odd = "num_workers" if odd is None and not 0 <= num_workers <= MOST_WORKERS else odd
+    odd = "num_workers" if odd is None and not 0 <= num_workers <= env.MOST_PROCESSES else odd
     odd = "seed" if odd is None and not -MOST_SEED <= seed <= MOST_SEED else odd
     if odd is not None:
         raise ConfigError(f"data_id {data_id!r}: {odd} cannot be {given[odd]!r:.80}", key=f"train.data_kwargs.{odd}")

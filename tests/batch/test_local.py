@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from owl_wms import env
 from owl_wms.batch import BlockWorker, Job
 from owl_wms.batch.items import LATENT_SUFFIXES, Item, cut, list_items
 from owl_wms.batch.ledger import run_name
 from owl_wms.batch.lock import held
 from owl_wms.batch.run import run, status, verify
 from owl_wms.batch.worker import Outcome
-from owl_wms.errors import BatchError
+from owl_wms.errors import BatchError, ConfigError
 from tests.batch.fake import fake_job, frames_of, make_inputs, outputs_of, parts
 
 FORK: Any = multiprocessing.get_context("fork")
@@ -45,6 +46,13 @@ def plain(job: Job, folder: Path) -> list[Outcome]:
     worker, name = BlockWorker(job), run_name()
     blocks = ((f"{name}-{n}", block) for n, block in enumerate(cut(list_items(str(folder), LATENT_SUFFIXES))))
     return [o for o in worker.run(blocks) if o.key]
+
+
+@pytest.mark.parametrize("workers", [-1, env.MOST_PROCESSES + 1, 2**31])
+def test_more_workers_than_a_machine_can_bear_are_not_begun(tmp_path: Path, workers: int) -> None:
+    folder, job = make_inputs(tmp_path / "in", {"0.pt": "item"}), fake_job(tmp_path / "out")
+    with pytest.raises(ConfigError, match=f"workers must be 1 to {env.MOST_PROCESSES} on this machine, got {workers}"):
+        go(job, folder, workers)
 
 
 def test_outputs_of_spawned_workers_are_right_and_a_second_run_has_nothing_to_do(tmp_path: Path) -> None:

@@ -212,10 +212,24 @@ def test_numbers_out_of_range_for_world_models(
         refuse("--cfg-scale must be a number from -100 to 100", capsys, "play", *model, "--cfg-scale", text)
     for text in ("nan", "inf", "0.1", "241"):
         refuse("--fps must be a number from 1 to 240", capsys, "play", *model, "--fps", text)
+    data = (str(files), "--out", str(tmp_path / "o"), "--checkpoint", model[1], "--vae-config", model[0])
+    for text in ("inf", "1e308"):
+        refuse("--time-limit must be a number from 0.1 to", capsys, "decode-dataset", *data, "--time-limit", text)
     refuse("--nccl-timeout must be a number from 1 to", capsys, "train", model[0], "--nccl-timeout", "inf")
     for arguments in (("sample", *model), ("play", *model), ("data", "make", str(tmp_path / "table"))):
         refuse(f"got {huge}", capsys, *arguments, "--seed", huge)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("decode-dataset", "--batch-size"), ("decode-dataset", "--metrics-port"), ("demo", "--batch-size")],
+)
+def test_whole_numbers_beyond_64_bits(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, option, "9" * 23])
+    assert ended.value.code == 2
+    assert f"Invalid value for '{option}'" in capsys.readouterr().err
 
 
 def test_worlds_have_numbers_of_64_bits() -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from owl_wms.data.loaders import MOST_WORKERS, get_loader
+from owl_wms import env
+from owl_wms.data.loaders import get_loader
 from owl_wms.data.npy_table import NpyTable, NpyTableWriter
 from owl_wms.data.packing import PackedDataset
 from owl_wms.errors import ConfigError, DataError
@@ -214,7 +215,7 @@ def test_batches_stay_on_the_cpu_beside_another_default_device(tmp_path: Path, d
 @pytest.mark.parametrize(
     ("name", "value"),
     [("dataset_path", None), ("dataset_path", 5), ("batch_columns", None), ("batch_columns", 3)]
-    + [("num_workers", value) for value in (-1, 1.5, "x", None, MOST_WORKERS + 1, 2**31)]
+    + [("num_workers", value) for value in (-1, 1.5, "x", None, env.MOST_PROCESSES + 1, 2**31)]
     + [("seed", value) for value in (2**33, -(2**33), 1.5, None)],
 )
 def test_arguments_of_other_types_are_one_error(tmp_path: Path, data_id: str, name: str, value: Any) -> None:
