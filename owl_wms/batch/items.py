@@ -29,6 +29,7 @@ LATENT_SUFFIXES = (".tar", *ARRAY_SUFFIXES)
 FRAME_SUFFIXES = (*VIDEO_SUFFIXES, *ARRAY_SUFFIXES)
 MANIFEST_SUFFIXES = (".jsonl", ".txt")
 BLOCK_BYTES, BLOCK_ITEMS = 256 << 20, 16
+_LONGEST_LINE = 1 << 16
 
 
 class Item(NamedTuple):
@@ -154,12 +155,15 @@ def _single(source: str, name: str | None) -> Item:
 def _named_in(source: str, fs: Any, path: str) -> Iterator[Item]:
     folder = path.rpartition("/")[0]
     with fs.open(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), ""), 1):
+            if len(line) == _LONGEST_LINE:
+                text = f"{source}: line {number} has {_LONGEST_LINE} characters or more, which no path has"
+                raise DataError(text, path=source, index=number)
             if not line.strip():
                 continue
             try:
                 named = str(json.loads(line)["path"]) if path.lower().endswith(".jsonl") else line.strip()
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 text = f'{source}: line {number} is no object with a path; write {{"path": "..."}}'
                 raise DataError(text, path=source, index=number) from error
             parts = [part for part in named.partition("://")[2 if "://" in named else 0].split("/") if part]

@@ -18,7 +18,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from owl_wms import __version__, env
-from owl_wms.cli._disk import described, disk_failure
+from owl_wms.cli._disk import closed_path, described, disk_failure
 from owl_wms.errors import FastPathError, OwlError
 
 # name -> (module, attribute, one-line help). The attribute is a function with typer annotations, or a typer app.
@@ -107,6 +107,9 @@ def main(argv: list[str] | None = None) -> None:
     except OwlError as error:
         _end(f"{error}{_who_forbids_pytorch(error, requested)}")
     except (OSError, RuntimeError) as error:
+        closed = closed_path(error)
+        if closed is not None:
+            _end(described(closed))
         failure = disk_failure(error)
         if failure is None:
             raise

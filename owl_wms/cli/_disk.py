@@ -1,4 +1,4 @@
-"""A full or read-only disk, told apart from other errors: nobody's fault in the code, and so one line, no traceback.
+"""What the file system refuses, told apart from other errors: nobody's fault in the code, so one line, no traceback.
 
 Why not everywhere an `OSError`: any other that gets this far is a mistake of ours, whose traceback is wanted.
 """
@@ -9,12 +9,19 @@ import errno
 
 from owl_wms.files import refused_with
 
+_CLOSED = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def disk_failure(error: BaseException) -> OSError | None:
     """The disk's refusal in an error or in what led to it (torch's writer raises RuntimeError after it), or None."""
     return refused_with(error, _FULL)
+
+
+def closed_path(error: BaseException) -> OSError | None:
+    """The refusal of a path that was given: a name that is too long, a circle of links, a closed folder."""
+    failure = refused_with(error, _CLOSED)
+    return failure if failure is not None and failure.filename else None
 
 
 def described(failure: OSError) -> str:

@@ -50,8 +50,8 @@ def picture_files(folder: Path) -> list[Path]:
     """
     try:
         entries = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES]
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror}", path=folder) from error
+    except (OSError, ValueError) as error:  # a NUL in the name
+        raise DataError(f"{folder}: cannot be read: {getattr(error, 'strerror', error)}", path=folder) from error
     files = sorted((path for path in entries if path.name[0] != "." and not path.is_dir()), key=natural_order)
     if not files:
         raise DataError(f"{folder}: no pictures ({', '.join(PICTURE_SUFFIXES)}) in this folder", path=folder)

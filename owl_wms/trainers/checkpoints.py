@@ -103,7 +103,11 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
         CheckpointError: no such file, not readable, or not a dictionary.
     """
     path = Path(path)
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that is too long, a folder that nobody may look into
+        raise CheckpointError(f"{path}: cannot read this checkpoint: {error.strerror}", path=path) from error
+    if not there:
         raise CheckpointError(f"{path}: cannot read this checkpoint: no such file", path=path)
     if path.suffix == ".safetensors":
         raise CheckpointError(

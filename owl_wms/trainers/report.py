@@ -62,9 +62,9 @@ def read_run(folder: Path) -> Run:
     path = folder / LOG
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        hint = "give a run's checkpoint_dir"
-        raise DataError(f"{path}: no log of a training run: {error.strerror}; {hint}", path=path) from error
+    except (OSError, ValueError) as error:  # a NUL in the name
+        reason, hint = getattr(error, "strerror", error), "give a run's checkpoint_dir"
+        raise DataError(f"{path}: no log of a training run: {reason}; {hint}", path=path) from error
     numbers: dict[str, dict[int, float]] = {}
     clips: dict[int, tuple[list[str], str]] = {}
     errors: dict[int, str] = {}

@@ -24,7 +24,7 @@ from owl_wms.batch.ledger import run_name
 from owl_wms.batch.lock import held
 from owl_wms.batch.run import run, status, verify
 from owl_wms.batch.worker import Outcome
-from owl_wms.errors import BatchError, ConfigError
+from owl_wms.errors import BatchError, ConfigError, DataError
 from tests.batch.fake import fake_job, frames_of, make_inputs, outputs_of, parts
 
 FORK: Any = multiprocessing.get_context("fork")
@@ -46,6 +46,20 @@ def plain(job: Job, folder: Path) -> list[Outcome]:
     worker, name = BlockWorker(job), run_name()
     blocks = ((f"{name}-{n}", block) for n, block in enumerate(cut(list_items(str(folder), LATENT_SUFFIXES))))
     return [o for o in worker.run(blocks) if o.key]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("m.txt", "\0" * (1 << 20), "line 1 has 65536 characters or more"),
+        ("m.jsonl", "x" * (1 << 20), "line 1 has 65536 characters or more"),
+        ("m.jsonl", "[" * 60_000, "line 1 is no object with a path"),
+    ],
+)
+def test_a_manifest_of_one_endless_line_is_not_read_to_its_end(tmp_path: Path, name: str, line: str, said: str) -> None:
+    (tmp_path / name).write_text(line)
+    with pytest.raises(DataError, match=said):
+        list(list_items(str(tmp_path / name), LATENT_SUFFIXES))
 
 
 @pytest.mark.parametrize("workers", [-1, env.MOST_PROCESSES + 1, 2**31])

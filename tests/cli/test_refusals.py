@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from owl_wms.cli import _shared, main
+from owl_wms.configs.paths import EXAMPLES
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.game.world import GameWorld
 from owl_wms.media.arrays import load_array, save_array
@@ -230,6 +231,20 @@ def test_whole_numbers_beyond_64_bits(command: str, option: str, capsys: pytest.
         main([command, option, "9" * 23])
     assert ended.value.code == 2
     assert f"Invalid value for '{option}'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_begins")
+def test_paths_that_cannot_be_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    demo = EXAMPLES / "demo"
+    weights = ("--vae-config", f"{demo}/demo_vae.yml", "--checkpoint", f"{demo}/demo_vae.safetensors", "--out")
+    for command, *more in (("decode", *weights, "o.mp4"), ("encode", *weights, "z.pt"), ("report",), ("train",)):
+        refuse("File name too long", capsys, command, "n" * 300 + ".npy", *more)
+    for command in ("report", "train"):
+        refuse("Too many levels of symbolic links", capsys, command, "circle/x")
 
 
 def test_worlds_have_numbers_of_64_bits() -> None:

@@ -249,6 +249,11 @@ def test_only_our_own_errors_for_damaged_clips_and_pictures(tmp_path: Path, put:
             read_or_refuse(read, path)  # type: ignore[arg-type]
 
 
+def test_a_folder_whose_name_is_none_is_refused() -> None:
+    with pytest.raises(DataError, match="cannot be read: embedded null byte"):
+        picture_files(Path("a\0b"))
+
+
 def png(path: Path, depth: int, kind: int, row: bytes, **chunks: bytes) -> Path:
     """A PNG of one row of two pixels, of this bit depth and colour type, with further chunks before it."""
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from owl_wms.cli import main
-from owl_wms.errors import DataError
+from owl_wms.errors import CheckpointError, DataError
+from owl_wms.trainers.checkpoints import load_checkpoint
 from owl_wms.trainers.report import CLIP_BYTES, chart, read_run, report, thinned
 from tests.trainers.test_failures import decoder_files
 from tests.trainers.test_trainers import build
@@ -76,6 +77,10 @@ def test_a_folder_without_a_run_is_one_line(tmp_path: Path) -> None:
         report(tmp_path)
     assert run("report", str(tmp_path)) == 2
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="no log of a training run: embedded null byte"):
+        report(Path("a\0b"))
+    with pytest.raises(CheckpointError, match="cannot read this checkpoint: File name too long"):
+        load_checkpoint("n" * 300 + ".pt")
 
 
 def write_log(folder: Path, *lines: object) -> None:
