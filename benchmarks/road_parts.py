@@ -208,6 +208,73 @@ def rate(s: Settings) -> Settings:
     }
 
 
+def command(s: Settings) -> Settings:
+    """How many times as much a frame of the decode function costs as one of `owl-wms decode` to `.npy`, on a CPU.
+
+    By the clock and by the processor's time, in turns, each the difference of a long and a short clip, so that starting
+    and loading do not count. One thread: two of them wait for each other by spinning, which on a machine that others
+    use as well is most of what would be measured.
+    """
+    import contextlib
+    import io
+
+    import numpy as np
+    import torch
+
+    from owl_wms.cli import main
+    from owl_wms.utils.owl_vae_bridge import make_batched_decode_fn
+
+    torch.set_num_threads(1)
+    decode = make_batched_decode_fn(_decoder(s), s["batch"], output="uint8")
+    clips = {}
+    for count in (s["frames"] // 5, s["frames"]):
+        clips[count] = torch.randn(count, *_latent_shape(s), generator=torch.Generator().manual_seed(0))
+        np.save(Path(s["work"], f"{count}.npy"), clips[count].numpy())
+
+    def function(count: int) -> None:
+        for part in clips[count].split(PIECE):
+            decode(part[None])
+
+    def whole(count: int) -> None:
+        given = [str(Path(s["work"], f"{count}.npy")), "--vae-config", s["config"], "--checkpoint", s["checkpoint"]]
+        given += ["--out", str(Path(s["work"], "command.npy")), "--overwrite", "--batch-size", str(s["batch"])]
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+            main(["decode", *given, "--device", s["device"]])
+        if f"{count} frames" not in said.getvalue():
+            raise RuntimeError(said.getvalue())
+
+    def cost(run: Callable[[int], None]) -> tuple[float, float]:
+        marks = [(time.perf_counter(), time.process_time())]
+        for count in clips:
+            run(count)
+            marks.append((time.perf_counter(), time.process_time()))
+        first, second, third = (torch.tensor(mark, dtype=torch.float64) for mark in marks)
+        clock, processor = (((third - second) - (second - first)) / (s["frames"] - s["frames"] // 5)).tolist()
+        return clock, processor
+
+    for run in (function, whole):
+        run(s["frames"] // 5)
+    found: dict[str, list[tuple[float, float]]] = {"function": [], "command": []}
+    for number in range(s["rounds"]):
+        turns = [("function", function), ("command", whole)]
+        for name, run in turns[:: -1 if number % 2 else 1]:
+            found[name].append(cost(run))
+    pairs = list(zip(found["function"], found["command"], strict=True))
+    return {
+        "ratio": {
+            what: median(function[i] / whole[i] for function, whole in pairs)
+            for i, what in enumerate(("clock", "processor"))
+        },
+        "ms_per_frame": {
+            name: {what: 1e3 * median(cost[i] for cost in costs) for i, what in enumerate(("clock", "processor"))}
+            for name, costs in found.items()
+        },
+        "rounds": s["rounds"],
+        "load": os.getloadavg()[0],
+    }
+
+
 def x264(s: Settings) -> Settings:
     """Frames per second of the encoder fed from memory, with the settings of `owl-wms decode`."""
     import numpy as np
@@ -343,7 +410,7 @@ def _resident_mib() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
-PARTS = {part.__name__: part for part in (files, first, steps, background, rate, x264, training, memory)}
+PARTS = {part.__name__: part for part in (files, first, steps, background, rate, command, x264, training, memory)}
 
 if __name__ == "__main__":
     print("\n" + json.dumps(PARTS[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.report import read_result
-from benchmarks.road import BEFORE, STAGES, table
+from benchmarks.road import BEFORE, STAGES, START_STAGES, STARTS_BEFORE, table
 
 COLOURS = ("#8da0cb", "#1b9e77", "#66c2a5", "#d95f02", "#e6ab02")
 
@@ -59,33 +59,62 @@ def page(result: dict[str, Any], names: list[str]) -> str:
 
 
 def picture(result: dict[str, Any], out: Path) -> None:
-    """Bars of seconds for each stage of each run of the command, whole times as lines, and the time before."""
+    """Starts before and now, stacked by stage, then bars of seconds for each stage of each run of the command."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs = {
-        name: part for name, part in result["parts"].items() if name.split()[0] in ("npy", "mp4") and part.get("spent")
+    parts = result["parts"]
+    starts = {
+        name: tuple(parts[f"first {name}"]["seconds"][stage] for stage in START_STAGES)
+        for name in STARTS_BEFORE
+        if "after_torch" in parts.get(f"first {name}", {})
     }
-    if not runs:
+    runs = {name: part for name, part in parts.items() if name.split()[0] in ("npy", "mp4") and part.get("spent")}
+    kinds = [[name for name in starts if name.endswith(kind)] for kind in ("cached", "built")]
+    heights = [0.5 + 0.5 * len(names) for names in kinds if names] + [1.5] * len(runs)
+    if not heights:
         return
-    figure, grid = pyplot.subplots(len(runs), 1, figsize=(8, 1.7 * len(runs) + 0.6), squeeze=False)
-    for axes, (name, part) in zip(grid.flat, runs.items(), strict=True):
+    figure, grid = pyplot.subplots(
+        len(heights), 1, figsize=(8, sum(heights) + 1.0), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    panels = iter(grid.flat)
+    for names in [names for names in kinds if names]:
+        axes = next(panels)
+        bars = [(f"{name}, {when}", spent[name]) for name in names for when, spent in _both(starts)]
+        for place, (_, spent) in enumerate(bars):
+            left = 0.0
+            for number, seconds in enumerate(spent):
+                label = START_STAGES[number] if not place else None
+                axes.barh(place, seconds, left=left, height=0.7, color=COLOURS[number], label=label)
+                left += seconds
+            axes.annotate(f"{left:.2f} s", (left, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+        axes.invert_yaxis()
+        axes.set_title(f"first decode after import torch, {names[0].split()[1]}, in seconds", fontsize=9)
+        axes.margins(x=0.12)
+    # Above the whole figure, where it covers nothing.
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), fontsize=8, loc="upper center", ncols=4, frameon=False)
+    for axes, (name, part) in zip(panels, runs.items(), strict=True):
         stages = [stage for stage in STAGES if stage in part["spent"]][::-1]
         values = [part["spent"][stage] for stage in stages]
         axes.barh(stages, values, color=[COLOURS[STAGES.index(stage)] for stage in stages])
-        axes.axvline(part["seconds"], color="#444444", linewidth=1.5, label=f"whole {part['seconds']:.2f} s")
+        axes.axvline(part["seconds"], color="#444444", linewidth=1.5)
         same = name.split()[1] == BEFORE["decoder"] and part["frames"] == BEFORE["frames"] and name.startswith("mp4")
         before = f"; before {BEFORE['seconds']:.1f} s, the first build included" if same else ""
-        axes.set_title(f"{name}: {part['frames']} frames, {part['frames_per_second']:.0f} frames/s{before}", fontsize=9)
+        told = f"{name}: {part['frames']} frames, {part['frames_per_second']:.0f} frames/s"
+        axes.set_title(f"{told}; seconds busy, line: {part['seconds']:.2f} s in all{before}", fontsize=9)
+    for axes in grid.flat:
         axes.tick_params(labelsize=8)
-        axes.legend(fontsize=8, loc="lower right")
         axes.spines[["top", "right"]].set_visible(False)
-    grid.flat[-1].set_xlabel("seconds busy; stages work at the same time", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(out, dpi=130)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / (sum(heights) + 1.0)))
+    figure.savefig(out, dpi=110)
     pyplot.close(figure)
+
+
+def _both(starts: dict[str, tuple[float, ...]]) -> tuple[tuple[str, dict[str, tuple[float, ...]]], ...]:
+    return ("before", STARTS_BEFORE), ("now", starts)
 
 
 def write(result: dict[str, Any], names: list[str], out: Path) -> None:
