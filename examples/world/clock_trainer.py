@@ -38,7 +38,7 @@ from owl_wms.trainers.optim.optimisers import parts_of
 from owl_wms.vae.eight_bits import packed
 
 LOOK_EVERY = 100  # steps between looks at the loss, which wait for the GPU
-EXPORT_SECONDS = 150.0
+EXPORT_SECONDS = 60.0
 COMPILE_SECONDS = 150  # after which another way is tried
 ATTEMPTS = 3  # at own frames that may fail before training goes on without new ones
 SLOW = 0.055  # seconds a step from which on the other attention is tried too
@@ -317,7 +317,7 @@ class ClockTrainer(OwnHistoryTrainer):
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.model.zero_grad(set_to_none=True)
-        return float(loss), float(norm)
+        return float(loss.detach()), float(norm)
 
     def _timed(self, batch: Batch, count: int) -> float:
         begun = time.monotonic()
