@@ -14,7 +14,6 @@ import argparse
 import copy
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.accuracy import relative_l2
 from benchmarks.baselines import time_limit
-from benchmarks.decoders import SANA_DECODER
 from benchmarks.harness import (
     console,
     document,
@@ -40,55 +38,16 @@ from benchmarks.harness import (
 )
 from benchmarks.ops_sana import checks
 from benchmarks.ours import build_ours
-from owl_wms import trt
+from benchmarks.sana_forms import FORMS, PIXELS, latents, make, reference
+from benchmarks.sana_isolation import isolate
 from owl_wms.fused.sana import fuse
-from owl_wms.request import Request
-from owl_wms.trt.check.parity import reference_arithmetic
 
-# dc-ae-f32c32-sana-1.0, decoder side: 8.4 TFLOP for 1024x1024 pixels.
-F32C32: dict[str, Any] = {
-    "in_channels": 3,
-    "latent_channels": 32,
-    "attention_head_dim": 32,
-    "block_type": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    "block_out_channels": (128, 256, 512, 512, 1024, 1024),
-    "layers_per_block": (3,) * 6,
-    "qkv_multiscales": ((),) * 3 + ((5,),) * 3,
-    "norm_type": "rms_norm",
-    "act_fn": "silu",
-    "upsample_block_type": "interpolate",
-}
-FORMS: dict[str, dict[str, Any]] = {"f32c32": F32C32, "f64c128": SANA_DECODER}
-PIXELS = {"f32c32": 32, "f64c128": 64}  # of a latent's side
 # name -> batch, side of the latents, milliseconds wanted
 SIZES = {"1 x 1024x1024": (1, 32, 19.0), "8 x 512x512": (8, 16, 31.0), "1 x 2048x2048": (1, 64, 63.0)}
 LAYOUTS = {"default": torch.contiguous_format, "channels_last": torch.channels_last}
 MOST_ERROR = 1.2  # times that of eager bf16
 COMPILE_SECONDS = 150
 Run = Callable[[Tensor], Tensor]
-
-
-def make(form: str) -> nn.Module:
-    """Returns the decoder in fp32 on the GPU, in eval mode, with seeded random weights."""
-    from diffusers.models.autoencoders.autoencoder_dc import Decoder
-
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        decoder: nn.Module = Decoder(**FORMS[form]).eval().requires_grad_(False)
-    return decoder
-
-
-def latents(form: str, batch: int, side: int) -> Tensor:
-    """Seeded normal latents in bf16."""
-    generator = torch.Generator("cuda").manual_seed(1)
-    shape = (batch, FORMS[form]["latent_channels"], side, side)
-    return torch.randn(shape, device="cuda", generator=generator).bfloat16()
-
-
-def reference(decoder: nn.Module, z: Tensor) -> Tensor:
-    """Returns the fp32 decoder's frames, one image at a time."""
-    with torch.no_grad(), reference_arithmetic():
-        return torch.cat([decoder(one.float()) for one in z.split(1)])
 
 
 def compiled(decoder: nn.Module, layout: torch.memory_format) -> Run:
@@ -227,60 +186,6 @@ def check() -> bool:
         torch.cuda.empty_cache()
     console.print(shown)
     return fine
-
-
-@torch.no_grad()
-def isolate(form: str, seconds: float) -> tuple[dict[str, Any], bool]:
-    """Builds with TensorRT alone in bf16, whose depthwise convolutions have no execution context there, in at most
-    `seconds`, and says what isolation found, how long it took and whether the program survives being saved.
-    """
-    z = latents(form, 1, 512 // PIXELS[form])
-    decoder = make(form)
-    wanted = reference(decoder, z)
-    eager = copy.deepcopy(decoder).bfloat16()
-    request = Request(
-        input_shape=tuple(z.shape),  # type: ignore[arg-type]
-        precision="bf16",
-        plans=("tensorrt",),
-        timeout_seconds=seconds,
-    )
-    row: dict[str, Any] = {"form": form, "eager_error": relative_l2(eager(z), wanted)}
-    begin = time.perf_counter()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            report = trt.build_program(eager, request, Path(folder), progress=_tell(form))
-            row["build_seconds"] = time.perf_counter() - begin
-            data = (Path(folder) / "program.pt2").read_bytes()
-        programs = [trt.load_program(data, torch.device("cuda")) for _ in range(2)]
-        first, second = (program(z) for program in programs)
-        row |= {"report": report, "bit_equal": torch.equal(first, second), "error": relative_l2(first, wanted)}
-    except Exception as error:
-        row |= {"reason": f"{type(error).__name__}: {error}", "build_seconds": time.perf_counter() - begin}
-        console.print(f"{form}: {row['reason']}", markup=False)
-        return row, False
-    errors = f"error {row['error']:.2e} (eager {row['eager_error']:.2e})"
-    console.print(f"{form}: {row['build_seconds']:.0f} s in all, {errors}, two loads bit-equal: {row['bit_equal']}")
-    for candidate in report.get("candidates", []):
-        tries = candidate.get("attempts", [])
-        seconds = sum(one["seconds"] for one in tries)
-        console.print(
-            f"  {candidate['plan']}: {candidate.get('engines')} engines; {len(tries)} tries in {seconds:.0f} s"
-        )
-        for key in ("reason", "failed_alone", "kept_modules", "kept_minimal", "kept_reason", "pytorch_operators"):
-            console.print(f"    {key}: {str(candidate.get(key))[:500]}", markup=False)
-    return row, bool(row["bit_equal"]) and row["error"] <= 2 * row["eager_error"]
-
-
-def _tell(form: str) -> Callable[[dict[str, Any]], None]:
-    """Returns what prints the steps of a build as they begin, for a run that may be killed."""
-    begin = time.perf_counter()
-
-    def tell(event: dict[str, Any]) -> None:
-        if event["stage"] != "tensorrt":
-            rest = {key: str(value)[:160] for key, value in event.items() if key not in ("stage", "elapsed")}
-            console.print(f"{form} {time.perf_counter() - begin:6.1f} s  {event['stage']} {rest or ''}", markup=False)
-
-    return tell
 
 
 def main(arguments: list[str] | None = None) -> int:

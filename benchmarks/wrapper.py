@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 import owl_wms
-from benchmarks.harness import commit, document, finish, require_gpu, show, write
-from benchmarks.sana import SIZES, latents, make
+from benchmarks.harness import commit, document, finish, origin, require_gpu, show, write
+from benchmarks.sana import SIZES
+from benchmarks.sana_forms import latents, make
 from benchmarks.stamp import microseconds
 from owl_wms.runtime.accelerated import AcceleratedDecoder
 
@@ -144,6 +145,17 @@ def table(rows: list[dict[str, Any]]) -> str:
             [size, row["precision"], *added, f"{row['before_launch_us']:.1f}", f"{row['stamp_us']:.1f}", row["wrong"]]
         )
     return show(titles, lines)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Returns the document as Markdown; its table is printed too."""
+    title = "# What a call of an accelerated decoder adds to its program (AutoencoderDC f32c32)"
+    remark = (
+        "Microseconds, medians over pairs of calls; in brackets the program alone. `waited for`: until the frames are "
+        "there. `returned`: until the call returns, nothing queued before. `queued`: per call, 20 calls waited for "
+        "together. `before launch`: until the program is called. `weights`: one comparison, processor time."
+    )
+    return f"{title}\n\n{origin(result)}\n\n{remark}\n\n{table(result['rows'])}"
 
 
 def main(arguments: list[str] | None = None) -> int:

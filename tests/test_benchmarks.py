@@ -55,6 +55,7 @@ RENDERED = {
     "sana": sana.markdown,
     "taehv": taehv.markdown,
     "trt_matrix": trt_matrix.render,
+    "wrapper": wrapper.markdown,
 }
 
 
