@@ -191,7 +191,8 @@ def user_table(results: Path = SHOWN.parent) -> str:
 
     road = stored("road")["parts"]
     eager, captured = ({row["way"]: row for row in stored("play")["rows"]}[way] for way in ("eager", "captured"))
-    sana = {row["candidate"]: row for row in stored("sana_f32c32")["rows"]}
+    sizes = stored("sana_f32c32")["rows"]
+    sana = {row["candidate"]: row for row in sizes if row["size"] == "1 x 1024x1024"}
     rows = [
         (
             "`owl-wms decode` to `.npy`, distilled decoder",
