@@ -11,20 +11,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import sqlite3
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import fsspec
 
+from owl_wms.batch.store import FOLDER, GENERATION, Store
 from owl_wms.errors import DataError
 from owl_wms.files import one_line
 from owl_wms.media.arrays import ARRAY_SUFFIXES
 from owl_wms.media.watch import VIDEO_SUFFIXES
 
+_log = logging.getLogger(__name__)
 LATENT_SUFFIXES = (".tar", *ARRAY_SUFFIXES)
 FRAME_SUFFIXES = (*VIDEO_SUFFIXES, *ARRAY_SUFFIXES)
 MANIFEST_SUFFIXES = (".jsonl", ".txt")
@@ -53,25 +58,29 @@ class Item(NamedTuple):
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 
 
-def list_items(source: str, suffixes: tuple[str, ...]) -> Iterator[Item]:
+def list_items(source: str, suffixes: tuple[str, ...], out: str = "") -> Iterator[Item]:
     """Yields the files below a folder or prefix, sorted within each folder, or those that a manifest names.
 
-    At most one folder's names are in memory. Hidden files are passed over.
+    At most one folder's names are in memory. Hidden files and links to folders are passed over, and so is what a run
+    has written: ledgers, and the generations beside `out`.
 
     Args:
         source: a folder, a file, a URL of either, or a manifest: `.txt` with a path or URL per line, or `.jsonl` with
             objects that have `path`. Relative paths count from the manifest's folder.
         suffixes: endings that are inputs.
+        out: folder of this run's generation, which may lie inside the source.
 
     Raises:
-        DataError: there is nothing at `source`, or a line of a manifest names no readable file.
+        DataError: there is nothing at `source`, a line of a manifest names no readable file, or two lines have files
+            whose outputs would have one name.
     """
     try:
         fs, root = fsspec.core.url_to_fs(source)
         local = _is_local(fs)
         root = os.path.realpath(root) if local else root.rstrip("/")
         if fs.isdir(root):
-            walk = _walk_local(root) if local else _walk(fs, root)
+            passed = _Passed(fs, out)
+            walk = _walk_local(root, passed) if local else _walk(fs, root, passed)
             for path, size, tag in walk:
                 name = path[len(root) :].lstrip("/")
                 if name.lower().endswith(suffixes):
@@ -112,20 +121,42 @@ def _is_local(fs: Any) -> bool:
     return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
-def _walk_local(folder: str) -> Iterator[tuple[str, int, str]]:
+class _Passed:
+    """Tells the folders that hold no inputs."""
+
+    def __init__(self, fs: Any, out: str) -> None:
+        store = Store(out) if out else None
+        same = store is not None and type(store.fs) is type(fs)
+        self._generations = f"{store.root.rpartition('/')[0]}/{GENERATION}" if same and store is not None else None
+
+    def __call__(self, folder: str) -> bool:
+        name = folder.rpartition("/")[2]
+        ours = self._generations is not None and folder.startswith(self._generations)
+        return name.startswith(".") or name == FOLDER or ours
+
+
+def _walk_local(folder: str, passed: _Passed) -> Iterator[tuple[str, int, str]]:
     with os.scandir(folder) as found:
         entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
-            yield from _walk_local(entry.path)
+            if not passed(entry.path):
+                yield from _walk_local(entry.path, passed)
         elif entry.is_file():
             stat = entry.stat()
             yield entry.path, stat.st_size, str(stat.st_mtime_ns)
+        elif entry.is_dir():
+            _warn_of_link(entry.path)
 
 
-def _walk(fs: Any, root: str) -> Iterator[tuple[str, int, str]]:
-    for _, folders, files in fs.walk(root, detail=True, on_error="raise"):
-        for name in [name for name in folders if name.startswith(".")]:
+@lru_cache(1024)  # a run lists the source twice
+def _warn_of_link(path: str) -> None:
+    _log.warning("%s: is a link to a folder and is passed over; give it as an INPUT of its own", path)
+
+
+def _walk(fs: Any, root: str, passed: _Passed) -> Iterator[tuple[str, int, str]]:
+    for path, folders, files in fs.walk(root, detail=True, on_error="raise"):
+        for name in [name for name in folders if passed(f"{path.rstrip('/')}/{name}")]:
             del folders[name]
         for name, info in sorted(files.items()):
             if name and not name.startswith("."):
@@ -153,8 +184,8 @@ def _single(source: str, name: str | None) -> Item:
 
 
 def _named_in(source: str, fs: Any, path: str) -> Iterator[Item]:
-    folder = path.rpartition("/")[0]
-    with fs.open(path, "rt", encoding="utf-8") as lines:
+    folder, taken = path.rpartition("/")[0], _Names()
+    with taken, fs.open(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), ""), 1):
             if len(line) == _LONGEST_LINE:
                 text = f"{source}: line {number} has {_LONGEST_LINE} characters or more, which no path has"
@@ -166,8 +197,38 @@ def _named_in(source: str, fs: Any, path: str) -> Iterator[Item]:
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 text = f'{source}: line {number} is no object with a path; write {{"path": "..."}}'
                 raise DataError(text, path=source, index=number) from error
-            parts = [part for part in named.partition("://")[2 if "://" in named else 0].split("/") if part]
+            path_in_it = named.partition("://")[2] if "://" in named else named
+            parts = [part for part in path_in_it.split("/") if part not in ("", ".")]
             if ".." in parts or not parts:
                 raise DataError(f"{source}: line {number}: {named!r} has '..' or no name; write it out", path=source)
             whole = named if "://" in named or named.startswith("/") else fs.unstrip_protocol(f"{folder}/{named}")
-            yield _single(whole, "/".join(parts))
+            item = _single(whole, "/".join(parts))
+            earlier = taken.take(item)
+            if earlier is None:
+                yield item
+            elif earlier != item.url:
+                text = f"{source}: line {number}: outputs of {item.url} and of {earlier} would have one name; write"
+                raise DataError(f"{text} both paths in the same way, or use two manifests", path=source, index=number)
+
+
+class _Names:
+    """The files that a manifest has named, by the name of their output, in a temporary SQLite file."""
+
+    def __init__(self) -> None:
+        self._base = sqlite3.connect("")
+        self._base.execute("CREATE TABLE names (name BLOB PRIMARY KEY, url BLOB) WITHOUT ROWID")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._base.close()
+
+    def take(self, item: Item) -> str | None:
+        """Returns the URL that has this name already, or None, and the name is this item's from now on."""
+        name, url = os.fsencode(item.name), os.fsencode(item.url)
+        row = self._base.execute("SELECT url FROM names WHERE name = ?", (name,)).fetchone()
+        if row is not None:
+            return os.fsdecode(row[0])
+        self._base.execute("INSERT INTO names VALUES (?, ?)", (name, url))
+        return None

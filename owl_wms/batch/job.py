@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from owl_wms.batch.ledger import FOLDER, Ledger
-from owl_wms.batch.store import Store
+from owl_wms.batch.ledger import Ledger
+from owl_wms.batch.store import FOLDER, GENERATION, Store
 from owl_wms.errors import ConfigError
 from owl_wms.files import one_line
 
@@ -70,7 +70,7 @@ def prepare(
         ConfigError: `out` cannot be used.
     """
     text = json.dumps({**settings, "form": form, "fps": fps, "encodes": encodes}, sort_keys=True)
-    generation = f"generation-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    generation = f"{GENERATION}{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     try:
         store = Store(out)
         others = [name for name in _generations(store) if name != generation]
@@ -87,7 +87,7 @@ def _generations(store: Store) -> list[str]:
     except FileNotFoundError:
         return []
     names = (path.rstrip("/").rpartition("/")[2] for path in found)
-    return sorted(name for name in names if name.startswith("generation-"))
+    return sorted(name for name in names if name.startswith(GENERATION))
 
 
 def announce(job: Job, run: str) -> None:

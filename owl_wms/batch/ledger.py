@@ -25,9 +25,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from owl_wms.batch.store import Store
+from owl_wms.batch.store import FOLDER, Store
 
-FOLDER = "_ledger"
 PARTS = f"{FOLDER}/parts"
 FAILED = f"{FOLDER}/failed.jsonl"
 Line = dict[str, Any]

@@ -28,8 +28,7 @@ with suppress(ImportError):  # Windows; see `_flocked`
     import fcntl
 
 from owl_wms.batch.job import Job
-from owl_wms.batch.ledger import FOLDER
-from owl_wms.batch.store import Store, own_name
+from owl_wms.batch.store import FOLDER, Store, own_name
 from owl_wms.errors import BatchError
 from owl_wms.files import one_line
 

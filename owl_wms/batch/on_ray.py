@@ -4,7 +4,8 @@ The list of blocks is a file beside the ledger, and Ray gets a row per block wit
 driver holds about 50 bytes per item. A block that is repeated goes on behind the items that its part file has.
 
 Usage:
-    for outcome in run_ray(job, blocks, workers=2, run=run): ...
+    workers, gpus = join(None, None)
+    for outcome in run_ray(job, blocks, workers, run=run, gpus=gpus): ...
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import logging
 import os
 import queue
+import re
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -20,17 +23,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from owl_wms import env
 from owl_wms.batch.items import Item
 from owl_wms.batch.job import Job, is_announced
-from owl_wms.batch.ledger import FOLDER
 from owl_wms.batch.lock import at_work
-from owl_wms.batch.store import Store
+from owl_wms.batch.store import FOLDER, Store
 from owl_wms.batch.worker import Block, BlockWorker, Outcome
 from owl_wms.errors import BatchError, ConfigError
 from owl_wms.files import one_line
 
 _ROWS = 4096  # blocks that Ray sees at once
 _IN_HAND = 2  # blocks that an actor has, as a local worker
+_HOST_AND_PORT = re.compile(r"([\w.-]+):(\d+)")
+_CONNECT_SECONDS = 10.0
 _ENDS = "ends"  # state of an outcome that ends the run
 
 
@@ -110,8 +115,45 @@ class _Asked(NamedTuple):
     ended: Future[None]
 
 
+def join(workers: int | None, on_gpus: bool | None) -> tuple[int, float]:
+    """Joins the cluster that RAY_ADDRESS names, or starts one on this machine; returns actors and GPUs of each.
+
+    The driver's own machine need not have a GPU: what counts is what the cluster has.
+
+    Args:
+        workers: actors, or None for one per GPU of the cluster, or one without a GPU.
+        on_gpus: whether each gets a GPU, or None for: if the cluster has one.
+
+    Raises:
+        ConfigError: Ray is not installed, its cluster cannot be reached, or GPUs are wanted and it has none.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        text = "--engine ray needs Ray: pip install 'ray[data]'; or take --engine local"
+        raise ConfigError(text, key="engine") from error
+    address = env.read("RAY_ADDRESS")
+    if not ray.is_initialized():
+        try:
+            if address is not None and (found := _HOST_AND_PORT.fullmatch(address)) is not None:
+                # Ray itself would try for a minute and more.
+                socket.create_connection((found[1], int(found[2])), _CONNECT_SECONDS).close()
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        except (OSError, ValueError, OverflowError, RuntimeError) as error:
+            remedy = "start it (ray start --head), name another in RAY_ADDRESS, or unset that"
+            text = f"no Ray cluster answers at {address or 'this machine'}: {one_line(error)}; {remedy}"
+            raise ConfigError(text, key="RAY_ADDRESS") from error
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = int(resources.get("GPU", 0))
+    if on_gpus and not gpus:
+        raise ConfigError("the Ray cluster has no GPU; give --workers in place of --gpus", key="gpus")
+    takes = gpus > 0 if on_gpus is None else on_gpus
+    return workers or (gpus if takes else 1) or 1, float(takes)
+
+
 def run_ray(job: Job, blocks: Iterator[Block], workers: int, *, run: str, gpus: float = 1.0) -> Iterator[Outcome]:
-    """Yields outcomes as Ray returns them, block by block.
+    """Yields outcomes as Ray returns them, block by block, after `join`.
 
     Args:
         job: what to do; its output must be one that every node reaches.
@@ -121,17 +163,11 @@ def run_ray(job: Job, blocks: Iterator[Block], workers: int, *, run: str, gpus: 
         gpus: of each actor; 0 takes one CPU each.
 
     Raises:
-        ConfigError: Ray is not installed.
         BatchError: outputs cannot be stored, or Ray gave up.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        text = "--engine ray needs Ray: pip install 'ray[data]'; or take --engine local"
-        raise ConfigError(text, key="engine") from error
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    import ray
+    import ray.data
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     store = Store(job.out)

@@ -16,8 +16,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from owl_wms.batch.ledger import FOLDER
-from owl_wms.batch.store import Store
+from owl_wms.batch.store import FOLDER, Store
 from owl_wms.batch.worker import Outcome
 from owl_wms.runtime import metrics
 

@@ -23,7 +23,7 @@ from owl_wms.batch.job import Job, announce
 from owl_wms.batch.ledger import Failures, Index, Part, run_name
 from owl_wms.batch.local import run_local
 from owl_wms.batch.lock import held, quiet
-from owl_wms.batch.on_ray import run_ray
+from owl_wms.batch.on_ray import join, run_ray
 from owl_wms.batch.outputs import count_frames
 from owl_wms.batch.progress import Board, Tally
 from owl_wms.batch.store import Store
@@ -79,6 +79,7 @@ def run(
     engine: str | None = None,
     workers: int | None = None,
     devices: list[str | None] | None = None,
+    on_gpus: bool | None = None,
     tally: Tally | None = None,
 ) -> Iterator[Outcome]:
     """Processes what is missing, and yields an outcome per item as it ends (and one without a key per block).
@@ -87,8 +88,9 @@ def run(
         job: from `prepare`.
         source, suffixes: see `list_items`.
         engine: see `choose_engine`.
-        workers: processes or actors; by default one per GPU, or one without a GPU.
+        workers: processes or actors; by default one per GPU, or one without a GPU. Ray's GPUs are those of the cluster.
         devices: of local workers, in turn; by default every GPU.
+        on_gpus: whether each Ray actor gets a GPU; by default if the cluster has one.
         tally: is kept up to date; the items are then counted too, by a second listing.
 
     Raises:
@@ -118,14 +120,14 @@ def run(
             ledger.adopt(index, name, (rank, world))
         seen = Tally() if tally is None else tally
         board = Board(store, rank, world, seen) if chosen == "ranks" else None
-        counting = threading.Thread(target=_count, args=(source, suffixes, seen), name="owl-wms-count", daemon=True)
+        listing = (source, suffixes, job.out)
+        counting = threading.Thread(target=_count, args=(*listing, seen), name="owl-wms-count", daemon=True)
         if tally is not None:
             counting.start()
-        missing = _missing(list_items(source, suffixes), index, job.generation, rank, world, seen)
+        missing = _missing(list_items(*listing), index, job.generation, rank, world, seen)
         if chosen == "ray":
-            count = workers or max(1, torch.cuda.device_count())
-            blocks = _named(missing, name, rank, count)
-            outcomes = run_ray(job, blocks, count, run=name, gpus=float(torch.cuda.is_available()))
+            count, gpus = join(workers, on_gpus)
+            outcomes = run_ray(job, _named(missing, name, rank, count), count, run=name, gpus=gpus)
         else:
             places = devices or ([ranks.device()] if chosen == "ranks" else _every_gpu())
             count = workers or len(places)
@@ -157,9 +159,9 @@ def _missing(
             yield item
 
 
-def _count(source: str, suffixes: tuple[str, ...], tally: Tally) -> None:
+def _count(source: str, suffixes: tuple[str, ...], out: str, tally: Tally) -> None:
     with suppress(DataError):  # which the run itself raises
-        tally.total = sum(1 for _ in list_items(source, suffixes))
+        tally.total = sum(1 for _ in list_items(source, suffixes, out))
 
 
 def _named(items: Iterator[Item], run: str, rank: int, workers: int) -> Iterator[Block]:
@@ -188,7 +190,7 @@ def status(job: Job, source: str, suffixes: tuple[str, ...]) -> Status:
             first, last = min(first, at - float(line.get("seconds", 0))), max(last, at)
             minutes[int(at // 60)] = frames + int(line.get("frames", 0)), first, last
     done = left = 0
-    for item in list_items(source, suffixes):
+    for item in list_items(source, suffixes, job.out):
         if index.is_done(item.key(job.generation)):
             done += 1
         else:

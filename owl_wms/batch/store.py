@@ -23,6 +23,10 @@ from typing import Any
 
 import fsspec
 
+FOLDER = "_ledger"
+"""Folder of a generation that holds its ledger and unfinished files."""
+GENERATION = "generation-"
+"""What the names of generations begin with."""
 _PIECE = 256 << 10
 _HOST = re.sub(r"[^\w.]", "_", socket.gethostname())
 
@@ -59,7 +63,7 @@ class Store:
     def staging(self, owner: str) -> Path:
         """Returns the folder for unfinished files of one owner, a name of `own_name`; `""` is the folder of all."""
         if self.is_local:
-            return Path(self.path("_ledger/staging")) / owner
+            return Path(self.path(f"{FOLDER}/staging")) / owner
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"owl-wms-staging-{digest}" / owner
 

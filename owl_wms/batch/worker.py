@@ -245,7 +245,7 @@ class BlockWorker:
 
     def _failed(self, block: str, part: Part, item: Item, key: str, error: Exception) -> Outcome:
         self._remove_staged(key)
-        reason = one_line(str(error) or type(error).__name__).removeprefix(f"{item.url}: ")
+        reason = one_line(str(error) or type(error).__name__).removeprefix(f"{one_line(item.url)}: ")
         reason = reason if isinstance(error, OwlError) else f"{type(error).__name__}: {reason}"
         remedy = "mend or remove the file, then run the same command again"
         with self._storing():

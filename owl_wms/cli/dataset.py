@@ -169,19 +169,21 @@ def _go(
             wrong += 1
         typer.echo(f"{wrong} wrong outputs; run without --verify to make them again" if wrong else "all as recorded")
         raise typer.Exit(bool(wrong))
-    if gpus is not None:
-        import torch
-
-        if workers is not None or gpus > torch.cuda.device_count():
-            seen = f"this machine shows {torch.cuda.device_count()} GPUs"
-            raise ConfigError(f"--gpus {gpus}: {seen}; give at most that, and no --workers", key="gpus")
-    rank = ranks.place() if engines.choose_engine(engine) == "ranks" else None
+    chosen = engines.choose_engine(engine)
+    if gpus is not None and workers is not None:
+        raise ConfigError("--gpus and --workers: give one of them, --gpus for a worker on each GPU", key="gpus")
+    if gpus is not None and chosen == "ranks":
+        raise ConfigError("--gpus: each rank has one GPU; say in torchrun or srun how many ranks there are", key="gpus")
+    if gpus is not None and chosen == "local":
+        _check_gpus(gpus)
+    rank = ranks.place() if chosen == "ranks" else None
     if metrics_port is not None:
         _serve(metrics_port, console)
     tally, begun = Tally(), time.perf_counter()
     # One screen for the whole job: rank 0 shows all ranks.
     with _View(console, tally, shown=rank is None or rank[0] == 0) as view:
-        for outcome in engines.run(job, source, suffixes, engine=engine, workers=workers or gpus, tally=tally):
+        how: dict[str, Any] = {"engine": chosen, "workers": workers or gpus, "on_gpus": True if gpus else None}
+        for outcome in engines.run(job, source, suffixes, tally=tally, **how):
             if not outcome.key:
                 continue
             view.update()
@@ -194,6 +196,7 @@ def _go(
     mine = Tally(workers=tally.workers).sum()
     who = "" if rank is None else f"rank {rank[0]}: "
     text = f"{who}{mine.done} done, {mine.failed} failed, {mine.frames} frames, {mine.frames / seconds:.1f} frames/s"
+    text += f"; {tally.earlier} files were done before" if tally.earlier else ""
     if not mine.done + mine.failed:
         state = engines.status(job, source, suffixes)
         if not state.done + state.left:
@@ -204,6 +207,18 @@ def _go(
     if mine.failed:
         console.print(f"reasons: {job.out}/_ledger/failed.jsonl", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _check_gpus(gpus: int) -> None:
+    """Raises ConfigError if this machine shows fewer GPUs."""
+    import torch
+
+    from owl_wms.errors import ConfigError
+
+    count = torch.cuda.device_count()
+    if gpus > count:
+        remedy = f"give at most {count}" if count else "leave it out; owl-wms doctor says why"
+        raise ConfigError(f"--gpus {gpus}: this machine shows {count}; {remedy}", key="gpus")
 
 
 class _View:

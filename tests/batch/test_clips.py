@@ -129,6 +129,31 @@ def test_the_command_decodes_every_kind_of_input(
         assert f"error: {where}: {reason}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--gpus", "3"), "--gpus 3: this machine shows 2; give at most 2"),
+        (("--gpus", "1", "--workers", "2"), "--gpus and --workers: give one of them"),
+        (("--gpus", "2", "--engine", "ranks"), "--gpus: each rank has one GPU; say in torchrun or srun how many"),
+    ],
+)
+def test_gpus_that_cannot_be_had(
+    tmp_path: Path,
+    files: tuple[str, str],  # noqa: F811
+    options: tuple[str, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    options = options if "--engine" in options else (*options, "--engine", "local")
+    model = ["--vae-config", files[0], "--checkpoint", files[1]]
+    assert run("decode-dataset", str(tmp_path), "--out", str(tmp_path / "out"), *model, *options) == 2
+    assert f"error: {said}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["mp4", "tar", "parquet"])
 def test_other_forms(tmp_path: Path, one_by_one: np.ndarray, form: str) -> None:
     from owl_wms.batch.outputs import count_frames, write_frames

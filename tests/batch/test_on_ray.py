@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +22,11 @@ from owl_wms.batch import DecodeClips, lock
 from owl_wms.batch.items import LATENT_SUFFIXES
 from owl_wms.batch.job import announce
 from owl_wms.batch.lock import at_work, held, quiet
-from owl_wms.batch.on_ray import _RayWorker
+from owl_wms.batch.on_ray import _RayWorker, join
 from owl_wms.batch.progress import Tally
 from owl_wms.batch.run import run, status
 from owl_wms.batch.store import Store
-from owl_wms.errors import BatchError
+from owl_wms.errors import BatchError, ConfigError
 from owl_wms.media.arrays import save_array
 from owl_wms.media.pictures import to_bytes
 from owl_wms.utils.owl_vae_bridge import get_decoder_only
@@ -71,6 +72,26 @@ def test_what_ends_a_run_is_told_as_it_is(tmp_path: Path) -> None:
     folder, job = make_inputs(tmp_path / "in", {"a.pt": "unstored", "b.pt": "b"}), fake_job(tmp_path / "out")
     with pytest.raises(BatchError, match=r"^the bucket is gone$"):
         list(run(job, str(folder), LATENT_SUFFIXES, engine="ray", workers=1))
+
+
+def test_what_the_cluster_has_counts_and_an_absent_one_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)  # the driver's machine
+    for have in ({"CPU": 2.0}, {"CPU": 64.0, "GPU": 16.0}):
+        monkeypatch.setattr(ray, "cluster_resources", lambda have=have: have)
+        gpus = int(have.get("GPU", 0))
+        assert join(None, None) == (gpus or 1, float(bool(gpus)))
+        assert join(4, None) == (4, float(bool(gpus)))
+    assert join(4, True) == (4, 1.0)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(ConfigError, match="the Ray cluster has no GPU"):
+        join(1, True)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ConfigError, match=rf"^no Ray cluster answers at {address}: .*refused; start it"):
+            join(None, None)
 
 
 def test_an_actor_of_a_run_that_is_over_does_nothing(tmp_path: Path) -> None:
