@@ -29,9 +29,10 @@ from owl_wms.batch.job import Job, is_announced
 from owl_wms.batch.lock import at_work
 from owl_wms.batch.store import FOLDER, Store
 from owl_wms.batch.worker import Block, BlockWorker, Outcome
-from owl_wms.errors import BatchError, ConfigError
+from owl_wms.errors import BatchError, ConfigError, OwlError
 from owl_wms.files import one_line
 
+_log = logging.getLogger(__name__)
 _ROWS = 4096  # blocks that Ray sees at once
 _IN_HAND = 2  # blocks that an actor has, as a local worker
 _HOST_AND_PORT = re.compile(r"([\w.-]+):(\d+)")
@@ -48,13 +49,17 @@ class _RayWorker:
 
     def __init__(self, job: Job, run: str) -> None:
         self._job, self._run = job, run
-        self._worker = BlockWorker(job)
         self._store = Store(job.out)
         self._blocks: queue.SimpleQueue[Block] = queue.SimpleQueue()
         self._asked: dict[str, _Asked] = {}
         self._error: Exception | None = None
         self._lock = threading.Lock()
-        threading.Thread(target=self._work, name="owl-wms-blocks", daemon=True).start()
+        try:
+            worker = BlockWorker(job)
+        except OwlError as error:  # told by the first call: see there
+            self._error = BatchError(one_line(error), out=job.out)
+            return
+        threading.Thread(target=self._work, args=(worker,), name="owl-wms-blocks", daemon=True).start()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Returns the outcomes of a batch of one block, as columns; what ends the run is one outcome too.
@@ -84,9 +89,9 @@ class _RayWorker:
             asked.ended.result()
             return asked.outcomes
 
-    def _work(self) -> None:
+    def _work(self, worker: BlockWorker) -> None:
         try:
-            for outcome in self._worker.run(self._taken()):
+            for outcome in worker.run(self._taken()):
                 asked = self._asked[outcome.block]
                 if outcome.key:
                     asked.outcomes.append(outcome)
@@ -168,6 +173,8 @@ def run_ray(job: Job, blocks: Iterator[Block], workers: int, *, run: str, gpus: 
     import ray
     import ray.data
 
+    if not _log.isEnabledFor(logging.INFO):
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of plans, and of each stage's end
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     store = Store(job.out)

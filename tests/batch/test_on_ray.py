@@ -5,12 +5,15 @@ Run: python -m pytest tests/batch/test_on_ray.py
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import pytest
 import torch
 
 from owl_wms.batch import DecodeClips, lock
-from owl_wms.batch.items import LATENT_SUFFIXES
+from owl_wms.batch.items import LATENT_SUFFIXES, list_items
 from owl_wms.batch.job import announce
 from owl_wms.batch.lock import at_work, held, quiet
 from owl_wms.batch.on_ray import _RayWorker, join
@@ -101,6 +104,16 @@ def test_an_actor_of_a_run_that_is_over_does_nothing(tmp_path: Path) -> None:
     row = {"path": [str(tmp_path / "rows")], "start": [0], "stop": [1]}
     (reason,) = _RayWorker(job, "before")(row)["reason"]
     assert str(reason).endswith("another run has begun; this one ends")
+    store = Store(job.out)
+    line = json.dumps(["block", [list(item) for item in list_items(str(folder), LATENT_SUFFIXES)]]).encode()
+    store.write("rows", line)
+    row = {"path": [store.path("rows")], "start": [0], "stop": [len(line)]}
+    unloadable = replace(job, make=partial(DecodeClips, None, "gone.pth", family="taehv"))
+    (state,), (reason,) = map(_RayWorker(unloadable, "now")(row).get, ("state", "reason"))
+    assert state == "ends"
+    assert "gone.pth" in str(reason)
+    assert outputs_of(job).keys() == {"rows"}
+    (Path(job.out) / "rows").unlink()
     assert outputs_of(job) == {}
     with at_work(Store(job.out)), pytest.MonkeyPatch.context() as patch:
         patch.setattr(lock, "_ACTORS_SECONDS", 0.1)
