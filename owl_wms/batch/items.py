@@ -91,7 +91,7 @@ def list_items(source: str, suffixes: tuple[str, ...], out: str = "") -> Iterato
             yield _single(source, None)
     except DataError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a store's library has errors of its own: no credentials, no such host
         raise DataError(f"{source}: cannot be listed: {one_line(error)}; check the path and credentials") from error
 
 

@@ -29,7 +29,7 @@ with suppress(ImportError):  # Windows; see `_flocked`
 
 from owl_wms.batch.job import Job
 from owl_wms.batch.store import FOLDER, Store, own_name
-from owl_wms.errors import BatchError
+from owl_wms.errors import BatchError, OwlError
 from owl_wms.files import one_line
 
 _log = logging.getLogger(__name__)
@@ -88,7 +88,9 @@ def _refusing(out: str, taken: str = _RUNNING) -> Iterator[None]:
         yield
     except _Taken as error:
         raise BatchError(f"{out}: {taken}", out=out) from error
-    except OSError as error:
+    except OwlError:
+        raise
+    except Exception as error:  # a store's library has errors of its own
         said = getattr(error, "strerror", None) or one_line(error)
         raise BatchError(f"{out}: cannot be written: {said}; give an --out that can be", out=out) from error
 
@@ -193,7 +195,7 @@ class _Object:
         try:
             if self._read(self._name).get("owner") == self._owner:
                 self._remove(self._name)
-        except OSError as error:  # it becomes stale; the run's own outcome matters more
+        except Exception as error:  # it becomes stale; the run's own outcome matters more
             _log.warning("%s: the lock could not be removed: %s", self._store.url, one_line(error))
 
     def is_fresh(self) -> bool:

@@ -97,7 +97,7 @@ class Board:
             if self._rank == 0:
                 for rank in range(1, self._world):
                     self._tally.others.update(self._of(rank))
-        except OSError as error:  # only a display; a full disk ends the run where outputs are stored
+        except Exception as error:  # only a display; a full disk ends the run where outputs are stored
             _log.info("%s: counts cannot be shared: %s", self._store.url, error)
 
     def _of(self, rank: int) -> dict[str, Counts]:

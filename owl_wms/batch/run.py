@@ -114,9 +114,9 @@ def run(
                 shutil.rmtree(store.staging(""), ignore_errors=True)
             if rank == 0:
                 announce(job, name)
-        index = ledger.index()
-        stack.callback(index.close)
         with Storing(job.out):
+            index = ledger.index()
+            stack.callback(index.close)
             ledger.adopt(index, name, (rank, world))
         seen = Tally() if tally is None else tally
         board = Board(store, rank, world, seen) if chosen == "ranks" else None
@@ -176,19 +176,21 @@ def status(job: Job, source: str, suffixes: tuple[str, ...]) -> Status:
     """Returns how far the work on `source` is, from the ledger and a listing.
 
     Raises:
+        BatchError: the ledger cannot be read.
         DataError: the source cannot be listed.
     """
     index = Index()
     minutes: dict[int, tuple[int, float, float]] = {}  # frames, first and last second
     failures = Failures()
-    for line in job.ledger().lines():
-        index.take([line])
-        failures.take(line)
-        if line.get("event") == "done":
-            at = float(line["at"])
-            frames, first, last = minutes.get(int(at // 60), (0, at, at))
-            first, last = min(first, at - float(line.get("seconds", 0))), max(last, at)
-            minutes[int(at // 60)] = frames + int(line.get("frames", 0)), first, last
+    with Storing(job.out):
+        for line in job.ledger().lines():
+            index.take([line])
+            failures.take(line)
+            if line.get("event") == "done":
+                at = float(line["at"])
+                frames, first, last = minutes.get(int(at // 60), (0, at, at))
+                first, last = min(first, at - float(line.get("seconds", 0))), max(last, at)
+                minutes[int(at // 60)] = frames + int(line.get("frames", 0)), first, last
     done = left = 0
     for item in list_items(source, suffixes, job.out):
         if index.is_done(item.key(job.generation)):
@@ -223,7 +225,7 @@ def verify(job: Job) -> Iterator[tuple[str, str]]:
     Raises:
         BatchError: another run is writing there.
     """
-    with held(job):
+    with held(job), Storing(job.out):
         ledger, name, part = job.ledger(), run_name(), None
         index = Index(kept=("done",))
         index.take(ledger.lines())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from owl_wms.batch.lock import held
 from owl_wms.batch.run import run, status, verify
 from owl_wms.batch.store import Store
 from owl_wms.batch.worker import Outcome
-from owl_wms.errors import BatchError, DataError
+from owl_wms.errors import BatchError, ConfigError, DataError
 from tests.batch.fake import fake_job, frames_of, make_inputs
 
 pytest.importorskip("s3fs", reason="s3fs comes with the extra dataset")
@@ -213,3 +214,21 @@ def test_what_cannot_be_reached_is_one_line(bucket: str, tmp_path: Path) -> None
     (tmp_path / "a.pt").write_text("a")
     with pytest.raises(BatchError, match=r"s3://nowhere/out.*cannot be written"):
         plain(fake_job("s3://nowhere/out"), str(tmp_path))
+
+
+def test_a_server_that_does_not_answer_is_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its library's errors are no OSError."""
+    job = fake_job(f"{bucket}/out")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        with pytest.raises(DataError, match="/in: cannot be listed: Could not connect"):
+            list(list_items(f"{bucket}/in", LATENT_SUFFIXES))
+        with pytest.raises(ConfigError, match="/other: cannot be used: Could not connect"):
+            fake_job(f"{bucket}/other")
+        with pytest.raises(BatchError, match="cannot be written: Could not connect"), held(job):
+            pass
+        with pytest.raises(BatchError, match="cannot be written: Could not connect"):
+            status(job, f"{bucket}/in", LATENT_SUFFIXES)
