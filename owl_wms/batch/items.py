@@ -175,7 +175,8 @@ def _single(source: str, name: str | None) -> Item:
         if info["type"] != "file":
             raise OSError("is no file")
     except OSError as error:
-        why = error.strerror or one_line(error) or "no such file"
+        absent = isinstance(error, FileNotFoundError) and error.strerror is None  # its text is the path once more
+        why = "there is nothing" if absent else error.strerror or one_line(error)
         raise DataError(f"{source}: cannot be read: {why}", path=source) from error
     if _is_local(fs):
         stat = os.stat(path)

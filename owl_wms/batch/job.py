@@ -76,7 +76,7 @@ def prepare(
         others = [name for name in _generations(store) if name != generation]
         whole = store.path(generation) if store.is_local else store.fs.unstrip_protocol(store.path(generation))
     except Exception as error:  # a store's library has errors of its own: no credentials, no such host
-        hint = "install what reads it: pip install fsspec s3fs" if isinstance(error, ImportError) else "check it"
+        hint = "install it (s3:// needs s3fs)" if isinstance(error, ImportError) else "check it"
         raise ConfigError(f"--out {out}: cannot be used: {one_line(error)}; {hint}", key="out") from error
     return Job(make, whole, generation, form, encodes, fps, time_limit), others
 

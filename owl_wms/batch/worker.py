@@ -190,13 +190,19 @@ class BlockWorker:
                 yield item, error
 
     def _fetched(self, item: Item) -> Path:
+        path = self._local(item)
         if "://" not in item.url:
-            return Path(item.url)
-        path = self._staging / f"{item.key(self._job.generation)}-input{Path(item.name).suffix.lower()}"
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         fs, remote = fsspec.core.url_to_fs(item.url)
         fs.get_file(remote, str(path))
         return path
+
+    def _local(self, item: Item) -> Path:
+        """Returns where the item lies on this machine, when it is fetched."""
+        if "://" not in item.url:
+            return Path(item.url)
+        return self._staging / f"{item.key(self._job.generation)}-input{Path(item.name).suffix.lower()}"
 
     def _computed(self, item: Item, key: str, sources: list[Any]) -> list[tuple[Path, str, int]]:
         """Writes the outputs of an item into the staging folder: path, final name and frames of each."""
@@ -245,7 +251,8 @@ class BlockWorker:
 
     def _failed(self, block: str, part: Part, item: Item, key: str, error: Exception) -> Outcome:
         self._remove_staged(key)
-        reason = one_line(str(error) or type(error).__name__).removeprefix(f"{one_line(item.url)}: ")
+        reason = one_line(str(error).replace(str(self._local(item)), item.url) or type(error).__name__)
+        reason = reason.removeprefix(f"{one_line(item.url)}: ")
         reason = reason if isinstance(error, OwlError) else f"{type(error).__name__}: {reason}"
         remedy = "mend or remove the file, then run the same command again"
         with self._storing():

@@ -27,17 +27,19 @@ class FakeSource(NamedTuple):
 class FakeClips:
     """Makes two frames out of the bytes of a file. A file that begins with a word below does that instead:
 
-    `bad` fails; `unstored` finds that no output can be stored; `hang` never ends; `die` kills the process;
-    `die-once:PATH` does unless PATH is there, and makes it;
-    `die-parent-once:PATH` kills the parent process likewise; `slow:SECONDS` sleeps; `busy:SECONDS` computes for that
-    long.
+    `bad` fails; `unreadable` fails to open; `unstored` finds that no output can be stored; `hang` never ends; `die`
+    kills the process; `die-once:PATH` does unless PATH is there, and makes it; `die-parent-once:PATH` kills the parent
+    process likewise; `slow:SECONDS` sleeps; `busy:SECONDS` computes for that long.
     """
 
     def __init__(self, *, device: str | None = None) -> None:
         self.device = device
 
     def sources(self, path: Path) -> list[FakeSource]:
-        return [FakeSource("", (1, 2), path.read_text(encoding="utf-8"))]
+        text = path.read_text(encoding="utf-8")
+        if text == "unreadable":
+            raise DataError(f"{path}: is unreadable", path=path)
+        return [FakeSource("", (1, 2), text)]
 
     def stream(self, source: FakeSource) -> Iterator[torch.Tensor]:
         word, _, value = source.text.partition(":")

@@ -219,6 +219,8 @@ def test_what_cannot_be_reached_is_one_line(bucket: str, tmp_path: Path) -> None
 def test_a_server_that_does_not_answer_is_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its library's errors are no OSError."""
     job = fake_job(f"{bucket}/out")
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/in/a.pt", b"unreadable")
+    assert [o.reason for o in plain(job, f"{bucket}/in")] == ["is unreadable"], "without the path of the local copy"
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
