@@ -146,6 +146,8 @@ def run(
             board.post(now=True)
         with Storing(job.out):
             ledger.write_failures(shared=chosen == "ranks")
+        if chosen != "ranks":  # whose other processes may be at work
+            shutil.rmtree(store.staging(""), ignore_errors=True)
 
 
 def _missing(

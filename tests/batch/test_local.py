@@ -77,6 +77,7 @@ def test_outputs_of_spawned_workers_are_right_and_a_second_run_has_nothing_to_do
     assert {o.state for o in done} == {"done"}
     found = outputs_of(job)
     assert set(found) == {f"{name}.npy" for name in texts}
+    assert not (Path(job.out) / "_ledger/staging").exists()
     for name, text in texts.items():
         assert np.array_equal(np.load(Path(job.out) / f"{name}.npy"), frames_of(text).numpy())
     assert go(job, folder) == []
