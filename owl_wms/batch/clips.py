@@ -290,6 +290,8 @@ def _place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.d
     if dtype is not None and dtype not in known:
         raise ConfigError(f"dtype must be one of {', '.join(known)}, got {dtype!r}", key="dtype")
     if where.type == "cuda":
+        # Ray shows an actor its own GPU only, as the current one; `set_device` takes no device without a number.
+        where = torch.device("cuda", torch.cuda.current_device() if where.index is None else where.index)
         torch.cuda.set_device(where)
     return where, known[dtype] if dtype else (torch.float32 if where.type == "cpu" else torch.bfloat16)
 

@@ -18,8 +18,10 @@ import prometheus_client
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.cuda._utils import _get_device_index
 
 from owl_wms.batch import DecodeClips, EncodeClips
+from owl_wms.batch.clips import _place
 from owl_wms.configs import load_vae_config
 from owl_wms.errors import DataError, NonFiniteError
 from owl_wms.media.arrays import load_array, save_array
@@ -54,6 +56,17 @@ def one_by_one(tmp_path: Path, files: tuple[str, str]) -> np.ndarray:  # noqa: F
     arguments = ["--vae-config", files[0], "--checkpoint", files[1], "--no-tensorrt", "--device", "cpu"]
     assert run("decode", str(tmp_path / "one.npy"), *arguments, "--out", str(out)) == 0
     return np.load(out)
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, 1), ("cuda", 1), ("cuda:0", 0)])
+def test_a_gpu_has_a_number(given: str | None, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.cuda.set_device` refuses `cuda` alone, which is what a Ray actor has."""
+    numbers: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: numbers.append(_get_device_index(device)))
+    assert _place(given, None) == (torch.device("cuda", found), torch.bfloat16)
+    assert numbers == [found]
 
 
 def test_a_batch_in_memory(files: tuple[str, str], one_by_one: np.ndarray) -> None:  # noqa: F811
