@@ -187,19 +187,20 @@ def measure(run: str, folder: Path, decoder: list[str], toy: bool) -> dict[str, 
 
 
 def table(rows: list[dict[str, Any]], base: float) -> str:
-    """Returns the runs as Markdown; times and efficiency are against the first run of the same form."""
+    """Returns the runs as Markdown; times and efficiency are against one GPU with the same form."""
     heads = "engine | form | GPUs | frames/s | of `decode` | times | efficiency | idle | GPU | CPU | memory | steady"
     lines = [f"| {heads} | first item | whole run |", "|---" * 14 + "|"]
     for row in rows:
         if "error" in row:
             engine, form, number = row["run"].split("-")
-            lines.append(f"| {engine} | {form} | {number} | failed: {row['error'].splitlines()[0][:80]} {'| ' * 11}|")
+            lines.append(f"| {engine} | {form} | {number} | {row['error'].strip().splitlines()[-1][:120]} {'| ' * 11}|")
             continue
-        first = next(other for other in rows if other.get("form") == row["form"])
-        times = row["rate"] / (first["rate"] or 1) * first["gpus"]
+        alone = [other["rate"] for other in rows if other.get("form") == row["form"] and other["gpus"] == 1]
+        times = row["rate"] / (alone[0] or 1) if alone else None
         share = f"{row['rate'] / base / row['gpus']:.0%}" if row["form"] == "npy" else ""
-        cells = (row["engine"], row["form"], row["gpus"], f"{row['rate']:.0f}", share, f"{times:.2f}",
-                 f"{times / row['gpus']:.0%}", f"{row['idle']:.0%}", "" if row["gpu"] is None else f"{row['gpu']:.0%}",
+        cells = (row["engine"], row["form"], row["gpus"], f"{row['rate']:.0f}", share,
+                 "" if times is None else f"{times:.2f}", "" if times is None else f"{times / row['gpus']:.0%}",
+                 f"{row['idle']:.0%}", "" if row["gpu"] is None else f"{row['gpu']:.0%}",
                  f"{row['cores']:.1f} cores", f"{row['memory_gib']:.1f} GiB", f"{row['steady_s']:.1f} s",
                  f"{row['first_s']:.1f} s", f"{row['whole_s']:.1f} s")  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
