@@ -277,11 +277,15 @@ class VideoDecode:
             return generation
         with self._guard:
             generation = self._generation
-            if generation is None or not generation.eager.stamp.matches(self.decoder):
-                if generation is not None:
-                    self._ledger.note("weights", "the decoder's weights changed; programs of the old ones are dropped")
-                generation = self._generation = Generation(self.decoder)
-            return generation
+            if generation is not None and generation.eager.stamp.matches(self.decoder):
+                return generation
+            holds = generation is not None and generation.has_programs()
+            if generation is not None:
+                self._ledger.note("weights", "the decoder's weights changed; programs of the old ones are dropped")
+            generation = self._generation = Generation(self.decoder)
+        if holds:
+            free_programs()
+        return generation
 
     def _slot(self, generation: Generation, one: tuple[int, ...], device: torch.device) -> Slot:
         shape = (self.batch_size, *one)
@@ -339,6 +343,15 @@ class VideoDecode:
         if self._generation is not None:
             _ABANDONED.extend(self._generation.forget_programs())
         self._forked = True
+
+
+def free_programs() -> None:
+    """Gives the memory of programs back that nothing refers to any more.
+
+    The graph of a program and its module refer to each other, so its weights would stay on the GPU, beside those of the
+    next program, until Python looks for such circles by itself.
+    """
+    gc.collect()
 
 
 def run_in_child(device: torch.device | None, name: str) -> None:

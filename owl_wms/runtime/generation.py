@@ -53,6 +53,10 @@ class Generation:
         with self._guard:
             return list(self._slots.values())
 
+    def has_programs(self) -> bool:
+        """Whether any of its slots holds a program."""
+        return any(slot.loaded is not None for slot in self.slots())
+
     def carried_to(self, decoder: nn.Module) -> Generation:
         """A generation of `decoder`, whose weights have the same values elsewhere, with the programs of this one."""
         moved = Generation(decoder)

@@ -21,7 +21,7 @@ from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NonFin
 from owl_wms.request import Request
 from owl_wms.runtime import recording
 from owl_wms.runtime.canary import CHECKS
-from owl_wms.runtime.decode import run_in_child
+from owl_wms.runtime.decode import free_programs, run_in_child
 from owl_wms.runtime.decoding import run_failure
 from owl_wms.runtime.eager import EagerDecoder, is_out_of_memory, release_memory, unwrap
 from owl_wms.runtime.obtain import obtain
@@ -110,10 +110,15 @@ class Steps:
         if os.getpid() != self._process:
             self._after_fork()
         with self._guard:
-            if not self._eager.stamp.matches(self.decoder):
-                self._weights += 1
-                self._take_weights()
-            return self._weights
+            if self._eager.stamp.matches(self.decoder):
+                return self._weights
+            holds = any(slot.loaded is not None for slot in self._slots.values())
+            self._weights += 1
+            self._take_weights()
+            weights = self._weights
+        if holds:
+            free_programs()
+        return weights
 
     def say_anew(self) -> None:
         """Logs that a stream begins anew because of new weights."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,3 +316,34 @@ def test_the_build_is_told_which_calibration_file_was_meant(tmp_path: Path) -> N
     VideoDecode(TinyDecoder().eval(), batch_size=2, settings=asked, toolchain=Calibrated())(torch.randn(LATENTS))
     digest = hashlib.sha256(b"latents").hexdigest()
     assert told == [(digest, digest)]
+
+
+class Circle:
+    """A program that refers to itself, as a graph module of torch.fx does."""
+
+    def __init__(self, program: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.program, self.itself = program, self
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        return self.program(z)
+
+
+def test_programs_of_old_weights_leave_no_memory_behind(tmp_path: Path) -> None:
+    class Circles(ExportToolchain):
+        def load(self, *arguments: Any) -> Any:
+            made = Circle(super().load(*arguments))
+            loaded.append(weakref.ref(made))
+            return made
+
+    loaded: list[weakref.ref[Circle]] = []
+    decoder, latents = TinyDecoder().eval(), torch.randn(LATENTS)
+    decode = VideoDecode(decoder, batch_size=2, settings=settings(tmp_path), toolchain=Circles())
+    gc.disable()
+    try:
+        for _ in range(3):
+            decode(latents)
+            brighten(decoder)
+        assert_right(decoder, decode, latents)
+    finally:
+        gc.enable()
+    assert [program() is None for program in loaded] == [True, True, True, False]
