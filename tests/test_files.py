@@ -7,20 +7,31 @@ taken away.
 from __future__ import annotations
 
 import ast
+import io
 import ntpath
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from owl_wms import files
+from owl_wms.batch import store
 from owl_wms.cache.key import entry_name, is_entry_name
 from owl_wms.data.npy_table import NpyTableWriter
-from owl_wms.errors import DataError
+from owl_wms.errors import DataError, FastPathError
+from owl_wms.media import sinks
+from owl_wms.media.npy import NpyFile
+from owl_wms.request import Request
+from owl_wms.trainers import distributed
+from owl_wms.trt.build import parent
 
 PACKAGE = Path(files.__file__).parent
 POSIX_ONLY = {"fcntl", "grp", "pwd", "resource", "termios"}
@@ -110,9 +121,103 @@ def test_modules_that_windows_lacks_are_imported_with_a_way_out() -> None:
     assert bare == []
 
 
+WINDOWS_LACKS = re.compile(
+    r"\bos\.(O_(CLOEXEC|DIRECTORY|NOCTTY|NOFOLLOW|NONBLOCK|SYNC)|WNOHANG|chown|chroot|confstr|fchdir|fchown|fdatasync|"
+    r"fork|forkpty|getegid|geteuid|getgid|getgroups|getloadavg|getpgid|getpgrp|getpriority|getsid|getuid|initgroups|"
+    r"killpg|lchown|lockf|mkfifo|mknod|nice|pathconf|pipe2|posix_\w+|preadv?|pwritev?|register_at_fork|sched_\w+|"
+    r"sendfile|set(e?[gu]id|pgid|priority|sid)|f?statvfs|sync|sysconf|uname|wait[34]?|waitid)\b|"
+    r"\bsignal\.(ITIMER_\w+|SIG(ALRM|BUS|CHLD|CONT|HUP|KILL|PIPE|QUIT|STOP|TSTP|TTIN|TTOU|USR[12]|XCPU)|alarm|"
+    r"[gs]etitimer|pause|pthread_\w+|siginterrupt|sigpending|sigtimedwait|sigwait(info)?)\b|"
+    r"\bsocket\.(AF_UNIX|SO_REUSEPORT)\b|\bselect\.e?poll\b"
+)
+"""By the documentation of Python 3.13; a `getattr` with a default is no such use."""
+BEHIND_A_CHECK = {
+    "batch/local.py": "hasattr; sys.platform",
+    "batch/lock.py": "os.name, before the first call",
+    "cache/fs.py": "`lacking`, before a cache is opened",
+    "cache/guard.py": "`fs.lacking`",
+    "cache/locks.py": "`fs.lacking`",
+    "cache/staging.py": "`fs.lacking`",
+    "data/workers.py": "sys.platform",
+    "env.py": "hasattr; an except clause",
+    "files.py": "hasattr",
+    "inference/kept_token.py": "hasattr",
+    "interrupts.py": "hasattr",
+    "media/sinks.py": "hasattr",
+    "settings.py": "after an error that Windows has not",
+    "trainers/run_lock.py": "os.name",
+    "trt/build/parent.py": "WINDOWS, before a process begins",
+    "vae/pieces.py": "hasattr",
+}
+"""Modules that call something of these, and what keeps them from it on Windows."""
+
+
+def test_what_windows_lacks_is_called_behind_a_check_alone() -> None:
+    sources = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    found = {name for name, text in sources.items() if WINDOWS_LACKS.search(text)}
+    assert found <= set(BEHIND_A_CHECK), "each needs a way without it, or a refusal in one line"
+
+
+def test_a_member_of_an_archive_is_read_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows does not open a temporary file a second time."""
+    monkeypatch.delattr(tempfile, "NamedTemporaryFile")
+    monkeypatch.delattr(os, "preadv")
+    buffer = io.BytesIO()
+    np.save(buffer, np.arange(12, dtype=np.int16).reshape(4, 3))
+    with NpyFile.of_bytes(buffer.getvalue()) as file:
+        assert file.shape == (4, 3)
+        assert file.read(1, 3).tolist() == [[3, 4, 5], [6, 7, 8]]
+    with pytest.raises(ValueError, match="empty"):
+        NpyFile.of_bytes(b"")
+
+
+@pytest.mark.parametrize("linux", [True, False])
+def test_drafts_stay_where_no_process_can_be_asked_for(
+    linux: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = store.own_name().partition(f"-{os.getpid()}-")[0]
+    draft = store.Store(str(tmp_path)).staging(f"{host}-4194305-abc")  # larger than any process's number
+    draft.mkdir(parents=True)
+    if not linux:
+        monkeypatch.setattr(store, "_PROCESSES", tmp_path / "absent")
+    store.Store(str(tmp_path)).remove_abandoned()
+    assert draft.exists() is not linux
+
+
+def test_frames_are_written_without_pwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pwrite")
+    frames = torch.arange(5 * 2 * 3 * 3, dtype=torch.uint8).reshape(5, 2, 3, 3)
+    with sinks.ArrayWriter(tmp_path / "a.npy", (5,), sinks.Spent()) as writer:
+        writer.write(frames[:2])
+        writer.write(frames[2:])
+    assert np.array_equal(np.load(tmp_path / "a.npy"), frames.numpy())
+
+
+def test_a_build_is_refused_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parent, "WINDOWS", True)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_: pytest.fail("no process is begun"))
+    with pytest.raises(FastPathError, match=r"Windows.*run in WSL"):
+        parent.build_program(nn.Conv2d(3, 3, 1), Request(input_shape=(1, 3, 2, 2), device="cpu"), tmp_path)
+
+
+def test_without_nccl_ranks_meet_by_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "choose_device", lambda rank: torch.device("cuda", rank))
+    monkeypatch.setattr(distributed, "_require_meeting_place", lambda address: None)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, *_, **__: asked.append(backend))
+    for there in (True, False):
+        monkeypatch.setattr(distributed.dist, "is_nccl_available", lambda there=there: there)
+        distributed.setup()
+    assert asked == ["nccl", "gloo"]
+
+
 WITHOUT_POSIX = """
 import os, sys
-for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+import numpy, torch, aiohttp, fsspec, platformdirs.unix  # which look at the system themselves
+for name in ("fcntl", "grp", "pwd", "resource", "termios", "triton"):
     sys.modules[name] = None
 for name in ("O_CLOEXEC", "O_DIRECTORY", "O_NOCTTY", "O_NOFOLLOW", "O_NONBLOCK", "chown", "fchmod", "fork", "geteuid",
              "getuid", "killpg", "pread", "preadv", "register_at_fork", "statvfs", "uname"):
@@ -120,6 +225,9 @@ for name in ("O_CLOEXEC", "O_DIRECTORY", "O_NOCTTY", "O_NOFOLLOW", "O_NONBLOCK",
 os.supports_dir_fd = set()
 from pathlib import Path
 from owl_wms import cache, env, files
+from owl_wms.inference import limits
+from owl_wms.ops import frame_bytes
+from owl_wms.trainers import run_lock
 store = cache.CacheStore(Path(sys.argv[1]) / "cache")
 def build(folder):
     (folder / "program.pt2").write_bytes(b"program")

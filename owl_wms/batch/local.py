@@ -14,6 +14,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -66,7 +67,8 @@ def run_local(job: Job, blocks: Iterator[Block], devices: list[str | None]) -> I
         BatchError: outputs cannot be stored, or workers end before they begin.
         OwlError: the model cannot be loaded.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // len(devices))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // len(devices))
     workers = [_Worker(job, device, threads) for device in devices]
     fruitless = 0
     try:
@@ -118,7 +120,8 @@ def _replaced(dead: _Worker, job: Job) -> _Worker:
 
 def _work(job: Job, device: str | None, threads: int, pipe: Connection, parent: int) -> None:
     """Runs in the worker process."""
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if sys.platform == "linux":  # elsewhere a worker whose parent was killed ends when it next sends or receives
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers

@@ -28,6 +28,7 @@ FOLDER = "_ledger"
 GENERATION = "generation-"
 """What the names of generations begin with."""
 _PIECE = 256 << 10
+_PROCESSES = Path("/proc")
 _HOST = re.sub(r"[^\w.]", "_", socket.gethostname())
 
 
@@ -68,10 +69,12 @@ class Store:
         return Path(tempfile.gettempdir()) / f"owl-wms-staging-{digest}" / owner
 
     def remove_abandoned(self) -> None:
-        """Removes staging folders of processes of this host that are gone."""
+        """Removes staging folders of processes of this host that are gone; nothing where that cannot be known."""
+        if not _PROCESSES.is_dir():  # not Linux
+            return
         for folder in self.staging("").glob(f"{_HOST}-*"):
             number = folder.name.removeprefix(f"{_HOST}-").partition("-")[0]
-            if number.isdecimal() and not Path(f"/proc/{number}").exists():
+            if number.isdecimal() and not (_PROCESSES / number).exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
     def place(self, staged: Path, name: str) -> None:

@@ -8,6 +8,7 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import socket
@@ -184,7 +185,8 @@ def stop_on_signals(console: Console) -> asyncio.Event:
 
     def end_at_once() -> None:
         for number in numbers:
-            loop.remove_signal_handler(number)
+            with contextlib.suppress(NotImplementedError):
+                loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
 
     def asked() -> None:
@@ -194,7 +196,10 @@ def stop_on_signals(console: Console) -> asyncio.Event:
         stop.set()
 
     for number in numbers:
-        loop.add_signal_handler(number, asked)
+        try:
+            loop.add_signal_handler(number, asked)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(asked))
     return stop
 
 

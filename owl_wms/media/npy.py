@@ -15,8 +15,10 @@ import io
 import math
 import tempfile
 import warnings
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import numpy as np
 
@@ -46,7 +48,10 @@ class NpyFile:
             ValueError: not such a file, objects or texts instead of numbers, or more or fewer bytes than the header
                 says.
         """
-        self._file = open_regular(path, inside=inside)
+        self._take(open_regular(path, inside=inside))
+
+    def _take(self, file: BufferedReader) -> None:
+        self._file = file
         try:
             self._read_header()
         except BaseException:
@@ -60,10 +65,13 @@ class NpyFile:
         Raises:
             ValueError: as the constructor.
         """
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(data)
-            file.flush()
-            return cls(file.name)
+        made = cls.__new__(cls)
+        # Without a name: by that Windows would not open it a second time. The reader closes it.
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        file.write(data)
+        file.flush()
+        made._take(cast(BufferedReader, file))
+        return made
 
     def _read_header(self) -> None:
         size = size_of(self._file)

@@ -181,7 +181,9 @@ class ArrayWriter(Sink):
             part = max(-(-len(data) // _WRITERS), _PART_BYTES)
             starts = range(0, len(data), part)
             number, place = self._file.fileno(), self._place
-            if len(starts) == 1:  # another thread would take longer to begin
+            if not hasattr(os, "pwrite"):  # Windows; nobody else moves the file's position
+                self._file.write(data)
+            elif len(starts) == 1:  # another thread would take longer to begin
                 _write_at(number, data, place)
             else:
                 list(self._pool.map(lambda at: _write_at(number, data[at : at + part], place + at), starts))

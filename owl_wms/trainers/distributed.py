@@ -65,7 +65,7 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
     device = choose_device(local_rank)
     if not dist.is_initialized():
         _require_meeting_place(address)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, address, rank=rank, world_size=world_size, timeout=timeout)
     return rank, local_rank, world_size

@@ -98,7 +98,15 @@ def test_every_player_is_told_that_the_server_stops(number: signal.Signals) -> N
         assert_stops(process)
 
 
-def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_second_signal_ends_at_once(windows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if windows:  # its event loops have none of asyncio's signal handlers
+
+        def refuse(*_: object) -> None:
+            raise NotImplementedError
+
+        for name in ("add_signal_handler", "remove_signal_handler"):
+            monkeypatch.setattr(asyncio.SelectorEventLoop, name, refuse)
     monkeypatch.setattr(play, "AGAIN_AFTER_SECONDS", 0.0)
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}

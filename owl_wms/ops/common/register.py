@@ -131,7 +131,8 @@ def refused() -> dict[str, str]:
 def _refusal(error: Exception) -> str:
     """Returns why there is no such kernel here, in one line; empty for an error of any other kind."""
     text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if isinstance(error, KernelRefused):
+    without_triton = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "triton"
+    if isinstance(error, KernelRefused) or without_triton:
         return text
     # Triton raises whatever its parts raise: no C compiler, too much shared memory, an assembler that is too old.
     # Errors of a running kernel begin with these words, and memory that ran out is torch's own error.

@@ -32,6 +32,7 @@ from torch import nn
 
 from owl_wms import ending, env
 from owl_wms.errors import FastPathError
+from owl_wms.files import WINDOWS
 from owl_wms.interrupts import raise_interrupt
 from owl_wms.request import Request
 from owl_wms.trt import plans
@@ -84,6 +85,8 @@ def build_program(
     Raises:
         FastPathError: stage "export", "build", "parity", "save" or "load"; the caller decodes with PyTorch.
     """
+    if WINDOWS:
+        raise FastPathError("build", "the build process needs pipes that Windows does not hand on", "run in WSL")
     begin = time.monotonic()
     known = importer.failed_elsewhere()
     plans.check_names(request)

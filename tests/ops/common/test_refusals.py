@@ -161,6 +161,16 @@ def test_one_warning_says_which_operator_and_why(
     )
 
 
+def test_without_triton_its_kernels_are_refused(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = t(1, 2, 3, 16), torch.rand(16)
+    want = OPS.channel_norm(x, weight, weight, None, 1e-5, False)
+    pretend(monkeypatch)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "owl_wms.ops.channel_norm.kernel", raising=False)
+    assert torch.equal(OPS.channel_norm(x, weight, weight, None, 1e-5, False), want)
+    assert "triton" in register.refused()["channel_norm"]
+
+
 def test_a_kernel_that_failed_while_it_ran_is_no_refusal(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     launches.error = KernelError("launching: CUDA error 700, an illegal memory access was encountered")
