@@ -187,6 +187,7 @@ conv3x3_shuffled = define(
     "conv3x3_shuffled(Tensor x, Tensor weight, Tensor? bias, Tensor base) -> Tensor",
     run=_run_shuffled,
     fake=_fake_shuffled,
+    simpler=(shuffled_reference,),
 )
 latent_conv = define(
     "latent_conv(Tensor z, Tensor weight, Tensor bias, int repeats) -> Tensor",

@@ -5,8 +5,10 @@ There is no GPU here: operators are told that they have kernels, and every launc
 
 from __future__ import annotations
 
+import ast
 import logging
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -228,3 +230,19 @@ def test_the_driver_s_word_decides(status: int, refused: bool, monkeypatch: pyte
     with pytest.raises(KernelError) as raised:
         driver.check_driver(status, "loading it")
     assert isinstance(raised.value, KernelRefused) == refused
+
+
+WITHOUT_KERNELS = {"code_gain", "pointwise", "pointwise_add", "pointwise_frames", "pointwise_relu", "stage", "stage8"}
+"""Made of libraries' products and of other operators."""
+
+
+def test_every_operator_with_a_kernel_names_a_simpler_way() -> None:
+    bare = set()
+    for path in Path(cudnn.__file__).parent.glob("ops/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "define":
+                schema = node.args[0]
+                assert isinstance(schema, ast.Constant)
+                if not any(word.arg == "simpler" for word in node.keywords):
+                    bare.add(str(schema.value).partition("(")[0])
+    assert bare == WITHOUT_KERNELS
