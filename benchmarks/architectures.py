@@ -12,11 +12,15 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 
 from owl_wms.cli._support import support
+from owl_wms.ops import frame_depthwise, grouped_conv8, linear8
 from owl_wms.ops.common.gpu import HOPPER, OLDEST, SHARED_LIMITS, Capability
 from owl_wms.ops.common.nvrtc import Kernel, KernelError, compile_kernel
+from owl_wms.ops.conv3x3 import resident
+from owl_wms.ops.frame_conv import kernel as frame_conv
 from owl_wms.trt.plans import EIGHT_BIT_CAPABILITY
 from tests.ops.common.test_nvrtc import FAMILIES, variants
 
@@ -32,6 +36,22 @@ GPUS: dict[Capability, str] = {
 OUT = Path(__file__).parents[1] / "docs" / "gpus.md"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+def others() -> list[Kernel]:
+    """Returns a variant or two of each kernel that has a compile test of its own, in bf16."""
+    found = [frame_depthwise.kernel_of(torch.bfloat16), resident.shuffled_kernel_of(torch.bfloat16, True)]
+    found += [grouped_conv8.kernel_of(codes) for codes in (torch.int8, torch.float8_e4m3fn)]
+    for adds, codes in ((False, True), (True, True), (True, False)):
+        plan = linear8.plan_of(384, 192, adds, codes, 0)
+        found += [] if plan is None else [plan.kernel(torch.int8, torch.bfloat16)]
+    for variant in (
+        {"columns": 128, "bias": True, "relu": 1, "past": True},
+        {"columns": 64, "taps": 4, "relu": 1},
+        {"columns": 64, "bias": True, "hold": True, "frames": 2, "patch": 4},
+    ):
+        found.append(frame_conv.kernel_of(torch.bfloat16, **variant))  # type: ignore[arg-type]
+    return found
 
 
 def usage(image: bytes) -> str:
@@ -98,7 +118,7 @@ def main() -> None:
         f"| kernel | shared memory, bytes | {' | '.join(names)} |",
         f"|---|---|{'---|' * len(names)}",
     ]
-    for kernel in variants():
+    for kernel in [*variants(), *others()]:
         cells = (cell(kernel, name, limit) for name, limit in names.items())
         lines.append(f"| {kernel.op} {' '.join(kernel.defines)} | {kernel.shared_bytes} | {' | '.join(cells)} |")
     OUT.write_text("\n".join(lines) + "\n", encoding="utf-8")

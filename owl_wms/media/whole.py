@@ -10,12 +10,15 @@ Usage:
 from __future__ import annotations
 
 import os
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from owl_wms.files import NAME_BYTES, at_home
+from owl_wms.files import NAME_BYTES, WINDOWS, at_home
+
+_PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
 def draft_beside(path: Path) -> Path:
@@ -32,7 +35,16 @@ def draft_beside(path: Path) -> Path:
 
 
 def keep_draft(draft: Path, path: Path) -> None:
-    """Put a finished draft in the place of `path`, or of the file that it links to."""
+    """Put a finished draft in the place of `path`, or of the file that it links to.
+
+    Windows refuses that while another process has the old file open (a virus scanner, a reader): some seconds are
+    waited for it there.
+    """
+    for seconds in _PAUSES if WINDOWS else ():
+        with suppress(PermissionError):
+            os.replace(draft, os.path.realpath(path))
+            return
+        time.sleep(seconds)
     os.replace(draft, os.path.realpath(path))
 
 

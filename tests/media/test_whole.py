@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from owl_wms.errors import DataError
+from owl_wms.media import whole
 from owl_wms.media.arrays import load_array, save_array
 from owl_wms.media.pictures import save_picture
 from owl_wms.media.video import VideoWriter, read_video
@@ -136,3 +137,35 @@ def test_the_draft_goes_when_the_body_raises(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         write()
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("busy", "windows", "written"), [(0, False, True), (1, False, False), (3, True, True), (9, True, False)]
+)
+def test_a_file_that_windows_keeps_open_is_waited_for(
+    busy: int, windows: bool, written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left, slept = os.replace, [busy], []
+
+    def replace(source: Path, target: str) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise PermissionError(13, "used by another process")
+        real(source, target)
+
+    monkeypatch.setattr(whole, "WINDOWS", windows)
+    monkeypatch.setattr(whole.os, "replace", replace)
+    monkeypatch.setattr(whole.time, "sleep", slept.append)
+    (tmp_path / "x.bin").write_bytes(b"old")
+
+    def write() -> None:
+        with written_whole(tmp_path / "x.bin") as draft:
+            draft.write_bytes(b"new")
+
+    if written:
+        write()
+    else:
+        with pytest.raises(PermissionError):
+            write()
+    only(tmp_path, "x.bin", b"new" if written else b"old")
+    assert len(slept) == (min(busy, 5) if windows else 0)
