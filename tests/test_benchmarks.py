@@ -44,6 +44,7 @@ from tests.ops.decoders import dcae
 from tests.runtime.sana import LATENTS, autoencoder
 from tests.runtime.toolchains import ExportToolchain
 from tests.versions.page import page
+from tests.versions.run import summary
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 RENDERED = {
@@ -461,3 +462,16 @@ def test_power_is_read_from_the_gpu_that_runs(seen: str | None, asked: str, monk
     if seen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
     assert harness.watts(lambda: None, seconds=1e-4) == 512.5
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "said"),
+    [
+        ("..F\n== 1 failed, 2 passed in 3.10s ==\n", 1, "1 failed, 2 passed in 3.10s"),
+        ("2 skipped in 1.00s", 0, "2 skipped in 1.00s"),
+        ("EEE...F", -9, "ended with status -9 before its last line"),
+        ("", 4, "ended with status 4 before its last line"),
+    ],
+)
+def test_tests_that_were_cut_short_are_not_passed_off_as_done(printed: str, status: int, said: str) -> None:
+    assert summary(printed, status) == said

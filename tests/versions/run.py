@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,11 +93,18 @@ def tried(name: str, folder: Path) -> Iterator[dict[str, Any]]:
         yield {**found, "tests": "not run"}
         tested = subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *wanted.tests], **run)
         print(tested.stdout, flush=True)
-        said = tested.stdout.splitlines()[-1].strip("= ") if tested.stdout else f"ended with {tested.returncode}"
+        said = summary(tested.stdout, tested.returncode)
         yield {**found, "sound": found["sound"] and tested.returncode == 0, "tests": said}
     finally:
         if fresh:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def summary(printed: str, status: int) -> str:
+    """Returns pytest's closing line; its exit status, or the signal as a negative number, if it did not get that far."""
+    last = printed.splitlines()[-1].strip("= ") if printed.strip() else ""
+    closed = re.match(r"\d+ (passed|failed|skipped|error|deselected|xfailed|warning)", last)
+    return last if closed else f"ended with status {status} before its last line"
 
 
 def stored() -> dict[str, Any]:
