@@ -101,7 +101,7 @@ def tried(name: str, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def summary(printed: str, status: int) -> str:
-    """Returns pytest's closing line; its exit status, or the signal as a negative number, if it did not get that far."""
+    """Returns pytest's closing line, or its exit status (a signal as a negative number) if it did not get that far."""
     last = printed.splitlines()[-1].strip("= ") if printed.strip() else ""
     closed = re.match(r"\d+ (passed|failed|skipped|error|deselected|xfailed|warning)", last)
     return last if closed else f"ended with status {status} before its last line"
