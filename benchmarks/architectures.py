@@ -19,7 +19,6 @@ from owl_wms.cli._support import support
 from owl_wms.ops import frame_depthwise, grouped_conv8, linear8
 from owl_wms.ops.common.gpu import HOPPER, OLDEST, SHARED_LIMITS, Capability
 from owl_wms.ops.common.nvrtc import Kernel, KernelError, compile_kernel
-from owl_wms.ops.conv3x3 import resident
 from owl_wms.ops.frame_conv import kernel as frame_conv
 from owl_wms.trt.plans import EIGHT_BIT_CAPABILITY
 from tests.ops.common.test_nvrtc import FAMILIES, variants
@@ -40,10 +39,10 @@ USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 def others() -> list[Kernel]:
     """Returns a variant or two of each kernel that has a compile test of its own, in bf16."""
-    found = [frame_depthwise.kernel_of(torch.bfloat16), resident.shuffled_kernel_of(torch.bfloat16, True)]
+    found = [frame_depthwise.kernel_of(torch.bfloat16)]
     found += [grouped_conv8.kernel_of(codes) for codes in (torch.int8, torch.float8_e4m3fn)]
-    for adds, codes in ((False, True), (True, True), (True, False)):
-        plan = linear8.plan_of(384, 192, adds, codes, 0)
+    for shape in ((512, 1024, False, True, 0), (1024, 512, True, True, 0), (1024, 512, True, False, 1024)):
+        plan = linear8.plan_of(*shape)
         found += [] if plan is None else [plan.kernel(torch.int8, torch.bfloat16)]
     for variant in (
         {"columns": 128, "bias": True, "relu": 1, "past": True},
