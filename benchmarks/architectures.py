@@ -7,6 +7,7 @@ Run: python -m benchmarks.architectures          # writes docs/gpus.md
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
@@ -33,6 +34,7 @@ GPUS: dict[Capability, str] = {
 }
 """Names by compute capability (https://developer.nvidia.com/cuda-gpus)."""
 OUT = Path(__file__).parents[1] / "docs" / "gpus.md"
+TIMED = Path(__file__).parent / "results" / "older_h200_202611.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -94,6 +96,27 @@ def overview() -> list[str]:
     return [*lines, "| none | | none: PyTorch decodes on the CPU | no | every test without a GPU |"]
 
 
+def timed() -> list[str]:
+    """Returns what the older kernels took on a newer GPU, from the stored result."""
+    result = json.loads(TIMED.read_text(encoding="utf-8"))
+    eager = {row["decoder"]: row["figures"] for row in result["rows"] if row["candidate"] == "eager bf16"}
+    gpu = result["machine"]["gpu"]
+    lines = [
+        f"Timed as what it is on one {gpu}, bf16, batch 8 (`python -m benchmarks.decoder",
+        "--precision --older 8.0 8.9`). The products of cuBLAS in it are that GPU's own, so an A100 has other figures.",
+        "",
+        "| decoder | kernels of | ms | times `torch.compile` in the same run | error, eager's | W |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        of, found = row["candidate"].partition(" as ")[2], row["figures"]
+        if of:
+            cells = f"{found['median_ms']:.2f} | {found['over_compiled']:.2f} | {found['relative_l2']:.1e}"
+            beside = f"{eager[row['decoder']]['relative_l2']:.1e} | {found['watts']:.0f}"
+            lines.append(f"| {row['decoder']} | {of} | {cells}, {beside} |")
+    return lines
+
+
 def main() -> None:
     """Write the page."""
     names = {
@@ -113,6 +136,8 @@ def main() -> None:
         "GPU is needed). A dash: the kernel uses Hopper's own instructions, and another takes its place elsewhere.",
         "Executed: sm_90, and the sm_80 and sm_89 code on an H200, translated by its driver (`make test-gpu`). The",
         "others only compile here. Which torch and TensorRT were tried with them: [version sets](versions.md).",
+        "",
+        *timed(),
         "",
         f"| kernel | shared memory, bytes | {' | '.join(names)} |",
         f"|---|---|{'---|' * len(names)}",

@@ -161,7 +161,7 @@ def test_a_torn_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_failing_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "step_1.pt"
     save_checkpoint(path, {"steps": 1})
-    with pytest.raises(Exception, match="pickle|local object"):  # the latter are the words of Python 3.13
+    with pytest.raises(Exception, match=r"pickle|local object"):  # the latter are the words of Python 3.13
         save_checkpoint(path, {"steps": 2, "bad": lambda: None})
     assert load_checkpoint(path) == {"steps": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["step_1.pt"]
