@@ -62,6 +62,8 @@ class Process:
             return False if self.host == here.host else None  # this machine was started again since
         if self.namespace != here.namespace or (not _boot() and self.host != here.host) or os.name == "nt":
             return None
+        if self.pid < 1:  # to `kill`, a group of processes
+            return False
         try:
             os.kill(self.pid, 0)
         except (ProcessLookupError, OverflowError):

@@ -125,6 +125,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 LEFT = {
     "no such process": {"pid": 2**22 + 1},
     "no such number": {"pid": 2**70},
+    "a number of no process": {"pid": 0},
     "its number is another's": {"pid": os.getppid(), "start": 1},
     "the machine was started again": {"boot": "00000000"},
     "another machine, long ago": {"host": "0a0a0a0a", "boot": "00000000", "at": 1e9},
