@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -178,7 +177,7 @@ def measure(run: str, folder: Path, decoder: list[str], toy: bool) -> dict[str, 
     start, end = max(firsts.values()), done[-1]["at"]
     span = max(end - start, 1e-3)
     frames = sum(line["frames"] for line in done if line["at"] > start)
-    busy = statistics.median(line["seconds"] for line in done) * sum(line["at"] > start for line in done)
+    busy = sum(line["seconds"] for line in done if line["at"] > start)
     row = {"run": run, "engine": engine, "form": form, "gpus": workers, "items": len(done), "worked": len(firsts)}
     row |= {"rate": frames / span, "steady_s": span, "whole_s": whole, "first_s": min(firsts.values()) - began}
     row |= {"idle": max(0.0, 1 - busy / (span * workers)), "cores": load.cores(start, end)}

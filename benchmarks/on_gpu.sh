@@ -25,7 +25,7 @@ run() { # run NAME LIMIT_SECONDS command...
 
 for step in $steps; do
   case $step in
-    tests)   run tests 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/ops tests/runtime tests/game tests/fused ;;
+    tests)   run tests 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/ops tests/runtime tests/game tests/fused tests/batch ;;
     trt)     run trt 480 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trt ;;
     world)   run world 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/nn tests/inference tests/sampling ;;
     train)   run train 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/trainers ;;

@@ -69,6 +69,14 @@ def test_a_gpu_has_a_number(given: str | None, found: int, monkeypatch: pytest.M
     assert numbers == [found]
 
 
+@pytest.mark.gpu
+def test_a_gpu_decodes_without_being_named(files: tuple[str, str]) -> None:  # noqa: F811
+    """As in a Ray actor."""
+    decode, named = (DecodeClips(*files, device=device, tensorrt=False) for device in (None, "cuda:0"))
+    batch = {"latents": latents(5)[None].numpy()}
+    assert np.array_equal(decode(batch)["frames"], named(batch)["frames"])
+
+
 def test_a_batch_in_memory(files: tuple[str, str], one_by_one: np.ndarray) -> None:  # noqa: F811
     decode = DecodeClips(*files, device="cpu", tensorrt=False)
     got = decode({"latents": torch.stack([latents(5), latents(5)]).numpy(), "name": np.array(["a", "b"])})
