@@ -34,10 +34,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.decoders import VAE_CONFIGS, subject
-from benchmarks.harness import commit, require_gpu
+from benchmarks.harness import document, origin, require_gpu, write
 from benchmarks.load import Load
 from owl_wms.batch.ledger import parsed
-from owl_wms.env import describe_machine
 from owl_wms.media.arrays import save_array
 
 ROOT = Path(__file__).parents[1]
@@ -192,7 +191,7 @@ def table(rows: list[dict[str, Any]], base: float) -> str:
     for row in rows:
         if "error" in row:
             engine, form, number = row["run"].split("-")
-            lines.append(f"| {engine} | {form} | {number} | {row['error'].strip().splitlines()[-1][:120]} {'| ' * 11}|")
+            lines.append(f"| {engine} | {form} | {number} | failed {'| ' * 11}|")
             continue
         alone = [other["rate"] for other in rows if other.get("form") == row["form"] and other["gpus"] == 1]
         times = row["rate"] / (alone[0] or 1) if alone else None
@@ -206,36 +205,66 @@ def table(rows: list[dict[str, Any]], base: float) -> str:
     return "\n".join(lines)
 
 
+READING = """The rate is that of the steady part: from the moment when every worker has finished an item to the last
+item's end. `times` and `efficiency` are against one GPU. `idle` is the share of time in which a worker computes no
+item, `GPU` the driver's utilization (the share of time with a kernel at work), `CPU` the cores that all processes
+together keep busy, `memory` the most that they hold at once. mp4 takes every tenth item; its frames are noise, x264's
+worst case."""
+
+
+def render(result: dict[str, Any]) -> str:
+    """Returns the page of a result."""
+    disk, base, found = result["ram_disk_gbps"], result["decode"], result["rows"]
+    lines = ["# A dataset decoded on one and more GPUs", "", origin(result), ""]
+    lines.append(
+        f"{result['items']} items of {result['length']} frames, decoder `{result['decoder']}`, on a RAM disk, "
+        f"{result['cores']} cores. `owl-wms decode` to `.npy`: {base:.0f} frames/s. The RAM disk takes "
+        f"{disk['one']:.1f} GB/s from one writer, {disk['two']:.1f} from two and {disk['first']:.1f} from eight at "
+        f"first use; at that rate `decode` writes {base * FRAME_BYTES / 1e9:.1f} GB/s."
+    )
+    lines += ["", table(found, base), "", *READING.splitlines(), ""]
+    lines.append(f"Same outputs in all npy runs: {result['alike']}; same frames as `owl-wms decode`: ")
+    lines[-1] += f"{result['equal_to_decode']}."
+    for row in (row for row in found if "error" in row):
+        lines += ["", f"`{row['run']}` failed: {row['error'].strip().splitlines()[-1][:300]}"]
+    for remark in result.get("remarks", ()):
+        lines += ["", remark]
+    for several in result.get("cold_cache", ()):
+        ranks = several["rows"]
+        built, loaded = (sum(rank[name] for rank in ranks) for name in ("builds", "hits"))
+        text = (
+            f"An empty cache, {len(ranks)} at once: {built} built, {loaded} loaded; the last one's first frame after "
+        )
+        lines += ["", f"{text}{several['last_s']:.1f} s."]
+    return "\n".join(lines) + "\n"
+
+
 class Report:
     """The results so far, written anew after each run."""
 
-    def __init__(self, out: Path | None, title: str, facts: dict[str, Any]) -> None:
-        self._out, self._title, self._facts = out, title, facts
-        self.rows: list[dict[str, Any]] = []
-        self._hashes: dict[str, str] = {}
-        self.alike: bool | None = None
-        self.equal_to_decode: bool | None = None
+    def __init__(self, out: Path | None, facts: dict[str, Any]) -> None:
+        self._out, self._hashes = out, dict[str, str]()
+        self.document = document("dataset", None, [], alike=None, equal_to_decode=None, **facts)
 
     def take(self, row: dict[str, Any], frames: Any) -> None:
         """Takes the next run, and the frames that `owl-wms decode` made of its first item."""
-        hashes, first = row.pop("hashes", {}), row.pop("first", None)
-        self.rows.append(row)
+        hashes, first, result = row.pop("hashes", {}), row.pop("first", None), self.document
+        result["rows"].append(row)
         if first is not None:
             self._hashes = self._hashes or hashes
-            self.alike = self.alike is not False and hashes == self._hashes
-            self.equal_to_decode = self.equal_to_decode is not False and np.array_equal(first, frames)
-        text = f"{self._title}\n\n{table(self.rows, self._facts['decode'])}\n\n"
-        text += f"same outputs in all runs: {self.alike}; same frames as `owl-wms decode`: {self.equal_to_decode}\n"
+            result["alike"] = result["alike"] is not False and hashes == self._hashes
+            same = np.array_equal(first, frames)
+            result["equal_to_decode"] = result["equal_to_decode"] is not False and same
         if self._out is not None:
-            checks = {"alike": self.alike, "equal_to_decode": self.equal_to_decode}
-            self._out.write_text(json.dumps({**self._facts, "rows": self.rows, **checks}, indent=1) + "\n")
-            self._out.with_suffix(".md").write_text(text)
-        print(table(self.rows, self._facts["decode"]).splitlines()[-1], flush=True)
+            write(result, self._out)
+            self._out.with_suffix(".md").write_text(render(result), encoding="utf-8")
+        print(table(result["rows"], result["decode"]).splitlines()[-1], flush=True)
 
     @property
     def good(self) -> bool:
         """Whether every run ended well and gave the same frames."""
-        return self.alike is True and self.equal_to_decode is True and not any("error" in row for row in self.rows)
+        same = self.document["alike"] is True and self.document["equal_to_decode"] is True
+        return same and not any("error" in row for row in self.document["rows"])
 
 
 def main() -> None:
@@ -274,25 +303,14 @@ def main() -> None:
             # built.
             filled = pool.submit(write_rate, folder, items * length * FRAME_BYTES, 8)
             decode_rate(folder, decoder)
-        disk = {"first": filled.result()} | {n: write_rate(folder, (64 << 20) if toy else (8 << 30), n) for n in (1, 2)}
+        small = (64 << 20) if toy else (8 << 30)
+        disk = {"first": filled.result(), "one": write_rate(folder, small, 1), "two": write_rate(folder, small, 2)}
         base = decode_rate(folder, decoder)
         frames = np.load(folder / "long.npy", mmap_mode="r")[:length].copy()
         (folder / "long.npy").unlink()
-        card = "CPU (toy: no figure)" if toy else torch.cuda.get_device_name()
-        title = (
-            f"{items} items of {length} frames, decoder `{'demo' if toy else 'dist'}`, up to {seen} x {card}, commit "
-        )
-        title += f"{commit()}; `owl-wms decode`: {base:.0f} frames/s; RAM disk: {disk[1]:.1f} GB/s by one writer, "
-        title += f"{disk[2]:.1f} by two, {disk['first']:.1f} by eight at first use"
-        print(title, flush=True)
-        facts = {
-            "commit": commit(),
-            "machine": describe_machine(),
-            "cores": os.cpu_count(),
-            "gpu": card,
-            "decode": base,
-        }
-        report = Report(arguments.out, title, {**facts, "ram_disk_gbps": disk, "items": items, "length": length})
+        facts = {"decoder": "demo" if toy else "dist", "cores": os.cpu_count(), "decode": base, "ram_disk_gbps": disk}
+        print(json.dumps({**facts, "items": items, "length": length}), flush=True)
+        report = Report(arguments.out, {**facts, "items": items, "length": length})
         for run in runs:
             if time.monotonic() - began > arguments.seconds:
                 print(f"{run}: no time left", flush=True)
@@ -303,7 +321,7 @@ def main() -> None:
                 row = {"run": run, "error": str(error)}
                 print(f"{run}: {error}", flush=True)
             report.take(row, frames)
-    print(f"same outputs in all runs: {report.alike}; same frames as `owl-wms decode`: {report.equal_to_decode}")
+    print(f"all runs ended, with the frames of `owl-wms decode`: {report.good}")
     sys.exit(not report.good)
 
 

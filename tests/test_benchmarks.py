@@ -19,6 +19,7 @@ import owl_wms
 from benchmarks import (
     accuracy,
     baselines,
+    dataset,
     decoder,
     harness,
     kernels,
@@ -48,6 +49,7 @@ from tests.versions.run import summary
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 RENDERED = {
+    "dataset": dataset.render,
     "decoder": report.report,
     "kernels": kernels.render,
     "ops": ops.render,
