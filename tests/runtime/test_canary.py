@@ -6,6 +6,7 @@ Run: python -m pytest tests/runtime/test_canary.py
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import pytest
 import torch
 
 from owl_wms.errors import ConfigError, FastPathError, NonFiniteError
-from owl_wms.runtime import UNATTENDED, VideoDecode, canary
-from owl_wms.runtime.canary import Canary, judge, within
+from owl_wms.runtime import UNATTENDED, VideoDecode, canary, verdict
+from owl_wms.runtime.canary import Canary
 from owl_wms.runtime.eager import EagerDecoder
 from owl_wms.runtime.output import Output
 from owl_wms.runtime.programs import Loaded
 from owl_wms.runtime.stats import Ledger
+from owl_wms.runtime.verdict import FP32_EVERY, distance, judge, within
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
 
 EVERY = 40
@@ -115,6 +117,12 @@ def test_one_frame_of_every_so_many_and_not_always_the_same_place() -> None:
     assert all(place is None or 0 <= place < 7 for place in places)
 
 
+def problem_of(eager: EagerDecoder, report: Mapping[str, Any], z: torch.Tensor, frame: torch.Tensor, kind: str) -> str:
+    problem, own = judge(eager, report, z, frame, kind, frame)
+    assert own.left in (0, FP32_EVERY - 1)
+    return problem
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "fp8"])
 @pytest.mark.parametrize("kind", ["bf16", "uint8"])
 @torch.no_grad()
@@ -125,11 +133,11 @@ def test_the_verdict_is_the_parity_check_on_these_latents(kind: str, precision: 
         exact = eager(z)[0]
         stored = Output(kind, 2, torch.device("cpu"), (4, 9, 9))
         stored.write(0, eager.module.to(torch.float32)(z).to(torch.bfloat16 if precision == "bf16" else torch.float32))
-        assert judge(eager, {"precision": precision}, z, stored.tensor[0], kind) == "", scale
+        assert problem_of(eager, {"precision": precision}, z, stored.tensor[0], kind) == "", scale
         spoilt = exact.clone()
         spoilt[:, 4:8, 4:8] += 0.9
         stored.write(1, spoilt[None])
-        problem = judge(eager, {"precision": precision}, z, stored.tensor[1], kind)
+        problem = problem_of(eager, {"precision": precision}, z, stored.tensor[1], kind)
         assert "against fp32, at " in problem, scale
 
 
@@ -140,10 +148,10 @@ def test_one_small_wrong_place_is_enough() -> None:
     frame = eager(z)[0]
     frame[0, 7, 7] = frame[0, 7, 7] / frame[0, 7, 7].abs().clamp(min=1) + 0.04
     report = {"precision": "bf16", "parity": {"scales": [ROW]}}
-    measured = canary._distance(frame, eager(z)[0]).tolist()
+    measured = distance(frame, eager(z)[0]).tolist()
     assert measured[0] < ROW["relative_limit"] * measured[2]
     assert not within(measured, report, "bf16")
-    assert "absolute error" in judge(eager, report, z, frame, "bf16")
+    assert "absolute error" in problem_of(eager, report, z, frame, "bf16")
 
 
 def test_what_is_not_finite_is_a_difference_where_fp32_is_finite() -> None:
@@ -151,11 +159,11 @@ def test_what_is_not_finite_is_a_difference_where_fp32_is_finite() -> None:
     report = {"precision": "bf16", "parity": {"scales": [ROW]}}
     frame = eager(z)[0]
     frame[0, 0, 0] = float("nan")
-    measured = canary._distance(frame, eager(z)[0]).tolist()
+    measured = distance(frame, eager(z)[0]).tolist()
     assert not within(measured, report, "bf16")
-    assert judge(eager, report, z, frame, "bf16") == "it has values that are not finite"
+    assert problem_of(eager, report, z, frame, "bf16") == "it has values that are not finite"
     z[:] = float("inf")
-    assert judge(eager, report, z, frame, "bf16") == "", "fp32 has no values to compare with"
+    assert problem_of(eager, report, z, frame, "bf16") == "", "fp32 has no values to compare with"
 
 
 def test_a_report_without_limits_leaves_it_to_the_parity_check() -> None:
@@ -172,7 +180,7 @@ def test_a_decoder_that_fp32_cannot_run_is_not_trusted(tmp_path: Path, monkeypat
     latents = torch.randn(1, EVERY, 4, 3, 3)
     decode.prepare((4, 3, 3))
     toolchain.damage = lambda frames: frames + 0.5
-    monkeypatch.setattr(canary, "_in", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    monkeypatch.setattr(verdict, "_in", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
     assert torch.equal(decode(latents), plain(latents))
     assert "fp32 cannot decode it: OutOfMemoryError: no memory" in decode.stats().reason
 
@@ -187,7 +195,7 @@ def test_memory_that_is_not_there_for_the_comparison_takes_no_frames_away(
     def no_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(canary, "_distance", no_memory)
+    monkeypatch.setattr(canary, "distance", no_memory)
     for _ in range(2):
         torch.testing.assert_close(decode(latents), plain(latents))
     assert (decode.stats().backend, decode.stats().canaries) == ("export", 0)
@@ -279,6 +287,46 @@ class Copied:
         report = {"precision": "fp32", "parity": {"scales": [{**ROW, "relative_limit": 1e-4}]}}
         numbers = {"file_bytes": 0, "build_seconds": 0.0, "load_seconds": 0.0}
         return Loaded(program=self.module, built=True, name="copy", not_kept="in memory", report=report, **numbers)
+
+
+class Coarse(TinyDecoder):
+    """Rounds to multiples of 1/16 in bf16, and to none that matters in fp32."""
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return super().forward(z) + 8 - 8
+
+
+class Finer(Copied):
+    """Computes in fp32 beside a decoder in bf16, whose own error is beyond the program's limits."""
+
+    def obtain(self, decoder: torch.nn.Module, *arguments: Any) -> Loaded:
+        loaded = super().obtain(decoder, *arguments)
+        self.module.float()
+        return dataclasses.replace(loaded, program=lambda z: self.module(z.float()))
+
+
+@pytest.mark.parametrize("output", ["bf16", "uint8"])
+@torch.no_grad()
+def test_fp32_decides_now_and_then_where_pytorch_is_coarser_than_the_program(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(canary, "judge", lambda *given: asked.append(given) or judge(*given))
+    monkeypatch.setattr(verdict, "FP32_EVERY", 5)
+    decoder, toolchain = Coarse().eval().bfloat16(), Finer()
+    asking: dict[str, Any] = {"batch_size": 4, "output": output, "check": "canary", "toolchain": toolchain}
+    decode = VideoDecode(decoder, settings=settings(tmp_path), **asking)
+    latents = torch.randn(1, EVERY, 4, 3, 3, dtype=torch.bfloat16)
+    for _ in range(11):
+        decode(latents)
+    state = decode.stats()
+    assert (state.backend, state.canaries, state.canary_misses) == ("copied", 11, 0)
+    assert len(asked) == 3, "the first, the sixth and the eleventh"
+    decode(latents)
+    flip(toolchain)
+    decode(latents)
+    assert (decode.stats().canaries, decode.stats().canary_misses) == (13, 1), "found at once, out of fp32's turn"
+    assert "a frame of the program is wrong" in decode.stats().reason
 
 
 @pytest.mark.gpu
