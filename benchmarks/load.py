@@ -73,8 +73,12 @@ class Load:
             return
         asked = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "500"]
         with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True) as process:
-            threading.Thread(target=lambda: (self._ended.wait(), process.kill()), daemon=True).start()
+            threading.Thread(target=self._kill_at_the_end, args=(process,), daemon=True).start()
             assert process.stdout is not None
             for line in process.stdout:
                 if line.strip().isdecimal():
                     self._gpu.append((time.time(), int(line)))
+
+    def _kill_at_the_end(self, process: subprocess.Popen[str]) -> None:
+        self._ended.wait()
+        process.kill()
