@@ -114,7 +114,7 @@ class _RayWorker:
 
 
 class _Asked(NamedTuple):
-    """What a call waits for."""
+    """Holds what a call waits for."""
 
     outcomes: list[Outcome]
     ended: Future[None]
