@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.road_tools import decoder_of, dtype_of, entries, latent_shape, resident_mib, wait
+
 Settings = dict[str, Any]
 COMPILER = ("torch._dynamo", "torch._inductor", "sympy", "torch_tensorrt")
 """What a cached start does without. Listed by `first` where it was imported all the same."""
@@ -78,10 +80,10 @@ def _started(s: Settings) -> tuple[Settings, Any, Any]:
     if s["device"] == "cuda":
         torch.zeros(1, device="cuda")
     marks.append(("CUDA", time.time()))
-    decoder = get_decoder_only(None, s["config"], s["checkpoint"], device=s["device"], dtype=_dtype(s))
+    decoder = get_decoder_only(None, s["config"], s["checkpoint"], device=s["device"], dtype=dtype_of(s))
     marks.append(("weights", time.time()))
     decode = make_batched_decode_fn(decoder, s["batch"], output="uint8")
-    latents = torch.zeros((1, s["batch"], *_latent_shape(s)), device=s["device"])
+    latents = torch.zeros((1, s["batch"], *latent_shape(s)), device=s["device"])
     frames = decode(latents).cpu()
     marks.append(("program and first batch", time.time()))
     stats, before, spent = decode.stats(), s["begun"], {}
@@ -89,7 +91,7 @@ def _started(s: Settings) -> tuple[Settings, Any, Any]:
         spent[name], before = at - before, at
     compiler = [name for name in COMPILER if name in sys.modules]
     entry = stats.programs[0]["entry"]
-    reports = [info.manifest.report for info in _entries() if info.manifest and info.name == entry]
+    reports = [info.manifest.report for info in entries() if info.manifest and info.name == entry]
     found = {
         "seconds": spent,
         "after_torch": sum(seconds for name, seconds in spent.items() if name not in ("interpreter", "import torch")),
@@ -161,7 +163,7 @@ def rate(s: Settings) -> Settings:
     from owl_wms.runtime import decode_stream
     from owl_wms.utils.owl_vae_bridge import make_batched_decode_fn
 
-    decoder, source = _decoder(s), LatentFile(s["latents"])
+    decoder, source = decoder_of(s), LatentFile(s["latents"])
     count = min(s["frames"], source.shape[1])
     floats = make_batched_decode_fn(decoder, s["batch"])
     pictures = make_batched_decode_fn(decoder, s["batch"], output="uint8")
@@ -191,14 +193,14 @@ def rate(s: Settings) -> Settings:
         run()
     for _ in range(s["rounds"]):
         for name, run in (*runs.items(), ("stream to .npy", array)):
-            _wait(s)
+            wait(s)
             begun = clock()
             run()
-            _wait(s)
+            wait(s)
             samples[name].append(count / (clock() - begun))
     few = latents[: 5 * s["batch"] + 3]
     streamed = torch.cat([frames.clone() for frames in decode_stream(pictures, few[None])])
-    x = 1.5 * torch.randn(3, 4, 90, 160, device=s["device"]).to(_dtype(s))
+    x = 1.5 * torch.randn(3, 4, 90, 160, device=s["device"]).to(dtype_of(s))
     return {
         "frames_per_second": {name: median(values) for name, values in samples.items()},
         "same_bytes": bool(torch.equal(streamed, pictures(few[None])[0].cpu())),
@@ -225,10 +227,10 @@ def command(s: Settings) -> Settings:
     from owl_wms.utils.owl_vae_bridge import make_batched_decode_fn
 
     torch.set_num_threads(1)
-    decode = make_batched_decode_fn(_decoder(s), s["batch"], output="uint8")
+    decode = make_batched_decode_fn(decoder_of(s), s["batch"], output="uint8")
     clips = {}
     for count in (s["frames"] // 5, s["frames"]):
-        clips[count] = torch.randn(count, *_latent_shape(s), generator=torch.Generator().manual_seed(0))
+        clips[count] = torch.randn(count, *latent_shape(s), generator=torch.Generator().manual_seed(0))
         np.save(Path(s["work"], f"{count}.npy"), clips[count].numpy())
 
     def function(count: int) -> None:
@@ -317,7 +319,7 @@ def training(s: Settings) -> Settings:
     if s["whole"]:  # what evaluation calls; it compiles once more
         evaluation: VideoDecode = make_batched_decode_fn(decoder, s["batch"], jit=True)
         candidates["evaluation's decode function"] = lambda z: evaluation(z[None])[0]
-    inputs = [torch.randn(s["batch"], *_latent_shape(s), device="cuda").bfloat16() for _ in range(3)]
+    inputs = [torch.randn(s["batch"], *latent_shape(s), device="cuda").bfloat16() for _ in range(3)]
     seconds, found = {}, {}
     with torch.no_grad():
         with reference_arithmetic():
@@ -346,68 +348,26 @@ def memory(s: Settings) -> Settings:
     from owl_wms.utils.owl_vae_bridge import make_batched_decode_fn
 
     class Endless:
-        shape = (1, s["frames"], *_latent_shape(s))
-        drawn = torch.randn(PIECE, *_latent_shape(s))
+        shape = (1, s["frames"], *latent_shape(s))
+        drawn = torch.randn(PIECE, *latent_shape(s))
 
         def read(self, start: int, stop: int) -> torch.Tensor:
             return self.drawn[: stop - start].clone()
 
-    decode = make_batched_decode_fn(_decoder(s), s["batch"], output="uint8")
+    decode = make_batched_decode_fn(decoder_of(s), s["batch"], output="uint8")
     done, early, piece_bytes, begun = 0, 0.0, 0, time.perf_counter()
     for frames in decode_stream(decode, Endless()):
         done, piece_bytes = done + len(frames), max(piece_bytes, frames.nbytes)
         if not early and done >= s["frames"] / 10:
-            early = _resident_mib()
+            early = resident_mib()
     seconds = time.perf_counter() - begun
     return {
         "frames": done,
         "seconds": seconds,
         "early_mib": early,
-        "end_mib": _resident_mib(),
+        "end_mib": resident_mib(),
         "piece_mib": piece_bytes / 2**20,
     }
-
-
-def _decoder(s: Settings) -> Any:
-    import torch
-
-    from owl_wms.cli._shared import quick_on
-    from owl_wms.utils.owl_vae_bridge import get_decoder_only
-
-    decoder = get_decoder_only(None, s["config"], s["checkpoint"], device=s["device"], dtype=_dtype(s))
-    return quick_on(torch.device(s["device"]), decoder)
-
-
-def _entries() -> list[Any]:
-    from owl_wms import env
-    from owl_wms.runtime.programs import store_of
-    from owl_wms.settings import TensorRTConfig
-
-    return list(store_of(TensorRTConfig.resolve()).entries(env.describe_machine()))
-
-
-def _dtype(s: Settings) -> Any:
-    import torch
-
-    return torch.bfloat16 if s["device"] == "cuda" else torch.float32
-
-
-def _latent_shape(s: Settings) -> tuple[int, int, int]:
-    from benchmarks.decoders import subject
-
-    return subject(s["decoder"]).latent_shape
-
-
-def _wait(s: Settings) -> None:
-    import torch
-
-    if s["device"] == "cuda":
-        torch.cuda.synchronize()
-
-
-def _resident_mib() -> float:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
 PARTS = {part.__name__: part for part in (files, first, steps, background, rate, command, x264, training, memory)}

@@ -23,15 +23,12 @@ import copy
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import console
+from benchmarks.soak_watch import MARK, growth, left_over, write_rows
 from owl_wms.cache import CacheStore
 from owl_wms.runtime import VideoDecode, canary
 from owl_wms.settings import TensorRTConfig
@@ -50,9 +48,7 @@ BATCH = 4
 MOST_RELATIVE = 0.03
 LEAST_NEW = 0.2
 MOST_GROWTH_MIB = 96
-EVERY_SECONDS = 30.0
 GRACE_SECONDS = 25.0  # a worker that waits for a build at the end
-MARK = "SOAK_RUN"  # a variable in the environment of every process of one soak
 WORKERS = 2
 RATE = 0.3
 CANARY_EVERY = 100
@@ -295,38 +291,6 @@ def start(options: argparse.Namespace, part: str, number: int) -> subprocess.Pop
     for name in ("minutes", "until", "decoder", "cache", "shapes", "states", "clips", "out"):
         command += [f"--{name}", str(getattr(options, name))]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, MARK: options.mark})
-
-
-def left_over(mark: str) -> int:
-    """Returns how many processes of the soak are still there, but for this one."""
-    wanted, count = f"{MARK}={mark}".encode(), 0
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            count += wanted in (folder / "environ").read_bytes().split(b"\0")
-        except OSError:  # it ended, or is another user's
-            continue
-    return count
-
-
-def write_rows(path: Path, found: Callable[[], dict[str, Any]]) -> None:
-    """Appends what `found` returns to a file, one line of JSON every 30 seconds, in a daemon thread."""
-    begin = time.monotonic()
-
-    def write() -> None:
-        while True:
-            time.sleep(EVERY_SECONDS)
-            row = found()
-            row["memory"] = {name: round(values[-1], 1) for name, values in row.get("memory", {}).items() if values}
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"seconds": round(time.monotonic() - begin), **row}) + "\n")
-
-    threading.Thread(target=write, daemon=True).start()
-
-
-def growth(memory: list[float]) -> float:
-    """MiB that the last third of a run has more than the middle third; the first one loads programs."""
-    third = len(memory) // 3
-    return statistics.median(memory[-third:]) - statistics.median(memory[third : 2 * third]) if third else 0.0
 
 
 def soak(options: argparse.Namespace) -> int:

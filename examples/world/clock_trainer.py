@@ -189,7 +189,7 @@ class ClockTrainer(OwnHistoryTrainer):
             return loss.detach()[None]
         own = found["counted"] & (history >= 0)[:, None]
         other = found["counted"] & (history < 0)[:, None]
-        errors = [self.latent_error(x, {**found, "counted": counted}) for counted in (other, own)]
+        errors = [self.space.error(x, {**found, "counted": counted}) for counted in (other, own)]
         return torch.stack([loss.detach(), *errors])
 
     def _batch(self) -> Batch:

@@ -164,7 +164,7 @@ class OwnHistoryTrainer(RFTTrainer):
         x = self.to_latents(video)
         found = self.model(x, mouse, btn, return_dict=True, levels=self.train_cfg.levels, history=history)
         loss = found["diffusion_loss"]
-        reports = {"diffusion_loss": loss, "latent_error": self.latent_error(x, found)}
+        reports = {"diffusion_loss": loss, "latent_error": self.space.error(x, found)}
         own = found["counted"] & (history >= 0)[:, None]
-        share = self.latent_error(x, {**found, "counted": own | (~own.any() & found["counted"])})
+        share = self.space.error(x, {**found, "counted": own | (~own.any() & found["counted"])})
         return loss, {**reports, "own_error": share}

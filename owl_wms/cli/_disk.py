@@ -1,4 +1,4 @@
-"""What the file system refuses, told apart from other errors: nobody's fault in the code, so one line, no traceback.
+"""Tells what the file system refuses from other errors: nobody's fault in the code, so one line, no traceback.
 
 Why not everywhere an `OSError`: any other that gets this far is a mistake of ours, whose traceback is wanted.
 """

@@ -359,10 +359,7 @@ def parse_world(data: Mapping[str, Any], *, path: Path | str | None = None) -> W
 
 
 def with_files_found(cfg: WorldConfig, path: Path | str) -> WorldConfig:
-    """Returns the configuration with the files of `_READ` found from any working directory (`find_beside`).
-
-    The trainers never hear where the configuration stands.
-    """
+    """Returns the configuration with the files of `_READ` found from any working directory (`find_beside`)."""
     found = {name: find_beside(getattr(cfg.train, name), path) for name in _READ}
     update = {name: None if file is None else str(file) for name, file in found.items()}
     return cfg.model_copy(update={"train": cfg.train.model_copy(update=update)})

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from owl_wms.configs.world import TrainingConfig
 from owl_wms.errors import CheckpointError, ConfigError
+from owl_wms.models.flow import counted_mse
 
 FLOOR = 0.02
 """Added to variances, which are those of latents divided by `vae_scale`: keeps directions of noise from growing."""
@@ -165,6 +166,19 @@ class LatentSpace:
     def difference_to_stored(self, x: Tensor) -> Tensor:
         """Return a difference of two latents of the model [..., k, h, w] in the scale of stored latents."""
         return (x if self.whitener is None else _turned(self.whitener.inverse, x)) * self.scale
+
+    @torch.no_grad()
+    def error(self, x: Tensor, found: dict[str, Tensor]) -> Tensor:
+        """Return the mean squared error of the clean frames that predicted velocities imply, in stored latents.
+
+        Args:
+            x: [b, n, c, h, w] clean latents in the model's scale.
+            found: what `GameRFT.forward(return_dict=True)` returned.
+        """
+        level = found["ts"][..., None, None, None]
+        difference = level * (found["pred_video"].float() - (found["z_video"] - x).float())
+        stored = self.difference_to_stored(difference)
+        return counted_mse(stored, torch.zeros_like(stored), found["counted"])
 
 
 def _turned(matrix: Tensor, x: Tensor) -> Tensor:

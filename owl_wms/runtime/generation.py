@@ -54,7 +54,7 @@ class Generation:
             return list(self._slots.values())
 
     def has_programs(self) -> bool:
-        """Whether any of its slots holds a program."""
+        """Returns whether any of its slots holds a program."""
         return any(slot.loaded is not None for slot in self.slots())
 
     def carried_to(self, decoder: nn.Module) -> Generation:

@@ -105,7 +105,7 @@ def judge(
 
 
 def _problem(reference: Reference, frame: Tensor, kind: str, precision: str, dtype: torch.dtype) -> str:
-    """How a frame breaks the parity check's rule; empty where it keeps it."""
+    """Returns how a frame breaks the parity check's rule; empty where it keeps it."""
     wanted = reference.wanted[0]
     got = errors(values(frame, kind)[None], wanted)
     if not got.finite:

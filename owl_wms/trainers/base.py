@@ -31,7 +31,6 @@ from owl_wms.configs.world import TrainingConfig, WorldModelConfig, require_trai
 from owl_wms.data.loaders import Loader, get_loader
 from owl_wms.data.loading import BATCH_KEY, Batch
 from owl_wms.errors import TrainingError
-from owl_wms.models.flow import counted_mse
 from owl_wms.models.latents import LatentSpace
 from owl_wms.sampling import SampleResult, batch_permute_to_length
 from owl_wms.trainers.batches import BatchRule, endless
@@ -300,7 +299,7 @@ class BaseTrainer(ABC):
 
     @property
     def displaced(self) -> bool:
-        """Whether another run has the folder, so that this one writes nothing there."""
+        """True if another run has the folder, so that this one writes nothing there."""
         return self._lock.lost
 
     def resume(self) -> None:
@@ -324,19 +323,6 @@ class BaseTrainer(ABC):
     def to_latents(self, video: Tensor) -> Tensor:
         """Return stored latents in the scale of the world model."""
         return self.space.to_model(video)
-
-    @torch.no_grad()
-    def latent_error(self, x: Tensor, found: dict[str, Tensor]) -> Tensor:
-        """Return the mean squared error of the clean frames that predicted velocities imply, in stored latents.
-
-        Args:
-            x: [b, n, c, h, w] clean latents in the model's scale.
-            found: what `GameRFT.forward(return_dict=True)` returned.
-        """
-        level = found["ts"][..., None, None, None]
-        difference = level * (found["pred_video"].float() - (found["z_video"] - x).float())
-        stored = self.space.difference_to_stored(difference)
-        return counted_mse(stored, torch.zeros_like(stored), found["counted"])
 
     def _finished(self) -> bool:
         cfg = self.train_cfg

@@ -27,7 +27,7 @@ class Saved(Protocol):
 
     @property
     def displaced(self) -> bool:
-        """Whether another run has the folder."""
+        """True if another run has the folder."""
 
     def checkpoint(self) -> dict[str, Any]:
         """Return the run's state, as it is written to `step_{n}.pt`."""

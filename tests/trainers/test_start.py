@@ -141,7 +141,7 @@ def test_latent_error_does_not_depend_on_the_scale(tmp_path: Path) -> None:
         x = trainer.to_latents(video)
         ones = torch.ones(x.shape[:2])
         found = {"ts": ones, "pred_video": 0 * x, "z_video": 0 * x, "counted": ones.bool()}
-        errors.append(float(trainer.latent_error(x, found)))
+        errors.append(float(trainer.space.error(x, found)))
         assert errors[-1] == pytest.approx(float(video.square().mean()), rel=1e-5)
 
 

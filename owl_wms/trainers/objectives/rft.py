@@ -32,4 +32,4 @@ class RFTTrainer(BaseTrainer):
             x, mouse, btn, doc_id=doc_id[0] if doc_id else None, return_dict=True, levels=self.train_cfg.levels
         )
         loss = found["diffusion_loss"]
-        return loss, {"diffusion_loss": loss, "latent_error": self.latent_error(x, found)}
+        return loss, {"diffusion_loss": loss, "latent_error": self.space.error(x, found)}

@@ -34,7 +34,7 @@ WARMUP_CALLS = 3
 
 
 class Recorded:
-    """What `run` launches, as a CUDA graph.
+    """All that `run` launches, as a CUDA graph.
 
     Args:
         run: takes nothing; reads and writes tensors that stay where they are.
