@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import operator
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,8 +183,11 @@ def readme_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+AUTHORS = "author's arrangement"
+
+
 def user_table(results: Path = SHOWN.parent) -> str:
-    """README's table of what a user runs, out of the stored results of the road, of play and of diffusers' decoder."""
+    """README's table of what a user runs, out of the stored results of the road, play, diffusers' decoder and TAEHV."""
 
     def stored(name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((results / f"{name}_h200_202611.json").read_text(encoding="utf-8"))
@@ -191,8 +195,12 @@ def user_table(results: Path = SHOWN.parent) -> str:
 
     road = stored("road")["parts"]
     eager, captured = ({row["way"]: row for row in stored("play")["rows"]}[way] for way in ("eager", "captured"))
-    sizes = stored("sana_f32c32")["rows"]
-    sana = {row["candidate"]: row for row in sizes if row["size"] == "1 x 1024x1024"}
+    sana = {(row["size"], row["candidate"]): row["median_ms"] for row in stored("sana_f32c32")["rows"]}
+    taehv = {(row["form"], row["candidate"]): row["median_ms"] for row in stored("taehv")["rows"]}
+    starts = {
+        name: statistics.median(road[part]["after_torch"] for part in road if part.startswith(f"first {name} cached"))
+        for name in ("dist", "base")
+    }
     rows = [
         (
             "`owl-wms decode` to `.npy`, distilled decoder",
@@ -214,13 +222,28 @@ def user_table(results: Path = SHOWN.parent) -> str:
                 f"`torch.compile`: {ms['torch.compile']:.1f} ms, eager: {ms['eager']:.1f} ms",
             )
         )
-    ours = sana["ours"]
+    for text, size in (("one picture of 1024x1024", "1 x 1024x1024"), ("8 pictures of 512x512", "8 x 512x512")):
+        compiled, eager_ms = sana[size, "torch.compile channels_last"], sana[size, "eager"]
+        rows.append(
+            (
+                f"diffusers' Sana decoder (f32c32), {text}",
+                f"{sana[size, 'ours']:.1f} ms",
+                f"`torch.compile`: {compiled:.1f} ms, eager: {eager_ms:.1f} ms",
+            )
+        )
+    form = "hunyuan1.5 720p"
     rows += [
         (
-            "diffusers' Sana decoder (f32c32), one picture of 1024x1024",
-            f"{ours['median_ms']:.1f} ms",
-            f"`torch.compile`: {sana['torch.compile channels_last']['median_ms']:.1f} ms, "
-            f"eager: {sana['eager']['median_ms']:.1f} ms",
+            "streaming TAEHV (Hunyuan 1.5), 4 frames of 720p",
+            f"{taehv[form, 'ours']:.2f} ms",
+            f"`torch.compile` as a CUDA graph: {taehv[form, 'torch.compile, CUDA graph']:.2f} ms, "
+            f"eager, frame by frame as its author runs it: {taehv[form, AUTHORS]:.2f} ms",
+        ),
+        (
+            "first decode of a new process, after `import torch`, program stored",
+            f"{starts['dist']:.1f} s (dist), {starts['base']:.1f} s (base)",
+            f"program to be built: {road['first dist built']['after_torch']:.0f} s, "
+            f"{road['first base built']['after_torch']:.0f} s",
         ),
         (
             "`owl-wms play`, the shipped world model, in the page",
