@@ -59,6 +59,7 @@ COMPARED_FRAMES = 4
 # bf16 pictures of two ways to compute the same: mean difference in levels of 255.
 LARGEST_DIFFERENCE = 2.0
 LARGEST_RELATIVE = 0.1
+Keep = Callable[[dict[str, Any]], None]
 
 
 # ---- the shipped model
@@ -162,9 +163,9 @@ async def page(pipeline: InteractivePipeline, seconds: float, fps: float) -> dic
     }
 
 
-def measure_shipped(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns a row for each way, and the failures."""
-    rows, failures, wanted = [], [], None
+def measure_shipped(args: argparse.Namespace, keep: Keep) -> list[str]:
+    """Keeps a row for each way; returns the failures."""
+    failures, wanted = [], None
     for captured in (False, True):
         began = time.perf_counter()
         pipeline = shipped(captured, args)
@@ -186,8 +187,8 @@ def measure_shipped(args: argparse.Namespace) -> tuple[list[dict[str, Any]], lis
             at_rate = asyncio.run(page(pipeline, min(10.0, args.seconds), own))
             row |= {f"own_rate_{name}": value for name, value in at_rate.items()} | {"own_rate": own}
         row |= pipeline.describe()
-        rows.append(row)
-    return rows, failures
+        keep(row)
+    return failures
 
 
 # ---- upstream's size
@@ -227,8 +228,8 @@ class GrowingLoop:
         self._pass(zlerp(x, self._noise, generator), self._noise, mouse, btn)
 
 
-def measure_upstream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns a row for each way to run a model of upstream's published size, and the failures."""
+def measure_upstream(args: argparse.Namespace, keep: Keep) -> list[str]:
+    """Keeps a row for each way to run a model of upstream's published size; returns the failures."""
     world = load_world_config(args.upstream)
     config, given = world.model, dict(world.train.sampler_kwargs or {})
     device = torch.device(args.device)
@@ -259,7 +260,7 @@ def measure_upstream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], li
         "ring, captured": lambda: ring(plain, True),
         "ring, compiled and captured": lambda: ring(compiled, True),
     }
-    rows, failures, wanted = [], [], None
+    failures, wanted = [], None
     for name, make in ways.items():
         began = time.perf_counter()
         row = {"model": args.upstream.name, "way": name, "steps": steps}
@@ -270,7 +271,7 @@ def measure_upstream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], li
                 if name.startswith("ring") or name == "eager":
                     failures.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
                 row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                rows.append(row)
+                keep(row)
                 continue
         first = row.pop("first")
         wanted = first if wanted is None else wanted
@@ -278,9 +279,9 @@ def measure_upstream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], li
         if not row["difference_relative"] <= LARGEST_RELATIVE:
             failures.append(f"{name}: its first frame differs from eager's by {row['difference_relative']:.3f}")
         row["prepare_seconds"] = time.perf_counter() - began - row["timed_seconds"]
-        rows.append(row)
+        keep(row)
         torch.cuda.empty_cache() if device.type == "cuda" else None
-    return rows, failures
+    return failures
 
 
 def _time_latents(made: Any, x: Tensor, mouse: Tensor, btn: Tensor, frames: int) -> dict[str, Any]:
@@ -377,10 +378,16 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        """Writes what there is, so that a time limit costs the rows that are missing and no others."""
+        rows.append(row)
+        if args.out is not None:
+            harness.write(harness.document("play", None, rows, failures=failures), args.out)
+
     for left_out, measure in ((args.no_shipped, measure_shipped), (args.no_upstream, measure_upstream)):
         if not left_out:
-            more, failed = measure(args)
-            rows, failures = rows + more, failures + failed
+            failures += measure(args, keep)
     result = harness.document("play", None, rows, failures=failures)
     show(result, args.out)
     harness.finish(result, args.out)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "owl_wms"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 MAX_LINES = 400
-MAX_TRACKED_BYTES = 32 * 2**20
+MAX_TRACKED_BYTES = 34 * 1024 * 1024  # weights are 17 MB of it, reference vectors of others 12 MB
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
