@@ -54,10 +54,22 @@ def run(installed: Path, *arguments: str, status: int = 0) -> str:
 
 
 def test_the_wheel_is_what_is_imported(installed: Path) -> None:
-    where = [sys.executable, "-c", "import owl_wms; print(owl_wms.__file__)"]
+    script = """
+import owl_wms
+from owl_wms.cli.play import SHIPPED
+from owl_wms.configs.world import load_world_config
+from owl_wms.inference.build import latent_space
+config, weights = SHIPPED
+print(owl_wms.__file__, config, weights, sep="\\n")
+world = load_world_config(config)
+print(world.model.channels, *latent_space(world, config).whitener.inverse.shape)
+"""
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    ran = subprocess.run(where, env=environment, cwd=installed.parent, capture_output=True, text=True, check=True)
-    assert Path(ran.stdout.strip()).is_relative_to(installed)
+    call = [sys.executable, "-c", script]
+    ran = subprocess.run(call, env=environment, cwd=installed.parent, capture_output=True, text=True, check=True)
+    *files, channels = ran.stdout.splitlines()
+    assert all(Path(file).is_relative_to(installed) and Path(file).is_file() for file in files)
+    assert channels == "96 128 96", "the shipped model's transform of latents came along"
     metadata = next(installed.glob("owl_wms-*.dist-info/METADATA")).read_text(encoding="utf-8")
     assert "License-Expression: Apache-2.0" in metadata
     assert next(installed.glob("owl_wms-*.dist-info/licenses/LICENSE")).stat().st_size > 10_000

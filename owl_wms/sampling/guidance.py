@@ -37,7 +37,7 @@ class Guidance:
         unconditional: what "without controls" means.
         max_level: highest noise level that the model is told; samples still begin as pure noise. A model knows only
             the levels of its training. For weights trained with upstream's levels (one in 70,000 is above 0.985), say
-            0.985: at exactly 1 the shipped weights of the game err by 4.7, at 0.98 by 0.2 (mean squared, in latents).
+            0.985: at exactly 1 such weights of the game erred by 4.7, at 0.98 by 0.2 (mean squared, in latents).
     """
 
     model: Any

@@ -17,7 +17,7 @@ from owl_wms.configs import TAEHVConfig, load_world_config
 from owl_wms.configs.paths import find_beside
 from owl_wms.data.npy_table import NpyTableWriter
 from owl_wms.errors import ConfigError, DataError
-from owl_wms.inference.build import build_pipeline, frames_per_second
+from owl_wms.inference.build import build_pipeline, frames_per_second, latent_space
 from owl_wms.inference.context import Context, load_contexts, render_context
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.pixels import encode_image, to_uint8
@@ -329,6 +329,9 @@ def test_the_shipped_model_loads_from_any_directory(tmp_path: Path, monkeypatch:
     model, decoder = owl_wms.from_pretrained(world / "game_rft.yml", world / "game_rft.safetensors", True)
     assert model.core.config.sample_size == 8
     assert decoder.latent_channels == 128
+    space = latent_space(load_world_config(world / "game_rft.yml"), world / "game_rft.yml")
+    assert space.whitener is not None
+    assert space.stored_channels(model.core.config.channels) == decoder.latent_channels
 
 
 def test_a_model_with_sound_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
