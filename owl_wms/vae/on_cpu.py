@@ -31,7 +31,7 @@ def quick_on_cpu(module: nn.Module) -> nn.Module:
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is Upsample and child.stride == 2:
-                setattr(parent, name, ConvolvedUpsample(child))
+                setattr(parent, name, ConvolvedUpsample(child).train(child.training))
     laid_out: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return laid_out
 

@@ -32,3 +32,7 @@ def test_frames_and_weights_are_the_decoders() -> None:
     assert list(quick.state_dict()) == list(decoder.state_dict())
     z = torch.randn(2, decoder.config.latent_channels, 2, 2)  # type: ignore[union-attr,arg-type]
     assert relative_error(quick(z), decoder(z)) < 1e-5
+
+
+def test_no_part_of_an_eval_decoder_is_in_train_mode() -> None:
+    assert not any(part.training for part in quick_on_cpu(build_decoder(small_dcae()).eval()).modules())
