@@ -29,12 +29,12 @@ from torch import Tensor
 from owl_wms.interrupts import raise_interrupt
 from owl_wms.runtime.eager import EagerDecoder, release_memory
 from owl_wms.trt.check.parity import PSNR_GATE_DB, Reference, errors
+from owl_wms.trt.spec import DTYPES
 
 FP32_EVERY = 32
 """Comparisons for one that fp32 decides, where the limits of the parity check are too narrow for PyTorch itself."""
 EIGHT_BIT_MARGIN_DB = 6.0
 """fp8 and int8 are calibrated for latents of scale 1. A caller's may be others: twice the rms error is allowed."""
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,7 +89,7 @@ def judge(
         (memory), that is the answer: a frame that is not near PyTorch's and that nothing speaks for is not trusted.
     """
     precision = str(report.get("precision"))
-    dtype = _DTYPES.get(precision, eager.dtype or torch.float32)
+    dtype = DTYPES.get(precision, eager.dtype or torch.float32)
     try:
         exact, rounded = _in(eager, torch.float32, kind), _in(eager, dtype, kind)
         reference = Reference.of(exact, rounded, [latents.to(dtype)], dtype)
