@@ -18,10 +18,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from owl_wms.ops.common.streams import own_stream
+from owl_wms.trt.run.capture import Recorded
 
 _LOG = logging.getLogger(__name__)
-WARMUP_CALLS = 3
 
 
 class GraphedProgram:
@@ -40,7 +39,7 @@ class GraphedProgram:
         self.program = program
         self.reason = ""
         self._lock = threading.Lock()
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Recorded | None = None
         if example.device.type != "cuda":
             self.reason = f"CUDA graphs need CUDA latents; got {example.device}"
             return
@@ -60,28 +59,13 @@ class GraphedProgram:
     def _capture(self, example: Tensor) -> None:
         with torch.cuda.device(example.device):
             self._input = example.detach().clone()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARMUP_CALLS):
-                    self.program(self._input)
-                torch.cuda.synchronize()
-            graph, own = torch.cuda.CUDAGraph(), own_stream()
-            # Entering the stream here also leaves it whatever becomes of the capture. thread_local: another thread's
-            # allocation (a data loader pinning memory) must not break the capture.
-            with (
-                torch.cuda.stream(own),
-                torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"),
-            ):
-                self._output = self.program(self._input)
-            torch.cuda.current_stream().wait_stream(own)
+            self._graph = Recorded(lambda: (self.program(self._input),))
             self._input.add_(0.5)  # other latents than those captured: a graph that does nothing must not pass
-            graph.replay()
+            self._graph.replay()
             torch.cuda.synchronize()
             # A graph with breaks has been seen to return zeros; the captured answer must be the plain one.
-            if not torch.equal(self._output, self.program(self._input)):
+            if not torch.equal(self._graph.results[0], self.program(self._input)):
                 raise RuntimeError("the captured graph does not repeat the program's answer")
-            self._graph = graph
 
     def __call__(self, z: Tensor) -> Tensor:
         if self._graph is None or z.shape != self._input.shape or z.device != self._input.device:
@@ -89,4 +73,4 @@ class GraphedProgram:
         with self._lock, torch.cuda.device(z.device):
             self._input.copy_(z)  # casts: the graph's input has one dtype
             self._graph.replay()
-            return self._output.clone()
+            return self._graph.results[0].clone()

@@ -25,44 +25,11 @@ import torch
 from torch import Tensor
 
 from owl_wms.device_order import DeviceOrder
-from owl_wms.ops.common.streams import own_stream
 from owl_wms.state import KeptState, State
+from owl_wms.trt.run.capture import Recorded
 
 Step = Callable[..., Sequence[Tensor]]
 """`(latent, *state) -> (frames, *state)`."""
-WARMUP_CALLS = 3
-
-
-class Recorded:
-    """All that `run` launches, as a CUDA graph.
-
-    Args:
-        run: takes nothing; reads and writes tensors that stay where they are.
-        before: a graph whose memory this one may use as well, for the two are never replayed at once.
-
-    Attributes:
-        results: what `run` returned; every replay writes them again.
-    """
-
-    def __init__(self, run: Callable[[], Sequence[Tensor]], before: Recorded | None = None) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARMUP_CALLS):
-                run()
-            torch.cuda.synchronize()
-        self._graph, own = torch.cuda.CUDAGraph(), own_stream()
-        pool = None if before is None else before._graph.pool()
-        with (
-            torch.cuda.stream(own),
-            torch.cuda.graph(self._graph, pool=pool, stream=own, capture_error_mode="thread_local"),
-        ):
-            self.results = tuple(run())
-        torch.cuda.current_stream().wait_stream(own)
-
-    def replay(self) -> None:
-        """Runs it on the current stream."""
-        self._graph.replay()
 
 
 class GraphedStep:

@@ -125,7 +125,7 @@ def captured(cuda: Cuda, device: int = 0) -> GraphedProgram:
     graphed = GraphedProgram.__new__(GraphedProgram)
 
     def rerun() -> None:
-        graphed._output.copy_(graphed._input.as_subclass(Tensor) * 2)
+        graphed._graph.results[0].copy_(graphed._input.as_subclass(Tensor) * 2)
 
     cuda.rerun = rerun
     example = torch.zeros(2, 3).as_subclass(Latents)

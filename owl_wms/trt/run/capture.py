@@ -1,0 +1,57 @@
+"""Captures what a function launches as a CUDA graph: warms it up elsewhere, then records it on a stream of its own.
+
+Why it exists: a capture must own its cuBLAS workspace (`own_stream` says why), must not break when other threads
+allocate, and must leave the caller's stream as it was. Both forms of a graphed program need just that.
+
+Usage:
+    recorded = Recorded(lambda: (program(static_input),))       # on the current device; raises where that is impossible
+    static_input.copy_(z); recorded.replay(); frames = recorded.results[0].clone()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from owl_wms.ops.common.streams import own_stream
+
+WARMUP_CALLS = 3
+
+
+class Recorded:
+    """All that `run` launches, as a CUDA graph.
+
+    Args:
+        run: takes nothing; reads and writes tensors that stay where they are.
+        before: a graph whose memory this one may use as well, for the two are never replayed at once.
+
+    Raises:
+        Exception: it cannot be captured, for one of many reasons.
+
+    Attributes:
+        results: what `run` returned; every replay writes them again.
+    """
+
+    def __init__(self, run: Callable[[], Sequence[Tensor]], before: Recorded | None = None) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP_CALLS):
+                run()
+            torch.cuda.synchronize()
+        self._graph, own = torch.cuda.CUDAGraph(), own_stream()
+        pool = None if before is None else before._graph.pool()
+        # Entering the stream here also leaves it whatever becomes of the capture. thread_local: another thread's
+        # allocation (a data loader pinning memory) must not break the capture.
+        with (
+            torch.cuda.stream(own),
+            torch.cuda.graph(self._graph, pool=pool, stream=own, capture_error_mode="thread_local"),
+        ):
+            self.results = tuple(run())
+        torch.cuda.current_stream().wait_stream(own)
+
+    def replay(self) -> None:
+        """Runs it on the current stream."""
+        self._graph.replay()
