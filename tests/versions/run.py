@@ -48,7 +48,9 @@ class Set:
 SETS = {
     **{release.number: Set(requirements=release.packages()) for release in versions.RELEASES.values()},
     # Without Torch-TensorRT, for which torch 2.15 has none: programs without engines are built, kept and loaded.
-    "2.15": Set(requirements=("torch==2.15.*",), tests=("tests/trt/library", "tests/trt/run", "tests/cache")),
+    "2.15": Set(
+        requirements=("torch==2.15.*",), tests=("tests/trt/library", "tests/trt/build", "tests/trt/run", "tests/cache")
+    ),
     "python3.13": Set(requirements=versions.RELEASES["2.11"].packages(), python="python3.13", tests=()),
 }
 """Name -> set. 2.12 is left out on purpose (`owl_wms/trt/library/versions.py`)."""
@@ -84,20 +86,28 @@ def tried(name: str, folder: Path) -> Iterator[dict[str, Any]]:
     try:
         if fresh:
             install(wanted, place)
-        run = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
         python = str(interpreter(place))
-        built = subprocess.run([python, "-m", "tests.versions.matrix"], **run)
+        built = subprocess.run([python, "-m", "tests.versions.matrix"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         if not built.stdout.strip():
             raise SystemExit(f"{name}: the matrix printed nothing and ended with {built.returncode}")
         found = {**json.loads(built.stdout.splitlines()[-1]), "sound": built.returncode == 0}
         yield {**found, "tests": "not run"}
-        tested = subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *wanted.tests], **run)
-        print(tested.stdout, flush=True)
-        said = summary(tested.stdout, tested.returncode)
-        yield {**found, "sound": found["sound"] and tested.returncode == 0, "tests": said}
+        printed, status = shown([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *wanted.tests])
+        yield {**found, "sound": found["sound"] and status == 0, "tests": summary(printed, status)}
     finally:
         if fresh:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def shown(command: list[str]) -> tuple[str, int]:
+    """Run a command and print its lines while it runs; returns all that it printed and its exit status."""
+    lines = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return "".join(lines), process.returncode
 
 
 def summary(printed: str, status: int) -> str:
