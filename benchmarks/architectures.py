@@ -117,6 +117,11 @@ def timed() -> list[str]:
     return lines
 
 
+def names_of(kernel: Kernel) -> str:
+    """Returns the first two cells of a kernel's row: its variant, and the shared memory that it reserves."""
+    return f"| {kernel.op} {' '.join(kernel.defines)} | {kernel.shared_bytes} |"
+
+
 def main() -> None:
     """Write the page."""
     names = {
@@ -144,7 +149,7 @@ def main() -> None:
     ]
     for kernel in [*variants(), *others()]:
         cells = (cell(kernel, name, limit) for name, limit in names.items())
-        lines.append(f"| {kernel.op} {' '.join(kernel.defines)} | {kernel.shared_bytes} | {' | '.join(cells)} |")
+        lines.append(f"{names_of(kernel)} {' | '.join(cells)} |")
     OUT.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(OUT)
 

@@ -29,8 +29,9 @@ def build_ours(
     precision: str,
     plans: tuple[str, ...] = (),
     cache: Path | None = None,
+    device: str = "",
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """Build and load a program for latents of `input_shape` [B, c, h, w] on the current GPU.
+    """Build and load a program for latents of `input_shape` [B, c, h, w] on a GPU.
 
     Args:
         decoder: any float dtype and device; not changed.
@@ -38,6 +39,8 @@ def build_ours(
         precision: as `Request` takes it.
         plans: names of the plans to build and compare; empty means every plan that applies.
         cache: directory of stored programs, in which a program is looked for and put; None builds one and drops it.
+        device: where it is built and run; the current GPU if empty. A CPU runs our operators' references, and stores
+            no program.
 
     Returns:
         The program as a function of bf16 latents, and what its build report says (plan, seconds,
@@ -46,9 +49,8 @@ def build_ours(
     Raises:
         FastPathError: when no plan builds or passes parity.
     """
-    request = Request(
-        input_shape=input_shape, precision=precision, plans=plans, device=f"cuda:{torch.cuda.current_device()}"
-    )
+    device = device or f"cuda:{torch.cuda.current_device()}"
+    request = Request(input_shape=input_shape, precision=precision, plans=plans, device=device)
     extra: dict[str, Any] = {"psnr_gate_db": PSNR_GATE_DB.get(precision)}
     if cache is not None:
         settings = TensorRTConfig(precision=precision, plans=plans, cache_dir=cache)
@@ -61,10 +63,10 @@ def build_ours(
         report = trt.build_program(decoder, request, Path(folder))
         built = time.perf_counter()
         data = (Path(folder) / "program.pt2").read_bytes()
-        program = trt.load_program(data, torch.device("cuda"), library=report.get("library", True))
+        program = trt.load_program(data, device, library=report.get("library", True))
         run: Callable[[Tensor], Tensor] = program
         if report.get("cuda_graph"):
-            run = trt.GraphedProgram(program, torch.randn(input_shape, device="cuda", dtype=program.input_dtype))
+            run = trt.GraphedProgram(program, torch.randn(input_shape, device=device, dtype=program.input_dtype))
         loaded = time.perf_counter()
     extra |= {
         "build_seconds": built - begin,

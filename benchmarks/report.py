@@ -116,6 +116,12 @@ def report(result: dict[str, Any]) -> str:
                 continue
             cells = [cell(row["figures"], key, form) for _, key, form in COLUMNS]
             lines.append(f"| {row['candidate']} | " + " | ".join(cells) + " |")
+        for row in own:
+            for other, same in row["figures"].get("same_bits_as", {}).items():
+                lines += [
+                    "",
+                    f"*{row['candidate']}* gives {'the bits' if same else 'other bits than those'} of *{other}*.",
+                ]
     return "\n".join(lines) + "\n"
 
 

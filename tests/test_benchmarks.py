@@ -19,6 +19,7 @@ import owl_wms
 from benchmarks import (
     accuracy,
     baselines,
+    community,
     dataset,
     decoder,
     harness,
@@ -227,6 +228,44 @@ def test_no_figure_of_a_report_was_typed(path: Path) -> None:
     document = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     render = page if path.stem == "versions" else RENDERED[document["theme"]]
     assert render(document) == path.read_text(encoding="utf-8")
+
+
+BENCH: dict[str, Any] = {
+    "schema": 1, "owl_wms": "0.1.0", "date": "2026-11-30", "device": "cuda", "batch_size": 8,
+    "machine": {"gpu": "NVIDIA X", "driver": "580.1", "torch": "torch 2.11.0", "os": "Linux"},
+    "rows": [
+        {"way": "eager", "ms": 4.0, "relative_error": 4e-3},
+        {"way": "torch.compile", "failed": "no compiler"},
+        {"way": "owl_wms (tensorrt)", "ms": 1.234, "relative_error": 5e-3},
+    ],
+    "programs": [{"plan": "tensorrt+ops", "precision": "fp16"}],
+}  # fmt: skip
+
+
+def test_a_result_from_elsewhere_becomes_a_row_once_unless_its_frames_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, file = tmp_path / "community.md", tmp_path / "result.json"
+    page.write_text((RESULTS / "community.md").read_text(encoding="utf-8"))
+    columns = page.read_text().split("| device |")[1].splitlines()[0].count("|")
+    monkeypatch.setattr(community, "PAGE", page)
+    monkeypatch.setattr("sys.argv", ["community", str(file), "--source", "#31"])
+    file.write_text(json.dumps(BENCH))
+    community.main()
+    added = page.read_text().splitlines()[-1]
+    assert added == (
+        "| NVIDIA X | 580.1 | 2.11.0 | tensorrt+ops, fp16 | 4.00 | - | 1.23 | 4.0e-03, 5.0e-03 | "
+        "2026-11-30, owl_wms 0.1.0, batch 8; #31 |"
+    )
+    assert added.count("|") == columns + 2
+    wrong = {**BENCH, "rows": [BENCH["rows"][0], {**BENCH["rows"][2], "relative_error": 9e-3}]}
+    untimed = {**BENCH, "rows": BENCH["rows"][:2]}
+    for result, said in ((BENCH, "already"), (wrong, "bug report"), (untimed, "owl_wms"), ([], "schema 1")):
+        file.write_text(json.dumps(result))
+        with pytest.raises(SystemExit):
+            community.main()
+        assert said in capsys.readouterr().err
+    assert page.read_text().splitlines()[-1] == added
 
 
 def matrix(commit: str, *rows: str, gpu: str = "card") -> dict[str, Any]:

@@ -45,12 +45,15 @@ def test_every_kind_of_gpu(capability: tuple[int, int], library: bool, kernels: 
 
 def test_the_page_about_gpus_begins_with_what_doctor_says_of_each() -> None:
     pytest.importorskip("triton")
-    from benchmarks.architectures import GPUS, overview, timed
+    from benchmarks.architectures import GPUS, names_of, others, overview, timed, variants
 
     assert set(GPUS) == set(FAMILIES)
     page = (Path(__file__).parents[2] / "docs" / "gpus.md").read_text(encoding="utf-8").splitlines()
     assert page[2 : 2 + len(overview())] == overview(), "python -m benchmarks.architectures writes the page"
     assert set(timed()) <= set(page)
+    kernels = [names_of(kernel) for kernel in (*variants(), *others())]
+    rows = [line for line in page if line.startswith(tuple({name.split()[1] for name in kernels}), 2)]
+    assert [line.startswith(name) for line, name in zip(rows, kernels, strict=True)] == [True] * len(kernels)
 
 
 def test_eight_bits_are_refused_where_they_cannot_be() -> None:
