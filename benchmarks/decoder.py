@@ -6,6 +6,7 @@ Usage:
     python -m benchmarks.decoder --precision bf16 fp16 fp8 --max-autotune-seconds 120
     python -m benchmarks.decoder --plans tensorrt+ops ops --each-plan       # a row for each
     python -m benchmarks.decoder --precision --older 8.0 8.9                # only the kernels of older GPUs
+    python -m benchmarks.decoder --in-process --precision bf16 fp16 fp8 int8    # fused forms, nothing built: fast
 
 A row whose parity test is red, or whose output is not finite, is refused: it gets its reason in place of its time.
 The last line of standard output is one JSON document with everything.
@@ -28,8 +29,8 @@ from torch import Tensor, nn
 
 from benchmarks import baselines, harness, report
 from benchmarks.accuracy import accuracy
-from benchmarks.decoders import SUBJECTS, gigaflop, subject
-from benchmarks.ours import build_older, build_ours
+from benchmarks.decoders import SUBJECTS, Subject, gigaflop, saved_gigaflop, subject
+from benchmarks.ours import build_graph, build_ours
 from owl_wms.trt.check.parity import reference_arithmetic
 
 # "Error no worse than eager's at the same precision", with room for a different order of summation.
@@ -54,18 +55,35 @@ def fp32_reference(decoder: nn.Module, z_BCHW: Tensor) -> Tensor:
         return torch.cat([decoder(z.unsqueeze(0)).cpu() for z in z_BCHW.float()])
 
 
-def measure(name: str, batch: int, args: argparse.Namespace, ceilings: harness.Ceilings) -> list[Row]:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A decoder on the GPU, weight norm live, with latents and their fp32 frames for the largest batch."""
+
+    subject: Subject
+    live: nn.Module
+    inputs: list[Tensor]
+    reference: Tensor
+
+    @classmethod
+    def of(cls, name: str, largest: int) -> Prepared:
+        chosen = subject(name)
+        live = chosen.make().cuda()
+        generator = torch.Generator("cuda").manual_seed(1)
+        shape = (largest, *chosen.latent_shape)
+        inputs = [torch.randn(shape, device="cuda", generator=generator).bfloat16() for _ in range(INPUTS)]
+        return cls(subject=chosen, live=live, inputs=inputs, reference=fp32_reference(live, inputs[0]))
+
+
+def measure(prepared: Prepared, batch: int, args: argparse.Namespace, ceilings: harness.Ceilings) -> list[Row]:
     """Returns all candidates of one decoder at one batch size."""
     # Earlier decoders would count against dynamo's recompile limit, past which it runs eagerly without a word.
     torch._dynamo.reset()
-    chosen = subject(name)
-    live = chosen.make().cuda()
-    generator = torch.Generator("cuda").manual_seed(1)
+    chosen, live, name = prepared.subject, prepared.live, prepared.subject.name
     shape = (batch, *chosen.latent_shape)
-    inputs = [torch.randn(shape, device="cuda", generator=generator).bfloat16() for _ in range(INPUTS)]
-    reference = fp32_reference(live, inputs[0])
+    inputs, reference = [z[:batch].contiguous() for z in prepared.inputs], prepared.reference[:batch]
     work_gflop = gigaflop(chosen.make().to("meta"), torch.empty(shape, device="meta"))
     floor_ms = work_gflop / ceilings.matmul_tflops
+    executed = 1 - saved_gigaflop(live, batch, shape[-1]) / work_gflop  # share of it that our forms execute
 
     candidates: dict[str, Callable[[Tensor], Tensor]] = {}
     rows: dict[str, Row] = {}
@@ -107,15 +125,22 @@ def measure(name: str, batch: int, args: argparse.Namespace, ceilings: harness.C
         if not args.baselines or candidate in args.baselines:
             add(candidate, make)
     for older in args.older:
-        add(f"ours bf16 as {older}", lambda older=older: build_older(chosen.make(), shape, capability(older)))
+        add(f"ours bf16 as {older}", lambda older=older: build_graph(live, shape, "bf16", capability(older)))
     for candidate, precision, plans in built(args):
-        add(candidate, lambda at=precision, plans=plans: build_ours(chosen.make(), shape, at, plans))
+        if args.in_process:
+            add(candidate, lambda at=precision: build_graph(live, shape, at))
+        else:
+            add(candidate, lambda at=precision, plans=plans: build_ours(chosen.make(), shape, at, plans))
 
     with torch.no_grad():
         timings = harness.measure_interleaved(candidates, inputs, rounds=args.rounds)
         for candidate, run in candidates.items():
-            rows[candidate].figures["watts"] = harness.watts(functools.partial(run, inputs[0]))
+            rows[candidate].figures |= harness.under_load(functools.partial(run, inputs[0]))
     finish_rows(rows, timings, batch, floor_ms, work_gflop)
+    for row in rows.values():
+        share = row.figures.get("percent_of_floor")
+        if share is not None and row.candidate.startswith("ours"):
+            row.figures["percent_of_executed"] = share * executed
     return list(rows.values())
 
 
@@ -178,6 +203,7 @@ def main() -> None:
     parser.add_argument("--baselines", nargs="+", default=[], help="names of rows; all of PyTorch's when left out")
     parser.add_argument("--precision", nargs="*", default=["bf16"], choices=["bf16", "fp16", "auto", "fp8", "int8"])
     parser.add_argument("--plans", nargs="*", default=[], help="plans to build; every one that applies when left out")
+    parser.add_argument("--in-process", action="store_true", help="fused forms as CUDA graphs, not built programs")
     parser.add_argument("--each-plan", action="store_true", help="a row for each of --plans, not for the fastest")
     parser.add_argument("--older", nargs="+", default=[], help="also the kernels of GPUs of these compute capabilities")
     parser.add_argument("--rounds", type=int, default=30)
@@ -192,9 +218,10 @@ def main() -> None:
     harness.console.print(harness.machine_line(harness.describe_machine(), ceilings))
     rows: list[Row] = []
     for name in args.decoder:
+        prepared = Prepared.of(name, max(args.batch))
         for batch in args.batch:
             harness.console.print(f"{name}, batch {batch}")
-            rows += measure(name, batch, args, ceilings)
+            rows += measure(prepared, batch, args, ceilings)
             # Written after each decoder, so that a run cut short loses nothing it measured.
             result = harness.document(args.theme, ceilings, [dataclasses.asdict(row) for row in rows])
             if args.out is not None:

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from owl_wms.env import describe_machine
+from owl_wms.timing import Marks
 
 console = Console(width=170, highlight=False)
 
@@ -120,26 +121,36 @@ def measure_ceilings(dtype: torch.dtype = torch.bfloat16) -> Ceilings:
     )
 
 
-def watts(run: Callable[[], object], seconds: float = 1.5) -> float:
-    """Power in W of the first GPU that this process sees, while `run` repeats, as nvidia-smi reads it; NaN where it
-    cannot be read.
+def under_load(run: Callable[[], object], seconds: float = 1.5) -> dict[str, float]:
+    """Runs `run` without a pause and reads the first GPU that this process sees meanwhile, as nvidia-smi does.
+
+    Returns:
+        `watts` and `clock_mhz` (NaN where they cannot be read), `sustained_ms`, milliseconds of a call in the second
+        half, when the clock has settled, and `joules` of such a call.
     """
     torch.cuda.synchronize()
     begin = time.perf_counter()
     run()
     torch.cuda.synchronize()
-    times = max(1, math.ceil(seconds / max(time.perf_counter() - begin, 1e-4)))
+    times = max(2, math.ceil(seconds / max(time.perf_counter() - begin, 1e-4)))
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"  # nvidia-smi itself sees them all
-    asked = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-i", first]
-    for _ in range(times):  # queued: the GPU is busy with them while nvidia-smi starts
+    asked = ["nvidia-smi", "--query-gpu=power.draw,clocks.sm", "--format=csv,noheader,nounits", "-i", first]
+    marks = Marks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for index in range(times):  # queued: the GPU is busy with them while nvidia-smi starts
+        if index == times // 2:
+            marks.mark()
         run()
+    marks.mark()
     time.sleep(0.5 * seconds)  # power readings are averages over the last second or so
     try:
-        return float(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout)
+        said = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout
+        watts, clock = (float(value) for value in said.split(","))
     except (OSError, subprocess.SubprocessError, ValueError):
-        return math.nan
-    finally:
-        torch.cuda.synchronize()
+        watts = clock = math.nan
+    marks.wait()
+    torch.cuda.synchronize()
+    ms = marks.between(0, 1) / (times - times // 2)
+    return {"watts": watts, "clock_mhz": clock, "sustained_ms": ms, "joules": watts * ms / 1e3}
 
 
 def show(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,10 +1,11 @@
 """Makes our candidate as the runtime does: built in a child process, parity-checked, saved, loaded from bytes.
 
-And apart from that: the plan `ops` as an older GPU would run it.
+And apart from that: what the plan `ops` runs, without the build, also as an older GPU would run it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,12 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms import fused, trt
+from owl_wms import trt
+from owl_wms.ops.codes import FORMATS
 from owl_wms.ops.common import gpu, machine_code, nvrtc
 from owl_wms.request import Request
 from owl_wms.runtime.toolchain import TensorRT
 from owl_wms.settings import TensorRTConfig
 from owl_wms.trt.check.parity import PSNR_GATE_DB
+from owl_wms.trt.graph.recording import Recording
+from owl_wms.trt.plans import PLANS
+from owl_wms.trt.spec import dtype_of
 from owl_wms.vae import fold_weight_norm
 
 
@@ -77,34 +82,41 @@ def build_ours(
     return lambda z_BCHW: run(z_BCHW.to(program.input_dtype)), extra
 
 
-def build_older(
-    decoder: nn.Module, input_shape: tuple[int, int, int, int], older: gpu.Capability
+def build_graph(
+    decoder: nn.Module,
+    input_shape: tuple[int, int, int, int],
+    precision: str,
+    older: gpu.Capability | None = None,
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """The fused form of `decoder` in bf16, one CUDA graph of the kernels that a GPU of compute capability `older` gets.
-
-    They are compiled to that capability's intermediate code, and this GPU's driver translates it. Matrix products of
-    the libraries are those of this GPU.
+    """The fused form of `decoder` as one CUDA graph, made in this process: what the program of plan `ops` runs.
 
     Args:
         decoder: weight norm live or folded, any float dtype and device; not changed.
         input_shape: static shape of the latents [B, c, h, w].
-        older: at most this GPU's.
+        precision: fp16, bf16, or 8-bit products with borders in bf16: fp8, int8.
+        older: the kernels that a GPU of this compute capability gets, compiled to its intermediate code, which this
+            GPU's driver translates; at most this GPU's. Matrix products of the libraries are those of this GPU.
 
     Returns:
-        The graph as a function of bf16 latents, and the targets that our CUDA kernels were compiled for.
+        The graph as a function of latents, the targets that our CUDA kernels were compiled for, and in 8 bits the least
+        PSNR that passes.
 
     Raises:
-        RuntimeError: the decoder has no fused form, or no graph could be captured: without one, a later call would run
-            this GPU's own kernels.
+        FastPathError: the decoder has no fused form.
+        ValueError: it has none with 8-bit products.
+        RuntimeError: no graph could be captured: without one, a later call of an older GPU's kernels would run this
+            GPU's own.
     """
-    form, why = fused.form_of(decoder)
-    if form is None:
-        raise RuntimeError(why)
-    with gpu.treated_as(older), torch.no_grad(), machine_code.watched() as used:
-        module = form.fuse(fold_weight_norm(decoder).float().cuda(), torch.bfloat16, input_shape).eval()
-        graphed = trt.GraphedProgram(module, torch.randn(input_shape, device="cuda", dtype=torch.bfloat16))
-        index = torch.cuda.current_device()
+    plan = PLANS["tensorrt+ops8" if precision in FORMATS else "ops"]
+    index = torch.cuda.current_device()
+    request = Request(input_shape=input_shape, precision=precision, device=f"cuda:{index}")
+    as_older = contextlib.nullcontext() if older is None else gpu.treated_as(older)
+    with as_older, torch.no_grad(), machine_code.watched() as used:
+        # Neither plan looks at the recorded forward.
+        unread = Recording(text="", shapes=None, input_shape=input_shape, dtype=torch.float32)
+        module, _ = plan.lower(fold_weight_norm(decoder).float().cuda(), request, precision, unread)
+        graphed = trt.GraphedProgram(module, torch.randn(input_shape, device="cuda", dtype=dtype_of(precision)))
         targets = sorted({f"{kernel.op} {nvrtc.architecture_of(kernel, index)}" for kernel in used})
     if not graphed.graphed:
         raise RuntimeError(f"no CUDA graph: {graphed.reason}")
-    return graphed, {"plan": "ops", "targets": targets}
+    return graphed, {"plan": "ops", "targets": targets, "psnr_gate_db": PSNR_GATE_DB.get(precision)}

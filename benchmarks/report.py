@@ -27,13 +27,17 @@ COLUMNS = (
     ("× eager", "over_eager", "{:.2f}"),
     ("× compiled", "over_compiled", "{:.2f}"),
     ("% of floor", "percent_of_floor", "{:.0f}"),
+    ("% of executed", "percent_of_executed", "{:.0f}"),
     ("rel. error", "relative_l2", "{:.1e}"),
     ("max Δ 8-bit", "max_uint8", "{}"),
     ("PSNR dB", "psnr_db", "{:.1f}"),
     ("VRAM GiB", "peak_memory_gib", "{:.2f}"),
     ("ready s", "ready_seconds", "{:.1f}"),
     ("load s", "load_seconds", "{:.1f}"),
+    ("unbroken ms", "sustained_ms", "{:.2f}"),
     ("W", "watts", "{:.0f}"),
+    ("MHz", "clock_mhz", "{:.0f}"),
+    ("J", "joules", "{:.2f}"),
 )
 
 

@@ -34,7 +34,7 @@ from benchmarks.harness import (
     measure_interleaved,
     require_gpu,
     show,
-    watts,
+    under_load,
 )
 from benchmarks.ops_sana import checks
 from benchmarks.ours import build_ours
@@ -105,7 +105,7 @@ def measure(
     def clock(*, power: bool) -> None:
         for candidate, timing in measure_interleaved(runs, [z, z.flip(0)], rounds=15, warmup=2).items():
             rows[candidate] |= {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
-            drawn = watts(lambda candidate=candidate: runs[candidate](z)) if power else math.nan  # type: ignore[misc]
+            drawn = under_load(lambda candidate=candidate: runs[candidate](z))["watts"] if power else math.nan  # type: ignore[misc]
             rows[candidate]["watts"] = drawn
         emit(list(rows.values()))
 

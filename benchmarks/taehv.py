@@ -40,7 +40,7 @@ from benchmarks.harness import (
     require_gpu,
     show,
     timing_of,
-    watts,
+    under_load,
 )
 from benchmarks.taehv_checks import check, long_run
 from benchmarks.taehv_forms import CHAIN, FORMS, MOST_ERROR, TOY, TOY_FORMS, Bench, Example
@@ -124,7 +124,7 @@ class Course:
         if self.bench.device == "cuda":
             for label in together.keys() & DRAWING - self._watts.keys():
                 run = functools.partial(self._running[label], latents[0])
-                self._watts[label] = watts(run, self.bench.power_seconds)
+                self._watts[label] = under_load(run, self.bench.power_seconds)["watts"]
 
     def profile(self) -> None:
         """Writes where the time of our step goes."""

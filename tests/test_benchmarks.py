@@ -479,11 +479,11 @@ def test_an_older_gpu_s_kernels_are_taken_from_fusing_to_capture(
     model = dcae()
     if not captured:
         with pytest.raises(RuntimeError, match="no graphs here"):
-            ours.build_older(model, (1, model.latent_channels, 4, 4), decoder.capability("8.9"))
+            ours.build_graph(model, (1, model.latent_channels, 4, 4), "bf16", decoder.capability("8.9"))
     else:
-        run, said = ours.build_older(model, (1, model.latent_channels, 4, 4), decoder.capability("8.9"))
+        run, said = ours.build_graph(model, (1, model.latent_channels, 4, 4), "bf16", decoder.capability("8.9"))
         assert run.shape[0] == 1  # type: ignore[attr-defined]
-        assert said == {"plan": "ops", "targets": ["resize compute_89"]}
+        assert said == {"plan": "ops", "targets": ["resize compute_89"], "psnr_gate_db": None}
     assert asked == ["compute_89"]
     assert gpu.architecture(torch.device("cuda", 0)) == "sm_90"
     assert nvrtc.architecture_of(resize.kernel_of(torch.bfloat16, pad=4), 0) == "sm_90"
@@ -495,14 +495,16 @@ def test_an_older_gpu_s_kernels_are_taken_from_fusing_to_capture(
 def test_power_is_read_from_the_gpu_that_runs(seen: str | None, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **_: Any) -> argparse.Namespace:
         assert command[-2:] == ["-i", asked]
-        return argparse.Namespace(stdout="512.5\n")
+        return argparse.Namespace(stdout="512.5, 1605\n")
 
     monkeypatch.setattr(harness.subprocess, "run", run)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if seen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
-    assert harness.watts(lambda: None, seconds=1e-4) == 512.5
+    found = harness.under_load(lambda: None, seconds=1e-4)
+    assert (found["watts"], found["clock_mhz"]) == (512.5, 1605.0)
+    assert found["joules"] == pytest.approx(512.5 * found["sustained_ms"] / 1e3)
 
 
 @pytest.mark.parametrize(
