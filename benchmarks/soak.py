@@ -11,7 +11,9 @@ the new weights' frames must differ from the old ones' by far more than is allow
 On a CPU the decoder is a tiny one and programs are made by torch.export, as in the tests; everything else is the same.
 
 With `--out FOLDER` every process writes a line of its counts there every 30 seconds, so that a run that is ended early
-leaves figures.
+leaves figures. With `--share 0.3` a worker rests between clips, for the sake of other work on the same GPU.
+
+The cache has room for `KEEP` programs; a builder a minute fills it, so old programs are evicted while others are read.
 
 Usage: python -m benchmarks.soak --minutes 9        exit status 1 for a wrong frame, a bad entry or memory that grows
 """
@@ -21,10 +23,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import random
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -36,7 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import console
-from benchmarks.soak_watch import MARK, growth, left_over, write_rows
+from benchmarks.soak_builders import KEEP, Killer, start
+from benchmarks.soak_watch import growth, left_over, used_mib, write_rows
 from owl_wms.cache import CacheStore
 from owl_wms.runtime import VideoDecode, canary
 from owl_wms.settings import TensorRTConfig
@@ -47,7 +48,8 @@ BATCH = 4
 # one for PyTorch's frame, two for the program's. Other weights differ by more than LEAST_NEW, so no old frame passes.
 MOST_RELATIVE = 0.03
 LEAST_NEW = 0.2
-MOST_GROWTH_MIB = 96
+MOST_GROWTH_MIB = 64
+LONGEST_REST = 1.0  # seconds; what takes long is a program's loading, which needs the GPU for little of it
 GRACE_SECONDS = 25.0  # a worker that waits for a build at the end
 WORKERS = 2
 RATE = 0.3
@@ -83,7 +85,8 @@ def toolchain_of(name: str) -> Any:
 
 def decode_of(decoder: nn.Module, options: argparse.Namespace, output: str) -> VideoDecode:
     """Returns the decode function under test."""
-    settings = TensorRTConfig.resolve({"cache_dir": str(options.cache)})
+    room = {"cache_max_bytes": options.room} if options.room else {}
+    settings = TensorRTConfig.resolve({"cache_dir": str(options.cache)}, **room)
     return VideoDecode(
         decoder,
         batch_size=BATCH,
@@ -124,7 +127,7 @@ class Worker:
         self.counts: Counter[str] = Counter()
         self.worst = 0.0
         self.limit = self.allowed()
-        self.memory: dict[str, list[float]] = {}
+        self.memory: dict[str, list[tuple[float, float]]] = {}
         self.state: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
@@ -132,11 +135,14 @@ class Worker:
         end = self.options.until or time.monotonic() + self.options.minutes * 60
         while time.monotonic() < end:
             for _ in range(self.options.clips):
-                if time.monotonic() < end:
+                begin = time.monotonic()
+                if begin < end:
                     self.clip()
+                    took = time.monotonic() - begin
+                    time.sleep(min(LONGEST_REST, took * (1 / self.options.share - 1)))
             self.update()
-            for name, mib in self.used_mib().items():
-                self.memory.setdefault(name, []).append(mib)
+            for name, mib in used_mib().items():
+                self.memory.setdefault(name, []).append((round(time.monotonic(), 1), round(mib, 1)))
             self.look()
         return self.found()
 
@@ -210,18 +216,6 @@ class Worker:
             self.counts["updates that change little"] += int(errors(self.truth(probe), before).relative < LEAST_NEW)
         self.limit = self.allowed()
 
-    def used_mib(self) -> dict[str, float]:
-        """Memory in MiB: of this process, resident and PyTorch's on the GPU; and all that is in use on that GPU.
-
-        The last one has TensorRT's own memory in it, which nobody counts per process, and that of every other process.
-        """
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        used = {"host": pages * os.sysconf("SC_PAGE_SIZE") / 2**20}
-        if self.device == "cuda":
-            free, total = torch.cuda.mem_get_info()
-            used |= {"device": torch.cuda.memory_allocated() / 2**20, "whole device": (total - free) / 2**20}
-        return used
-
 
 def build_one(options: argparse.Namespace) -> dict[str, Any]:
     """Builds, or finds, the program of weights that no worker has; returns whether its frames are right."""
@@ -236,63 +230,6 @@ def build_one(options: argparse.Namespace) -> dict[str, Any]:
     return {"right": error <= MOST_RELATIVE, "program": state.chunks_program > 0, "reason": state.reason}
 
 
-class Killer:
-    """Kills a builder at a random moment, and sees that the next one of the same weights succeeds."""
-
-    def __init__(self, options: argparse.Namespace, end: float) -> None:
-        self.options, self.random, self.end = options, random.Random(7), end
-        self.counts: Counter[str] = Counter()
-        self.longest = 2.0 if options.decoder == "tiny" else 20.0
-        self.reasons: list[str] = []
-
-    def round(self, number: int) -> None:
-        """Kills one builder and lets another end."""
-        first = start(self.options, "builder", number)
-        assert first.stdout is not None
-        first.stdout.readline()
-        try:
-            first.wait(self.random.uniform(0.0, self.longest))
-            self.counts["ended before the kill"] += 1
-        except subprocess.TimeoutExpired:
-            first.kill()  # the process that builds for it must see that and end
-            first.wait()
-            self.counts["killed"] += 1
-        second = start(self.options, "builder", number)
-        try:
-            text, _ = second.communicate(timeout=max(5.0, self.end - time.monotonic()))
-            found = json.loads(text.splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            second.kill()
-            second.wait()
-            self.counts["next one not awaited"] += 1  # the soak's time is over
-            return
-        except (ValueError, IndexError):
-            self.counts["next one failed"] += 1
-            return
-        good = found["right"] and found["program"]
-        self.counts["next one right" if good else "next one failed"] += 1
-        if not good:
-            self.reasons.append(str(found["reason"]))
-
-
-def start(options: argparse.Namespace, part: str, number: int) -> subprocess.Popen[str]:
-    """Starts a process of this file."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore::UserWarning",
-        "-m",
-        "benchmarks.soak",
-        "--part",
-        part,
-        "--number",
-        str(number),
-    ]
-    for name in ("minutes", "until", "decoder", "cache", "shapes", "states", "clips", "out"):
-        command += [f"--{name}", str(getattr(options, name))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, MARK: options.mark})
-
-
 def soak(options: argparse.Namespace) -> int:
     """Runs everything, prints a table and returns the exit status."""
     begin = time.monotonic()
@@ -301,7 +238,7 @@ def soak(options: argparse.Namespace) -> int:
     workers = [start(options, "worker", number) for number in range(WORKERS)]
     killer, rounds = Killer(options, end), 0
     if options.out:
-        write_rows(Path(options.out) / "soak_builders.jsonl", lambda: {"counts": dict(killer.counts)})
+        write_rows(Path(options.out) / "soak_builders.jsonl", killer.look)
     every = min(60.0, options.minutes * 15)
     while time.monotonic() < end - every:
         killer.round(rounds)
@@ -325,22 +262,25 @@ def soak(options: argparse.Namespace) -> int:
             f"(at most {result['limit']:.3g}); {result['reason']}; {', '.join(result['programs'])}"
         )
         for name, values in memory.items():
-            console.print(f"  {name} memory {values[-1]:.0f} MiB, grew {growth(values):+.1f} MiB in the last third")
+            minutes = (values[-1][0] - values[len(values) // 3][0]) / 60
+            told = f"{name} memory {values[-1][1]:.0f} MiB, grew {growth(values):+.1f} MiB"
+            console.print(f"  {told} in the last {minutes:.1f} minutes ({len(values)} samples)")
         if result["by_stage"]:
             console.print(f"  failures {result['by_stage']}")
         idle = counts["chunks_program"] == 0 or counts["fused steps"] == 0
         bad += counts["wrong"] + counts["canary_misses"] + counts["updates that change little"] + idle
         bad += counts["limits too wide"]
-        bad += sum(growth(values) > MOST_GROWTH_MIB for name, values in memory.items() if name != "whole device")
+        bad += sum(growth(values) > MOST_GROWTH_MIB for values in memory.values())
     console.print("builders: " + ", ".join(f"{name} {count}" for name, count in killer.counts.items()))
     for reason in killer.reasons:
         console.print(f"  {reason}")
     orphans = left_over(options.mark)
     console.print(f"processes left over: {orphans}")
+    console.print(f"in the end: {killer.look()}; at most {killer.most_entries} entries at once, room for {KEEP}")
     entries = CacheStore(Path(options.cache)).verify()
     broken = [info.name for info in entries if info.status != "ok"]
     console.print(f"cache: {len(entries)} entries, {len(broken)} bad {broken or ''}")
-    bad += len(broken) + orphans + (killer.counts["killed"] == 0)
+    bad += len(broken) + orphans + (killer.counts["killed"] == 0) + (killer.most_entries > KEEP + WORKERS + 1)
     console.print("right" if not bad else f"NOT RIGHT: {bad} findings")
     return int(bool(bad))
 
@@ -358,6 +298,10 @@ def main() -> int:
     parser.add_argument("--part", choices=("all", "worker", "builder"), default="all")
     parser.add_argument("--number", type=int, default=0)
     parser.add_argument("--until", type=float, default=0.0, help="second of the monotonic clock at which a worker ends")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the time between updates in which a worker decodes"
+    )
+    parser.add_argument("--room", type=int, default=0, help="bytes of the cache; 0 for the usual limit")
     parser.add_argument("--out", default="", help="folder for a line of counts every 30 seconds")
     options = parser.parse_args()
     if options.part == "worker":
@@ -369,10 +313,10 @@ def main() -> int:
     if options.part == "builder":
         print(json.dumps(build_one(options)))
         return 0
-    if options.cache:
-        return soak(options)
     with tempfile.TemporaryDirectory() as folder:
-        options.cache = f"{folder}/cache"
+        options.cache = options.cache or f"{folder}/cache"
+        options.temporary = f"{folder}/temporary"
+        Path(options.temporary).mkdir()
         return soak(options)
 
 

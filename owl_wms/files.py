@@ -91,8 +91,18 @@ def read_exactly(file: BufferedReader, count: int, offset: int = 0) -> bytearray
     if count < 0 or offset < 0 or offset + count > size_of(file):
         raise OSError(errno.EINVAL, f"the file is truncated: {offset + count} bytes are wanted, it has {size_of(file)}")
     data = bytearray(count)
-    view, done = memoryview(data), 0
-    while done < count:
+    read_into(file, memoryview(data), offset)
+    return data
+
+
+def read_into(file: BufferedReader, view: memoryview, offset: int) -> None:
+    """Fill bytes of memory from `offset` on.
+
+    Raises:
+        OSError: the file ends earlier.
+    """
+    done = 0
+    while done < len(view):
         piece = view[done : done + (1 << 30)]
         if hasattr(os, "preadv"):
             got = os.preadv(file.fileno(), [piece], offset + done)
@@ -102,7 +112,6 @@ def read_exactly(file: BufferedReader, count: int, offset: int = 0) -> bytearray
         if got == 0:
             raise OSError(errno.EINVAL, "the file became shorter while it was read")
         done += got
-    return data
 
 
 def read_regular(path: Path | str, limit: int, *, inside: Path | str | None = None) -> bytes:

@@ -19,7 +19,16 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> soak.Worker:
     monkeypatch.setattr(canary, "EVERY", canary.EVERY)  # it sets its own
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     options = argparse.Namespace(
-        decoder="tiny", number=0, cache=tmp_path / "cache", shapes=2, states=3, clips=3, minutes=0.03, until=0
+        decoder="tiny",
+        number=0,
+        cache=tmp_path / "cache",
+        shapes=2,
+        states=3,
+        clips=3,
+        minutes=0.03,
+        until=0,
+        share=0.5,
+        room=0,
     )
     return soak.Worker(options)
 
@@ -61,7 +70,13 @@ def test_nan_is_wrong(worker: soak.Worker) -> None:
     assert worker.worst == float("inf")
 
 
-def test_growth_is_that_after_the_beginning() -> None:
-    assert soak.growth([1.0, 500.0, 900.0, 900.0, 900.0, 900.0, 900.0, 900.0, 900.0]) == 0
-    assert soak.growth([float(mib) for mib in range(0, 900, 10)]) == 300
-    assert soak.growth([1.0]) == 0
+def test_growth_is_that_after_the_first_third() -> None:
+    def sampled(mib: list[float]) -> list[tuple[float, float]]:
+        return [(2.0 * number, value) for number, value in enumerate(mib)]
+
+    assert soak.growth(sampled([1.0, 500.0, 900.0, 900.0, 900.0, 900.0, 900.0, 900.0, 900.0])) == 0
+    assert soak.growth(sampled([float(mib) for mib in range(0, 900, 10)])) == pytest.approx(590)
+    assert soak.growth(sampled([900.0, 700.0, 1400.0] * 30)) == 0, "states of the weights in turn are no growth"
+    leak = [300.0 + 0.2 * number + (500.0 if number % 7 == 0 else 0.0) for number in range(1000)]
+    assert soak.growth(sampled(leak)) == pytest.approx(0.2 * 666, rel=0.03)
+    assert soak.growth(sampled([1.0])) == 0

@@ -114,9 +114,10 @@ def count_frames(path: Path, form: str) -> int:
         from owl_wms.media.watch import read_video
 
         return sum(1 for _ in read_video(path))
-    from owl_wms.media.arrays import load_array
+    from owl_wms.media.latents import LatentFile
 
-    return len(load_array(path, mapped=True))
+    clips, length, *_ = LatentFile(path).shape
+    return clips * length
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from owl_wms.errors import DataError, NonFiniteError
@@ -37,25 +37,21 @@ _LISTED = " or ".join((", ".join(ARRAY_SUFFIXES[:-1]), ARRAY_SUFFIXES[-1]))
 KEY = "latents"  # of a file that holds several tensors, the one that is meant
 
 
-def load_array(path: Path | str, *, mapped: bool = False) -> Tensor:
+def load_array(path: Path | str) -> Tensor:
     """Returns the tensor in a file, on the CPU, as stored.
 
     A `.pt` or `.safetensors` file may hold several tensors if one of them is called `latents`.
 
-    Args:
-        path: the file.
-        mapped: leave the values in the file until they are used. They are read-only, and change when the file does.
-
     Raises:
         DataError: missing, unreadable or truncated file, unknown ending, pickled objects, no single tensor.
     """
-    return _single(read_arrays(path, mapped=mapped), Path(path))
+    return _single(read_arrays(path), Path(path))
 
 
-def read_arrays(path: Path | str, *, mapped: bool = False) -> Any:
-    """Returns the value in a file, on the CPU, as stored: a tensor, or a mapping with tensors in it; `mapped` as above.
+def read_arrays(path: Path | str) -> Any:
+    """Returns the value in a file, on the CPU, as stored: a tensor, or a mapping with tensors in it.
 
-    Unless mapped, the file is read whole: it may change or go afterwards.
+    The file is read whole: it may change or go afterwards.
 
     Raises:
         DataError: missing, unreadable or truncated file, unknown ending, pickled objects, compressed members, or a
@@ -70,13 +66,13 @@ def read_arrays(path: Path | str, *, mapped: bool = False) -> Any:
     try:
         if suffix == ".npy":
             with NpyFile(path) as array:
-                value: Any = _mapped_npy(path) if mapped and array.dtype.isnative else torch.from_numpy(array.read())
+                value: Any = torch.from_numpy(array.read())
         else:
             with open_regular(path) as file:
                 if suffix == ".pt":
-                    value = _load_torch(file, path if mapped else None)
+                    value = _load_torch(file)
                 else:
-                    value = load_file(path) if mapped else load_bytes(bytes(read_exactly(file, size_of(file))))
+                    value = load_bytes(bytes(read_exactly(file, size_of(file))))
         if isinstance(value, Mapping):
             value = {key: _plain(item) if isinstance(item, Tensor) else item for key, item in value.items()}
         elif isinstance(value, Tensor):
@@ -84,12 +80,6 @@ def read_arrays(path: Path | str, *, mapped: bool = False) -> Any:
     except Exception as error:  # damaged bytes lead numpy and torch to raise almost anything (TokenError, SyntaxError)
         raise DataError(f"{path}: {_why_unreadable(path, suffix, error)}", path=path) from error
     return value
-
-
-def _mapped_npy(path: Path) -> Tensor:
-    with warnings.catch_warnings():  # that it is read-only
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(np.load(path, allow_pickle=False, mmap_mode="r"))
 
 
 def load_tensor_bytes(data: bytes) -> Any:
@@ -107,15 +97,13 @@ def load_tensor_bytes(data: bytes) -> Any:
     return value
 
 
-def _load_torch(file: io.BufferedReader | io.BytesIO, mapped: Path | None = None) -> Any:
-    """Load a `.pt` file, from the name `mapped` if it is to be mapped, which only torch's zip archives can be."""
+def _load_torch(file: io.BufferedReader | io.BytesIO) -> Any:
     claims = false_claims(file)
     if claims is not None:
         raise ValueError(claims)
-    where = mapped if mapped is not None and zipfile.is_zipfile(mapped) else file
     with warnings.catch_warnings():  # a damaged file is one error, not also a remark on its pickle protocol
         warnings.simplefilter("ignore", UserWarning)
-        return torch.load(where, map_location="cpu", weights_only=True, mmap=where is mapped)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -212,25 +200,44 @@ def as_clips(latents: Tensor, path: Path | str, channels: int | None = None) -> 
     Raises:
         DataError: as there.
     """
-    shape = list(latents.shape)
-    if not latents.is_floating_point():
-        raise DataError(f"{path}: latents must be floating point, got {latents.dtype}", path=path)
-    if latents.dim() not in (3, 4, 5):
-        raise DataError(f"{path}: latents must be [b, n, c, h, w], [n, c, h, w] or [c, h, w], got {shape}", path=path)
-    if latents.element_size() == 1:  # float8 is a way to store numbers; nothing computes with it
-        try:
-            latents = latents.float()
-        except RuntimeError as error:  # torch names dtypes that it has no conversions for
-            raise DataError(f"{path}: latents of {latents.dtype} cannot be converted", path=path) from error
-    while latents.dim() < 5:
-        latents = latents[None]
-    if latents.numel() == 0:
-        raise DataError(f"{path}: has no frames, its shape is {shape}", path=path)
-    if channels is not None and latents.shape[2] != channels:
+    shape = clip_shape(tuple(latents.shape), latents.dtype, path, channels)
+    return as_numbers(latents, path).reshape(shape)
+
+
+def as_numbers(latents: Tensor, path: Path | str) -> Tensor:
+    """Returns latents in a dtype that one can compute with: float8 is a way to store numbers, and becomes float32.
+
+    Raises:
+        DataError: torch names dtypes that it has no conversions for.
+    """
+    if latents.element_size() > 1:
+        return latents
+    try:
+        return latents.float()
+    except RuntimeError as error:
+        raise DataError(f"{path}: latents of {latents.dtype} cannot be converted", path=path) from error
+
+
+def clip_shape(
+    shape: tuple[int, ...], dtype: torch.dtype, path: Path | str, channels: int | None = None
+) -> tuple[int, int, int, int, int]:
+    """Returns the shape of a file's latents as `(b, n, c, h, w)`; arguments as in `load_latents`.
+
+    Raises:
+        DataError: as there.
+    """
+    if not dtype.is_floating_point:
+        raise DataError(f"{path}: latents must be floating point, got {dtype}", path=path)
+    if len(shape) not in (3, 4, 5):
         raise DataError(
-            f"{path}: the decoder takes {channels} latent channels, got {latents.shape[2]} in {shape}", path=path
+            f"{path}: latents must be [b, n, c, h, w], [n, c, h, w] or [c, h, w], got {list(shape)}", path=path
         )
-    return latents
+    if 0 in shape:
+        raise DataError(f"{path}: has no frames, its shape is {list(shape)}", path=path)
+    b, n, c, h, w = (*(1,) * (5 - len(shape)), *shape)
+    if channels is not None and c != channels:
+        raise DataError(f"{path}: the decoder takes {channels} latent channels, got {c} in {list(shape)}", path=path)
+    return b, n, c, h, w
 
 
 def check_finite(frames: Tensor, path: Path | str, first: int = 0) -> None:

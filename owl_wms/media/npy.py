@@ -33,6 +33,7 @@ class NpyFile:
 
     Attributes:
         shape: of the whole array.
+        by_rows: whether entries of the first axis lie one behind the other; else every `read` reads the whole file.
         dtype: of what `read` returns, in the machine's byte order.
     """
 
@@ -59,19 +60,28 @@ class NpyFile:
             raise
 
     @classmethod
+    def of_file(cls, file: BufferedReader) -> NpyFile:
+        """Read a file that is open; it is closed if it is not such a file.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        made = cls.__new__(cls)
+        made._take(file)
+        return made
+
+    @classmethod
     def of_bytes(cls, data: bytes) -> NpyFile:
         """Open the bytes of such a file, which came inside of another.
 
         Raises:
             ValueError: as the constructor.
         """
-        made = cls.__new__(cls)
         # Without a name: by that Windows would not open it a second time. The reader closes it.
         file = tempfile.TemporaryFile()  # noqa: SIM115
         file.write(data)
         file.flush()
-        made._take(cast(BufferedReader, file))
-        return made
+        return cls.of_file(cast(BufferedReader, file))
 
     def _read_header(self) -> None:
         size = size_of(self._file)
@@ -91,6 +101,7 @@ class NpyFile:
         if not all(type(side) is int and side >= 0 for side in shape):
             raise ValueError(f"its header claims the shape {shape}")
         self._offset, self._stored, self._fortran = head.tell(), dtype, fortran
+        self.by_rows = not fortran
         self.shape: tuple[int, ...] = shape
         self.dtype = dtype.newbyteorder("=")
         wanted = self._offset + math.prod(shape) * dtype.itemsize
@@ -100,14 +111,17 @@ class NpyFile:
                 f"the file is {what}: {list(shape)} of {dtype} are {wanted} bytes with the header, not {size}"
             )
 
-    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def read(self, start: int = 0, stop: int | None = None, *, axes: int = 1) -> np.ndarray:
         """Read entries `start` to `stop` of the first axis, or the whole array: a new array, [stop - start, ...].
+
+        Args:
+            axes: so many of the first axes count as one, in which the entries are counted.
 
         Raises:
             OSError: the file became shorter.
         """
         first, last = (0, None) if not self.shape or self._fortran else (start, stop)
-        rows, row = (1, ()) if not self.shape else (self.shape[0], self.shape[1:])
+        rows, row = (1, ()) if not self.shape else (math.prod(self.shape[:axes]), self.shape[axes:])
         first, last, _ = slice(first, last).indices(rows)
         count = math.prod(row)
         data = read_exactly(
@@ -123,7 +137,7 @@ class NpyFile:
         if not self.shape:
             return values.reshape(())
         if self._fortran:
-            return np.ascontiguousarray(values.reshape(self.shape, order="F")[start:stop])
+            return np.ascontiguousarray(values.reshape(self.shape, order="F").reshape(rows, *row)[start:stop])
         return values.reshape(last - first, *row)
 
     def close(self) -> None:

@@ -22,15 +22,18 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 from owl_wms.configs.world import TrainingConfig
 from owl_wms.errors import CheckpointError, ConfigError
+from owl_wms.files import read_regular
 from owl_wms.models.flow import counted_mse
 
 FLOOR = 0.02
 """Added to variances, which are those of latents divided by `vae_scale`: keeps directions of noise from growing."""
+_MAX_BYTES = 1 << 28  # of a file: 4,096 channels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +92,7 @@ class Whitener:
             CheckpointError: it cannot be read, or holds something else.
         """
         try:
-            found = load_file(path)
+            found = load_bytes(read_regular(path, _MAX_BYTES))
             c = len(found["mean"])
             k = len(found["forward"])
             shapes = {"mean": (c,), "forward": (k, c), "inverse": (c, k)}
