@@ -129,7 +129,7 @@ def _without_names(text: str) -> str:
 
 @contextlib.contextmanager
 def counted_lines(found: Found) -> Iterator[None]:
-    """Counts lines of Python that run for the first time; none before Python 3.12, where that takes most of the time."""
+    """Counts lines of Python that run for the first time; before Python 3.12 none: it took most of the time."""
     if sys.version_info < (3, 12):
         yield
         return
