@@ -30,6 +30,7 @@ from owl_wms.configs.paths import expanded
 from owl_wms.errors import ConfigError
 from owl_wms.media import sinks
 from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture
+from owl_wms.media.watch import VIDEO_SUFFIXES, pyav
 from owl_wms.runtime.stats import DecodeStats
 from owl_wms.timing import Spent
 from owl_wms.vae.load import TAEHV_VAE_ID
@@ -106,9 +107,12 @@ def check_destination(path: Path, *suffixes: str, key: str = "") -> None:
 
     Raises:
         ConfigError: an ending that cannot be written, a folder of that name, or a place where no file can be made.
+        DataError: a clip, and PyAV is not installed.
     """
     said = f"{key}: {path}" if key else str(path)
     _require_meant(said, path, key)
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        pyav(said)
     if suffixes and path.suffix.lower() not in suffixes:
         raise ConfigError(f"{said}: must end in {' or '.join(suffixes)}, got {path.suffix!r}", path=path, key=key)
     if os.path.isdir(path):

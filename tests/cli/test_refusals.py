@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,22 @@ def test_destinations_are_tried_first(
     error = capsys.readouterr().err
     assert f"{arguments[-1]}: cannot be written" in error.replace("\n", " ")
     assert error.count("error:") == 1
+
+
+@pytest.mark.usefixtures("nothing_begins")
+def test_a_clip_without_its_library_is_refused_first(
+    place: Path,  # noqa: F811
+    files: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    said = "needs PyAV; pip install av"
+    assert call(place, "decode", "latents.pt", "--out", str(place / "c.mp4")) == 2
+    assert said in capsys.readouterr().err.replace("\n", " ")
+    refuse(said, capsys, "sample", str(files / "world.yml"), str(files / "world.pt"), "--out", str(place / "c.mp4"))
+    refuse(said, capsys, "demo", "--out", str(place / "demo"))
+    assert not (place / "demo").exists()
 
 
 def test_depth_clip_is_tried_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
