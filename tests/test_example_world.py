@@ -23,7 +23,12 @@ from owl_wms.models.latents import LatentSpace
 from owl_wms.models.load import load_model
 from owl_wms.nn.attention import Masks
 from owl_wms.nn.mask import FrameMask
+from owl_wms.nn.ring_cache import RingCache
+from owl_wms.sampling.frames import FrameLoop
+from owl_wms.sampling.guidance import Guidance
+from owl_wms.sampling.schedule import get_sd3_euler
 from owl_wms.vae import load_weights, read_state_dict
+from tests.world import tiny_core
 
 WORLD = Path(__file__).parents[1] / "examples" / "world"
 
@@ -83,17 +88,22 @@ class Marks(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
 
+class MarkedFrames:
+    """Stands in for `OwnFrames`."""
+
+    def __init__(self, core: object, **settings: object) -> None:
+        pass
+
+    def make(self, x: torch.Tensor, *_: object) -> torch.Tensor:
+        return 50 + x
+
+    def keep(self, *_: object) -> None:
+        pass
+
+
 def own_loader(script: ModuleType, monkeypatch: pytest.MonkeyPatch, window: int = 6) -> object:
-    class Sampler:
-        def __init__(self, **settings: object) -> None:
-            self.frames = int(settings["num_frames"])  # type: ignore[call-overload]
-
-        def __call__(self, core: object, x: torch.Tensor, mouse: object, btn: object, **_: object) -> object:
-            made = 50 + x[:, :1].expand(-1, self.frames, -1, -1, -1)
-            return type("Result", (), {"latents": made})
-
-    monkeypatch.setattr(sys.modules["own_history"], "get_sampler_cls", lambda name: Sampler)
-    space, settings = LatentSpace(2.0), {"window": window, "batch_size": 32, "sampler": {}}
+    monkeypatch.setattr(sys.modules["own_history"], "OwnFrames", MarkedFrames)
+    space, settings = LatentSpace(2.0), {"window": window, "batch_size": 32}
     return script.OwnHistoryLoader(episodes(script), space, **settings)
 
 
@@ -101,7 +111,7 @@ def test_own_frames_are_history_and_true_frames_are_targets(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = own_loader(script, monkeypatch)
-    loader.renew(Marks(), clips=20, keep=2, frames=16, step=0, noise=0.1)  # type: ignore[attr-defined]
+    loader.renew(Marks(), clips=20, keep=2, frames=16, step=0, steps=2, noise=(0.1, 0.2))  # type: ignore[attr-defined]
     batches = iter(loader)  # type: ignore[call-overload]
     lengths = set()
     for _ in range(20):
@@ -123,11 +133,16 @@ def test_own_frames_are_history_and_true_frames_are_targets(
     assert lengths == {1, 2, 3, 4, 5}
 
 
-def test_clips_that_move_end_sooner(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("near", "reached"), [(0.0, 2), (1.0, 6)])
+def test_clips_that_move_end_sooner_unless_they_stay_near_the_truth(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, near: float, reached: int
+) -> None:
     loader = own_loader(script, monkeypatch)
-    monkeypatch.setattr(loader, "horizon", sys.modules["own_history"].Horizon(moving=2, still=16))
+    monkeypatch.setattr(sys.modules["own_history"], "NEAR_SHARE", near)
+    monkeypatch.setattr(loader, "horizon", sys.modules["own_history"].Horizon(moving=2))
     for step in range(2):
-        loader.renew(Marks(), clips=40, keep=2, frames=16, step=step, noise=0.1)  # type: ignore[attr-defined]
+        settings = {"clips": 40, "keep": 2, "frames": 16, "steps": 2, "noise": (0.1, 0.2)}
+        loader.renew(Marks(), step=step, **settings)  # type: ignore[attr-defined]
     places = loader._places  # type: ignore[attr-defined]
     assert len(places) == 80
     reach: dict[bool, int] = {True: 0, False: 0}
@@ -139,8 +154,61 @@ def test_clips_that_move_end_sooner(script: ModuleType, monkeypatch: pytest.Monk
             moving = int(last + 0.005) % 2 == 1
             real = int((clip[:count] < 40).sum())
             reach[moving] = max(reach[moving], 6 - real)
-    assert reach[True] == 2, "a moving clip ends two own frames behind its last real one"
+    assert reach[True] == reached, "a moving clip of the model alone ends two own frames behind its last real one"
     assert reach[False] == 6
+
+
+def test_own_frames_are_those_of_play(script: ModuleType) -> None:
+    """Begun as noise alone they are the frames that play makes of the same noise; history is stored clean in both."""
+    core, generator = tiny_core(), torch.Generator().manual_seed(0)
+    x, mouse = torch.randn(2, 5, 4, 2, 2, generator=generator), torch.randn(2, 8, 2, generator=generator)
+    btn = torch.zeros(2, 8, 11)
+    loop = FrameLoop(Guidance(model=core), deltas=get_sd3_euler(3), noise_prev=0.0, max_window=4)
+    none, all_of_it = torch.zeros(2), torch.ones(2)
+    maker = sys.modules["own_history"].OwnFrames(core, steps=3, window=4, noise=none, start=all_of_it)
+    draws = [torch.Generator().manual_seed(1) for _ in range(2)]
+    with torch.no_grad():
+        loop.begin(x, mouse, btn)
+        for k in range(5):
+            maker.keep(x[:, k : k + 1], mouse[:, k : k + 1], btn[:, k : k + 1], generator)
+        for k in range(5, 8):
+            controls = mouse[:, k : k + 1], btn[:, k : k + 1]
+            wanted = loop.denoise(*controls, draws[0])
+            made = maker.make(wanted, *controls, draws[1])
+            torch.testing.assert_close(made, wanted)
+            loop.remember(wanted, *controls, draws[0])
+            maker.keep(wanted, *controls, draws[1])
+
+
+def test_own_frames_end_at_the_data_from_any_level(script: ModuleType) -> None:
+    """With the velocity that points from every sample to one picture, whatever the level that frames begin at."""
+
+    class Straight(Marks):
+        config = tiny_core().config
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, *_: object, kv_cache: RingCache) -> torch.Tensor:
+            kv_cache.begin(1, 4, tiny_core().transformer.rope)
+            return (x - 3) / t[..., None, None, None]
+
+    starts = torch.tensor([1.0, 0.6, 0.25])
+    maker = sys.modules["own_history"].OwnFrames(Straight(), steps=4, window=4, noise=starts, start=starts)
+    x, controls = torch.zeros(3, 1, 4, 2, 2), (torch.zeros(3, 1, 2), torch.zeros(3, 1, 11))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        made = maker.make(x, *controls, generator)
+        torch.testing.assert_close(made, torch.full_like(made, 3.0))
+        maker.keep(made, *controls, generator)
+
+
+def test_some_players_rest_to_the_end(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["episodes"], "_STOPS", (3, 5))
+    settings = {"players": 4, "frames": 7, "first_seed": 5, "device": "cpu", "size": (9, 16)}
+    free, data = (script.record(encode=lambda x: x[:, :1, :1, :1], resting=share, **settings) for share in (0.0, 0.5))
+    stop = torch.tensor([3, 4, 7, 7])
+    going = torch.arange(7)[None] < stop[:, None]
+    torch.testing.assert_close(data.mouse, free.mouse * going[..., None])
+    assert torch.equal(data.buttons[~going], torch.zeros_like(data.buttons[~going]))
+    assert free.mouse[:2, 4:].any(), "they would have moved"
 
 
 def tiny(script: ModuleType, folder: Path) -> object:
@@ -225,7 +293,14 @@ def test_training_by_the_clock_learns_from_own_frames_and_leaves_weights(script:
     assert "not finite" in said[-1]
     assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
     module.export(trainer.ema.model, tmp_path)
-    load_weights(GameRFT(cfg.model), read_state_dict(tmp_path / "world.safetensors"), "world.safetensors")
+    written = GameRFT(cfg.model)
+    load_weights(written, read_state_dict(tmp_path / "world.safetensors"), "world.safetensors")
+    train = cfg.train.model_copy(update={"init_ckpt": str(tmp_path / "world.safetensors")})
+    further = module.ClockTrainer(
+        cfg.model_copy(update={"train": train}), episodes(script, frames=20), tmp_path, said.append
+    )
+    for model in (further.model, further.ema.model):
+        assert all(torch.equal(value, written.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_a_world_holds_until_its_first_bound_breaks(script: ModuleType) -> None:

@@ -1,11 +1,12 @@
 """Trains the world model of the game in one call of 21 minutes on one GPU, by the clock, and measures if it holds.
 
 Whatever the speed of the machine, the call ends in `--seconds`: rendering and encoding episodes, training whose levels,
-rates and own history follow the share of its time that has passed, and the measures. Weights are written every few
-minutes, so that a run that is killed leaves some.
+rates and own history follow the share of its time that has passed, and the measures. Weights are written every
+minute, so that a run that is killed leaves some; `--init` continues from those, or from any others, in new worlds.
 
 Usage:
     python examples/world/by_clock.py --out build/world
+    python examples/world/by_clock.py --out build/on --init build/world/world.safetensors --config build/world/world.yml
     python examples/world/by_clock.py --small --seconds 120 --out build/world-small      # a toy, for a CPU
 
 Writes to --out: world.safetensors (averaged weights, 8 bits each), world.yml, whitener.safetensors, log.jsonl,
@@ -16,20 +17,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from clock_trainer import ClockTrainer, Plan, export
+from clock_trainer import CONTINUED, ClockTrainer, Plan, export
 from episodes import Episodes
 from holding import FPS, Player, Truth, looks_of, measure
 from own_history import playing
 from stages import smaller
 from torch import Tensor, nn
-from train import FIRST_SEED, collect, make_codec, say, whiten
+from train import FIRST_SEED, WORLDS_PER_CALL, collect, make_codec, say, whiten
 
 from owl_wms.configs.world import WorldConfig, load_world_config, with_files_found
 from owl_wms.media.pictures import contact_sheet, to_bytes
@@ -39,7 +42,7 @@ from owl_wms.models.load import load_model
 from owl_wms.vae.eight_bits import packed, unpacked
 
 HERE = Path(__file__).resolve().parent
-DATA_SHARE, MEASURE_SHARE = 0.19, 0.115  # of the time; the rest is training
+DATA_SHARE, MEASURE_SHARE = 0.16, 0.115  # of the time; the rest is training
 SHEET_SECONDS = (0, 1, 5, 15, 30)
 SHEET_BYTES = 98_000
 
@@ -48,6 +51,7 @@ def write_configuration(cfg: WorldConfig, out: Path) -> None:
     """world.yml beside the weights, with paths as it needs them there."""
     plain = {name: getattr(cfg, name).model_dump(mode="json", exclude_unset=True) for name in ("model", "train")}
     plain["train"] |= {"latent_transform": "whitener.safetensors"}
+    plain["train"].pop("init_ckpt", None)
     (out / "world.yml").write_text(yaml.safe_dump(plain, sort_keys=False))
 
 
@@ -66,6 +70,14 @@ def write_sheet(truth: Truth, frames: Tensor, path: Path) -> None:
         sheet.save(path, quality=quality, method=6)
         if path.stat().st_size <= SHEET_BYTES:
             return
+
+
+def begun_from(cfg: WorldConfig, weights: Path, out: Path) -> WorldConfig:
+    """The configuration of a run that begins with these weights and keeps their transform of latents."""
+    transform, kept = Path(cfg.train.latent_transform or ""), out / "whitener.safetensors"
+    if not kept.exists():
+        shutil.copyfile(transform, kept)
+    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"init_ckpt": str(weights)})})
 
 
 def shipped(device: torch.device) -> Player:
@@ -92,7 +104,8 @@ def judge(
     report: dict[str, Any],
     until: float,
 ) -> None:
-    """Measure the new model with 1 to 4 steps and the shipped one; what does not fit into the time is left out."""
+    """Measure the new weights as they are stored, with 1 to 8 steps, and the shipped ones; what does not fit into the
+    time is left out."""
     encode, decode = codec
     device = trainer.device
     size = (45, 80) if args.small else (360, 640)
@@ -105,14 +118,13 @@ def judge(
     say(f"played {3 * truth.worlds} held-out worlds for {frames / FPS:g} s in {time.monotonic() - begun:.1f} s")
     sampler = {k: v for k, v in (cfg.train.sampler_kwargs or {}).items() if k != "num_frames"}
     sampler["max_window"] = trainer.window
-    core = playing(trainer.ema.model.core, device)
+    core = eight_bits(trainer)
     players: dict[str, Callable[[], Player]] = {
         f"{steps} steps": (lambda steps=steps: Player(core, trainer.space, {**sampler, "n_steps": steps}))
-        for steps in (2, 1, 3, 4)
+        for steps in (2, 4, 3, 8, 1)
     }
     if not args.small:
         players = {"2 steps": players.pop("2 steps"), "shipped before": lambda: shipped(device), **players}
-        players["2 steps, 8 bits"] = lambda: Player(eight_bits(trainer), trainer.space, sampler)
         players["2 steps, history at 0.05"] = lambda: Player(core, trainer.space, {**sampler, "noise_prev": 0.05})
         players["2 steps, history at 0.25"] = lambda: Player(core, trainer.space, {**sampler, "noise_prev": 0.25})
     longest = 0.0
@@ -129,8 +141,7 @@ def judge(
         longest = max(longest, time.monotonic() - begun)
         save(report, args.out)
         say(f"{name} ({time.monotonic() - begun:.1f} s): {json.dumps(report[name])}")
-        if name == "2 steps":
-            write_sheet(truth, seen, args.out / "sheet.webp")
+        write_sheet(truth, seen, args.out / ("sheet.webp" if name == "2 steps" else f"sheet, {name}.webp"))
 
 
 def save(report: dict[str, Any], out: Path) -> None:
@@ -145,20 +156,28 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1260, help="from the start to the last file")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=HERE / "world_11m.yml")
+    parser.add_argument("--init", type=Path, help="weights to begin with; --config is theirs")
     parser.add_argument("--small", action="store_true", help="a toy run for a CPU")
     parser.add_argument("--worlds", type=int, default=12, help="held-out worlds of each kind to measure in")
     args = parser.parse_args()
+    if args.init is not None and not args.init.is_file():
+        parser.error(f"--init {args.init}: no such file")
     args.worlds = 1 if args.small else args.worlds
     args.out.mkdir(parents=True, exist_ok=True)
     cfg = with_files_found(load_world_config(args.config), args.config)
+    if args.init is not None:
+        if cfg.train.latent_transform is None:
+            parser.error(f"--config {args.config} names no transform of latents, so it is not that of --init")
+        cfg = begun_from(cfg, args.init, args.out)
     cfg = smaller(cfg) if args.small else cfg
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
     size = (45, 80) if args.small else (360, 640)
     codec = make_codec(cfg, device)
-    players, frames = (6, 20) if args.small else (128, 120)
+    players, frames = (6, 36) if args.small else (128, 144)
+    seed = FIRST_SEED + (0 if args.init is None else WORLDS_PER_CALL)
     with torch.no_grad():
-        data: Episodes = collect(DATA_SHARE * args.seconds, players, frames, FIRST_SEED, codec[0], device, size)
+        data: Episodes = collect(DATA_SHARE * args.seconds, players, frames, seed, codec[0], device, size)
     cfg = whiten(args.out, data, cfg)
     write_configuration(cfg, args.out)
     trainer = ClockTrainer(cfg, data, args.out, say)
@@ -175,12 +194,14 @@ def main() -> None:
         report["attention"] = trainer.compile_blocks()
     until = started + (1 - MEASURE_SHARE) * args.seconds
     begun = time.monotonic()
-    plan = Plan(warm_up=20, renew_seconds=2.0, clips=6, own_frames=12) if args.small else Plan()
-    trainer.run(plan, until)
+    plan = Plan() if args.init is None else CONTINUED
+    trainer.run(replace(plan, warm_up=20, renew_seconds=2.0, clips=6, own_frames=24) if args.small else plan, until)
     report |= {
         "steps": trainer.step,
         "seconds_of_training": round(time.monotonic() - begun, 1),
         "recovered": trainer.recovered,
+        "renewals": len(trainer.renewals),
+        "seconds_of_renewals": round(sum(trainer.renewals), 1),
     }
     export(trainer.ema.model, args.out)
     save(report, args.out)

@@ -41,6 +41,8 @@ LOOK_EVERY = 100  # steps between looks at the loss, which wait for the GPU
 EXPORT_SECONDS = 60.0
 COMPILE_SECONDS = 150  # after which another way is tried
 ATTEMPTS = 3  # at own frames that may fail before training goes on without new ones
+OWN_STEPS = (2, 4)  # steps a frame of own frames, in turns, so that the model may be played with either
+OWN_NOISE = (0.05, 0.3)  # levels at which own frames remember their history
 SLOW = 0.055  # seconds a step from which on the other attention is tried too
 
 
@@ -54,7 +56,8 @@ class Plan:
         end_fall: from here on the rates fall to 0.
         horizons: (share, frames) from which on clips that move may end so many frames behind the last real one.
         warm_up: steps in which the rates rise.
-        renew_seconds: between renewals of own frames, `clips` of `own_frames` frames each; `rounds` are kept.
+        renew_seconds: between renewals of own frames, `clips` of `own_frames` frames each; `rounds` are kept. Longer
+            where a renewal takes more than a sixth of it.
     """
 
     settle: float = 0.4
@@ -66,7 +69,7 @@ class Plan:
     warm_up: int = 300
     renew_seconds: float = 8.0
     clips: int = 256
-    own_frames: int = 72
+    own_frames: int = 96
     rounds: int = 6
 
     def rate(self, share: float, step: int) -> float:
@@ -84,6 +87,11 @@ class Plan:
     def horizon(self, share: float) -> int:
         """Frames behind the last real one at which clips that move end at the latest."""
         return max((frames for begun, frames in self.horizons if begun <= share), default=self.horizons[0][1])
+
+
+CONTINUED = Plan(settle=0.0, fall=0.15, own=0.3, low=0.4, end_fall=0.6, horizons=((0.3, 8), (0.5, 16), (0.7, 24)))
+"""Of a run that begins with trained weights: their base is there, so own history comes sooner and the rates fall for
+longer."""
 
 
 class BuiltMasks:
@@ -136,6 +144,7 @@ class ClockTrainer(OwnHistoryTrainer):
         window: frames of a training window, and of the history in play.
         recovered: how often a loss that is not finite sent the run back to its last good weights.
         failed: how often own frames could not be made.
+        renewals: seconds that each renewal of own frames took.
     """
 
     def __init__(self, cfg: WorldConfig, data: Episodes, out: Path, say: Callable[[str], None]) -> None:
@@ -143,8 +152,10 @@ class ClockTrainer(OwnHistoryTrainer):
         self._data, self._out, self._say, self._cfg = data, out, say, cfg
         true = MemoryLoader(data, self.window, cfg.train.batch_size)
         super().__init__(cfg.train, None, cfg.model, loader=true, sample_loader=true)
+        self.resume()  # begins from `train.init_ckpt`, where that is given
         self._true, self._own = iter(true), None
         self.recovered, self.failed, self._damp = 0, 0, 1.0
+        self.renewals: list[float] = []
         self._levels = {p: cfg.train.levels.model_copy(update={"prefix": p}) for p in (0.5, 0.8)}
         self._optimiser = self.phases[0].optimiser
         self._rates = [float(group["lr"]) for group in self._optimiser.param_groups]
@@ -152,14 +163,16 @@ class ClockTrainer(OwnHistoryTrainer):
     def run(self, plan: Plan, until: float) -> None:
         """Train until `time.monotonic()` says `until`; writes log.jsonl, and weights every few minutes."""
         begun = time.monotonic()
-        total, exported, renewed = until - begun, begun, -math.inf
+        total, exported, renew_at = until - begun, begun, begun + plan.own * (until - begun)
         waiting: list[tuple[int, float, float, Tensor]] = []
         good = self._copied()
         while (now := time.monotonic()) < until or not self.step:
             share = min(1.0, (now - begun) / total)
-            if share >= plan.own and now - renewed >= plan.renew_seconds and self.failed < ATTEMPTS:
+            if now >= renew_at and self.failed < ATTEMPTS:
                 self._renew_or_not(plan, share)
-                renewed = time.monotonic()
+                taken = time.monotonic() - now
+                renew_at = now + max(plan.renew_seconds, 6 * taken)
+                self.renewals.append(taken)
             rate = self._damp * plan.rate(share, self.step)
             for group, full in zip(self._optimiser.param_groups, self._rates, strict=True):
                 group["lr"] = rate * full
@@ -206,28 +219,26 @@ class ClockTrainer(OwnHistoryTrainer):
             self._say(f"own frames: {type(error).__name__}: {str(error)[:300]}")
 
     def _renew(self, plan: Plan, share: float) -> None:
-        """Let the averaged model continue episodes, at a level of history of its own each time."""
+        """Let the averaged model continue episodes."""
         first = self._own is None
         if first:
-            sampler = {k: v for k, v in (self.train_cfg.sampler_kwargs or {}).items() if k != "num_frames"}
-            sampler["max_window"] = self.window
             batch = self.train_cfg.batch_size
-            self._made = OwnHistoryLoader(
-                self._data, self.space, window=self.window, batch_size=batch, sampler=sampler, seed=1
-            )
+            self._made = OwnHistoryLoader(self._data, self.space, window=self.window, batch_size=batch, seed=1)
         self._made.horizon = Horizon(moving=plan.horizon(share))
         core = playing(self.ema.model.core, self.device)
         for part in range(3 if first else 1):
-            drawn = torch.rand((), generator=torch.Generator().manual_seed(self.step * 8 + part))
             self._made.renew(
                 core,
                 clips=plan.clips,
                 keep=plan.rounds,
                 frames=plan.own_frames,
                 step=self.step * 8 + part,
-                noise=0.05 + 0.25 * float(drawn),
+                steps=OWN_STEPS[(len(self.renewals) + part) % len(OWN_STEPS)],
+                noise=OWN_NOISE,
             )
         self._own = self._own or iter(self._made)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # so that its time is known
 
     def _look(self, waiting: list[tuple[int, float, float, Tensor]], good: dict[str, Any]) -> dict[str, Any]:
         """Write what was measured; go back to the last good weights, at half the rate, if it is not finite."""

@@ -23,6 +23,7 @@ from owl_wms.game.world import GameWorld
 SKIP = 3  # 60 game frames a second -> 20 latent frames
 _WARM_UP = 20  # game frames before the first recorded one
 _CHUNK = 64  # frames rendered and encoded at once
+_STOPS = (8, 32)  # frame at which a player who rests for good stops
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,11 +90,24 @@ def record(
     encode: Callable[[Tensor], Tensor],
     device: torch.device | str,
     size: tuple[int, int] = (360, 640),
+    resting: float = 0.2,
 ) -> Episodes:
-    """Episodes of restless players in fresh worlds; `encode`: [B, 4, H, W] in [-1, 1] to what is kept."""
+    """Episodes of restless players in fresh worlds; `encode`: [B, 4, H, W] in [-1, 1] to what is kept.
+
+    The share `resting` of the players stops early and rests to the end, which pieces of some frames never show.
+    """
     world = enter(players, first_seed, device)
     player = RestlessPlayer(world)
-    return play(world, lambda frame: player.controls(), frames, encode, size)
+    index = torch.arange(players, device=device)
+    stop = _STOPS[0] + index % (_STOPS[1] - _STOPS[0])
+    stop = torch.where(index < round(resting * players), stop, frames)
+
+    def controls(frame: int) -> tuple[Tensor, Tensor]:
+        mouse, buttons = player.controls()
+        going = (frame < stop)[:, None]
+        return mouse * going, buttons & going
+
+    return play(world, controls, frames, encode, size)
 
 
 class MemoryLoader:

@@ -4,9 +4,16 @@ Why: a model that has only ever seen true frames keeps most of the error that it
 the true frame for any controls, so the model can continue an episode by itself and be taught the true frame behind its
 own frames.
 
+A clip that moves shows places that nobody has seen before, so that its true frame is soon no longer determined and a
+target that is not becomes a blur. Half of those clips therefore stay near the truth: each of their frames begins as the
+true one under noise instead of as noise alone, and is made behind the model's own history like any other. They hold
+the model's errors, at any length, and a target that is known.
+
+Source: own frames made from true ones under noise are "Resampling Forcing" (Guo et al. 2025, arXiv 2512.15702).
+
 Usage:
-    loader = OwnHistoryLoader(data, space, window=24, batch_size=64, sampler={...})
-    loader.renew(playing(ema.model.core, device), clips=256, keep=4, frames=72, step=0, noise=0.15)
+    loader = OwnHistoryLoader(data, space, window=24, batch_size=64)
+    loader.renew(playing(ema.model.core, device), clips=256, keep=4, frames=72, step=0, steps=2, noise=(0.05, 0.3))
     trainer = OwnHistoryTrainer(cfg.train, None, cfg.model, loader=loader, sample_loader=loader)
 """
 
@@ -15,7 +22,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from episodes import Episodes, MemoryLoader
@@ -23,30 +29,75 @@ from torch import Tensor, nn
 
 from owl_wms.data.loading import Batch
 from owl_wms.models.latents import LatentSpace
-from owl_wms.sampling import get_sampler_cls
+from owl_wms.nn.ring_cache import RingCache
+from owl_wms.sampling.captured import Captured, may_capture
+from owl_wms.sampling.schedule import get_sd3_euler
 from owl_wms.trainers.objectives.rft import RFTTrainer
 
 DRAWN = -1  # in `history`: the trainer draws the length
+NEAR_SHARE = 0.5  # of the clips that move: made near the truth
+NEAR = (0.6, 0.97)  # levels at which their frames begin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Horizon:
-    """How many frames behind the last real one a window may end.
-
-    Later, the true frame is no longer determined by what the model saw, and a target that is not becomes a blur.
+    """How many frames behind the last real one a window may end, where the true frame becomes unknown: in clips that
+    move and are the model's alone. Others may end anywhere.
 
     Attributes:
-        moving: for clips that move.
-        still: for clips at rest, whose true frame stays known.
+        moving: frames.
     """
 
     moving: int = 8
-    still: int = 72
 
 
 def playing(core: nn.Module, device: torch.device) -> nn.Module:
     """A copy of a core in the precision of play: bfloat16 on a GPU."""
     return copy.deepcopy(core).to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+
+
+class OwnFrames:
+    """Makes frames one by one behind its own, as play does, each clip at levels of its own.
+
+    Args:
+        core: in the precision of play, eval mode.
+        steps: Euler steps a frame.
+        window: frames that attention may span, the new one included.
+        noise: [b] level at which history is stored.
+        start: [b] level at which frames begin; 1 is play, below it the frame given to `make` shows through the noise.
+    """
+
+    def __init__(self, core: nn.Module, *, steps: int, window: int, noise: Tensor, start: Tensor) -> None:
+        self._core, self._noise, self._start = core, noise[:, None], start[:, None]
+        self._deltas = get_sd3_euler(steps).tolist()
+        self._ring = RingCache(core.config, max_window=window, round_to=window)
+        allowed = may_capture(core)
+        self._made, self._kept = (Captured(f, allowed=allowed) for f in (self._denoise, self._store))
+
+    def make(self, x: Tensor, mouse: Tensor, btn: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the next frame [b, 1, c, h, w], made from the true one `x` as far as `start` lets it be seen."""
+        made: Tensor = self._made(self._ring.shape, _noised(x, self._start, generator), mouse, btn)[0]
+        return made
+
+    def keep(self, x: Tensor, mouse: Tensor, btn: Tensor, generator: torch.Generator) -> None:
+        """Store a frame with its controls."""
+        self._kept(self._ring.shape, _noised(x, self._noise, generator), mouse, btn)
+        self._ring.advance()
+
+    def _denoise(self, x: Tensor, mouse: Tensor, btn: Tensor) -> tuple[Tensor, ...]:
+        level, steps = self._start, self._start[..., None, None, None].to(x.dtype)
+        for delta in self._deltas:
+            x = x - delta * steps * self._core(x, level, mouse, btn, kv_cache=self._ring)
+            level = level - delta * self._start
+        return (x,)
+
+    def _store(self, x: Tensor, mouse: Tensor, btn: Tensor) -> tuple[Tensor, ...]:
+        return (self._core(x, self._noise, mouse, btn, kv_cache=self._ring),)
+
+
+def _noised(x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+    return x.lerp(noise, level[..., None, None, None].to(x.dtype))
 
 
 class OwnHistoryLoader:
@@ -65,21 +116,30 @@ class OwnHistoryLoader:
         *,
         window: int,
         batch_size: int,
-        sampler: dict[str, Any],
         seed: int = 0,
     ) -> None:
-        """Remember where frames come from; `sampler` are arguments of `av_caching`, those of play."""
+        """Remember where frames come from."""
         self._data, self._space, self._window = data, space, window
         self._own = batch_size // 2
         self._true = MemoryLoader(data, window, batch_size - self._own, seed)
-        self._sampler, self._seed = sampler, seed
+        self._seed = seed
         self._rounds: list[tuple[Tensor, Tensor]] = []
-        self._places = torch.empty(0, 2, dtype=torch.long)  # [k, 2], episode and first frame
+        self._places = torch.empty(0, 3, dtype=torch.long)  # [k, 3], episode, first frame, whether the truth is known
         self._frames = torch.empty(0)  # [k, frames, c, h, w] as stored, own frames behind the first window
         self.horizon = Horizon()
 
     @torch.no_grad()
-    def renew(self, core: nn.Module, *, clips: int, keep: int, frames: int, step: int, noise: float) -> None:
+    def renew(
+        self,
+        core: nn.Module,
+        *,
+        clips: int,
+        keep: int,
+        frames: int,
+        step: int,
+        steps: int,
+        noise: tuple[float, float],
+    ) -> None:
         """Let the model continue `clips` episodes from a window of true frames on, under the episodes' own controls.
 
         Args:
@@ -88,7 +148,8 @@ class OwnHistoryLoader:
             keep: calls of this function whose clips stay in the buffer.
             frames: own frames of each.
             step: of the trainer; fixes what is drawn.
-            noise: level at which the history is remembered.
+            steps: Euler steps a frame, as in play.
+            noise: lowest and highest level at which a clip's history is remembered.
         """
         data, device = self._data, self._data.mouse.device
         generator = torch.Generator(device=device).manual_seed(self._seed * 1_000_003 + step)
@@ -97,14 +158,32 @@ class OwnHistoryLoader:
         episode = torch.randint(episodes, (clips, 1), generator=generator, device=device)
         start = torch.randint(length - self._window - frames + 1, (clips, 1), generator=generator, device=device)
         at = episode, start + torch.arange(self._window + frames, device=device)
+        mouse, btn = data.mouse[at], data.buttons[at]
+
+        def uniform(low: float, high: float) -> Tensor:
+            return low + (high - low) * torch.rand(clips, generator=generator, device=device)
+
+        # A clip is at rest when its controls are zero from the last real frame on; its true frame stays known.
+        moves = (mouse[:, self._window :].any(dim=-1) | btn[:, self._window :].any(dim=-1)).any(dim=1)
+        near = moves & (uniform(0, 1) < NEAR_SHARE)
         # A model in bfloat16, not autocast: only then are its passes captured as CUDA graphs.
         dtype = next(core.parameters()).dtype
-        x = self._space.to_model(data.latents[episode, at[1][:, : self._window]].float()).to(dtype)
-        run = get_sampler_cls("av_caching")(
-            **{**self._sampler, "noise_prev": noise, "num_frames": frames, "only_return_generated": True}
+        maker = OwnFrames(
+            core,
+            steps=steps,
+            window=self._window,
+            noise=uniform(*noise),
+            start=torch.where(near, uniform(*NEAR), 1.0),
         )
-        own = run(core, x, data.mouse[at], data.buttons[at], generator=generator).latents
-        made = torch.cat([episode, start], dim=1), self._space.to_stored(own.float()).half()
+        own = []
+        for k in range(self._window + frames):
+            x = self._space.to_model(data.latents[episode, start + k].float()).to(dtype)
+            controls = mouse[:, k : k + 1], btn[:, k : k + 1]
+            if k >= self._window:
+                x = maker.make(x, *controls, generator)
+                own.append(self._space.to_stored(x.float()).half())
+            maker.keep(x, *controls, generator)
+        made = torch.cat([episode, start, (near | ~moves).long()[:, None]], dim=1), torch.cat(own, dim=1)
         self._rounds = [*self._rounds, made][-keep:]
         self._places, self._frames = (torch.cat(parts) for parts in zip(*self._rounds, strict=True))
 
@@ -126,12 +205,9 @@ class OwnHistoryLoader:
             return low + (unit * (high - low + 1)).long()
 
         chosen = draw(0, len(self._places) - 1)
-        episode, start = self._places[chosen, 0], self._places[chosen, 1]
+        episode, start, known = self._places[chosen].unbind(dim=1)
         count = self._frames.shape[1]
-        # A clip is at rest when its controls are zero from the last real frame on.
-        later = start[:, None] + window + torch.arange(count, device=device)
-        moves = data.mouse[episode[:, None], later].any(dim=-1) | data.buttons[episode[:, None], later].any(dim=-1)
-        limit = torch.where(moves.any(dim=1), self.horizon.moving, self.horizon.still).clamp(min=2, max=count)
+        limit = torch.where(known > 0, count, self.horizon.moving).clamp(min=2, max=count)
         end = draw(2, limit)  # own frames up to the window's end
         targets = draw(1, end.clamp(max=window) - 1)  # so that one own frame at least is history
         history = window - targets

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from own_history import Horizon, OwnHistoryLoader, OwnHistoryTrainer, playing
 from safetensors.torch import save_file
@@ -134,10 +133,15 @@ class _OwnStaged(OwnHistoryTrainer, _Staged):
         third = min(2, 3 * self.step // max(1, self.train_cfg.max_steps or 1))
         loader.horizon = Horizon(moving=8 * (third + 1))
         for round_ in range(missing):
-            # As in play, at a level of its own each time.
-            noise = 0.3 * float(torch.rand((), generator=torch.Generator().manual_seed(self.step * ROUNDS + round_)))
-            settings = {"clips": clips, "keep": ROUNDS, "frames": OWN_FRAMES, "step": self.step * ROUNDS + round_}
-            loader.renew(playing(self.ema.model.core, self.device), noise=noise, **settings)
+            steps = (self.train_cfg.sampler_kwargs or {})["n_steps"]
+            settings = {
+                "steps": steps,
+                "clips": clips,
+                "keep": ROUNDS,
+                "frames": OWN_FRAMES,
+                "step": self.step * ROUNDS + round_,
+            }
+            loader.renew(playing(self.ema.model.core, self.device), noise=(0.0, 0.3), **settings)
         return super().train_step()
 
 

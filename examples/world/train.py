@@ -111,9 +111,7 @@ def train(out: Path, stage: Stage, state: Progress, cfg: WorldConfig, data: Epis
     window = min(24, cfg.model.n_frames // 4)
     space = LatentSpace.of(cfg.train).to(device)
     settings: dict[str, Any] = {"window": window, "batch_size": cfg.train.batch_size, "seed": state.calls}
-    sampler = {k: v for k, v in (cfg.train.sampler_kwargs or {}).items() if k != "num_frames"}
-    sampler["max_window"] = window
-    loader = OwnHistoryLoader(data, space, sampler=sampler, **settings) if stage.own else MemoryLoader(data, **settings)
+    loader = OwnHistoryLoader(data, space, **settings) if stage.own else MemoryLoader(data, **settings)
     trainer = make_trainer(out, stage, state, cfg, loader, seconds)
     if device.type == "cuda":
         torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is
