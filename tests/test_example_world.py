@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -198,6 +199,9 @@ def test_own_frames_end_at_the_data_from_any_level(script: ModuleType) -> None:
         made = maker.make(x, *controls, generator)
         torch.testing.assert_close(made, torch.full_like(made, 3.0))
         maker.keep(made, *controls, generator)
+    gone = weakref.ref(maker)
+    del maker
+    assert gone() is None, "it is in no circle: its graphs on a GPU must not wait for the collector"
 
 
 def test_some_players_rest_to_the_end(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

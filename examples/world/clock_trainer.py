@@ -220,25 +220,20 @@ class ClockTrainer(OwnHistoryTrainer):
 
     def _renew(self, plan: Plan, share: float) -> None:
         """Let the averaged model continue episodes."""
-        first = self._own is None
-        if first:
+        if self._own is None:
             batch = self.train_cfg.batch_size
             self._made = OwnHistoryLoader(self._data, self.space, window=self.window, batch_size=batch, seed=1)
         self._made.horizon = Horizon(moving=plan.horizon(share))
-        core = playing(self.ema.model.core, self.device)
-        for part in range(3 if first else 1):
-            self._made.renew(
-                core,
-                clips=plan.clips,
-                keep=plan.rounds,
-                frames=plan.own_frames,
-                step=self.step * 8 + part,
-                steps=OWN_STEPS[(len(self.renewals) + part) % len(OWN_STEPS)],
-                noise=OWN_NOISE,
-            )
+        self._made.renew(
+            playing(self.ema.model.core, self.device),
+            clips=plan.clips,
+            keep=plan.rounds,
+            frames=plan.own_frames,
+            step=self.step,
+            steps=OWN_STEPS[len(self.renewals) % len(OWN_STEPS)],
+            noise=OWN_NOISE,
+        )
         self._own = self._own or iter(self._made)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # so that its time is known
 
     def _look(self, waiting: list[tuple[int, float, float, Tensor]], good: dict[str, Any]) -> dict[str, Any]:
         """Write what was measured; go back to the last good weights, at half the rate, if it is not finite."""

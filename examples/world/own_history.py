@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from episodes import Episodes, MemoryLoader
@@ -68,11 +69,12 @@ class OwnFrames:
     """
 
     def __init__(self, core: nn.Module, *, steps: int, window: int, noise: Tensor, start: Tensor) -> None:
-        self._core, self._noise, self._start = core, noise[:, None], start[:, None]
-        self._deltas = get_sd3_euler(steps).tolist()
+        self._noise, self._start = noise[:, None], start[:, None]
         self._ring = RingCache(core.config, max_window=window, round_to=window)
-        allowed = may_capture(core)
-        self._made, self._kept = (Captured(f, allowed=allowed) for f in (self._denoise, self._store))
+        allowed, deltas = may_capture(core), get_sd3_euler(steps).tolist()
+        # Not methods of this object: in a circle with it, graphs of gigabytes would wait for Python's collector.
+        self._made = Captured(partial(_denoise, core, self._ring, self._start, deltas), allowed=allowed)
+        self._kept = Captured(partial(_store, core, self._ring, self._noise), allowed=allowed)
 
     def make(self, x: Tensor, mouse: Tensor, btn: Tensor, generator: torch.Generator) -> Tensor:
         """Return the next frame [b, 1, c, h, w], made from the true one `x` as far as `start` lets it be seen."""
@@ -84,15 +86,21 @@ class OwnFrames:
         self._kept(self._ring.shape, _noised(x, self._noise, generator), mouse, btn)
         self._ring.advance()
 
-    def _denoise(self, x: Tensor, mouse: Tensor, btn: Tensor) -> tuple[Tensor, ...]:
-        level, steps = self._start, self._start[..., None, None, None].to(x.dtype)
-        for delta in self._deltas:
-            x = x - delta * steps * self._core(x, level, mouse, btn, kv_cache=self._ring)
-            level = level - delta * self._start
-        return (x,)
 
-    def _store(self, x: Tensor, mouse: Tensor, btn: Tensor) -> tuple[Tensor, ...]:
-        return (self._core(x, self._noise, mouse, btn, kv_cache=self._ring),)
+def _denoise(
+    core: nn.Module, ring: RingCache, start: Tensor, deltas: list[float], x: Tensor, mouse: Tensor, btn: Tensor
+) -> tuple[Tensor, ...]:
+    level, size = start, start[..., None, None, None].to(x.dtype)
+    for delta in deltas:
+        x = x - delta * size * core(x, level, mouse, btn, kv_cache=ring)
+        level = level - delta * start
+    return (x,)
+
+
+def _store(
+    core: nn.Module, ring: RingCache, noise: Tensor, x: Tensor, mouse: Tensor, btn: Tensor
+) -> tuple[Tensor, ...]:
+    return (core(x, noise, mouse, btn, kv_cache=ring),)
 
 
 def _noised(x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
@@ -185,6 +193,8 @@ class OwnHistoryLoader:
             maker.keep(x, *controls, generator)
         made = torch.cat([episode, start, (near | ~moves).long()[:, None]], dim=1), torch.cat(own, dim=1)
         self._rounds = [*self._rounds, made][-keep:]
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the graphs that made them go with this call
         self._places, self._frames = (torch.cat(parts) for parts in zip(*self._rounds, strict=True))
 
     def __iter__(self) -> Iterator[Batch]:
