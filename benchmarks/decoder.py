@@ -15,6 +15,7 @@ The last line of standard output is one JSON document with everything.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import gc
@@ -81,7 +82,7 @@ def measure(prepared: Prepared, batch: int, args: argparse.Namespace, ceilings: 
     chosen, live, name = prepared.subject, prepared.live, prepared.subject.name
     shape = (batch, *chosen.latent_shape)
     inputs, reference = [z[:batch].contiguous() for z in prepared.inputs], prepared.reference[:batch]
-    work_gflop = gigaflop(chosen.make().to("meta"), torch.empty(shape, device="meta"))
+    work_gflop = gigaflop(copy.deepcopy(live).to("meta"), torch.empty(shape, device="meta"))
     floor_ms = work_gflop / ceilings.matmul_tflops
     executed = 1 - saved_gigaflop(live, batch, shape[-1]) / work_gflop  # share of it that our forms execute
 
