@@ -2,9 +2,11 @@
 
     python -m benchmarks.wrapper --cache FOLDER --out build/wrapper.json     # a program from the cache, or built there
 
-Host times are wall-clock times of the calling thread with nothing queued on the GPU. The wrapper compares the decoder's
-weights after the launch, so most of its own time passes while the GPU works: what it adds to a call that is waited for
-is another figure. Calls of the wrapper and of the program alternate, and differences are medians over such pairs.
+Calls of the wrapper and of the program alternate in a drawn order, and the figures are medians. Host times are
+wall-clock times of the calling thread with nothing queued on the GPU. The wrapper compares the decoder's weights after
+the launch, so most of its own time passes while the GPU works: what it adds to a call that is waited for is another
+figure. At the power limit the GPU's own time varies by more than that, so it is measured apart, with events around the
+program.
 
 Exit status 1: other frames than the program's, or more than 30 us added to a call that is waited for.
 """
@@ -13,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +37,73 @@ from owl_wms.runtime.accelerated import AcceleratedDecoder
 
 MOST_US = 30.0
 QUEUED = 20
+WRAPPER, PROGRAM = "wrapper", "program"
 Call = Callable[[Tensor], Tensor]
 
 
-def waited(call: Call, z: Tensor) -> float:
-    """Microseconds of one call until its frames are there."""
-    begin = time.perf_counter()
-    call(z)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - begin) * 1e6
+class Watched:
+    """A program that notes when it was called, how long the call took, and how long the GPU worked."""
+
+    def __init__(self, program: Any, z: Tensor) -> None:
+        self.program = program
+        self.graphed = getattr(program, "graphed", False)  # the wrapper looks at it
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if z.is_cuda else []
+        self.entered = self.left = 0.0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.entered = time.perf_counter()
+        for event in self._events[:1]:
+            event.record()
+        frames: Tensor = self.program(z)
+        for event in self._events[1:]:
+            event.record()
+        self.left = time.perf_counter()
+        return frames
+
+    def gpu_us(self) -> float:
+        """Returns the GPU's time for the last call, which was waited for."""
+        return self._events[0].elapsed_time(self._events[1]) * 1e3 if self._events else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Waited:
+    """One call that was waited for, in microseconds; `again`: the call before it was of the same kind."""
+
+    whole: float
+    before_launch: float
+    launch: float
+    gpu: float
+    again: bool
+
+
+def drawn(names: list[str], rounds: int) -> list[str]:
+    """Returns every name `rounds` times, in a drawn order that is the same each time."""
+    order = names * rounds
+    random.Random(rounds).shuffle(order)
+    return order
+
+
+def waited(calls: dict[str, Call], watched: Watched, z: Tensor, rounds: int) -> dict[str, list[Waited]]:
+    """Returns what each call took until its frames were there, by kind of call."""
+    found: dict[str, list[Waited]] = {name: [] for name in calls}
+    last = ""
+    for name in drawn(list(calls), rounds):
+        call = calls[name]
+        begin = time.perf_counter()
+        call(z)
+        torch.cuda.synchronize()
+        end = time.perf_counter()
+        found[name].append(
+            Waited(
+                whole=(end - begin) * 1e6,
+                before_launch=(watched.entered - begin) * 1e6,
+                launch=(watched.left - watched.entered) * 1e6,
+                gpu=watched.gpu_us(),
+                again=name == last,
+            )
+        )
+        last = name
+    return found
 
 
 def returned(call: Call, z: Tensor) -> float:
@@ -62,34 +124,18 @@ def queued(call: Call, z: Tensor) -> float:
     return (time.perf_counter() - begin) / QUEUED * 1e6
 
 
-def pairs(
-    time_of: Callable[[Call, Tensor], float], wrapper: Call, program: Call, z: Tensor, rounds: int
-) -> list[float]:
-    """Medians over `rounds`: the wrapper's time, the program's, and their difference."""
-    found = [(time_of(wrapper, z), time_of(program, z)) for _ in range(rounds)]
-    ours, alone = zip(*found, strict=True)
-    return [statistics.median(ours), statistics.median(alone), statistics.median(a - b for a, b in found)]
+def beside(time_of: Callable[[Call, Tensor], float], calls: dict[str, Call], z: Tensor, rounds: int) -> list[float]:
+    """Returns the medians of the wrapper and of the program, and their difference."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for name in drawn(list(calls), rounds):
+        found[name].append(time_of(calls[name], z))
+    return difference(found)
 
 
-def before_launch(fast: AcceleratedDecoder, z: Tensor, rounds: int) -> float:
-    """Median microseconds from the call of the wrapper to the call of its program."""
-    slot = _lane(fast)[1]
-    assert slot.loaded is not None
-    loaded, entered = slot.loaded, [0.0]
-
-    def program(latents: Tensor) -> Any:
-        entered[0] = time.perf_counter()
-        return loaded.program(latents)
-
-    slot.loaded = dataclasses.replace(loaded, program=program)
-    found = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        fast(z)
-        found.append((entered[0] - begin) * 1e6)
-        torch.cuda.synchronize()
-    slot.loaded = loaded
-    return statistics.median(found)
+def difference(found: Mapping[str, list[float]]) -> list[float]:
+    """Returns the medians of the wrapper and of the program, and their difference; nan where there are none."""
+    ours, alone = (statistics.median(found[name] or [math.nan]) for name in (WRAPPER, PROGRAM))
+    return [ours, alone, ours - alone]
 
 
 def _lane(fast: AcceleratedDecoder) -> Any:
@@ -103,19 +149,31 @@ def measure(fast: AcceleratedDecoder, z: Tensor, rounds: int) -> dict[str, Any]:
     row: dict[str, Any] = {"latents": list(z.shape), "commit": commit(), "wrong": ""}
     frames = fast(z)
     generation, slot, _ = _lane(fast)
-    program = slot.loaded.program
-    row |= {key: slot.loaded.report.get(key) for key in ("precision", "plan", "cuda_graph")}
-    if not torch.equal(frames, program(z).to(frames.dtype)):
+    loaded = slot.loaded
+    row |= {key: loaded.report.get(key) for key in ("precision", "plan", "cuda_graph")}
+    if not torch.equal(frames, loaded.program(z).to(frames.dtype)):
         row["wrong"] = "other frames than the program's"
-    for _ in range(40):  # past the calls that are all looked at, and warm
+    watched = Watched(loaded.program, z)
+    slot.loaded = dataclasses.replace(loaded, program=watched)
+    calls: dict[str, Call] = {WRAPPER: fast, PROGRAM: watched}
+    for _ in range(20):  # past the calls that are all looked at, and warm
         fast(z)
-        program(z)
+        watched(z)
     torch.cuda.synchronize()
     # The wait of a call that looks at its frames would be counted as the wrapper's: fp16 looks always, bf16 seldom.
-    row["waited_us"] = pairs(waited, fast, program, z, rounds)
-    row["returned_us"] = pairs(returned, fast, program, z, rounds)
-    row["queued_us"] = pairs(queued, fast, program, z, max(3, rounds // QUEUED))
-    row["before_launch_us"] = before_launch(fast, z, rounds)
+    found = waited(calls, watched, z, rounds)
+    row["waited_us"] = difference({name: [one.whole for one in ones] for name, ones in found.items()})
+    row["latency_us"] = difference({name: [one.whole - one.gpu for one in ones] for name, ones in found.items()})
+    row["latency_again_us"] = difference(
+        {name: [one.whole - one.gpu for one in ones if one.again] for name, ones in found.items()}
+    )
+    row["gpu_us"] = difference({name: [one.gpu for one in ones] for name, ones in found.items()})
+    row["launch_us"] = difference({name: [one.launch for one in ones] for name, ones in found.items()})
+    row["before_launch_us"] = statistics.median(one.before_launch for one in found[WRAPPER])
+    row["before_launch_alone_us"] = statistics.median(one.before_launch for one in found[PROGRAM])
+    row["returned_us"] = beside(returned, calls, z, rounds)
+    row["queued_us"] = beside(queued, calls, z, max(3, rounds // QUEUED))
+    slot.loaded = loaded
     row["stamp_us"] = microseconds(lambda: generation.eager.stamp.matches(fast.original))
     stats = fast.stats()
     if stats.pytorch:
@@ -131,6 +189,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "latents",
         "precision",
         "us added: waited for",
+        "without the GPU's time",
         "returned",
         "queued",
         "before launch",
@@ -139,7 +198,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
     lines = []
     for row in rows:
-        added = [f"{row[key][2]:.1f} ({row[key][1]:.0f})" for key in ("waited_us", "returned_us", "queued_us")]
+        kinds = ("waited_us", "latency_us", "returned_us", "queued_us")
+        added = [f"{row[key][2]:.1f} ({row[key][1]:.0f})" if key in row else "-" for key in kinds]
         size = "x".join(map(str, row["latents"]))
         lines.append(
             [size, row["precision"], *added, f"{row['before_launch_us']:.1f}", f"{row['stamp_us']:.1f}", row["wrong"]]
@@ -151,9 +211,10 @@ def markdown(result: dict[str, Any]) -> str:
     """Returns the document as Markdown; its table is printed too."""
     title = "# What a call of an accelerated decoder adds to its program (AutoencoderDC f32c32)"
     remark = (
-        "Microseconds, medians over pairs of calls; in brackets the program alone. `waited for`: until the frames are "
-        "there. `returned`: until the call returns, nothing queued before. `queued`: per call, 20 calls waited for "
-        "together. `before launch`: until the program is called. `weights`: one comparison, processor time."
+        "Microseconds, medians; in brackets the program alone. `waited for`: until the frames are there; `without the "
+        "GPU's time`: of that, what is not the program's own time on the GPU. `returned`: until the call returns, "
+        "nothing queued before. `queued`: per call, 20 calls waited for together. `before launch`: until the program "
+        "is called. `weights`: one comparison, processor time."
     )
     return f"{title}\n\n{origin(result)}\n\n{remark}\n\n{table(result['rows'])}"
 

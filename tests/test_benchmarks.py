@@ -209,13 +209,15 @@ def test_the_wrapper_is_measured_beside_its_program(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     fast: Any = owl_wms.accelerate(autoencoder().decoder, cache_dir=tmp_path, toolchain=ExportToolchain())
     row = wrapper.measure(fast, torch.randn(1, LATENTS, 4, 4), rounds=3)
-    for key in ("waited_us", "returned_us", "queued_us"):
-        whole, program, _ = row[key]
+    for key in ("waited_us", "latency_us", "launch_us", "returned_us", "queued_us"):
+        whole, program, added = row[key]
         assert whole > 0 < program
-    assert row["before_launch_us"] > 0
+        assert added == whole - program
+    assert 0 < row["before_launch_us"] < row["waited_us"][0]
+    assert row["gpu_us"] == [0, 0, 0]  # there is none
     assert row["stamp_us"] > 0
     assert row["wrong"] in ("", "more than 30 us added to a call that is waited for")
-    assert wrapper.table([{**row, "precision": "bf16"}]).count("|") == 3 * 9
+    assert wrapper.table([{**row, "precision": "bf16"}]).count("|") == 3 * 10
     assert fast.stats().pytorch == {}
 
 

@@ -42,7 +42,6 @@ MAX_PROGRAMS = 8
 """Programs in memory at once; each holds a copy of the weights, and latents of ever new sizes would fill a GPU."""
 LARGEST_TILE = 128
 """Side of a tile in pixels of the last stage with attention: 1,024 of the picture's for f32c32."""
-DEVICES = ("cuda", "cpu")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LOG = logging.getLogger("owl_wms.runtime")
 # What this module keeps for itself; everything else that is set on it belongs to the wrapped decoder.
@@ -165,7 +164,7 @@ class AcceleratedDecoder(nn.Module):
         """Decode latents; whatever else the wrapped decoder takes is handed to it."""
         reason = "further arguments" if args or kwargs else why_pytorch(self._original, z)
         if not reason:
-            cast = torch.is_autocast_enabled(z.device.type)
+            cast = torch.is_autocast_enabled("cuda" if z.is_cuda else "cpu")
             dtypes = (torch.get_autocast_dtype(z.device.type), z.dtype) if cast else None
             dtype = z.dtype if dtypes is None else self._state.autocast_dtypes.get(dtypes)
             if dtype is not None:
@@ -208,13 +207,13 @@ class AcceleratedDecoder(nn.Module):
             side //= 2
 
     def _by_program(self, z: Tensor, dtype: torch.dtype, cast: bool) -> Tensor | None:
-        state, key = self._state, tuple(z.shape)
-        way = state.ways.get(key)
+        state = self._state
+        way = state.ways.get(z.shape)
         if way is None:
             way = self._choose(z, dtype, cast)
             if way is None:
                 return None
-            state.ways[key] = way
+            state.ways[tuple(z.shape)] = way
         return state.by_programs(way, z, dtype, cast) if way else None
 
     def _choose(self, z: Tensor, dtype: torch.dtype, cast: bool) -> Way | None:
@@ -310,9 +309,10 @@ def why_pytorch(original: nn.Module, z: Any, dims: int = 4) -> str:
     """Returns why a decoder has to compute latents of `dims` dimensions itself; empty where a program may."""
     if type(z) is not Tensor:  # a fake, functional or distributed tensor, a subclass: its own rules hold
         return "no plain tensor"
-    if z.dim() != dims or not z.shape[0] or z.dtype not in FLOATS or z.layout is not torch.strided:
+    shape = z.shape
+    if len(shape) != dims or not shape[0] or z.dtype not in FLOATS or z.layout is not torch.strided:
         return "no batch of float latents"
-    if z.device.type not in DEVICES:  # meta tensors have shapes only
+    if not (z.is_cuda or z.is_cpu):  # meta tensors have shapes only
         return "neither on a GPU nor on the CPU"
     if original.training:
         return "train mode"

@@ -40,6 +40,29 @@ def run_failure(error: Exception, rebuild: Callable[[], str]) -> tuple[FastPathE
     return failure, memory
 
 
+def count_run_failure(
+    slot: Slot, ledger: Ledger, failure: tuple[FastPathError, bool], chunk: Tensor, *, strict: bool
+) -> None:
+    """Counts a run of `chunk` that failed, as `run_failure` returned it; frees memory if that was the reason.
+
+    Raises:
+        FastPathError: in strict mode.
+    """
+    error, memory = failure
+    if memory:
+        release_memory(chunk.device)
+        slot.eager_step = max(1, min(slot.eager_step, len(chunk)) // 2)
+    count_failure(slot, ledger, error, "out of memory" if memory else "run", strict=strict)
+
+
+def count_failure(slot: Slot, ledger: Ledger, failure: FastPathError, kind: str, *, strict: bool) -> None:
+    """Counts a failed run; raises it in strict mode."""
+    slot.strike(failure)
+    ledger.failure(failure, kind, raised=strict)
+    if strict:
+        raise failure
+
+
 class Decoding:
     """Decodes batch after batch into one output.
 
@@ -102,16 +125,13 @@ class Decoding:
         except DecodeMemoryError:
             raise
         except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this batch
-            failure, memory = run_failure(error, lambda: self._rebuild(self._slot))
+            failure = run_failure(error, lambda: self._rebuild(self._slot))
         else:
             if flag is not None:
                 self._flags.append((start, True, flag))
             self._ledger.add("chunks_program")
             return True
-        if memory:
-            release_memory(chunk.device)
-            self._slot.eager_step = max(1, min(self._slot.eager_step, len(chunk)) // 2)
-        self.failed(failure, "out of memory" if memory else "run")
+        count_run_failure(self._slot, self._ledger, failure, chunk, strict=self._strict)
         return False
 
     def _fall_back(self, chunk: Tensor, start: int) -> None:
@@ -152,12 +172,6 @@ class Decoding:
             out.write(start, truth.tensor)
             self._ledger.add("fallbacks")
             reason = f"it gave {places} non-finite values where PyTorch gives finite ones"
-            self.failed(FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
+            failure = FastPathError("run", reason, "set TENSORRT_PRECISION=bf16")
+            count_failure(self._slot, self._ledger, failure, "non-finite", strict=self._strict)
         return finite
-
-    def failed(self, failure: FastPathError, kind: str) -> None:
-        """Counts a failed run; raises it in strict mode."""
-        self._slot.strike(failure)
-        self._ledger.failure(failure, kind, raised=self._strict)
-        if self._strict:
-            raise failure

@@ -25,29 +25,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from owl_wms.dynamo import uncompiled
-from owl_wms.errors import FastPathError
+from owl_wms.errors import DecodeMemoryError, FastPathError
 from owl_wms.runtime.decode import VideoDecode
-from owl_wms.runtime.decoding import Decoding
+from owl_wms.runtime.decoding import count_failure, count_run_failure, run_failure
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.slot import Slot, all_finite
 
 _TRAINING = operator.itemgetter("training")
 _Place: TypeAlias = tuple[torch.device, tuple[int, ...]]
-"""Device of the latents and their shape `(c, h, w)`."""
+"""Device and shape of the latents."""
 _Lane: TypeAlias = tuple[Generation, Slot, list[dict[str, Any]]]
 """What a program was made from, its state, and the attributes of the decoder's modules."""
-
-
-class _Frames:
-    """Takes over a program's frames before its buffers are used again, as `Output` does for clips."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self.tensor: Tensor | None = None
-
-    def write(self, start: int, frames: Tensor) -> None:
-        self.tensor = frames.to(self._dtype, copy=True)
 
 
 class ImageDecode(VideoDecode):
@@ -57,10 +45,11 @@ class ImageDecode(VideoDecode):
         super().__init__(decoder, **options)
         self._lanes: dict[_Place, _Lane] = {}
 
-    @uncompiled
-    @torch.no_grad()
     def images(self, z: Tensor, dtype: torch.dtype, cast: bool = False) -> Tensor | None:
-        """Decodes `[k, c, h, w]`, k <= batch_size, on the decoder's device.
+        """Decodes `[k, c, h, w]`, k <= batch_size, on the decoder's device; no gradients.
+
+        What does not have to come before the launch comes after it: after a wait for the GPU, the processor's caches
+        hold little of this, and each step costs ten times what it costs in a loop.
 
         Args:
             z: latents in the dtype of every weight; in any float dtype with `cast`.
@@ -74,7 +63,10 @@ class ImageDecode(VideoDecode):
         Raises:
             FastPathError: in strict mode.
         """
-        place = z.device, tuple(z.shape[1:])
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.images(z, dtype, cast)
+        place = z.device, z.shape
         for _ in range(2):  # weights that changed since the last call cost one more look
             lane = self._lanes.get(place) or self._lane(place)
             if lane is not None and not cast and lane[0].dtype is not z.dtype:
@@ -87,49 +79,57 @@ class ImageDecode(VideoDecode):
             if slot.state != "ready":
                 self._lanes.pop(place, None)
                 return None
-            decoding, kept, finite = self._launch(generation, slot, z, dtype)
+            frames = self._launch(slot, z, dtype)
+            # Looked at in the caller's dtype, where a value that the program could hold may be infinity.
+            look = slot.wants_check(self.check, generation.eager.dtype)
+            finite = all_finite(frames) if look and frames is not None else None
             if any(map(_TRAINING, modules)):
                 return None
             if generation.eager.stamp.matches(self.decoder):
-                frames = kept.tensor
                 if frames is not None and finite is not None and not bool(finite):
-                    frames = self._finite(generation, decoding, z, frames)
+                    frames = self._finite(generation, slot, z, frames)
                 self._ledger.add("fallbacks", int(frames is None))
                 self._ledger.add("frames", 0 if frames is None else len(z))
                 return frames
             self._lanes.clear()
         return None
 
-    def _launch(
-        self, generation: Generation, slot: Slot, z: Tensor, dtype: torch.dtype
-    ) -> tuple[Decoding, _Frames, Tensor | None]:
-        """Runs the program without waiting for it. The frames are None if it failed.
+    def _launch(self, slot: Slot, z: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Runs the program without waiting for it; None if it failed, which is counted."""
+        taken: list[Tensor] = []
 
-        Returns:
-            What ran it, the frames, and a scalar bool tensor that says whether all their values are finite; None where
-            this call does not look.
-        """
-        kept = _Frames(dtype)
-        check = slot.wants_check(self.check, generation.eager.dtype)
-        decoding = self._decoding(generation.eager, slot, kept, looked=False)
-        if not decoding.run(z.contiguous(), 0):
-            kept.tensor = None
-        # Looked at in the caller's dtype, where a value that the program could hold may be infinity.
-        return decoding, kept, all_finite(kept.tensor) if check and kept.tensor is not None else None
+        def take(frames: Tensor) -> None:
+            # The next run, of another thread perhaps, uses the program's buffers again. A CUDA graph's frames are a
+            # copy already; the part of a padded batch would keep the whole in memory.
+            copied = len(z) == self.batch_size and getattr(slot.loaded.program, "graphed", False)  # type: ignore[union-attr]
+            taken.append(frames.to(dtype, copy=not copied))
 
-    def _finite(self, generation: Generation, decoding: Decoding, z: Tensor, frames: Tensor) -> Tensor:
+        try:
+            slot.run(z.contiguous(), take, False)
+        except DecodeMemoryError:
+            raise
+        except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this batch
+            failure = run_failure(error, lambda: self._rebuild(slot))
+        else:
+            self._ledger.add("chunks_program")
+            return taken[0]
+        count_run_failure(slot, self._ledger, failure, z, strict=self.strict)
+        return None
+
+    def _finite(self, generation: Generation, slot: Slot, z: Tensor, frames: Tensor) -> Tensor:
         """Returns PyTorch's frames instead of those of the program, if it has values that only there are not finite."""
         truth = generation.eager(z).to(frames.dtype)
         worse = int((truth.isfinite() & ~frames.isfinite()).sum())
         if not worse:
             return frames
         reason = f"it gave {worse} non-finite values where PyTorch gives finite ones"
-        decoding.failed(FastPathError("run", reason, "set TENSORRT_PRECISION=bf16"), "non-finite")
+        failure = FastPathError("run", reason, "set TENSORRT_PRECISION=bf16")
+        count_failure(slot, self._ledger, failure, "non-finite", strict=self.strict)
         return truth
 
     def _lane(self, place: _Place) -> _Lane | None:
         """The program of one latent shape and what it was made from, found or built; None where there is none."""
-        device, one = place
+        device, one = place[0], place[1][1:]
         tensors = (*self.decoder.parameters(), *self.decoder.buffers())
         if any(tensor.device != device for tensor in tensors):  # some offloading leaves weights elsewhere, or nowhere
             return None

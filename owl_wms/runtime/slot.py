@@ -135,7 +135,9 @@ class Slot:
             if self.loaded is None:
                 raise RuntimeError("the program was switched off by another thread")
             missing = self.request.input_shape[0] - len(z)
-            frames = self.loaded.program(F.pad(z, (0,) * 7 + (missing,)) if missing else z)[: len(z)]
+            frames = self.loaded.program(F.pad(z, (0,) * 7 + (missing,)) if missing else z)
+            if missing:
+                frames = frames[: len(z)]
             if len(frames) != len(z):
                 raise RuntimeError(f"the program answered {len(frames)} frames to {len(z)} latents")
             write(frames)

@@ -22,7 +22,7 @@ from owl_wms.request import Request
 from owl_wms.runtime import recording
 from owl_wms.runtime.canary import CHECKS
 from owl_wms.runtime.decode import free_programs, run_in_child
-from owl_wms.runtime.decoding import run_failure
+from owl_wms.runtime.decoding import count_failure, run_failure
 from owl_wms.runtime.eager import EagerDecoder, is_out_of_memory, release_memory, unwrap
 from owl_wms.runtime.obtain import obtain
 from owl_wms.runtime.programs import Progress, Toolchain
@@ -230,10 +230,7 @@ class Steps:
 
     def _failed(self, slot: Slot, failure: FastPathError, kind: str) -> None:
         self._ledger.add("fallbacks")
-        slot.strike(failure)
-        self._ledger.failure(failure, kind, raised=self.strict)
-        if self.strict:
-            raise failure
+        count_failure(slot, self._ledger, failure, kind, strict=self.strict)
 
     # ---- programs
 
