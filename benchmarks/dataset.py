@@ -1,11 +1,13 @@
 """Measures `owl-wms decode-dataset` on one or more GPUs: local workers, a launcher's ranks, Ray; npy and mp4.
 
-Every run decodes the same items on a RAM disk; runs with mp4 take every tenth of them. The npy outputs of all runs must
-have the same hashes, and those of the first item must be the frames of `owl-wms decode`; otherwise the exit status is
-1. The rate of a run is that of its steady part: from the moment when every worker has finished an item to the last
-item's end. `whole` counts from the start of the command. In the steady part, `idle` is the share of time in which a
-worker computes no item, `GPU` what nvidia-smi calls utilization, `CPU` the cores that all processes together keep busy.
-`memory` is the most that they hold at once. Results are written after each run, and one that fails costs its row only.
+Items lie on a RAM disk. A run on two GPUs decodes twice as many as one on one GPU, so that a steady part is equally
+long and the last items weigh the same; runs with mp4 take every tenth of them, runs called `long` a tenth as many of
+1,000 frames. An item must have the same hash in all runs, and the first one the frames of `owl-wms decode`; otherwise
+the exit status is 1. The rate of a run is that of its steady part: from the moment when every worker has finished an
+item to the last item's end. `whole` counts from the start of the command. In the steady part, `idle` is the share of
+time in which a worker computes no item, `GPU` what nvidia-smi calls utilization, `CPU` the cores that all processes
+together keep busy. `memory` is the most that they hold at once. Results are written after each run, and one that fails
+costs its row only.
 
 Usage:
     python -m benchmarks.dataset --out dataset.json        # about four minutes on two GPUs; writes dataset.md too
@@ -42,7 +44,11 @@ from owl_wms.media.arrays import save_array
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "examples/demo/demo_vae"
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-RUNS = ["local-npy-1", "local-npy-N", "ranks-npy-N", "ray-npy-1", "ray-npy-N", "local-mp4-1", "local-mp4-N"]
+RUNS = ["local-npy-1", "ray-npy-1", "ray-npy-N", "ranks-npy-N", "local-npy-N", "local-long-1", "ray-long-1"]
+RUNS += ["local-mp4-N", "local-mp4-1"]
+FORMS = ("npy", "mp4", "long")
+LONG_FRAMES = 1000
+STAGES = ("open", "read", "decode", "copy", "write", "encode", "hash")
 FRAME_BYTES = 360 * 640 * 4
 RUN_SECONDS = 90  # no run takes longer, unless it hangs
 # Ray counts a RAM disk's files as memory in use and would end workers; its own store needs hardly any here.
@@ -55,7 +61,7 @@ RAY = {
 
 def write_rate(folder: Path, size: int, writers: int) -> float:
     """Writes `size` bytes into files of that many threads, removes them, and returns GB per second."""
-    block = bytes(64 << 20)
+    block = os.urandom(1 << 20) * 64  # zeros would be read from one page
 
     def fill(number: int) -> None:
         with (folder / f"fill-{number}").open("wb", buffering=0) as file:
@@ -72,10 +78,23 @@ def write_rate(folder: Path, size: int, writers: int) -> float:
     return written / seconds / 1e9
 
 
-def make_inputs(folder: Path, items: int, frames: int, long: int, toy: bool) -> list[str]:
-    """Writes the decoder and the latents; returns the options that name the decoder.
+def mount_options(folder: Path) -> str:
+    """Returns type and options of the file system that a folder is on, as the system lists them."""
+    mounts = [line.split() for line in reversed(Path("/proc/mounts").read_text().splitlines())]
+    above = [mount for mount in mounts if folder.resolve().is_relative_to(mount[1])]
+    found = max(above, key=lambda mount: len(mount[1]))  # of two on one place the later one is seen
+    return f"{found[2]} {found[3]}"
 
-    The long file, for `owl-wms decode`, begins with the frames of the first item.
+
+def make_inputs(folder: Path, items: int, frames: int, gpus: set[int], toy: bool) -> list[str]:
+    """Writes the decoder, the latents and a manifest `FORM-GPUS.txt` for each run; returns the decoder's options.
+
+    The file for `owl-wms decode` has forty items' frames and begins with those of the first item.
+
+    Args:
+        items: per GPU.
+        frames: of each.
+        gpus: numbers of them that runs take.
     """
     if toy:
         config, checkpoint, shape = f"{TOY}.yml", f"{TOY}.safetensors", (128, 8, 8)
@@ -90,11 +109,18 @@ def make_inputs(folder: Path, items: int, frames: int, long: int, toy: bool) -> 
         return torch.randn(count, *shape, generator=generator, device=device).bfloat16().cpu()
 
     first = latents(frames)
-    for number in range(items):
+    for number in range(items * max(gpus)):
         save_array(folder / "in" / f"{number:04}.pt", latents(frames) if number else first)
-    save_array(folder / "long.pt", torch.cat([first, latents(long - frames)]))
-    some = [f"in/{number:04}.pt\n" for number in range(0, items, 2 if toy else 10)]
-    (folder / "some.txt").write_text("".join(some))
+    save_array(folder / "decode.pt", torch.cat([first, latents(frames * (1 if toy else 39))]))
+    tenth = 2 if toy else 10
+    for number in range(items // tenth * max(gpus)):
+        save_array(folder / "long" / f"{number:04}.pt", latents(frames if toy else LONG_FRAMES))
+    for count in gpus:
+        every = {"npy": ("in", items * count, 1), "mp4": ("in", items * count, tenth)}
+        every["long"] = ("long", items // tenth * count, 1)
+        for form, (below, stop, step) in every.items():
+            names = [f"{below}/{number:04}.pt\n" for number in range(0, stop, step)]
+            (folder / f"{form}-{count}.txt").write_text("".join(names))
     # One frame at a time where items are shorter than a batch, so that batches of all files hold the same frames.
     return ["--vae-config", config, "--checkpoint", checkpoint, "--batch-size", "1" if toy else "8"]
 
@@ -132,9 +158,10 @@ def ended(*processes: subprocess.Popen[str], seconds: float | None = None) -> st
     return "\n".join(said)
 
 
-def decode_rate(folder: Path, decoder: list[str]) -> float:
-    """Returns the frames per second of `owl-wms decode` for one long file; the output stays."""
-    said = ended(command("decode", str(folder / "long.pt"), *decoder, "--out", str(folder / "long.npy"), "--overwrite"))
+def decode_rate(folder: Path, source: str, decoder: list[str]) -> float:
+    """Returns the frames per second of `owl-wms decode` for one file; the output stays, as `decode.npy`."""
+    out = str(folder / "decode.npy")
+    said = ended(command("decode", str(folder / source), *decoder, "--out", out, "--overwrite"))
     found = re.search(r"frames, ([\d.]+) frames/s", said)
     assert found is not None, said
     return float(found[1])
@@ -146,9 +173,9 @@ def measure(run: str, folder: Path, decoder: list[str], toy: bool) -> dict[str, 
     Raises:
         RuntimeError: the command failed.
     """
-    engine, form, number = run.split("-")
-    workers, out = int(number), folder / "out"
-    source = folder / ("some.txt" if form == "mp4" else "in")
+    engine, kind, number = run.split("-")
+    workers, out, source = int(number), folder / "out", folder / f"{kind}-{number}.txt"
+    form = "npy" if kind == "long" else kind
     words = ["decode-dataset", str(source), "--out", str(out), *decoder, "--format", form, "--engine", engine]
     began = time.time()
     try:
@@ -167,21 +194,40 @@ def measure(run: str, folder: Path, decoder: list[str], toy: bool) -> dict[str, 
         done = sorted((line for line in lines if line["event"] == "done"), key=lambda line: line["at"])
         hashes = {output["name"]: output["sha256"] for line in done for output in line["outputs"]}
         first = generation / sorted(hashes)[0]
-        frames_of_first = np.load(first) if form == "npy" else None
+        frames_of_first = np.load(first) if kind == "npy" else None
     finally:
-        shutil.rmtree(out, ignore_errors=True)
+        remove(out)
+    due = len(source.read_text().splitlines())
+    if len(done) != due:
+        raise RuntimeError(f"{len(done)} items are done, {due} were due")
     firsts: dict[str, float] = {}
+    lasts: dict[str, float] = {}
     for line in done:
         firsts.setdefault(worker[line["key"]], line["at"])
+        lasts[worker[line["key"]]] = line["at"]
     start, end = max(firsts.values()), done[-1]["at"]
     span = max(end - start, 1e-3)
-    frames = sum(line["frames"] for line in done if line["at"] > start)
-    busy = sum(line["seconds"] for line in done if line["at"] > start)
-    row = {"run": run, "engine": engine, "form": form, "gpus": workers, "items": len(done), "worked": len(firsts)}
+    steady = [line for line in done if line["at"] > start]
+    frames = sum(line["frames"] for line in steady)
+    each = []
+    for name in sorted(firsts, key=firsts.__getitem__):
+        own = [line for line in steady if worker[line["key"]] == name]
+        busy = {stage: sum(line.get("stages", {}).get(stage, 0.0) for line in own) / span for stage in STAGES}
+        idle = 1 - sum(line["seconds"] for line in own) / span
+        facts = {"first_s": firsts[name] - began, "last_s": lasts[name] - began, "items": len(own), "idle": idle}
+        each.append({**facts, "busy": {stage: round(share, 4) for stage, share in busy.items() if share}})
+    row = {"run": run, "engine": engine, "form": kind, "gpus": workers, "items": len(done), "worked": len(firsts)}
     row |= {"rate": frames / span, "steady_s": span, "whole_s": whole, "first_s": min(firsts.values()) - began}
-    row |= {"idle": max(0.0, 1 - busy / (span * workers)), "cores": load.cores(start, end)}
+    row |= {"idle": sum(one["idle"] for one in each) / workers, "cores": load.cores(start, end), "each": each}
     row |= {"gpu": load.gpu(start, end, workers), "memory_gib": load.memory / (1 << 30), "frames": frames}
     return {**row, "hashes": hashes, "first": frames_of_first}
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder, its files eight at a time: freeing the pages of a RAM disk takes seconds."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(os.unlink, [path for path in folder.rglob("*") if path.is_file()]))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def table(rows: list[dict[str, Any]], base: float) -> str:
@@ -195,7 +241,7 @@ def table(rows: list[dict[str, Any]], base: float) -> str:
             continue
         alone = [other["rate"] for other in rows if other.get("form") == row["form"] and other["gpus"] == 1]
         times = row["rate"] / (alone[0] or 1) if alone else None
-        share = f"{row['rate'] / base / row['gpus']:.0%}" if row["form"] == "npy" else ""
+        share = f"{row['rate'] / base / row['gpus']:.0%}" if row["form"] != "mp4" else ""
         cells = (row["engine"], row["form"], row["gpus"], f"{row['rate']:.0f}", share,
                  "" if times is None else f"{times:.2f}", "" if times is None else f"{times / row['gpus']:.0%}",
                  f"{row['idle']:.0%}", "" if row["gpu"] is None else f"{row['gpu']:.0%}",
@@ -205,6 +251,19 @@ def table(rows: list[dict[str, Any]], base: float) -> str:
     return "\n".join(lines)
 
 
+def stage_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns how long each worker's stages were busy, as Markdown lines; none of results that do not have it."""
+    lines = []
+    for row in rows:
+        for number, one in enumerate(row.get("each", ())):
+            shares = [f"{one['busy'][stage]:.0%}" if stage in one["busy"] else "" for stage in STAGES]
+            facts = (f"{one['first_s']:.1f} to {one['last_s']:.1f} s", one["items"], f"{one['idle']:.1%}")
+            lines.append(f"| {' | '.join(map(str, (row['run'], number, *facts, *shares)))} |")
+    heads = f"| run | worker | first and last item | items | idle | {' | '.join(STAGES)} |"
+    return ["", SHARES, "", heads, "|---" * (5 + len(STAGES)) + "|", *lines] if lines else []
+
+
+SHARES = "Share of the steady part in which each worker's stages were at work (they overlap; `hash` has four threads):"
 READING = """The rate is that of the steady part: from the moment when every worker has finished an item to the last
 item's end. `times` and `efficiency` are against one GPU. `idle` is the share of time in which a worker computes no
 item, `GPU` the driver's utilization (the share of time with a kernel at work), `CPU` the cores that all processes
@@ -216,13 +275,18 @@ def render(result: dict[str, Any]) -> str:
     """Returns the page of a result."""
     disk, base, found = result["ram_disk_gbps"], result["decode"], result["rows"]
     lines = ["# A dataset decoded on one and more GPUs", "", origin(result), ""]
+    per = " per GPU" if "disk_options" in result else ""
+    where = f"a RAM disk ({result['disk_options']})" if "disk_options" in result else "a RAM disk"
     lines.append(
-        f"{result['items']} items of {result['length']} frames, decoder `{result['decoder']}`, on a RAM disk, "
+        f"{result['items']} items{per} of {result['length']} frames, decoder `{result['decoder']}`, on {where}, "
         f"{result['cores']} cores. `owl-wms decode` to `.npy`: {base:.0f} frames/s. The RAM disk takes "
         f"{disk['one']:.1f} GB/s from one writer, {disk['two']:.1f} from two and {disk['first']:.1f} from eight at "
         f"first use; at that rate `decode` writes {base * FRAME_BYTES / 1e9:.1f} GB/s."
     )
-    lines += ["", table(found, base), "", *READING.splitlines(), ""]
+    lines += ["", table(found, base), "", *READING.splitlines()]
+    if any(row["run"].split("-")[1] == "long" for row in found):
+        lines.append(f"`long`: a tenth as many items, of {LONG_FRAMES} frames.")
+    lines += [*stage_table(found), ""]
     lines.append(f"Same outputs in all npy runs: {result['alike']}; same frames as `owl-wms decode`: ")
     lines[-1] += f"{result['equal_to_decode']}."
     for row in (row for row in found if "error" in row):
@@ -250,9 +314,10 @@ class Report:
         """Takes the next run, and the frames that `owl-wms decode` made of its first item."""
         hashes, first, result = row.pop("hashes", {}), row.pop("first", None), self.document
         result["rows"].append(row)
+        if row.get("form") in ("npy", "long"):
+            same = all(self._hashes.setdefault(name, digest) == digest for name, digest in hashes.items())
+            result["alike"] = result["alike"] is not False and same
         if first is not None:
-            self._hashes = self._hashes or hashes
-            result["alike"] = result["alike"] is not False and hashes == self._hashes
             same = np.array_equal(first, frames)
             result["equal_to_decode"] = result["equal_to_decode"] is not False and same
         if self._out is not None:
@@ -271,7 +336,7 @@ def main() -> None:
     """Runs everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=RUNS, help="ENGINE-FORM-GPUS each, N for all; most wanted first")
-    parser.add_argument("--items", type=int)
+    parser.add_argument("--items", type=int, help="per GPU")
     parser.add_argument("--frames", type=int, help="frames of each item, a multiple of 8")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="on a RAM disk, for inputs and outputs")
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin no run later than this")
@@ -284,31 +349,32 @@ def main() -> None:
         require_gpu(parser)
     seen = 2 if toy else torch.cuda.device_count()
     runs = list(dict.fromkeys(run.replace("-N", f"-{seen}") for run in arguments.runs))
-    wrong = [run for run in runs if not re.fullmatch(r"(local|ranks|ray)-(npy|mp4)-[1-9]\d*", run)]
+    wrong = [run for run in runs if not re.fullmatch(rf"(local|ranks|ray)-({'|'.join(FORMS)})-[1-9]\d*", run)]
     if wrong or any(int(run.rpartition("-")[2]) > seen for run in runs):
         parser.error(f"--runs are like local-npy-1, of at most {seen} GPUs; got {' '.join(wrong or runs)}")
     items = arguments.items or (4 if toy else 200)
     length = arguments.frames or (1 if toy else 200)
-    long = 2 if toy else length * 40  # frames of the file that `owl-wms decode` is timed with
+    gpus = {int(run.rpartition("-")[2]) for run in runs}
     room = int(shutil.disk_usage(arguments.folder).free * 0.95)
-    if (needed := (items * length + long) * FRAME_BYTES * 1.03) > room:
+    if (needed := (items * max(gpus) + 40) * length * FRAME_BYTES * 1.03) > room:
         fits = max(8, int(length * room / needed) // 8 * 8)
         print(f"{arguments.folder} has {room >> 30} GiB: items of {fits} frames instead of {length}", flush=True)
-        length, long = fits, fits * 40
+        length = fits
     with tempfile.TemporaryDirectory(prefix="owl-wms-dataset-", dir=arguments.folder) as name:
         folder = Path(name)
-        decoder = make_inputs(folder, items, length, long, toy)
+        decoder = make_inputs(folder, items, length, gpus, toy)
         with ThreadPoolExecutor(1) as pool:
             # A virtual machine may get its memory when it is first used: all that a run will need, while a program is
             # built.
-            filled = pool.submit(write_rate, folder, items * length * FRAME_BYTES, 8)
-            decode_rate(folder, decoder)
+            filled = pool.submit(write_rate, folder, items * max(gpus) * length * FRAME_BYTES, 8)
+            decode_rate(folder, "in/0000.pt", decoder)
         small = (64 << 20) if toy else (8 << 30)
         disk = {"first": filled.result(), "one": write_rate(folder, small, 1), "two": write_rate(folder, small, 2)}
-        base = decode_rate(folder, decoder)
-        frames = np.load(folder / "long.npy", mmap_mode="r")[:length].copy()
-        (folder / "long.npy").unlink()
+        base = decode_rate(folder, "decode.pt", decoder)
+        frames = np.load(folder / "decode.npy", mmap_mode="r")[:length].copy()
+        (folder / "decode.npy").unlink()
         facts = {"decoder": "demo" if toy else "dist", "cores": os.cpu_count(), "decode": base, "ram_disk_gbps": disk}
+        facts["disk_options"] = mount_options(arguments.folder)
         print(json.dumps({**facts, "items": items, "length": length}), flush=True)
         report = Report(arguments.out, {**facts, "items": items, "length": length})
         for run in runs:

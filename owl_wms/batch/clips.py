@@ -30,6 +30,7 @@ from owl_wms.runtime import UNATTENDED, Latents, clip_decoder, decode_pieces
 from owl_wms.runtime.ahead import ahead
 from owl_wms.runtime.steps import frames_of
 from owl_wms.settings import TensorRTConfig
+from owl_wms.timing import Spent
 from owl_wms.utils.owl_vae_bridge import get_decoder_only
 from owl_wms.vae import fold_weight_norm, load_encoder
 
@@ -55,8 +56,8 @@ class Clips(Protocol):
     def sources(self, path: Path) -> list[Any]:
         """Opens a local file."""
 
-    def stream(self, source: Any) -> Iterator[Tensor]:
-        """Yields pieces on the CPU, each valid until the next is asked for."""
+    def stream(self, source: Any, spent: Spent) -> Iterator[Tensor]:
+        """Yields pieces on the CPU, each valid until the next is asked for; adds up the seconds of its stages."""
 
 
 class LatentClip:
@@ -148,9 +149,9 @@ class DecodeClips:
         channels, height, width = source.latents.shape[2:]
         self._run.prepare((channels, height, width))
 
-    def stream(self, source: LatentClip) -> Iterator[Tensor]:
-        """Yields uint8 `[k, H, W, C]`, clips end to end."""
-        return decode_pieces(self._run, source.latents, scale=self._scale)
+    def stream(self, source: LatentClip, spent: Spent) -> Iterator[Tensor]:
+        """Yields uint8 `[k, H, W, C]`, clips end to end; the stages are `read`, `decode` and `copy`."""
+        return decode_pieces(self._run, source.latents, scale=self._scale, spent=spent)
 
 
 class _Held:
@@ -246,13 +247,14 @@ class EncodeClips:
             raise DataError(f"frames must be uint8 [n, {due}], got {frames.dtype} {list(frames.shape)}")
         parts = (frames[at : at + self._batch_size] for at in range(0, len(frames), self._batch_size))
         batches = (torch.from_numpy(np.array(part)).permute(0, 3, 1, 2).float() / 127.5 - 1 for part in parts)
-        return torch.cat(list(self._latents(batches, "a clip of the batch"))).numpy()
+        return torch.cat(list(self._latents(batches, "a clip of the batch", Spent()))).numpy()
 
-    def _latents(self, batches: Iterator[Tensor], said: Path | str) -> Iterator[Tensor]:
+    def _latents(self, batches: Iterator[Tensor], said: Path | str, spent: Spent) -> Iterator[Tensor]:
         done = 0
         with torch.inference_mode():
             for batch in batches:
-                latents = self._encoder(batch.to(self._where, self._precision)).float().cpu() / self._scale
+                with spent.on("encode"):
+                    latents = self._encoder(batch.to(self._where, self._precision)).float().cpu() / self._scale
                 check_encoded(latents, said, done, self._precision)
                 done += len(batch)
                 yield latents
@@ -261,8 +263,8 @@ class EncodeClips:
         """Returns the one clip of a video or array file; it is opened by `stream`."""
         return [FrameClip(path)]
 
-    def stream(self, source: FrameClip) -> Iterator[Tensor]:
-        """Yields float32 `[k, c, h, w]`; the next pictures are read while these are encoded.
+    def stream(self, source: FrameClip, spent: Spent) -> Iterator[Tensor]:
+        """Yields float32 `[k, c, h, w]`; the next pictures are read while these are encoded. The stage is `encode`.
 
         Raises:
             DataError: as `frame_batches`.
@@ -270,7 +272,7 @@ class EncodeClips:
         """
         read = partial(frame_batches, channels=self._channels, size=self._size, batch_size=self._batch_size)
         pictures = ahead(read(source.path, resize=self._resize), depth=2, name="owl-wms-read")
-        return self._latents(pictures, source.path)
+        return self._latents(pictures, source.path, spent)
 
 
 def _mapped(batch: Batch, column: str, result: str, compute: Any) -> Batch:

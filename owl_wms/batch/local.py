@@ -1,8 +1,8 @@
 """Hands blocks to worker processes of this machine, one per GPU, and replaces the ones that die.
 
 Why processes and not threads: a hanging library, a crash in native code or a CUDA error ends one worker, and the run
-goes on. A worker has one block in hand and one behind it, so that it never waits for the next one; a slow item delays
-the blocks behind it in its own worker only.
+goes on. While a worker computes one block, the next one lies in its pipe, however many are still being written, so
+that it never waits; a slow item delays the one block behind it.
 
 Usage:
     for outcome in run_local(job, blocks, devices=["cuda:0", "cuda:1"]): ...
@@ -29,16 +29,16 @@ from owl_wms.errors import BatchError, OwlError
 from owl_wms.files import one_line
 
 _CONTEXT: Any = multiprocessing.get_context("spawn")  # a forked process could not use a GPU of its parent
-_IN_HAND = 2
 _STARTS = 3  # workers that may end one after the other without having done anything
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
 
 class _Worker:
-    """One process, its pipe and the blocks that it has."""
+    """One process, its pipe and the blocks that it has, of which it has not begun the last `waiting` ones."""
 
     def __init__(self, job: Job, device: str | None, threads: int) -> None:
-        self.device, self.threads, self.blocks, self.ready = device, threads, deque[Block](), False
+        self.device, self.threads, self.blocks = device, threads, deque[Block]()
+        self.waiting, self.ready = 0, False
         self.pipe, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=_work, args=(job, device, threads, theirs, os.getpid()), daemon=True)
         self.process.start()
@@ -46,6 +46,7 @@ class _Worker:
 
     def give(self, block: Block) -> None:
         self.blocks.append(block)
+        self.waiting += 1
         with suppress(OSError):  # it has died, which its pipe reports
             self.pipe.send(block)
 
@@ -92,11 +93,12 @@ def run_local(job: Job, blocks: Iterator[Block], devices: list[str | None]) -> I
                 if isinstance(said, Exception):
                     raise said
                 worker.ready = True
-                if said is None:
+                if said is None:  # it has begun a block
+                    worker.waiting -= 1
+                    _fill(worker, blocks)
                     continue
                 if not said.key:
                     worker.blocks.popleft()
-                    _fill(worker, blocks)
                 yield said
     finally:
         for worker in workers:
@@ -104,10 +106,7 @@ def run_local(job: Job, blocks: Iterator[Block], devices: list[str | None]) -> I
 
 
 def _fill(worker: _Worker, blocks: Iterator[Block]) -> None:
-    while len(worker.blocks) < _IN_HAND:
-        block = next(blocks, None)
-        if block is None:
-            return
+    if not worker.waiting and (block := next(blocks, None)) is not None:
         worker.give(block)
 
 
@@ -129,8 +128,7 @@ def _work(job: Job, device: str | None, threads: int, pipe: Connection, parent: 
         torch.set_num_threads(min(torch.get_num_threads(), threads))
     try:
         worker = BlockWorker(job, device=device)
-        pipe.send(None)
-        for outcome in worker.run(_received(pipe)):
+        for outcome in worker.run(_received(pipe, worker)):
             pipe.send(outcome)
     except OwlError as error:
         pipe.send(error if isinstance(error, BatchError) else BatchError(one_line(error), out=job.out))
@@ -138,11 +136,13 @@ def _work(job: Job, device: str | None, threads: int, pipe: Connection, parent: 
         pass
 
 
-def _received(pipe: Connection) -> Iterator[Block | None]:
+def _received(pipe: Connection, worker: BlockWorker) -> Iterator[Block | None]:
     while True:
-        if not pipe.poll():
+        while worker.is_finishing and not pipe.poll():
             yield None
         try:
-            yield pipe.recv()
+            block = pipe.recv()
         except EOFError:
             return
+        pipe.send(None)
+        yield block

@@ -34,7 +34,7 @@ from owl_wms.files import one_line
 
 _log = logging.getLogger(__name__)
 _ROWS = 4096  # blocks that Ray sees at once
-_IN_HAND = 2  # blocks that an actor has, as a local worker
+_IN_HAND = 4  # blocks that an actor has: one is computed, one waits, and of short ones some are still being written
 _HOST_AND_PORT = re.compile(r"([\w.-]+):(\d+)")
 _CONNECT_SECONDS = 10.0
 _ENDS = "ends"  # state of an outcome that ends the run
@@ -43,8 +43,8 @@ _ENDS = "ends"  # state of an outcome that ends the run
 class _RayWorker:
     """A BlockWorker whose rows say where in the list a block stands.
 
-    Ray calls it for two blocks at once. The BlockWorker has a thread of its own and takes them one behind the other, so
-    that the GPU computes the second one while the last files of the first are hashed and put in place.
+    Ray calls it for several blocks at once. The BlockWorker has a thread of its own and takes them one behind the
+    other, so that the GPU computes the next one while the last files of the one before are hashed and put in place.
     """
 
     def __init__(self, job: Job, run: str) -> None:
@@ -91,7 +91,7 @@ class _RayWorker:
 
     def _work(self, worker: BlockWorker) -> None:
         try:
-            for outcome in worker.run(self._taken()):
+            for outcome in worker.run(self._taken(worker)):
                 asked = self._asked[outcome.block]
                 if outcome.key:
                     asked.outcomes.append(outcome)
@@ -106,9 +106,9 @@ class _RayWorker:
                 for asked in self._asked.values():
                     asked.ended.set_exception(error)
 
-    def _taken(self) -> Iterator[Block | None]:
+    def _taken(self, worker: BlockWorker) -> Iterator[Block | None]:
         while True:
-            if self._blocks.empty():
+            while worker.is_finishing and self._blocks.empty():
                 yield None
             yield self._blocks.get()
 

@@ -19,12 +19,21 @@ from owl_wms.errors import ConfigError, DataError
 from owl_wms.media.arrays import save_array
 from owl_wms.media.npy import NpyFile
 from owl_wms.media.sinks import open_sink
+from owl_wms.timing import Spent
 
 FRAME_FORMS = ("npy", "mp4", "tar", "parquet")
 LATENT_FORMS = ("pt", "npy", "safetensors")
 
 
-def write_frames(pieces: Iterator[Tensor], path: Path, form: str, *, shape: tuple[int, int], fps: float) -> int:
+def write_frames(
+    pieces: Iterator[Tensor],
+    path: Path,
+    form: str,
+    *,
+    shape: tuple[int, int],
+    fps: float,
+    spent: Spent | None = None,
+) -> int:
     """Writes uint8 [k, H, W, C] pieces and returns how many frames they had.
 
     Args:
@@ -34,6 +43,7 @@ def write_frames(pieces: Iterator[Tensor], path: Path, form: str, *, shape: tupl
             `parquet` with a row per frame: `frame`, `height`, `width`, `channels`, `data` (bytes).
         shape: (clips, frames of each).
         fps: of mp4.
+        spent: receives seconds of the stages `encode` and `write`; parquet's are not told apart from the rest.
 
     Raises:
         DataError: the file cannot be written, or fewer or more frames came than `shape` says.
@@ -44,7 +54,7 @@ def write_frames(pieces: Iterator[Tensor], path: Path, form: str, *, shape: tupl
     else:
         inner = path.with_suffix(".npy") if form == "tar" else path
         count = 0
-        with open_sink(inner, shape=shape, fps=fps) as sink:
+        with open_sink(inner, shape=shape, fps=fps, spent=spent) as sink:
             for piece in pieces:
                 sink.write(piece)
                 count += len(piece)

@@ -36,6 +36,7 @@ from owl_wms.batch.store import Store, digest_of, own_name, sync
 from owl_wms.errors import BatchError, OwlError
 from owl_wms.files import one_line, refused_with, unusable_name
 from owl_wms.runtime.ahead import ahead
+from owl_wms.timing import Spent
 
 Block = tuple[str, list[Item]]
 ATTEMPTS = 3  # workers that may end while they have the same item
@@ -89,38 +90,51 @@ class BlockWorker:
         self._staging = self._store.staging(own_name())
         self._store.remove_abandoned()
         self._watch = _Watch(job.time_limit)
+        self._finishing: deque[_Coming] = deque()
+
+    @property
+    def is_finishing(self) -> bool:
+        """Whether `run` has outcomes to come of items that are computed."""
+        return bool(self._finishing)
 
     def run(self, blocks: Iterable[Block | None]) -> Iterator[Outcome]:
         """Yields an outcome per item, and one without a key behind the last item of each block.
 
         Args:
-            blocks: None among them means that the next one may be long in coming: what is being finished is waited for.
+            blocks: None among them means that none is at hand: one item that is being finished is waited for instead.
+                While `is_finishing`, whatever gives out blocks must not wait for the next one, but yield None.
 
         Raises:
             BatchError: outputs cannot be stored.
         """
-        with ThreadPoolExecutor(_FINISHING, "owl-wms-finish") as pool:
+        # The end of a block waits for its items, which must not keep a thread from finishing one.
+        with ThreadPoolExecutor(_FINISHING, "owl-wms-finish") as pool, ThreadPoolExecutor(1, "owl-wms-end") as ends:
             try:
-                for outcome in self._ended(pool, blocks):
+                for outcome in self._ended(pool, ends, blocks):
                     yield outcome._replace(worker=self.name)
             finally:
                 pool.shutdown(cancel_futures=True)
                 shutil.rmtree(self._staging, ignore_errors=True)
 
-    def _ended(self, pool: ThreadPoolExecutor, blocks: Iterable[Block | None]) -> Iterator[Outcome]:
+    def _ended(
+        self, pool: ThreadPoolExecutor, ends: ThreadPoolExecutor, blocks: Iterable[Block | None]
+    ) -> Iterator[Outcome]:
         """Begins block after block, and yields outcomes in order."""
-        finishing: deque[Future[Outcome]] = deque()
+        finishing = self._finishing
+        finishing.clear()
         for block in blocks:
-            for future in self._begun(pool, *block) if block is not None else ():
-                finishing.append(future)
-                while finishing and (finishing[0].done() or len(finishing) > _FINISHING):
-                    yield finishing.popleft().result()
-            while block is None and finishing:
-                yield finishing.popleft().result()
+            for coming in self._begun(pool, ends, *block) if block is not None else ():
+                finishing.append(coming)
+                while finishing and (finishing[0].outcome.done() or sum(c.is_item for c in finishing) > _FINISHING):
+                    yield finishing.popleft().outcome.result()
+            if block is None and finishing:
+                yield finishing.popleft().outcome.result()
         while finishing:
-            yield finishing.popleft().result()
+            yield finishing.popleft().outcome.result()
 
-    def _begun(self, pool: ThreadPoolExecutor, name: str, items: list[Item]) -> Iterator[Future[Outcome]]:
+    def _begun(
+        self, pool: ThreadPoolExecutor, ends: ThreadPoolExecutor, name: str, items: list[Item]
+    ) -> Iterator[_Coming]:
         """Computes a block's items, and yields what finishes them."""
         with self._storing():
             part = Part(self._store, name)
@@ -130,7 +144,7 @@ class BlockWorker:
             if settled is None:
                 todo.append(item)
             else:
-                yield _finished(settled)
+                yield _Coming(_finished(settled), True)
         with (
             closing(ahead(self._opened(todo), depth=1, name="owl-wms-open"))
             if not part.earlier
@@ -142,9 +156,9 @@ class BlockWorker:
                     part.add("begin", key, worker=self.name)
                     if place == 0 or part.earlier:
                         part.upload()
-                began = time.perf_counter()
+                began, spent = time.perf_counter(), Spent()
                 try:
-                    with self._watch.on(part, key, item):
+                    with self._watch.on(part, key, item), spent.on("open"):
                         _, sources = next(opened)
                     if isinstance(sources, Exception):
                         raise sources
@@ -152,15 +166,15 @@ class BlockWorker:
                         if hasattr(self._clips, "prepare"):
                             self._clips.prepare(source)  # a build is not part of the item's time
                     with self._watch.on(part, key, item):
-                        outputs = self._computed(item, key, sources)
+                        outputs = self._computed(item, key, sources, spent)
                 except Exception as error:  # whatever a damaged file leads a library to raise is the item's own fault
                     self._raise_if_no_fault_of_the_item(error)
                     futures.append(pool.submit(self._failed, name, part, item, key, error))
                 else:
                     seconds = time.perf_counter() - began
-                    futures.append(pool.submit(self._finish, name, part, item, key, outputs, seconds))
-                yield futures[-1]
-        yield pool.submit(self._end, name, part, futures)
+                    futures.append(pool.submit(self._finish, name, part, item, key, outputs, seconds, spent))
+                yield _Coming(futures[-1], True)
+        yield _Coming(ends.submit(self._end, name, part, futures), False)
 
     def _settled(self, block: str, part: Part, item: Item) -> Outcome | None:
         """Returns the outcome that an earlier attempt at the block recorded, if there is one."""
@@ -204,7 +218,7 @@ class BlockWorker:
             return Path(item.url)
         return self._staging / f"{item.key(self._job.generation)}-input{Path(item.name).suffix.lower()}"
 
-    def _computed(self, item: Item, key: str, sources: list[Any]) -> list[tuple[Path, str, int]]:
+    def _computed(self, item: Item, key: str, sources: list[Any], spent: Spent) -> list[tuple[Path, str, int]]:
         """Writes the outputs of an item into the staging folder: path, final name and frames of each."""
         written = []
         for number, source in enumerate(sources):
@@ -215,24 +229,31 @@ class BlockWorker:
                 raise ValueError(f"{name!r} is no name for an output: a part of it {problem}")
             path = self._staging / f"{key}-{number}.{self._job.form}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pieces = self._clips.stream(source)
+            pieces = self._clips.stream(source, spent)
             if self._job.encodes:
                 frames = write_latents(pieces, path)
             else:
-                frames = write_frames(pieces, path, self._job.form, shape=source.shape, fps=self._job.fps)
+                frames = write_frames(pieces, path, self._job.form, shape=source.shape, fps=self._job.fps, spent=spent)
             written.append((path, name, frames))
         if len({name for _, name, _ in written}) != len(written):
             raise ValueError("two clips inside it have the same name")
         return written
 
     def _finish(
-        self, block: str, part: Part, item: Item, key: str, written: list[tuple[Path, str, int]], seconds: float
+        self,
+        block: str,
+        part: Part,
+        item: Item,
+        key: str,
+        written: list[tuple[Path, str, int]],
+        seconds: float,
+        spent: Spent,
     ) -> Outcome:
         with self._storing():
             outputs = []
             for path, name, frames in written:
-                sync(path)
-                with path.open("rb", buffering=0) as file:
+                with spent.on("hash"), path.open("rb", buffering=0) as file:
+                    sync(path)
                     digest = digest_of(file)
                 outputs.append({"name": name, "sha256": digest, "bytes": path.stat().st_size, "frames": frames})
             facts = {
@@ -244,7 +265,8 @@ class BlockWorker:
             part.add("placing", key, **facts)
             for path, name, _ in written:
                 self._store.place(path, name)
-            part.add("done", key, **facts)
+            stages = {stage: round(seconds, 4) for stage, seconds in spent.seconds.items()}
+            part.add("done", key, **facts, stages=stages)
         if "://" in item.url:
             self._remove_staged(key)
         return _outcome(block, {"event": "done", "key": key, **facts})
@@ -264,7 +286,7 @@ class BlockWorker:
             path.unlink(missing_ok=True)
 
     def _end(self, block: str, part: Part, futures: list[Future[Outcome]]) -> Outcome:
-        for future in futures:  # all were submitted before this, so none waits for the thread that this one holds
+        for future in futures:
             future.result()
         with self._storing():
             part.close()
@@ -309,6 +331,13 @@ def _outcome(block: str, line: Line) -> Outcome:
     size = sum(int(output["bytes"]) for output in line.get("outputs", ()))
     facts = (int(line.get("frames", 0)), float(line.get("seconds", 0)), size, str(line.get("reason", "")))
     return Outcome(block, line["key"], str(line.get("item", "")), line["event"], *facts)
+
+
+class _Coming(NamedTuple):
+    """An outcome that is in the making: of an item, or of a block's end."""
+
+    outcome: Future[Outcome]
+    is_item: bool
 
 
 def _finished(outcome: Outcome) -> Future[Outcome]:

@@ -16,6 +16,7 @@ import torch
 
 from owl_wms.batch import Job, prepare
 from owl_wms.errors import BatchError, DataError
+from owl_wms.timing import Spent
 
 
 class FakeSource(NamedTuple):
@@ -41,7 +42,7 @@ class FakeClips:
             raise DataError(f"{path}: is unreadable", path=path)
         return [FakeSource("", (1, 2), text)]
 
-    def stream(self, source: FakeSource) -> Iterator[torch.Tensor]:
+    def stream(self, source: FakeSource, spent: Spent) -> Iterator[torch.Tensor]:
         word, _, value = source.text.partition(":")
         if word == "bad":
             raise DataError("it is bad")

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from owl_wms.batch.items import LATENT_SUFFIXES, Item, cut, list_items
 from owl_wms.batch.ledger import run_name
 from owl_wms.batch.lock import held
 from owl_wms.batch.run import run, status, verify
+from owl_wms.batch.store import digest_of
 from owl_wms.batch.worker import Outcome
 from owl_wms.errors import BatchError, ConfigError, DataError
 from tests.batch.fake import fake_job, frames_of, make_inputs, outputs_of, parts
@@ -235,6 +237,25 @@ def test_two_runs_at_once_share_nothing_and_lose_nothing(tmp_path: Path) -> None
         assert outputs_of(job) == wanted
         done = [line["key"] for line in parts(job) if line["event"] == "done"]
         assert len(done) == len(set(done)) == 40
+
+
+def test_the_next_item_is_computed_while_the_files_of_several_blocks_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three blocks, [2, 1, 1]: no file of the first two is finished before the last item has begun."""
+    folder = make_inputs(tmp_path / "in", {f"{n}.pt": f"item {n}" for n in range(4)})
+    job, end = fake_job(tmp_path / "out"), time.monotonic() + 20
+
+    def late(file: Any) -> str:
+        while sum(line["event"] == "begin" for line in parts(job)) < 4 and time.monotonic() < end:
+            time.sleep(0.01)
+        return digest_of(file)
+
+    monkeypatch.setattr("owl_wms.batch.worker.digest_of", late)
+    assert len(go(job, folder)) == 4
+    assert time.monotonic() < end
+    (stages,) = {tuple(line["stages"]) for line in parts(job) if line["event"] == "done"}
+    assert stages == ("open", "write", "hash")
 
 
 def test_blocks_are_cut_by_bytes_and_become_smaller_at_the_end() -> None:
