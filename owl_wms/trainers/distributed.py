@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import gc
 import re
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +30,9 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _SPECIAL_STEPS = 0xFFFFFFF0
 """Slurm's step ids from here on (batch, interactive, extern) are of no srun; torchrun may start in them."""
 _TIMEOUT_SECONDS = 1800.0  # the other ranks wait while rank 0 compiles a decoder and decodes
+_SHARE = 0.9  # of that time: when it is over, PyTorch ends the process from C++, and nothing can be saved
+_PAUSE = 2e-5  # seconds between two looks at an event
+_limit: float | None = None  # of the group that `setup` made
 
 
 def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
@@ -68,6 +73,8 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
         backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, address, rank=rank, world_size=world_size, timeout=timeout)
+        global _limit
+        _limit = timeout_seconds
     return rank, local_rank, world_size
 
 
@@ -168,6 +175,31 @@ def barrier() -> None:
     """Wait for all ranks; nothing to wait for when alone."""
     if is_distributed():
         dist.barrier()
+
+
+def await_ranks(device: torch.device) -> None:
+    """Wait until the GPU has done what is enqueued, collectives with other ranks among it; a CPU has done it already.
+
+    Why not by reading a result: a collective of NCCL waits on the GPU for a rank that is gone, and whoever reads waits
+    with it until PyTorch ends the process. An event can be looked at without waiting, so the group is given up before.
+
+    Raises:
+        DistBackendError: another rank did not answer within nine tenths of the group's time limit. The group is gone,
+            and what was to be averaged over ranks is not to be used.
+    """
+    if device.type == "cuda" and _limit is not None and is_distributed():
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
+        _poll(done.query, _SHARE * _limit)
+
+
+def _poll(is_done: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not is_done():
+        if time.monotonic() > end:
+            dist.distributed_c10d._abort_process_group()
+            raise dist.DistBackendError(f"no answer in {seconds:g} s")
+        time.sleep(_PAUSE)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from owl_wms.trainers.distributed import is_distributed
+from owl_wms.trainers.distributed import await_ranks, is_distributed
 
 
 class Metrics:
@@ -42,6 +42,9 @@ class Metrics:
         """Return the means of all names, and whether any rank asked to stop; then forget everything.
 
         All ranks must have added the same names.
+
+        Raises:
+            DistError: another rank is gone.
         """
         names = sorted(self._sums)
         parts = [self._sums[name] / self._counts[name] for name in names]
@@ -51,6 +54,7 @@ class Metrics:
         if is_distributed():
             dist.all_reduce(packed)
             world = dist.get_world_size()
+            await_ranks(self._device)
         *means, stops = packed.tolist()
         self.forget()
         return {name: mean / world for name, mean in zip(names, means, strict=True)}, stops > 0

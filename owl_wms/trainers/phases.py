@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from owl_wms.data.loading import Batch
 from owl_wms.errors import TrainingError
-from owl_wms.trainers.distributed import is_distributed
+from owl_wms.trainers.distributed import await_ranks, is_distributed
 from owl_wms.trainers.guards import REMEDY
 from owl_wms.trainers.metrics import Metrics
 from owl_wms.trainers.optim.optimisers import Optimiser
@@ -87,6 +87,7 @@ class Phase:
 
         Raises:
             TrainingError: a gradient is NaN or infinite; nothing of this update was applied.
+            DistError: another rank is gone; nothing of this update was applied.
         """
         for _ in range(self.repeats):
             self.schedule(step)
@@ -103,6 +104,7 @@ class Phase:
                     metrics.add(name, value)
             given = [p for p in self.model.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
+            await_ranks(norm.device)
             if not torch.isfinite(norm):
                 raise TrainingError(
                     f"step {step + 1}: the gradient of the {self.name} is {float(norm)} ({metrics.shown()}), so it is "

@@ -6,6 +6,7 @@ Run: python -m pytest tests/trainers/test_failures.py
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import math
@@ -21,13 +22,14 @@ from safetensors.torch import save_file
 from owl_wms.configs import load_vae_config
 from owl_wms.errors import CheckpointError, ConfigError, DataError, FastPathError, TrainingError
 from owl_wms.models import get_model_cls
-from owl_wms.trainers import get_trainer_cls
+from owl_wms.trainers import distributed, get_trainer_cls
 from owl_wms.trainers.checkpoints import latest_checkpoint, load_checkpoint, load_core_weights
 from owl_wms.trainers.progress import Progress
 from owl_wms.trainers.run_log import RunLog
 from owl_wms.vae import read_state_dict
 from tests.trainers.helpers import FixedLoader, batch_for, config, write_table
 from tests.trainers.test_trainers import build
+from tests.trainers.test_whole_steps import assert_same
 
 
 def strict_lines(folder: Path) -> list[dict[str, object]]:
@@ -123,6 +125,35 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     ):
         trainer.train()
     assert latest_checkpoint(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize(("place", "kept"), [("phases", 2), ("metrics", 3)])
+def test_a_rank_that_does_not_answer_is_given_up(
+    place: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose event does not come: before the gradients are applied, or once they are."""
+    write_table(tmp_path)
+    cfg = config(tmp_path, "rft", max_steps=kept, checkpoint_dir=str(tmp_path / "whole"))
+    get_trainer_cls("rft")(cfg.train, None, cfg.model).train()
+    aborted: list[bool] = []
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_abort_process_group", lambda: aborted.append(True))
+    trainer = from_table(tmp_path, checkpoint_dir=str(tmp_path / "cut"))
+    looks = itertools.cycle([False, True])
+
+    def awaited(_device: torch.device) -> None:
+        distributed._poll(lambda: next(looks), 60)
+        if trainer.step == 2 + (place == "metrics"):
+            distributed._poll(lambda: False, 0.01)
+
+    if place == "metrics":
+        monkeypatch.setattr("owl_wms.trainers.metrics.is_distributed", lambda: True)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(f"owl_wms.trainers.{place}.await_ranks", awaited)
+    with pytest.raises(TrainingError, match=rf"^another rank ended after step {kept} \(no answer in 0.01 s\); see"):
+        trainer.train()
+    assert aborted == [True]
+    assert_same(*(load_checkpoint(tmp_path / run / f"step_{kept}.pt") for run in ("whole", "cut")))
 
 
 def test_the_log_is_json_whatever_it_is_told(tmp_path: Path) -> None:
