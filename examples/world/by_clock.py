@@ -44,7 +44,7 @@ from owl_wms.vae.eight_bits import packed, unpacked
 HERE = Path(__file__).resolve().parent
 DATA_SHARE, MEASURE_SHARE = 0.16, 0.115  # of the time; the rest is training
 SHEET_SECONDS = (0, 1, 5, 15, 30)
-SHEET_BYTES = 98_000
+SHEET_BYTES = 50_000
 
 
 def write_configuration(cfg: WorldConfig, out: Path) -> None:
@@ -66,7 +66,7 @@ def write_sheet(truth: Truth, frames: Tensor, path: Path) -> None:
         rows[f"{kind}: the game"] = to_bytes(truth.drawn[world, at, :3].float())
         rows[f"{kind}: the model"] = to_bytes(frames[world, at, :3].float())
     sheet = contact_sheet(rows, times=[f"{s / FPS:g} s" for s in steps], width=224)
-    for quality in (88, 80, 70, 55, 40):
+    for quality in (88, 80, 70, 55, 40, 25):
         sheet.save(path, quality=quality, method=6)
         if path.stat().st_size <= SHEET_BYTES:
             return
