@@ -30,7 +30,7 @@ from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.graph.shapes import fp32_copy
 from owl_wms.request import Request
 from tests.trt import build_child
-from tests.trt.build.test_parent import run
+from tests.trt.build.test_parent import converts, run
 
 FIRST, SECOND = "tensorrt", build_child.SECOND
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
@@ -223,6 +223,7 @@ def test_a_plan_that_overflows_leaves_the_report_whole(build: Any, tmp_path: Pat
     assert row["parity"]["relative_error"] is None
 
 
+@converts
 @pytest.mark.parametrize(
     ("fault", "stage"),
     [
