@@ -160,7 +160,9 @@ def ready(name: str, args: argparse.Namespace, side: Side, hidden: Hidden, tflop
     wanted = [each for each in known if not args.only or each in args.only]
     rows = {each: Row(decoder=name, batch=args.batch, candidate=each) for each in wanted}
     if HIDDEN in rows:
-        hidden.ask("new", name, args.batch, side.cache, str(side.device))
+        # A key says what is installed, not what can be imported: in one cache, each would find the other's program.
+        apart = None if side.cache is None else side.cache.with_name(f"{side.cache.name}_hidden")
+        hidden.ask("new", name, args.batch, apart, str(side.device))
         hidden.begin("add", HIDDEN)
     reference = fp32_reference(side.subject.make().to(side.device), side.inputs[0])
     frames: dict[str, Any] = {}
