@@ -231,7 +231,8 @@ def held(program: Any) -> list[Tensor]:
 def flips(decode: VideoDecode, latents: Tensor) -> bool:
     """Flips bits of the program's weights, prints what was found, and returns whether all was that had to be.
 
-    A flip must be found if it moves the compared frame by twice what the parity check allows, or makes it not finite.
+    A flip must be found if it moves the compared frame by twice what the parity check allows, or makes it not finite:
+    at once, or by the comparison that fp32 decides, which the benchmark asks for where the first one finds nothing.
     A flip that moves nothing must not be reported.
     """
     generation = decode._generation
@@ -267,14 +268,19 @@ def flips(decode: VideoDecode, latents: Tensor) -> bool:
         moved = rms(frames() - sound)
         before = noticed()
         timed(decode, latents, compares=True)
-        found = noticed() > before
+        found, when = noticed() > before, "found"
+        if not found:  # at the latest when fp32 decides again
+            for own in vars(decode._canary)["_own"].values():
+                own.left = 0
+            timed(decode, latents, compares=True)
+            found, when = noticed() > before, "found by fp32"
         bits ^= bit
         slot.accept(loaded)
         slot.failure, slot.failures = None, 0
         # Frames are bytes: one step of rounding for either frame.
         must = bool((~(moved <= 2 * (limit * size + 2 / 255))).all())
         kind = "moved much" if must else "moved nothing" if not moved.any() else "moved little"
-        counts[f"{kind}, {'found' if found else 'not found'}"] += 1
+        counts[f"{kind}, {when if found else 'not found'}"] += 1
         if not found:
             largest = max(largest, float((moved / size).nan_to_num(torch.inf).max()))
     told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
@@ -282,7 +288,7 @@ def flips(decode: VideoDecode, latents: Tensor) -> bool:
     console.print(f"largest relative change that was not found {largest:.2e}; parity allows {limit:.2e}")
     same = torch.equal(frames(), sound)
     console.print(f"with every bit as it was, the frames are those of before: {'yes' if same else 'NO'}")
-    bad = counts["moved much, not found"] + counts["moved nothing, found"]
+    bad = counts["moved much, not found"] + counts["moved nothing, found"] + counts["moved nothing, found by fp32"]
     return same and not bad and counts["moved much, found"] > 0
 
 

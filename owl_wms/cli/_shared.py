@@ -5,6 +5,7 @@ Why: three commands that answer "what decoded this, and why" must answer alike.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -117,8 +118,10 @@ def check_destination(path: Path, *suffixes: str, key: str = "") -> None:
         raise ConfigError(f"{said}: must end in {' or '.join(suffixes)}, got {path.suffix!r}", path=path, key=key)
     if os.path.isdir(path):
         raise ConfigError(f"{said}: is a folder", path=path, key=key)
-    if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
-        raise ConfigError(f"{said}: cannot be written", path=path, key=key)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError(f"{said}: cannot be written: a pipe, a socket or a device stands there", path=path, key=key)
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise ConfigError(f"{said}: cannot be written: {os.strerror(errno.EACCES)}", path=path, key=key)
     # Also where the file exists: a new one is made beside it and takes its place at the end.
     _try_to_write_below(said, Path(os.path.realpath(path)).parent)
 
