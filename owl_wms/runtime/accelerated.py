@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.runtime import recording
@@ -160,9 +163,12 @@ class AcceleratedDecoder(nn.Module):
         )
 
     @uncompiled
-    def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Decode latents; whatever else the wrapped decoder takes is handed to it."""
-        reason = "further arguments" if args or kwargs else why_pytorch(self._original, z)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Decode latents, the only argument; whatever else the wrapped decoder takes is handed to it."""
+        if not args and len(kwargs) == 1:
+            args, kwargs = self._positional(kwargs)
+        z: Any = args[0] if len(args) == 1 and not kwargs else None
+        reason = "further arguments" if z is None else why_pytorch(self._original, z)
         if not reason:
             cast = torch.is_autocast_enabled("cuda" if z.is_cuda else "cpu")
             dtypes = (torch.get_autocast_dtype(z.device.type), z.dtype) if cast else None
@@ -182,7 +188,7 @@ class AcceleratedDecoder(nn.Module):
                 return result
         self._state.pytorch[reason] += 1
         try:
-            return self._original.forward(z, *args, **kwargs)
+            return self._original.forward(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:
             tiled = reason == "no program" and is_sana_decoder(self._original) and not altered(self._state.twin)
             if not tiled or not is_out_of_memory(error):
@@ -191,6 +197,11 @@ class AcceleratedDecoder(nn.Module):
         release_memory(z.device)
         self._state.pytorch["in tiles: the whole picture did not fit into memory"] += 1
         return self._in_tiles(z)
+
+    def _positional(self, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns latents that were given by the wrapped decoder's name for them as a positional argument."""
+        name = next(iter(inspect.signature(self._original.forward).parameters), None)
+        return ((kwargs[name],), {}) if name in kwargs else ((), kwargs)
 
     # ---- which way
 
@@ -267,6 +278,10 @@ class AcceleratedDecoder(nn.Module):
             setattr(self._original, name, value)
             vars(self)["_state"] = self._begin(self._original, self._options)  # programs were made with the old value
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Returns a plain decoder, which DataParallel gives weights on another GPU; the programs are of this one's."""
+        return self._original._replicate_for_data_parallel()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         moved = [(decode, before) for decode in self._state.decodes.values() if (before := decode.weights())]
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -316,13 +331,22 @@ def why_pytorch(original: nn.Module, z: Any, dims: int = 4) -> str:
         return "neither on a GPU nor on the CPU"
     if original.training:
         return "train mode"
+    if "forward" in vars(original):  # the wrapper would not see what was put there later
+        return "the decoder's forward was replaced"
     if torch.is_grad_enabled() and (z.requires_grad or any(p.requires_grad for p in original.parameters())):
         return "gradients are wanted (decode under torch.no_grad() otherwise)"
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return "a dispatch mode or function transform"
+    if torch._C._len_torch_function_stack() and not all(map(_only_places, _get_current_function_mode_stack())):
+        return "a function mode"
     if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return "differentiated forwards or traced"
     return "a CUDA graph is recorded" if recording.underway() else ""
+
+
+def _only_places(mode: Any) -> bool:
+    """Returns whether a function mode only says where new tensors are made, as `with torch.device(...)` does."""
+    return isinstance(mode, DeviceContext)
 
 
 def altered(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from owl_wms.runtime.decode import VideoDecode
 from owl_wms.runtime.decoding import count_failure, count_run_failure, run_failure
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.slot import Slot, all_finite
+from owl_wms.runtime.stamp import unseen
 
 _TRAINING = operator.itemgetter("training")
 _Place: TypeAlias = tuple[torch.device, tuple[int, ...]]
@@ -133,7 +134,7 @@ class ImageDecode(VideoDecode):
         tensors = (*self.decoder.parameters(), *self.decoder.buffers())
         if any(tensor.device != device for tensor in tensors):  # some offloading leaves weights elsewhere, or nowhere
             return None
-        if any(module.training for module in self.decoder.modules()):
+        if any(module.training for module in self.decoder.modules()) or unseen(self.decoder) is not None:
             return None
         generation = self._current()
         slot = self._slot(generation, one, device)

@@ -43,6 +43,7 @@ _GLOBAL_HOOKS: tuple[Mapping[Any, Any], ...] = (
 # parts.
 _LEAVES = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.LeakyReLU, nn.SiLU, nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Identity)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, parametrize.ParametrizationList)
+_VISIBLE = (Tensor, nn.Parameter)
 _PLAIN = frozenset((*_LEAVES, *_CONTAINERS, parametrizations._WeightNorm))
 
 
@@ -119,6 +120,9 @@ class WeightsStamp:
         self._holders = [held for module in modules for held in (module._parameters, module._buffers) if held]
         # A scripted module has its tables in C++ instead.
         self._foreign = [held for held in self._holders if not isinstance(held, dict)]
+        self._blind = unseen(decoder) is not None
+        if self._blind:
+            return
         values = self._values()
         self._ids = list(map(id, values))
         # Takes the tensors out of the values, of which an absent bias is None.
@@ -158,7 +162,12 @@ class WeightsStamp:
         self._additions = self._close_look()
 
     def matches(self, decoder: nn.Module) -> bool:
-        """Returns whether `decoder`, the one that the stamp was made of, still computes with the same."""
+        """Returns whether `decoder`, the one that the stamp was made of, still computes with the same.
+
+        Always False if it has weights whose changes do not show (`unseen`).
+        """
+        if self._blind:
+            return False
         if self._children != self._children_then or any(self._empty):
             return False
         if list(map(_training, self._mode_of)) != self._modes or list(map(type, self._parts)) != self._types:
@@ -243,11 +252,23 @@ def _is_plain(module: nn.Module) -> bool:
     return parametrize.type_before_parametrizations(module) in _PLAIN
 
 
+def unseen(decoder: nn.Module) -> str | None:
+    """Returns the name and class of a weight that is no plain tensor, or None.
+
+    Quantised, sharded and distributed weights are tensors around other tensors, which may be written by themselves.
+    """
+    named = chain(decoder.named_parameters(), decoder.named_buffers())
+    return next((f"{name} ({type(held).__name__})" for name, held in named if type(held) not in _VISIBLE), None)
+
+
 def hindrance(decoder: nn.Module) -> str | None:
     """Returns why no compiled program may stand for `decoder` as it is, or None.
 
     A program calls no hooks that belong to all modules, and it was compared with a decoder in one mode.
     """
+    name = unseen(decoder)
+    if name is not None:
+        return f"its weight {name} is no plain tensor, and changes of it do not show"
     if hooks_for_all():
         return "forward hooks for all modules are registered, which a compiled program does not call"
     for kind in dict.fromkeys(type(module) for module in decoder.modules()):

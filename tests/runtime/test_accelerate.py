@@ -6,8 +6,10 @@ Run: python -m pytest tests/runtime/test_accelerate.py
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import pickle
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,16 +18,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import owl_wms
 from owl_wms.errors import ConfigError, FastPathError
-from owl_wms.runtime import batches
+from owl_wms.runtime import VideoDecode, batches
 from owl_wms.runtime.accelerated import MAX_PROGRAMS, AcceleratedDecoder
+from owl_wms.runtime.stamp import WeightsStamp
 from owl_wms.trt.graph.recording import require_unaltered
 from owl_wms.vae.tiles import decode_in_tiles
 from tests.runtime.sana import LATENTS, autoencoder
-from tests.runtime.toolchains import ExportToolchain
+from tests.runtime.toolchains import ExportToolchain, settings
 
 pytest.importorskip("diffusers")
 
@@ -174,6 +178,104 @@ def test_modes_and_transforms_are_pytorchs(fast: AcceleratedDecoder, original: n
     assert who(fast, z) == "program"
 
 
+class _Doubled(TorchFunctionMode):
+    """Somebody's own convolution, as simulated quantisation and profilers put in."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return result * 2 if function in (torch.conv2d, nn.functional.conv2d) else result
+
+
+@torch.no_grad()
+def test_function_modes_are_pytorchs_unless_they_only_place_tensors(fast: AcceleratedDecoder) -> None:
+    z = latents()
+    with _Doubled():
+        assert who(fast, z) == "pytorch"
+    with torch.device("cpu"):
+        assert who(fast, z) == "program"
+    assert fast.stats().pytorch == {"a function mode": 1}
+
+
+@torch.no_grad()
+def test_latents_by_name(fast: AcceleratedDecoder, original: nn.Module) -> None:
+    z = latents()
+    torch.testing.assert_close(fast(hidden_states=z), fast(z))
+    assert fast.stats().program_calls == 2
+    for decode in (fast, original):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'x'"):
+            decode(x=z)
+        with pytest.raises(TypeError, match="missing 1 required"):
+            decode()
+
+
+@torch.no_grad()
+def test_a_forward_put_onto_the_wrapped_decoder_later(fast: AcceleratedDecoder, original: nn.Module) -> None:
+    """As libraries do that hold the decoder itself, to move its weights or to count."""
+    z, forward = latents(), original.forward
+    assert who(fast, z) == "program"
+    original.forward = lambda x: forward(x) + 1  # type: ignore[method-assign]
+    assert who(fast, z) == "pytorch"
+    del original.forward
+    assert who(fast, z) == "program"
+
+
+@torch.no_grad()
+def test_replicas_of_data_parallel_have_their_own_weights(
+    fast: AcceleratedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two GPUs of a pretended machine; the second gets weights of twice the value, to tell them apart."""
+    z = latents()
+    assert who(fast, z) == "program"
+    monkeypatch.setattr(
+        sys.modules["torch.nn.parallel.replicate"],
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach: [[tensor * (1 + place) for tensor in tensors] for place in range(2)],
+    )
+    first, second = torch.nn.parallel.replicate(fast, [0, 1], detach=True)  # type: ignore[arg-type]
+    doubled = copy.deepcopy(fast.original)
+    for tensor in (*doubled.parameters(), *doubled.buffers()):
+        tensor.mul_(2)
+    assert torch.equal(first(z), fast.original(z))
+    assert torch.equal(second(z), doubled(z))
+
+
+class _Quantised(Tensor):
+    """A weight around two others, as quantising libraries make them; those are what is written."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, step: Tensor) -> _Quantised:
+        made: _Quantised = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=step.dtype)  # type: ignore[attr-defined]
+        return made
+
+    def __init__(self, codes: Tensor, step: Tensor) -> None:
+        self.codes, self.step = codes, step
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].step)
+        return function(*(arg.codes * arg.step if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_weights_that_are_no_plain_tensors_are_pytorchs(
+    fast: AcceleratedDecoder, tools: Offset, tmp_path: Path
+) -> None:
+    z = latents()
+    assert who(fast, z) == "program"
+    conv: Any = fast.original.conv_in
+    step = conv.weight.abs().max() / 127
+    conv.weight = nn.Parameter(_Quantised((conv.weight / step).round().to(torch.int8), step), requires_grad=False)
+    assert who(fast, z) == "pytorch"
+    conv.weight.codes.mul_(-1)
+    assert who(fast, z) == "pytorch"
+    decode = VideoDecode(fast.original, batch_size=1, settings=settings(tmp_path), toolchain=tools)
+    for _ in range(2):
+        torch.testing.assert_close(decode(z[None])[0].float(), fast.original(z), rtol=0, atol=2e-2)
+        conv.weight.codes.mul_(-1)
+    assert "no plain tensor" in decode.stats().programs[0]["reason"]
+
+
 @torch.no_grad()
 def test_other_dtypes_are_refused_or_cast_as_pytorch_does(fast: AcceleratedDecoder, original: nn.Module) -> None:
     who(fast, latents())
@@ -213,6 +315,7 @@ def test_autocast_decides_the_dtype(fast: AcceleratedDecoder) -> None:
         lambda d: setattr(d, "conv_in", nn.Conv2d(LATENTS, 8, 3, padding=1)),
         lambda d: d.load_state_dict({k: v + 0.1 for k, v in d.state_dict().items()}),
         lambda d: setattr(d, "in_shortcut", False),
+        lambda d: _fused_step(d.conv_in.weight),
         lambda d: d.up_blocks[0].register_forward_hook(lambda module, args, out: out + 1),
     ],
 )
@@ -227,6 +330,14 @@ def test_weights_that_change_under_it(fast: AcceleratedDecoder, change: Any, thr
     assert not torch.allclose(fast.original(z), before, atol=1e-3)
     who(fast, z)  # raises if the frames are those of the old weights
     who(fast, z)
+
+
+def _fused_step(weight: nn.Parameter) -> None:
+    """A step of an optimiser that writes the weight without raising its version."""
+    weight.grad, version = torch.ones_like(weight), weight._version
+    torch.optim.AdamW([weight], lr=0.5, fused=True).step()
+    weight.grad = None
+    assert weight._version == version
 
 
 @torch.no_grad()
@@ -253,6 +364,74 @@ def test_a_change_while_the_program_runs(fast: AcceleratedDecoder, tools: Offset
     assert fast.stats().programs[1].failures == {}
     fast.eval()
     assert who(fast, z) == "program"
+
+
+class _Looked:
+    """Stands for the scalar on the GPU that says whether the frames are finite."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def __bool__(self) -> bool:
+        self.events.append("waited")
+        return True
+
+
+@torch.no_grad()
+def test_the_order_of_events(original: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program is launched first and the weights are compared before anything waits for the GPU; frames that they
+    do not fit are never waited for."""
+    events: list[str] = []
+    matches = WeightsStamp.matches
+
+    def compare(stamp: WeightsStamp, decoder: nn.Module) -> bool:
+        same = matches(stamp, decoder)
+        events.append("same" if same else "changed")
+        return same
+
+    tools = Offset(precision="fp16")  # looks at the frames of every call
+    fast: Any = owl_wms.accelerate(original, cache_dir=tmp_path, toolchain=tools)
+    z = latents()
+    assert who(fast, z) == "program"
+    tools.damage = lambda frames: (events.append("launched"), frames + Offset.BY_PROGRAM)[1]
+    monkeypatch.setattr(WeightsStamp, "matches", compare)
+    monkeypatch.setattr("owl_wms.runtime.images.all_finite", lambda frames: _Looked(events))
+    assert who(fast, z) == "program"
+    assert events == ["launched", "same", "waited"]
+    events.clear()
+    _fused_step(original.conv_in.weight)  # type: ignore[union-attr,arg-type]
+    assert who(fast, z) == "program"
+    assert events[:2] == ["launched", "changed"]
+    assert events[-3:] == ["launched", "same", "waited"]
+    assert events.count("waited") == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("graphed", [True, False])
+def test_frames_are_copied_once(fast: AcceleratedDecoder, graphed: bool) -> None:
+    """Those of a CUDA graph are a copy already, and those of another program may be its buffer."""
+
+    class Program:
+        def __init__(self) -> None:
+            self.graphed = graphed
+            self.frames: Tensor | None = None
+
+        def __call__(self, z: Tensor) -> Tensor:
+            self.frames = torch.zeros(len(z), 3, 8, 8) if graphed or self.frames is None else self.frames.add_(1)
+            return self.frames
+
+    assert who(fast, latents(2)) == "program"
+    slot = next(iter(fast._state.decodes[2]._lanes.values()))[1]
+    assert slot.loaded is not None
+    program = Program()
+    slot.loaded = dataclasses.replace(slot.loaded, program=program)
+    first, second = fast(latents(2)), fast(latents(2))
+    assert (second is program.frames) is graphed
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, torch.zeros(2, 3, 8, 8))
+    part = fast._state.decode(2).images(latents(1), torch.float32)
+    assert part is not None
+    assert part.untyped_storage().nbytes() == part.nbytes, "the frames of the padding stay in memory"
 
 
 @torch.no_grad()
