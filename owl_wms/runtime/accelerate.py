@@ -65,7 +65,8 @@ def accelerate(
         toolchain: what builds programs; None means TensorRT.
 
     Returns:
-        The wrapped decoder, or `module` itself. Something unknown is returned as it is, with one warning.
+        The wrapped decoder, or `module` itself. Something unknown is returned as it is, with one warning. What was
+        accelerated before is wrapped anew if the arguments are other ones.
 
     Raises:
         ConfigError: a batch size below 1, or a setting out of range.
@@ -83,7 +84,7 @@ def accelerate(
     )
     if isinstance(module, nn.Module):
         if isinstance(module, AcceleratedDecoder):
-            return module
+            return _again(module, options)  # type: ignore[return-value]
         inner = unwrap(module)
         if is_known(inner):
             return _wrapped(inner, options)  # type: ignore[return-value]
@@ -94,10 +95,14 @@ def accelerate(
             holder.decoder = _wrapped(decoder, options)
             replaced.append(f"{name}{type(decoder).__name__}")
         elif isinstance(decoder, AcceleratedDecoder):
+            holder.decoder = _again(decoder, options)
             replaced.append(f"{name}{type(decoder.original).__name__} (before)")
     for name, part in _parts(module):
         for inside, video in part.named_modules():
-            if isinstance(vars(video).get(METHOD), AcceleratedVideo):
+            before = vars(video).get(METHOD)
+            if isinstance(before, AcceleratedVideo):
+                if before.options != options:
+                    vars(video)[METHOD] = AcceleratedVideo(video, options)
                 replaced.append(f"{_joined(name, inside, METHOD)} (before)")
             elif has_layout(video) and (within := decoder_within(video)) is not None and gives_same_frames(video):
                 vars(video)[METHOD] = AcceleratedVideo(video, options, within)
@@ -118,6 +123,11 @@ def is_known(module: Any) -> bool:
 
 def _wrapped(decoder: nn.Module, options: Options) -> AcceleratedDecoder:
     return (AcceleratedStream if isinstance(decoder, TAEHVDecoder) else AcceleratedDecoder)(decoder, options)
+
+
+def _again(decoder: AcceleratedDecoder, options: Options) -> AcceleratedDecoder:
+    """Returns the decoder as it is, or wrapped anew if other options were given this time."""
+    return decoder if decoder._options == options else _wrapped(decoder.original, options)
 
 
 def _parts(module: Any) -> Iterator[tuple[str, nn.Module]]:

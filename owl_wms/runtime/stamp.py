@@ -14,6 +14,7 @@ Usage:
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from gc import get_referents
@@ -253,12 +254,26 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def unseen(decoder: nn.Module) -> str | None:
-    """Returns the name and class of a weight that is no plain tensor, or None.
+    """Returns why changes of the decoder's weights do not show, or None.
 
-    Quantised, sharded and distributed weights are tensors around other tensors, which may be written by themselves.
+    Quantised and distributed weights are tensors around other tensors, which may be written by themselves. FSDP gathers
+    weights before each forward, into memory that it uses again, and keeps their versions.
     """
     named = chain(decoder.named_parameters(), decoder.named_buffers())
-    return next((f"{name} ({type(held).__name__})" for name, held in named if type(held) not in _VISIBLE), None)
+    odd = next((f"{name} ({type(held).__name__})" for name, held in named if type(held) not in _VISIBLE), None)
+    if odd is not None:
+        return f"its weight {odd} is no plain tensor"
+    return "its weights are sharded by FSDP" if _sharded().intersection(map(id, decoder.modules())) else None
+
+
+def _sharded() -> set[int]:
+    """Returns the identities of the modules whose weights `fully_shard` manages."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    states: Any = sys.modules.get("torch.distributed._composable_state")
+    if fsdp is None or states is None:
+        return set()
+    roots = [module for module in states._module_state_mapping if isinstance(module, fsdp.FSDPModule)]
+    return {id(part) for root in roots for part in root.modules()}
 
 
 def hindrance(decoder: nn.Module) -> str | None:
@@ -266,9 +281,9 @@ def hindrance(decoder: nn.Module) -> str | None:
 
     A program calls no hooks that belong to all modules, and it was compared with a decoder in one mode.
     """
-    name = unseen(decoder)
-    if name is not None:
-        return f"its weight {name} is no plain tensor, and changes of it do not show"
+    why = unseen(decoder)
+    if why is not None:
+        return f"{why}, so that changes would not show"
     if hooks_for_all():
         return "forward hooks for all modules are registered, which a compiled program does not call"
     for kind in dict.fromkeys(type(module) for module in decoder.modules()):

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -274,6 +276,41 @@ def test_weights_that_are_no_plain_tensors_are_pytorchs(
         torch.testing.assert_close(decode(z[None])[0].float(), fast.original(z), rtol=0, atol=2e-2)
         conv.weight.codes.mul_(-1)
     assert "no plain tensor" in decode.stats().programs[0]["reason"]
+
+
+@torch.no_grad()
+def test_weights_sharded_after_a_program_was_made(fast: AcceleratedDecoder) -> None:
+    """FSDP writes gathered weights into the same memory before each forward, without a new version of them."""
+    z, plain = latents(), copy.deepcopy(fast.original)
+    assert who(fast, z) == "program"
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(fast, mesh=init_device_mesh("cpu", (1,)))
+        assert torch.equal(fast(z), plain(z))
+        fast.reshard()  # type: ignore[operator]
+        for decoder in (fast, plain):
+            decoder.conv_in.weight.add_(0.5)  # type: ignore[union-attr,operator]
+        assert torch.equal(fast(z), plain(z))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert fast.stats().program_calls == 1
+
+
+def test_other_arguments_replace_the_earlier_ones(fast: AcceleratedDecoder, tmp_path: Path, tools: Offset) -> None:
+    given: Any = {"cache_dir": tmp_path / "cache", "toolchain": tools}
+    assert owl_wms.accelerate(fast, **given) is fast
+    other: Any = owl_wms.accelerate(fast, **given, precision="fp32")
+    assert other is not fast
+    assert other.original is fast.original
+    vae = autoencoder()
+    vae.decoder = fast
+    owl_wms.accelerate(vae, **given)
+    assert vae.decoder is fast
+    owl_wms.accelerate(vae, **given, strict=True)
+    with torch.no_grad():
+        assert who(vae.decoder, latents()) == "program"
+    assert vae.decoder._options.strict
+    assert vae.decoder.original is fast.original
 
 
 @torch.no_grad()
