@@ -215,7 +215,7 @@ def test_without_nccl_ranks_meet_by_gloo(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 WITHOUT_POSIX = """
-import os, sys
+import os, shutil, sys
 import numpy, torch, aiohttp, fsspec, platformdirs.unix  # which look at the system themselves
 for name in ("fcntl", "grp", "pwd", "resource", "termios", "triton"):
     sys.modules[name] = None
@@ -223,6 +223,7 @@ for name in ("O_CLOEXEC", "O_DIRECTORY", "O_NOCTTY", "O_NOFOLLOW", "O_NONBLOCK",
              "getuid", "killpg", "pread", "preadv", "register_at_fork", "statvfs", "uname"):
     delattr(os, name)
 os.supports_dir_fd = set()
+shutil._use_fd_functions = False  # decided when it was imported, by what the system has
 from pathlib import Path
 from owl_wms import cache, env, files
 from owl_wms.inference import limits

@@ -31,12 +31,19 @@ from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
 OFF = TensorRTConfig(enabled=False)
 
 
+_others: set[threading.Thread] = set()
+"""Threads of earlier tests' workers, which live as long as their process does."""
+
+
 def threads() -> set[str]:
-    return {thread.name for thread in threading.enumerate() if thread.name.startswith("owl-wms-")}
+    """Names of our threads that this test began."""
+    return {at.name for at in threading.enumerate() if at.name.startswith("owl-wms-") and at not in _others}
 
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
+    _others.clear()
+    _others.update(threading.enumerate())
     yield
     assert threads() == set()
 
