@@ -31,7 +31,7 @@ from benchmarks import baselines, harness
 from benchmarks.accuracy import accuracy
 from benchmarks.decoder import INPUTS, MAX_ERROR_OVER_EAGER, Row, capability, finish_rows, fp32_reference, show
 from benchmarks.decoders import gigaflop, subject
-from benchmarks.ours import build_older, build_ours
+from benchmarks.ours import build_graph, build_ours
 
 OPS = "ours bf16 ops"
 HIDDEN = f"{OPS}, Torch-TensorRT hidden"
@@ -62,7 +62,7 @@ class Side:
                 self.subject.make(), self.shape, "bf16", PLANS[candidate], self.cache, device=str(self.device)
             )
         elif candidate.startswith("ours bf16 as "):
-            run, extra = build_older(self.subject.make(), self.shape, capability(candidate.split()[-1]))
+            run, extra = build_graph(self.subject.make(), self.shape, "bf16", capability(candidate.split()[-1]))
         else:
             run, _ = baselines.candidates(self.subject.make().to(self.device), 0)[candidate]()
         with torch.no_grad():
