@@ -52,6 +52,7 @@ _PLAINLY = (
     ),
     (r"but found another document", "a configuration is a single document: `---` begins another one"),
 )
+_OLD_BREAK = re.compile("[\x85\u2028\u2029]")  # ends a line in YAML 1.1 alone
 _WIDEST = 1 << 63  # a whole number beyond 64 bits is no setting, and fails far from its file
 
 
@@ -165,6 +166,11 @@ def parse_yaml(text: str) -> Any:
         YamlError: not YAML, a repeated key, a value that YAML 1.1 and 1.2 read differently, a tag of no plain value, or
             nesting beyond `MAX_DEPTH`.
     """
+    broken = _OLD_BREAK.search(text)
+    if broken is not None:
+        line, code = text.count("\n", 0, broken.start()) + 1, ord(broken[0])
+        ends = "ends a line for some readers and not for others"
+        raise YamlError(f"line {line}: U+{code:04X} {ends}: write it in double quotes, as \\u{code:04x}")
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError as error:

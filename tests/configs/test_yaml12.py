@@ -38,6 +38,9 @@ REFUSED = {
     "a: *b\n": "^line 1: found undefined", "a:\n  b: 1\n c: 2": "^line 3: the indentation",
     "a: b: c": "^line 1: no colon can stand here", "a: - b": "a dash can",
     "a: 1\nb\n": "^line 3: a colon is missing since line 2", "a: 1\nb: \x07": r"^line 2: the control character U\+0007",
+    "a: 1\nb: x\u2028y": r"^line 2: U\+2028 ends a line for .* as \\u2028$",
+    "a: 1 # c\x85b: 2": "^line 1: .* as .u0085$",
+    'a: "x\u2029y"': r"^line 1: U\+2029",
 }  # fmt: skip
 
 
@@ -59,6 +62,10 @@ def test_refusals_are_one_line(text: str) -> None:
 def test_texts_of_json_are_texts(text: str) -> None:
     """With escapes, of which a character beyond 16 bits has two, and without."""
     assert parse_yaml(json.dumps({"a": text})) == parse_yaml(json.dumps({"a": text}, ensure_ascii=False)) == {"a": text}
+
+
+def test_a_break_of_yaml_11_can_be_written_as_the_message_says() -> None:
+    assert parse_yaml('a: "x\\u2028y\\u0085"') == {"a": "x\u2028y\x85"}
 
 
 def test_merges() -> None:
