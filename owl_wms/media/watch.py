@@ -29,6 +29,13 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 _FORMATS = {"mov", "mp4", "matroska", "webm", "avi"}  # as FFmpeg calls what `VIDEO_SUFFIXES` hold
 # ITU-T H.273: matrix, primaries and transfer of BT.709; 2 is "unspecified", 3 reserved; transfers of PQ and HLG.
 BT709, _UNSAID, _HDR = 1, (2, 3), (16, 18)
+_OTHER_TRANSFERS = (8, 9, 10, 17)  # linear, two logarithmic ones, that of cinemas (SMPTE ST 428-1)
+_OTHER_PRIMARIES = (
+    9,
+    10,
+    11,
+    12,
+)  # BT.2020, XYZ, two of P3; the others lie so near to BT.709 that players take them for it
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 LIMITED = 1  # FFmpeg's AVCOL_RANGE_MPEG
 _LARGE = 720  # lines from which players take an untagged clip for BT.709
@@ -87,7 +94,7 @@ def read_video(path: Path | str) -> Iterator[Tensor]:
 
     Raises:
         DataError: no such file, not a video, or it breaks off; a damaged frame, a turn by other than quarters, HDR,
-            more than `MAX_PIXELS`. `index` is then the frame.
+            colours that are coded for another screen, more than `MAX_PIXELS`. `index` is then the frame.
     """
     path = at_home(path)
     av = pyav(path)
@@ -173,6 +180,9 @@ def _as_shown(av: ModuleType, frame: Any, aspect: Fraction | None) -> np.ndarray
         raise ValueError("the frame is damaged")
     if int(frame.color_trc) in _HDR:
         raise ValueError("it is HDR (PQ or HLG); convert it to SDR first, which needs a choice of brightness")
+    if int(frame.color_trc) in _OTHER_TRANSFERS or int(frame.color_primaries) in _OTHER_PRIMARIES:
+        coded = f"primaries {int(frame.color_primaries)}, transfer {int(frame.color_trc)}"
+        raise ValueError(f"its colours are those of another screen ({coded} of H.273); convert it to BT.709 first")
     spaces = av.video.reformatter.Colorspace
     untagged = int(frame.colorspace) in _UNSAID
     known = {"src_colorspace": spaces.ITU709 if frame.height >= _LARGE else spaces.ITU601} if untagged else {}

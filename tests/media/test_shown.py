@@ -168,6 +168,23 @@ def encoded(path: Path, picture: np.ndarray, *, aspect: Fraction | None = None, 
         container.mux(stream.encode())
 
 
+@pytest.mark.parametrize(
+    ("primaries", "transfer"), [(9, 14), (9, 1), (10, 1), (11, 17), (12, 13), (1, 8), (1, 9), (1, 10)]
+)
+def test_colours_of_other_screens_are_refused(tmp_path: Path, primaries: int, transfer: int) -> None:
+    encoded(tmp_path / "x.mp4", np.zeros((32, 64, 3), np.uint8), color_primaries=primaries, color_trc=transfer)
+    with pytest.raises(
+        DataError, match=rf"primaries {primaries}, transfer {transfer} of H\.273\); convert it to BT.709"
+    ):
+        next(read_video(tmp_path / "x.mp4"))
+
+
+@pytest.mark.parametrize("primaries", [2, 4, 5, 6, 7])
+def test_colours_of_older_screens_are_read(tmp_path: Path, primaries: int) -> None:
+    encoded(tmp_path / "x.mp4", np.full((64, 64, 3), 90, np.uint8), color_primaries=primaries, color_trc=6)
+    assert abs(float(next(read_video(tmp_path / "x.mp4")).float().mean()) - 90) < 3
+
+
 @pytest.mark.parametrize("lines", [64, 720])
 @pytest.mark.parametrize("tags", [{}, {"colorspace": 1}, {"colorspace": 5}, {"colorspace": 6}])
 def test_colours_by_tag_or_as_players_suppose(tmp_path: Path, lines: int, tags: dict[str, int]) -> None:
