@@ -48,7 +48,7 @@ def request_log() -> logging.Logger:
 
 def _is_ours(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, HttpProcessingError)
+    return not isinstance(error, (HttpProcessingError, web.RequestPayloadError))  # the head, or a body, is none
 
 
 def most_connections() -> int:

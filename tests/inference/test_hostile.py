@@ -137,3 +137,22 @@ def test_what_is_no_http_leaves_no_traceback_and_no_token_in_the_log(caplog: pyt
     asyncio.run(asyncio.wait_for(test(), 20))
     assert "Traceback" not in caplog.text
     assert TOKEN not in caplog.text
+
+
+def test_a_damaged_body_leaves_no_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with serve() as (_client, address, _made):
+            for body in (
+                "Content-Encoding: gzip\r\nContent-Length: 20\r\n\r\n\x1f\x8b" + 18 * "\0",
+                "Content-Encoding: deflate\r\nContent-Length: 3\r\n\r\nabc",
+                "Transfer-Encoding: chunked\r\n\r\n3\r\nabcdef\r\n",
+                "Transfer-Encoding: gzip, chunked\r\n\r\nzz\r\n",
+            ):
+                for token in ("", f"{TOKEN}/"):
+                    request = f"POST /{token} HTTP/1.1\r\nHost: {address.removeprefix('http://')}\r\n{body}"
+                    status = (await answer(address, request.encode("latin1"))).split()[1]
+                    assert status in (b"400", b"403", b"405")
+            await asyncio.sleep(0.05)  # the answer goes out before the body is read to its end
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+    assert "Traceback" not in caplog.text
