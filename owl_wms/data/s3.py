@@ -27,6 +27,7 @@ from torch import Tensor
 from owl_wms import env
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.files import is_foreign, one_line
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.media.arrays import ARRAY_SUFFIXES, load_tensor_bytes
 
 SHARDS, SUBDIRS, TARS = 2, 1, 9  # how upstream's buckets are laid out
@@ -71,7 +72,8 @@ def make_client() -> Any:
     try:
         session = boto3.session.Session()
         return session.client("s3", region_name=env.read("AWS_REGION") or session.region_name or "auto")
-    except (BotoCoreError, ValueError) as error:
+    except (BotoCoreError, ValueError, OSError) as error:  # OSError: of the program that a profile names for its keys
+        raise_interrupt(error)
         raise ConfigError(f"S3 cannot be reached with this configuration of AWS: {one_line(error)}") from error
 
 

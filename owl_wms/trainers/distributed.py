@@ -25,8 +25,8 @@ import torch.distributed as dist
 from owl_wms import env
 from owl_wms.errors import ConfigError
 
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Set by the mpirun of Open MPI, of MPICH and Intel, and of MVAPICH."""
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE")
+"""Set by the mpirun of Open MPI, of MPICH and Intel, and of MVAPICH, by IBM's jsrun and by Flux."""
 _SPECIAL_STEPS = 0xFFFFFFF0
 """Slurm's step ids from here on (batch, interactive, extern) are of no srun; torchrun may start in them."""
 _TIMEOUT_SECONDS = 1800.0  # the other ranks wait while rank 0 compiles a decoder and decodes

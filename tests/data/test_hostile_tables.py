@@ -340,6 +340,13 @@ def test_the_whole_chain_of_credentials(aws: Path, monkeypatch: pytest.MonkeyPat
         make_client()
 
 
+def test_a_program_for_keys_that_is_not_there(aws: Path) -> None:
+    pytest.importorskip("boto3")
+    (aws / "config").write_text("[default]\ncredential_process = /no/such/program\n")
+    with pytest.raises(ConfigError, match=r"configuration of AWS: .*/no/such/program"):
+        make_client()
+
+
 @given(
     st.binary(max_size=200),
     st.integers(0, 10**6),

@@ -25,7 +25,7 @@ SCRIPT = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLU
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What `init_process_group` was called with, in an environment without launchers."""
-    for name in [n for n in os.environ if n.startswith(("SLURM_", "MASTER_", "OMPI_", "PMI_"))] + [
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "MASTER_", "OMPI_", "PMI_", "JSM_", "FLUX_"))] + [
         "RANK",
         "LOCAL_RANK",
         "WORLD_SIZE",
@@ -45,6 +45,8 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ({k: v for k, v in STEP.items() if k != "SLURM_STEP_NUM_TASKS"}, (1, 0, 4), "tcp://gpu007:22979"),
         ({**STEP, "PMI_SIZE": "2"}, (1, 0, 2), "tcp://gpu007:22979"),  # srun --mpi=pmi2
         ({"OMPI_COMM_WORLD_SIZE": "1"}, (0, 0, 1), None),
+        ({"FLUX_JOB_SIZE": "1"}, (0, 0, 1), None),
+        ({**MASTER, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "JSM_NAMESPACE_SIZE": "2"}, (0, 0, 2), "env"),
         (SCRIPT, (0, 0, 1), None),  # the script of sbatch, which is no task of a step
         ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 0, 1), None),  # an interactive step
         ({**SCRIPT, "SLURM_STEP_ID": "4294967291"}, (0, 0, 1), None),  # the same, by its number for such scripts
@@ -79,6 +81,8 @@ def test_ranks(
         ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "the first below the last"),
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, "mpirun started several.*torchrun or srun"),
         ({"PMI_SIZE": "2"}, "PMI_SIZE is 2"),
+        ({"JSM_NAMESPACE_SIZE": "2", "JSM_NAMESPACE_RANK": "0"}, "JSM_NAMESPACE_SIZE is 2"),
+        ({"FLUX_JOB_SIZE": "8", "FLUX_TASK_RANK": "0"}, "FLUX_JOB_SIZE is 8"),
         ({"RANK": "0"}, "must set RANK, LOCAL_RANK, WORLD_SIZE"),  # each would take itself for the only process
         ({"RANK": "1", "LOCAL_RANK": "1"}, "must set RANK, LOCAL_RANK, WORLD_SIZE"),
         ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "9" * 5000}, "whole numbers"),
