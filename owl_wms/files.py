@@ -193,16 +193,19 @@ def foreign_to_torch(head: bytes) -> str | None:
 
 
 def false_claims(file: BinaryIO) -> str | None:
-    """Say why the members of a zip archive would need more memory than the file has bytes; None when they would not.
+    """Says why the members of a zip archive would need more memory than the file has bytes; None when they would not.
 
     `torch.save` stores its members uncompressed, so members that are compressed (a few KiB can then stand for
-    gigabytes) or that together are larger than the file were not written by it. The file is left at its beginning.
+    gigabytes) or that together are larger than the file were not written by it. Nor was an archive whose directory
+    cannot be read here: torch's own reader takes what is left of one, and whatever sizes that tells. The file is left
+    at its beginning.
     """
+    archived = file.read(4) == b"PK\x03\x04"
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
-        return None  # no archive, or a damaged one, which torch.load reports
+        return "its directory is damaged or missing" if archived else None
     finally:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)

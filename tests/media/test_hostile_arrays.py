@@ -16,12 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from owl_wms.errors import DataError, printable
-from owl_wms.media.arrays import ARRAY_SUFFIXES, load_array, load_latents, read_arrays, save_array
+from owl_wms.errors import DataError, OwlError, printable
+from owl_wms.media.arrays import ARRAY_SUFFIXES, load_array, load_latents, load_tensor_bytes, read_arrays, save_array
 from owl_wms.media.facts import Facts
 from owl_wms.media.latents import LatentFile
 from owl_wms.media.npy import NpyFile
 from owl_wms.media.read_facts import read_facts
+from owl_wms.vae.weight_files import read_content
 from tests.only_ours import read_or_refuse
 
 Z = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -76,6 +77,17 @@ def test_a_member_that_claims_more_than_the_file_has(tmp_path: Path) -> None:
         b.writestr(big, b"1234")
         big.file_size = big.compress_size = 1 << 34
     refused(tmp_path / "b.pt", "its members claim")
+
+
+def test_an_archive_whose_directory_is_damaged_is_not_left_to_torch(tmp_path: Path) -> None:
+    """torch's reader took a size far beyond the file's from what is left of it."""
+    raw = (Path(__file__).parents[1] / "faults" / "corpus" / "weights" / "damaged_directory.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes(raw)
+    for read in (load_latents, LatentFile, read_content):
+        with pytest.raises(OwlError, match="its directory is damaged or missing"):
+            read(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="its directory is damaged or missing"):
+        load_tensor_bytes(raw)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e8m0fnu])
