@@ -13,6 +13,7 @@ Usage:
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import multiprocessing
 import random
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import baselines, harness
 from benchmarks.accuracy import accuracy
@@ -47,8 +48,9 @@ class Side:
 
     def __init__(self, name: str, batch: int, cache: Path | None, device: str) -> None:
         torch._dynamo.reset()  # earlier decoders would count against its limit, past which it runs eagerly
-        self.subject, self.cache, self.device = subject(name), cache, torch.device(device)
-        self.shape = (batch, *self.subject.latent_shape)
+        chosen = subject(name)
+        self.decoder, self.cache, self.device = chosen.make(), cache, torch.device(device)
+        self.shape = (batch, *chosen.latent_shape)
         seeded = torch.Generator().manual_seed(1)
         self.inputs = [torch.randn(self.shape, generator=seeded).bfloat16().to(self.device) for _ in range(INPUTS)]
         self.runs: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -59,16 +61,20 @@ class Side:
         extra: dict[str, Any] = {}
         if candidate in PLANS:
             run, extra = build_ours(
-                self.subject.make(), self.shape, "bf16", PLANS[candidate], self.cache, device=str(self.device)
+                self.decoder, self.shape, "bf16", PLANS[candidate], self.cache, device=str(self.device)
             )
         elif candidate.startswith("ours bf16 as "):
-            run, extra = build_graph(self.subject.make(), self.shape, "bf16", capability(candidate.split()[-1]))
+            run, extra = build_graph(self.live("cpu"), self.shape, "bf16", capability(candidate.split()[-1]))
         else:
-            run, _ = baselines.candidates(self.subject.make().to(self.device), 0)[candidate]()
+            run, _ = baselines.candidates(self.live(self.device), 0)[candidate]()
         with torch.no_grad():
             frames = run(self.inputs[0]).float().cpu().numpy()
         self.runs[candidate] = run
         return {"ready_seconds": time.perf_counter() - begin, **extra}, frames
+
+    def live(self, device: torch.device | str) -> nn.Module:
+        """A copy of the fp32 decoder on that device."""
+        return copy.deepcopy(self.decoder).to(device)
 
     @torch.no_grad()
     def turn(self, candidate: str, first: int) -> list[float]:
@@ -164,13 +170,15 @@ def ready(name: str, args: argparse.Namespace, side: Side, hidden: Hidden, tflop
         apart = None if side.cache is None else side.cache.with_name(f"{side.cache.name}_hidden")
         hidden.ask("new", name, args.batch, apart, str(side.device))
         hidden.begin("add", HIDDEN)
-    reference = fp32_reference(side.subject.make().to(side.device), side.inputs[0])
+    reference = None if args.prepare else fp32_reference(side.live(side.device), side.inputs[0])
     frames: dict[str, Any] = {}
     for candidate, row in rows.items():
         try:
             figures, frames[candidate] = hidden.end() if candidate == HIDDEN else side.add(candidate)
-            output = torch.from_numpy(frames[candidate])
-            row.figures = {**dataclasses.asdict(accuracy(output, reference)), **figures}
+            row.figures = figures
+            if reference is None:
+                continue
+            row.figures |= dataclasses.asdict(accuracy(torch.from_numpy(frames[candidate]), reference))
             limit = rows["eager bf16"].figures.get("relative_l2") if "eager bf16" in rows else None
             if not row.figures["finite"]:
                 row.refused = "output is not finite"
@@ -178,11 +186,12 @@ def ready(name: str, args: argparse.Namespace, side: Side, hidden: Hidden, tflop
                 row.refused = f"relative error {row.figures['relative_l2']:.2e} exceeds 2x eager's {limit:.2e}"
         except Exception as error:  # one candidate's failure must not take the others' rows along
             row.refused = f"{type(error).__name__}: {error}".splitlines()[0]
-        harness.console.print(f"  {candidate}: {row.figures.get('ready_seconds', 0):.1f} s {row.refused}")
+        finally:
+            harness.console.print(f"  {candidate}: {row.figures.get('ready_seconds', 0):.1f} s {row.refused}")
     if OPS in frames and HIDDEN in frames:
         rows[HIDDEN].figures["same_bits_as"] = {OPS: bool((frames[OPS] == frames[HIDDEN]).all())}
         harness.console.print(f"  the same bits: {rows[HIDDEN].figures['same_bits_as']}")
-    work = gigaflop(side.subject.make().to("meta"), torch.empty(side.shape, device="meta"))
+    work = gigaflop(side.live("meta"), torch.empty(side.shape, device="meta"))
     return Measured(rows=rows, floor_ms=work / tflops, work_gflop=work)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib
 import json
 import re
 import time
@@ -23,6 +24,7 @@ from benchmarks import (
     dataset,
     decoder,
     harness,
+    hidden,
     kernels,
     ops,
     ops8,
@@ -362,7 +364,14 @@ def test_merging_what_does_not_belong_together_is_one_line(
     assert not (tmp_path / "o.json").exists()
 
 
-@pytest.mark.parametrize("module", [decoder, kernels, ops, sana_parts, trt_matrix], ids=lambda module: module.__name__)
+def test_every_benchmark_can_be_imported() -> None:
+    for path in sorted((RESULTS.parent).glob("*.py")):
+        importlib.import_module(f"benchmarks.{path.stem}")
+
+
+@pytest.mark.parametrize(
+    "module", [decoder, hidden, kernels, ops, sana_parts, trt_matrix], ids=lambda module: module.__name__
+)
 def test_without_a_gpu_nothing_is_measured_or_written(
     module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
