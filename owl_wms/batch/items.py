@@ -16,14 +16,13 @@ import os
 import sqlite3
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import fsspec
-
-from owl_wms.batch.store import FOLDER, GENERATION, Store
+from owl_wms.batch.store import FOLDER, GENERATION, Store, located
 from owl_wms.errors import DataError
 from owl_wms.files import one_line
 from owl_wms.media.arrays import ARRAY_SUFFIXES
@@ -75,7 +74,7 @@ def list_items(source: str, suffixes: tuple[str, ...], out: str = "") -> Iterato
             whose outputs would have one name.
     """
     try:
-        fs, root = fsspec.core.url_to_fs(source)
+        fs, root = located(source)
         local = _is_local(fs)
         root = os.path.realpath(root) if local else root.rstrip("/")
         if fs.isdir(root):
@@ -92,7 +91,14 @@ def list_items(source: str, suffixes: tuple[str, ...], out: str = "") -> Iterato
     except DataError:
         raise
     except Exception as error:  # a store's library has errors of its own: no credentials, no such host
-        raise DataError(f"{source}: cannot be listed: {one_line(error)}; check the path and credentials") from error
+        text = f"{source or 'INPUT'}: cannot be listed: {one_line(error)}; check the path and credentials"
+        raise DataError(text, path=source) from error
+
+
+def is_there(url: str) -> bool:
+    """Returns whether a file of a dataset still exists."""
+    fs, path = located(url)
+    return bool(fs.exists(path))
 
 
 def cut(
@@ -136,22 +142,28 @@ class _Passed:
 
 
 def _walk_local(folder: str, passed: _Passed) -> Iterator[tuple[str, int, str]]:
-    with os.scandir(folder) as found:
-        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except FileNotFoundError:  # a folder that went while its parent was walked; the root was there
+        return
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             if not passed(entry.path):
                 yield from _walk_local(entry.path, passed)
         elif entry.is_file():
-            stat = entry.stat()
-            yield entry.path, stat.st_size, str(stat.st_mtime_ns)
+            with suppress(FileNotFoundError):  # it went while its folder was walked
+                stat = entry.stat()
+                yield entry.path, stat.st_size, str(stat.st_mtime_ns)
         elif entry.is_dir():
-            _warn_of_link(entry.path)
+            _warn_of_link(entry.path, "a folder and is passed over; give it as an INPUT of its own")
+        elif entry.is_symlink():
+            _warn_of_link(entry.path, "nothing and is passed over; mend or remove it")
 
 
 @lru_cache(1024)  # a run lists the source twice
-def _warn_of_link(path: str) -> None:
-    _log.warning("%s: is a link to a folder and is passed over; give it as an INPUT of its own", path)
+def _warn_of_link(path: str, to: str) -> None:
+    _log.warning("%s: is a link to %s", path, to)
 
 
 def _walk(fs: Any, root: str, passed: _Passed) -> Iterator[tuple[str, int, str]]:
@@ -169,7 +181,7 @@ def _tag(info: dict[str, Any]) -> str:
 
 
 def _single(source: str, name: str | None) -> Item:
-    fs, path = fsspec.core.url_to_fs(source)
+    fs, path = located(source)
     try:
         info = fs.info(path)
         if info["type"] != "file":
@@ -186,7 +198,8 @@ def _single(source: str, name: str | None) -> Item:
 
 def _named_in(source: str, fs: Any, path: str) -> Iterator[Item]:
     folder, taken = path.rpartition("/")[0], _Names()
-    with taken, fs.open(path, "rt", encoding="utf-8") as lines:
+    # Editors of Windows begin a file with a mark that is no part of its first line.
+    with taken, fs.open(path, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), ""), 1):
             if len(line) == _LONGEST_LINE:
                 text = f"{source}: line {number} has {_LONGEST_LINE} characters or more, which no path has"
@@ -202,7 +215,9 @@ def _named_in(source: str, fs: Any, path: str) -> Iterator[Item]:
             parts = [part for part in path_in_it.split("/") if part not in ("", ".")]
             if ".." in parts or not parts:
                 raise DataError(f"{source}: line {number}: {named!r} has '..' or no name; write it out", path=source)
-            whole = named if "://" in named or named.startswith("/") else fs.unstrip_protocol(f"{folder}/{named}")
+            beside = f"{folder}/{named}"
+            beside = beside if _is_local(fs) else fs.unstrip_protocol(beside)
+            whole = named if "://" in named or named.startswith("/") else beside
             item = _single(whole, "/".join(parts))
             earlier = taken.take(item)
             if earlier is None:

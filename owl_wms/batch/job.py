@@ -100,10 +100,13 @@ def announce(job: Job, run: str) -> None:
     Store(job.out).write(SETTINGS, text.encode())
 
 
-def is_announced(job: Job, run: str) -> bool:
-    """Returns whether this run is still the last that was announced."""
-    found = Store(job.out).read(SETTINGS)
-    return found is not None and json.loads(found).get("run") == run
+def announced(job: Job) -> str | None:
+    """Returns the name of the last run that was announced, or None."""
+    try:
+        found = json.loads(Store(job.out).read(SETTINGS) or b"{}")
+    except ValueError:
+        return None
+    return str(found["run"]) if isinstance(found, dict) and "run" in found else None
 
 
 def digest_of_files(path: str | None) -> str:

@@ -31,11 +31,23 @@ PARTS = f"{FOLDER}/parts"
 FAILED = f"{FOLDER}/failed.jsonl"
 Line = dict[str, Any]
 _OWN = ("event", "key", "at", "part")  # what a line has of its own and hands on to no other
+_HAS: dict[str, dict[str, type]] = {
+    "placing": {"item": str, "outputs": list},
+    "done": {"item": str, "outputs": list, "frames": int},
+    "failed": {"item": str},
+}
+"""What lines of an event have beside it, key and time."""
 
 
-def run_name() -> str:
-    """Returns a name for a run; later ones sort behind earlier ones. A part's name goes on with rank and number."""
-    return f"{time.time_ns():020d}-{os.getpid()}"
+def run_name(before: str | None = None) -> str:
+    """Returns a name for a run; later ones sort behind earlier ones. A part's name goes on with rank and number.
+
+    Args:
+        before: name of the last run, whose names are to sort before this one's also where the clock was set back.
+    """
+    last = (before or "").partition("-")[0]
+    now = max(time.time_ns(), int(last) + 1 if last.isascii() and last.isdecimal() else 0)
+    return f"{now:020d}-{os.getpid()}"
 
 
 def _rank_of(part: str) -> int:
@@ -109,13 +121,16 @@ class Part:
 
 
 def parsed(data: bytes) -> Iterator[Line]:
-    """Yields the lines of a part that are whole."""
+    """Yields the lines of a part that are whole; what a damaged disk made of others is passed over."""
     for text in data.split(b"\n"):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and isinstance(line.get("key"), str):
+        if not isinstance(line, dict):
+            continue
+        needed = {"key": str, "event": str, "at": (int, float), **_HAS.get(str(line.get("event")), {})}
+        if all(isinstance(line.get(name), kind) for name, kind in needed.items()) and line["key"].isascii():
             yield line
 
 
@@ -132,6 +147,7 @@ class Index:
         self._base = sqlite3.connect("")  # an empty name is a temporary file, removed when it is closed
         self._base.execute("PRAGMA cache_size=-8192")
         self._base.execute("CREATE TABLE state (key BLOB PRIMARY KEY, event TEXT, line TEXT) WITHOUT ROWID")
+        self._base.execute("CREATE TABLE made (name BLOB PRIMARY KEY, url BLOB) WITHOUT ROWID")
         self.frames = 0
 
     def take(self, lines: Iterable[Line]) -> None:
@@ -141,7 +157,10 @@ class Index:
             if event != "lost" and self.is_done(line["key"]):
                 continue
             if event == "done":
-                self.frames += int(line.get("frames", 0))
+                self.frames += line["frames"]
+                if isinstance(line.get("name"), str):
+                    pair = (os.fsencode(line["name"]), os.fsencode(line["item"]))
+                    self._base.execute("INSERT OR REPLACE INTO made VALUES (?, ?)", pair)
             kept = json.dumps(line) if event in self._kept else ""
             self._base.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (key, event, kept))
 
@@ -149,6 +168,11 @@ class Index:
         """Returns whether the item's outputs are in place."""
         row = self._base.execute("SELECT event FROM state WHERE key = ?", (key.encode(),)).fetchone()
         return row is not None and row[0] == "done"
+
+    def made_of(self, name: str) -> str | None:
+        """Returns the URL of the item whose outputs were last placed under an item's name, or None."""
+        row = self._base.execute("SELECT url FROM made WHERE name = ?", (os.fsencode(name),)).fetchone()
+        return None if row is None else os.fsdecode(row[0])
 
     def lines(self, event: str) -> Iterator[Line]:
         """Yields the last lines of the items whose last event is this one, of those that it holds."""

@@ -25,7 +25,7 @@ import numpy as np
 
 from owl_wms import env
 from owl_wms.batch.items import Item
-from owl_wms.batch.job import Job, is_announced
+from owl_wms.batch.job import Job, announced
 from owl_wms.batch.lock import at_work
 from owl_wms.batch.store import FOLDER, Store
 from owl_wms.batch.worker import Block, BlockWorker, Outcome
@@ -62,7 +62,7 @@ class _RayWorker:
         threading.Thread(target=self._work, args=(worker,), name="owl-wms-blocks", daemon=True).start()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Returns the outcomes of a batch of one block, as columns; what ends the run is one outcome too.
+        """Returns the outcomes of a batch of one block, as a column; what ends the run is one outcome too.
 
         Why not an exception: Ray wraps it, and the driver would see that a function failed and not why.
         """
@@ -70,13 +70,13 @@ class _RayWorker:
             outcomes = self._processed(batch)
         except BatchError as error:
             outcomes = [Outcome("", state=_ENDS, reason=str(error))]
-        columns = {name: [getattr(outcome, name) for outcome in outcomes] for name in Outcome._fields}
-        return {name: np.array(column) for name, column in columns.items()}
+        # As JSON: a name that is no UTF-8 could not be a value of Ray's.
+        return {"outcome": np.array([json.dumps(outcome) for outcome in outcomes])}
 
     def _processed(self, batch: dict[str, Any]) -> list[Outcome]:
         with at_work(self._store):
             # The driver may have been killed, and Ray has not ended this actor yet, while another run has begun.
-            if not is_announced(self._job, self._run):
+            if announced(self._job) != self._run:
                 raise BatchError(f"{self._job.out}: another run has begun; this one ends", out=self._job.out)
             (path,), (start,), (stop,) = batch["path"], batch["start"], batch["stop"]
             name, items = json.loads(self._store.fs.cat_file(str(path), start=int(start), end=int(stop)))
@@ -200,7 +200,7 @@ def run_ray(job: Job, blocks: Iterator[Block], workers: int, *, run: str, gpus: 
         )
         try:
             for row in data.iter_rows():
-                outcome = Outcome(**{name: row[name] for name in Outcome._fields})
+                outcome = Outcome(*json.loads(row["outcome"]))
                 if outcome.state == _ENDS:
                     raise BatchError(outcome.reason, out=job.out)
                 yield outcome

@@ -18,8 +18,8 @@ import torch
 
 from owl_wms import env
 from owl_wms.batch import ranks
-from owl_wms.batch.items import Item, cut, list_items
-from owl_wms.batch.job import Job, announce
+from owl_wms.batch.items import Item, cut, is_there, list_items
+from owl_wms.batch.job import Job, announce, announced
 from owl_wms.batch.ledger import Failures, Index, Part, run_name
 from owl_wms.batch.local import run_local
 from owl_wms.batch.lock import held, quiet
@@ -102,11 +102,12 @@ def run(
         text = f"workers must be 1 to {env.MOST_PROCESSES} on this machine, got {workers}"
         raise ConfigError(text, key="workers")
     rank, world = ranks.place() or (0, 1) if chosen == "ranks" else (0, 1)
-    name = run_name()
     with ExitStack() as stack:
         check = stack.enter_context(held(job, rank if chosen == "ranks" else None))
         ledger = job.ledger()
         store = ledger.store
+        with Storing(job.out):
+            name = run_name(announced(job))
         with quiet(job), Storing(job.out):
             if chosen == "ranks":
                 store.remove_abandoned()
@@ -124,7 +125,7 @@ def run(
         counting = threading.Thread(target=_count, args=(*listing, seen), name="owl-wms-count", daemon=True)
         if tally is not None:
             counting.start()
-        missing = _missing(list_items(*listing), index, job.generation, rank, world, seen)
+        missing = _missing(job, list_items(*listing), index, rank, world, seen)
         if chosen == "ray":
             count, gpus = join(workers, on_gpus)
             outcomes = run_ray(job, _named(missing, name, rank, count), count, run=name, gpus=gpus)
@@ -150,14 +151,20 @@ def run(
             shutil.rmtree(store.staging(""), ignore_errors=True)
 
 
-def _missing(
-    items: Iterator[Item], index: Index, generation: str, rank: int, world: int, tally: Tally
-) -> Iterator[Item]:
-    """Yields the items of this rank, every `world`-th from number `rank` on, that are not done."""
+def _missing(job: Job, items: Iterator[Item], index: Index, rank: int, world: int, tally: Tally) -> Iterator[Item]:
+    """Yields the items of this rank, every `world`-th from number `rank` on, that are not done.
+
+    Raises:
+        BatchError: another file, which is still there, has given an item's outputs their names.
+    """
     for number, item in enumerate(items):
-        if index.is_done(item.key(generation)):
+        if index.is_done(item.key(job.generation)):
             tally.earlier += 1
         elif number % world == rank:
+            other = index.made_of(item.name)
+            if other not in (None, item.url) and is_there(str(other)):
+                text = f"{job.out}: has outputs of {other}, which those of {item.url} would replace"
+                raise BatchError(f"{text}; give another --out", out=job.out)
             yield item
 
 
@@ -228,7 +235,7 @@ def verify(job: Job) -> Iterator[tuple[str, str]]:
         BatchError: another run is writing there.
     """
     with held(job), Storing(job.out):
-        ledger, name, part = job.ledger(), run_name(), None
+        ledger, name, part = job.ledger(), run_name(announced(job)), None
         index = Index(kept=("done",))
         index.take(ledger.lines())
         for line in index.lines("done"):
@@ -238,7 +245,9 @@ def verify(job: Job) -> Iterator[tuple[str, str]]:
                 if (reason := _fault(ledger.store, output, job.form)) is not None
             ]
             if wrong:
-                part = part or Part(ledger.store, f"{name}-verify")
+                if part is None:
+                    announce(job, name)
+                    part = Part(ledger.store, f"{name}-verify")
                 part.add("lost", line["key"])
                 yield from wrong
         index.close()

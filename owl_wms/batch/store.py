@@ -37,6 +37,23 @@ def own_name() -> str:
     return f"{_HOST}-{os.getpid()}-{uuid.uuid4().hex}"
 
 
+def located(url: str) -> tuple[Any, str]:
+    """Returns the file system and the path in it that a URL or a local path names.
+
+    A local path is taken as it is: fsspec would read `a::b` as two file systems, one inside of the other.
+
+    Raises:
+        ValueError, ImportError: a protocol that fsspec does not know, or whose library is missing.
+    """
+    if not url:
+        raise ValueError("its name is empty")
+    if "://" in url:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        return found
+    fs = fsspec.filesystem("file")
+    return fs, str(fs._strip_protocol(url))
+
+
 class Store:
     """A folder or prefix that outputs go to.
 
@@ -53,7 +70,7 @@ class Store:
         """
         self.fs: Any
         self.url = url
-        self.fs, root = fsspec.core.url_to_fs(url)
+        self.fs, root = located(url)
         self.is_local = "file" in ((self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol)
         self.root = os.path.realpath(root) if self.is_local else root.rstrip("/")
 

@@ -17,7 +17,6 @@ import errno
 import os
 import shutil
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -33,16 +32,17 @@ from owl_wms.batch.job import Job
 from owl_wms.batch.ledger import Line, Part
 from owl_wms.batch.outputs import write_frames, write_latents
 from owl_wms.batch.store import Store, digest_of, own_name, sync
-from owl_wms.errors import BatchError, OwlError
+from owl_wms.batch.watch import Watch
+from owl_wms.errors import BatchError, DataError, OwlError
 from owl_wms.files import one_line, refused_with, unusable_name
 from owl_wms.runtime.ahead import ahead
 from owl_wms.timing import Spent
 
 Block = tuple[str, list[Item]]
 ATTEMPTS = 3  # workers that may end while they have the same item
-OVER_TIME = 75  # exit status of a worker whose item took too long
 _FINISHING = 4  # one thread hashes 1 to 2 GB per second, and a GPU decodes more
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_TAKEN = (FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 class Outcome(NamedTuple):
@@ -89,7 +89,7 @@ class BlockWorker:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._staging = self._store.staging(own_name())
         self._store.remove_abandoned()
-        self._watch = _Watch(job.time_limit)
+        self._watch = Watch(job.time_limit)
         self._finishing: deque[_Coming] = deque()
 
     @property
@@ -258,13 +258,20 @@ class BlockWorker:
                 outputs.append({"name": name, "sha256": digest, "bytes": path.stat().st_size, "frames": frames})
             facts = {
                 "item": item.url,
+                "name": item.name,
                 "outputs": outputs,
                 "frames": sum(int(frames) for *_, frames in written),
                 "seconds": round(seconds, 4),
             }
             part.add("placing", key, **facts)
             for path, name, _ in written:
-                self._store.place(path, name)
+                try:
+                    self._store.place(path, name)
+                except _TAKEN:
+                    text = (
+                        f"its output {name} needs the name of another input's file or folder; rename one of them"
+                    )
+                    return self._failed(block, part, item, key, DataError(text, path=name))
             stages = {stage: round(seconds, 4) for stage, seconds in spent.seconds.items()}
             part.add("done", key, **facts, stages=stages)
         if "://" in item.url:
@@ -344,45 +351,3 @@ def _finished(outcome: Outcome) -> Future[Outcome]:
     future: Future[Outcome] = Future()
     future.set_result(outcome)
     return future
-
-
-class _Watch:
-    """Ends this process when an item takes too long: a library that hangs cannot be interrupted from Python."""
-
-    def __init__(self, limit: float) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._at: tuple[float, Part, str, Item] | None = None
-        threading.Thread(target=self._look, name="owl-wms-watch", daemon=True).start()
-
-    def on(self, part: Part, key: str, item: Item) -> _Watched:
-        return _Watched(self, part, key, item)
-
-    def set(self, at: tuple[Part, str, Item] | None) -> None:
-        with self._lock:
-            self._at = None if at is None else (time.monotonic() + self._limit, *at)
-
-    def _look(self) -> None:
-        while True:
-            time.sleep(min(1.0, self._limit / 4))
-            with self._lock:
-                if self._at is None or time.monotonic() < self._at[0]:
-                    continue
-                _, part, key, item = self._at
-                reason, remedy = f"took longer than {self._limit:g} s", "raise --time-limit, or decode it alone"
-                try:
-                    part.add("failed", key, item=item.url, reason=reason, remedy=remedy)
-                    part.upload()
-                finally:
-                    os._exit(OVER_TIME)
-
-
-class _Watched:
-    def __init__(self, watch: _Watch, *at: Any) -> None:
-        self._watch, self._at = watch, at
-
-    def __enter__(self) -> None:
-        self._watch.set(self._at)
-
-    def __exit__(self, *_: Any) -> None:
-        self._watch.set(None)

@@ -8,6 +8,7 @@ Usage:
 from __future__ import annotations
 
 import logging
+import os
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -165,7 +166,7 @@ def _go(
     if verify:
         wrong = 0
         for output, reason in engines.verify(job):
-            typer.echo(f"{output}: {reason}")
+            typer.echo(os.fsencode(f"{output}: {reason}"))  # a name may be no UTF-8
             wrong += 1
         typer.echo(f"{wrong} wrong outputs; run without --verify to make them again" if wrong else "all as recorded")
         raise typer.Exit(bool(wrong))

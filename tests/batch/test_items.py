@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -15,7 +16,7 @@ import pytest
 from owl_wms.batch import BlockWorker
 from owl_wms.batch.items import LATENT_SUFFIXES, list_items
 from owl_wms.batch.run import status
-from owl_wms.errors import DataError
+from owl_wms.errors import ConfigError, DataError
 from tests.batch.fake import fake_job, make_inputs, outputs_of
 
 
@@ -56,6 +57,40 @@ def test_a_link_to_a_folder_is_told_of_once(tmp_path: Path, caplog: pytest.LogCa
         for _ in range(2):
             assert names(str(tmp_path / "in")) == ["b.pt", "file.pt"]
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [str(tmp_path / "in/link")]
+
+
+def test_a_link_to_nothing_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_inputs(tmp_path, {"a.pt": "a"})
+    (tmp_path / "b.pt").symlink_to(tmp_path / "gone.pt")
+    (tmp_path / "c.pt").symlink_to(tmp_path / "a.pt")
+    assert names(str(tmp_path)) == ["a.pt", "c.pt"]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{tmp_path}/b.pt: is a link to nothing and is passed over; mend or remove it"
+    ]
+
+
+def test_what_goes_while_it_is_listed_is_passed_over(tmp_path: Path) -> None:
+    make_inputs(tmp_path, {"a.pt": "a", "b.pt": "b", "c/d.pt": "d", "e.pt": "e"})
+    found = list_items(str(tmp_path), LATENT_SUFFIXES)
+    first = next(found).name
+    (tmp_path / "b.pt").unlink()
+    shutil.rmtree(tmp_path / "c")
+    assert [first, *(item.name for item in found)] == ["a.pt", "e.pt"]
+
+
+def test_no_input_is_not_the_folder_that_one_is_in() -> None:
+    """As of a variable that a shell does not have."""
+    with pytest.raises(DataError, match=r"^INPUT: cannot be listed: its name is empty; check the path"):
+        names("")
+    with pytest.raises(ConfigError, match=r"^--out : cannot be used: its name is empty; check it"):
+        fake_job("")
+
+
+@pytest.mark.parametrize(("name", "line"), [("list.txt", "a.pt"), ("list.jsonl", '{"path": "a.pt"}')])
+def test_a_manifest_may_be_of_windows(tmp_path: Path, name: str, line: str) -> None:
+    make_inputs(tmp_path, {"a.pt": "a"})
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
+    assert names(str(tmp_path / name)) == ["a.pt"]
 
 
 def test_a_manifest_names_a_file_once_and_no_two_files_with_one_output(tmp_path: Path) -> None:

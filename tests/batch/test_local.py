@@ -152,6 +152,65 @@ def test_verify_finds_what_changed_and_the_next_run_mends_it(tmp_path: Path) -> 
     assert outputs_of(job) == good
 
 
+def test_another_input_never_replaces_outputs_of_a_file_that_is_still_there(tmp_path: Path) -> None:
+    one, other = (make_inputs(tmp_path / name, {"a.pt": name, "b.pt": name}) for name in ("one", "other"))
+    job = fake_job(tmp_path / "out")
+    assert len(go(job, one)) == 2
+    made = outputs_of(job)
+    said = r"has outputs of .*/one/a.pt, which those of .*/other/a.pt would replace; give another --out"
+    with pytest.raises(BatchError, match=said):
+        go(job, other)
+    assert outputs_of(job) == made
+    one.rename(tmp_path / "moved")  # the same files, or so it may be
+    assert len(go(job, tmp_path / "moved")) == 2
+    assert outputs_of(job) == made
+
+
+def test_an_output_with_the_name_of_a_folder_fails_alone(tmp_path: Path) -> None:
+    folder = make_inputs(tmp_path / "in", {"a.pt": "a", "a.pt.npy/b.pt": "b", "c.pt": "c"})
+    outcomes = go(fake_job(tmp_path / "out"), folder)
+    (failed,) = (o for o in outcomes if o.state == "failed")
+    needed = "needs the name of another input's file or folder; rename one of them"
+    assert failed.reason == f"its output a.pt.npy/b.pt.npy {needed}"
+    assert sorted(Path(o.item).name for o in outcomes if o.state == "done") == ["a.pt", "c.pt"]
+
+
+def test_names_that_shells_and_encodings_do_not_like(tmp_path: Path) -> None:
+    names = ["\u65e5 \u672c.pt", "new\nline.pt", "-dash.pt", "[x]*?.pt", "a::b.pt", "~.pt", "%41.pt", "\udcff.pt"]
+    folder = make_inputs(tmp_path / "in::put", dict.fromkeys(names, "text"))
+    job = fake_job(tmp_path / "out::put")
+    assert {(Path(o.item).name, o.state) for o in go(job, folder)} == {(name, "done") for name in names}
+    assert set(outputs_of(job)) == {f"{name}.npy" for name in names}
+    assert list(verify(job)) == []
+    assert go(job, folder) == []
+
+
+def test_a_clock_that_was_set_back_hides_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, job = make_inputs(tmp_path / "in", {"a.pt": "a"}), fake_job(tmp_path / "out")
+    assert len(go(job, folder)) == 1
+    (Path(job.out) / "a.pt.npy").write_bytes(b"damaged")
+    monkeypatch.setattr(time, "time_ns", lambda: 1)
+    assert dict(verify(job)) == {"a.pt.npy": "its hash is not the one that was recorded"}
+    assert len(go(job, folder)) == 1
+    assert list(verify(job)) == []
+    assert go(job, folder) == []
+
+
+def test_lines_of_the_ledger_that_a_disk_has_damaged_are_passed_over(tmp_path: Path) -> None:
+    folder, job = make_inputs(tmp_path / "in", {"a.pt": "a", "b.pt": "bad"}), fake_job(tmp_path / "out")
+    go(job, folder)
+    part = max((Path(job.out) / "_ledger/parts").iterdir())
+    with part.open("ab") as file:
+        for event in ("begin", "placing", "done", "failed", "lost"):
+            file.write(json.dumps({"key": "k", "event": event}).encode() + b"\n")
+        file.write(b'{"key": "k", "event": "done", "at": 1, "item": "i", "outputs": [], "frames": "x"}\n')
+        file.write(b'{"key": "\\ud800", "event": "lost", "at": 1}\n\xff\n[]\n' + b"[" * 100_000)
+    state = status(job, str(folder), LATENT_SUFFIXES)
+    assert (state.done, state.failed, state.left, state.frames) == (1, 1, 1, 2)
+    assert [o.state for o in go(job, folder)] == ["failed"]
+    assert list(verify(job)) == []
+
+
 def test_a_second_run_on_the_same_output_refuses(tmp_path: Path) -> None:
     folder, job = make_inputs(tmp_path / "in", {"a.pt": "a"}), fake_job(tmp_path / "out")
     with held(job), pytest.raises(BatchError, match="another run is writing here"):

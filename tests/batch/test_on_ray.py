@@ -29,6 +29,7 @@ from owl_wms.batch.on_ray import _RayWorker, join
 from owl_wms.batch.progress import Tally
 from owl_wms.batch.run import run, status
 from owl_wms.batch.store import Store
+from owl_wms.batch.worker import Outcome
 from owl_wms.errors import BatchError, ConfigError
 from owl_wms.media.arrays import save_array
 from owl_wms.media.pictures import to_bytes
@@ -54,7 +55,7 @@ def cluster() -> Iterator[None]:
 
 
 def test_each_item_once_although_actors_die(tmp_path: Path) -> None:
-    texts = {f"{n:02}.pt": f"item {n}" for n in range(40)}
+    texts = {f"{n:02}.pt": f"item {n}" for n in range(39)} | {"no UTF-8: \udcff.pt": "item 39"}
     texts |= {"03.pt": "bad", "20.pt": f"die-once:{tmp_path / 'died'}"}
     folder, job, tally = make_inputs(tmp_path / "in", texts), fake_job(tmp_path / "out"), Tally()
     outcomes = [o for o in run(job, str(folder), LATENT_SUFFIXES, engine="ray", workers=2, tally=tally) if o.key]
@@ -102,16 +103,16 @@ def test_an_actor_of_a_run_that_is_over_does_nothing(tmp_path: Path) -> None:
     with held(job), quiet(job):
         announce(job, "now")
     row = {"path": [str(tmp_path / "rows")], "start": [0], "stop": [1]}
-    (reason,) = _RayWorker(job, "before")(row)["reason"]
-    assert str(reason).endswith("another run has begun; this one ends")
+    (outcome,) = _RayWorker(job, "before")(row)["outcome"]
+    assert Outcome(*json.loads(outcome)).reason.endswith("another run has begun; this one ends")
     store = Store(job.out)
     line = json.dumps(["block", [list(item) for item in list_items(str(folder), LATENT_SUFFIXES)]]).encode()
     store.write("rows", line)
     row = {"path": [store.path("rows")], "start": [0], "stop": [len(line)]}
     unloadable = replace(job, make=partial(DecodeClips, None, "gone.pth", family="taehv"))
-    (state,), (reason,) = map(_RayWorker(unloadable, "now")(row).get, ("state", "reason"))
-    assert state == "ends"
-    assert "gone.pth" in str(reason)
+    (outcome,) = _RayWorker(unloadable, "now")(row)["outcome"]
+    assert Outcome(*json.loads(outcome)).state == "ends"
+    assert "gone.pth" in Outcome(*json.loads(outcome)).reason
     assert outputs_of(job).keys() == {"rows"}
     (Path(job.out) / "rows").unlink()
     assert outputs_of(job) == {}
