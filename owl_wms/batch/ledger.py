@@ -129,7 +129,7 @@ def parsed(data: bytes) -> Iterator[Line]:
             continue
         if not isinstance(line, dict):
             continue
-        needed = {"key": str, "event": str, "at": (int, float), **_HAS.get(str(line.get("event")), {})}
+        needed: dict[str, Any] = {"key": str, "event": str, "at": (int, float), **_HAS.get(str(line.get("event")), {})}
         if all(isinstance(line.get(name), kind) for name, kind in needed.items()) and line["key"].isascii():
             yield line
 
