@@ -40,17 +40,18 @@ def own_name() -> str:
 def located(url: str) -> tuple[Any, str]:
     """Returns the file system and the path in it that a URL or a local path names.
 
-    A local path is taken as it is: fsspec would read `a::b` as two file systems, one inside of the other.
+    fsspec reads `a::b` as two file systems, one inside of the other; here it is a name, unless URLs stand behind `::`.
 
     Raises:
         ValueError, ImportError: a protocol that fsspec does not know, or whose library is missing.
     """
     if not url:
         raise ValueError("its name is empty")
-    if "://" in url:
+    inner = url.split("::")[1:]
+    if "://" in url and all("://" in part for part in inner):
         found: tuple[Any, str] = fsspec.core.url_to_fs(url)
         return found
-    fs = fsspec.filesystem("file")
+    fs = fsspec.filesystem(url.partition("://")[0] if "://" in url else "file")
     return fs, str(fs._strip_protocol(url))
 
 

@@ -25,13 +25,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
-
 from owl_wms.batch.items import Item
 from owl_wms.batch.job import Job
 from owl_wms.batch.ledger import Line, Part
 from owl_wms.batch.outputs import write_frames, write_latents
-from owl_wms.batch.store import Store, digest_of, own_name, sync
+from owl_wms.batch.store import Store, digest_of, located, own_name, sync
 from owl_wms.batch.watch import Watch
 from owl_wms.errors import BatchError, DataError, OwlError
 from owl_wms.files import one_line, refused_with, unusable_name
@@ -208,7 +206,7 @@ class BlockWorker:
         if "://" not in item.url:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        fs, remote = fsspec.core.url_to_fs(item.url)
+        fs, remote = located(item.url)
         fs.get_file(remote, str(path))
         return path
 
@@ -268,9 +266,7 @@ class BlockWorker:
                 try:
                     self._store.place(path, name)
                 except _TAKEN:
-                    text = (
-                        f"its output {name} needs the name of another input's file or folder; rename one of them"
-                    )
+                    text = f"its output {name} needs the name of another input's file or folder; rename one of them"
                     return self._failed(block, part, item, key, DataError(text, path=name))
             stages = {stage: round(seconds, 4) for stage, seconds in spent.seconds.items()}
             part.add("done", key, **facts, stages=stages)

@@ -43,9 +43,9 @@ def test_generations_of_another_output_are_inputs_and_ledgers_are_not(tmp_path: 
     assert names(str(latents), str(tmp_path / "frames/generation-1")) == ["generation-0/x.npy"]
     assert names(str(latents / "generation-0")) == ["x.npy"]
     memory = fsspec.filesystem("memory")
-    for name in ("a.npy", "out/generation-1/a.npy.npy", "_ledger/b.npy", ".c/d.npy"):
+    for name in ("a::b.npy", "out/generation-1/a.npy.npy", "_ledger/b.npy", ".c/d.npy"):
         memory.pipe_file(f"/listing/{name}", b"1")
-    assert names("memory://listing", "memory://listing/out/generation-2") == ["a.npy"]
+    assert names("memory://listing", "memory://listing/out/generation-2") == ["a::b.npy"]
     memory.rm("/listing", recursive=True)
 
 

@@ -87,7 +87,7 @@ def plain(job: Job, source: str) -> list[Outcome]:
 
 def test_from_a_bucket_to_a_bucket_and_once_more(bucket: str) -> None:
     fs = fsspec.filesystem("s3")
-    texts = {f"{n % 2}/{n}.pt": f"item {n}" for n in range(6)} | {"bad.pt": "bad"}
+    texts = {f"{n % 2}/a::{n}.pt": f"item {n}" for n in range(6)} | {"bad.pt": "bad"}
     for name, text in texts.items():
         fs.pipe_file(f"{bucket}/in/{name}", text.encode())
     fs.pipe_file(f"{bucket}/in/notes.md", b"no input")
