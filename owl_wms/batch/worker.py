@@ -20,7 +20,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,6 +171,8 @@ class BlockWorker:
                 else:
                     seconds = time.perf_counter() - began
                     futures.append(pool.submit(self._finish, name, part, item, key, outputs, seconds, spent))
+                if part.earlier:  # the next item may be the one that ends workers, and must not end this one with it
+                    wait([futures[-1]])
                 yield _Coming(futures[-1], True)
         yield _Coming(ends.submit(self._end, name, part, futures), False)
 

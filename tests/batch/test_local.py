@@ -112,6 +112,21 @@ def test_a_bad_item_a_hanging_one_and_a_deadly_one_fail_alone(tmp_path: Path) ->
     assert (Path(job.out) / "_ledger/failed.jsonl").read_text() == ""
 
 
+def test_an_item_that_is_being_written_does_not_fail_with_a_deadly_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that takes long to hash, and behind it an item that ends the worker at once, three times."""
+
+    def slow(file: Any) -> str:
+        time.sleep(0.1)
+        return digest_of(file)
+
+    monkeypatch.setattr("owl_wms.batch.worker.digest_of", slow)
+    folder = make_inputs(tmp_path / "in", {"a.pt": "a", "b.pt": "die", **{f"{n}.pt": "c" for n in "cdef"}})
+    outcomes = {Path(o.item).name: o.state for o in go(fake_job(tmp_path / "out"), folder)}
+    assert outcomes == {"a.pt": "done", "b.pt": "failed", **{f"{n}.pt": "done" for n in "cdef"}}
+
+
 def test_what_was_placed_and_not_recorded_is_not_decoded_again(tmp_path: Path) -> None:
     folder = make_inputs(tmp_path / "in", {f"{n}.pt": f"item {n}" for n in range(4)})
     job = fake_job(tmp_path / "out")
