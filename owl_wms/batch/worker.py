@@ -226,7 +226,7 @@ class BlockWorker:
             name = f"{name}.{self._job.form}"
             problem = next(filter(None, map(unusable_name, name.split("/"))), None)
             if problem is not None:
-                raise ValueError(f"{name!r} is no name for an output: a part of it {problem}")
+                raise DataError(f"a part of its output's name {problem}: {name!r}", path=item.url)
             path = self._staging / f"{key}-{number}.{self._job.form}"
             path.parent.mkdir(parents=True, exist_ok=True)
             pieces = self._clips.stream(source, spent)
@@ -236,7 +236,7 @@ class BlockWorker:
                 frames = write_frames(pieces, path, self._job.form, shape=source.shape, fps=self._job.fps, spent=spent)
             written.append((path, name, frames))
         if len({name for _, name, _ in written}) != len(written):
-            raise ValueError("two clips inside it have the same name")
+            raise DataError("two clips inside it have the same name", path=item.url)
         return written
 
     def _finish(

@@ -27,7 +27,7 @@ from owl_wms.batch.run import run, status, verify
 from owl_wms.batch.store import digest_of
 from owl_wms.batch.worker import Outcome
 from owl_wms.errors import BatchError, ConfigError, DataError
-from tests.batch.fake import fake_job, frames_of, make_inputs, outputs_of, parts
+from tests.batch.fake import FakeClips, FakeSource, fake_job, frames_of, make_inputs, outputs_of, parts
 
 FORK: Any = multiprocessing.get_context("fork")
 
@@ -143,7 +143,6 @@ def test_what_was_placed_and_not_recorded_is_not_decoded_again(tmp_path: Path) -
 
 def test_other_settings_are_another_generation(tmp_path: Path) -> None:
     from owl_wms.batch import prepare
-    from tests.batch.fake import FakeClips
 
     folder, job = make_inputs(tmp_path / "in", {"a.pt": "a"}), fake_job(tmp_path / "out")
     plain(job, folder)
@@ -188,6 +187,25 @@ def test_an_output_with_the_name_of_a_folder_fails_alone(tmp_path: Path) -> None
     needed = "needs the name of another input's file or folder; rename one of them"
     assert failed.reason == f"its output a.pt.npy/b.pt.npy {needed}"
     assert sorted(Path(o.item).name for o in outcomes if o.state == "done") == ["a.pt", "c.pt"]
+
+
+@pytest.mark.parametrize(
+    ("clips", "reason"),
+    [
+        (["../../x"], "a part of its output's name means a folder: 'a.tar/../../x.npy'"),
+        (["/etc/x"], "a part of its output's name is empty: 'a.tar//etc/x.npy'"),
+        (["x" * 252], "a part of its output's name is longer than 255 bytes: 'a.tar/xxx"),
+        (["x", "x"], "two clips inside it have the same name"),
+    ],
+)
+def test_clips_of_an_archive_stay_in_its_folder(
+    tmp_path: Path, clips: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, job = make_inputs(tmp_path / "in", {"a.tar": "a"}), fake_job(tmp_path / "out")
+    monkeypatch.setattr(FakeClips, "sources", lambda *_: [FakeSource(clip, (1, 2), "a") for clip in clips])
+    (outcome,) = plain(job, folder)
+    assert outcome.reason.startswith(reason)
+    assert outputs_of(job) == {}
 
 
 def test_names_that_shells_and_encodings_do_not_like(tmp_path: Path) -> None:

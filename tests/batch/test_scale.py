@@ -63,5 +63,5 @@ def test_the_constants() -> None:
     constants = {name: cells(name)[0] for name in ("frames per hour", "bytes of one latent frame")}
     assert constants == {"frames per hour": f"{60 * 3600:,}", "bytes of one latent frame": f"{128 * 8 * 8 * 2:,}"}
     assert cells("bytes of one decoded frame")[0] == f"{360 * 640 * 4:,}"
-    for constant in ("216_000", "16_384", "921_600", "1_917", "1939", "143", "0.95", "3.0"):
+    for constant in ("216_000", "16_384", "921_600", "1_917", "2138", "143", "0.98", "3.0"):
         assert constant in BLOCK
