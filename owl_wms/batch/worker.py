@@ -92,7 +92,7 @@ class BlockWorker:
 
     @property
     def is_finishing(self) -> bool:
-        """Whether `run` has outcomes to come of items that are computed."""
+        """True while `run` has outcomes to come of items that are computed."""
         return bool(self._finishing)
 
     def run(self, blocks: Iterable[Block | None]) -> Iterator[Outcome]:
