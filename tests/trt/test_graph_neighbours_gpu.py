@@ -5,6 +5,7 @@ In processes of their own, because what goes wrong here ends a process's use of 
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import torch
 from owl_wms.runtime import VideoDecode
 from owl_wms.settings import TensorRTConfig
 from owl_wms.trt.check.parity import latents
+from owl_wms.trt.run.cuda_graph import GraphedProgram
 from tests.trt import decoders
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +31,8 @@ def draw(*shape):
 
 torch.manual_seed(0)
 down, up = draw(16384, 256) / 128, draw(256, 16384) / 16
-graphed = GraphedProgram(lambda z: (z @ down).relu() @ up @ down, draw(256, 16384))
+for _ in range(3):  # each takes over the stream and the workspace of the one before
+    graphed = GraphedProgram(lambda z: (z @ down).relu() @ up @ down, draw(256, 16384))
 assert graphed.graphed, graphed.reason
 z = draw(256, 16384)
 wanted = graphed(z)
@@ -66,6 +69,24 @@ def test_a_graph_does_not_depend_on_workspaces_of_others(disturbance: str) -> No
     command = [sys.executable, "-c", CHILD, disturbance]
     done = subprocess.run(command, capture_output=True, text=True, timeout=140)
     assert done.stdout.split() == ["whole"], done.stderr[-2000:]
+
+
+@torch.no_grad()
+def test_a_graph_that_is_gone_leaves_no_workspace_behind() -> None:
+    weight, z = (torch.randn(512, 512, device="cuda", dtype=torch.float16) for _ in range(2))
+
+    def capture() -> int:
+        graphed = GraphedProgram(lambda z: z @ weight, z)
+        assert graphed.graphed, graphed.reason
+        assert torch.equal(graphed(z), z @ weight)
+        del graphed
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    capture()
+    first = capture()
+    assert [capture() - first for _ in range(4)] == [0] * 4
 
 
 def test_a_callers_own_graph_holds_pytorchs_decode() -> None:

@@ -1,21 +1,89 @@
-"""Streams for capturing CUDA graphs."""
+"""Streams for capturing CUDA graphs, each with cuBLAS workspaces that nobody else can free.
+
+Usage:
+    own = take_capture_stream()
+    with torch.cuda.stream(own.stream), torch.cuda.graph(graph, stream=own.stream): ...
+    own.serve(self)  # who holds `graph`
+"""
 
 from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
 
 import torch
 
 from owl_wms.ops.common import nvrtc
 
 
-def own_stream() -> torch.cuda.Stream:
-    """Returns a stream of the current device that nothing else in this process runs on, before or after.
+class CaptureStream:
+    """A stream on which one CUDA graph at a time is captured.
 
-    torch keeps one cuBLAS workspace for each handle and stream, and a captured product keeps that workspace's address.
-    The streams that torch hands out are shared, and have a workspace as soon as anything was multiplied on them: memory
-    outside of the graph, which `torch.compile(mode="reduce-overhead")` anywhere in the process frees when it records
-    (torch._inductor.cudagraph_trees.clear_cublass_cache). A replay then reads and writes what is no longer its own. On
-    a stream of its own the capture's first product takes its workspace from the graph's memory, where it stays.
+    torch keeps one cuBLAS workspace (33 MiB on an H200) for each handle and stream, for good, and a captured product
+    keeps that workspace's address. The streams that torch hands out are shared, and have a workspace as soon as
+    anything was multiplied on them: memory outside of the graph, which `torch.compile(mode="reduce-overhead")` anywhere
+    in the process frees when it records (torch._inductor.cudagraph_trees.clear_cublass_cache). A replay then reads and
+    writes what is no longer its own. So a small product is captured here first, and its graph is kept: the workspace
+    lies in the memory of that graph, which nobody else gets, whoever frees it.
 
-    Never destroyed: a later stream could get its address, and with it the workspace of a graph that is gone.
+    When its graph is gone, the stream serves another one; a new stream for every graph would leave a workspace behind
+    with each. It is never destroyed: a later one could get its address, and with it a workspace that nobody keeps.
+
+    Attributes:
+        stream: to capture on.
     """
-    return torch.cuda.ExternalStream(nvrtc.new_stream(), device=torch.cuda.current_device())
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.ExternalStream(nvrtc.new_stream(), device=torch.cuda.current_device())
+        self._keeper: torch.cuda.CUDAGraph | None = None
+
+    def hold_workspace(self) -> None:
+        """Takes workspaces for this thread's cuBLAS, if the stream has none, from memory that is kept here.
+
+        Before each capture, since somebody may have freed them all. Nothing is launched.
+        """
+        device = self.stream.device
+        factors = [torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float16, torch.float32)]
+        graph, pool = torch.cuda.CUDAGraph(), None if self._keeper is None else self._keeper.pool()
+        with torch.no_grad(), torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                for factor in factors:  # by cuBLAS, and with a bias by cuBLASLt
+                    torch.mm(factor, factor)
+                    torch.addmm(factor[0], factor, factor)
+            finally:
+                graph.capture_end()
+        self._keeper = self._keeper or graph
+
+    def serve(self, owner: Any) -> None:
+        """Makes the stream free again when `owner`, who has the graph that was captured on it, is gone."""
+        weakref.finalize(owner, _free[self.stream.device_index].append, self).atexit = False
+
+
+_guard = threading.Lock()
+_free: dict[int, list[CaptureStream]] = {}
+_warm: dict[int, torch.cuda.Stream] = {}
+
+
+def take_capture_stream() -> CaptureStream:
+    """Returns a stream of the current device with its workspaces. Whoever fails to capture on it does not `serve` it.
+
+    What was launched before is done then, and with it every replay of the graph that the stream served before.
+    """
+    with _guard:
+        free = _free.setdefault(torch.cuda.current_device(), [])
+        own = free.pop() if free else None
+    torch.cuda.synchronize()
+    own = CaptureStream() if own is None else own
+    own.hold_workspace()
+    return own
+
+
+def warm_stream() -> torch.cuda.Stream:
+    """Returns the stream of the current device on which functions run before they are captured.
+
+    Always the same: each of torch's streams on which something is multiplied keeps a workspace.
+    """
+    with _guard:
+        return _warm.setdefault(torch.cuda.current_device(), torch.cuda.Stream())

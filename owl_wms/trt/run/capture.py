@@ -1,6 +1,6 @@
 """Captures what a function launches as a CUDA graph: warms it up elsewhere, then records it on a stream of its own.
 
-Why it exists: a capture must own its cuBLAS workspace (`own_stream` says why), must not break when other threads
+Why it exists: a capture must own its cuBLAS workspace (`CaptureStream` says why), must not break when other threads
 allocate, and must leave the caller's stream as it was. Both forms of a graphed program need just that.
 
 Usage:
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from owl_wms.ops.common.streams import own_stream
+from owl_wms.ops.common.streams import take_capture_stream, warm_stream
 
 WARMUP_CALLS = 3
 
@@ -35,22 +35,23 @@ class Recorded:
     """
 
     def __init__(self, run: Callable[[], Sequence[Tensor]], before: Recorded | None = None) -> None:
-        side = torch.cuda.Stream()
+        side = warm_stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARMUP_CALLS):
                 run()
             torch.cuda.synchronize()
-        self._graph, own = torch.cuda.CUDAGraph(), own_stream()
+        self._graph, own = torch.cuda.CUDAGraph(), take_capture_stream()
         pool = None if before is None else before._graph.pool()
         # Entering the stream here also leaves it whatever becomes of the capture. thread_local: another thread's
         # allocation (a data loader pinning memory) must not break the capture.
         with (
-            torch.cuda.stream(own),
-            torch.cuda.graph(self._graph, pool=pool, stream=own, capture_error_mode="thread_local"),
+            torch.cuda.stream(own.stream),
+            torch.cuda.graph(self._graph, pool=pool, stream=own.stream, capture_error_mode="thread_local"),
         ):
             self.results = tuple(run())
-        torch.cuda.current_stream().wait_stream(own)
+        own.serve(self)
+        torch.cuda.current_stream().wait_stream(own.stream)
 
     def replay(self) -> None:
         """Runs it on the current stream."""

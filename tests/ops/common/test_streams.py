@@ -1,0 +1,59 @@
+"""Streams of captured graphs are handed on, one graph at a time; no GPU needed, for the driver's part is left out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from owl_wms.ops.common import streams
+from owl_wms.ops.common.streams import take_capture_stream
+
+
+class _Owner:
+    """Has a captured graph."""
+
+    def __init__(self) -> None:
+        own = take_capture_stream()
+        self.handle = own.stream.handle
+        own.serve(self)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What happens, in its order: streams made, waits, workspaces looked after."""
+    made: list[Any] = []
+
+    def stream(handle: int, device: int) -> SimpleNamespace:
+        made.append("stream")
+        return SimpleNamespace(handle=handle, device_index=device)
+
+    monkeypatch.setattr(streams, "_free", {})
+    monkeypatch.setattr(streams.nvrtc, "new_stream", lambda: made.count("stream"))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: made.append("wait"))
+    monkeypatch.setattr(streams.CaptureStream, "hold_workspace", lambda _: made.append("workspace"))
+    return made
+
+
+def test_graphs_that_live_at_once_have_streams_of_their_own(made: list[Any]) -> None:
+    owners = [_Owner() for _ in range(3)]
+    assert [owner.handle for owner in owners] == [0, 1, 2]
+
+
+def test_the_stream_of_a_graph_that_is_gone_serves_the_next(made: list[Any]) -> None:
+    first, second = _Owner(), _Owner()
+    del first
+    made.clear()
+    assert _Owner().handle == 0
+    assert made == ["wait", "workspace"]  # a replay of the graph that is gone may still run; somebody may have cleared
+    assert _Owner().handle == 0
+    assert second.handle == 1
+
+
+def test_a_stream_on_which_a_capture_failed_serves_nobody(made: list[Any]) -> None:
+    take_capture_stream()
+    assert _Owner().handle == 1
