@@ -40,7 +40,7 @@ class Killer:
         """Returns counts, and how large the cache and the folder of temporary files are."""
         sizes = [info.size_bytes for info in CacheStore(Path(self.options.cache)).entries()]
         self.most_entries = max(self.most_entries, len(sizes))
-        jobs = list(Path(self.options.temporary).glob("owl_trt_job_*"))
+        jobs = list(Path(self.options.temporary).glob("owl_wms_*"))
         told = {"entries": len(sizes), "cache MiB": round(sum(sizes) / 2**20, 1), "folders of builds": len(jobs)}
         return {"counts": dict(self.counts), **told, "room MiB": round(self.options.room / 2**20, 1)}
 

@@ -18,6 +18,7 @@ STAGES = [
         "interrupts",
         "env",
         "process",
+        "temporary",
         "ending",
         "files",
         "cudnn",

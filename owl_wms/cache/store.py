@@ -16,8 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from owl_wms.cache.manifest import Manifest
 from owl_wms.cache.publish import PRIVATE, SHARED, describe, publish, take_program
 from owl_wms.cache.tally import Tally
 from owl_wms.errors import CacheCorruptError, CacheError, CacheRefusedError
+from owl_wms.temporary import temporary_folder
 
 DEFAULT_MAX_BYTES = 20 * 1024**3
 LOCK_TIMEOUT_SECONDS = 300.0
@@ -378,15 +377,13 @@ def build_aside(expected: Expected, build: Build, reason: str) -> Entry:
         CacheError: there is no place to build in.
         Exception: whatever `build` raises.
     """
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="owl_wms_"))
-    except OSError as error:
-        raise CacheError(f"no directory to build in: {reason}; and no temporary one: {error}", path=".") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(temporary_folder("build"))
+        except OSError as error:
+            raise CacheError(f"no directory to build in: {reason}; and no temporary one: {error}", path=".") from error
         report = build(folder)
         data = take_program(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return in_memory(describe(expected, data, report), data, reason)
 
 

@@ -8,9 +8,7 @@ Usage:
 from __future__ import annotations
 
 import io
-import tempfile
 from collections import deque
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from PIL import Image
 
 from owl_wms.errors import DataError
 from owl_wms.media.video import VideoWriter
+from owl_wms.temporary import temporary_folder
 
 SECONDS = 15.0
 MAX_BYTES = 96 << 20
@@ -61,8 +60,8 @@ def to_mp4(pictures: list[tuple[float, bytes]]) -> bytes:
         raise DataError("nothing was played yet, so there is nothing to record")
     seconds = pictures[-1][0] - pictures[0][0]
     rate = (len(pictures) - 1) / seconds if seconds > 0 else 20.0
-    with tempfile.TemporaryDirectory(prefix="owl-wms-clip-") as folder:
-        path = Path(folder) / "clip.mp4"
+    with temporary_folder("clip") as folder:
+        path = folder / "clip.mp4"
         with VideoWriter(path, min(240.0, max(0.1, rate))) as clip:
             for _, picture in pictures:
                 image = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))

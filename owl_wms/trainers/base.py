@@ -15,7 +15,6 @@ Usage:
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from owl_wms.data.loading import BATCH_KEY, Batch
 from owl_wms.errors import TrainingError
 from owl_wms.models.latents import LatentSpace
 from owl_wms.sampling import SampleResult, batch_permute_to_length
+from owl_wms.temporary import temporary_folder
 from owl_wms.trainers.batches import BatchRule, endless
 from owl_wms.trainers.checkpoints import (
     averaged_weights,
@@ -335,17 +335,17 @@ class BaseTrainer(ABC):
         if self._opened:
             self.evaluate()
             return self.train_step()
-        with tempfile.TemporaryDirectory() as place:
+        with temporary_folder("clips") as place:
             found = None
             if self._evaluation_due():
                 self._starting.says("making the first clips")
-                found = self.evaluator.run(Path(place))
+                found = self.evaluator.run(place)
             self._starting.says("making the first step")
             values = self.train_step()
             self._starting.says("the run is under way")
             self._open()
             if found is not None:
-                self.evaluator.settle(found, Path(place))
+                self.evaluator.settle(found, place)
                 self._report(found)
         return values
 

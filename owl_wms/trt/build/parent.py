@@ -35,6 +35,7 @@ from owl_wms.errors import FastPathError
 from owl_wms.files import WINDOWS
 from owl_wms.interrupts import raise_interrupt
 from owl_wms.request import Request
+from owl_wms.temporary import temporary_folder
 from owl_wms.trt import plans
 from owl_wms.trt.build.child import DECODER_NAME, GO, JOB_NAME
 from owl_wms.trt.graph.recording import Recording
@@ -92,8 +93,7 @@ def build_program(
     plans.check_names(request)
     if known is not None and not plans.without_library(request):
         raise known
-    with tempfile.TemporaryDirectory(prefix="owl_trt_job_") as name:  # mode 0700
-        directory = Path(name)
+    with temporary_folder("job") as directory:
         build = Build(
             directory=directory,
             request=request,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from owl_wms.errors import FastPathError
+from owl_wms.temporary import temporary_folder
 from owl_wms.trt.library import importer, versions
 
 Progress = Callable[[str, int, int], None]
@@ -134,7 +134,7 @@ def compile_exported(
     torch_tensorrt = importer.require()
     counted = _Counter()
     with (
-        tempfile.TemporaryDirectory(prefix="owl_trt_") as private,
+        temporary_folder("timing") as private,
         leave_in_pytorch(kept),
         without_shared_kernels(),
         _builder_progress(progress),
@@ -146,7 +146,7 @@ def compile_exported(
             ir="dynamo",
             inputs=[z, *state],
             # The default file is shared by all users of the machine and written without a lock.
-            timing_cache_path=str(Path(private) / "timing.bin"),
+            timing_cache_path=str(private / "timing.bin"),
             **settings,
         )
     return program, counted.partition(program)

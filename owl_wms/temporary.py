@@ -1,0 +1,52 @@
+"""Private folders in the system's place for temporary files, without those that killed processes left there.
+
+Why: whoever is killed in a build leaves a folder with a decoder's weights, a gigabyte for a large one, and nobody else
+removes it before the machine starts again. So a folder's name says which process made it, and the next one that is made
+removes those whose process is certainly gone.
+
+Usage:
+    with temporary_folder("job") as folder:       # mode 0700
+        (folder / "decoder.pt").write_bytes(...)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from owl_wms.process import Process
+
+_BEGIN = "owl_wms_"
+
+
+@contextmanager
+def temporary_folder(kind: str) -> Iterator[Path]:
+    """Yields a new folder, and removes it at the end.
+
+    Args:
+        kind: what it is for, in its name; letters alone.
+
+    Raises:
+        OSError: none can be made.
+    """
+    _sweep(Path(tempfile.gettempdir()))
+    begin = f"{_BEGIN}{Process.current().unique_name()}_{kind}_"
+    with tempfile.TemporaryDirectory(prefix=begin, ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def _sweep(place: Path) -> None:
+    """Removes this user's folders of dead processes; what cannot be judged or removed stays."""
+    with suppress(OSError), os.scandir(place) as entries:
+        for entry in entries:
+            process = Process.parse(entry.name.removeprefix(_BEGIN).partition("_")[0])
+            if process is None or not entry.name.startswith(_BEGIN) or process.lives() is not False:
+                continue
+            with suppress(OSError):
+                ours = not hasattr(os, "geteuid") or entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+                if ours and entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
