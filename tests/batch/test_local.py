@@ -336,7 +336,7 @@ def test_the_next_item_is_computed_while_the_files_of_several_blocks_are_written
 ) -> None:
     """Three blocks, [2, 1, 1]: no file of the first two is finished before the last item has begun."""
     folder = make_inputs(tmp_path / "in", {f"{n}.pt": f"item {n}" for n in range(4)})
-    job, end = fake_job(tmp_path / "out"), time.monotonic() + 20
+    job, end = fake_job(tmp_path / "out"), time.monotonic() + 60
 
     def late(file: Any) -> str:
         while sum(line["event"] == "begin" for line in parts(job)) < 4 and time.monotonic() < end:
