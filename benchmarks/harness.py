@@ -14,7 +14,9 @@ import random
 import statistics
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from owl_wms.env import describe_machine
 from owl_wms.timing import Marks
 
 console = Console(width=170, highlight=False)
+QUEUED = 4  # calls that wait for the GPU while `under_load` measures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,31 +128,39 @@ def under_load(run: Callable[[], object], seconds: float = 1.5) -> dict[str, flo
     """Runs `run` without a pause and reads the first GPU that this process sees meanwhile, as nvidia-smi does.
 
     Returns:
-        `watts` and `clock_mhz` (NaN where they cannot be read), `sustained_ms`, milliseconds of a call in the second
-        half, when the clock has settled, and `joules` of such a call.
+        `watts` and `clock_mhz` (NaN where they cannot be read), `sustained_ms`, milliseconds of a call after `seconds`
+        of load, when the clock has settled, and `joules` of such a call.
     """
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    times = max(2, math.ceil(seconds / max(time.perf_counter() - begin, 1e-4)))
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"  # nvidia-smi itself sees them all
     asked = ["nvidia-smi", "--query-gpu=power.draw,clocks.sm", "--format=csv,noheader,nounits", "-i", first]
-    marks = Marks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    for index in range(times):  # queued: the GPU is busy with them while nvidia-smi starts
-        if index == times // 2:
-            marks.mark()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    queued: deque[Marks] = deque()
+
+    def call() -> None:
         run()
-    marks.mark()
-    time.sleep(0.5 * seconds)  # power readings are averages over the last second or so
+        queued.append(Marks(device))
+        queued[-1].mark()
+        if len(queued) > QUEUED:  # the GPU always has calls to go on with, and is never far behind
+            queued.popleft().wait()
+
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds:  # power readings are averages over the last second or so
+        call()
+    ends, calls = Marks(device), 0
+    ends.mark()
+    with ThreadPoolExecutor(1) as aside:
+        reading = aside.submit(subprocess.run, asked, capture_output=True, text=True, check=True, timeout=20)
+        while calls == 0 or not reading.done():  # nvidia-smi takes a second to start beside a busy GPU
+            call()
+            calls += 1
+    ends.mark()
+    ends.wait()
     try:
-        said = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout
-        watts, clock = (float(value) for value in said.split(","))
+        watts, clock = (float(value) for value in reading.result().stdout.split(","))
     except (OSError, subprocess.SubprocessError, ValueError):
         watts = clock = math.nan
-    marks.wait()
     torch.cuda.synchronize()
-    ms = marks.between(0, 1) / (times - times // 2)
+    ms = ends.between(0, 1) / calls
     return {"watts": watts, "clock_mhz": clock, "sustained_ms": ms, "joules": watts * ms / 1e3}
 
 
