@@ -66,7 +66,7 @@ def accelerate(
 
     Returns:
         The wrapped decoder, or `module` itself. Something unknown is returned as it is, with one warning. What was
-        accelerated before is wrapped anew if the arguments are other ones.
+        accelerated before is wrapped anew if arguments are given and are other ones.
 
     Raises:
         ConfigError: a batch size below 1, or a setting out of range.
@@ -82,9 +82,11 @@ def accelerate(
         strict=strict or not settings.fallback_on_error,
         toolchain=toolchain,
     )
+    said = (precision, tuple(batch_sizes), cache_dir, strict, background, toolchain)
+    asked = None if said == ("auto", (), None, False, False, None) else options
     if isinstance(module, nn.Module):
         if isinstance(module, AcceleratedDecoder):
-            return _again(module, options)  # type: ignore[return-value]
+            return _again(module, asked)  # type: ignore[return-value]
         inner = unwrap(module)
         if is_known(inner):
             return _wrapped(inner, options)  # type: ignore[return-value]
@@ -95,14 +97,14 @@ def accelerate(
             holder.decoder = _wrapped(decoder, options)
             replaced.append(f"{name}{type(decoder).__name__}")
         elif isinstance(decoder, AcceleratedDecoder):
-            holder.decoder = _again(decoder, options)
+            holder.decoder = _again(decoder, asked)
             replaced.append(f"{name}{type(decoder.original).__name__} (before)")
     for name, part in _parts(module):
         for inside, video in part.named_modules():
             before = vars(video).get(METHOD)
             if isinstance(before, AcceleratedVideo):
-                if before.options != options:
-                    vars(video)[METHOD] = AcceleratedVideo(video, options)
+                if asked is not None and before.options != asked:
+                    vars(video)[METHOD] = AcceleratedVideo(video, asked)
                 replaced.append(f"{_joined(name, inside, METHOD)} (before)")
             elif has_layout(video) and (within := decoder_within(video)) is not None and gives_same_frames(video):
                 vars(video)[METHOD] = AcceleratedVideo(video, options, within)
@@ -125,9 +127,9 @@ def _wrapped(decoder: nn.Module, options: Options) -> AcceleratedDecoder:
     return (AcceleratedStream if isinstance(decoder, TAEHVDecoder) else AcceleratedDecoder)(decoder, options)
 
 
-def _again(decoder: AcceleratedDecoder, options: Options) -> AcceleratedDecoder:
-    """Returns the decoder as it is, or wrapped anew if other options were given this time."""
-    return decoder if decoder._options == options else _wrapped(decoder.original, options)
+def _again(decoder: AcceleratedDecoder, asked: Options | None) -> AcceleratedDecoder:
+    """Returns the decoder as it is, or wrapped anew if other options were asked for this time."""
+    return decoder if asked is None or decoder._options == asked else _wrapped(decoder.original, asked)
 
 
 def _parts(module: Any) -> Iterator[tuple[str, nn.Module]]:
