@@ -13,6 +13,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from owl_wms.ops.common import nvrtc
 
@@ -41,17 +42,17 @@ class CaptureStream:
     def hold_workspace(self) -> None:
         """Takes workspaces for this thread's cuBLAS, if the stream has none, from memory that is kept here.
 
-        Before each capture, since somebody may have freed them all. Nothing is launched.
+        Before each capture, since somebody may have freed them all.
         """
-        device = self.stream.device
-        factors = [torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float16, torch.float32)]
+        device, warm = self.stream.device, warm_stream()
+        with torch.no_grad(), torch.cuda.stream(warm):
+            factors = [torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float16, torch.float32)]
+            _multiply(factors)  # a thread's first product makes its handle, which a capture does not allow
         graph, pool = torch.cuda.CUDAGraph(), None if self._keeper is None else self._keeper.pool()
         with torch.no_grad(), torch.cuda.stream(self.stream):
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                for factor in factors:  # by cuBLAS, and with a bias by cuBLASLt
-                    torch.mm(factor, factor)
-                    torch.addmm(factor[0], factor, factor)
+                _multiply(factors)
             finally:
                 graph.capture_end()
         self._keeper = self._keeper or graph
@@ -59,6 +60,13 @@ class CaptureStream:
     def serve(self, owner: Any) -> None:
         """Makes the stream free again when `owner`, who has the graph that was captured on it, is gone."""
         weakref.finalize(owner, _free[self.stream.device_index].append, self).atexit = False
+
+
+def _multiply(factors: list[Tensor]) -> None:
+    """Multiplies by cuBLAS and, with a bias, by cuBLASLt."""
+    for factor in factors:
+        torch.mm(factor, factor)
+        torch.addmm(factor[0], factor, factor)
 
 
 _guard = threading.Lock()
