@@ -82,11 +82,11 @@ class Recorder:
 
 def flops_of(kernel: Kernel, tensors: list[Tensor]) -> float:
     """Multiply-adds times two of one launch of ours; 0 for kernels that only move memory."""
-    out, source = tensors[:2]
+    out = tensors[0]
     if kernel.op in ("grouped_conv", "grouped_conv8") or "MODE=1" in kernel.defines:
         return 2.0 * out.numel() * 9 * 16
     if kernel.op == "stage_tail":
-        hidden = source.shape[-1]
+        hidden = tensors[-1].shape[-1]  # w3 is [C, 2C]
         branch = 2.0 * (out.numel() // out.shape[-1]) * hidden * 9 * 16 if "MODE=0" in kernel.defines else 0.0
         return branch + 2.0 * out.numel() * hidden
     if kernel.op == "linear8":
@@ -111,6 +111,8 @@ def recording() -> Iterator[Recorder]:
         tensors += [arguments[1]] if self.op == "linear8" and arguments[1] is not None else []
         with recorder.timed(f"{self.op} {' '.join(self.defines[:1])}", tensors, flops_of(self, tensors)):
             originals[0](self, device, arguments=arguments, **sizes)
+        if self.op == "stage_tail" and "MODE=2" in self.defines:  # reads its branch, twice its result, by a tensor map
+            recorder.calls[-1].bytes_moved += 2 * tensors[0].numel() * tensors[0].element_size()
 
     def linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         with recorder.timed("linear8 (Triton)", [x, weight], 2.0 * x.shape[0] * weight.numel()):

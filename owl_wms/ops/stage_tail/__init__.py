@@ -21,9 +21,10 @@ from torch import Tensor
 from owl_wms.ops import enlarging
 from owl_wms.ops.common.gpu import is_hopper, processors
 from owl_wms.ops.common.register import aligned, define, has_kernel, require
+from owl_wms.ops.common.tensor_maps import TensorMap, tensor_map
 from owl_wms.ops.enlarging import STRIP, rows_of_band
 from owl_wms.ops.grouped_conv import grouped_conv
-from owl_wms.ops.stage_tail.plan import TailPlan, blocks_at_once, plan_of
+from owl_wms.ops.stage_tail.plan import BOX, TailPlan, blocks_at_once, plan_of
 from owl_wms.ops.stage_tail.reference import reference
 from owl_wms.ops.up_residual import up_residual
 
@@ -72,8 +73,10 @@ def run_plan(
     out = low.new_empty(batch, 2 * height, 2 * width, channels)
     if not out.numel():
         return out
+    source: Tensor | TensorMap = hidden
     if not plan.whole:
-        hidden = enlarging.launch(hidden, w2, bias, None, None)
+        branch = enlarging.launch(hidden, w2, bias, None, None)
+        source = tensor_map(branch.view(-1, *branch.shape[2:]), BOX)
     kernel, strips, parts = plan.projection(low.dtype), batch * -(-2 * width // STRIP), channels // plan.columns
     at_once = blocks_at_once(kernel.shared_bytes, plan.threads, processors(low.device))
     rows = rows_of_band(height, strips * parts, at_once)
@@ -81,7 +84,7 @@ def run_plan(
         low.device,
         grid=strips * parts * -(-height // rows),
         block=plan.threads,
-        arguments=(out, hidden, w2, bias, low, shortcut, w3, height, width, rows),
+        arguments=(out, source, w2, bias, low, shortcut, w3, height, width, rows),
     )
     return out
 

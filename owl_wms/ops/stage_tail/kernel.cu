@@ -6,8 +6,8 @@
 // all the synchronisation there is: `full` (all groups have stored the slot) and `empty` (its result is out).
 // MODE 1, branch: the hidden branch alone, to global memory; every warp is on its own. With INT8 or FP8 it writes codes (see
 // grouped_conv8), and `gain` takes the place of the arguments that only the projection reads.
-// MODE 2, projection: the rest, for stages whose weights leave no room for the branch: four warps copy h into the slots, and
-// blocks side by side make COLUMNS_OUT channels each.
+// MODE 2, projection: the rest, for stages whose weights leave no room for the branch: one warp has the tensor copy engine bring
+// h into the slots, and blocks side by side make COLUMNS_OUT channels each.
 //
 // WIDE: channels of hidden; the other widths are explained in project.cuh. height, width: low resolution; rows: low rows of a
 // band, the piece of a strip that one block walks down.
@@ -113,6 +113,7 @@ stage_tail(Out* out, const u16* hidden, const uint4* taps, const float* bias, co
 #else
 #if MODE == 0
 #define PRODUCERS (WIDE / 16)
+#define HIDDEN const u16* hidden
 // Stores into the slots; h's 16 channels of a group stand as the fragments have them (load_weights_out).
 struct ToSlots {
     u32 row, empty, full;  // this lane's row of the first slot, in its group's chunks
@@ -131,31 +132,26 @@ struct ToSlots {
     }
 };
 #else
-#define PRODUCERS 4
-// Copies h into the slots. One step's copies are announced before the next step's begin: the fence would wait for those too.
-DEVICE void run_copies(const Strip& s, const u16* h, int height, int width, const Layout& at, int lane) {
-    int thread = threadIdx.x - 128, slot = 0, parity = 1;
+#define PRODUCERS 1
+#define HIDDEN const __grid_constant__ TensorMap hidden  // [rows of all images, columns, channels]
+// Fetches h into the slots: a box is 64 channels of 8 columns of both rows, so that pixels lie as slot_row says. Columns and
+// channels beyond the image come as zeros. A slot is asked for as soon as it is free, while the other one is worked on.
+DEVICE void run_copies(const Strip& s, const TensorMap& h, int height, const Layout& at, int lane) {
+    int slot = 0, parity = 1;
     for (int i = s.first; i < s.last; ++i) {
         barrier_wait(at.empty + slot * 8, parity);
-        const u16* image = h + ((i64)s.batch * height + i) * 4 * width * WIDE;
-#pragma unroll 4
-        for (int k = thread; k < 64 * (WIDE / 8); k += 128) {
-            int p = k / (WIDE / 8), chunk = k % (WIDE / 8), r = p >> 5, x = p & 31;
-            copy16(at.slots + slot * SLOT_BYTES + (chunk >> 3) * 8192 + swizzled(slot_row(x, r), chunk & 7),
-                   image + ((i64)r * 2 * width + min(s.x0 + x, 2 * width - 1)) * WIDE + chunk * 8);
-        }
-        copy_commit();
-        copy_wait<0>();
-        async_fence();
+        u32 full = at.full + slot * 8;
+        if (lane == 0) barrier_expect(full, SLOT_BYTES);
         __syncwarp();
-        if (lane == 0) barrier_arrive(at.full + slot * 8);
+        for (int k = lane; k < BLOCKS_OF_64 * (STRIP / 8); k += 32)
+            copy_box(at.slots + slot * SLOT_BYTES + k * 2048, h, full, k / (STRIP / 8) * 64, s.x0 + k % (STRIP / 8) * 8, 2 * (s.batch * height + i));
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
 }
 #endif
 
 extern "C" __global__ void __launch_bounds__(32 * (4 + PRODUCERS), 1)
-stage_tail(u16* out, const u16* hidden, const uint4* taps, const float* bias, const u16* low, const u16* shortcut, const u16* w3, int height, int width,
+stage_tail(u16* out, HIDDEN, const uint4* taps, const float* bias, const u16* low, const u16* shortcut, const u16* w3, int height, int width,
            int rows) {
     extern __shared__ __align__(1024) unsigned char memory[];
     u32 base = shared_address(memory);
@@ -179,7 +175,7 @@ stage_tail(u16* out, const u16* hidden, const uint4* taps, const float* bias, co
         ToSlots sink{row, at.empty, at.full, lane, 0, 1};
         run_branch(w.strip, hidden, taps, bias, height, width, WIDE, group, at.branch + group * BRANCH_BYTES, lane, sink);
 #else
-        run_copies(w.strip, hidden, height, width, at, lane);
+        run_copies(w.strip, hidden, height, at, lane);
 #endif
     }
 }

@@ -23,6 +23,7 @@ from owl_wms.ops.enlarging import BRANCH_BYTES, GROUP, HEADERS, LOW_COLUMNS, STR
 SHARED_LIMIT = 227 * 1024
 SHARED_PER_SM = 228 * 1024
 SLOTS = 2
+BOX = (2, 8, 64)  # rows, columns and channels that are fetched at a time where two kernels share the work
 
 
 def padded(columns: int) -> int:
@@ -59,7 +60,7 @@ class TailPlan:
     @property
     def threads(self) -> int:
         """Threads of a projecting block."""
-        return 32 * (4 + (2 * self.channels // GROUP if self.whole else 4))
+        return 32 * (4 + (2 * self.channels // GROUP if self.whole else 1))
 
     def projection(self, dtype: torch.dtype) -> Kernel:
         """The kernel that writes the output: all of it where `whole`."""
@@ -72,7 +73,8 @@ class TailPlan:
             f"SHORTCUT={self.shortcut}",
             f"SLOTS={SLOTS}",
         )
-        return Kernel("stage_tail", "stage_tail", defines + dtype_defines(dtype), self.shared_bytes, HEADERS, "a")
+        headers = HEADERS if self.whole else ("common/tensor_copies.cuh", *HEADERS)
+        return Kernel("stage_tail", "stage_tail", defines + dtype_defines(dtype), self.shared_bytes, headers, "a")
 
 
 @functools.cache

@@ -166,6 +166,7 @@ DEVICE void run_projection(const Strip& s, u16* out, const u16* low, const u16* 
             int p = pixel + k * lanes / (COLUMNS_OUT / 8) * at_once, c = chunk + k * lanes % (COLUMNS_OUT / 8);
             v[k] = load_shared16(rows + (c >> 3) * 8192 + swizzled(p, c & 7));
         }
+        if (MODE == 2) async_fence();  // the copy engine writes next where these stores went
         __syncwarp();
         if (lane == 0) barrier_arrive(at.empty + slot * 8);
 #pragma unroll
