@@ -194,6 +194,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "queued",
         "before launch",
         "weights compared",
+        "commit",
         "remark",
     )
     lines = []
@@ -201,9 +202,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         kinds = ("waited_us", "latency_us", "returned_us", "queued_us")
         added = [f"{row[key][2]:.1f} ({row[key][1]:.0f})" if key in row else "-" for key in kinds]
         size = "x".join(map(str, row["latents"]))
-        lines.append(
-            [size, row["precision"], *added, f"{row['before_launch_us']:.1f}", f"{row['stamp_us']:.1f}", row["wrong"]]
-        )
+        times = [f"{row['before_launch_us']:.1f}", f"{row['stamp_us']:.1f}"]
+        lines.append([size, row["precision"], *added, *times, row["commit"], row["wrong"]])
     return show(titles, lines)
 
 

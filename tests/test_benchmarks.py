@@ -219,7 +219,7 @@ def test_the_wrapper_is_measured_beside_its_program(monkeypatch: pytest.MonkeyPa
     assert row["gpu_us"] == [0, 0, 0]  # there is none
     assert row["stamp_us"] > 0
     assert row["wrong"] in ("", "more than 30 us added to a call that is waited for")
-    assert wrapper.table([{**row, "precision": "bf16"}]).count("|") == 3 * 10
+    assert wrapper.table([{**row, "precision": "bf16"}]).count("|") == 3 * 11
     assert fast.stats().pytorch == {}
 
 
