@@ -33,6 +33,9 @@ _FOREIGN = re.compile(r"__MACOSX|PaxHeader.*|[@#](eaDir|recycle|Recycle|Recently
 # Windows has none of these, and its pipes lie outside its folders.
 _WITHOUT_WAITING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 
+_ZIP_END = 56 + 20 + 22
+"""Bytes of the records at the end of a zip archive: of 64 bits, where that lies, of 32 bits."""
+
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -197,23 +200,41 @@ def false_claims(file: BinaryIO) -> str | None:
 
     `torch.save` stores its members uncompressed, so members that are compressed (a few KiB can then stand for
     gigabytes) or that together are larger than the file were not written by it. Nor was an archive whose directory
-    cannot be read here: torch's own reader takes what is left of one, and whatever sizes that tells. The file is left
-    at its beginning.
+    cannot be read here, or lies elsewhere than its end says: torch's own reader goes by what it finds there, and by
+    whatever sizes that tells. The file is left at its beginning.
     """
     archived = file.read(4) == b"PK\x03\x04"
+    size = file.seek(0, os.SEEK_END)
     try:
         with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
+            members, begins = archive.infolist(), archive.start_dir
+        file.seek(max(0, size - _ZIP_END))
+        plain = _directory_at(file.read(), size) == begins and not min((m.header_offset for m in members), default=0)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
-        return "its directory is damaged or missing" if archived else None
+        plain = False
     finally:
-        size = file.seek(0, os.SEEK_END)
         file.seek(0)
+    if not plain:
+        return "its directory is damaged or missing" if archived else None
     packed = next((member.filename for member in members if member.compress_type != zipfile.ZIP_STORED), None)
     if packed is not None:
         return f"its member {packed!r} is compressed, which torch.save never does"
     claimed = sum(member.file_size for member in members)
     return f"its members claim {claimed} bytes in a file of {size}" if claimed > size else None
+
+
+def _directory_at(end: bytes, size: int) -> int | None:
+    """Returns where the end of a zip archive of so many bytes says that its directory begins; None if it is damaged.
+
+    Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, 4.3.14 to 4.3.16.
+    """
+    if end[-22:-18] != b"PK\x05\x06":
+        return None
+    if end[-42:-38] != b"PK\x06\x07":
+        return int.from_bytes(end[-6:-2], "little")
+    if end[:4] != b"PK\x06\x06" or int.from_bytes(end[-34:-26], "little") != size - _ZIP_END:
+        return None
+    return int.from_bytes(end[48:56], "little")
 
 
 def refused_with(error: BaseException, codes: Collection[int]) -> OSError | None:

@@ -79,9 +79,10 @@ def test_a_member_that_claims_more_than_the_file_has(tmp_path: Path) -> None:
     refused(tmp_path / "b.pt", "its members claim")
 
 
-def test_an_archive_whose_directory_is_damaged_is_not_left_to_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["damaged_directory.pt", "other_directory.pt"])
+def test_an_archive_whose_directory_is_damaged_is_not_left_to_torch(tmp_path: Path, name: str) -> None:
     """torch's reader took a size far beyond the file's from what is left of it."""
-    raw = (Path(__file__).parents[1] / "faults" / "corpus" / "weights" / "damaged_directory.pt").read_bytes()
+    raw = (Path(__file__).parents[1] / "faults" / "corpus" / "weights" / name).read_bytes()
     (tmp_path / "x.pt").write_bytes(raw)
     for read in (load_latents, LatentFile, read_content):
         with pytest.raises(OwlError, match="its directory is damaged or missing"):
