@@ -15,6 +15,7 @@ import io
 import os
 import re
 import warnings
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,7 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from owl_wms.errors import DataError
-from owl_wms.files import one_line, open_regular
+from owl_wms.files import one_line, open_regular, read_exactly, size_of
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_PIXELS = 1 << 27
@@ -82,11 +83,25 @@ def read_picture(path: Path) -> Tensor:
         with open_regular(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=_FORMATS) as picture:
+                if picture.format == "JPEG":
+                    _require_blocks(file, picture.width * picture.height)
                 return _decode(picture, _png_chunks(file) if picture.format == "PNG" else None)
     except Exception as error:  # damaged bytes lead Pillow's parsers to raise almost anything
         reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
         reason = reason.split(" <_io.")[0]
         raise DataError(f"{path}: cannot be read as a picture: {reason}", path=path) from error
+
+
+def _require_blocks(file: BufferedReader, pixels: int) -> None:
+    """Raises ValueError for a JPEG whose file is too short for its size: Pillow's decoder fills up with grey.
+
+    Huffman codes have a bit at least, and there is one for every 8x8 pixels (ITU-T T.81, F.1 and G.1). Arithmetic ones
+    (SOF9, SOF10) may have less.
+    """
+    size = size_of(file)
+    head = bytes(read_exactly(file, min(size, 1 << 16)))
+    if size * 8 * 64 < pixels and b"\xff\xc9" not in head and b"\xff\xca" not in head:
+        raise ValueError(f"it is truncated or damaged: {size} bytes are too few for {pixels} pixels")
 
 
 def _png_chunks(file: BinaryIO) -> dict[bytes, bytes]:
