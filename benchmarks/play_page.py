@@ -106,11 +106,11 @@ class Record:
     def whole(self, seconds: float, parts: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns the row of a run of `seconds` so far, without its first second, in which the player connects.
 
-        Memory's slope is what the last third has more than the middle third, for 1000 frames.
+        Memory's slope is that of the last two thirds, for 1000 frames.
         """
         frames = len(self.arrived)
         slopes = {
-            f"{name}_mib_per_1000_frames": round(growth(values) / max(1, frames) * 3000, 4)
+            f"{name}_mib_per_1000_frames": round(growth(list(enumerate(values))) / max(1, frames) * 1500, 4)
             for name, values in self.memory.items()
         }
         counts = {"page_seconds": seconds, "page_frames": frames, "frame_bytes": statistics.median(self.sizes or [0])}

@@ -32,6 +32,7 @@ from benchmarks import (
     ours,
     pictures,
     play,
+    play_page,
     plot,
     report,
     road,
@@ -529,3 +530,18 @@ def test_power_is_read_from_the_gpu_that_runs(seen: str | None, asked: str, monk
 )
 def test_tests_that_were_cut_short_are_not_passed_off_as_done(printed: str, status: int, said: str) -> None:
     assert summary(printed, status) == said
+
+
+def test_the_page_counts_rate_keys_and_memory_of_what_arrived() -> None:
+    record = play_page.Record(torch.device("cpu"))
+    for picture in range(600):
+        record.picture(picture / 60, 1000)
+        if picture % 6 == 0:
+            record.key(picture / 60, 11.0)
+    record.memory["rss"] = [100.0 + 2 * sample for sample in range(30)]
+    row = record.whole(10.0, [])
+    assert row["page_frames"] == 600
+    assert row["page_fps"] == pytest.approx(60)
+    assert row["worst_second_fps"] == 60
+    assert row["key_ms_p50"] == pytest.approx(11)
+    assert row["rss_mib_per_1000_frames"] == pytest.approx(2 * 19 / 400 * 1000)  # over the last two thirds
