@@ -315,7 +315,7 @@ def test_a_jpeg_too_short_for_its_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     Image.new("L", (2048, 2048), 90).save(path, quality=1, optimize=True, progressive=True)  # of the fewest bits
     assert path.stat().st_size < 2048 * 2048 // 128
-    assert (read_picture(path) + 1).mean() * 127.5 == pytest.approx(90, abs=3)
+    assert (read_picture(path) + 1).mean() * 127.5 == pytest.approx(90, abs=10)
     raw = path.read_bytes()
     path.write_bytes(raw[:600] + raw[-2:])
     with pytest.raises(DataError, match=r"truncated or damaged: 602 bytes are too few for 4194304 pixels"):
