@@ -34,7 +34,7 @@ _LOCAL_HEADER = struct.Struct("<26xHH")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """Where a tensor lies in a file, or a part of it.
+    """Says where a tensor lies in a file, or a part of it.
 
     Attributes:
         begin: byte of the file at which the first value lies.
