@@ -145,6 +145,7 @@ BEHIND_A_CHECK = {
     "interrupts.py": "hasattr",
     "media/sinks.py": "hasattr",
     "settings.py": "after an error that Windows has not",
+    "temporary.py": "hasattr",
     "trainers/run_lock.py": "os.name",
     "trt/build/parent.py": "WINDOWS, before a process begins",
     "vae/pieces.py": "hasattr",
