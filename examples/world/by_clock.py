@@ -121,12 +121,13 @@ def judge(
     core = eight_bits(trainer)
     players: dict[str, Callable[[], Player]] = {
         f"{steps} steps": (lambda steps=steps: Player(core, trainer.space, {**sampler, "n_steps": steps}))
-        for steps in (2, 4, 3, 8, 1)
+        for steps in (4, 2, 3, 8, 1)
     }
+    as_played = f"{sampler['n_steps']} steps"
     if not args.small:
-        players = {"2 steps": players.pop("2 steps"), "shipped before": lambda: shipped(device), **players}
-        players["2 steps, history at 0.05"] = lambda: Player(core, trainer.space, {**sampler, "noise_prev": 0.05})
-        players["2 steps, history at 0.25"] = lambda: Player(core, trainer.space, {**sampler, "noise_prev": 0.25})
+        players = {as_played: players.pop(as_played), "shipped before": lambda: shipped(device), **players}
+        players["history at 0.05"] = lambda: Player(core, trainer.space, {**sampler, "noise_prev": 0.05})
+        players["history at 0.25"] = lambda: Player(core, trainer.space, {**sampler, "noise_prev": 0.25})
     longest = 0.0
     for name, make in players.items():
         begun = time.monotonic()
@@ -141,7 +142,7 @@ def judge(
         longest = max(longest, time.monotonic() - begun)
         save(report, args.out)
         say(f"{name} ({time.monotonic() - begun:.1f} s): {json.dumps(report[name])}")
-        write_sheet(truth, seen, args.out / ("sheet.webp" if name == "2 steps" else f"sheet, {name}.webp"))
+        write_sheet(truth, seen, args.out / ("sheet.webp" if name == as_played else f"sheet, {name}.webp"))
 
 
 def save(report: dict[str, Any], out: Path) -> None:

@@ -41,6 +41,7 @@ LOOK_EVERY = 100  # steps between looks at the loss, which wait for the GPU
 EXPORT_SECONDS = 60.0
 COMPILE_SECONDS = 150  # after which another way is tried
 ATTEMPTS = 3  # at own frames that may fail before training goes on without new ones
+OWN_STEPS = 2  # a frame; more would cost more and hardly change them
 OWN_NOISE = (0.05, 0.3)  # levels at which own frames remember their history
 SLOW = 0.055  # seconds a step from which on the other attention is tried too
 
@@ -229,7 +230,7 @@ class ClockTrainer(OwnHistoryTrainer):
             keep=plan.rounds,
             frames=plan.own_frames,
             step=self.step,
-            steps=(self.train_cfg.sampler_kwargs or {})["n_steps"],
+            steps=OWN_STEPS,
             noise=OWN_NOISE,
         )
         self._own = self._own or iter(self._made)
