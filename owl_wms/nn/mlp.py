@@ -18,6 +18,8 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim_in, dim_hidden)
         self.fc2 = nn.Linear(dim_hidden, dim_out)
+        if self.fc1.weight.is_meta:  # without values, and torch would import its compiler (seconds) to draw them
+            return
         for layer in (self.fc1, self.fc2):
             nn.init.kaiming_normal_(layer.weight)
             with torch.no_grad():

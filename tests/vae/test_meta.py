@@ -25,10 +25,12 @@ def test_shapes_are_those_of_pytorch(shape: tuple[int, ...], dim: int) -> None:
         assert torch.equal(torch.norm_except_dim(v, 2, dim), wanted), "real tensors are left to PyTorch"
 
 
-def test_loading_a_decoder_imports_no_compiler() -> None:
+def test_loading_a_decoder_or_a_world_model_imports_no_compiler() -> None:
     code = (
         "import sys; from owl_wms.utils.owl_vae_bridge import get_decoder_only as get;"
         "get(None, 'examples/demo/demo_vae.yml', 'examples/demo/demo_vae.safetensors', device='cpu');"
+        "from owl_wms.models.load import load_model as load;"
+        "load('examples/world/game_rft.yml', 'examples/world/game_rft.safetensors');"
         "print(sorted(set(sys.modules) & {'torch._dynamo', 'sympy'}))"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
