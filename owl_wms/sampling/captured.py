@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms.ops.common.streams import take_capture_stream
+from owl_wms.ops.common.streams import take_capture_stream, without_collector
 
 _LOG = logging.getLogger(__name__)
 # Libraries make their handles and choose their kernels in the first calls, which a capture does not allow.
@@ -102,6 +102,7 @@ class _Graph:
             # Entering the stream here also leaves it whatever becomes of the capture. thread_local: another thread's
             # allocation (a data loader that pins memory) must not break the capture.
             with (
+                without_collector(),
                 torch.cuda.stream(own.stream),
                 torch.cuda.graph(self._graph, stream=own.stream, capture_error_mode="thread_local"),
             ):

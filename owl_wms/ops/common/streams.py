@@ -2,14 +2,17 @@
 
 Usage:
     own = take_capture_stream()
-    with torch.cuda.stream(own.stream), torch.cuda.graph(graph, stream=own.stream): ...
+    with without_collector(), torch.cuda.stream(own.stream), torch.cuda.graph(graph, stream=own.stream): ...
     own.serve(self)  # who holds `graph`
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,7 +52,7 @@ class CaptureStream:
             factors = [torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float16, torch.float32)]
             _multiply(factors)  # a thread's first product makes its handle, which a capture does not allow
         graph, pool = torch.cuda.CUDAGraph(), None if self._keeper is None else self._keeper.pool()
-        with torch.no_grad(), torch.cuda.stream(self.stream):
+        with torch.no_grad(), without_collector(), torch.cuda.stream(self.stream):
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 _multiply(factors)
@@ -86,6 +89,18 @@ def take_capture_stream() -> CaptureStream:
     own = CaptureStream() if own is None else own
     own.hold_workspace()
     return own
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Keeps Python's collector from running: a CUDA graph that it frees while another is captured ends that capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def warm_stream() -> torch.cuda.Stream:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from owl_wms.ops.common.streams import take_capture_stream, warm_stream
+from owl_wms.ops.common.streams import take_capture_stream, warm_stream, without_collector
 
 WARMUP_CALLS = 3
 
@@ -46,6 +46,7 @@ class Recorded:
         # Entering the stream here also leaves it whatever becomes of the capture. thread_local: another thread's
         # allocation (a data loader pinning memory) must not break the capture.
         with (
+            without_collector(),
             torch.cuda.stream(own.stream),
             torch.cuda.graph(self._graph, pool=pool, stream=own.stream, capture_error_mode="thread_local"),
         ):

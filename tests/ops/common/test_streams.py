@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from owl_wms.ops.common import streams
-from owl_wms.ops.common.streams import take_capture_stream
+from owl_wms.ops.common.streams import take_capture_stream, without_collector
 
 
 class _Owner:
@@ -57,3 +58,21 @@ def test_the_stream_of_a_graph_that_is_gone_serves_the_next(made: list[Any]) -> 
 def test_a_stream_on_which_a_capture_failed_serves_nobody(made: list[Any]) -> None:
     take_capture_stream()
     assert _Owner().handle == 1
+
+
+def test_the_collector_rests_during_a_capture_and_is_as_before_after_it() -> None:
+    def capture() -> None:
+        with without_collector():
+            assert not gc.isenabled()
+            raise ValueError("a capture that fails")
+
+    with pytest.raises(ValueError, match="fails"):
+        capture()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_collector():
+            pass
+        assert not gc.isenabled(), "the caller had switched it off"
+    finally:
+        gc.enable()

@@ -82,6 +82,7 @@ class Cuda:
         assert stream is not None, "torch would take the stream of the device that captured first"
         self.streams[stream.device] = stream
         self.captures.append(stream.name)
+        assert not gc.isenabled(), "it could free another graph, which ends this capture"
         self.capturing = True
         yield
         self.capturing = False
