@@ -203,6 +203,7 @@ def false_claims(file: BinaryIO) -> str | None:
     cannot be read here, or lies elsewhere than its end says: torch's own reader goes by what it finds there, and by
     whatever sizes that tells. The file is left at its beginning.
     """
+    file.seek(0)
     archived = file.read(4) == b"PK\x03\x04"
     size = file.seek(0, os.SEEK_END)
     try:

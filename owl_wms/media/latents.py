@@ -55,7 +55,7 @@ class LatentFile:
         if self._frames.file is not None:
             weakref.finalize(self, self._frames.file.close)
         self.shape = clip_shape(self._frames.shape, self._frames.dtype, path, channels)
-        as_numbers(torch.zeros(1).to(self._frames.dtype), path)
+        as_numbers(torch.empty(1, dtype=self._frames.dtype), path)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Returns a copy of frames `start` to `stop`, counted through all clips, as `[stop - start, c, h, w]`.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -109,8 +110,9 @@ def _in_safetensors(file: BufferedReader, name: str) -> Stored | None:
 
 
 def _in_torch(file: BufferedReader, name: str) -> Stored | None:
-    if not zipfile.is_zipfile(file) or false_claims(file) is not None:
+    if not zipfile.is_zipfile(file) or false_claims(file) is not None or not _is_native(file):
         return None
+    file.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         value = torch.load(file, map_location="meta", weights_only=True)
@@ -128,6 +130,8 @@ def _in_torch(file: BufferedReader, name: str) -> Stored | None:
     )
     if begin is None or not value.numel() or (last + 1) * value.element_size() > storage.nbytes():
         return None
+    if value.numel() * value.element_size() > storage.nbytes():  # many values made of few, which are refused
+        return None
     if not _is_member(file, begin, storage.nbytes()):
         return None
     return Stored(
@@ -136,6 +140,20 @@ def _in_torch(file: BufferedReader, name: str) -> Stored | None:
         shape=tuple(value.shape),
         strides=value.stride(),
     )
+
+
+def _is_native(file: BufferedReader) -> bool:
+    """Returns whether a `.pt` archive has this machine's byte order, or is so old that it does not say one.
+
+    In another one torch swaps the bytes of every storage, and of one on the meta device that ends the process.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if info.filename.lower().endswith("byteorder"):
+                with archive.open(info) as member:
+                    if member.read(8) != sys.byteorder.encode():
+                        return False
+    return True
 
 
 def _is_member(file: BufferedReader, begin: int, count: int) -> bool:

@@ -69,6 +69,37 @@ def test_layouts(tmp_path: Path, name: str) -> None:
     same_in_pieces(source, tmp_path / "x.pt")
 
 
+def test_the_other_byte_order(tmp_path: Path) -> None:
+    """Such a file is read whole: torch ends the process if it is to swap the bytes of values that it has not read."""
+    torch.save(Z, tmp_path / "little.pt")
+    writer = torch._C.PyTorchFileWriter(str(tmp_path / "x.pt"))
+    with zipfile.ZipFile(tmp_path / "little.pt") as archive:
+        for name in ("data.pkl", "byteorder", "data/0"):
+            data = archive.read(f"little/{name}")
+            data = b"big" if name == "byteorder" else data
+            data = np.frombuffer(data, "<f4").astype(">f4").tobytes() if name == "data/0" else data
+            writer.write_record(name, data, len(data))
+    writer.write_end_of_file()
+    source = LatentFile(tmp_path / "x.pt")
+    assert source._frames.file is None
+    same_in_pieces(source, tmp_path / "x.pt")
+    assert torch.equal(source.read(0, 10), Z.flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("latents", "said"),
+    [
+        (Z[0, :1].expand(1 << 20, -1, -1, -1), "fewer values than its shape"),
+        (torch.zeros(5, 4, 32, 48, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "cannot be converted"),
+    ],
+)
+def test_what_the_reader_of_whole_files_refuses(tmp_path: Path, latents: torch.Tensor, said: str) -> None:
+    torch.save(latents, tmp_path / "x.pt")
+    for read in (load_latents, LatentFile):
+        with pytest.raises(DataError, match=said):
+            read(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("suffix", ARRAY_SUFFIXES)
 @pytest.mark.parametrize("rank", [3, 4, 5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
