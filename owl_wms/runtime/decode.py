@@ -320,8 +320,7 @@ class VideoDecode:
     def _find(self, eager: EagerDecoder, slot: Slot, progress: Progress | None) -> Loaded:
         if self.output == "uint8" and eager.device is not None:  # while the program is read or built
             compile_soon(eager.dtype, getattr(eager.module, "out_channels", 3), eager.device)
-        if eager.hindrance is not None:
-            raise FastPathError("export", eager.hindrance, "remove the hooks, or call decoder.eval()")
+        eager.raise_hindrance()
         return self.toolchain.obtain(eager.module, slot.request, self.settings, progress)
 
     def _while_recording(self) -> Generation:

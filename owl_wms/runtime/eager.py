@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from owl_wms.errors import ConfigError, DecodeMemoryError
+from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError
 from owl_wms.runtime.latents import latent_channels
 from owl_wms.runtime.stamp import WeightsStamp, hindrance, hooks_for_all
 from owl_wms.vae import fold_weight_norm
@@ -54,6 +54,11 @@ class EagerDecoder:
             raise ConfigError("the decoder is on the meta device, where weights have no values: load them first")
         self.dtype: torch.dtype | None = None if tensor is None else tensor.dtype
         self.channels = latent_channels(inner)
+
+    def raise_hindrance(self) -> None:
+        """Raises FastPathError if PyTorch alone may decode."""
+        if self.hindrance is not None:
+            raise FastPathError("export", self.hindrance, "remove the hooks, or call decoder.eval()")
 
     def __call__(self, z: Tensor) -> Tensor:
         """`[B, c, h, w]`, any real dtype and device, to `[B, C, H, W]` in the decoder's; no gradients, autocast off."""

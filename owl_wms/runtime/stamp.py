@@ -111,6 +111,9 @@ class WeightsStamp:
     mode, a replaced `nn.Module.__call__` (tracing replaces it too, for a while), another method than forward that is
     replaced in a class, a table of parameters or buffers that is exchanged as a whole (`module._parameters = ...`), and
     plain attributes that a forward reads (some count their calls in one). After such, make a new decode function.
+
+    Attributes:
+        blind: the decoder has weights whose changes do not show (`unseen`), so that nothing ever matches.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -121,8 +124,8 @@ class WeightsStamp:
         self._holders = [held for module in modules for held in (module._parameters, module._buffers) if held]
         # A scripted module has its tables in C++ instead.
         self._foreign = [held for held in self._holders if not isinstance(held, dict)]
-        self._blind = unseen(decoder) is not None
-        if self._blind:
+        self.blind = unseen(decoder) is not None
+        if self.blind:
             return
         values = self._values()
         self._ids = list(map(id, values))
@@ -167,7 +170,7 @@ class WeightsStamp:
 
         Always False if it has weights whose changes do not show (`unseen`).
         """
-        if self._blind:
+        if self.blind:
             return False
         if self._children != self._children_then or any(self._empty):
             return False

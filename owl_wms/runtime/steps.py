@@ -25,7 +25,7 @@ from owl_wms.runtime.decode import free_programs, run_in_child
 from owl_wms.runtime.decoding import count_failure, run_failure
 from owl_wms.runtime.eager import EagerDecoder, is_out_of_memory, release_memory, unwrap
 from owl_wms.runtime.obtain import obtain
-from owl_wms.runtime.programs import Progress, Toolchain
+from owl_wms.runtime.programs import Loaded, Progress, Toolchain
 from owl_wms.runtime.slot import Slot, all_finite, looks
 from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
 from owl_wms.runtime.toolchain import TensorRT
@@ -87,6 +87,7 @@ class Steps:
         self._process = os.getpid()
         self._weights = 1
         self._calls = 0
+        self._eager: EagerDecoder
         self._take_weights()
         self.channels = self._eager.channels
 
@@ -106,12 +107,21 @@ class Steps:
         return self._eager.device
 
     def follow_weights(self) -> int:
-        """Returns a number that is another one whenever the weights have changed; programs of old ones are dropped."""
+        """Returns a number that is another one whenever the weights have changed; programs of old ones are dropped.
+
+        Where changes do not show (`stamp.unseen`) the number stays, for streams have to go on; each step computes with
+        the weights as they are then.
+        """
         if os.getpid() != self._process:
             self._after_fork()
         with self._guard:
             if self._eager.stamp.matches(self.decoder):
                 return self._weights
+            if self._eager.stamp.blind:
+                eager = EagerDecoder(self.decoder)
+                if eager.stamp.blind:
+                    self._eager, self._stepping = eager, Stepping(eager.module)
+                    return self._weights
             holds = any(slot.loaded is not None for slot in self._slots.values())
             self._weights += 1
             self._take_weights()
@@ -246,10 +256,15 @@ class Steps:
     def _ready(self, slot: Slot, wait: bool = False) -> bool:
         if recording.underway():  # what a caller records in a CUDA graph of its own is PyTorch's step
             return False
-        stepping = self._stepping  # new weights may come while it is built
+        eager, stepping = self._eager, self._stepping  # new weights may come while it is built
+
+        def find(progress: Progress | None) -> Loaded:
+            eager.raise_hindrance()
+            return self.toolchain.obtain(stepping, slot.request, self.settings, progress)
+
         return obtain(
             slot,
-            lambda progress: self.toolchain.obtain(stepping, slot.request, self.settings, progress),
+            find,
             self._ledger,
             strict=self.strict,
             progress=self._progress,

@@ -124,6 +124,23 @@ def test_new_weights_begin_a_new_video(caplog: pytest.LogCaptureFixture) -> None
     assert near(torch.cat(frames, 1), decoder(latents[:, 1:]))
 
 
+class Odd(nn.Parameter):
+    """A weight whose changes would not show, like those of quantising libraries."""
+
+
+def test_a_stream_goes_on_where_changes_of_weights_do_not_show(caplog: pytest.LogCaptureFixture) -> None:
+    decoder, programs, latents = make(), Programs(), clip(4)
+    decoder[1].weight = Odd(decoder[1].weight.data, requires_grad=False)
+    stream = StreamDecode(decoder, settings=SETTINGS, toolchain=programs)
+    frames = [stream.step(latents[:, :2]), stream.fork().step(latents[:, 2])]
+    assert near(torch.cat(frames, 1), decoder(latents[:, :3]))
+    assert "begin anew" not in caplog.text
+    assert not programs.obtained
+    assert "no plain tensor" in stream.stats().programs[0]["reason"]
+    decoder[1].weight = nn.Parameter(decoder[1].weight.data * 2, requires_grad=False)
+    assert near(stream.step(latents[:, 3]), decoder(latents[:, 3:]))
+
+
 def test_dtype_and_device_are_the_decoders_and_the_latents() -> None:
     decoder = make().to(torch.bfloat16)
     frames = StreamDecode(decoder).step(clip(2).double())
