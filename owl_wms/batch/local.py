@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -56,7 +56,7 @@ class _Worker:
         self.pipe.close()
 
 
-def run_local(job: Job, blocks: Iterator[Block], devices: list[str | None]) -> Iterator[Outcome]:
+def run_local(job: Job, blocks: Iterator[Block], devices: list[str | None]) -> Generator[Outcome, None, None]:
     """Yields outcomes as they come, until every block has ended.
 
     Args:

@@ -17,7 +17,7 @@ import queue
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -157,7 +157,9 @@ def join(workers: int | None, on_gpus: bool | None) -> tuple[int, float]:
     return workers or (gpus if takes else 1) or 1, float(takes)
 
 
-def run_ray(job: Job, blocks: Iterator[Block], workers: int, *, run: str, gpus: float = 1.0) -> Iterator[Outcome]:
+def run_ray(
+    job: Job, blocks: Iterator[Block], workers: int, *, run: str, gpus: float = 1.0
+) -> Generator[Outcome, None, None]:
     """Yields outcomes as Ray returns them, block by block, after `join`.
 
     Args:

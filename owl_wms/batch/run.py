@@ -134,6 +134,7 @@ def run(
             count = workers or len(places)
             places = [places[number % len(places)] for number in range(count)]
             outcomes = run_local(job, _named(missing, name, rank, count), places)
+        stack.callback(outcomes.close)  # the workers end before the output is given free
         for outcome in outcomes:
             check()
             if outcome.key:

@@ -11,7 +11,8 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 
 from owl_wms import env
 from owl_wms.batch import BlockWorker, Job
+from owl_wms.batch import local as local_module
 from owl_wms.batch.items import LATENT_SUFFIXES, Item, cut, list_items
 from owl_wms.batch.ledger import run_name
 from owl_wms.batch.lock import held
@@ -48,6 +50,27 @@ def plain(job: Job, folder: Path) -> list[Outcome]:
     worker, name = BlockWorker(job), run_name()
     blocks = ((f"{name}-{n}", block) for n, block in enumerate(cut(list_items(str(folder), LATENT_SUFFIXES))))
     return [o for o in worker.run(blocks) if o.key]
+
+
+def test_workers_end_before_the_output_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    stop = local_module._Worker.stop
+
+    @contextmanager
+    def until(job: Job, rank: int | None = None) -> Iterator[Callable[[], None]]:
+        try:
+            with held(job, rank) as check:
+                yield check
+        finally:
+            happened.append("free")
+
+    monkeypatch.setattr("owl_wms.batch.run.held", until)
+    monkeypatch.setattr(local_module._Worker, "stop", lambda worker: (happened.append("stopped"), stop(worker)))
+    folder = make_inputs(tmp_path / "in", {f"{number}.pt": str(number) for number in range(3)})
+    outcomes = run(fake_job(tmp_path / "out"), str(folder), LATENT_SUFFIXES, engine="local", workers=1)
+    next(outcomes)
+    outcomes.close()  # type: ignore[attr-defined]
+    assert happened == ["stopped", "free"]
 
 
 @pytest.mark.parametrize(
