@@ -156,11 +156,14 @@ class AcceleratedStream(AcceleratedDecoder):
         return result
 
     @uncompiled
-    def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Decode latents `[b, n, c, h, w]`; whatever else the wrapped decoder takes is handed to it."""
-        further = "further arguments" if args or kwargs else ""
-        reason = further or why_not_streamed(self._original, self._original, self._original.latent_channels, z)
-        return self._state.answer(z, reason, lambda: self._original.forward(z, *args, **kwargs))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Decode latents `[b, n, c, h, w]`, the only argument; the wrapped decoder is handed whatever else it takes."""
+        if not args and len(kwargs) == 1:
+            args, kwargs = self._positional(kwargs)
+        z: Any = args[0] if len(args) == 1 and not kwargs else None
+        channels = self._original.latent_channels
+        reason = "further arguments" if z is None else why_not_streamed(self._original, self._original, channels, z)
+        return self._state.answer(z, reason, lambda: self._original.forward(*args, **kwargs))
 
     def __getitem__(self, index: Any) -> Any:
         return self._original[index]  # type: ignore[index]

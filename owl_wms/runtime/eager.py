@@ -58,7 +58,9 @@ class EagerDecoder:
     def raise_hindrance(self) -> None:
         """Raises FastPathError if PyTorch alone may decode."""
         if self.hindrance is not None:
-            raise FastPathError("export", self.hindrance, "remove the hooks, or call decoder.eval()")
+            plain = "decode with a copy whose weights are plain tensors"
+            remedy = plain if self.stamp.blind else "remove the hooks, or call decoder.eval()"
+            raise FastPathError("export", self.hindrance, remedy)
 
     def __call__(self, z: Tensor) -> Tensor:
         """`[B, c, h, w]`, any real dtype and device, to `[B, C, H, W]` in the decoder's; no gradients, autocast off."""

@@ -120,6 +120,9 @@ def test_our_own_decoder() -> None:
         assert by_whom(fast(clip(n, b)), decoder(clip(n, b))) == "program"
     assert (fast.stats().calls, fast.stats().program_calls, fast.stats().pytorch) == (4, 4, {})
     assert fast.stats().programs[0].builds == len(programs.obtained) == 2
+    assert by_whom(fast(latents=clip()), decoder(latents=clip())) == "program"
+    with pytest.raises(TypeError, match="missing 1 required"):
+        fast()
     frames, _ = fast.step(clip()[:, 0])
     assert torch.equal(frames, decoder.step(clip()[:, 0])[0])
     twin = pickle.loads(pickle.dumps(owl_wms.accelerate(copy.deepcopy(fast.original))))
