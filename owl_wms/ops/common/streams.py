@@ -91,16 +91,41 @@ def take_capture_stream() -> CaptureStream:
     return own
 
 
+class _Collector:
+    """Python's collector, and how many threads want it to rest."""
+
+    def __init__(self) -> None:
+        self._guard = threading.RLock()
+        self._resting, self._enabled = 0, False
+
+    def rest(self) -> None:
+        with self._guard:
+            if not self._resting:
+                self._enabled = gc.isenabled()
+                gc.disable()
+            self._resting += 1
+
+    def go_on(self) -> None:
+        with self._guard:
+            self._resting -= 1
+            if not self._resting and self._enabled:
+                gc.enable()
+
+
+_collector = _Collector()
+
+
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Keeps Python's collector from running: a CUDA graph that it frees while another is captured ends that capture."""
-    enabled = gc.isenabled()
-    gc.disable()
+    """Keeps Python's collector from running: a CUDA graph that it frees while another is captured ends that capture.
+
+    It runs again when the last of several threads is done.
+    """
+    _collector.rest()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        _collector.go_on()
 
 
 def warm_stream() -> torch.cuda.Stream:

@@ -76,3 +76,13 @@ def test_the_collector_rests_during_a_capture_and_is_as_before_after_it() -> Non
         assert not gc.isenabled(), "the caller had switched it off"
     finally:
         gc.enable()
+
+
+def test_the_collector_rests_until_the_last_of_two_captures_is_over() -> None:
+    first, second = without_collector(), without_collector()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
