@@ -12,29 +12,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
-import socket
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from owl_wms.process import Process
+
 FOLDER = "_ledger"
 """Folder of a generation that holds its ledger and unfinished files."""
 GENERATION = "generation-"
 """What the names of generations begin with."""
 _PIECE = 256 << 10
-_PROCESSES = Path("/proc")
-_HOST = re.sub(r"[^\w.]", "_", socket.gethostname())
 
 
 def own_name() -> str:
-    """Returns a name that no other caller gets; it begins with this host and process."""
-    return f"{_HOST}-{os.getpid()}-{uuid.uuid4().hex}"
+    """Returns a name that no other caller gets; it says which process this is."""
+    return Process.current().unique_name()
 
 
 def located(url: str) -> tuple[Any, str]:
@@ -87,12 +84,10 @@ class Store:
         return Path(tempfile.gettempdir()) / f"owl-wms-staging-{digest}" / owner
 
     def remove_abandoned(self) -> None:
-        """Removes staging folders of processes of this host that are gone; nothing where that cannot be known."""
-        if not _PROCESSES.is_dir():  # not Linux
-            return
-        for folder in self.staging("").glob(f"{_HOST}-*"):
-            number = folder.name.removeprefix(f"{_HOST}-").partition("-")[0]
-            if number.isdecimal() and not (_PROCESSES / number).exists():
+        """Removes staging folders of processes that are gone; those of other machines and containers stay."""
+        for folder in self.staging("").glob("*"):
+            owner = Process.parse(folder.name)
+            if owner is not None and owner.lives() is False:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def place(self, staged: Path, name: str) -> None:
