@@ -273,10 +273,13 @@ def _sharded() -> set[int]:
     """Returns the identities of the modules whose weights `fully_shard` manages."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     states: Any = sys.modules.get("torch.distributed._composable_state")
-    if fsdp is None or states is None:
+    # Another thread may be importing it.
+    kind = getattr(fsdp, "FSDPModule", None)
+    if kind is None or states is None:
         return set()
-    roots = [module for module in states._module_state_mapping if isinstance(module, fsdp.FSDPModule)]
-    return {id(part) for root in roots for part in root.modules()}
+    # A list of references at once: another thread may be adding modules.
+    held = [reference() for reference in states._module_state_mapping.keyrefs()]
+    return {id(part) for root in held if isinstance(root, kind) for part in root.modules()}
 
 
 def hindrance(decoder: nn.Module) -> str | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -287,3 +289,10 @@ def test_what_a_stamp_does_not_see_is_written_down() -> None:
     assert stamp.matches(decoder)
     assert "through `tensor.data`" in str(WeightsStamp.__doc__)
     assert not math.isnan(float(decoder.conv_out.bias.sum()))  # type: ignore[arg-type, operator]
+
+
+def test_a_library_of_sharding_that_another_thread_is_importing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", ModuleType("torch.distributed.fsdp"))
+    part = nn.Sequential(nn.Linear(2, 2)).eval()
+    assert hindrance(part) is None
+    assert WeightsStamp(part).matches(part)
