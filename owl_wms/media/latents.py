@@ -21,7 +21,7 @@ from torch import Tensor
 from owl_wms.errors import DataError
 from owl_wms.files import open_regular
 from owl_wms.interrupts import raise_interrupt
-from owl_wms.media.arrays import KEY, as_numbers, check_finite, clip_shape, load_array
+from owl_wms.media.arrays import ARRAY_SUFFIXES, KEY, as_numbers, check_finite, clip_shape, load_array
 from owl_wms.media.npy import NpyFile
 from owl_wms.media.stored import find_tensor
 
@@ -127,7 +127,7 @@ def _in_file(file: BufferedReader, suffix: str) -> _Frames | None:
             return torch.from_numpy(rows)
 
         return _Frames(shape=array.shape, dtype=dtype, read=read_rows, file=file, version=version)
-    stored = find_tensor(file, suffix, KEY)
+    stored = find_tensor(file, suffix, KEY) if suffix in ARRAY_SUFFIXES else None
     if stored is None or not 3 <= len(stored.shape) <= 5 or 0 in stored.shape:
         return None
     clips = stored.of_rank(5)

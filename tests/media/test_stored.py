@@ -100,6 +100,13 @@ def test_what_the_reader_of_whole_files_refuses(tmp_path: Path, latents: torch.T
             read(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("name", ["x.bin", "x"])
+def test_other_endings_are_refused(tmp_path: Path, name: str) -> None:
+    torch.save(Z, tmp_path / name)
+    with pytest.raises(DataError, match="the ending must be one of"):
+        LatentFile(tmp_path / name)
+
+
 @pytest.mark.parametrize("suffix", ARRAY_SUFFIXES)
 @pytest.mark.parametrize("rank", [3, 4, 5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
