@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from owl_wms import env
 from owl_wms.ops.common import nvrtc
 
 
@@ -94,9 +95,18 @@ def take_capture_stream() -> CaptureStream:
 class _Collector:
     """Python's collector, and how many threads want it to rest."""
 
+    _enabled = False
+
     def __init__(self) -> None:
-        self._guard = threading.RLock()
-        self._resting, self._enabled = 0, False
+        self._renew()
+        env.after_fork(self._renew)
+
+    def _renew(self) -> None:
+        """Lets it go on in a forked child, a worker of a data loader say: nobody captures there."""
+        self._guard, self._resting = threading.RLock(), 0
+        if self._enabled:
+            gc.enable()
+        self._enabled = False
 
     def rest(self) -> None:
         with self._guard:
@@ -110,6 +120,7 @@ class _Collector:
             self._resting -= 1
             if not self._resting and self._enabled:
                 gc.enable()
+                self._enabled = False
 
 
 _collector = _Collector()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,4 +86,16 @@ def test_the_collector_rests_until_the_last_of_two_captures_is_over() -> None:
     first.__exit__(None, None, None)
     assert not gc.isenabled()
     second.__exit__(None, None, None)
+    assert gc.isenabled()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_the_collector_runs_in_a_child_forked_during_a_capture() -> None:
+    with without_collector():
+        child = os.fork()
+        if not child:
+            os._exit(int(gc.isenabled()))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+        assert not gc.isenabled()
     assert gc.isenabled()
