@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -57,7 +57,7 @@ class _Worker:
 
 
 def run_local(job: Job, blocks: Iterator[Block], devices: list[str | None]) -> Generator[Outcome, None, None]:
-    """Yields outcomes as they come, until every block has ended.
+    """Yields outcomes as they come, each item's once, until every block has ended.
 
     Args:
         job: what to do.
@@ -71,7 +71,7 @@ def run_local(job: Job, blocks: Iterator[Block], devices: list[str | None]) -> G
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // len(devices))
     workers = [_Worker(job, device, threads) for device in devices]
-    fruitless = 0
+    fruitless, told = 0, defaultdict[str, set[str]](set)  # keys of the blocks in hand
     try:
         for worker in workers:
             _fill(worker, blocks)
@@ -99,6 +99,11 @@ def run_local(job: Job, blocks: Iterator[Block], devices: list[str | None]) -> G
                     continue
                 if not said.key:
                     worker.blocks.popleft()
+                    told.pop(said.block, None)
+                elif said.key in told[said.block]:  # by the worker before, which has died
+                    continue
+                else:
+                    told[said.block].add(said.key)
                 yield said
     finally:
         for worker in workers:

@@ -25,6 +25,7 @@ from owl_wms.batch import local as local_module
 from owl_wms.batch.items import LATENT_SUFFIXES, Item, cut, list_items
 from owl_wms.batch.ledger import run_name
 from owl_wms.batch.lock import held
+from owl_wms.batch.progress import Tally
 from owl_wms.batch.run import run, status, verify
 from owl_wms.batch.store import digest_of
 from owl_wms.batch.worker import Outcome
@@ -148,6 +149,16 @@ def test_an_item_that_is_being_written_does_not_fail_with_a_deadly_one(
     folder = make_inputs(tmp_path / "in", {"a.pt": "a", "b.pt": "die", **{f"{n}.pt": "c" for n in "cdef"}})
     outcomes = {Path(o.item).name: o.state for o in go(fake_job(tmp_path / "out"), folder)}
     assert outcomes == {"a.pt": "done", "b.pt": "failed", **{f"{n}.pt": "done" for n in "cdef"}}
+
+
+def test_an_item_is_told_once_though_its_block_was_given_out_twice(tmp_path: Path) -> None:
+    texts = {"a.pt": "a", "b.pt": "bad", "c.pt": "slow:0.3", "d.pt": f"die-once:{tmp_path / 'died'}", "e.pt": "e"}
+    folder = make_inputs(tmp_path / "in", {**texts, **{f"f{n:02}.pt": str(n) for n in range(30)}})
+    tally = Tally()
+    found = run(fake_job(tmp_path / "out"), str(folder), LATENT_SUFFIXES, engine="local", workers=1, tally=tally)
+    items = [outcome.item for outcome in found if outcome.key]
+    assert sorted(items) == sorted(map(str, folder.iterdir()))
+    assert tally.sum()[:2] == (34, 1)
 
 
 def test_what_was_placed_and_not_recorded_is_not_decoded_again(tmp_path: Path) -> None:
