@@ -51,7 +51,12 @@ class CaptureStream:
         device, warm = self.stream.device, warm_stream()
         with torch.no_grad(), torch.cuda.stream(warm):
             factors = [torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float16, torch.float32)]
-            _multiply(factors)  # a thread's first product makes its handle, which a capture does not allow
+            try:
+                _multiply(factors)  # a thread's first product makes its handle, which a capture does not allow
+            except RuntimeError:
+                if torch.are_deterministic_algorithms_enabled():  # refuses cuBLAS, also in what is to be captured
+                    return
+                raise
         graph, pool = torch.cuda.CUDAGraph(), None if self._keeper is None else self._keeper.pool()
         with torch.no_grad(), without_collector(), torch.cuda.stream(self.stream):
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")

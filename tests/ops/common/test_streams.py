@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from types import SimpleNamespace
@@ -99,3 +100,21 @@ def test_the_collector_runs_in_a_child_forked_during_a_capture() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+def test_where_products_are_refused_there_is_no_workspace_to_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = streams.CaptureStream.__new__(streams.CaptureStream)
+    own.stream, own._keeper = SimpleNamespace(device="cpu"), None  # type: ignore[assignment]
+
+    def refuse(factors: list[torch.Tensor]) -> None:
+        raise RuntimeError("deterministic behavior was enabled, and CUBLAS_WORKSPACE_CONFIG is not set")
+
+    monkeypatch.setattr(streams, "warm_stream", lambda: None)
+    monkeypatch.setattr(streams, "_multiply", refuse)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.delattr(torch.cuda, "CUDAGraph")
+    with pytest.raises(RuntimeError, match="deterministic"):
+        own.hold_workspace()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    own.hold_workspace()
+    assert own._keeper is None
