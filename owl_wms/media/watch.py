@@ -30,12 +30,8 @@ _FORMATS = {"mov", "mp4", "matroska", "webm", "avi"}  # as FFmpeg calls what `VI
 # ITU-T H.273: matrix, primaries and transfer of BT.709; 2 is "unspecified", 3 reserved; transfers of PQ and HLG.
 BT709, _UNSAID, _HDR = 1, (2, 3), (16, 18)
 _OTHER_TRANSFERS = (8, 9, 10, 17)  # linear, two logarithmic ones, that of cinemas (SMPTE ST 428-1)
-_OTHER_PRIMARIES = (
-    9,
-    10,
-    11,
-    12,
-)  # BT.2020, XYZ, two of P3; the others lie so near to BT.709 that players take them for it
+# BT.2020, XYZ, two of P3; the others lie so near to BT.709 that players take them for it.
+_OTHER_PRIMARIES = (9, 10, 11, 12)
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 LIMITED = 1  # FFmpeg's AVCOL_RANGE_MPEG
 _LARGE = 720  # lines from which players take an untagged clip for BT.709

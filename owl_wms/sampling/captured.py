@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms.ops.common.streams import take_capture_stream, without_collector
+from owl_wms.ops.common.streams import capturing
 
 _LOG = logging.getLogger(__name__)
 # Libraries make their handles and choose their kernels in the first calls, which a capture does not allow.
@@ -97,18 +97,9 @@ class _Graph:
     def __init__(self, function: Function, inputs: tuple[Tensor, ...]) -> None:
         with torch.cuda.device(inputs[0].device):
             self._inputs = tuple(x.clone() for x in inputs)
-            self._graph, own = torch.cuda.CUDAGraph(), take_capture_stream()
-            own.stream.wait_stream(torch.cuda.current_stream())
-            # Entering the stream here also leaves it whatever becomes of the capture. thread_local: another thread's
-            # allocation (a data loader that pins memory) must not break the capture.
-            with (
-                without_collector(),
-                torch.cuda.stream(own.stream),
-                torch.cuda.graph(self._graph, stream=own.stream, capture_error_mode="thread_local"),
-            ):
+            self._graph = torch.cuda.CUDAGraph()
+            with capturing(self._graph, self):
                 self._outputs = function(*self._inputs)
-            own.serve(self)
-            torch.cuda.current_stream().wait_stream(own.stream)
             for got, wanted in zip(self(inputs), function(*(x.clone() for x in inputs)), strict=True):
                 limit = TOLERANCE.get(wanted.dtype, 0.0) * float(wanted.float().abs().max())
                 if not float((got.float() - wanted.float()).abs().max()) <= limit:  # not-a-number fails too

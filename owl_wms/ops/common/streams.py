@@ -1,9 +1,7 @@
 """Streams for capturing CUDA graphs, each with cuBLAS workspaces that nobody else can free.
 
 Usage:
-    own = take_capture_stream()
-    with without_collector(), torch.cuda.stream(own.stream), torch.cuda.graph(graph, stream=own.stream): ...
-    own.serve(self)  # who holds `graph`
+    with capturing(graph, self): ...  # self holds `graph`
 """
 
 from __future__ import annotations
@@ -95,6 +93,28 @@ def take_capture_stream() -> CaptureStream:
     own = CaptureStream() if own is None else own
     own.hold_workspace()
     return own
+
+
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, owner: Any, pool: Any = None) -> Iterator[None]:
+    """Captures what its body launches on the current device.
+
+    Args:
+        graph: the graph; `owner` holds it.
+        owner: as long as it lives, no other graph is captured on the same stream.
+        pool: of a graph whose memory this one may use as well, for the two are never replayed at once.
+    """
+    own = take_capture_stream()
+    # Entering the stream here also leaves it whatever becomes of the capture. thread_local: another thread's allocation
+    # (a data loader that pins memory) must not break the capture.
+    with (
+        without_collector(),
+        torch.cuda.stream(own.stream),
+        torch.cuda.graph(graph, pool=pool, stream=own.stream, capture_error_mode="thread_local"),
+    ):
+        yield
+    own.serve(owner)
+    torch.cuda.current_stream().wait_stream(own.stream)
 
 
 class _Collector:

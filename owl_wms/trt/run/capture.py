@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from owl_wms.ops.common.streams import take_capture_stream, warm_stream, without_collector
+from owl_wms.ops.common.streams import capturing, warm_stream
 
 WARMUP_CALLS = 3
 
@@ -41,18 +41,9 @@ class Recorded:
             for _ in range(WARMUP_CALLS):
                 run()
             torch.cuda.synchronize()
-        self._graph, own = torch.cuda.CUDAGraph(), take_capture_stream()
-        pool = None if before is None else before._graph.pool()
-        # Entering the stream here also leaves it whatever becomes of the capture. thread_local: another thread's
-        # allocation (a data loader pinning memory) must not break the capture.
-        with (
-            without_collector(),
-            torch.cuda.stream(own.stream),
-            torch.cuda.graph(self._graph, pool=pool, stream=own.stream, capture_error_mode="thread_local"),
-        ):
+        self._graph = torch.cuda.CUDAGraph()
+        with capturing(self._graph, self, None if before is None else before._graph.pool()):
             self.results = tuple(run())
-        own.serve(self)
-        torch.cuda.current_stream().wait_stream(own.stream)
 
     def replay(self) -> None:
         """Runs it on the current stream."""
