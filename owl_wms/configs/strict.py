@@ -73,6 +73,7 @@ def _to_size(value: Any) -> Any:
 
 
 PositiveInt = Annotated[int, Field(gt=0, le=1 << 31)]  # products of larger ones overflow in torch
+NonNegativeInt = Annotated[int, Field(ge=0, le=1 << 31)]
 IntTuple = Annotated[tuple[PositiveInt, ...], BeforeValidator(_to_tuple)]
 FloatPair = Annotated[tuple[float, float], BeforeValidator(_to_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_to_tuple)]

@@ -24,6 +24,7 @@ from owl_wms.configs.strict import (
     FloatPair,
     Floats,
     Kwargs,
+    NonNegativeInt,
     PositiveInt,
     Seed,
     Size,
@@ -79,6 +80,9 @@ class WorldModelConfig(StrictModel):
     `video_head_norm` belongs to `game_rft_audio`: False for weights of upstream before 2025-07-28, whose picture head
     has no layer norm before it. `rest_has_direction` False gives a mouse at rest no direction; upstream's weights were
     trained with True.
+    `sink_frames`: so many frames at the beginning of a video are never forgotten. They are seen by the layers without a
+    window, at the positions just before the others. Samplers begin with the last so many frames of the context and the
+    whole context behind them; windows for training must begin with such frames too (examples/world/own_history.py).
     `predicts` belongs to `game_rft`: with "remainder" the network predicts what the velocity leaves of the noisy frame,
     which at level 1 is the clean frame, so that a narrow network need not carry the noise from its input to its output;
     upstream's weights predict the velocity.
@@ -100,6 +104,7 @@ class WorldModelConfig(StrictModel):
     predicts: Literal["velocity", "remainder"] = "velocity"
     video_head_norm: bool = True
     n_frames: PositiveInt = 120
+    sink_frames: NonNegativeInt = 0
     cfg_prob: float = 0.1
     causal: bool = False
     uncond: bool
@@ -135,6 +140,16 @@ class WorldModelConfig(StrictModel):
             f"received {self.tokens_per_frame}",
         )
         rule(0.0 <= self.cfg_prob <= 1.0, "cfg_prob", f"must be within 0..1, received {self.cfg_prob}")
+        rule(
+            self.sink_frames == 0 or (self.causal and self.global_window is None),
+            "sink_frames",
+            f"needs causal true and global_window null, received {self.sink_frames}",
+        )
+        rule(
+            self.sink_frames < self.n_frames,
+            "sink_frames",
+            f"must be below n_frames ({self.n_frames}), received {self.sink_frames}",
+        )
         rule(
             self.predicts == "velocity" or not self.has_audio,
             "predicts",

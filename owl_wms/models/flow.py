@@ -26,7 +26,11 @@ def frame_times(x: Tensor) -> Tensor:
 
 
 def draw_levels(
-    x: Tensor, levels: LevelsConfig | None, doc_id: Tensor | None = None, history: Tensor | None = None
+    x: Tensor,
+    levels: LevelsConfig | None,
+    doc_id: Tensor | None = None,
+    history: Tensor | None = None,
+    sinks: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Draw the noise levels of a training step.
 
@@ -37,6 +41,7 @@ def draw_levels(
             its own.
         history: [b] int64, frames of each row that are history, known beforehand because they are of another kind (the
             model's own); a negative number draws as configured. With `levels` only.
+        sinks: frames at the beginning of every clip that are history in any case. With `levels` only.
 
     Returns:
         (levels [b, n] fp32 in [0, 1], bool [b, n] that is True for the frames whose loss counts).
@@ -70,7 +75,8 @@ def draw_levels(
         known = (history >= 0)[:, None]
         prefixed, length_known = prefixed | known, history[:, None].clamp(min=0, max=shape[1] - 1)
         history_length = torch.where(known, length_known, history_length)
-    remembered = prefixed & (torch.arange(shape[1], device=device) - first < history_length)
+    place = torch.arange(shape[1], device=device) - first
+    remembered = (prefixed & (place < history_length)) | (place < (length - 1).clamp(max=sinks))
     return torch.where(remembered, context, torch.where(prefixed, behind, alone)), ~remembered
 
 

@@ -26,7 +26,7 @@ def count_parameters(config: Any) -> int:
     layers = config.n_layers * (18 * d * d + 15 * d)
     levels = 4 * d * (_FEATURES + 1) + d * (4 * d + 1)
     heads = d * channels + channels * (d + 1) + 2 * d * (d + 1)
-    count = int(layers + levels + heads)
+    count = int(layers + levels + heads) + (d if setting(config, "sink_frames", 0) else 0)
     if not config.uncond:
         hidden = setting(config, "control_hidden", 2048)
         mouse = _FEATURES + hidden * (_FEATURES + 1) + d * (hidden + 1)

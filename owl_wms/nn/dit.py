@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,7 +44,11 @@ class DiT(nn.Module):
     Args:
         config: n_layers, n_heads, d_model, causal, and what `RotaryTable` reads; optional local_window and
             global_window (frames; default all), local_idx (layer i is global when i % local_idx == 0; default 4),
-            gradient_checkpointing.
+            sink_frames (default 0), gradient_checkpointing.
+
+    Attributes:
+        sink_mark: [d], added to the condition of the first `sink_frames` frames, so that frames of long ago are told
+            from those that the window begins with otherwise; zero at first. None without sinks.
 
     Raises:
         ConfigError: the heads do not divide the width.
@@ -72,6 +77,16 @@ class DiT(nn.Module):
             for index in range(config.n_layers)
         )
         self.rope = RotaryTable(config)
+        self.sink_frames: int = setting(config, "sink_frames", 0)
+        self.sink_mark = nn.Parameter(torch.zeros(config.d_model)) if self.sink_frames else None
+
+    def marked(self, cond: Tensor, cache: Cache | None = None) -> Tensor:
+        """Returns the conditions [b, n, d] with those of the first frames of a video marked as such."""
+        if self.sink_mark is None:
+            return cond
+        n = cond.shape[1]
+        position = torch.arange(n, device=cond.device) if cache is None else cache.positions(n).to(cond.device)
+        return cond + ((position < self.sink_frames)[:, None] * self.sink_mark).to(cond.dtype)
 
     def forward(self, x: Tensor, cond: Tensor, doc_id: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Run all blocks.
@@ -86,7 +101,8 @@ class DiT(nn.Module):
             [b, n, t, d].
 
         Raises:
-            ConfigError: a cache with a model that is not causal, or more frames than there are positions.
+            ConfigError: a cache with a model that is not causal, more frames than there are positions, or doc_id with
+                a model that has sinks.
             ValueError: doc_id with a cache, or of a shape other than [b, n].
         """
         frames, tokens = x.shape[1], x.shape[2]
@@ -95,6 +111,11 @@ class DiT(nn.Module):
                 raise ValueError("doc_id cannot be used with a cache: a cache holds one document")
             if tuple(doc_id.shape) != (x.shape[0], frames):
                 raise ValueError(f"doc_id must be [b, n] = [{x.shape[0]}, {frames}], got {list(doc_id.shape)}")
+        if doc_id is not None and self.sink_frames:
+            raise ConfigError(
+                "a model with sink_frames takes one clip a row, without doc_id: every clip begins with its own sinks",
+                key="model.sink_frames",
+            )
         if cache is not None:
             if not self.causal:
                 raise ConfigError(
@@ -106,6 +127,7 @@ class DiT(nn.Module):
                 f"{frames} frames exceed the {self.rope.n_frames} positions of this model (n_frames)",
                 key="model.n_frames",
             )
+        cond = self.marked(cond, cache)
         masks = Masks(x.device, self.attention_backend)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training and cache is None:

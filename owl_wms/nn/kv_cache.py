@@ -22,6 +22,7 @@ from torch import Tensor
 
 from owl_wms.errors import ConfigError
 from owl_wms.nn.rope import RotaryTable
+from owl_wms.nn.setting import setting
 
 
 class KVCache:
@@ -36,13 +37,21 @@ class KVCache:
     Device, dtype and batch are those of the first frames stored.
 
     Raises:
-        ConfigError: a window or capacity outside 1 to n_frames, or a capacity below the window.
+        ConfigError: a window or capacity outside 1 to n_frames, a capacity below the window, or a window for a model
+            whose first frames are never forgotten.
     """
 
     def __init__(self, config: Any, *, max_window: int | None = None, capacity: int | None = None) -> None:
         limit = int(config.n_frames)
         if max_window is not None and not 1 <= max_window <= limit:
             raise ConfigError(f"max_window must be 1 to n_frames = {limit}, got {max_window}", key="max_window")
+        sinks = int(setting(config, "sink_frames", 0))
+        if sinks and max_window is not None:
+            raise ConfigError(
+                f"KVCache forgets frames, and a model with sink_frames = {sinks} may not forget the first; use "
+                "RingCache, as av_caching and play do, or no max_window",
+                key="max_window",
+            )
         if capacity is None:
             capacity = limit if max_window is None else min(limit, 2 * max_window)
         if not (max_window or 1) <= capacity <= limit:
@@ -185,6 +194,10 @@ class KVCache:
             raise ValueError(f"the cache holds frames of {self._tokens} tokens, got {tokens}")
         self._tokens = tokens
         self.reserve(frames, rope)
+
+    def positions(self, frames: int) -> Tensor:
+        """Positions of the new frames, int64 [n]."""
+        return torch.arange(self.end, self.end + frames)
 
     def commit(self, frames: int) -> None:
         """Called by the transformer after its last layer: keep the new frames if updates are on."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
+from owl_wms.nn.setting import setting
 from owl_wms.sampling.controls import check_controls
 from owl_wms.sampling.frames import FrameLoop
 from owl_wms.sampling.guidance import Guidance, Unconditional
@@ -105,15 +106,16 @@ class AVCachingSampler:
         """
         check_controls(mouse, btn, x.shape[0])
         context, n_frames = x.shape[1], model.config.n_frames
+        sinks = min(context, setting(model.config, "sink_frames", 0))  # shown before the context, see `FrameLoop`
         generated = min(self.num_frames, mouse.shape[1] - context)
         if generated < 0:
             raise ValueError(f"controls must cover the {context} context frames, got {mouse.shape[1]}")
-        if self.max_window is None and context + generated > n_frames:
+        if self.max_window is None and sinks + context + generated > n_frames:
             raise ConfigError(
-                f"{context} + {generated} frames exceed the model's n_frames = {n_frames}; set max_window",
+                f"{sinks + context} + {generated} frames exceed the model's n_frames = {n_frames}; set max_window",
                 key="max_window",
             )
-        window = max(1, context + generated) if self.max_window is None else self.max_window
+        window = max(1, sinks + context + generated) if self.max_window is None else self.max_window
         guidance = Guidance(
             model=model, scale=self.cfg_scale, unconditional=self.unconditional, max_level=self.max_level
         )

@@ -4,6 +4,9 @@ A frame is denoised against the ring and returned. `remember` then noises it to 
 which stores it. Both are functions of fixed shapes with all changing values as tensors, so on a GPU each is captured as
 one CUDA graph; on a CPU the same functions run as they are.
 
+A model that never forgets the first frames it was shown (`sink_frames`) is shown the last so many frames of the context
+first, and then the whole context: the newest frames that are true are the best to compare with for ever.
+
 Usage:
     loop = FrameLoop(guidance, deltas=get_sd3_euler(4), noise_prev=0.2, max_window=24)
     loop.begin(context.latents, context.mouse, context.buttons, generator)
@@ -89,6 +92,9 @@ class FrameLoop:
         """
         self.ring.reset()
         self._like = x.new_empty(x.shape[0], 1, *x.shape[2:])
+        if self.ring.sinks:
+            order = [*range(x.shape[1])[-self.ring.sinks :], *range(x.shape[1])]
+            x, mouse, btn = x[:, order], mouse[:, order], btn[:, order]
         noisy = zlerp(x, self.noise_prev, generator)
         for frame in range(x.shape[1]):
             span = slice(frame, frame + 1)

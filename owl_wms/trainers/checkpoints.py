@@ -166,7 +166,10 @@ def averaged_weights(ema: Mapping[str, Any]) -> dict[str, Any]:
 def load_core_weights(core: nn.Module, path: Path | str) -> None:
     """Load a core from whatever `owl_wms.models.load_model` reads: `.pt` or `.safetensors`, of a core or its wrapper.
 
+    Weights of a model without sinks may begin one with them: its mark of sinks then stays as it is.
+
     Raises:
         CheckpointError: unreadable, or weights of another architecture; names the first key that disagrees.
     """
-    load_weights(core, select_core(read_state_dict(path), path), path)
+    mark = {name: value.detach() for name, value in core.named_parameters() if name == "transformer.sink_mark"}
+    load_weights(core, mark | dict(select_core(read_state_dict(path), path)), path)

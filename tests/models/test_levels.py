@@ -40,6 +40,22 @@ def test_levels_that_sampling_uses_are_levels_that_training_draws(sampler_id: st
         at -= delta
 
 
+@pytest.mark.parametrize("prefix", [0.0, 0.5])
+def test_sinks_are_history_in_every_clip(prefix: float) -> None:
+    torch.manual_seed(0)
+    levels = parse(LevelsConfig, {"prefix": prefix, "context": [0.1, 0.2], "context_low_share": 0.0})
+    history = torch.arange(-500, 500).clamp(-1, 5)
+    times, counted = draw_levels(torch.zeros(1000, N, 1), levels, None, history, sinks=2)
+    assert not counted[:, :2].any()
+    assert ((times[:, :2] >= 0.1) & (times[:, :2] <= 0.2)).all()
+    assert torch.equal(times[:, 0], times[:, 1])
+    lengths = (~counted).sum(dim=1)
+    assert (lengths[:500] == 2).float().mean() == pytest.approx(1 - prefix * (N - 3) / (N - 2), abs=0.05)
+    assert torch.equal(lengths[501:], history[501:].clamp(min=2)), "what is known beforehand, and the sinks at least"
+    short = draw_levels(torch.zeros(9, 2, 1), levels, sinks=2)[1]
+    assert short.sum(dim=1).tolist() == [1] * 9, "a frame remains to be learnt from"
+
+
 def test_what_was_drawn_before_lacks_them() -> None:
     torch.manual_seed(0)
     levels = frame_times(torch.zeros(4000, N, 1))

@@ -67,6 +67,23 @@ def test_cached_equals_uncached(context, frames, steps, scale, noise, window, cu
     assert torch.equal(result.latents[:, :context], x[:, :context]), "the context comes back clean"
 
 
+@pytest.mark.parametrize("context", [1, 4])
+def test_a_model_with_sinks_sees_the_last_of_the_context_first(context: int) -> None:
+    core = tiny_core(sink_frames=2)
+    sampler = AVCachingSampler(2, 1.3, 5, 0.2)
+    x, _, mouse, btn = inputs(2, context + 5)
+    result = sampler(core, x[:, :context], mouse, btn, generator=torch.Generator().manual_seed(5))
+    order = [*range(context)[-2:], *range(context + 5)]
+    first = len(order) - context - 5
+    shown = x[:, order[: context + first]], mouse[:, order], btn[:, order]
+    wanted = uncached(sampler, core, *shown, torch.Generator().manual_seed(5))
+    assert relative(result.latents, wanted[:, first:]) < 1e-3
+    assert result.latents.shape[1] == context + 5
+    long = [part[:, :1].expand(-1, context + 39, -1) for part in (mouse, btn)]
+    with pytest.raises(ConfigError, match=rf"{context + first} \+ 39 frames exceed the model's n_frames = 40"):
+        AVCachingSampler(1, 1.0, 39)(core, x[:, :context], *long)
+
+
 def test_result_covers_the_same_frames_everywhere() -> None:
     core = tiny_core()
     x, _, mouse, btn = inputs(1, 9)

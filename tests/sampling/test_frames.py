@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from owl_wms.sampling import SAMPLERS, AVCachingSampler, Guidance, get_sd3_euler
+from owl_wms.sampling import SAMPLERS, AVCachingSampler, Guidance, get_sd3_euler, zlerp
 from owl_wms.sampling import captured as captured_module
 from owl_wms.sampling.captured import CALLS_BEFORE, Captured, may_capture
 from owl_wms.sampling.frames import FrameLoop
@@ -28,27 +28,49 @@ def play(loop: FrameLoop, frames: int, batch: int = 1, context: int = 3) -> Tens
     return torch.cat(out, 1)
 
 
-def make(scale: float, unconditional: str = "dropped", fixed: bool | None = None, window: int = 6) -> FrameLoop:
-    guidance = Guidance(model=tiny_core(n_frames=12), scale=scale, unconditional=unconditional)  # type: ignore[arg-type]
+def make(
+    scale: float, unconditional: str = "dropped", fixed: bool | None = None, window: int = 6, sinks: int = 0
+) -> FrameLoop:
+    core = tiny_core(n_frames=12, sink_frames=sinks)
+    guidance = Guidance(model=core, scale=scale, unconditional=unconditional)  # type: ignore[arg-type]
     return FrameLoop(guidance, deltas=get_sd3_euler(2), noise_prev=0.2, max_window=window, fixed=fixed)
 
 
 GUIDED = [(1.0, "dropped"), (1.5, "dropped"), (1.5, "zero_controls"), (0.0, "dropped")]
 
 
+@pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize(("scale", "unconditional"), GUIDED)
 @torch.no_grad()
-def test_fixed_shapes_with_masks_give_what_exact_ones_give(scale: float, unconditional: str) -> None:
-    exact, fixed = make(scale, unconditional), make(scale, unconditional, fixed=True)
+def test_fixed_shapes_with_masks_give_what_exact_ones_give(scale: float, unconditional: str, sinks: int) -> None:
+    exact, fixed = (make(scale, unconditional, fixed, sinks=sinks) for fixed in (None, True))
     wanted, got = play(exact, 20), play(fixed, 20)
     assert relative(got, wanted) < 1e-3
     assert torch.equal(play(fixed, 20), got), "a second beginning is not touched by the first"
 
 
 @torch.no_grad()
+def test_the_last_true_frames_are_never_forgotten() -> None:
+    """They are shown first, with their controls: as a loop that begins with them, and a model that marks them."""
+    x, _, mouse, btn = inputs(1, 5)
+    loops = [make(1.0, sinks=2) for _ in range(2)]
+    order = [3, 4, 0, 1, 2, 3, 4]
+    seen = [part[:, order] for part in (x, mouse, btn)]
+    loops[0].begin(x, mouse, btn, torch.Generator().manual_seed(3))
+    noisy = zlerp(seen[0], 0.2, torch.Generator().manual_seed(3))
+    loops[1]._like = x[:, :1]
+    for k in range(7):
+        loops[1]._keep(loops[1]._store, *(part[:, k : k + 1] for part in (noisy, *seen[1:])))
+    frames = [loop.denoise(mouse[:, :1], btn[:, :1], torch.Generator().manual_seed(4)) for loop in loops]
+    assert torch.equal(*frames)
+    loops[0].begin(x[:, :1], mouse, btn)  # of one frame only: it is shown twice
+    assert len(loops[0].ring) == 2
+
+
+@torch.no_grad()
 def test_a_frame_is_the_same_when_it_is_asked_for_twice() -> None:
     """What a capture rests on: the functions write to the same places, with the same values."""
-    loop = make(1.3)
+    loop = make(1.3, sinks=1)
     play(loop, 9)
     _, _, mouse, btn = inputs(1, 1)
     frames = [loop.denoise(mouse, btn, torch.Generator().manual_seed(1)) for _ in range(3)]
@@ -82,14 +104,15 @@ def test_memory_stays_flat_for_20000_frames() -> None:
     run_long(20_000)
 
 
-def test_a_compiled_model_is_traced_once_for_filling_and_once_for_full() -> None:
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_a_compiled_model_is_traced_once_for_filling_and_once_for_full(sinks: int) -> None:
     traced = []
 
     def backend(graph, inputs):
         traced.append(graph)
         return graph.forward
 
-    core = tiny_core(n_frames=12)
+    core = tiny_core(n_frames=12, sink_frames=sinks)
     torch._dynamo.reset()
     compiled = torch.compile(core, backend=backend, fullgraph=True, dynamic=False)
     loops = [
@@ -185,9 +208,11 @@ def test_a_sampler_makes_the_same_frames_from_the_same_seed(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_captured_sampling_equals_eager(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    core = tiny_core(n_frames=64).cuda().to(dtype)
+@pytest.mark.parametrize(("name", "sinks"), [*((name, 0) for name in sorted(SAMPLERS)), ("av_caching", 2)])
+def test_captured_sampling_equals_eager(
+    name: str, sinks: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = tiny_core(n_frames=64, sink_frames=sinks).cuda().to(dtype)
     x, _, mouse, btn = (a.cuda().to(dtype) for a in inputs(2, 44))
     made: list[Captured] = []
     original = Captured.__init__
