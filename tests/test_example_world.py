@@ -102,9 +102,9 @@ class MarkedFrames:
         pass
 
 
-def own_loader(script: ModuleType, monkeypatch: pytest.MonkeyPatch, window: int = 6) -> object:
+def own_loader(script: ModuleType, monkeypatch: pytest.MonkeyPatch, window: int = 6, sinks: int = 0) -> object:
     monkeypatch.setattr(sys.modules["own_history"], "OwnFrames", MarkedFrames)
-    space, settings = LatentSpace(2.0), {"window": window, "batch_size": 32}
+    space, settings = LatentSpace(2.0), {"window": window, "batch_size": 32, "sinks": sinks}
     return script.OwnHistoryLoader(episodes(script), space, **settings)
 
 
@@ -134,6 +134,50 @@ def test_own_frames_are_history_and_true_frames_are_targets(
     assert lengths == {1, 2, 3, 4, 5}
 
 
+def test_windows_begin_with_frames_that_play_would_not_forget(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two earlier frames of the same episode, or the last ones of a history; before own frames the last real ones."""
+    loader = own_loader(script, monkeypatch, window=8, sinks=2)
+    data = loader._data  # type: ignore[attr-defined]
+    loader.renew(Marks(), clips=20, keep=2, frames=16, step=0, steps=2, noise=(0.1, 0.2))  # type: ignore[attr-defined]
+    made = loader._clips.latents[:, :, 0, 0, 0].float()  # type: ignore[attr-defined]
+    assert made.shape == (20, 6 + 16)
+    data.latents.fill_(7)  # the episodes are others now, the clips keep what they are of
+    assert next(iter(loader))[0][:16].eq(7).all()  # type: ignore[call-overload]
+    data.latents.copy_(episodes(script).latents)  # type: ignore[attr-defined]
+    data.mouse.copy_(data.latents[:, :, 0, 0, :2])  # controls that say where they are from, too
+    batches, gaps, told, lengths = iter(loader), set(), 0, set()  # type: ignore[call-overload]
+    for _ in range(30):
+        latents, mouse, _, history = next(batches)
+        value = latents[:, :, 0, 0, 0].float()
+        assert value.shape == (32, 8)
+        for row, keys, count in zip(value[:16], mouse[:16, :, 0].float(), history[:16].tolist(), strict=True):
+            assert torch.equal(row, keys), "controls travel with their frames"
+            frames = ((row - row[2].floor()) * 100).round().int().tolist()
+            assert len({int(v) for v in (row + 0.005).tolist()}) == 1, "one episode"
+            assert [frames[1] - frames[0], *(b - a for a, b in pairwise(frames[2:]))] == [1] * 6
+            if count < 0:
+                gaps.add(frames[2] - frames[1])
+            else:
+                told += 1
+                assert 4 <= count <= 7
+                assert frames[:2] == frames[count - 2 : count], "the last two of the history"
+        for row, count in zip(value[16:], history[16:].tolist(), strict=True):
+            own = [k for k in range(8) if row[k] > 40]
+            assert own
+            assert own[-1] == count - 1
+            assert own == list(range(own[0], count))
+            assert own[0] >= 2
+            if own[0] > 3:
+                assert torch.equal(row[:2], row[own[0] - 2 : own[0]]), "the last real ones"
+            lengths.add(count)
+    assert min(gaps) == 1
+    assert max(gaps) >= 16, "nothing between them, or nearly the whole episode"
+    assert 60 < told < 180, "a quarter"
+    assert lengths == {3, 4, 5, 6, 7}
+
+
 @pytest.mark.parametrize(("near", "reached"), [(0.0, 2), (1.0, 6)])
 def test_clips_that_move_end_sooner_unless_they_stay_near_the_truth(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, near: float, reached: int
@@ -144,7 +188,7 @@ def test_clips_that_move_end_sooner_unless_they_stay_near_the_truth(
     for step in range(2):
         settings = {"clips": 40, "keep": 2, "frames": 16, "steps": 2, "noise": (0.1, 0.2)}
         loader.renew(Marks(), step=step, **settings)  # type: ignore[attr-defined]
-    places = loader._places  # type: ignore[attr-defined]
+    places = loader._clips.known  # type: ignore[attr-defined]
     assert len(places) == 80
     reach: dict[bool, int] = {True: 0, False: 0}
     batches = iter(loader)  # type: ignore[call-overload]
@@ -159,9 +203,10 @@ def test_clips_that_move_end_sooner_unless_they_stay_near_the_truth(
     assert reach[False] == 6
 
 
-def test_own_frames_are_those_of_play(script: ModuleType) -> None:
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_own_frames_are_those_of_play(script: ModuleType, sinks: int) -> None:
     """Begun as noise alone they are the frames that play makes of the same noise; history is stored clean in both."""
-    core, generator = tiny_core(), torch.Generator().manual_seed(0)
+    core, generator = tiny_core(sink_frames=sinks), torch.Generator().manual_seed(0)
     x, mouse = torch.randn(2, 5, 4, 2, 2, generator=generator), torch.randn(2, 8, 2, generator=generator)
     btn = torch.zeros(2, 8, 11)
     loop = FrameLoop(Guidance(model=core), deltas=get_sd3_euler(3), noise_prev=0.0, max_window=4)
@@ -170,7 +215,7 @@ def test_own_frames_are_those_of_play(script: ModuleType) -> None:
     draws = [torch.Generator().manual_seed(1) for _ in range(2)]
     with torch.no_grad():
         loop.begin(x, mouse, btn)
-        for k in range(5):
+        for k in [*range(5 - sinks, 5), *range(5)]:
             maker.keep(x[:, k : k + 1], mouse[:, k : k + 1], btn[:, k : k + 1], generator)
         for k in range(5, 8):
             controls = mouse[:, k : k + 1], btn[:, k : k + 1]
@@ -277,20 +322,26 @@ def test_attention_of_the_clock_sees_what_the_models_own_sees(script: ModuleType
         torch.testing.assert_close(built.attend(q, k, v, mask), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_training_by_the_clock_learns_from_own_frames_and_leaves_weights(script: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_training_by_the_clock_learns_from_own_frames_and_leaves_weights(
+    script: ModuleType, tmp_path: Path, sinks: int
+) -> None:
     module = importlib.import_module("clock_trainer")
     said: list[str] = []
     cfg = tiny(script, tmp_path)
-    trainer = module.ClockTrainer(cfg, episodes(script, frames=20), tmp_path, said.append)
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"sink_frames": sinks})})
+    data, asked = episodes(script, frames=20), []
+    trainer = module.ClockTrainer(cfg, data, tmp_path, said.append, lambda: asked.append(len(data)))
     plan = module.Plan(clips=4, own_frames=4)
     trainer.run(plan, monotonic() - 1)
     assert trainer.step == 1, "one step at least, whatever the time"
+    assert asked == [6]
     trainer._renew(plan, 0.6)
-    *_, history = trainer._batch()
+    *_, history = next(trainer._batches)
     assert (history >= 0).sum() == 2, "half of the windows"
     good = trainer._copied()
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    trainer._step(trainer._batch(), 0.8)
+    trainer._step(next(trainer._batches), 0.8)
     assert any(not torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
     trainer._look([(2, 1.0, 1.0, torch.tensor([torch.nan]))], good)
     assert trainer.recovered == 1
@@ -305,6 +356,13 @@ def test_training_by_the_clock_learns_from_own_frames_and_leaves_weights(script:
     )
     for model in (further.model, further.ema.model):
         assert all(torch.equal(value, written.state_dict()[key]) for key, value in model.state_dict().items())
+    if sinks:
+        assert written.core.transformer.sink_mark.any(), "it is learnt"
+        return
+    more = cfg.model_copy(update={"train": train, "model": cfg.model.model_copy(update={"sink_frames": 2})})
+    begun = module.ClockTrainer(more, episodes(script, frames=20), tmp_path, said.append).model
+    assert not begun.core.transformer.sink_mark.any(), "weights without sinks may begin a model with them"
+    begun.load_state_dict(written.state_dict() | {"core.transformer.sink_mark": begun.core.transformer.sink_mark})
 
 
 def test_a_world_holds_until_its_first_bound_breaks(script: ModuleType) -> None:

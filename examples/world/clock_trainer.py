@@ -25,14 +25,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-from episodes import Episodes, MemoryLoader
-from own_history import DRAWN, Horizon, OwnHistoryLoader, OwnHistoryTrainer, playing
+from episodes import Episodes
+from own_history import Horizon, OwnHistoryLoader, OwnHistoryTrainer, playing
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from owl_wms.configs.world import WorldConfig
 from owl_wms.data.loading import Batch
+from owl_wms.models.latents import LatentSpace
 from owl_wms.nn.mask import FrameMask
 from owl_wms.trainers.optim.optimisers import parts_of
 from owl_wms.vae.eight_bits import packed
@@ -41,7 +42,6 @@ LOOK_EVERY = 100  # steps between looks at the loss, which wait for the GPU
 EXPORT_SECONDS = 60.0
 COMPILE_SECONDS = 150  # after which another way is tried
 ATTEMPTS = 3  # at own frames that may fail before training goes on without new ones
-OWN_STEPS = 2  # a frame; more would cost more and hardly change them
 OWN_NOISE = (0.05, 0.3)  # levels at which own frames remember their history
 SLOW = 0.055  # seconds a step from which on the other attention is tried too
 
@@ -89,9 +89,10 @@ class Plan:
         return max((frames for begun, frames in self.horizons if begun <= share), default=self.horizons[0][1])
 
 
-CONTINUED = Plan(settle=0.0, fall=0.15, own=0.3, low=0.4, end_fall=0.6, horizons=((0.3, 8), (0.5, 16), (0.7, 24)))
-"""Of a run that begins with trained weights: their base is there, so own history comes sooner and the rates fall for
-longer."""
+CONTINUED = Plan(settle=0.0, fall=0.18, own=0.25, low=0.45, end_fall=0.65, horizons=((0.25, 8),), warm_up=150)
+"""Of a run that begins with trained weights: their base is there, so own history comes as soon as the new worlds and
+the sinks are learnt, and the rates fall for longer. The few clips that move and are the model's alone stay short, as
+further on the true frame is not determined and teaches a mean."""
 
 
 class BuiltMasks:
@@ -116,6 +117,7 @@ class BuiltMasks:
 
 def _through(dit: Any, masks: BuiltMasks, x: Tensor, cond: Tensor, doc_id: Any = None, cache: Any = None) -> Tensor:
     """`DiT.forward` for training windows, with masks that are there already."""
+    cond = dit.marked(cond)
     for block in dit.blocks:
         x = block(x, cond, dit.rope, masks, None, None)
     return x
@@ -140,6 +142,13 @@ def within(seconds: int) -> Iterator[None]:
 class ClockTrainer(OwnHistoryTrainer):
     """One model, its optimisers and its average, trained until a moment.
 
+    Args:
+        cfg: model, rates, levels, and the sampler that own frames are made with.
+        data: episodes to learn from.
+        out: folder for the log and the weights.
+        say: called with lines for people.
+        fresh: called before each step; may write new episodes into `data`.
+
     Attributes:
         window: frames of a training window, and of the history in play.
         recovered: how often a loss that is not finite sent the run back to its last good weights.
@@ -147,13 +156,23 @@ class ClockTrainer(OwnHistoryTrainer):
         renewals: seconds that each renewal of own frames took.
     """
 
-    def __init__(self, cfg: WorldConfig, data: Episodes, out: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        cfg: WorldConfig,
+        data: Episodes,
+        out: Path,
+        say: Callable[[str], None],
+        fresh: Callable[[], None] | None = None,
+    ) -> None:
         self.window = min(24, cfg.model.n_frames // 4)
-        self._data, self._out, self._say, self._cfg = data, out, say, cfg
-        true = MemoryLoader(data, self.window, cfg.train.batch_size)
-        super().__init__(cfg.train, None, cfg.model, loader=true, sample_loader=true)
+        self._out, self._say, self._cfg, self._fresh = out, say, cfg, fresh
+        space = LatentSpace.of(cfg.train).to(data.mouse.device)
+        self._windows = OwnHistoryLoader(
+            data, space, window=self.window, batch_size=cfg.train.batch_size, sinks=cfg.model.sink_frames
+        )
+        super().__init__(cfg.train, None, cfg.model, loader=self._windows, sample_loader=self._windows)
         self.resume()  # begins from `train.init_ckpt`, where that is given
-        self._true, self._own = iter(true), None
+        self._batches = iter(self._windows)
         self.recovered, self.failed, self._damp = 0, 0, 1.0
         self.renewals: list[float] = []
         self._levels = {p: cfg.train.levels.model_copy(update={"prefix": p}) for p in (0.5, 0.8)}
@@ -176,7 +195,9 @@ class ClockTrainer(OwnHistoryTrainer):
             rate = self._damp * plan.rate(share, self.step)
             for group, full in zip(self._optimiser.param_groups, self._rates, strict=True):
                 group["lr"] = rate * full
-            values = self._step(self._batch(), plan.prefix(share))
+            if self._fresh is not None:
+                self._fresh()
+            values = self._step(next(self._batches), plan.prefix(share))
             waiting.append((self.step, now - begun, rate, values))
             if self.step % LOOK_EVERY == 0:
                 good = self._look(waiting, good)
@@ -200,16 +221,10 @@ class ClockTrainer(OwnHistoryTrainer):
         self.step += 1
         if self.step % LOOK_EVERY:
             return loss.detach()[None]
-        own = found["counted"] & (history >= 0)[:, None]
-        other = found["counted"] & (history < 0)[:, None]
+        mine = torch.arange(len(x), device=x.device)[:, None] >= len(x) - self._windows.own
+        own, other = found["counted"] & mine, found["counted"] & ~mine
         errors = [self.space.error(x, {**found, "counted": counted}) for counted in (other, own)]
         return torch.stack([loss.detach(), *errors])
-
-    def _batch(self) -> Batch:
-        if self._own is not None:
-            return next(self._own)
-        latents, mouse, buttons = next(self._true)
-        return latents, mouse, buttons, torch.full((len(mouse),), DRAWN, dtype=torch.int64, device=mouse.device)
 
     def _renew_or_not(self, plan: Plan, share: float) -> None:
         try:
@@ -220,20 +235,16 @@ class ClockTrainer(OwnHistoryTrainer):
 
     def _renew(self, plan: Plan, share: float) -> None:
         """Let the averaged model continue episodes."""
-        if self._own is None:
-            batch = self.train_cfg.batch_size
-            self._made = OwnHistoryLoader(self._data, self.space, window=self.window, batch_size=batch, seed=1)
-        self._made.horizon = Horizon(moving=plan.horizon(share))
-        self._made.renew(
+        self._windows.horizon = Horizon(moving=plan.horizon(share))
+        self._windows.renew(
             playing(self.ema.model.core, self.device),
             clips=plan.clips,
             keep=plan.rounds,
             frames=plan.own_frames,
             step=self.step,
-            steps=OWN_STEPS,
+            steps=int((self.train_cfg.sampler_kwargs or {})["n_steps"]),
             noise=OWN_NOISE,
         )
-        self._own = self._own or iter(self._made)
 
     def _look(self, waiting: list[tuple[int, float, float, Tensor]], good: dict[str, Any]) -> dict[str, Any]:
         """Write what was measured; go back to the last good weights, at half the rate, if it is not finite."""
@@ -269,7 +280,7 @@ class ClockTrainer(OwnHistoryTrainer):
     def compile_blocks(self) -> dict[str, Any]:
         """Compile the blocks with the attention that is quickest here; whatever fails, training runs as it is."""
         dit = self.model.core.transformer
-        batch = self._batch()
+        batch = next(self._batches)
         wanted = self._trial(batch)
         tokens = self._cfg.model.tokens_per_frame
         seconds: dict[str, float] = {"eager": self._timed(batch, 2)}

@@ -40,6 +40,10 @@ class Episodes:
     mouse: Tensor
     buttons: Tensor
 
+    def __len__(self) -> int:
+        """How many episodes."""
+        return self.mouse.shape[0]
+
     @staticmethod
     def join(parts: list[Episodes]) -> Episodes:
         """Episodes of equal length, one after the other."""

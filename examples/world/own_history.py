@@ -5,9 +5,14 @@ the true frame for any controls, so the model can continue an episode by itself 
 own frames.
 
 A clip that moves shows places that nobody has seen before, so that its true frame is soon no longer determined and a
-target that is not becomes a blur. Half of those clips therefore stay near the truth: each of their frames begins as the
+target that is not becomes a blur. Most of those clips therefore stay near the truth: each of their frames begins as the
 true one under noise instead of as noise alone, and is made behind the model's own history like any other. They hold
-the model's errors, at any length, and a target that is known.
+the model's errors, at any length, and a target that is known. A clip at rest is the model's alone: its true frame is
+known for ever.
+
+A model with `sink_frames` plays behind the last so many frames of its context, which it never forgets, so windows begin
+with such frames: in windows with own frames the last real ones; in true windows earlier frames of the same episode, or
+the last ones of a history. What lies between them and the window may be nothing or the whole episode.
 
 Source: own frames made from true ones under noise are "Resampling Forcing" (Guo et al. 2025, arXiv 2512.15702).
 
@@ -21,11 +26,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-from episodes import Episodes, MemoryLoader
+from episodes import Episodes
 from torch import Tensor, nn
 
 from owl_wms.data.loading import Batch
@@ -36,7 +41,8 @@ from owl_wms.sampling.schedule import get_sd3_euler
 from owl_wms.trainers.objectives.rft import RFTTrainer
 
 DRAWN = -1  # in `history`: the trainer draws the length
-NEAR_SHARE = 0.5  # of the clips that move: made near the truth
+NEAR_SHARE = 0.85  # of the clips that move: made near the truth
+RECENT_SINKS = 0.25  # of the true windows of a model with sinks: they are the last frames of the history
 NEAR = (0.6, 0.97)  # levels at which their frames begin
 
 
@@ -108,32 +114,54 @@ def _noised(x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
     return x.lerp(noise, level[..., None, None, None].to(x.dtype))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Clips:
+    """Continued episodes, with the truth of their own: the episodes that they are from may be overwritten.
+
+    Attributes:
+        latents, mouse, buttons: what happened, [k, real + own, ...].
+        made: [k, own, c, h, w], own frames as stored.
+        known: bool [k], whether the true frame is known at any length.
+    """
+
+    latents: Tensor
+    mouse: Tensor
+    buttons: Tensor
+    made: Tensor
+    known: Tensor
+
+    @staticmethod
+    def join(parts: list[_Clips]) -> _Clips:
+        names = [field.name for field in fields(_Clips)]
+        return _Clips(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
 class OwnHistoryLoader:
-    """Half true windows, half windows whose beginning is the model's own; endless.
+    """Half true windows, half windows whose beginning is the model's own, or true windows alone until there are such;
+    endless.
 
     A batch is latents, mouse, buttons and `history` int64 [b]: the frames of a window that are history because they are
-    the model's own or stand before those, or `DRAWN` for true windows.
+    the model's own or stand before those, or `DRAWN` where the trainer may draw how many.
+
+    Args:
+        data: episodes, which may change between batches.
+        space: of the model's latents.
+        window: frames of a window, the sinks included.
+        batch_size: windows of a batch.
+        seed: of all draws.
+        sinks: frames at the beginning of each window that play would never forget; `sink_frames` of the model.
     """
 
     epoch = 0
 
     def __init__(
-        self,
-        data: Episodes,
-        space: LatentSpace,
-        *,
-        window: int,
-        batch_size: int,
-        seed: int = 0,
+        self, data: Episodes, space: LatentSpace, *, window: int, batch_size: int, seed: int = 0, sinks: int = 0
     ) -> None:
-        """Remember where frames come from."""
-        self._data, self._space, self._window = data, space, window
-        self._own = batch_size // 2
-        self._true = MemoryLoader(data, window, batch_size - self._own, seed)
-        self._seed = seed
-        self._rounds: list[tuple[Tensor, Tensor]] = []
-        self._places = torch.empty(0, 3, dtype=torch.long)  # [k, 3], episode, first frame, whether the truth is known
-        self._frames = torch.empty(0)  # [k, frames, c, h, w] as stored, own frames behind the first window
+        self._data, self._space, self._window, self._sinks = data, space, window, sinks
+        self._recent = window - sinks
+        self._batch_size, self._seed, self._seen = batch_size, seed, 0
+        self._rounds: list[_Clips] = []
+        self._clips: _Clips | None = None
         self.horizon = Horizon()
 
     @torch.no_grad()
@@ -148,7 +176,7 @@ class OwnHistoryLoader:
         steps: int,
         noise: tuple[float, float],
     ) -> None:
-        """Let the model continue `clips` episodes from a window of true frames on, under the episodes' own controls.
+        """Let the model continue `clips` episodes from true frames on, under the episodes' own controls.
 
         Args:
             core: the averaged model, in the precision of play.
@@ -159,20 +187,20 @@ class OwnHistoryLoader:
             steps: Euler steps a frame, as in play.
             noise: lowest and highest level at which a clip's history is remembered.
         """
-        data, device = self._data, self._data.mouse.device
+        data, device, real = self._data, self._data.mouse.device, self._recent
         generator = torch.Generator(device=device).manual_seed(self._seed * 1_000_003 + step)
-        episodes, length = data.mouse.shape[:2]
-        frames = min(frames, length - self._window)
-        episode = torch.randint(episodes, (clips, 1), generator=generator, device=device)
-        start = torch.randint(length - self._window - frames + 1, (clips, 1), generator=generator, device=device)
-        at = episode, start + torch.arange(self._window + frames, device=device)
-        mouse, btn = data.mouse[at], data.buttons[at]
+        length = data.mouse.shape[1]
+        frames = min(frames, length - real)
+        episode = torch.randint(len(data), (clips, 1), generator=generator, device=device)
+        start = torch.randint(length - real - frames + 1, (clips, 1), generator=generator, device=device)
+        at = episode, start + torch.arange(real + frames, device=device)
+        latents, mouse, btn = data.latents[at], data.mouse[at], data.buttons[at]
 
         def uniform(low: float, high: float) -> Tensor:
             return low + (high - low) * torch.rand(clips, generator=generator, device=device)
 
         # A clip is at rest when its controls are zero from the last real frame on; its true frame stays known.
-        moves = (mouse[:, self._window :].any(dim=-1) | btn[:, self._window :].any(dim=-1)).any(dim=1)
+        moves = (mouse[:, real:].any(dim=-1) | btn[:, real:].any(dim=-1)).any(dim=1)
         near = moves & (uniform(0, 1) < NEAR_SHARE)
         # A model in bfloat16, not autocast: only then are its passes captured as CUDA graphs.
         dtype = next(core.parameters()).dtype
@@ -184,59 +212,91 @@ class OwnHistoryLoader:
             start=torch.where(near, uniform(*NEAR), 1.0),
         )
         own = []
-        for k in range(self._window + frames):
-            x = self._space.to_model(data.latents[episode, start + k].float()).to(dtype)
+        for k in [*range(real - self._sinks, real), *range(real + frames)]:  # the sinks first, as in play
+            x = self._space.to_model(latents[:, k : k + 1].float()).to(dtype)
             controls = mouse[:, k : k + 1], btn[:, k : k + 1]
-            if k >= self._window:
+            if k >= real:
                 x = maker.make(x, *controls, generator)
                 own.append(self._space.to_stored(x.float()).half())
             maker.keep(x, *controls, generator)
-        made = torch.cat([episode, start, (near | ~moves).long()[:, None]], dim=1), torch.cat(own, dim=1)
-        self._rounds = [*self._rounds, made][-keep:]
+        made = torch.cat(own, dim=1)
+        self._rounds.append(_Clips(latents=latents, mouse=mouse, buttons=btn, made=made, known=near | ~moves))
+        self._rounds = self._rounds[-keep:]
         if device.type == "cuda":
             torch.cuda.synchronize()  # the graphs that made them go with this call
-        self._places, self._frames = (torch.cat(parts) for parts in zip(*self._rounds, strict=True))
+        self._clips = _Clips.join(self._rounds)
+
+    @property
+    def own(self) -> int:
+        """Windows with own frames in a batch, its last ones."""
+        return 0 if self._clips is None else self._batch_size // 2
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._true:
-            drawn = torch.full((len(batch[0]),), DRAWN, dtype=torch.int64, device=batch[0].device)
-            parts = zip((*batch, drawn), self._own_windows(), strict=True) if self._rounds else None
-            yield (*batch, drawn) if parts is None else tuple(torch.cat(pair) for pair in parts)
+        while True:
+            device = self._data.mouse.device
+            generator = torch.Generator(device=device).manual_seed(self._seed * 1_000_003 + self._seen)
+            self._seen += 1
+            batch = self._true_windows(self._batch_size - self.own, generator)
+            if self._clips is not None:
+                parts = zip(batch, self._own_windows(self._clips, self.own, generator), strict=True)
+                batch = tuple(torch.cat(pair) for pair in parts)
+            yield batch
 
-    def _own_windows(self) -> Batch:
-        data, window = self._data, self._window
+    def _true_windows(self, count: int, generator: torch.Generator) -> Batch:
+        data, sinks, recent = self._data, self._sinks, self._recent
         device = data.mouse.device
-        seed = self._seed * 1_000_003 + 500_009 + self._true.state_dict()["seen"]
-        generator = torch.Generator(device=device).manual_seed(seed)
+        draw = partial(_whole, generator=generator, device=device)
+        none = torch.zeros(count, dtype=torch.long, device=device)
+        episode = draw(none, len(data) - 1)
+        start = draw(none + sinks, data.mouse.shape[1] - recent)
+        at = start[:, None] + torch.arange(recent, device=device)
+        history = torch.full_like(none, DRAWN)
+        if sinks:
+            told = torch.rand(count, generator=generator, device=device) < RECENT_SINKS
+            length = draw(none + min(sinks, recent - 1), recent - 1)
+            first = torch.where(told, (start + length - sinks).clamp(min=0), draw(none, start - sinks))
+            history = torch.where(told, sinks + length, history)
+            at = torch.cat([first[:, None] + torch.arange(sinks, device=device), at], dim=1)
+        place = episode[:, None], at
+        return data.latents[place], data.mouse[place], data.buttons[place], history
 
-        def draw(low: Tensor | int, high: Tensor | int) -> Tensor:
-            """Whole numbers [b] from low to high, both included."""
-            unit = torch.rand(self._own, generator=generator, device=device)
-            return low + (unit * (high - low + 1)).long()
-
-        chosen = draw(0, len(self._places) - 1)
-        episode, start, known = self._places[chosen].unbind(dim=1)
-        count = self._frames.shape[1]
-        limit = torch.where(known > 0, count, self.horizon.moving).clamp(min=2, max=count)
-        end = draw(2, limit)  # own frames up to the window's end
-        targets = draw(1, end.clamp(max=window) - 1)  # so that one own frame at least is history
+    def _own_windows(self, clips: _Clips, count: int, generator: torch.Generator) -> Batch:
+        window, sinks, real = self._window, self._sinks, self._recent
+        device, own = clips.known.device, clips.made.shape[1]
+        draw = partial(_whole, generator=generator, device=device)
+        none = torch.zeros(count, dtype=torch.long, device=device)
+        chosen = draw(none, len(clips.known) - 1)
+        limit = torch.where(clips.known[chosen], own, self.horizon.moving).clamp(min=2, max=own)
+        end = draw(none + 2, limit)  # own frames up to the window's end
+        targets = draw(none + 1, end.clamp(max=real) - 1)  # so that one own frame at least is history
         history = window - targets
-        at = (start + end)[:, None] + torch.arange(window, device=device)
-        index = at - (start + window)[:, None]  # of own frames; below 0 the frame is real
-        mine = (index >= 0) & (torch.arange(window, device=device) < history[:, None])
-        made = self._frames[
-            chosen[:, None], index.clamp(min=0)
-        ]  # chosen by `where`: a mask as index would wait for the GPU
-        latents = torch.where(mine[..., None, None, None], made, data.latents[episode[:, None], at])
-        return latents, data.mouse[episode[:, None], at], data.buttons[episode[:, None], at], history
+        at = end[:, None] + torch.arange(real, device=device)
+        index = at - real  # of own frames; below 0 the frame is real
+        mine = (index >= 0) & (torch.arange(real, device=device) < (history - sinks)[:, None])
+        if sinks:
+            last = torch.arange(real - sinks, real, device=device).expand(count, -1)
+            at = torch.cat([last, at], dim=1)
+            index, mine = (torch.cat([torch.zeros_like(last).to(x.dtype), x], dim=1) for x in (index, mine))
+        place = chosen[:, None], at
+        # Chosen by `where`: a mask as index would wait for the GPU.
+        made = clips.made[chosen[:, None], index.clamp(min=0)]
+        latents = torch.where(mine[..., None, None, None], made, clips.latents[place])
+        return latents, clips.mouse[place], clips.buttons[place], history
 
     def state_dict(self) -> dict[str, int]:
         """Batches given so far."""
-        return self._true.state_dict()
+        return {"seen": self._seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after those."""
-        self._true.load_state_dict(state)
+        self._seen = state["seen"]
+
+
+def _whole(low: Tensor, high: Tensor | int, *, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Whole numbers [b] from `low` [b] to `high`, both included."""
+    # fp64: in fp32 a number close to 1 times a large one would round up to it.
+    unit = torch.rand(len(low), generator=generator, device=device, dtype=torch.float64)
+    return low + (unit * (high - low + 1)).long()
 
 
 class OwnHistoryTrainer(RFTTrainer):
