@@ -18,7 +18,8 @@ import yaml
 from own_history import Horizon, OwnHistoryLoader, OwnHistoryTrainer, playing
 from safetensors.torch import save_file
 
-from owl_wms.configs.world import LevelsConfig, WorldConfig
+from owl_wms.configs.levels import LevelsConfig
+from owl_wms.configs.world import WorldConfig
 from owl_wms.trainers.base import BaseTrainer
 from owl_wms.trainers.checkpoints import latest_checkpoint, load_core_weights
 from owl_wms.trainers.ema import EMA

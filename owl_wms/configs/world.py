@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from owl_wms.configs.levels import LevelsConfig
 from owl_wms.configs.paths import PathText, find_beside
 from owl_wms.configs.strict import (
     DataKwargs,
-    FloatPair,
     Floats,
     Kwargs,
     NonNegativeInt,
@@ -155,52 +155,6 @@ class WorldModelConfig(StrictModel):
             "predicts",
             f"must be velocity for a model with audio, received {self.predicts}",
         )
-        return self
-
-
-class LevelsConfig(StrictModel):
-    """The `levels` of `train`: noise levels that `rft`, `av` and `mixed_av` draw, from 0 (data) to 1 (noise).
-
-    A model knows the levels that it was trained on and no others, so training has to draw those that sampling uses.
-    A share `prefix` of the clips looks as in sampling: a history of at least `prefix_min` frames at one level, and the
-    frames behind it at levels of their own, which alone count in the loss. The other clips have a level of its own for
-    each frame, and all frames count.
-
-    Attributes:
-        mean, std: independent levels are sigmoid(mean + std * normal).
-        uniform: share of independent levels that are uniform in 0 to 1 instead.
-        ones: share of independent levels that are exactly 1, where sampling begins.
-        prefix: share of clips with a history.
-        prefix_min: frames of the shortest history.
-        context: lowest and highest level of a history, which is uniform between them; `noise_prev` of the sampler must
-            lie there.
-        context_low, context_low_share: level of a history that is nearly clean, and the share of clips with it.
-        shift: levels behind a history are shift * u / (1 + (shift - 1) u) with u uniform, as samplers step.
-        prefix_ones: share of those levels that are exactly 1.
-    """
-
-    mean: float = 0.0
-    std: float = 1.0
-    uniform: float = 0.1
-    ones: float = 0.04
-    prefix: float = 0.5
-    prefix_min: PositiveInt = 1
-    context: FloatPair = (0.0, 0.35)
-    context_low: float = 0.02
-    context_low_share: float = 0.2
-    shift: float = 3.0
-    prefix_ones: float = 0.1
-
-    @model_validator(mode="after")
-    def _fits(self) -> LevelsConfig:
-        for name in ("uniform", "ones", "prefix", "context_low", "context_low_share", "prefix_ones"):
-            value = getattr(self, name)
-            rule(0.0 <= value <= 1.0, name, f"must be within 0..1, received {value}")
-        rule(self.uniform + self.ones <= 1.0, "ones", f"uniform + ones must be at most 1, received {self.ones}")
-        rule(self.std > 0, "std", f"must be above 0, received {self.std}")
-        rule(self.shift > 0, "shift", f"must be above 0, received {self.shift}")
-        low, high = self.context
-        rule(0.0 <= low <= high <= 1.0, "context", f"must rise within 0..1, received {list(self.context)}")
         return self
 
 

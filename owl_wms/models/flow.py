@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from owl_wms.configs.world import LevelsConfig
+from owl_wms.configs.levels import LevelsConfig
 from owl_wms.errors import ConfigError
 from owl_wms.nn.setting import setting
 

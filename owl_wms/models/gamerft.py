@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs.world import LevelsConfig
+from owl_wms.configs.levels import LevelsConfig
 from owl_wms.errors import ConfigError
 from owl_wms.models.flow import counted_mse, draw_levels, drop_controls, noised, require_dit
 from owl_wms.models.size import require_room

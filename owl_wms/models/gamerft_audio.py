@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from owl_wms.configs.world import LevelsConfig
+from owl_wms.configs.levels import LevelsConfig
 from owl_wms.models.flow import counted_mse, draw_levels, noised
 from owl_wms.models.gamerft import ConditionedCore, controls_mask
 from owl_wms.nn.modulation import FinalProjection

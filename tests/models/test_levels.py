@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from owl_wms.configs.levels import LevelsConfig
 from owl_wms.configs.strict import parse
-from owl_wms.configs.world import LevelsConfig
 from owl_wms.errors import ConfigError
 from owl_wms.models.flow import clip_bounds, counted_mse, draw_levels, frame_times
 from owl_wms.sampling import SAMPLERS, get_sampler_cls, get_sd3_euler
