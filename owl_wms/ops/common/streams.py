@@ -1,4 +1,5 @@
-"""Streams for capturing CUDA graphs, each with cuBLAS workspaces that nobody else can free.
+"""Streams for capturing CUDA graphs, each with cuBLAS workspaces that nobody else can free; what a failed capture leaves
+behind is put right.
 
 Usage:
     with capturing(graph, self): ...  # self holds `graph`
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import threading
 import weakref
 from collections.abc import Iterator
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from owl_wms import env
 from owl_wms.ops.common import nvrtc
+
+_LOG = logging.getLogger(__name__)
 
 
 class CaptureStream:
@@ -55,8 +59,9 @@ class CaptureStream:
                 if torch.are_deterministic_algorithms_enabled():  # refuses cuBLAS, also in what is to be captured
                     return
                 raise
-        graph, pool = torch.cuda.CUDAGraph(), None if self._keeper is None else self._keeper.pool()
-        with torch.no_grad(), without_collector(), torch.cuda.stream(self.stream):
+        graph = torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle() if self._keeper is None else self._keeper.pool()
+        with torch.no_grad(), without_collector(), mended(graph, pool), torch.cuda.stream(self.stream):
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 _multiply(factors)
@@ -105,16 +110,92 @@ def capturing(graph: torch.cuda.CUDAGraph, owner: Any, pool: Any = None) -> Iter
         pool: of a graph whose memory this one may use as well, for the two are never replayed at once.
     """
     own = take_capture_stream()
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     # Entering the stream here also leaves it whatever becomes of the capture. thread_local: another thread's allocation
     # (a data loader that pins memory) must not break the capture.
     with (
         without_collector(),
+        mended(graph, pool),
         torch.cuda.stream(own.stream),
         torch.cuda.graph(graph, pool=pool, stream=own.stream, capture_error_mode="thread_local"),
     ):
         yield
     own.serve(owner)
     torch.cuda.current_stream().wait_stream(own.stream)
+
+
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
+@contextlib.contextmanager
+def mended(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Puts right what torch leaves undone where the capture of `graph` on the current device fails inside.
+
+    torch's `capture_end` raises before it has told the memory pool and the random generator that the capture is over
+    (ATen/cuda/CUDAGraph.cpp of 2.11). Memory that other streams have used would then never be used again, and the
+    next random number on that GPU would raise "Offset increment outside graph capture encountered unexpectedly".
+
+    Args:
+        graph: which is captured; a failed one is kept for good, for torch goes on asking it whose memory is whose.
+        pool: of its memory.
+    """
+    try:
+        yield
+    except BaseException:
+        _failed.append(graph)
+        device = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):  # where the capture ended as it should: "not currently recording"
+            torch._C._cuda_endAllocateToPool(device, pool)
+        try:
+            _mend_generator(torch.cuda.default_generators[device])
+        except Exception as error:  # what broke the capture is what the caller must hear of
+            _LOG.warning("no random numbers on this GPU since a CUDA graph's capture failed: %s", error)
+        raise
+
+
+def _mend_generator(generator: torch.Generator) -> None:
+    """Makes a generator that a failed capture left in capture mode go on where it was."""
+    for cure in (_capture_nothing, _renew_state):
+        if _goes_on(generator):
+            return
+        with contextlib.suppress(RuntimeError):
+            cure(generator)
+    _draw(generator)
+
+
+def _draw(generator: torch.Generator) -> None:
+    """Draws a number and puts the generator back. Raises RuntimeError, and changes nothing, while it thinks of a
+    capture.
+    """
+    before = generator.get_state()
+    torch.empty(1, device=generator.device).uniform_(generator=generator)
+    generator.set_state(before)
+
+
+def _goes_on(generator: torch.Generator) -> bool:
+    try:
+        _draw(generator)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _capture_nothing(generator: torch.Generator) -> None:
+    """Captures a graph that uses no random number: its end is the end of the capture that the generator thinks of."""
+    stream = torch.cuda.ExternalStream(nvrtc.new_stream(), device=generator.device)
+    value, graph = torch.zeros(1, device=generator.device), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        value.zero_()
+        graph.capture_end()
+
+
+def _renew_state(generator: torch.Generator) -> None:
+    """Gives the generator a new state with the same numbers to come. Graphs that the caller has captured keep the old."""
+    fresh = torch.Generator(generator.device)
+    fresh.set_state(generator.get_state())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 class _Collector:

@@ -118,3 +118,56 @@ def test_where_products_are_refused_there_is_no_workspace_to_hold(monkeypatch: p
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     own.hold_workspace()
     assert own._keeper is None
+
+
+class _Captures:
+    """torch.cuda as far as a failed capture is mended, and how many cures its generator needs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ill: int) -> None:
+        self.ill, self.ended, self.cures = ill, [], []  # type: ignore[var-annotated]
+        monkeypatch.setattr(streams, "_failed", [])
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "default_generators", ("generator",))
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(streams, "_draw", self.draw)
+        for name in ("_capture_nothing", "_renew_state"):
+            monkeypatch.setattr(streams, name, lambda _, name=name: self.cures.append(name))
+
+    def end(self, device: int, pool: tuple[int, int]) -> None:
+        self.ended.append((device, pool))
+        if not self.ill:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    def draw(self, _: str) -> None:
+        if len(self.cures) < self.ill:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    def fail(self) -> None:
+        with pytest.raises(ValueError, match="the capture"), streams.mended("graph", (0, 7)):  # type: ignore[arg-type]
+            raise ValueError("the capture")
+
+
+@pytest.mark.parametrize("ill", [0, 1, 2, 3])
+def test_what_a_failed_capture_leaves_behind_is_put_right(
+    ill: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    captures = _Captures(monkeypatch, ill)
+    captures.fail()
+    assert captures.ended == [(0, (0, 7))]
+    assert streams._failed == ["graph"]
+    assert captures.cures == ["_capture_nothing", "_renew_state"][:ill], "no more than it needs"
+    assert ("no random numbers" in caplog.text) == (ill == 3)
+
+
+def test_a_capture_that_goes_well_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = _Captures(monkeypatch, 0)
+    with streams.mended("graph", (0, 7)):  # type: ignore[arg-type]
+        pass
+    assert not captures.ended
+    assert not streams._failed
+
+
+def test_trying_a_generator_draws_nothing_from_it() -> None:
+    drawn, wanted = (torch.Generator().manual_seed(3) for _ in range(2))
+    streams._draw(drawn)
+    assert torch.equal(torch.rand(9, generator=drawn), torch.rand(9, generator=wanted))

@@ -119,6 +119,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         "current_device": lambda: stand_in.device,
         "CUDAGraph": Graph,
         "synchronize": lambda *_: None,
+        "graph_pool_handle": lambda: (0, 1),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(streams, "_free", {})
