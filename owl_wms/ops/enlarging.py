@@ -2,7 +2,7 @@
 
 Why beside `grouped_conv`'s own kernel: that one enlarges three times, once for each horizontal tap, and runs anywhere;
 this one enlarges once, into the warp's own shared memory, and measured a quarter faster on an H100 (docs/log.md). It
-is `stage_tail`'s hidden branch by itself.
+is `stage_tail`'s hidden branch by itself; `enlarging_both` launches it together with the residual.
 
 Usage:
     if suits(x):
@@ -51,16 +51,22 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, codes: torch.dtype | None, g
     out = x.new_empty(batch, 2 * height, 2 * width, channels, dtype=codes or x.dtype)
     if not out.numel():
         return out
-    parts = -(-channels // (GROUP * WARPS))
-    columns = batch * -(-2 * width // STRIP) * parts
-    rows = rows_of_band(height, columns, BLOCKS * processors(x.device))
+    blocks, rows = grid_of(x, BLOCKS * processors(x.device))
     kernel_of(x.dtype, channels, codes).launch(
         x.device,
-        grid=columns * -(-height // rows),
+        grid=blocks,
         block=32 * WARPS,
         arguments=(out, x, weight, bias, gain, None, None, height, width, rows),
     )
     return out
+
+
+def grid_of(x: Tensor, at_once: int) -> tuple[int, int]:
+    """`(blocks, low rows a block walks)` of the branch for `x [B, h, w, C]`; the card holds `at_once` of its blocks."""
+    batch, height, width, channels = x.shape
+    columns = batch * -(-2 * width // STRIP) * -(-channels // (GROUP * WARPS))
+    rows = rows_of_band(height, columns, at_once)
+    return columns * -(-height // rows), rows
 
 
 @functools.cache

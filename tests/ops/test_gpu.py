@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.fused.dcae import fuse
-from owl_wms.ops import conv_out, frame_bytes, grouped_conv, resize, stage, up_residual
+from owl_wms.ops import conv_out, enlarging_both, frame_bytes, grouped_conv, resize, stage, up_residual
 from owl_wms.ops.common import gpu
 from tests.ops.decoders import dcae, distill
 from tests.ops.test_references import arguments
@@ -89,6 +89,33 @@ def test_up_residual(shape: tuple[int, ...], shortcut_channels: int, dtype: torc
     base = random(shape[0], 2 * shape[1], 2 * shape[2], shape[3], dtype=dtype)
     want = base.double() + up_residual.shuffle(shortcut.double(), shape[3])
     close(up_residual.add_shortcut_(base, shortcut), want, LIMIT[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 16, 16),
+        (2, 3, 5, 48, 0),
+        (1, 8, 8, 1536, 1536),
+        (3, 16, 17, 384, 768),
+        (1, 40, 33, 208, 0),
+        (8, 32, 32, 768, 1536),
+    ],
+)
+def test_residual_beside_the_branch_is_bit_equal_to_both_apart(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, height, width, channels, shortcut_channels = shape
+    low, hidden = (random(batch, height, width, wide * channels, dtype=dtype) for wide in (1, 2))
+    shortcut = random(batch, height, width, shortcut_channels, dtype=dtype) if shortcut_channels else None
+    packed = grouped_conv.pack(0.1 * random(2 * channels, 16, 3, 3, dtype=dtype))
+    bias = torch.randn(2 * channels, device="cuda")
+    want = up_residual.up_residual(low, shortcut), grouped_conv.grouped_conv(hidden, packed, bias, True)
+    for elements in (want[1].numel(), want[0].numel()):
+        poison(elements)
+    for way in (enlarging_both.launch, stage.enlarged_beside):
+        for got, wanted in zip(way(low, shortcut, hidden, packed, bias), want, strict=True):
+            assert got.isfinite().all(), "not every element was written"
+            assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,6 @@
-"""Streams for capturing CUDA graphs, each with cuBLAS workspaces that nobody else can free; what a failed capture leaves
-behind is put right.
+"""Streams for capturing CUDA graphs, each with cuBLAS workspaces that nobody else can free.
+
+What torch leaves behind where a capture fails is put right here too.
 
 Usage:
     with capturing(graph, self): ...  # self holds `graph`
@@ -192,7 +193,7 @@ def _capture_nothing(generator: torch.Generator) -> None:
 
 
 def _renew_state(generator: torch.Generator) -> None:
-    """Gives the generator a new state with the same numbers to come. Graphs that the caller has captured keep the old."""
+    """Gives the generator a new state with the same numbers to come; graphs that were captured before keep the old."""
     fresh = torch.Generator(generator.device)
     fresh.set_state(generator.get_state())
     generator.graphsafe_set_state(fresh.graphsafe_get_state())

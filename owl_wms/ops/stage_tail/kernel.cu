@@ -5,7 +5,8 @@
 // them (branch.cuh) through SLOTS slots of 64 pixels. Two kinds of barrier, both passed in the same order by everyone, are
 // all the synchronisation there is: `full` (all groups have stored the slot) and `empty` (its result is out).
 // MODE 1, branch: the hidden branch alone, to global memory; every warp is on its own. With INT8 or FP8 it writes codes (see
-// grouped_conv8), and `gain` takes the place of the arguments that only the projection reads.
+// grouped_conv8), and `gain` takes the place of the arguments that only the projection reads. With RESIDUAL (1: and a shortcut)
+// other blocks of the same launch make what the branch is added to (residual.cuh): they wait for memory while these compute.
 // MODE 2, projection: the rest, for stages whose weights leave no room for the branch: one warp has the tensor copy engine bring
 // h into the slots, and blocks side by side make COLUMNS_OUT channels each.
 //
@@ -16,8 +17,8 @@ struct Work {
     int part;  // MODE 1: first group; MODE 2: first channel
 };
 
-DEVICE Work work_of_block(int height, int width, int rows, int parts, int part_size) {
-    int strips = (2 * width + STRIP - 1) / STRIP, bands = (height + rows - 1) / rows, index = blockIdx.x;
+DEVICE Work work_of_block(int index, int height, int width, int rows, int parts, int part_size) {
+    int strips = (2 * width + STRIP - 1) / STRIP, bands = (height + rows - 1) / rows;
     Work w;
     w.part = index % parts * part_size, index /= parts;
     w.strip.x0 = index % strips * STRIP, index /= strips;
@@ -97,12 +98,26 @@ struct Sink {
 #endif
 
 // Three blocks a multiprocessor: a fourth would spill, and measured slower (docs/log.md).
+#ifdef RESIDUAL
+// `residuals` of the blocks, spread evenly over all of them, make `base`; `low` and `shortcut` are what they read.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
+stage_tail(Out* out, const u16* hidden, const uint4* taps, const float* bias, u16* base_out, const u16* low, const u16* shortcut, int height, int width,
+           int rows, int batch, int shortcut_channels, int residuals) {
+    int before = (int)((i64)blockIdx.x * residuals / gridDim.x), block = blockIdx.x - before;
+    if ((i64)(blockIdx.x + 1) * residuals / gridDim.x > before) {
+        enlarge_residual<RESIDUAL == 1>(before, base_out, low, shortcut, batch, height, width, WIDE / 2, shortcut_channels);
+        return;
+    }
+    const float* gain = nullptr;
+#else
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
 stage_tail(Out* out, const u16* hidden, const uint4* taps, const float* bias, const float* gain, const void*, const void*, int height, int width,
            int rows) {
+    int block = blockIdx.x;
+#endif
     extern __shared__ __align__(1024) unsigned char memory[];
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    Work w = work_of_block(height, width, rows, (WIDE / 16 + WARPS - 1) / WARPS, WARPS);
+    Work w = work_of_block(block, height, width, rows, (WIDE / 16 + WARPS - 1) / WARPS, WARPS);
     int group = w.part + warp;
     if (group >= WIDE / 16) return;
     u32 base = shared_address(memory);
@@ -161,7 +176,7 @@ stage_tail(u16* out, HIDDEN, const uint4* taps, const float* bias, const u16* lo
     at.shortcut = at.low + LOW_RING_BYTES, at.branch = at.shortcut + SHORTCUT_BYTES;
     at.full = at.branch + (MODE == 0 ? PRODUCERS * BRANCH_BYTES : 0), at.empty = at.full + SLOTS * 8;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    Work w = work_of_block(height, width, rows, CHANNELS / COLUMNS_OUT, COLUMNS_OUT);
+    Work w = work_of_block(blockIdx.x, height, width, rows, CHANNELS / COLUMNS_OUT, COLUMNS_OUT);
     if (threadIdx.x < SLOTS) barrier_init(at.full + threadIdx.x * 8, PRODUCERS), barrier_init(at.empty + threadIdx.x * 8, 4);
     load_weights_out(at.weights, w3, w.part, MODE == 0);
     async_fence();

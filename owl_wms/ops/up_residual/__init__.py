@@ -19,29 +19,35 @@ from owl_wms.ops.up_residual.reference import reference, shuffle
 
 __all__ = ["add_shortcut_", "kernel_of", "reference", "shuffle", "up_residual"]
 
-BAND = 8
+BAND, THREADS = 8, 128  # as in residual.cuh
+HEADER = "up_residual/residual.cuh"
 UP, UP_AND_SHORTCUT, SHORTCUT = 0, 1, 2
 
 
 def kernel_of(dtype: torch.dtype, mode: int) -> Kernel:
     """The variant for an element type: UP, UP_AND_SHORTCUT or SHORTCUT (in place)."""
-    return Kernel("up_residual", "up_residual", (f"MODE={mode}", *dtype_defines(dtype)))
+    return Kernel("up_residual", "up_residual", (f"MODE={mode}", *dtype_defines(dtype)), headers=(HEADER,))
+
+
+def blocks_of(low: Tensor) -> int:
+    """Blocks that enlarge `low [B, h, w, C]`."""
+    batch, height, width, channels = low.shape
+    return -(-batch * -(-height // BAND) * width * (channels // 4) // THREADS)
 
 
 def _run(low: Tensor, shortcut: Tensor | None) -> Tensor:
     if not has_kernel(low):
         return reference(low, shortcut)
-    _check(low, shortcut)
+    check(low, shortcut)
     low = aligned(low)
     batch, height, width, channels = low.shape
     out = low.new_empty(batch, 2 * height, 2 * width, channels)
-    threads = batch * -(-height // BAND) * width * (channels // 4)
     mode = UP if shortcut is None else UP_AND_SHORTCUT
     tail = (batch, height, width, channels, 0 if shortcut is None else shortcut.shape[-1])
     kernel_of(low.dtype, mode).launch(
         low.device,
-        grid=-(-threads // 128),
-        block=128,
+        grid=blocks_of(low),
+        block=THREADS,
         arguments=(out, low, None if shortcut is None else aligned(shortcut), *tail),
     )
     return out
@@ -69,7 +75,8 @@ def _add_by_kernel_(base: Tensor, shortcut: Tensor) -> Tensor:
     return base
 
 
-def _check(low: Tensor, shortcut: Tensor | None) -> None:
+def check(low: Tensor, shortcut: Tensor | None) -> None:
+    """Raises RuntimeError where `shortcut` does not fit `low`."""
     channels = low.shape[-1]
     require(channels % 4 == 0, lambda: f"up_residual wants a multiple of 4 channels, got {channels}")
     if shortcut is not None:
@@ -79,7 +86,7 @@ def _check(low: Tensor, shortcut: Tensor | None) -> None:
 
 
 def _fake(low: Tensor, shortcut: Tensor | None) -> Tensor:
-    _check(low, shortcut)
+    check(low, shortcut)
     batch, height, width, channels = low.shape
     return low.new_empty(batch, 2 * height, 2 * width, channels)
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from owl_wms.ops import conv_out, depthwise_gate, enlarging, frame_bytes, grouped_conv, resize, up_residual
+from owl_wms.ops import (
+    conv_out,
+    depthwise_gate,
+    enlarging,
+    enlarging_both,
+    frame_bytes,
+    grouped_conv,
+    resize,
+    up_residual,
+)
 from owl_wms.ops.common import gpu
 from owl_wms.ops.common.nvrtc import Kernel, KernelError, _nvrtc, compile_kernel
 from owl_wms.ops.conv3x3 import resident
@@ -25,6 +34,7 @@ def variants() -> list[Kernel]:
             assert plan is not None
             found += [plan.projection(dtype)]
         found += [enlarging.kernel_of(dtype, 384), enlarging.kernel_of(dtype, 384, torch.int8)]
+        found += [enlarging_both.kernel_of(dtype, 768, shortcut) for shortcut in (False, True)]
         found += [resident.kernel_of(dtype, bias, relu, not relu) for bias in (False, True) for relu in (False, True)]
         found += [resident.kernel_of(dtype, bias=True, relu=False, residual=False, silu=True)]
         found += [resident.kernel_of(dtype, True, False, residual, norm_eps=1e-5) for residual in (False, True)]
