@@ -90,15 +90,23 @@ def test_enlarge_matrix_is_bicubic(scale: int) -> None:
     torch.testing.assert_close(stage.enlarge_matrix(6, scale, torch.device("cpu")) @ line[0, 0, :, 0], want)
 
 
-def arguments(depth: int, scale: int, shortcut: bool, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple:
-    """Arguments of the stage op: 32 -> 16 channels, `depth` blocks, 3x5 pixels, two images."""
+def arguments(
+    depth: int,
+    scale: int,
+    shortcut: bool,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    channels: int = 16,
+) -> tuple:
+    """Arguments of the stage op: twice `channels` to `channels`, `depth` blocks, 3x5 pixels, two images."""
+    c, wide = channels, 2 * channels
     make = lambda *shape: (torch.randn(*shape, device=device) * 0.2).to(dtype)  # noqa: E731
-    x = torch.randn(2, 3, 5, 32, device=device).to(dtype)
+    x = torch.randn(2, 3, 5, wide, device=device).to(dtype)
     blocks = [
-        (make(32, 16), make(32), grouped_conv.pack(make(32, 16, 3, 3)), make(32).float(), make(16, 32))
+        (make(wide, c), make(wide), grouped_conv.pack(make(wide, 16, 3, 3)), make(wide).float(), make(c, wide))
         for _ in range(depth)
     ]
-    return (x, x if shortcut else None, make(16, 32), *(list(column) for column in zip(*blocks, strict=True)), scale)
+    return (x, x if shortcut else None, make(c, wide), *(list(column) for column in zip(*blocks, strict=True)), scale)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -41,6 +41,11 @@ DEVICE void store_box(const TensorMap& map, u32 source, int c, int x, int y, int
                  "r"(x), "r"(y), "r"(image)
                  : "memory");
 }
+// A box of a matrix; what lies outside of it is not written.
+DEVICE void store_box(const TensorMap& map, u32 source, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(source), "r"(column), "r"(row)
+                 : "memory");
+}
 // A box of a five-dimensional tensor.
 DEVICE void store_box(const TensorMap& map, u32 source, int c, int x, int parity, int y, int image) {
     asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map), "r"(source), "r"(c),

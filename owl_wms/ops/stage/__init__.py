@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from owl_wms.ops import enlarging, enlarging_both
+from owl_wms.ops import enlarging, enlarging_both, stage_products
 from owl_wms.ops.common.register import define, first_that_runs, has_kernel
 from owl_wms.ops.grouped_conv import grouped_conv
 from owl_wms.ops.stage.reference import reference
@@ -59,7 +59,14 @@ def _enlarge(low: Tensor, scale: int) -> Tensor:
 
 def products(x: Tensor, proj: Tensor | None, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
     """Computes the part of a stage before it enlarges: its projected input and the first block's first product."""
-    low = x if proj is None else _linear(x, proj)
+    if proj is None:
+        return x, _linear(x, w1, b1)
+    ways = (stage_products.launch, _two_products) if stage_products.fits(x, proj, w1) else (_two_products,)
+    return first_that_runs("stage_products", ways, x, proj, w1, b1)
+
+
+def _two_products(x: Tensor, proj: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
+    low = _linear(x, proj)
     return low, _linear(low, w1, b1)
 
 
