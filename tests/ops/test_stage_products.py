@@ -19,7 +19,11 @@ SHAPES = [
     (1, 64, 66, 96),
     (3, 131, 67, 96),
     (4, 96, 128, 64),
-    (2, 300, 200, 32),
+    (1, 1, 1, 128),
+    (2, 5, 13, 192),
+    (1, 64, 65, 192),
+    (2, 131, 67, 192),
+    (3, 96, 128, 128),
 ]
 
 
@@ -78,8 +82,9 @@ def test_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_hopper")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_stage_uses_it_and_replays_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = arguments(1, 2, True, dtype, "cuda", 96)
+@pytest.mark.parametrize("channels", [96, 192])
+def test_a_stage_uses_it_and_replays_it(channels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = arguments(1, 2, True, dtype, "cuda", channels)
     seen: list[int] = []
     launch = stage_products.launch
     monkeypatch.setattr(stage_products, "launch", lambda *a: seen.append(1) or launch(*a))

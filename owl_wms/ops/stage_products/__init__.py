@@ -24,9 +24,11 @@ from owl_wms.ops.common.tensor_maps import tensor_map
 __all__ = ["fits", "kernel_of", "launch"]
 
 ROWS, DEPTH = 64, 64  # of a box
-SLOTS, GROUPS = 2, 2
+GROUPS = 2
 THREADS = 128 * GROUPS + 32
-WIDTHS = (32, 64, 96)  # columns of a product in hopper.cuh; both matrices of wider stages fill the shared memory
+# C, columns of one or two products in hopper.cuh. Up to 96 a block holds both matrices, beyond it they pass through it.
+WIDTHS, HELD = (32, 64, 96, 128, 192), 96
+SLOTS = {True: 2, False: 3}  # of a ring: tiles of x where the matrices are held, pieces of the matrices where not
 HEADERS = ("common/hopper.cuh", "common/tensor_copies.cuh")
 
 
@@ -39,12 +41,15 @@ def fits(x: Tensor, proj: Tensor, w1: Tensor) -> bool:
 
 def kernel_of(dtype: torch.dtype, channels: int) -> Kernel:
     """The variant for an element type and C."""
-    defines = (f"CHANNELS={channels}", f"DEPTH={2 * channels}", f"SLOTS={SLOTS}", *dtype_defines(dtype))
+    held = channels <= HELD
+    slots = SLOTS[held]
+    defines = (f"CHANNELS={channels}", f"DEPTH={2 * channels}", f"SLOTS={slots}", *dtype_defines(dtype))
+    defines += () if held else (f"HALF={channels // 2}",)
     x_pieces, low_pieces = 2 * channels // DEPTH, -(-channels // DEPTH)
-    weights = (x_pieces + 2 * low_pieces) * channels * 128
-    tiles = GROUPS * (SLOTS * x_pieces + low_pieces) * ROWS * 128
-    barriers = (2 * GROUPS * SLOTS + 1) * 8
-    return Kernel("stage_products", "stage_products", defines, weights + tiles + barriers, HEADERS, "a")
+    matrices = (x_pieces + 2 * low_pieces if held else slots) * channels * 128
+    tiles = GROUPS * ((slots if held else 1) * x_pieces + low_pieces) * ROWS * 128
+    barriers = (2 * GROUPS * slots + 1 if held else 2 * slots + 2 * GROUPS) * 8
+    return Kernel("stage_products", "stage_products", defines, matrices + tiles + barriers, HEADERS, "a")
 
 
 def launch(x: Tensor, proj: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +59,8 @@ def launch(x: Tensor, proj: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Ten
     low, hidden = x.new_empty(*x.shape[:-1], channels), x.new_empty(*x.shape[:-1], 2 * channels)
     if not rows:
         return low, hidden
-    tiles, tile = -(-rows // ROWS), (ROWS, DEPTH)
+    # Groups take single tiles in turn where the matrices are held, and go through them together where not.
+    tiles, tile = -(-rows // (ROWS if channels <= HELD else GROUPS * ROWS)), (ROWS, DEPTH)
     kernel_of(x.dtype, channels).launch(
         x.device,
         grid=min(tiles, processors(x.device)),
@@ -62,7 +68,7 @@ def launch(x: Tensor, proj: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Ten
         arguments=(
             tensor_map(x.view(rows, -1), tile),
             tensor_map(proj, (channels, DEPTH)),
-            tensor_map(w1, (2 * channels, DEPTH)),
+            tensor_map(w1, (2 * channels if channels <= HELD else channels, DEPTH)),
             tensor_map(low.view(rows, -1), tile),
             tensor_map(hidden.view(rows, -1), tile),
             b1,

@@ -40,7 +40,7 @@ def variants() -> list[Kernel]:
         found += [resident.kernel_of(dtype, bias=True, relu=False, residual=False, silu=True)]
         found += [resident.kernel_of(dtype, True, False, residual, norm_eps=1e-5) for residual in (False, True)]
         found += [resident.shuffled_kernel_of(dtype, bias) for bias in (False, True)]
-        found += [stage_products.kernel_of(dtype, channels) for channels in (32, 96)]
+        found += [stage_products.kernel_of(dtype, channels) for channels in (32, 96, 192)]
         for pad, rows in ((4, 13), (8, 4)):
             found += [conv_out.kernel_of(dtype, pad=pad, blocks=8, silu=silu, rows=rows) for silu in (False, True)]
         found += [depthwise_gate.kernel_of(dtype, 512, 32, span) for span in depthwise_gate.SPANS]
