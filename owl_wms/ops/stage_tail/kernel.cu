@@ -178,10 +178,12 @@ stage_tail(u16* out, HIDDEN, const uint4* taps, const float* bias, const u16* lo
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     Work w = work_of_block(blockIdx.x, height, width, rows, CHANNELS / COLUMNS_OUT, COLUMNS_OUT);
     if (threadIdx.x < SLOTS) barrier_init(at.full + threadIdx.x * 8, PRODUCERS), barrier_init(at.empty + threadIdx.x * 8, 4);
-    load_weights_out(at.weights, w3, w.part, MODE == 0);
+    if (MODE == 0) load_weights_out(at.weights, w3, w.part, true, blockDim.x);
     async_fence();
     __syncthreads();
     if (warp < 4) {
+        // Meanwhile the first slots are filled; a barrier of these warps comes before the first product.
+        if (MODE == 2) load_weights_out(at.weights, w3, w.part, false, 128), async_fence();
         run_projection(w.strip, out + w.part, low + w.part, shortcut, w.part, height, width, at);
     } else {
 #if MODE == 0

@@ -28,19 +28,30 @@ struct Layout {
 
 // w3[n][k], rows [column0, column0 + COLUMNS_OUT), to the operand of `product`; rows up to PADDED are zero. Where h comes
 // out of run_branch, pairs of channels inside 16 stand in the order it stores them: pair 4 n + t is channels 4 t + 2 n, + 1.
-DEVICE void load_weights_out(u32 target, const u16* w3, int column0, bool reordered) {
-#pragma unroll 2
-    for (int i = threadIdx.x; i < PADDED * (WIDE / 8); i += blockDim.x) {
-        int n = i / (WIDE / 8), piece = i % (WIDE / 8);
-        uint4 v = {0, 0, 0, 0};
-        if (n < COLUMNS_OUT) v = load_weights((const uint4*)(w3 + (i64)(column0 + n) * WIDE + piece * 8));
-        u32 pairs[4] = {v.x, v.y, v.z, v.w};
+// `threads` of the block load them, each several pieces at a time: one after the other they took longer than a few steps.
+DEVICE void load_weights_out(u32 target, const u16* w3, int column0, bool reordered, int threads) {
+    const int at_once = MODE == 0 ? 2 : 8, pieces = PADDED * (WIDE / 8);
+#pragma unroll 1
+    for (int first = threadIdx.x; first < pieces; first += at_once * threads) {
+        uint4 loaded[at_once];
 #pragma unroll
-        for (int p = 0; p < 4; ++p) {
-            int inside = (piece & 1) * 4 + p;
-            if (reordered) inside = 4 * (inside & 1) + (inside >> 1);
-            int chunk = (piece & ~1) + (inside >> 2);
-            store_shared4(target + (chunk >> 3) * PADDED * 128 + swizzled(n, chunk & 7) + (inside & 3) * 4, pairs[p]);
+        for (int j = 0; j < at_once; ++j) {
+            int i = first + j * threads, n = i / (WIDE / 8), piece = i % (WIDE / 8);
+            loaded[j] = {0, 0, 0, 0};
+            if (i < pieces && n < COLUMNS_OUT) loaded[j] = load_weights((const uint4*)(w3 + (i64)(column0 + n) * WIDE + piece * 8));
+        }
+#pragma unroll
+        for (int j = 0; j < at_once; ++j) {
+            int i = first + j * threads, n = i / (WIDE / 8), piece = i % (WIDE / 8);
+            if (i >= pieces) break;
+            u32 pairs[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
+#pragma unroll
+            for (int p = 0; p < 4; ++p) {
+                int inside = (piece & 1) * 4 + p;
+                if (reordered) inside = 4 * (inside & 1) + (inside >> 1);
+                int chunk = (piece & ~1) + (inside >> 2);
+                store_shared4(target + (chunk >> 3) * PADDED * 128 + swizzled(n, chunk & 7) + (inside & 3) * 4, pairs[p]);
+            }
         }
     }
 }
