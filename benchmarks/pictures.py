@@ -27,8 +27,9 @@ from PIL import Image
 from torch import Tensor
 
 from owl_wms.configs.paths import EXAMPLES
+from owl_wms.game.buttons import BUTTONS
 from owl_wms.game.controls import ScriptedPlayer
-from owl_wms.game.world import BUTTONS, FRAMES_PER_SECOND
+from owl_wms.game.world import FRAMES_PER_SECOND
 from owl_wms.inference.source import Frame, GameSource
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
 from owl_wms.vae import fold_weight_norm, load_encoder

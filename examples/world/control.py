@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from episodes import SKIP, enter, play
 from torch import Tensor, nn
 
+from owl_wms.game.buttons import BUTTONS
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
-from owl_wms.game.world import BUTTONS, YAW_PER_MOUSE
+from owl_wms.game.world import YAW_PER_MOUSE
 from owl_wms.media.metrics import psnr
 from owl_wms.models.latents import LatentSpace
 from owl_wms.sampling import get_sampler_cls

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +26,8 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from owl_wms import env
+from owl_wms.cli._bounds import DTYPES, check_dtype, device_number
+from owl_wms.configs import TAEHV_VAE_ID
 from owl_wms.configs.paths import expanded
 from owl_wms.errors import ConfigError
 from owl_wms.media import sinks
@@ -34,25 +35,15 @@ from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture
 from owl_wms.media.watch import VIDEO_SUFFIXES, pyav
 from owl_wms.runtime.stats import DecodeStats
 from owl_wms.timing import Spent
-from owl_wms.vae.load import TAEHV_VAE_ID
 
 try:
     import resource
 except ImportError:  # Windows keeps no such account
     resource = None  # type: ignore[assignment]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MIB = 1024**2
-FPS = (1, 240)
-"""Frames a second that clips and the page in the browser may have."""
-SCALES = (1e-6, 1e6)
-"""Factors on latents: those of autoencoders in use lie near 1, and beyond this range float16 and bfloat16 lose them."""
 STAGES = ("read", "decode", "copy", "encode", "write")
 """Of a decode, in the order in which a frame passes through them."""
-GUIDANCE = (-100, 100)
-TIMEOUT_SECONDS = (1, 10**6)
-SEEDS = (-(2**62), 2**62)
-"""Worlds are numbered in int64, counted up from the seed."""
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -65,10 +56,8 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         env.local_rank()  # a command runs on the first GPU, and a bad value is an error all the same
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    form = re.fullmatch(r"cpu|cuda(?::([0-9]+))?", name)
-    if form is None:
-        raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {name!r}", key="device")
-    if name != "cpu" and int(form[1] or 0) >= torch.cuda.device_count():
+    number = device_number(name)
+    if number is not None and number >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices", key="device")
     return torch.device(name)
 
@@ -81,21 +70,9 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name not in _DTYPES:
-        raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, got {name!r}", key="dtype")
-    return _DTYPES[name]
-
-
-def check_number(option: str, value: float | None, bounds: tuple[float, float]) -> None:
-    """Refuse a number outside of its bounds, both included; None, an option left out, is not one.
-
-    Raises:
-        ConfigError: too small, too large, infinite, or not a number.
-    """
-    low, high = bounds
-    if value is not None and not low <= value <= high:  # NaN compares false
-        key = option.removeprefix("--").replace("-", "_")
-        raise ConfigError(f"{option} must be a number from {low} to {high}, got {value}", key=key)
+    check_dtype(name)
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype
 
 
 def check_destination(path: Path, *suffixes: str, key: str = "") -> None:

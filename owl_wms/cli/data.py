@@ -48,12 +48,13 @@ def make(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
 ) -> None:
     """Render the game, encode it, and store latents, mouse and buttons as an .npy table."""
+    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.data.latent_dataset import make_game_latents
     from owl_wms.media.read_facts import file_digest
     from owl_wms.vae import load_encoder
 
-    shared.check_number("--seed", seed, shared.SEEDS)
+    bounds.check_number("--seed", seed, bounds.SEEDS)
     where = shared.choose_device(device)
     shared.check_folder(path)
     encoder = load_encoder(None, vae_config, vae_checkpoint).to(where, shared.choose_dtype(None, where))
@@ -94,11 +95,12 @@ def import_(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
 ) -> None:
     """Bring clips of latents, or videos with controls, into an .npy table; run it again to go on."""
+    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.data.importing import FrameEncoder, import_clips
     from owl_wms.errors import ConfigError, DataError
 
-    shared.check_number("--fps", fps, shared.FPS)
+    bounds.check_number("--fps", fps, bounds.FPS)
     shared.check_folder(out)
     where = shared.choose_device(device)
     if (vae_config is None) != (vae_checkpoint is None):

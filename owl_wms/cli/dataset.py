@@ -65,11 +65,12 @@ def decode_dataset(
     from owl_wms.batch import DecodeClips
     from owl_wms.batch.items import LATENT_SUFFIXES
     from owl_wms.batch.outputs import FRAME_FORMS
+    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
 
-    shared.check_number("--scale", scale, shared.SCALES)
-    shared.check_number("--time-limit", time_limit, (0.1, 10**6))
-    shared.check_number("--fps", fps, shared.FPS)
+    bounds.check_number("--scale", scale, bounds.SCALES)
+    bounds.check_number("--time-limit", time_limit, (0.1, 10**6))
+    bounds.check_number("--fps", fps, bounds.FPS)
     shared.check_family(family, vae_config)
     settings = {"scale": scale, "batch_size": batch_size, "dtype": dtype, "family": family, "tensorrt": tensorrt}
     make = partial(
@@ -102,10 +103,10 @@ def encode_dataset(
     from owl_wms.batch import EncodeClips
     from owl_wms.batch.items import FRAME_SUFFIXES
     from owl_wms.batch.outputs import LATENT_FORMS
-    from owl_wms.cli import _shared as shared
+    from owl_wms.cli import _bounds as bounds
 
-    shared.check_number("--scale", scale, shared.SCALES)
-    shared.check_number("--time-limit", time_limit, (0.1, 10**6))
+    bounds.check_number("--scale", scale, bounds.SCALES)
+    bounds.check_number("--time-limit", time_limit, (0.1, 10**6))
     settings = {"scale": scale, "batch_size": batch_size, "dtype": dtype, "resize": resize}
     make = partial(EncodeClips, vae_config, checkpoint, dtype=dtype, batch_size=batch_size, scale=scale, resize=resize)
     job = _job(make, out, form, LATENT_FORMS, settings, vae_config, checkpoint, encodes=True, time_limit=time_limit)

@@ -58,6 +58,7 @@ def decode(
     Latents are read piece by piece, so a file larger than memory decodes. A .npy array is uint8 \\[n,H,W,C] with every
     channel of the decoder (\\[b,n,H,W,C] for several clips); clips and pictures show the first three.
     """
+    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.configs import load_vae_model
     from owl_wms.errors import ConfigError
@@ -82,9 +83,9 @@ def decode(
         raise ConfigError(f"{latents}: is a folder, one file of latents is wanted: {remedy}", path=latents)
     facts = read_facts(latents) if latents.is_file() else Facts()  # what is missing is told by its reader
     digest = file_digest(checkpoint) if facts.vae_sha256 and checkpoint.is_file() else None
-    shared.check_number("--scale", scale, shared.SCALES)
-    shared.check_number("--fps", fps, shared.FPS)
-    shared.check_number("--crf", crf, (0, 51))
+    bounds.check_number("--scale", scale, bounds.SCALES)
+    bounds.check_number("--fps", fps, bounds.FPS)
+    bounds.check_number("--crf", crf, (0, 51))
     if chosen == "mp4":
         encoder, preset = choose_encoder(encoder, preset)
     depth_out = out.with_stem(out.stem + "_depth")
@@ -104,8 +105,8 @@ def decode(
         console.print(f"{latents}: {difference}", markup=False, highlight=False, soft_wrap=True)
     scale = scale if scale is not None else facts.vae_scale or 1.0
     fps = fps if fps is not None else (facts.fps or 0) * each_latent or 60.0
-    shared.check_number("--scale", scale, shared.SCALES)
-    shared.check_number("--fps", fps, shared.FPS)
+    bounds.check_number("--scale", scale, bounds.SCALES)
+    bounds.check_number("--fps", fps, bounds.FPS)
     channels = getattr(model, "channels", 3)
     if depth and channels < 4:
         raise ConfigError(

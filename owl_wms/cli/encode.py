@@ -37,6 +37,7 @@ def encode(
     """Encode a clip or frames to latents \\[n, c, h, w], float32."""
     import torch
 
+    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.configs import load_vae_model
     from owl_wms.errors import ConfigError
@@ -54,7 +55,7 @@ def encode(
     precision = shared.choose_dtype(dtype, where)
     shared.check_destination(out, *ARRAY_SUFFIXES)
     shared.check_kept(out, overwrite=overwrite)
-    shared.check_number("--scale", scale, shared.SCALES)
+    bounds.check_number("--scale", scale, bounds.SCALES)
     model = load_vae_model(vae_config)
     size = getattr(model, "sample_size", None)
     if size is None or model.model_id == "audio_ae":

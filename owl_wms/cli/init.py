@@ -28,6 +28,7 @@ def init(
     ] = False,
 ) -> None:
     """Write a first configuration that fits the data."""
+    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.configs.strict import read_yaml
     from owl_wms.configs.world import parse_world
@@ -40,7 +41,7 @@ def init(
     shared.check_folder(folder)
     for file in files:
         shared.check_kept(file, overwrite=overwrite)
-    shared.check_number("--fps", fps, shared.FPS)
+    bounds.check_number("--fps", fps, bounds.FPS)
     if (vae is None) != (vae_checkpoint is None):
         raise ConfigError("--vae and --vae-checkpoint belong together: give both or none", key="vae")
     if vae_checkpoint is not None and not vae_checkpoint.is_file():

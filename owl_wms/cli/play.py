@@ -9,7 +9,6 @@ Usage:
 from __future__ import annotations
 
 import contextlib
-import itertools
 import signal
 import socket
 import webbrowser
@@ -25,10 +24,18 @@ from owl_wms.configs.paths import EXAMPLES
 if TYPE_CHECKING:
     import asyncio
 
+    import torch
+
+    from owl_wms.inference.loading import Loading, Progress
+    from owl_wms.inference.server import ServerSettings
+    from owl_wms.inference.source import Source
+
 # asyncio accepts so many connections before it looks at any of them, each with a file descriptor.
 ACCEPTED_AT_ONCE = 16
 # A second signal that comes sooner is the first one, passed on by a launcher.
 AGAIN_AFTER_SECONDS = 1.0
+# A page that waits asks more often than this how far the loading is.
+WATCHED_SECONDS = 1.5
 SHIPPED = EXAMPLES / "world" / "game_rft.yml", EXAMPLES / "world" / "game_rft.safetensors"
 DEMO_VAE = EXAMPLES / "demo" / "demo_vae.yml", EXAMPLES / "demo" / "demo_vae.safetensors"
 
@@ -70,9 +77,11 @@ def play(
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
 ) -> None:
     """Play a world model in the browser."""
-    from owl_wms.cli import _shared as shared
+    from owl_wms.cli import _bounds as bounds
     from owl_wms.errors import ConfigError
-    from owl_wms.inference.build import build_game, build_pipeline
+    from owl_wms.inference.configured import frames_per_second, load_video_config
+    from owl_wms.inference.controls import controls_for
+    from owl_wms.inference.loading import Loading
 
     try:
         from owl_wms.inference.kept_token import keep_token
@@ -84,20 +93,27 @@ def play(
     console = Console(stderr=True)
     if (config is None) != (checkpoint is None):
         raise ConfigError("give both a config and a checkpoint, or neither", key="checkpoint")
-    shared.check_number("--cfg-scale", cfg_scale, shared.GUIDANCE)
-    shared.check_number("--seed", seed, shared.SEEDS)
-    shared.check_number("--fps", fps, shared.FPS)
+    bounds.check_number("--cfg-scale", cfg_scale, bounds.GUIDANCE)
+    bounds.check_number("--seed", seed, bounds.SEEDS)
+    bounds.check_number("--fps", fps, bounds.FPS)
     if vae and not game:
         raise ConfigError("--vae goes with --game: a model always decodes", key="vae")
+    if device is not None:
+        bounds.device_number(device)
+    if dtype is not None:
+        bounds.check_dtype(dtype)
     if config is None and not game:
         if all(path.is_file() for path in SHIPPED):
             config, checkpoint = SHIPPED
         else:
             console.print("there is no shipped model here: playing the game itself", highlight=False)
             game = True
-    where = shared.choose_device(device)
-    precision = shared.choose_dtype(dtype, where)
-    rate = fps if fps is not None else _own_rate(config)
+    rate = 60.0
+    if config is not None and not game:
+        world = load_video_config(config)
+        controls_for(world, config)
+        rate = frames_per_second(world, config)
+    rate = rate if fps is None else fps
     settings = ServerSettings(
         host=host,
         port=port,
@@ -106,24 +122,44 @@ def play(
         origins=tuple(origin or ()),
         pace=Pace(fps=rate, kind="webp" if webp else "jpeg", quality=quality),
     )
-    loading = Loading(console)
-    common: dict[str, Any] = {"device": where, "dtype": precision, "tensorrt": tensorrt, "seed": seed}
+    common: dict[str, Any] = {"tensorrt": tensorrt, "seed": seed}
     if game:
         vae_config, vae_checkpoint = DEMO_VAE if vae else (None, None)
-        new_source: Callable[[], Any] = lambda: build_game(  # noqa: E731
-            vae_config=vae_config, vae_checkpoint=vae_checkpoint, fps=rate, **common
-        )
+        common |= {"vae_config": vae_config, "vae_checkpoint": vae_checkpoint, "fps": rate}
     else:
-        assert config is not None
-        assert checkpoint is not None
-        chosen = config, checkpoint
-        options: dict[str, Any] = {"context": context, "steps": steps, "cfg_scale": cfg_scale, "max_window": max_window}
-        options["progress"] = loading
-        new_source = lambda: build_pipeline(chosen[0], chosen[1], **options, **common)  # noqa: E731
-    serve(new_source, settings, console, open_page=open_page, loading=loading)
+        common |= {"cfg_path": config, "ckpt_path": checkpoint, "context": context, "steps": steps}
+        common |= {"cfg_scale": cfg_scale, "max_window": max_window}
+
+    def load(progress: Progress) -> Source:
+        progress("PyTorch", 0, 0)
+        from owl_wms.cli import _shared as shared
+
+        where = shared.choose_device(device)
+        _wake(where)
+        from owl_wms.inference.build import build_game, build_pipeline
+
+        chosen: dict[str, Any] = {**common, "device": where, "dtype": shared.choose_dtype(dtype, where)}
+        return build_game(**chosen) if game else build_pipeline(**chosen, progress=progress)
+
+    terminal = Terminal(console)
+    serve(Loading(load, max_clients, terminal), settings, console, open_page=open_page, terminal=terminal)
 
 
-class Loading:
+def _wake(device: torch.device) -> None:
+    """Makes a GPU's context on a thread of its own: that takes a second, in which modules can be imported."""
+    import torch
+
+    from owl_wms import ending
+
+    def make_context() -> None:
+        with contextlib.suppress(RuntimeError):  # what fails here fails again where it is needed, and says so there
+            torch.zeros(1, device=device)
+
+    if device.type == "cuda":
+        ending.begin(make_context, name="owl-play-gpu")
+
+
+class Terminal:
     """Says in the terminal what is being loaded, and how far it is."""
 
     def __init__(self, console: Console) -> None:
@@ -131,7 +167,7 @@ class Loading:
         self.status = console.status("loading")
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """See `owl_wms.inference.build.Progress`."""
+        """See `owl_wms.inference.loading.Progress`."""
         if self._console.is_terminal:
             self.status.update(f"loading: {what}" + (f", {done} of {total}" if total else ""))
         elif what != self._last:  # a log has one line for each
@@ -139,35 +175,23 @@ class Loading:
         self._last = what
 
 
-def _own_rate(config: Path | None) -> float:
-    from owl_wms.inference.build import frames_per_second, load_video_config
-
-    return 60.0 if config is None else frames_per_second(load_video_config(config), config)
-
-
 def serve(
-    new_source: Callable[[], Any],
-    settings: Any,
-    console: Console,
-    *,
-    open_page: bool,
-    loading: Loading | None = None,
+    loading: Loading, settings: ServerSettings, console: Console, *, open_page: bool, terminal: Terminal | None = None
 ) -> None:
-    """Take the port, load a source for every player, then listen until interrupted."""
+    """Takes the port, serves the page while the game is loaded, then plays until interrupted.
+
+    Raises:
+        ConfigError: the port cannot be had.
+        Exception: what the loading raised, once the pages that wait for it have been told.
+    """
     import asyncio
 
     from owl_wms.inference import listen
 
     sockets = listen.bind(settings.host, settings.port)
     try:
-        # Loaded before the address is shown: what is wrong with files is said here, not in the browser. One for every
-        # player: one thread prepares and plays, so that a beginning made later would stop whoever plays already.
-        with (Loading(console) if loading is None else loading).status:
-            first = new_source()
-            numbers = itertools.count(1)
-            ready = [first, *(first.twin(next(numbers)) for _ in range(1, settings.max_clients))]
-        source = lambda: ready.pop(0) if ready else first.twin(next(numbers))  # noqa: E731
-        asyncio.run(_until_interrupted(source, settings, sockets, console, open_page))
+        with (Terminal(console) if terminal is None else terminal).status as status:
+            asyncio.run(_until_interrupted(loading, settings, sockets, console, open_page, status.stop))
     finally:
         listen.close(sockets)
     console.print("stopped", highlight=False)
@@ -204,8 +228,15 @@ def stop_on_signals(console: Console) -> asyncio.Event:
 
 
 async def _until_interrupted(
-    new_source: Callable[[], Any], settings: Any, sockets: list[socket.socket], console: Console, open_page: bool
+    loading: Loading,
+    settings: ServerSettings,
+    sockets: list[socket.socket],
+    console: Console,
+    open_page: bool,
+    loaded: Callable[[], None],
 ) -> None:
+    import asyncio
+
     from aiohttp import web
 
     from owl_wms.inference import listen
@@ -213,7 +244,8 @@ async def _until_interrupted(
 
     stop = stop_on_signals(console)
     # A log would hold the token.
-    runner = web.AppRunner(make_app(new_source, settings), access_log=None, shutdown_timeout=3)
+    app = make_app(loading.new_source, settings, loading)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=3)
     await runner.setup()
     try:
         try:
@@ -229,6 +261,17 @@ async def _until_interrupted(
             console.print("Others can reach this server: the address is the only key, and nothing is encrypted.")
         if open_page:
             webbrowser.open(address)
-        await stop.wait()
+        loading.begin()
+        stopping = asyncio.create_task(stop.wait())
+        done = asyncio.wrap_future(loading.done)
+        waits: list[asyncio.Future[Any]] = [stopping, done]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        loaded()
+        if done.done():
+            if done.exception() is not None and loading.watched(WATCHED_SECONDS):
+                await asyncio.sleep(WATCHED_SECONDS)  # the pages that wait hear why
+            done.result()
+            console.print("ready", highlight=False)
+        await stopping
     finally:
         await runner.cleanup()

@@ -34,9 +34,11 @@ def sample(
     """Sample a clip from a world model, its context included, under recorded controls or the scripted player's."""
     import torch
 
+    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.game.controls import scripted_controls
-    from owl_wms.inference.build import latent_space, load_core, load_video_config, make_contexts, make_decode
+    from owl_wms.inference.build import latent_space, load_core, make_contexts, make_decode
+    from owl_wms.inference.configured import load_video_config
     from owl_wms.inference.context import fit_buttons
     from owl_wms.media.arrays import save_array
     from owl_wms.media.facts import Facts
@@ -50,8 +52,8 @@ def sample(
     if latents is not None:
         shared.check_destination(latents, ".safetensors")
         shared.check_kept(latents, overwrite=overwrite)
-    shared.check_number("--cfg-scale", cfg_scale, shared.GUIDANCE)
-    shared.check_number("--seed", seed, shared.SEEDS)
+    bounds.check_number("--cfg-scale", cfg_scale, bounds.GUIDANCE)
+    bounds.check_number("--seed", seed, bounds.SEEDS)
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
     world = load_video_config(config)

@@ -26,9 +26,10 @@ def train(
     nccl_timeout: float = typer.Option(1800.0, min=1, help="Seconds that ranks wait for each other."),
 ) -> None:
     """Train a world model; a killed run continues with --resume and repeats the losses it would have had."""
+    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
 
-    shared.check_number("--nccl-timeout", nccl_timeout, shared.TIMEOUT_SECONDS)
+    bounds.check_number("--nccl-timeout", nccl_timeout, bounds.TIMEOUT_SECONDS)
     cfg = load_changed(config, changes or [])
     from owl_wms.errors import ConfigError, OwlError, TrainingError
     from owl_wms.trainers import cleanup, get_trainer_cls, setup

@@ -6,6 +6,8 @@ Usage:
 """
 
 from owl_wms.configs.vae import (
+    HUB_VAE_ID,
+    TAEHV_VAE_ID,
     AudioAEConfig,
     DCAEConfig,
     DistillVAEConfig,
@@ -32,7 +34,9 @@ __all__ = [
     "AudioAEConfig",
     "DCAEConfig",
     "DistillVAEConfig",
+    "HUB_VAE_ID",
     "TAEHVConfig",
+    "TAEHV_VAE_ID",
     "TRAINER_REQUIRED",
     "TrainingConfig",
     "VAEConfig",

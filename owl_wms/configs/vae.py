@@ -34,6 +34,10 @@ from owl_wms.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
+HUB_VAE_ID = "dcae"
+TAEHV_VAE_ID = "taehv"
+"""Values of `train.vae_id` that need no YAML file of the autoencoder; see `owl_wms.vae.load`."""
+
 
 class WandbConfig(StrictModel):
     """Names where runs are logged: entity, project and run name."""

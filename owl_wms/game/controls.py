@@ -14,8 +14,9 @@ import math
 import torch
 from torch import Tensor
 
+from owl_wms.game.buttons import BUTTONS
 from owl_wms.game.maps import hash_unit
-from owl_wms.game.world import BUTTONS, GameWorld
+from owl_wms.game.world import GameWorld
 
 _FEELERS = (-0.7, 0.0, 0.7)  # radians from the heading
 _NEAR = 3.2  # cells ahead at which it begins to turn away

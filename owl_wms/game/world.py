@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import ConfigError
+from owl_wms.game.buttons import BUTTONS
 from owl_wms.game.maps import GRID_SIZE, bake_floor_light, hash_unit, make_grid
 
-BUTTONS = ("W", "A", "S", "D", "LSHIFT", "SPACE", "R", "F", "E", "LMB", "RMB")
 FRAMES_PER_SECOND = 60
 FRAME_SIZE = (360, 640)  # height and width in pixels, if nobody asks for another
 CREATURES = 8

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs import TAEHVConfig, TrainingConfig, WorldConfig, load_vae_model, load_world_config
-from owl_wms.configs.paths import find_beside
+from owl_wms.configs import WorldConfig, load_vae_model
 from owl_wms.configs.world import with_files_found
 from owl_wms.errors import ConfigError
 from owl_wms.game.world import FRAME_SIZE, FRAMES_PER_SECOND
+from owl_wms.inference.configured import load_video_config, named_file, streaming_config
 from owl_wms.inference.context import CONTEXT_FRAMES, Context, load_contexts, render_context
 from owl_wms.inference.controls import controls_for
+from owl_wms.inference.loading import Progress
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.source import GameSource
 from owl_wms.media.arrays import check_encoded
@@ -31,56 +32,15 @@ from owl_wms.runtime import ClipDecode, clip_decoder
 from owl_wms.settings import TensorRTConfig
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
 from owl_wms.vae import fold_weight_norm, load_encoder
-from owl_wms.vae.load import HUB_VAE_ID, TAEHV_VAE_ID, read_taehv_config
 from owl_wms.vae.on_cpu import quick_on_cpu
-
-# Called with what is being made, and how far it is: ("first frames", 3, 12). 0 of 0 is a step without parts.
-Progress = Callable[[str, int, int], None]
-
 
 # Pixels per latent of the autoencoder of `HUB_VAE_ID`, f64, whose frames are square.
 HUB_SCALE = 64
 
 
-def load_video_config(cfg_path: Path | str) -> WorldConfig:
-    """Reads a configuration whose model makes video alone, and whose autoencoder can be found.
-
-    Raises:
-        ConfigError: the file cannot be used, its model makes sound too, or it names no autoencoder or absent files.
-    """
-    config = load_world_config(cfg_path)
-    if config.model.model_id != "game_rft":
-        raise ConfigError(
-            f"{cfg_path}: model.model_id is {config.model.model_id}; only game_rft, which makes video alone, can be "
-            "played or sampled here",
-            path=cfg_path,
-            key="model.model_id",
-        )
-    train = config.train
-    needed = {HUB_VAE_ID: (), TAEHV_VAE_ID: ("vae_ckpt_path",)}.get(
-        train.vae_id or "", ("vae_cfg_path", "vae_ckpt_path")
-    )
-    missing = [f"train.{key}" for key in needed if _named(train, key, cfg_path) is None]
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        text = f"{cfg_path}: {' and '.join(missing)} {verb} missing, and without the autoencoder there are no frames"
-        remedy = "write the paths of its YAML file and its weights there"
-        raise ConfigError(f"{text}: {remedy}", path=cfg_path, key=missing[0])
-    return config
-
-
 def load_core(cfg_path: Path | str, ckpt_path: Path | str, device: torch.device | str, dtype: torch.dtype) -> Any:
     """The core of a model, frozen, in eval mode."""
     return load_model(cfg_path, ckpt_path).core.eval().requires_grad_(False).to(device=device, dtype=dtype)
-
-
-def _named(train: TrainingConfig, key: str, cfg_path: Path | str) -> Path | None:
-    """A file of the autoencoder that the configuration names; whoever plays a copy of it has not named that file."""
-    found = find_beside(getattr(train, key), cfg_path)
-    if found is not None and not found.exists() and train.vae_id != HUB_VAE_ID:  # what is no folder is a hub id there
-        text = f"{cfg_path}: train.{key}: {found}: no such file, from here or from a folder above the configuration"
-        raise ConfigError(text, path=cfg_path, key=f"train.{key}")
-    return found
 
 
 def make_decode(
@@ -98,35 +58,13 @@ def make_decode(
     `batch_size` and `check` are as in `owl_wms.runtime.clip_decoder`; play decodes one latent at a time.
     """
     train, model = config.train, config.model
-    cfg, ckpt = _named(train, "vae_cfg_path", cfg_path), _named(train, "vae_ckpt_path", cfg_path)
+    cfg, ckpt = named_file(train, "vae_cfg_path", cfg_path), named_file(train, "vae_ckpt_path", cfg_path)
     decoder = _quick(get_decoder_only(train.vae_id, cfg, ckpt, device=device, dtype=dtype), device)
     settings = TensorRTConfig.resolve(train, enabled=None if tensorrt and train.use_tensorrt else False)
     decode = clip_decoder(decoder, batch_size=batch_size, settings=settings, check=check)
     channels = latent_space(config, cfg_path).stored_channels(model.channels)
     decode.prepare((channels, *latent_grid(model)))
     return decode
-
-
-def frames_per_second(config: WorldConfig, cfg_path: Path | str) -> float:
-    """Returns the rate of the frames that the configuration's decoder makes of `train.fps` latents per second.
-
-    Raises:
-        ConfigError, CheckpointError: the decoder is not known.
-    """
-    decoder = _streaming_config(config, cfg_path)
-    return float(config.train.fps * (1 if decoder is None else decoder.frames_per_latent))
-
-
-def _streaming_config(config: WorldConfig, cfg_path: Path | str) -> TAEHVConfig | None:
-    """Returns the decoder's configuration if its frames depend on those before."""
-    vae_path = _named(config.train, "vae_cfg_path", cfg_path)
-    if vae_path is not None:
-        model = load_vae_model(vae_path)
-        return model if isinstance(model, TAEHVConfig) else None
-    if config.train.vae_id != TAEHV_VAE_ID:
-        return None
-    weights = _named(config.train, "vae_ckpt_path", cfg_path)
-    return None if weights is None else read_taehv_config(weights)
 
 
 def make_encode(
@@ -139,16 +77,16 @@ def make_encode(
         CheckpointError: the file has no encoder; give a context file instead.
     """
     train = config.train
-    if _streaming_config(config, cfg_path) is not None:
+    if streaming_config(config, cfg_path) is not None:
         text = "no beginning can be rendered, for the encoder of a TAEHV is not built here; give a file with --context"
         raise ConfigError(f"{cfg_path}: {text}", path=cfg_path, key="train.vae_id")
-    vae_path = _named(train, "vae_cfg_path", cfg_path)
+    vae_path = named_file(train, "vae_cfg_path", cfg_path)
     channels = 3 if vae_path is None else getattr(load_vae_model(vae_path), "channels", 3)
     if channels > 4:
         raise ConfigError(
             f"{vae_path}: encodes {channels} channels, the game has 4; give a context file", path=vae_path
         )
-    encoder = load_encoder(train.vae_id, vae_path, _named(train, "vae_ckpt_path", cfg_path))
+    encoder = load_encoder(train.vae_id, vae_path, named_file(train, "vae_ckpt_path", cfg_path))
     encoder = _quick(fold_weight_norm(encoder).requires_grad_(False).to(device=device, dtype=dtype), device)
 
     def encode(frames: Tensor) -> Tensor:
@@ -161,7 +99,7 @@ def make_encode(
 
 def frame_size(config: WorldConfig, cfg_path: Path | str) -> tuple[int, int]:
     """Returns height and width in pixels of the frames that the configuration's autoencoder takes and gives."""
-    vae_path = _named(config.train, "vae_cfg_path", cfg_path)
+    vae_path = named_file(config.train, "vae_cfg_path", cfg_path)
     size = None if vae_path is None else _pixels(load_vae_model(vae_path))
     height, width = latent_grid(config.model)
     return (HUB_SCALE * height, HUB_SCALE * width) if size is None else size
@@ -298,7 +236,7 @@ def build_pipeline(
     progress("decoder", 0, 0)
     picture = _picture_dtype(device, dtype)
     decode = make_decode(config, cfg_path, device, picture, tensorrt=tensorrt, check="canary")
-    render = None if context is not None else make_renderer(config, cfg_path, device, dtype, progress)
+    render = None if context is not None else make_renderer(config, cfg_path, device, picture, progress)
     contexts = make_contexts(config, cfg_path, device, dtype, path=context) if render is None else [render(seed)]
     progress("first passes", 0, 0)
     return InteractivePipeline(

@@ -11,11 +11,9 @@ import io
 from collections import deque
 
 import numpy as np
-import torch
 from PIL import Image
 
 from owl_wms.errors import DataError
-from owl_wms.media.video import VideoWriter
 from owl_wms.temporary import temporary_folder
 
 SECONDS = 15.0
@@ -56,6 +54,10 @@ def to_mp4(pictures: list[tuple[float, bytes]]) -> bytes:
     Raises:
         DataError: no picture yet, pictures of several sizes, or PyAV is missing.
     """
+    import torch  # the page is there before torch is
+
+    from owl_wms.media.video import VideoWriter
+
     if not pictures:
         raise DataError("nothing was played yet, so there is nothing to record")
     seconds = pictures[-1][0] - pictures[0][0]

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable
 from owl_wms.errors import DataError
+from owl_wms.game.buttons import BUTTONS
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
-from owl_wms.game.world import BUTTONS, FRAME_SIZE, GameWorld
+from owl_wms.game.world import FRAME_SIZE, GameWorld
 from owl_wms.media.arrays import read_arrays
 
 NAMES = ("latents", "mouse", "buttons")

@@ -14,7 +14,7 @@ from typing import Any
 
 from owl_wms.configs import WorldConfig
 from owl_wms.errors import ConfigError
-from owl_wms.game.world import BUTTONS
+from owl_wms.game.buttons import BUTTONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

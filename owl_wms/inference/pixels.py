@@ -1,17 +1,10 @@
-"""From a decoder's output to bytes that a browser shows."""
+"""From a decoder's output to bytes of colour."""
 
 from __future__ import annotations
 
-import io
-from typing import Literal
-
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from owl_wms.ops.frame_bytes import frame_bytes
-
-ImageFormat = Literal["jpeg", "webp"]
 
 
 def to_uint8(frame: Tensor, *, bgr: bool = False) -> Tensor:
@@ -31,17 +24,3 @@ def to_uint8(frame: Tensor, *, bgr: bool = False) -> Tensor:
         raise ValueError(f"a frame must be [C, H, W] with C >= 3, got {list(frame.shape)}")
     colour = frame[:3].flip(0) if bgr else frame[:3]
     return frame_bytes(colour[None])[0]
-
-
-def encode_image(image: np.ndarray, kind: ImageFormat = "jpeg", quality: int = 85) -> bytes:
-    """A compressed picture.
-
-    Args:
-        image: uint8 [H, W, 3] RGB.
-        kind: jpeg (a few ms at 640x360) or webp (smaller, slower).
-        quality: 1 to 95.
-    """
-    out = io.BytesIO()
-    options = {"subsampling": 0} if kind == "jpeg" and quality >= 90 else {"method": 0} if kind == "webp" else {}
-    Image.fromarray(image, "RGB").save(out, kind.upper(), quality=quality, **options)
-    return out.getvalue()

@@ -21,16 +21,20 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
+from typing import TYPE_CHECKING
 
 from aiohttp import WSCloseCode, web
 
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.inference.clip import to_mp4
 from owl_wms.inference.limits import KEEP_ALIVE_SECONDS, ConnectionLimits, request_log
+from owl_wms.inference.loading import Loading
 from owl_wms.inference.messages import MAX_MESSAGE_BYTES
 from owl_wms.inference.origins import is_local_name, parse_origin
 from owl_wms.inference.session import Pace, Session, Threads
-from owl_wms.inference.source import Source
+
+if TYPE_CHECKING:
+    from owl_wms.inference.source import Source
 
 _LOG = logging.getLogger("owl_wms.inference")
 PAGE = {
@@ -95,8 +99,10 @@ class ServerSettings:
 class PlayServer:
     """State shared by the handlers: who plays, and the one thread that runs sources."""
 
-    def __init__(self, new_source: Callable[[], Source], settings: ServerSettings) -> None:
-        self._new_source, self._settings = new_source, settings
+    def __init__(
+        self, new_source: Callable[[], Source], settings: ServerSettings, loading: Loading | None = None
+    ) -> None:
+        self._new_source, self._settings, self._loading = new_source, settings, loading
         self._origins = {parse_origin(origin) for origin in settings.origins}
         self._hosts = {settings.host.lower(), *(origin.host for origin in self._origins if origin is not None)}
         self._limits = ConnectionLimits()
@@ -121,6 +127,7 @@ class PlayServer:
         app.router.add_get("/{token}", self._add_slash)
         app.router.add_get("/{token}/ws", self._play)
         app.router.add_get("/{token}/clip.mp4", self._clip)
+        app.router.add_get("/{token}/loading", self._state)
         app.router.add_get("/{token}/{name:[a-z.]*}", self._page)
         app.on_shutdown.append(self._close)
         app.on_cleanup.append(self._stop)
@@ -155,6 +162,9 @@ class PlayServer:
         text, kind = self._files[name]
         return web.Response(text=text, content_type=kind)
 
+    async def _state(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"ready": True} if self._loading is None else self._loading.state())
+
     def _same_origin(self, request: web.Request) -> bool:
         """Returns whether the page that asks came from here: browsers always send where it came from."""
         headers = request.headers.getall("Origin", [])
@@ -166,8 +176,8 @@ class PlayServer:
             return web.Response(status=403, text="this Origin may not connect\n")
         socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, heartbeat=HEARTBEAT_SECONDS, compress=False)
         await socket.prepare(request)
-        if len(self._sockets) >= self._settings.max_clients:
-            reason = f"somebody is playing: this server takes {self._settings.max_clients} at a time"
+        reason = self._no_place()
+        if reason:
             await socket.send_json({"type": "refused", "reason": reason})
             await socket.close(code=WSCloseCode.TRY_AGAIN_LATER, message=reason.encode())
             return socket
@@ -177,6 +187,13 @@ class PlayServer:
         finally:
             self._sockets.discard(socket)
         return socket
+
+    def _no_place(self) -> str:
+        if self._loading is not None and not self._loading.done.done():
+            return "the game is still being loaded"
+        if len(self._sockets) >= self._settings.max_clients:
+            return f"somebody is playing: this server takes {self._settings.max_clients} at a time"
+        return ""
 
     async def _run(self, socket: web.WebSocketResponse, *, paused: bool) -> None:
         loop = asyncio.get_running_loop()
@@ -230,14 +247,17 @@ def _refuse(text: str) -> web.Response:
     return refused
 
 
-def make_app(new_source: Callable[[], Source], settings: ServerSettings) -> web.Application:
+def make_app(
+    new_source: Callable[[], Source], settings: ServerSettings, loading: Loading | None = None
+) -> web.Application:
     """The application that serves the page and plays sources.
 
     Args:
         new_source: makes what a player drives; called on the worker thread, once for each player at the same time.
         settings: where and for whom.
+        loading: shown by the page, and nobody plays before it is over.
     """
-    return PlayServer(new_source, settings).app()
+    return PlayServer(new_source, settings, loading).app()
 
 
 def page_address(settings: ServerSettings, port: int | None = None) -> str:

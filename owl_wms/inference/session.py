@@ -16,12 +16,12 @@ import time
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from owl_wms.inference.clip import Recent
+from owl_wms.inference.compress import ImageFormat, encode_image
 from owl_wms.inference.controls import as_json
 from owl_wms.inference.messages import (
     CommandMessage,
@@ -30,8 +30,9 @@ from owl_wms.inference.messages import (
     pack_frame,
     parse_message,
 )
-from owl_wms.inference.pixels import ImageFormat, encode_image
-from owl_wms.inference.source import Frame, Source
+
+if TYPE_CHECKING:
+    from owl_wms.inference.source import Frame, Source
 
 _LOG = logging.getLogger("owl_wms.inference")
 # Two: one being drawn while the next is on the wire. More would only add latency.
@@ -171,10 +172,10 @@ class Session:
         else:
             self._commands = [*self._commands, command][-8:]
 
-    def _take_controls(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def _take_controls(self) -> tuple[list[float], list[bool], float]:
         down = self._held | self._tapped
-        buttons = torch.tensor([name in down for name in self._names])
-        mouse = torch.tensor(self._moved).clamp(-1, 1)
+        buttons = [name in down for name in self._names]
+        mouse = [max(-1.0, min(1.0, moved)) for moved in self._moved]
         self._tapped.clear()
         self._moved = [0.0, 0.0]
         return mouse, buttons, self._sent
@@ -227,8 +228,10 @@ class Session:
             self._showing.cancel()
             self._showing = None
 
-    def _work(self, commands: list[CommandMessage], mouse: torch.Tensor, buttons: torch.Tensor) -> Frame:
+    def _work(self, commands: list[CommandMessage], mouse: list[float], buttons: list[bool]) -> Frame:
         """On the worker thread: obeys, then makes a frame."""
+        import torch  # the page is there before torch is
+
         for command in commands:
             if command.name == "restart":
                 self._source.restart()
@@ -236,7 +239,7 @@ class Session:
                 self._source.new_world(secrets.randbelow(DRAWN_SEEDS) if command.seed is None else command.seed)
             else:
                 self._source.change_steps(1 if command.name == "more_steps" else -1)
-        return self._source(mouse, buttons)
+        return self._source(torch.tensor(mouse), torch.tensor(buttons))
 
     async def _encode(self) -> None:
         loop = asyncio.get_running_loop()

@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs.vae import DCAEConfig, TAEHVConfig, VAEModelConfig, load_vae_model
+from owl_wms.configs.vae import (
+    HUB_VAE_ID,
+    TAEHV_VAE_ID,
+    DCAEConfig,
+    TAEHVConfig,
+    VAEModelConfig,
+    load_vae_model,
+)
 from owl_wms.errors import CheckpointError, ConfigError
 from owl_wms.vae.build import build_decoder, build_encoder
 from owl_wms.vae.checkpoint import detect_variant, load_weights, read_state_dict
@@ -25,9 +32,6 @@ from owl_wms.vae.layouts import select_part
 from owl_wms.vae.meta import WeightNormShapes
 from owl_wms.vae.taehv import TAEHVDecoder
 from owl_wms.vae.taehv_weights import config_of, fit_grow_layers, require_fits
-
-HUB_VAE_ID = "dcae"
-TAEHV_VAE_ID = "taehv"
 
 
 def load_decoder(vae_id: str | None, cfg_path: Path | str | None, ckpt_path: Path | str | None) -> nn.Module:

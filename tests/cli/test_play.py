@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -15,9 +15,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType
@@ -27,6 +28,7 @@ from owl_wms.cli import main, play
 from owl_wms.cli.play import serve
 from owl_wms.errors import ConfigError
 from owl_wms.inference import listen
+from owl_wms.inference.loading import Loading, Progress
 from owl_wms.inference.server import ServerSettings
 
 COMMAND = [sys.executable, "-c", "from owl_wms.cli import main; main()", "play"]
@@ -34,7 +36,7 @@ COMMAND = [sys.executable, "-c", "from owl_wms.cli import main; main()", "play"]
 
 @contextmanager
 def playing(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process, and the address that it printed."""
+    """The process once it can be played, and the address that it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     process = subprocess.Popen(
         [*COMMAND, "--game", "--port", "0", "--device", "cpu", *arguments],
@@ -44,11 +46,11 @@ def playing(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     )
     try:
         assert process.stderr is not None
-        found, end = None, time.monotonic() + 60
-        while found is None and time.monotonic() < end:
+        found, line, end = None, "", time.monotonic() + 60
+        while line != "ready\n" and time.monotonic() < end:
             line = process.stderr.readline()
-            assert line, "it ended before it listened"
-            found = re.search(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", line)
+            assert line, "it ended before anybody could play"
+            found = found or re.search(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", line)
         assert found is not None
         yield process, found[0]
     finally:
@@ -136,7 +138,9 @@ def test_a_second_signal_ends_at_once(windows: bool, monkeypatch: pytest.MonkeyP
         (["--game", "--fps", "0"], "fps must be"),
         (["absent.yml", "absent.pt"], "absent.yml"),
         ([str(Path(__file__).parents[2] / "configs" / "av_v4_8x8.yml"), "absent.pt"], "only game_rft"),
-        (["--game", "--device", "cuda:77"], "CUDA devices"),
+        (["--game", "--device", "cuda:77", "--port", "0"], "CUDA devices"),
+        (["--game", "--device", "gpu"], "must be cpu, cuda or cuda:N"),
+        (["--game", "--dtype", "fp8"], "must be one of bf16"),
         (["--game", "--host", "a..b", "--device", "cpu"], "cannot listen on a..b:8080"),
     ],
 )
@@ -159,15 +163,14 @@ class Loaded:
 
 
 @contextmanager
-def stopped_once_it_listens(port: int) -> Iterator[None]:
-    """Sends SIGTERM to this process once somebody listens on `port`, or after half a minute."""
+def stopped_when(what: Callable[[], bool]) -> Iterator[None]:
+    """Sends SIGTERM to this process once `what` is so, or after half a minute."""
 
     def watch() -> None:
-        for _ in range(300):
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        for _ in range(600):
+            if what():
                 break
-            time.sleep(0.1)
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, lambda *_: None)
@@ -180,30 +183,48 @@ def stopped_once_it_listens(port: int) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def asked(settings: ServerSettings) -> dict[str, Any]:
+    """What the page of a server hears about its loading."""
+    address = f"http://127.0.0.1:{settings.port}/{settings.token}/loading"
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
 def test_a_taken_port_is_told_before_anything_is_loaded() -> None:
     made: list[Loaded] = []
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = ServerSettings(port=taken.getsockname()[1])
         with pytest.raises(ConfigError, match=r"cannot listen on .* in use"):
-            serve(lambda: made.append(Loaded()), settings, Console(stderr=True), open_page=False)
+            serve(Loading(lambda _: made.append(Loaded())), settings, Console(stderr=True), open_page=False)  # type: ignore[arg-type, func-returns-value]
     assert made == []
 
 
 def test_one_model_is_loaded_and_every_player_has_a_twin_before_anybody_plays() -> None:
     """One thread prepares and plays: what it prepared later would stop the players who are there."""
     made: list[Loaded] = []
+    heard: list[dict[str, Any]] = []
 
-    def new_source() -> Loaded:
-        with pytest.raises(ConnectionRefusedError):  # ours already, but nobody is served by half a model
-            socket.create_connection(("127.0.0.1", settings.port), timeout=5).close()
+    def load(progress: Progress) -> Loaded:
+        progress("first frames", 3, 12)
+        heard.append(asked(settings))
         made.append(Loaded())
         return made[-1]
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        settings = ServerSettings(port=free.getsockname()[1], max_clients=3)
-    with stopped_once_it_listens(settings.port):
-        serve(new_source, settings, Console(stderr=True), open_page=False)
+    settings = ServerSettings(port=free_port(), max_clients=3)
+    loading = Loading(load, 3)  # type: ignore[arg-type]
+    with stopped_when(loading.done.done):
+        serve(loading, settings, Console(stderr=True), open_page=False)
+    assert heard == [{"ready": False, "what": "first frames", "done": 3, "total": 12}], "the page is there meanwhile"
     assert [source.twins for source in made] == [[1, 2]]
+    assert loading.state()["ready"]
+    assert [loading.new_source() for _ in range(4)] == made * 4
+    assert made[0].twins == [1, 2, 3], "the fourth player is not the second again"
     with socket.create_server(("127.0.0.1", settings.port)):
         pass  # given back
 
@@ -212,16 +233,66 @@ def test_the_port_is_given_back_when_loading_fails(monkeypatch: pytest.MonkeyPat
     kept: list[socket.socket] = []
     original = listen.bind
     monkeypatch.setattr(listen, "bind", lambda host, port: kept.extend(original(host, port)) or kept[:])  # type: ignore[func-returns-value]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        settings = ServerSettings(port=free.getsockname()[1])
+    settings = ServerSettings(port=free_port())
 
-    def new_source() -> Loaded:
+    def load(_: Progress) -> Loaded:
         raise ConfigError("no such model")
 
     with pytest.raises(ConfigError, match="no such model"):
-        serve(new_source, settings, Console(stderr=True), open_page=False)
+        serve(Loading(load), settings, Console(stderr=True), open_page=False)  # type: ignore[arg-type]
     (bound,) = kept
     assert bound.fileno() == -1, "closed, not merely forgotten"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(ConfigError("no such model"), "no such model"), (RuntimeError("/home/x"), "RuntimeError")]
+)
+def test_pages_that_wait_hear_why_loading_failed(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(play, "WATCHED_SECONDS", 0.3)
+    settings = ServerSettings(port=free_port())
+    heard: list[dict[str, Any]] = []
+
+    def page() -> None:
+        while "failed" not in (state := asked(settings)):
+            pass
+        heard.append(state)
+
+    watching = threading.Thread(target=page)
+
+    def load(_: Progress) -> Loaded:
+        asked(settings)
+        watching.start()
+        raise error
+
+    with pytest.raises(type(error)):
+        serve(Loading(load), settings, Console(stderr=True), open_page=False)  # type: ignore[arg-type]
+    watching.join()
+    assert [(state["ready"], state["failed"]) for state in heard] == [(False, told)]
+
+
+def test_what_is_being_loaded_does_not_delay_the_end() -> None:
+    over, began = threading.Event(), threading.Event()
+
+    def load(_: Progress) -> Loaded:
+        began.set()
+        over.wait(60)
+        return Loaded()
+
+    loading = Loading(load)  # type: ignore[arg-type]
+    try:
+        with stopped_when(began.is_set):
+            serve(loading, ServerSettings(port=free_port()), Console(stderr=True), open_page=False)
+        assert not loading.done.done()
+    finally:
+        over.set()
+        loading.done.result(timeout=60)
+
+
+def test_the_page_is_served_without_torch() -> None:
+    """It takes seconds to import; the page is there before."""
+    modules = "owl_wms.cli.play, owl_wms.cli._bounds, owl_wms.inference.server, owl_wms.inference.kept_token"
+    text = f"import sys, {modules}, owl_wms.inference.configured; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", text], check=True)
 
 
 def test_the_address_of_any_interface_is_printed_as_it_is(
@@ -232,8 +303,9 @@ def test_the_address_of_any_interface_is_printed_as_it_is(
     monkeypatch.setattr(listen, "bind", lambda *_: [bound])
     monkeypatch.setattr("aiohttp.web.AppRunner.addresses", property(lambda _: [("fd00::2", 8080)]))
     settings = ServerSettings(host="fd00::2", token="t" * 24)
-    with stopped_once_it_listens(bound.getsockname()[1]):
-        serve(Loaded, settings, Console(stderr=True, width=200), open_page=False)
+    loading = Loading(lambda _: Loaded())  # type: ignore[arg-type, return-value]
+    with stopped_when(loading.done.done):
+        serve(loading, settings, Console(stderr=True, width=200), open_page=False)
     assert f"play at http://[fd00::2]:8080/{'t' * 24}/" in capsys.readouterr().err
 
 

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
+from owl_wms.game.buttons import BUTTONS
 from owl_wms.game.controls import RestlessPlayer, ScriptedPlayer, scripted_controls
 from owl_wms.game.render import render
-from owl_wms.game.world import BUTTONS, YAW_PER_MOUSE, GameWorld
+from owl_wms.game.world import YAW_PER_MOUSE, GameWorld
 
 
 def arena(yaw: float = 0.0, size: int = 17) -> GameWorld:

@@ -10,7 +10,7 @@ import numpy as np
 from aiohttp import ClientSession, WSMsgType
 from aiohttp.test_utils import TestServer
 
-from owl_wms.game.world import BUTTONS
+from owl_wms.game.buttons import BUTTONS
 from owl_wms.inference.controls import GAME_CONTROLS
 from owl_wms.inference.server import ServerSettings, make_app
 from owl_wms.inference.session import Pace

@@ -20,7 +20,7 @@ import pytest
 import torch
 from aiohttp import ClientSession
 
-from owl_wms.game.world import BUTTONS
+from owl_wms.game.buttons import BUTTONS
 from owl_wms.inference.controls import Button
 from tests.inference.chromium import BINARY, Page, click_to_play, open_page
 from tests.inference.serving import TOKEN, BarSource, serve

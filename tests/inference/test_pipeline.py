@@ -17,10 +17,12 @@ from owl_wms.configs import TAEHVConfig, load_world_config
 from owl_wms.configs.paths import find_beside
 from owl_wms.data.npy_table import NpyTableWriter
 from owl_wms.errors import ConfigError, DataError
-from owl_wms.inference.build import build_pipeline, frames_per_second, latent_space
+from owl_wms.inference.build import build_pipeline, latent_space
+from owl_wms.inference.compress import encode_image
+from owl_wms.inference.configured import frames_per_second
 from owl_wms.inference.context import Context, load_contexts, render_context
 from owl_wms.inference.pipeline import InteractivePipeline
-from owl_wms.inference.pixels import encode_image, to_uint8
+from owl_wms.inference.pixels import to_uint8
 from owl_wms.inference.source import WORLDS_APART, GameSource
 from owl_wms.runtime import StreamDecode
 from owl_wms.sampling import AVCachingSampler

@@ -6,6 +6,7 @@ const HEADER_BYTES = 28;
 const SEND_MS = 1000 / 120;
 const RETRY_MS = 3000;
 const RECONNECT_MS = 1000;
+const LOADING_MS = 300;
 const RATE_SECONDS = 1; // of frames that the rate counts, and more of them where frames are few
 const WAITING = ["ready", "paused"];
 
@@ -35,7 +36,7 @@ function show(state, title, hint) {
 }
 
 function send(message) {
-  if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message));
+  if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message));
 }
 
 function command(name) {
@@ -233,6 +234,32 @@ async function reconnect(reason) {
   }
 }
 
+// Returns whether there is something to play; otherwise the page has said why not, or asks again by itself.
+async function untilLoaded() {
+  const began = performance.now();
+  for (;;) {
+    const answer = await fetch("loading", { cache: "no-store" }).catch(() => null);
+    const loading = answer && answer.ok ? await answer.json().catch(() => null) : null;
+    if (!loading) {
+      reconnect();
+      return false;
+    }
+    const bar = at("progress");
+    bar.hidden = loading.ready || "failed" in loading;
+    if (loading.ready) return true;
+    if ("failed" in loading) {
+      show("failed", "It could not start", loading.failed);
+      return false;
+    }
+    if (loading.total) Object.assign(bar, { max: loading.total, value: loading.done });
+    else bar.removeAttribute("value");
+    const parts = loading.total ? `, ${loading.done} of ${loading.total}` : "";
+    const seconds = Math.round((performance.now() - began) / 1000);
+    show("loading", "Loading", `${loading.what}${parts} · ${seconds} s`);
+    await pauseFor(LOADING_MS);
+  }
+}
+
 function opened() {
   const again = everOpen;
   everOpen = true;
@@ -247,7 +274,7 @@ function opened() {
 function closed(event) {
   const state = document.body.dataset.state;
   release();
-  if (!everOpen && state === "connecting") {
+  if (!everOpen && ["connecting", "loading"].includes(state)) {
     show("closed", "No connection", "The server has stopped, or was not told of this address (--origin).");
   } else if (!["refused", "closed", "lost"].includes(state)) {
     reconnect(event.reason);
@@ -256,7 +283,8 @@ function closed(event) {
   }
 }
 
-function connect() {
+async function connect() {
+  if (!(await untilLoaded())) return;
   const scheme = location.protocol === "https:" ? "wss:" : "ws:";
   socket = new WebSocket(`${scheme}//${location.host}${location.pathname}ws?paused=1`);
   socket.binaryType = "arraybuffer";
@@ -318,7 +346,7 @@ addEventListener("pointerdown", (event) => {
 if (matchMedia("(pointer: coarse)").matches) document.body.classList.add("touch");
 
 function beginHere() {
-  if (document.body.dataset.state === "closed") location.reload();
+  if (["closed", "failed"].includes(document.body.dataset.state)) location.reload();
   else if (document.body.dataset.state === "playing") Promise.resolve(view.requestPointerLock()).catch(() => {});
   else begin(!document.body.classList.contains("touch"));
 }
