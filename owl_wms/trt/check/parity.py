@@ -68,13 +68,17 @@ def reference_arithmetic() -> Iterator[None]:
     process's first decodes at batch 8 and not always later (docs/log.md). What programs are compared with must not
     depend on that.
     """
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    # Setting the old flag sets the new one too, which `torch.compile` has in the keys of its cache: if it stayed at
+    # "ieee", a model that has not changed would be compiled anew.
+    allowed, precision = matmul.allow_tf32, matmul.fp32_precision
+    matmul.allow_tf32 = False
     try:
         with cudnn.flags(enabled=False, allow_tf32=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
+        matmul.allow_tf32 = allowed
+        matmul.fp32_precision = precision
 
 
 def latents(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from owl_wms.trt.check.parity import SCALES, Reference, errors, latents
+from owl_wms.trt.check.parity import SCALES, Reference, errors, latents, reference_arithmetic
 
 SHAPE = (2, 4, 3, 3)
 
@@ -23,6 +23,20 @@ def eager(z: torch.Tensor) -> torch.Tensor:
 
 def reference(dtype: torch.dtype) -> Reference:
     return Reference.measure(fp32, eager, SHAPE, dtype, "cpu")
+
+
+@pytest.mark.parametrize(("allowed", "precision"), [(False, "none"), (False, "ieee"), (True, "tf32")])
+def test_fp32_leaves_no_setting_behind(allowed: bool, precision: str) -> None:
+    """`torch.compile` has them in its cache's keys: one that stays changed compiles every model of a process anew."""
+    matmul = torch.backends.cuda.matmul
+    found = matmul.allow_tf32, matmul.fp32_precision
+    try:
+        matmul.allow_tf32, matmul.fp32_precision = allowed, precision
+        with reference_arithmetic():
+            assert (matmul.allow_tf32, matmul.fp32_precision) == (False, "ieee")
+        assert (matmul.allow_tf32, matmul.fp32_precision) == (allowed, precision)
+    finally:
+        matmul.allow_tf32, matmul.fp32_precision = found
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
