@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from benchmarks import baselines, harness, report
 from benchmarks.accuracy import accuracy
-from benchmarks.decoders import SUBJECTS, Subject, gigaflop, saved_gigaflop, subject
+from benchmarks.decoders import SUBJECTS, Subject, eight_bit_gigaflop, gigaflop, saved_gigaflop, subject
 from benchmarks.ours import build_graph, build_ours
+from owl_wms.ops.codes import FORMATS
 from owl_wms.trt.check.parity import reference_arithmetic
 
 # "Error no worse than eager's at the same precision", with room for a different order of summation.
@@ -66,12 +67,12 @@ class Prepared:
     reference: Tensor
 
     @classmethod
-    def of(cls, name: str, largest: int) -> Prepared:
+    def of(cls, name: str, largest: int, device: str = "cuda") -> Prepared:
         chosen = subject(name)
-        live = chosen.make().cuda()
-        generator = torch.Generator("cuda").manual_seed(1)
+        live = chosen.make().to(device)
+        generator = torch.Generator(device).manual_seed(1)
         shape = (largest, *chosen.latent_shape)
-        inputs = [torch.randn(shape, device="cuda", generator=generator).bfloat16() for _ in range(INPUTS)]
+        inputs = [torch.randn(shape, device=device, generator=generator).bfloat16() for _ in range(INPUTS)]
         return cls(subject=chosen, live=live, inputs=inputs, reference=fp32_reference(live, inputs[0]))
 
 
@@ -84,7 +85,8 @@ def measure(prepared: Prepared, batch: int, args: argparse.Namespace, ceilings: 
     inputs, reference = [z[:batch].contiguous() for z in prepared.inputs], prepared.reference[:batch]
     work_gflop = gigaflop(copy.deepcopy(live).to("meta"), torch.empty(shape, device="meta"))
     floor_ms = work_gflop / ceilings.matmul_tflops
-    executed = 1 - saved_gigaflop(live, batch, shape[-1]) / work_gflop  # share of it that our forms execute
+    saved, eight_bits = (count(live, batch, shape[-1]) for count in (saved_gigaflop, eight_bit_gigaflop))
+    device = inputs[0].device
 
     candidates: dict[str, Callable[[Tensor], Tensor]] = {}
     rows: dict[str, Row] = {}
@@ -96,10 +98,11 @@ def measure(prepared: Prepared, batch: int, args: argparse.Namespace, ceilings: 
         begin = time.perf_counter()
         try:
             run, extra = make()
-            torch.cuda.reset_peak_memory_stats()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             with torch.no_grad():
                 output = run(inputs[0])
-            torch.cuda.synchronize()
+            harness.wait(device)
         except Exception as error:  # one candidate's failure, whatever it is, must not take the others' rows along
             row.refused = f"{type(error).__name__}: {error}".splitlines()[0]
             harness.console.print(f"  {candidate}: {row.refused}")
@@ -129,19 +132,19 @@ def measure(prepared: Prepared, batch: int, args: argparse.Namespace, ceilings: 
         add(f"ours bf16 as {older}", lambda older=older: build_graph(live, shape, "bf16", capability(older)))
     for candidate, precision, plans in built(args):
         if args.in_process:
-            add(candidate, lambda at=precision: build_graph(live, shape, at))
+            add(candidate, lambda at=precision: build_graph(live, shape, at, device=device.type))
         else:
             add(candidate, lambda at=precision, plans=plans: build_ours(chosen.make(), shape, at, plans))
 
     with torch.no_grad():
         timings = harness.measure_interleaved(candidates, inputs, rounds=args.rounds)
         for candidate, run in candidates.items():
-            rows[candidate].figures |= harness.under_load(functools.partial(run, inputs[0]))
+            rows[candidate].figures |= harness.under_load(functools.partial(run, inputs[0]), args.load_seconds)
     finish_rows(rows, timings, batch, floor_ms, work_gflop)
     for row in rows.values():
-        share = row.figures.get("percent_of_floor")
-        if share is not None and row.candidate.startswith("ours"):
-            row.figures["percent_of_executed"] = share * executed
+        if row.candidate.startswith("ours") and "median_ms" in row.figures:
+            executed = work_gflop - saved - (eight_bits / 2 if row.candidate.split()[1] in FORMATS else 0)
+            row.figures["percent_of_executed"] = 100 * executed / ceilings.matmul_tflops / row.figures["median_ms"]
     return list(rows.values())
 
 
@@ -208,6 +211,7 @@ def main() -> None:
     parser.add_argument("--each-plan", action="store_true", help="a row for each of --plans, not for the fastest")
     parser.add_argument("--older", nargs="+", default=[], help="also the kernels of GPUs of these compute capabilities")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--load-seconds", type=float, default=1.0, help="of unbroken load before it is measured")
     parser.add_argument("--max-autotune-seconds", type=int, default=0, help="0 leaves max-autotune out")
     parser.add_argument("--theme", default="decoder")
     parser.add_argument("--out", type=Path)

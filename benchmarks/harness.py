@@ -1,14 +1,14 @@
 """Holds timing, ceilings, machine line and output of all benchmarks, so that every number is taken the same way.
 
 Method: CUDA events; all candidates interleaved in one process, so that clock and temperature drift hits them alike;
-inputs rotated, so that no candidate finds its input in the cache; medians with the 20th and 80th percentile.
+inputs rotated, so that no candidate finds its input in the cache; medians with the 20th and 80th percentile. On a CPU,
+where the process's clock takes the place of events, the same code runs as a toy: it shows that a benchmark works.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import statistics
@@ -16,7 +16,6 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.power import Meter
 from owl_wms.env import describe_machine
 from owl_wms.timing import Marks
 
@@ -70,30 +70,37 @@ def measure_interleaved(
     draws less power the clock is higher, which was worth 4 % (one H200, base_learned, 2026-11-29).
 
     Args:
-        candidates: name -> function of one CUDA tensor.
-        inputs: CUDA tensors of one shape, rotated from round to round.
+        candidates: name -> function of one tensor.
+        inputs: tensors of one shape on one device, rotated from round to round.
         rounds: timed calls a candidate.
         warmup: untimed calls a candidate before the first round.
         head_start: clock cycles for which the GPU is kept busy before each timed call, so that the launch of a graph is
             not timed, whatever ran before it.
     """
+    device = inputs[0].device
     for run in candidates.values():
         for index in range(warmup):
             run(inputs[index % len(inputs)])
-    torch.cuda.synchronize()
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in candidates}
+    wait(device)
+    marks: dict[str, list[Marks]] = {name: [] for name in candidates}
     drawn = random.Random(0)
     for index in range(rounds):
         for name, run in drawn.sample(list(candidates.items()), len(candidates)):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            if head_start:
+            if head_start and device.type == "cuda":
                 torch.cuda._sleep(head_start)
-            begin.record()
+            call = Marks(device)
+            call.mark()
             run(inputs[index % len(inputs)])
-            end.record()
-            events[name].append((begin, end))
-        torch.cuda.synchronize()
-    return {name: timing_of([begin.elapsed_time(end) for begin, end in pairs]) for name, pairs in events.items()}
+            call.mark()
+            marks[name].append(call)
+        wait(device)
+    return {name: timing_of([call.between(0, 1) for call in calls]) for name, calls in marks.items()}
+
+
+def wait(device: torch.device) -> None:
+    """Until the work that was queued on a GPU is done; a CPU queues none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def require_gpu(parser: argparse.ArgumentParser) -> None:
@@ -110,12 +117,12 @@ class Ceilings:
     copy_tbps: float
 
 
-def measure_ceilings(dtype: torch.dtype = torch.bfloat16) -> Ceilings:
-    """Times an 8192^3 matrix product in `dtype` and a 4 GiB device-to-device copy, medians of 10."""
-    size = 8192
-    a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+def measure_ceilings(dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Ceilings:
+    """Times an 8192^3 matrix product in `dtype` and a 4 GiB copy on `device`, medians of 10; on a CPU, small ones."""
+    size, count = (512, 1 << 24) if device == "cpu" else (8192, 1 << 32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = measure_interleaved({"matmul": lambda left: left @ b}, [a], rounds=10)["matmul"]
-    source = torch.randint(0, 255, (1 << 32,), device="cuda", dtype=torch.uint8)
+    source = torch.randint(0, 255, (count,), device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     copy = measure_interleaved({"copy": target.copy_}, [source], rounds=10)["copy"]
     return Ceilings(
@@ -124,44 +131,41 @@ def measure_ceilings(dtype: torch.dtype = torch.bfloat16) -> Ceilings:
     )
 
 
-def under_load(run: Callable[[], object], seconds: float = 1.5) -> dict[str, float]:
-    """Runs `run` without a pause and reads the first GPU that this process sees meanwhile, as nvidia-smi does.
+def under_load(run: Callable[[], object], seconds: float = 1.0) -> dict[str, float]:
+    """Runs `run` without a pause for `seconds`, until the clock has settled, and measures as long again.
 
     Returns:
-        `watts` and `clock_mhz` (NaN where they cannot be read), `sustained_ms`, milliseconds of a call after `seconds`
-        of load, when the clock has settled, and `joules` of such a call.
+        `watts` and `clock_mhz` of the GPU (NaN where they cannot be read), `sustained_ms`, milliseconds of a call, and
+        `joules` of a call.
     """
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"  # nvidia-smi itself sees them all
-    asked = ["nvidia-smi", "--query-gpu=power.draw,clocks.sm", "--format=csv,noheader,nounits", "-i", first]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     queued: deque[Marks] = deque()
 
-    def call() -> None:
-        run()
-        queued.append(Marks(device))
-        queued[-1].mark()
-        if len(queued) > QUEUED:  # the GPU always has calls to go on with, and is never far behind
-            queued.popleft().wait()
-
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds:  # power readings are averages over the last second or so
-        call()
-    ends, calls = Marks(device), 0
-    ends.mark()
-    with ThreadPoolExecutor(1) as aside:
-        reading = aside.submit(subprocess.run, asked, capture_output=True, text=True, check=True, timeout=20)
-        while calls == 0 or not reading.done():  # nvidia-smi takes a second to start beside a busy GPU
-            call()
+    def calls_for(seconds: float) -> int:
+        end, calls = time.perf_counter() + seconds, 0
+        while calls == 0 or time.perf_counter() < end:
+            run()
             calls += 1
+            queued.append(Marks(device))
+            queued[-1].mark()
+            if len(queued) > QUEUED:  # the GPU always has calls to go on with, and is never far behind
+                queued.popleft().wait()
+        return calls
+
+    calls_for(seconds)
+    ends = Marks(device)
+    ends.mark()
+    with Meter(device) as meter:  # it ends while calls are still queued: an idle card has another power and clock
+        calls = calls_for(seconds)
     ends.mark()
     ends.wait()
-    try:
-        watts, clock = (float(value) for value in reading.result().stdout.split(","))
-    except (OSError, subprocess.SubprocessError, ValueError):
-        watts = clock = math.nan
-    torch.cuda.synchronize()
     ms = ends.between(0, 1) / calls
-    return {"watts": watts, "clock_mhz": clock, "sustained_ms": ms, "joules": watts * ms / 1e3}
+    return {
+        "watts": meter.watts,
+        "clock_mhz": meter.clock_mhz,
+        "sustained_ms": ms,
+        "joules": meter.watts * ms / 1e3,
+    }
 
 
 def show(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

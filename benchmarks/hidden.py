@@ -15,13 +15,10 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import multiprocessing
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks import baselines, harness
 from benchmarks.accuracy import accuracy
+from benchmarks.aside import Aside
 from benchmarks.decoder import INPUTS, MAX_ERROR_OVER_EAGER, Row, capability, finish_rows, fp32_reference, show
 from benchmarks.decoders import gigaflop, subject
 from benchmarks.ours import build_graph, build_ours
@@ -96,57 +94,19 @@ class Side:
         return [a.elapsed_time(b) for a, b in zip(events[UNTIMED:], events[UNTIMED + 1 :], strict=False)]
 
 
-def serve(connection: Connection, hidden: str) -> None:
-    """The second process: answers `(method, arguments)` with `(whether it failed, what it returned or said)`."""
-    sys.path.insert(0, hidden)  # a build process gets this path too
-    side: Any = None
-    while (asked := connection.recv()) is not None:
-        method, arguments = asked
-        try:
-            if method == "new":
-                side, said = Side(*arguments), None
-            else:
-                said = getattr(side, method)(*arguments)
-            connection.send((False, said))
-        except Exception as error:  # whatever it is, it costs this process's rows and no others
-            connection.send((True, f"{type(error).__name__}: {error}".splitlines()[0]))
-
-
-class Hidden:
-    """The side without Torch-TensorRT; `ask` as one calls a method of `Side`."""
+class Hidden(Aside):
+    """The side without Torch-TensorRT, in a process of its own."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         module = Path(self._folder.name) / "torch_tensorrt" / "__init__.py"
         module.parent.mkdir()
         module.write_text('raise ImportError("hidden for this measurement")\n', encoding="utf-8")
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, self._folder.name), daemon=True)
-        self._process.start()
-        other.close()
+        super().__init__(Side, self._folder.name)
 
-    def begin(self, method: str, *arguments: Any) -> None:
-        """Let it begin; `end` waits for it."""
-        self._connection.send((method, arguments))
-
-    def end(self) -> Any:
-        """What the method returned. Raises RuntimeError with what the other process said when it failed there."""
-        failed, said = self._connection.recv()
-        if failed:
-            raise RuntimeError(said)
-        return said
-
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """Call a method there and wait."""
-        self.begin(method, *arguments)
-        return self.end()
-
-    def close(self) -> None:
+    def close(self, seconds: float = 20) -> None:
         """End the process."""
-        self._connection.send(None)
-        self._process.join(20)
-        self._process.kill()
+        super().close(seconds)
         self._folder.cleanup()
 
 

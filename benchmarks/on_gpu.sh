@@ -8,7 +8,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 total=${1:-3600}; shift || true
-steps=${*:-tests trt bridge road world train matrix batches codes sana pictures taehv ops kernels play canary dataset faults soak}
+steps=${*:-tests trt bridge road world train matrix table hidden pictures taehv ops kernels play canary dataset faults soak}
 out=${OUT:-build/gpu}; mkdir -p "$out"
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 begin=$(date +%s)
@@ -32,11 +32,8 @@ for step in $steps; do
     bridge)  run bridge 240 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_tensorrt_integration.py ;;
     road)    run road 490 "$python" -m benchmarks.road --out "$out/road" ;;
     matrix)  run matrix 900 "$python" -m benchmarks.trt_matrix --seconds 150 --out "$out/trt_matrix.json" ;;
-    batches) run batches 600 "$python" -m benchmarks.decoder --decoder dist base --batch 1 4 8 --plans tensorrt+ops \
-               --max-autotune-seconds 120 --out "$out/decoder.json" --plot "$out/decoder.png" ;;
-    codes)   run codes 400 "$python" -m benchmarks.decoder --decoder base --precision bf16 fp8 int8 --plans tensorrt+ops \
-               tensorrt+ops8 --out "$out/codes.json" ;;
-    sana)    run sana 500 "$python" -m benchmarks.decoder --decoder sana --batch 8 1 4 --plans tensorrt+ops --out "$out/sana.json" ;;
+    table)   run table 900 "$python" -m benchmarks.table --seconds 880 --out "$out/decoder.json" ;;
+    hidden)  run hidden 240 "$python" -m benchmarks.hidden --out "$out/hidden.json" ;;
     ops)     run ops 120 "$python" -m benchmarks.ops --out "$out/ops.json" ;;
     kernels) run kernels 200 "$python" -m benchmarks.kernels --precision bf16 fp8 int8 --out "$out/kernels.json" ;;
     play)    run play 400 "$python" -m benchmarks.play --out "$out/play.json" ;;

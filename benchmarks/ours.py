@@ -87,6 +87,7 @@ def build_graph(
     input_shape: tuple[int, int, int, int],
     precision: str,
     older: gpu.Capability | None = None,
+    device: str = "cuda",
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
     """The fused form of `decoder` as one CUDA graph, made in this process: what the program of plan `ops` runs.
 
@@ -96,6 +97,7 @@ def build_graph(
         precision: fp16, bf16, or 8-bit products with borders in bf16: fp8, int8.
         older: the kernels that a GPU of this compute capability gets, compiled to its intermediate code, which this
             GPU's driver translates; at most this GPU's. Matrix products of the libraries are those of this GPU.
+        device: `cuda` for the current GPU. A `cpu` runs our operators' references, and captures nothing.
 
     Returns:
         The graph as a function of latents, the targets that our CUDA kernels were compiled for, and in 8 bits the least
@@ -108,15 +110,18 @@ def build_graph(
             GPU's own.
     """
     plan = PLANS["tensorrt+ops8" if precision in FORMATS else "ops"]
-    index = torch.cuda.current_device()
-    request = Request(input_shape=input_shape, precision=precision, device=f"cuda:{index}")
+    index = torch.cuda.current_device() if device == "cuda" else None
+    request = Request(input_shape=input_shape, precision=precision, device=device if index is None else f"cuda:{index}")
     as_older = contextlib.nullcontext() if older is None else gpu.treated_as(older)
     with as_older, torch.no_grad(), machine_code.watched() as used:
         # Neither plan looks at the recorded forward.
         unread = Recording(text="", shapes=None, input_shape=input_shape, dtype=torch.float32)
-        module, _ = plan.lower(fold_weight_norm(decoder).float().cuda(), request, precision, unread)
-        graphed = trt.GraphedProgram(module, torch.randn(input_shape, device="cuda", dtype=dtype_of(precision)))
-        targets = sorted({f"{kernel.op} {nvrtc.architecture_of(kernel, index)}" for kernel in used})
-    if not graphed.graphed:
+        folded = fold_weight_norm(decoder).float()
+        module, _ = plan.lower(folded if index is None else folded.cuda(), request, precision, unread)
+        graphed = trt.GraphedProgram(module, torch.randn(input_shape, device=device, dtype=dtype_of(precision)))
+        targets = sorted(
+            {f"{kernel.op} {nvrtc.architecture_of(kernel, index)}" for kernel in used if index is not None}
+        )
+    if not graphed.graphed and index is not None:
         raise RuntimeError(f"no CUDA graph: {graphed.reason}")
     return graphed, {"plan": "ops", "targets": targets, "psnr_gate_db": PSNR_GATE_DB.get(precision)}

@@ -1,4 +1,4 @@
-"""Draws a decoder benchmark for README: three bars per decoder, how many times as fast as eager PyTorch each is.
+"""Draws a decoder benchmark for README, bf16: three bars per decoder, how many times as fast as eager PyTorch each is.
 
 Usage: python -m benchmarks.plot result.json result.png
 """
@@ -28,7 +28,7 @@ def plot_rows(rows: list[dict[str, Any]], out: Path, caption: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = [group for group in batch_8(rows) if all(group.get(kind) for kind in NAMES)]
+    groups = [group for group in batch_8(rows) if "bf16" in group["name"] and all(group.get(kind) for kind in NAMES)]
     figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.95 * len(groups)), dpi=100)
     for index, group in enumerate(groups):
         eager = group["eager"]["median_ms"]

@@ -38,6 +38,7 @@ COLUMNS = (
     ("W", "watts", "{:.0f}"),
     ("MHz", "clock_mhz", "{:.0f}"),
     ("J", "joules", "{:.2f}"),
+    ("plan", "plan", "{}"),
 )
 
 
@@ -87,7 +88,8 @@ def cell(figures: dict[str, Any], key: str | None, form: str) -> str:
     """Returns one figure as text, a dash where it was not measured; no key means the 20th to 80th percentile."""
     if key is None:
         return f"{figures['p20_ms']:.2f}–{figures['p80_ms']:.2f}"
-    return "–" if figures.get(key) is None else form.format(figures[key])
+    value = figures.get(key, figures.get("report", {}).get(key))  # what a build says of itself is in its report
+    return "–" if value is None or value != value else form.format(value)  # power that cannot be read is NaN
 
 
 def report(result: dict[str, Any]) -> str:
@@ -107,10 +109,13 @@ def report(result: dict[str, Any]) -> str:
         f"Commit {result['commit']}. Ceilings read in the same run: {ceilings}. Method: benchmarks/README.md.",
     ]
     rows = result["rows"]
+    of = {panel: part["commit"] for part in result.get("parts", []) for panel in part["decoders"]}
+    several = len(set(of.values())) > 1
     for decoder, batch in dict.fromkeys((row["decoder"], row["batch"]) for row in rows):
         own = [row for row in rows if (row["decoder"], row["batch"]) == (decoder, batch)]
         floor = next((row["figures"]["floor_ms"] for row in own if "floor_ms" in row["figures"]), None)
         beside = "" if floor is None else f" (floor of bf16 products {floor:.2f} ms)"
+        beside += f", commit {of[f'{decoder} at batch {batch}']}" if several else ""
         lines += ["", f"## {decoder}, batch {batch}{beside}", ""]
         lines.append("| candidate | " + " | ".join(title for title, _, _ in COLUMNS) + " |")
         lines.append("|---|" + "---|" * len(COLUMNS))
@@ -154,9 +159,13 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**results[0], "commit": ", ".join(commits), "rows": rows, "parts": parts}
 
 
+IN_EVERY_PRECISION = "base"
+"""The decoder whose precisions README shows; of the others, bf16: at the same precision as its rivals."""
+
+
 def batch_8(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows at batch 8 as groups: `name` (decoder and precision), and the figures of `eager`, of the faster
-    `compiled` PyTorch, and of `ours`; an empty dict where one was not measured.
+    """Returns the rows at batch 8 that README shows as groups: `name` (decoder and precision), and the figures of
+    `eager`, of the faster `compiled` PyTorch, and of `ours`; an empty dict where one was not measured.
     """
     measured = [row for row in rows if row["batch"] == 8 and "median_ms" in row["figures"]]
     groups: list[dict[str, Any]] = []
@@ -166,6 +175,8 @@ def batch_8(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         compiled = [row["figures"] for row in own if row["candidate"].startswith("torch.compile")]
         best = min(compiled, key=operator.itemgetter("median_ms"), default={})
         for row in (row for row in own if row["candidate"].startswith("ours")):
+            if "bf16" not in row["candidate"] and decoder != IN_EVERY_PRECISION:
+                continue
             name = f"{decoder}, {row['candidate'].removeprefix('ours ')}"
             groups.append({"name": name, "eager": eager, "compiled": best, "ours": row["figures"]})
     return groups

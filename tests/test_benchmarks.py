@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import importlib
 import json
+import math
 import re
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from benchmarks import (
     community,
     dataset,
     decoder,
+    decoders,
     harness,
     hidden,
     kernels,
@@ -34,11 +38,13 @@ from benchmarks import (
     play,
     play_page,
     plot,
+    power,
     report,
     road,
     road_report,
     sana,
     sana_parts,
+    table,
     taehv,
     trt_matrix,
     wrapper,
@@ -126,6 +132,22 @@ def test_readme_s_table_has_dashes_where_nothing_was_measured() -> None:
     assert text.count("dist, bf16") == 1, "batch 8 alone"
     del document["rows"][0]  # eager was refused
     assert "| dist, bf16 | – | – | **1.00 ms** |" in report.readme_table(document)
+
+
+def test_readme_and_picture_show_bf16_and_one_decoder_in_every_precision() -> None:
+    rows = [
+        {"decoder": name, "batch": 8, "candidate": f"ours {at}", "refused": "", "figures": {"median_ms": 1.0}}
+        for name in ("dist", "base")
+        for at in ("bf16", "int8")
+    ]
+    assert [group["name"] for group in report.batch_8(rows)] == ["dist, bf16", "base, bf16", "base, int8"]
+
+
+def test_a_report_of_several_commits_says_of_each_panel_which() -> None:
+    text = report.report(report.merge([result("aaa", "dist"), result("bbb", "base")]))
+    assert "## dist, batch 8 (floor of bf16 products 1.00 ms), commit aaa" in text
+    assert "## base, batch 8 (floor of bf16 products 1.00 ms), commit bbb" in text
+    assert "commit aaa" not in report.report(result("aaa", "dist")).partition("## ")[2]
 
 
 def test_readme_shows_one_result_and_other_reports_leave_it_alone(
@@ -371,7 +393,7 @@ def test_every_benchmark_can_be_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [decoder, hidden, kernels, ops, sana_parts, trt_matrix], ids=lambda module: module.__name__
+    "module", [decoder, hidden, kernels, ops, sana_parts, table, trt_matrix], ids=lambda module: module.__name__
 )
 def test_without_a_gpu_nothing_is_measured_or_written(
     module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -469,6 +491,115 @@ def test_plans_are_rows_or_compete(plans: list[str], each: bool, built: list[tup
     assert decoder.built(argparse.Namespace(precision=[], plans=plans, each_plan=each)) == []
 
 
+def test_8_bit_products_are_those_of_wide_stages_without_the_first_of_each() -> None:
+    model = dcae(ch_0=64, ch_max=256, stages=(2, 1, 1))
+    wide = [[(256, 512), (512, 256), (256, 512), (512, 256)]]  # the deepest stage of two blocks; the next has 128
+    stages = [[conv for block in stage.blocks for conv in (block.conv1, block.conv3)] for stage in model.blocks]
+    found = [[(conv.in_channels, conv.out_channels) for conv in convs] for convs in stages]
+    assert [convs for convs in found if convs[1][1] >= 256] == wide
+    expected = 2 * 3 * 8 * 8 * (3 * 256 * 512) / 1e9  # latents of 4x4, enlarged once, batch 3
+    assert decoders.eight_bit_gigaflop(model, 3, 4) == pytest.approx(expected)
+    assert decoders.eight_bit_gigaflop(torch.nn.Conv2d(1, 1, 1), 3, 4) == 0
+
+
+class FakeFamily:
+    """A family's process: what it says, whether it is done in time, and what it was asked."""
+
+    def __init__(self, *said: Any, late: bool = False) -> None:
+        self.said, self.late, self.asked, self.closed = list(said), late, [], False
+
+    def begin(self, *asked: Any) -> None:
+        self.asked.append(asked)
+
+    def done(self, seconds: float) -> bool:
+        return not self.late
+
+    def end(self) -> Any:
+        found = self.said.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def ask(self, *asked: Any) -> Any:
+        self.begin(*asked)
+        return self.end()
+
+    def close(self, seconds: float = 0) -> None:
+        self.closed = True
+
+
+def test_one_sitting_keeps_what_it_has_when_a_family_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    ceilings = harness.Ceilings(matmul_tflops=700.0, copy_tbps=3.0)
+    rows = [{**row, "refused": ""} for row in result("aaa", "dist")["rows"][:1]]
+    compiled = {**rows[0], "candidate": table.COMPILED, "figures": {**rows[0]["figures"], "ready_seconds": 2.0}}
+    families = {
+        "dist": FakeFamily(None, ceilings, [*copy.deepcopy(rows), compiled], [*copy.deepcopy(rows)]),
+        "base": FakeFamily(None, RuntimeError("the process ended with status -11")),
+        "sana": FakeFamily(RuntimeError("OutOfMemoryError: all of it")),
+        "demo": FakeFamily(None, late=True),
+    }
+    monkeypatch.setattr(table.Sitting, "_start", lambda sitting, name: families[name])
+    monkeypatch.setenv("OWL_COMMIT", "c0ffee")
+    panels = [table.Panel(decoder=name, batch=8, precisions=("bf16",)) for name in families]
+    sitting = table.Sitting(panels, "cpu", 0.1)
+    families["demo"].late = False
+    sitting.wait(time.monotonic())
+    families["demo"].late = True
+    for panel in (*panels, dataclasses.replace(panels[0], batch=1)):
+        sitting.measure(panel, {("dist", 8, table.COMPILED): 31.0}, time.monotonic() + 5)
+    told = {(row["decoder"], row["batch"], row["candidate"]): row for row in sitting.rows}
+    assert told["dist", 8, table.COMPILED]["figures"]["ready_seconds"] == 31.0, "without a cache, not the 2 s with one"
+    assert told["dist", 1, table.COMPILED]["refused"] == "not compiled in the time there was"
+    assert families["dist"].asked[-1][1].rivals == (), "a rival that would compile for half a minute is not asked for"
+    assert told["base", 8, "ours bf16"]["refused"] == "the process ended with status -11"
+    assert told["sana", 8, "ours bf16"]["refused"] == "its process did not start"
+    assert told["demo", 8, "ours bf16"]["refused"] == "not measured in the time there was"
+    assert [families[name].closed for name in families] == [False, True, True, True]
+    assert {row["commit"] for row in sitting.rows} == {"c0ffee"}
+    document = harness.document("decoder", ceilings, sitting.rows)
+    assert document["commit"] == "c0ffee"
+    assert "not measured in the time there was" in report.report(document)
+
+
+def test_compiling_ends_in_time_and_tells_what_was_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[FakeFamily] = []
+
+    def process(make: Any) -> FakeFamily:
+        said = ((None, 25.0), (RuntimeError("no compiler"),), ())[len(made)]
+        made.append(FakeFamily(*said, late=not said))
+        return made[-1]
+
+    monkeypatch.setattr(table, "Aside", process)
+    monkeypatch.setattr(table.os, "cpu_count", lambda: 32)
+    clock = iter(range(100))
+    monkeypatch.setattr(table, "time", argparse.Namespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    shapes = [("dist", 8, table.COMPILED), ("base", 8, table.COMPILED), ("sana", 8, table.COMPILED)]
+    assert table.compile_all(shapes, "cuda", 5) == {shapes[0]: 25.0}
+    assert all(process.closed for process in made)
+    assert made[0].asked == [("new", *shapes[0], "cuda"), ("seconds",)]
+
+
+def test_a_turn_waits_for_the_lock_of_another_measurement(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with table.turn(lock, time.monotonic() + 5) as had:
+        assert had
+        with table.turn(lock, time.monotonic()) as again:
+            assert not again
+    with table.turn(lock, time.monotonic() + 5) as had:
+        assert had
+    with table.turn(None, 0.0) as had:
+        assert had
+
+
+def test_every_panel_asks_for_what_there_is() -> None:
+    panels = [(panel.decoder, panel.batch) for panel in table.PANELS]
+    families = {"base", "dist", "base_learned", "dist_learned", "distill_vae", "demo", "sana"}
+    assert sorted(panels) == sorted((name, batch) for name in families for batch in (8, 4, 1))
+    for panel in table.PANELS:
+        decoders.subject(panel.decoder)
+        assert set(panel.rivals) <= set(baselines.candidates(torch.nn.Identity(), 0))
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_an_older_gpu_s_kernels_are_taken_from_fusing_to_capture(
     captured: bool, monkeypatch: pytest.MonkeyPatch
@@ -501,22 +632,107 @@ def test_an_older_gpu_s_kernels_are_taken_from_fusing_to_capture(
     assert nvrtc.architecture_of(resize.kernel_of(torch.bfloat16, pad=4), 0) == "sm_90"
 
 
-@pytest.mark.parametrize(
-    ("seen", "asked"), [(None, "0"), ("", "0"), ("1", "1"), ("3,1", "3"), ("GPU-8b1e", "GPU-8b1e")]
-)
-def test_power_is_read_from_the_gpu_that_runs(seen: str | None, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: list[str], **_: Any) -> argparse.Namespace:
-        assert command[-2:] == ["-i", asked]
-        return argparse.Namespace(stdout="512.5, 1605\n")
+class FakeNvml:
+    """NVML of a card that draws 500 W at 1605 MHz; `unknown` are functions that the card refuses."""
 
-    monkeypatch.setattr(harness.subprocess, "run", run)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    def __init__(self, *unknown: str) -> None:
+        self.unknown, self.asked, self.now = unknown, [], 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            if name.startswith("nvmlDeviceGetHandle"):
+                self.asked.append(getattr(arguments[0], "value", arguments[0]))
+            if name in self.unknown:
+                return 3
+            self.now += 0.01
+            told = {
+                "nvmlDeviceGetTotalEnergyConsumption": 500e3 * self.now + 1e9,
+                "nvmlDeviceGetPowerUsage": 512_500,
+                "nvmlDeviceGetClockInfo": 1605,
+            }
+            if name in told:
+                arguments[-1]._obj.value = int(told[name])
+            return 0
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("seen", "asked"), [(None, 0), ("", 0), ("1", 1), ("3,1", 3), ("GPU-8b1e", 0)], ids=lambda value: repr(value)
+)
+@pytest.mark.parametrize("by_uuid", [True, False])
+def test_power_is_read_from_the_gpu_that_runs(
+    seen: str | None, asked: int, by_uuid: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = FakeNvml(*([] if by_uuid else ["nvmlDeviceGetHandleByUUID"]))
+    monkeypatch.setattr(power.ctypes, "CDLL", lambda name: nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: argparse.Namespace(uuid="8b1e-77"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if seen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
-    found = harness.under_load(lambda: None, seconds=1e-4)
-    assert (found["watts"], found["clock_mhz"]) == (512.5, 1605.0)
-    assert found["joules"] == pytest.approx(512.5 * found["sustained_ms"] / 1e3)
+    power.Card(torch.device("cuda", 0))
+    assert nvml.asked == [b"GPU-8b1e-77", *([] if by_uuid else [asked])]
+
+
+@pytest.mark.parametrize(
+    ("unknown", "watts", "clock"),
+    [
+        ((), pytest.approx(500), 1605.0),
+        (("nvmlDeviceGetTotalEnergyConsumption",), 512.5, 1605.0),
+        (("nvmlDeviceGetClockInfo",), pytest.approx(500), pytest.approx(math.nan, nan_ok=True)),
+        (("nvmlInit_v2",), pytest.approx(math.nan, nan_ok=True), pytest.approx(math.nan, nan_ok=True)),
+    ],
+)
+def test_joules_are_counted_while_the_card_is_busy(
+    unknown: tuple[str, ...], watts: Any, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml, sampled = FakeNvml(*unknown), threading.Event()
+    monkeypatch.setattr(power, "time", nvml)
+    monkeypatch.setattr(power.ctypes, "CDLL", lambda name: nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: argparse.Namespace(uuid="8b1e-77"))
+    sample = power.Card.sample
+
+    def counted(card: power.Card) -> power.Sample:
+        found = sample(card)
+        if nvml.now > 0.3:
+            sampled.set()
+        return found
+
+    monkeypatch.setattr(power.Card, "sample", counted)
+    with power.Meter(torch.device("cuda", 0)) as meter:
+        assert "nvmlInit_v2" in unknown or sampled.wait(20)
+    assert meter.watts == watts
+    assert meter.clock_mhz == clock
+
+
+def test_without_nvml_a_load_has_a_time_and_no_watts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> Any:
+        raise OSError("libnvidia-ml.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(power.ctypes, "CDLL", absent)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    calls: list[int] = []
+    found = harness.under_load(lambda: calls.append(1), seconds=1e-3)
+    assert math.isnan(found["watts"])
+    assert math.isnan(found["joules"])
+    assert found["sustained_ms"] > 0
+    assert len(calls) > 1
+    assert report.cell(found, "watts", "{:.0f}") == "–"
+    with pytest.raises(OSError, match="libnvidia-ml"):
+        power.Card(torch.device("cuda", 0))
+
+
+def test_energy_counts_from_one_change_of_the_counter_to_another() -> None:
+    def at(seconds: float, joules: float) -> power.Sample:
+        return power.Sample(seconds=seconds, joules=joules, watts=1.0, clock_mhz=1.0)
+
+    said = [at(0.0, 70.0), at(0.5, 100.0), at(0.6, 100.0), at(1.0, 200.0), at(1.5, 300.0), at(1.9, 300.0)]
+    assert power.watts_of(said) == pytest.approx(200.0)
+    assert power.watts_of(said[:2]) == 1.0, "one change says nothing"
+    assert math.isnan(power.watts_of([]))
 
 
 @pytest.mark.parametrize(
