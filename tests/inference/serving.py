@@ -12,6 +12,7 @@ from aiohttp.test_utils import TestServer
 
 from owl_wms.game.buttons import BUTTONS
 from owl_wms.inference.controls import GAME_CONTROLS
+from owl_wms.inference.loading import Loading
 from owl_wms.inference.server import ServerSettings, make_app
 from owl_wms.inference.session import Pace
 from owl_wms.inference.source import Frame
@@ -57,7 +58,7 @@ class BarSource:
 
 @asynccontextmanager
 async def serve(
-    source: Any = None, kind: type[BarSource] = BarSource, **changes: Any
+    source: Any = None, kind: type[BarSource] = BarSource, loading: Loading | None = None, **changes: Any
 ) -> AsyncIterator[tuple[ClientSession, str, list[Any]]]:
     """A client session, the server's address and the sources made so far."""
     made: list[Any] = []
@@ -67,7 +68,8 @@ async def serve(
         return made[-1]
 
     settings = ServerSettings(token=TOKEN, **{"pace": Pace(fps=100), **changes})
-    server = TestServer(make_app(new_source, settings), host="127.0.0.1")
+    given = new_source if loading is None else loading.new_source
+    server = TestServer(make_app(given, settings, loading), host="127.0.0.1")
     await server.start_server()
     try:
         async with ClientSession() as client:

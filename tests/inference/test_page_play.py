@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -20,10 +21,12 @@ import pytest
 import torch
 from aiohttp import ClientSession
 
+from owl_wms.errors import ConfigError
 from owl_wms.game.buttons import BUTTONS
 from owl_wms.inference.controls import Button
+from owl_wms.inference.loading import Loading, Progress
 from tests.inference.chromium import BINARY, Page, click_to_play, open_page
-from tests.inference.serving import TOKEN, BarSource, serve
+from tests.inference.serving import TOKEN, BarSource, connect, serve
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here; install Debian's package chromium")
 
@@ -331,6 +334,51 @@ def test_the_page_comes_back_after_the_server_was_killed_and_started_again(tmp_p
         for process in running:
             process.kill()
             process.wait()
+
+
+HINT = "document.getElementById('hint').textContent"
+BAR = "(b => [b.hidden, b.value, b.max])(document.getElementById('progress'))"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_page_shows_how_far_the_loading_is(fails: bool) -> None:
+    goes_on, ends = threading.Event(), threading.Event()
+
+    def load(progress: Progress) -> Any:
+        progress("PyTorch", 0, 0)
+        assert goes_on.wait(60)
+        progress("first frames", 3, 12)
+        assert ends.wait(60)
+        if fails:
+            raise ConfigError("world.yml: the model has 4 buttons")
+        return BarSource()
+
+    async def test() -> None:
+        loading = Loading(load)
+        async with serve(loading=loading) as (client, address, _), open_page(f"{address}/{TOKEN}/") as page:
+            loading.begin()
+            await page.until(f"{STATE} === 'loading' && {HINT}.startsWith('PyTorch')")
+            early = await connect(client, address)
+            assert "still being loaded" in (await early.receive_json(timeout=5))["reason"]
+            await early.close()
+            await page.click("start")  # not yet
+            goes_on.set()
+            await page.until(f"{HINT}.startsWith('first frames, 3 of 12')")
+            assert await page.value(BAR) == [False, 3, 12]
+            ends.set()
+            if fails:
+                await page.until(f"{STATE} === 'failed'")
+                assert await page.value(HINT) == "world.yml: the model has 4 buttons"
+            else:
+                await click_to_play(page)
+                await page.until(f"{FRAMES} > 3")
+            assert (await page.value(BAR))[0]
+
+    try:
+        asyncio.run(asyncio.wait_for(test(), 90))
+    finally:
+        goes_on.set()
+        ends.set()
 
 
 def test_a_lost_page_whose_token_is_no_more_says_what_to_open() -> None:

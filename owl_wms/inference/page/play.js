@@ -122,14 +122,22 @@ function newWorld() {
 function notice(text, busy = false) {
   at("notice").hidden = !text;
   at("notice").classList.toggle("busy", busy);
-  at("notice").textContent = text || "";
+  // Between backquotes stands what is typed, which must not be broken where it has a hyphen.
+  const parts = text.split("`").map((part, index) => (index % 2 ? typed(part) : part));
+  at("notice").replaceChildren(...parts);
+}
+
+function typed(text) {
+  const code = document.createElement("code");
+  code.textContent = text;
+  return code;
 }
 
 function showNotice() {
   rate = Number(at("fps").value) || rate;
   const pace = rate > 0 ? `about ${rate < 10 ? rate.toFixed(1) : rate.toFixed(0)} frames/s` : "few frames per second";
   const slow = about.device === "cpu";
-  notice(slow ? `No GPU: ${pace} here. owl-wms play --game shows the real game.` : "");
+  notice(slow ? `No GPU: ${pace} here. \`owl-wms play --game\` shows the real game.` : "");
 }
 
 // ---- frames
