@@ -40,6 +40,15 @@ def run_failure(error: Exception, rebuild: Callable[[], str]) -> tuple[FastPathE
     return failure, memory
 
 
+def non_finite_failure(slot: Slot, places: int) -> FastPathError:
+    """Returns what is reported if the program gave `places` values that are not finite and PyTorch gave finite ones."""
+    loaded = slot.loaded  # None if it was switched off meanwhile
+    overflows = loaded is None or loaded.report.get("precision") not in ("bf16", "fp32")
+    verify = "start the process again, which verifies the program; if it comes back, compare with another GPU"
+    reason = f"it gave {places} non-finite values where PyTorch gives finite ones"
+    return FastPathError("run", reason, "set TENSORRT_PRECISION=bf16" if overflows else verify)
+
+
 def count_run_failure(
     slot: Slot, ledger: Ledger, failure: tuple[FastPathError, bool], chunk: Tensor, *, strict: bool
 ) -> None:
@@ -171,7 +180,6 @@ class Decoding:
         if places:
             out.write(start, truth.tensor)
             self._ledger.add("fallbacks")
-            reason = f"it gave {places} non-finite values where PyTorch gives finite ones"
-            failure = FastPathError("run", reason, "set TENSORRT_PRECISION=bf16")
+            failure = non_finite_failure(self._slot, places)
             count_failure(self._slot, self._ledger, failure, "non-finite", strict=self._strict)
         return finite

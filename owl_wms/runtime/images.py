@@ -25,9 +25,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from owl_wms.errors import DecodeMemoryError, FastPathError
+from owl_wms.errors import DecodeMemoryError
 from owl_wms.runtime.decode import VideoDecode
-from owl_wms.runtime.decoding import count_failure, count_run_failure, run_failure
+from owl_wms.runtime.decoding import count_failure, count_run_failure, non_finite_failure, run_failure
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.slot import Slot, all_finite
 from owl_wms.runtime.stamp import unseen
@@ -123,9 +123,7 @@ class ImageDecode(VideoDecode):
         worse = int((truth.isfinite() & ~frames.isfinite()).sum())
         if not worse:
             return frames
-        reason = f"it gave {worse} non-finite values where PyTorch gives finite ones"
-        failure = FastPathError("run", reason, "set TENSORRT_PRECISION=bf16")
-        count_failure(slot, self._ledger, failure, "non-finite", strict=self.strict)
+        count_failure(slot, self._ledger, non_finite_failure(slot, worse), "non-finite", strict=self.strict)
         return truth
 
     def _lane(self, place: _Place) -> _Lane | None:

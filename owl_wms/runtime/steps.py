@@ -22,7 +22,7 @@ from owl_wms.request import Request
 from owl_wms.runtime import recording
 from owl_wms.runtime.canary import CHECKS
 from owl_wms.runtime.decode import free_programs, run_in_child
-from owl_wms.runtime.decoding import count_failure, run_failure
+from owl_wms.runtime.decoding import count_failure, non_finite_failure, run_failure
 from owl_wms.runtime.eager import EagerDecoder, is_out_of_memory, release_memory, unwrap
 from owl_wms.runtime.obtain import obtain
 from owl_wms.runtime.programs import Loaded, Progress, Toolchain
@@ -229,9 +229,7 @@ class Steps:
                 self._tell_non_finite(answered[0])
             if not places:
                 return answered
-            reason = f"it gave {places} non-finite values where PyTorch gives finite ones"
-            failure = FastPathError("run", reason, "set TENSORRT_PRECISION=bf16")
-            self._failed(slot, failure, "non-finite")
+            self._failed(slot, non_finite_failure(slot, places), "non-finite")
             return answered
         if memory:
             release_memory(latent.device)
