@@ -3,24 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The set that everything was measured with. SET=requirements.txt: full TensorRT, whose libraries NVIDIA's index serves.
+SET := requirements-rtx.txt
 
 FOLDER := build/versions
 
 .PHONY: help setup demo test test-gpu test-versions faults lint docs bench play world clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## install into .venv
 
 $(STAMP): pyproject.toml setup.py requirements.txt requirements-rtx.txt requirements-common.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@if $(BIN)/python -m pip install -q --dry-run --no-deps 'tensorrt-cu13-libs>=10.15.1,<10.16' >/dev/null 2>&1; \
-	then set=requirements.txt; \
-	else set=requirements-rtx.txt; \
-	  echo "NVIDIA's package index is out of reach, so TensorRT's own libraries are too: installing the TensorRT for RTX set."; fi; \
-	echo "Installing $$set into $(VENV) (a few GB with torch; minutes)."; \
-	$(BIN)/python -m pip install -q -r $$set && $(BIN)/python -m pip install -q --no-deps -e .
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing $(SET) into $(VENV) (a few GB with torch; minutes)."
+	@$(BIN)/python -m pip install -q -r $(SET) && $(BIN)/python -m pip install -q --no-deps -e .
 	@touch $@
 
 demo: $(STAMP) ## render a game clip, encode it, decode it through the bridge; writes demo/
