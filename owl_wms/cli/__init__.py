@@ -28,14 +28,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "demo",
         "Render a game clip, encode it, decode it through the bridge, show both.",
     ),
-    "decode": ("owl_wms.cli.decode", "decode", "Latents to a video clip."),
-    "encode": ("owl_wms.cli.encode", "encode", "A video clip or frames to latents."),
-    "decode-dataset": (
-        "owl_wms.cli.dataset",
-        "decode_dataset",
-        "Every file of latents of a dataset to frames.",
-    ),
-    "encode-dataset": ("owl_wms.cli.dataset", "encode_dataset", "Every clip of a dataset to latents."),
+    "decode": ("owl_wms.cli.decode", "decode", "Decode latents to a video clip, an array or pictures."),
+    "encode": ("owl_wms.cli.encode", "encode", "Encode a video clip or frames to latents."),
+    "decode-dataset": ("owl_wms.cli.dataset", "decode_dataset", "Decode every file of latents of a dataset."),
+    "encode-dataset": ("owl_wms.cli.dataset", "encode_dataset", "Encode every clip of a dataset to latents."),
     "sample": ("owl_wms.cli.sample", "sample", "Sample a clip from a world model."),
     "play": ("owl_wms.cli.play", "play", "Play a world model in the browser."),
     "init": ("owl_wms.cli.init", "init", "Write a first configuration that fits your data."),
@@ -44,7 +40,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "data": ("owl_wms.cli.data", "app", "Make and inspect data sets of latents."),
     "trt": ("owl_wms.cli.trt", "app", "Build, list, show, verify, prune and time compiled decoders."),
     "bench": ("owl_wms.cli.bench", "bench", "Time the demo decoder here; prints one JSON object for an issue."),
-    "doctor": ("owl_wms.cli.doctor", "doctor", "Say what would decode on this machine, and why."),
+    "doctor": ("owl_wms.cli.doctor", "doctor", "Report what would decode on this machine, and why."),
 }
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from owl_wms import env
 from owl_wms.cli._bounds import DTYPES, check_dtype, device_number
-from owl_wms.configs import TAEHV_VAE_ID
+from owl_wms.configs import TAEHV_VAE_ID, load_vae_model
 from owl_wms.configs.paths import expanded
 from owl_wms.errors import ConfigError
 from owl_wms.media import sinks
@@ -104,10 +104,14 @@ def check_destination(path: Path, *suffixes: str, key: str = "") -> None:
 
 
 def check_family(family: str | None, vae_config: Path | str | None) -> None:
-    """Raises ConfigError unless a configuration or a known family says what the decoder is."""
+    """Raises ConfigError unless a configuration or a known family, or both without contradiction, name the decoder."""
     if family not in (None, TAEHV_VAE_ID) or (family is None and vae_config is None):
         got = f"--family {family} is not known" if family else "neither --vae-config nor --family is given"
         raise ConfigError(f"{got}; give --vae-config FILE, or --family {TAEHV_VAE_ID}", key="family")
+    if family is not None and vae_config is not None and (found := load_vae_model(vae_config).model_id) != family:
+        raise ConfigError(
+            f"--family {family}, but {vae_config} is of model_id {found!r}; give one of them", key="family"
+        )
 
 
 def check_kept(path: Path, *, overwrite: bool) -> None:

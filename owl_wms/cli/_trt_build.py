@@ -27,8 +27,10 @@ VAE_CONFIG = typer.Option(None, "--vae-config", help="YAML with a model section.
 CHECKPOINT = typer.Option(
     None, "--checkpoint", help=".pt or .safetensors; diffusers folder or hub id with --vae-id dcae."
 )
-BATCH = typer.Option(8, "--batch-size", min=1, max=MOST_FRAMES, help="Frames a batch.")
-LATENT = typer.Option("", "--latent", help="c,h,w of one latent frame; from the configuration when not said.")
+BATCH = typer.Option(8, "--batch-size", min=1, max=MOST_FRAMES, help="Frames per batch.")
+LATENT = typer.Option(
+    "", "--latent", help="channels,height,width of one latent, as 128,8,8. Default: from --vae-config."
+)
 PRECISION = typer.Option(None, "--precision", help="auto, fp16, bf16, fp32, fp8 or int8.")
 PLAN = typer.Option(None, "--plan", help="Only this plan (owl-wms trt plans); may be repeated.")
 # Text, not Path: Path("") is the current directory, and the settings would not see that nothing was said.
@@ -49,7 +51,7 @@ def build(
     calibration: str | None = CALIBRATION,
     cache_dir: str | None = CACHE,
 ) -> None:
-    """Build a decoder's program (or find it in the cache) and say what came of it."""
+    """Build a decoder's program, or find it in the cache, and print the result."""
     from owl_wms.runtime import VideoDecode
     from owl_wms.utils.owl_vae_bridge import get_decoder_only
 
@@ -93,8 +95,8 @@ def bench(
     calibration: str | None = CALIBRATION,
     cache_dir: str | None = CACHE,
     iterations: int = typer.Option(20, min=1, help="Timed runs of each; the median is shown."),
-    compiled: bool = typer.Option(True, help="Also time torch.compile, the baseline that counts."),
-    cpu: bool = typer.Option(False, "--cpu", help="Time PyTorch on the CPU where there is no GPU; it takes minutes."),
+    compiled: bool = typer.Option(True, help="Also time torch.compile."),
+    cpu: bool = typer.Option(False, "--cpu", help="Without a GPU, time PyTorch on the CPU; takes minutes."),
 ) -> None:
     """Time eager PyTorch, torch.compile and the program in one run, each with its error against fp32."""
     from owl_wms.cli.bench import measured

@@ -30,7 +30,7 @@ def bench(
     precision: str | None = typer.Option(None, help="auto, fp16, bf16, fp32, fp8 or int8."),
     iterations: int = typer.Option(20, min=1, help="Timed runs of each way; the median is printed."),
     compiled: bool = typer.Option(True, help="Also time torch.compile."),
-    device: str | None = typer.Option(None, help="cpu, cuda or cuda:N; the GPU if there is one."),
+    device: str | None = typer.Option(None, help="cpu, cuda or cuda:N. Default: the GPU, if there is one."),
 ) -> None:
     """Time the shipped demo decoder on this machine and print one JSON object for an issue."""
     from owl_wms.cli import _shared as shared

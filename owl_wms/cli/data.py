@@ -35,17 +35,16 @@ def make(
     path: Annotated[Path, typer.Argument(help="Folder of the table; new worlds are appended to one that exists.")],
     episodes: int = typer.Option(16, min=1, help="Episodes to play, each in a world of its own."),
     frames: int = typer.Option(240, min=1, help="Stored frames in each episode."),
-    fps: int = typer.Option(20, min=1, help="Stored frames a second; must divide 60."),
+    fps: int = typer.Option(20, min=1, help="Stored frames per second; must divide 60."),
     seed: int = typer.Option(10_000_000, help="Seed of the first world."),
     batch: int = typer.Option(8, min=1, help="Players at once."),
-    vae_config: Annotated[
-        Path, typer.Option(help="The autoencoder's configuration.", show_default="the demo's")
-    ] = _DEMO_VAE / "demo_vae.yml",
-    vae_checkpoint: Annotated[Path, typer.Option(help="Its weights.", show_default="the demo's")] = (
+    vae_config: Annotated[Path, typer.Option(help="YAML of the autoencoder.", show_default="the demo's")] = _DEMO_VAE
+    / "demo_vae.yml",
+    vae_checkpoint: Annotated[Path, typer.Option(help="Weights of the autoencoder.", show_default="the demo's")] = (
         _DEMO_VAE / "demo_vae.safetensors"
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Make only the worlds that the table lacks.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
 ) -> None:
     """Render the game, encode it, and store latents, mouse and buttons as an .npy table."""
     from owl_wms.cli import _bounds as bounds
@@ -85,14 +84,14 @@ def import_(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the table; clips that it lacks are added.")],
-    fps: Annotated[float | None, typer.Option(help="Frames per second, for files that do not say.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of files that do not state it.")] = None,
     vae_config: Annotated[Path | None, typer.Option(help="YAML of the autoencoder that encodes videos.")] = None,
     vae_checkpoint: Annotated[Path | None, typer.Option(help="Weights of that autoencoder.")] = None,
     resize: Annotated[bool, typer.Option(help="Scale frames of another size instead of refusing them.")] = False,
     no_mouse: Annotated[bool, typer.Option("--no-mouse", help="There is no mouse: store one at rest.")] = False,
     batch: int = typer.Option(8, min=1, max=MOST_FRAMES, help="Frames encoded at once."),
     skip_bad: Annotated[bool, typer.Option(help="Leave out clips that cannot be used, each with one line.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
 ) -> None:
     """Bring clips of latents, or videos with controls, into an .npy table; run it again to go on."""
     from owl_wms.cli import _bounds as bounds
@@ -164,9 +163,9 @@ def show(
     vae_config: Annotated[Path | None, typer.Option(help="YAML of the autoencoder, to see frames.")] = None,
     vae_checkpoint: Annotated[Path | None, typer.Option(help="Weights of that autoencoder.")] = None,
     sheet: Annotated[Path, typer.Option(help="Picture with five decoded frames.")] = Path("frames.png"),
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
 ) -> None:
-    """Say what a table holds, after checking that every array of it can be opened; decode five frames of it."""
+    """Check every array of a table, print what it holds, and decode five of its frames."""
     from owl_wms.cli import _shared as shared
     from owl_wms.data.npy_table import NpyTable
     from owl_wms.data.starter import button_names

@@ -28,16 +28,18 @@ _log = logging.getLogger(__name__)
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="Folder, s3:// prefix, file, or manifest .jsonl or .txt.")]
 Out = Annotated[str, typer.Option(help="Folder or s3:// prefix; each generation gets a folder below it.")]
 Checkpoint = Annotated[str, typer.Option(help="Weights of the autoencoder.")]
-Engine = Annotated[str | None, typer.Option(help="ray, ranks or local; by default what this process is started by.")]
+Engine = Annotated[
+    str | None, typer.Option(help="ray, ranks (torchrun, srun) or local. Default: as this process was started.")
+]
 Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs, a worker on each; by default every visible one.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Workers without a GPU; one by default.")]
 BatchSize = Annotated[int, typer.Option(min=1, max=MOST_FRAMES, help="Frames at once.")]
-Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")]
+Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: bf16 on a GPU, else fp32.")]
 Limit = Annotated[float, typer.Option(min=0.1, help="Seconds that one item may take.")]
 Metrics = Annotated[
     int | None, typer.Option(min=0, max=65_535, help="Port for Prometheus; 0 takes a free one. Ranks add theirs.")
 ]
-Show = Annotated[bool, typer.Option("--status", help="Show how far the work is, and do nothing.")]
+Show = Annotated[bool, typer.Option("--status", help="Print how much is done, and do nothing.")]
 Verify = Annotated[bool, typer.Option(help="Check hash and frame count of every output, and do nothing else.")]
 
 
@@ -45,14 +47,14 @@ def decode_dataset(
     source: Input,
     out: Out,
     checkpoint: Checkpoint,
-    vae_config: Annotated[str | None, typer.Option(help="YAML of the autoencoder; --family needs none.")] = None,
-    family: Annotated[str | None, typer.Option(help="taehv: the sizes are read off its checkpoint.")] = None,
+    vae_config: Annotated[str | None, typer.Option(help="YAML of the autoencoder; not needed with --family.")] = None,
+    family: Annotated[str | None, typer.Option(help="taehv: the sizes are read from its checkpoint.")] = None,
     form: Annotated[str, typer.Option("--format", help="npy, mp4, tar or parquet.")] = "npy",
     fps: Annotated[float, typer.Option(help="Frames per second of mp4, 1 to 240.")] = 60,
     scale: Annotated[float, typer.Option(help="Multiply latents by this first.")] = 1.0,
     batch_size: BatchSize = 8,
     dtype: Dtype = None,
-    tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
+    tensorrt: Annotated[bool, typer.Option(help="Decode by a compiled program if possible, else by PyTorch.")] = True,
     engine: Engine = None,
     gpus: Gpus = None,
     workers: Workers = None,

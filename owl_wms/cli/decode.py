@@ -24,8 +24,8 @@ from owl_wms.cli._bounds import MOST_FRAMES
 def decode(
     latents: Annotated[Path, typer.Argument(help="Latents \\[b,n,c,h,w] or \\[n,c,h,w]: .pt, .npy or .safetensors.")],
     checkpoint: Annotated[Path, typer.Option(help="Weights of the decoder, the full model, or a training checkpoint.")],
-    vae_config: Annotated[Path | None, typer.Option(help="YAML of the autoencoder; --family needs none.")] = None,
-    family: Annotated[str | None, typer.Option(help="taehv: the decoder's sizes are read off its checkpoint.")] = None,
+    vae_config: Annotated[Path | None, typer.Option(help="YAML of the autoencoder; not needed with --family.")] = None,
+    family: Annotated[str | None, typer.Option(help="taehv: the decoder's sizes are read from its checkpoint.")] = None,
     out: Annotated[
         Path, typer.Option(help="NAME.mp4, .npy, .y4m or .raw; a folder for pictures; - for standard output.")
     ] = Path("clip.mp4"),
@@ -33,25 +33,27 @@ def decode(
         str | None, typer.Option("--format", help="png or jpg in a folder; y4m or raw on standard output.")
     ] = None,
     each: Annotated[bool, typer.Option(help="Write every clip of \\[b,n,...] to a file of its own.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace what stands under these names.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace existing outputs.")] = False,
     png: Annotated[Path | None, typer.Option(help="Also write a contact sheet of up to eight frames.")] = None,
     depth: Annotated[bool, typer.Option(help="Also write the depth channel, grey, as OUT_depth.mp4.")] = False,
     scale: Annotated[
-        float | None, typer.Option(help="Multiply latents by this first (vae_scale); what the file says, else 1.")
+        float | None, typer.Option(help="Multiply latents by this first (vae_scale). Default: the file's, else 1.")
     ] = None,
     fps: Annotated[
         float | None,
-        typer.Option(help="Frames per second of the clip, 1 to 240; what the file says (of latents), else 60."),
+        typer.Option(help="Frames per second of the clip, 1 to 240. Default: the file's, else 60."),
     ] = None,
     encoder: Annotated[
-        str, typer.Option(help="libx264, h264_nvenc (of the GPU), or auto: the GPU's if it has one.")
+        str, typer.Option(help="libx264 (CPU), h264_nvenc (GPU), or auto: the GPU's, if it has one.")
     ] = "libx264",
     crf: Annotated[int, typer.Option(help="Quality of the clip: 0 is lossless, 51 the worst.")] = 16,
-    preset: Annotated[str | None, typer.Option(help="Of the encoder; veryfast for libx264, p4 for h264_nvenc.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Encoder preset. Default: veryfast (libx264), p4 (h264_nvenc).")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=MOST_FRAMES, help="Frames decoded at once.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
-    tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: bf16 on a GPU, else fp32.")] = None,
+    tensorrt: Annotated[bool, typer.Option(help="Decode by a compiled program if possible, else by PyTorch.")] = True,
 ) -> None:
     """Decode latents to a video clip, an array of bytes, pictures, or a pipe.
 

@@ -28,14 +28,16 @@ _HELD_OUT = 1_000_000  # training used seeds from here on
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for clip.mp4 and sheet.png.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0, max=_HELD_OUT - 1, help="World; training never saw these.")] = 7,
+    seed: Annotated[
+        int, typer.Option(min=0, max=_HELD_OUT - 1, help="Seed of the game's world; none of these was trained on.")
+    ] = 7,
     frames: Annotated[int, typer.Option(min=2, help="Frames to show.")] = 32,
-    every: Annotated[int, typer.Option(min=1, max=60, help="Show every n-th of the game's 60 frames a second.")] = 4,
+    every: Annotated[int, typer.Option(min=1, max=60, help="Show every n-th of the game's 60 frames per second.")] = 4,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=MOST_FRAMES, help="Frames at once; 8 on a GPU, 2 on a CPU.")
+        int | None, typer.Option(min=1, max=MOST_FRAMES, help="Frames per batch. Default: 8 on a GPU, 2 on a CPU.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
-    tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
+    tensorrt: Annotated[bool, typer.Option(help="Decode by a compiled program if possible, else by PyTorch.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace the clip and the sheet of an earlier run.")] = False,
 ) -> None:
     """Render a game clip, encode it, decode it through the bridge, show both."""

@@ -26,7 +26,7 @@ _FALLBACK = env.TENSORRT_VARIABLES["fallback_on_error"]
 def doctor(
     as_json: bool = typer.Option(False, "--json", help="Print all that is known, as one JSON object."),
 ) -> None:
-    """Say what would decode on this machine, and why."""
+    """Report what would decode on this machine, and why."""
     facts = diagnose()
     console = Console()
     if as_json:

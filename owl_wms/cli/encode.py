@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 def encode(
     frames: Annotated[Path, typer.Argument(help="Video, folder of pictures, or an array file of frames \\[n,C,H,W].")],
     vae_config: Annotated[Path, typer.Option(help="YAML of the autoencoder.")],
-    checkpoint: Annotated[Path, typer.Option(help="Its weights, with the encoder's among them.")],
+    checkpoint: Annotated[Path, typer.Option(help="Weights of the autoencoder, encoder included.")],
     out: Annotated[Path, typer.Option(help="Latents to write: .pt, .npy or .safetensors.")] = Path("latents.pt"),
     depth: Annotated[Path | None, typer.Option(help="Grey clip or folder with the depth channel.")] = None,
     resize: Annotated[bool, typer.Option(help="Scale frames of another size instead of refusing them.")] = False,
     scale: Annotated[float, typer.Option(help="Divide latents by this (upstream's vae_scale).")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, max=MOST_FRAMES, help="Frames encoded at once.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace latents that stand under this name.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: bf16 on a GPU, else fp32.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace existing latents.")] = False,
 ) -> None:
     """Encode a clip or frames to latents \\[n, c, h, w], float32."""
     import torch

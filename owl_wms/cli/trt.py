@@ -33,7 +33,7 @@ app.command()(build)
 
 @app.command()
 def plans() -> None:
-    """The plans that a build chooses among, the precisions each offers, and what it does."""
+    """List the plans that a build chooses among, with the precisions of each."""
     from owl_wms.trt.plans import PLANS
 
     table = Table()
@@ -48,7 +48,7 @@ def plans() -> None:
 def list_entries(
     cache_dir: str | None = CACHE, as_json: bool = typer.Option(False, "--json", help="Print a JSON list.")
 ) -> None:
-    """Every entry, most recently used first, and why one would not be used on this machine."""
+    """List all entries, most recently used first, and why one would not be used on this machine."""
     store = _store_to_look_at(cache_dir)
     entries = store.entries(env.describe_machine())
     if as_json:
@@ -70,7 +70,7 @@ def list_entries(
 
 @app.command()
 def show(name: str = NAME, cache_dir: str | None = CACHE) -> None:
-    """One entry's manifest: key material and build report, as JSON."""
+    """Print one entry's manifest as JSON: key material and build report."""
     info = _find(open_store(TensorRTConfig.resolve(cache_dir=cache_dir)), name)
     manifest = info.manifest
     shown: dict[str, Any] = {**_as_dict(info), "path": str(info.path)}
@@ -109,7 +109,7 @@ def prune(
     ),
     cache_dir: str | None = CACHE,
 ) -> None:
-    """Sweep leftovers and evict least recently used entries."""
+    """Delete what dead builds left, then the least recently used entries above the size limit."""
     if max_gib is not None and not math.isfinite(max_gib):
         raise ConfigError(f"--max-gib must be a number of GiB >= 0; got {max_gib}", key="max_gib")
     store = _store_to_look_at(cache_dir)
@@ -134,8 +134,9 @@ def _store_to_look_at(cache_dir: str | None) -> CacheStore:
 def _find(store: CacheStore, name: str) -> EntryInfo:
     found = [info for info in store.entries(env.describe_machine()) if info.name.startswith(name)]
     if len(found) != 1:
-        names = ", ".join(info.name for info in found) or "none"
-        raise CacheError(f"{name!r} must begin exactly one entry's name; it begins: {names}", path=store.directory)
+        names = ", ".join(info.name for info in found)
+        text = f"several entries begin with {name!r}: {names}" if found else f"no entry begins with {name!r}"
+        raise CacheError(f"{store.directory}: {text}; `owl-wms trt list` shows all", path=store.directory)
     return found[0]
 
 

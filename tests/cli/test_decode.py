@@ -182,7 +182,8 @@ def test_a_family_needs_no_configuration(tmp_path: Path, capsys: pytest.CaptureF
         wanted = decoder(latents).mul(255).round().permute(0, 1, 3, 4, 2)
     assert frames.shape == (2, 9, 16, 24, 3)
     assert np.abs(frames.astype(float) - wanted.numpy()).max() <= 1
-    for wrong in ([], ["--family", "taesd"]):
+    other = ["--family", "taehv", "--vae-config", str(Path(__file__).parents[2] / "examples/demo/demo_vae.yml")]
+    for wrong in ([], ["--family", "taesd"], other):
         with pytest.raises(SystemExit) as caught:
             main([*base, *wrong, "--out", str(tmp_path / "other.npy")])
         assert caught.value.code == 2
