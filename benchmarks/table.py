@@ -7,19 +7,17 @@ first, and the result is written after each panel. Our forms are the fused ones 
 
 Usage:
     python -m benchmarks.table --out result.json --seconds 500
-    python -m benchmarks.table --out result.json --ready FILE --lock FILE   # takes its turns with another measurement
+    python -m benchmarks.table --out result.json --ready FILE --after FILE  # another measurement in between
     python -m benchmarks.table --toy      # a small decoder on a CPU: every process runs, and the times say nothing
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,21 +218,10 @@ class Sitting:
             family.close(5)
 
 
-@contextlib.contextmanager
-def turn(lock: Path | None, until: float) -> Iterator[bool]:
-    """Waits for the lock file until then, and holds it; whether it was had. Without a file there is nobody else."""
-    if lock is None:
-        yield True
-        return
-    with lock.open("a") as file:
-        had = False
-        while not had and time.monotonic() < until:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                had = True
-            except OSError:
-                time.sleep(0.1)
-        yield had
+def wait_for(file: Path, until: float) -> None:
+    """Until the file is there."""
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def main() -> None:
@@ -246,7 +233,7 @@ def main() -> None:
     parser.add_argument("--prepare-seconds", type=float, default=240, help="after which no rival is waited for")
     parser.add_argument("--load-seconds", type=float, default=1.0, help="of unbroken load before it is measured")
     parser.add_argument("--ready", type=Path, help="file that is made when nothing runs any more that is not timed")
-    parser.add_argument("--lock", type=Path, help="file that is locked while a panel is measured")
+    parser.add_argument("--after", type=Path, help="file that is waited for before the first panel is measured")
     parser.add_argument("--toy", action="store_true", help="on a CPU: a small decoder unless --decoder names others")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -270,13 +257,14 @@ def main() -> None:
     harness.console.print(f"prepared after {time.monotonic() - begin:.0f} s: {len(ready)} of {len(shapes)} compiled")
     if args.ready is not None:
         args.ready.touch()
+    if args.after is not None:
+        wait_for(args.after, until)
     result = harness.document("decoder", None, [])
     for panel in panels:
-        with turn(args.lock, until) as had:
-            if not had or time.monotonic() + LEAST_SECONDS > until:
-                break
-            since = time.monotonic()
-            sitting.measure(panel, ready, until)
+        since = time.monotonic()
+        if since + LEAST_SECONDS > until:
+            break
+        sitting.measure(panel, ready, until)
         now = time.monotonic()
         harness.console.print(f"{panel.decoder}, batch {panel.batch}: {now - since:.0f} s, {now - begin:.0f} s in all")
         ceilings = None if sitting.ceilings is None else dataclasses.asdict(sitting.ceilings)

@@ -579,16 +579,11 @@ def test_compiling_ends_in_time_and_tells_what_was_ready(monkeypatch: pytest.Mon
     assert made[0].asked == [("new", *shapes[0], "cuda"), ("seconds",)]
 
 
-def test_a_turn_waits_for_the_lock_of_another_measurement(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
-    with table.turn(lock, time.monotonic() + 5) as had:
-        assert had
-        with table.turn(lock, time.monotonic()) as again:
-            assert not again
-    with table.turn(lock, time.monotonic() + 5) as had:
-        assert had
-    with table.turn(None, 0.0) as had:
-        assert had
+def test_panels_wait_for_another_measurement_and_not_for_ever(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.touch()
+    table.wait_for(there, time.monotonic() + 60)
+    table.wait_for(tmp_path / "never", time.monotonic())
 
 
 def test_every_panel_asks_for_what_there_is() -> None:
