@@ -28,7 +28,7 @@ from owl_wms.vae.distill import DistillDecoder
 from owl_wms.vae.taehv import TAEHVDecoder
 from owl_wms.vae.taehv_modules import METHOD, decoder_within, gives_same_frames, has_layout
 
-KNOWN = "diffusers' AutoencoderDC (Sana), this package's decoders of pictures and streams, and the author's TAEHV"
+KNOWN = "diffusers' AutoencoderDC (Sana), this package's decoders of pictures and streams, and the author's TAEHV with its own decode_video"
 _LOG = logging.getLogger("owl_wms.runtime")
 _T = TypeVar("_T")
 
@@ -66,7 +66,8 @@ def accelerate(
 
     Returns:
         The wrapped decoder, or `module` itself. Something unknown is returned as it is, with one warning. What was
-        accelerated before is wrapped anew if arguments are given and are other ones.
+        accelerated before gets the arguments if some are given and are other ones: in a new wrapper, or in the same one
+        if something hangs on it, a library's forward for example.
 
     Raises:
         ConfigError: a batch size below 1, or a setting out of range.
@@ -106,7 +107,12 @@ def accelerate(
                 if asked is not None and before.options != asked:
                     vars(video)[METHOD] = AcceleratedVideo(video, asked)
                 replaced.append(f"{_joined(name, inside, METHOD)} (before)")
-            elif has_layout(video) and (within := decoder_within(video)) is not None and gives_same_frames(video):
+            elif (
+                before is None
+                and has_layout(video)
+                and (within := decoder_within(video)) is not None
+                and gives_same_frames(video)
+            ):
                 vars(video)[METHOD] = AcceleratedVideo(video, options, within)
                 replaced.append(_joined(name, inside, METHOD))
     if replaced:
@@ -128,8 +134,17 @@ def _wrapped(decoder: nn.Module, options: Options) -> AcceleratedDecoder:
 
 
 def _again(decoder: AcceleratedDecoder, asked: Options | None) -> AcceleratedDecoder:
-    """Returns the decoder as it is, or wrapped anew if other options were asked for this time."""
-    return decoder if asked is None or decoder._options == asked else _wrapped(decoder.original, asked)
+    """Returns the decoder as it is, or one with the options that were asked for this time, if they are other ones.
+
+    A new one has the parameters and hooks of the old one. What others hung on it beside those (a library's forward
+    around this very object, with what it wraps) cannot move, so then the old one gets the options.
+    """
+    if asked is None or decoder._options == asked:
+        return decoder
+    if not decoder.is_hung_on():
+        return _wrapped(decoder.original, asked)
+    decoder.take(asked)
+    return decoder
 
 
 def _parts(module: Any) -> Iterator[tuple[str, nn.Module]]:

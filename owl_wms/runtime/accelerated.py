@@ -49,6 +49,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LOG = logging.getLogger("owl_wms.runtime")
 # What this module keeps for itself; everything else that is set on it belongs to the wrapped decoder.
 _OWN = ("_original", "_options", "_state")
+_COMPILED = "_compiled_call_impl"
+"""Set by `nn.Module.compile`: code that calls this very module, so that it goes into no copy, as torch has it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,6 +273,8 @@ class AcceleratedDecoder(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What a library hangs onto a module to wrap its forward must stay here; what a forward reads must not.
+        if _is_shared(name) and "_original" in vars(self):  # one that a module replaces, and does not write into
+            setattr(self._original, name, value)
         stays = name.startswith("_") or name in ("forward", "training") or isinstance(value, (nn.Module, nn.Parameter))
         if stays or "_original" not in vars(self):
             super().__setattr__(name, value)
@@ -302,10 +306,18 @@ class AcceleratedDecoder(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
+    def take(self, options: Options) -> None:
+        """Decodes by other options from now on, with programs of their own."""
+        vars(self).update(_options=options, _state=self._begin(self._original, options))
+
+    def is_hung_on(self) -> bool:
+        """Returns whether others set attributes on this module that the wrapped one does not have."""
+        return any(True for _ in self._hung_on()) or vars(self).get(_COMPILED) is not None
+
     def _hung_on(self) -> Iterator[tuple[str, Any]]:
-        """Lists attributes that others set on this module and not on the wrapped one."""
+        """Lists attributes that others set on this module and not on the wrapped one; a copy gets them too."""
         for name, value in vars(self).items():
-            if name not in _OWN and not _is_shared(name):
+            if name not in (*_OWN, _COMPILED) and not _is_shared(name):
                 yield name, value
 
     def _get_name(self) -> str:

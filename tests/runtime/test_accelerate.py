@@ -313,6 +313,32 @@ def test_other_arguments_replace_the_earlier_ones(fast: AcceleratedDecoder, tmp_
     assert vae.decoder.original is fast.original
 
 
+def test_what_hangs_on_the_earlier_one_stays(fast: AcceleratedDecoder, tmp_path: Path, tools: Offset) -> None:
+    given: Any = {"cache_dir": tmp_path / "cache", "toolchain": tools}
+    seen: list[Any] = []
+    fast.register_forward_hook(lambda module, args, out: seen.append("forward"))
+    fast.register_full_backward_hook(lambda module, grads, outs: seen.append(grads[0].shape))
+    other: Any = owl_wms.accelerate(fast, **given, precision="fp32")
+    other(latents().requires_grad_()).sum().backward()
+    assert seen == ["forward", (1, LATENTS, 4, 4)], "a hook about the inputs' gradients"
+    inner = fast.forward
+    fast.forward = lambda z: inner(z).clamp(max=0.5)  # type: ignore[method-assign]  # as accelerate's hooks do
+    again: Any = owl_wms.accelerate(fast, **given, strict=True)
+    with torch.no_grad():
+        assert again(latents()).max() <= 0.5
+    assert again.stats().program_calls == 1
+    assert again._options.strict
+
+
+@torch.no_grad()
+def test_a_copy_of_a_compiled_one_decodes_by_its_own_weights(fast: AcceleratedDecoder) -> None:
+    z = latents()
+    fast.compile(backend="eager")
+    for twin in (copy.deepcopy(fast), copy.copy(fast)):
+        twin.original.conv_in.weight.mul_(2)
+        assert who(twin, z) == "program"
+
+
 @torch.no_grad()
 def test_other_dtypes_are_refused_or_cast_as_pytorch_does(fast: AcceleratedDecoder, original: nn.Module) -> None:
     who(fast, latents())

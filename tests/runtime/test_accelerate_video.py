@@ -184,6 +184,14 @@ def test_what_only_looks_like_it_is_left_alone(options: dict[str, Any], caplog: 
     assert "decode_video" not in vars(module)
 
 
+def test_a_method_that_somebody_replaced_stays(caplog: pytest.LogCaptureFixture) -> None:
+    module: Any = Theirs().eval()
+    module.decode_video = own = lambda z: plain(module, z) / 2
+    assert owl_wms.accelerate(module) is module
+    assert module.decode_video is own
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"space_upscale": (False, True, False)}, {"time_upscale": (True, True, True), "patch_size": 4}],
