@@ -6,16 +6,24 @@ shared file system the number may be of another machine, and in a container of a
 Usage:
     name = Process.current().unique_name()
     Process.parse(name).lives()             # True, False, or None: cannot be known from here
+
+Names of machines are no proof: nodes that were made from one image, and containers, often have the same one. So a
+process can be judged only by one of the same name, kernel boot and namespace. What others left is never removed
+because of their names, but when it is as old as `LEFT_SECONDS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import platform
 import uuid
 from pathlib import Path
+
+LEFT_SECONDS = 30 * 86400.0
+"""Age of what a process that cannot be judged has left: none of ours writes into one folder for longer."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,7 +31,9 @@ class Process:
     """A process.
 
     Attributes:
-        host, boot, namespace: 8 hex digits each: host name, boot of its kernel, namespace its number is valid in.
+        host: 8 hex digits that stand for the host name.
+        boot: the same for the boot of its kernel; where no system tells it, for the machine's network address.
+        namespace: the same for the namespace its number is valid in.
         pid: process number.
         start: kernel ticks from boot to its start; 0 when that cannot be read.
     """
@@ -53,14 +63,14 @@ class Process:
         return f"{self.host}-{self.boot}-{self.namespace}-{self.pid}-{self.start}-{uuid.uuid4().hex}"
 
     def lives(self) -> bool | None:
-        """Returns whether it is there; None if that cannot be known from here: another machine, another container.
+        """Returns whether it is there; None if that cannot be known from here: another machine, another container, or
+        this machine before it was started again.
 
         A process that ended and that its parent has not asked about yet is not there; one that is stopped is.
         """
         here = Process.current()
-        if self.boot != here.boot:
-            return False if self.host == here.host else None  # this machine was started again since
-        if self.namespace != here.namespace or (not _boot() and self.host != here.host) or os.name == "nt":
+        same = (self.host, self.boot, self.namespace) == (here.host, here.boot, here.namespace)
+        if not same or not _boot() or os.name == "nt":
             return None
         if self.pid < 1:  # to `kill`, a group of processes
             return False
@@ -76,6 +86,10 @@ class Process:
         state, start = found
         return state not in "ZX" and not (start and self.start and start != self.start)
 
+    def shares_kernel(self) -> bool:
+        """Returns whether it belongs to the same boot of the same kernel as this one, whose locks hold for both."""
+        return bool(_boot()) and self.boot == _short(_boot())
+
     def is_stopped(self) -> bool:
         """Returns whether it waits for SIGCONT, after Ctrl-Z say. It must be one of this machine that `lives`."""
         found = _stat(self.pid)
@@ -86,11 +100,21 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def is_left(folder: os.stat_result, parent: os.stat_result) -> bool:
+    """Returns whether a folder, of a process that cannot be judged, is so old that nobody can be at work in it.
+
+    Both times are the file system's own: the folder around it changes whenever another process begins or ends there.
+    """
+    return parent.st_mtime - folder.st_mtime > LEFT_SECONDS
+
+
+@functools.cache
 def _boot() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
-        return ""
+        address = uuid.getnode()
+        return "" if address >> 40 & 1 else f"{address:012x}"  # this bit is set in a number drawn for want of one
 
 
 def _namespace() -> str:

@@ -2,7 +2,7 @@
 
 Why: whoever is killed in a build leaves a folder with a decoder's weights, a gigabyte for a large one, and nobody else
 removes it before the machine starts again. So a folder's name says which process made it, and the next one that is made
-removes those whose process is certainly gone.
+removes those whose process is certainly gone. The place may be shared by machines: see `owl_wms.process`.
 
 Usage:
     with temporary_folder("job") as folder:       # mode 0700
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from owl_wms.process import Process
+from owl_wms.process import Process, is_left
 
 _BEGIN = "owl_wms_"
 
@@ -40,13 +40,16 @@ def temporary_folder(kind: str) -> Iterator[Path]:
 
 
 def _sweep(place: Path) -> None:
-    """Removes this user's folders of dead processes; what cannot be judged or removed stays."""
+    """Removes this user's folders of dead processes; what cannot be judged or removed stays, for a month."""
     with suppress(OSError), os.scandir(place) as entries:
+        around = os.stat(place)
         for entry in entries:
             process = Process.parse(entry.name.removeprefix(_BEGIN).partition("_")[0])
-            if process is None or not entry.name.startswith(_BEGIN) or process.lives() is not False:
+            if process is None or not entry.name.startswith(_BEGIN) or (lives := process.lives()):
                 continue
             with suppress(OSError):
-                ours = not hasattr(os, "geteuid") or entry.stat(follow_symlinks=False).st_uid == os.geteuid()
-                if ours and entry.is_dir(follow_symlinks=False):
+                found = entry.stat(follow_symlinks=False)
+                ours = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+                gone = lives is False or is_left(found, around)
+                if ours and gone and entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)

@@ -15,12 +15,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from owl_wms.process import Process
+from owl_wms.process import Process, is_left
 
 FOLDER = "_ledger"
 """Folder of a generation that holds its ledger and unfinished files."""
@@ -84,11 +85,14 @@ class Store:
         return Path(tempfile.gettempdir()) / f"owl-wms-staging-{digest}" / owner
 
     def remove_abandoned(self) -> None:
-        """Removes staging folders of processes that are gone; those of other machines and containers stay."""
-        for folder in self.staging("").glob("*"):
+        """Removes staging folders of processes that are gone; of other machines and containers those of a month ago."""
+        place = self.staging("")
+        for folder in place.glob("*"):
             owner = Process.parse(folder.name)
-            if owner is not None and owner.lives() is False:
-                shutil.rmtree(folder, ignore_errors=True)
+            lives = True if owner is None else owner.lives()
+            with suppress(OSError):
+                if lives is False or (lives is None and is_left(folder.lstat(), place.stat())):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def place(self, staged: Path, name: str) -> None:
         """Makes a staged file, already flushed, visible under its name, in the place of one that is there.

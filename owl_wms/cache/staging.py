@@ -3,8 +3,9 @@
 Why: an entry appears by one rename, so it is made beside its place, on the same file system, under a name nobody else
 has. A writer that is killed leaves that directory behind. It may be swept only when its writer is certainly gone: the
 writer holds a lock on the directory for as long as it lives, and where locks do not work the process number, start time
-and boot in the directory's name tell the same. Ages are never looked at, because clocks are wrong. What another machine
-left is not judged from here, only by that machine.
+and boot in the directory's name tell the same. What another machine left, or this one before it was started again, can
+only be judged by its lock and its age: it goes when the lock is free and nothing was written for a month, by the file
+system's own times. No age is looked at otherwise, because clocks are wrong.
 
 Layout: `<cache>/.tmp/<host>-<boot>-<pid namespace>-<pid>-<start>-<random>/entry/`; `entry` is what will be renamed.
 
@@ -20,7 +21,7 @@ import contextlib
 from pathlib import Path
 
 from owl_wms.cache import fs
-from owl_wms.process import Process
+from owl_wms.process import Process, is_left
 
 FOLDER = ".tmp"
 ENTRY = "entry"
@@ -121,6 +122,8 @@ def _is_abandoned(name: str, parent_fd: int) -> bool:
             return False
         # Of another container on this kernel nothing is known but that the lock, which this process has now, was free.
         lives = process.lives()
-        return lives is False or (lives is None and process.boot == Process.current().boot)
+        if lives is None:
+            return process.shares_kernel() or is_left(fs.fstat(folder_fd), fs.fstat(parent_fd))
+        return not lives
     finally:
         fs.close(folder_fd)

@@ -28,7 +28,10 @@ from owl_wms.vae.distill import DistillDecoder
 from owl_wms.vae.taehv import TAEHVDecoder
 from owl_wms.vae.taehv_modules import METHOD, decoder_within, gives_same_frames, has_layout
 
-KNOWN = "diffusers' AutoencoderDC (Sana), this package's decoders of pictures and streams, and the author's TAEHV with its own decode_video"
+KNOWN = (
+    "diffusers' AutoencoderDC (Sana), this package's decoders of pictures and streams, and the author's TAEHV with its "
+    "own decode_video"
+)
 _LOG = logging.getLogger("owl_wms.runtime")
 _T = TypeVar("_T")
 

@@ -8,9 +8,8 @@ the death of their parent, and a file server would keep it for a node that died.
 How a living run is told from a dead one, by the process that the file names:
 
 - one of this machine is alive if it is there, was started then, and has raised the number lately or is stopped;
-- one of this machine before it was started again is dead (in doubt: another machine of the same name);
-- any other, of another machine or container, is alive if the number rises while it is watched, for a minute at most
-  (in doubt: a file server that hangs for a minute);
+- any other, of another machine or container or of this machine before it was started again, is alive if the number
+  rises while it is watched, for a minute at most (in doubt: a file server that hangs for a minute);
 - a file that cannot be read as what a run writes keeps nobody out.
 
 In doubt the new run is let in, and the log says so: a run that does not start at night is as bad as two in one folder.
