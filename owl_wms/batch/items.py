@@ -77,14 +77,15 @@ def list_items(source: str, suffixes: tuple[str, ...], out: str = "") -> Iterato
         fs, root = located(source)
         local = _is_local(fs)
         root = os.path.realpath(root) if local else root.rstrip("/")
-        if fs.isdir(root):
+        kind = _kind(fs, root)
+        if kind == "directory":
             passed = _Passed(fs, out)
             walk = _walk_local(root, passed) if local else _walk(fs, root, passed)
             for path, size, tag in walk:
                 name = path[len(root) :].lstrip("/")
                 if name.lower().endswith(suffixes):
                     yield Item(path if local else fs.unstrip_protocol(path), name, size, tag)
-        elif fs.isfile(root) and root.lower().endswith(MANIFEST_SUFFIXES):
+        elif kind == "file" and root.lower().endswith(MANIFEST_SUFFIXES):
             yield from _named_in(source, fs, root)
         else:
             yield _single(source, None)
@@ -96,9 +97,30 @@ def list_items(source: str, suffixes: tuple[str, ...], out: str = "") -> Iterato
 
 
 def is_there(url: str) -> bool:
-    """Returns whether a file of a dataset still exists."""
-    fs, path = located(url)
-    return bool(fs.exists(path))
+    """Returns whether a file of a dataset still exists.
+
+    Raises:
+        DataError: its store cannot be asked; that the file is gone is then not known.
+    """
+    try:
+        return _kind(*located(url)) is not None
+    except Exception as error:
+        text = f"{url}: its store cannot be asked: {one_line(error)}; check the path, the network and credentials"
+        raise DataError(text, path=url) from error
+
+
+def _kind(fs: Any, path: str) -> str | None:
+    """Returns `file` or `directory`, or None if the store says that there is nothing.
+
+    `exists`, `isfile` and `isdir` of many fsspec stores return False for any error, one of the network too.
+
+    Raises:
+        Exception: whatever the store's library raises if it cannot be asked.
+    """
+    try:
+        return str(fs.info(path)["type"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def cut(

@@ -266,9 +266,11 @@ def _fault(store: Store, output: dict[str, object], form: str) -> str | None:
     copy = store.staging("verify") / f"output.{form}"
     copy.parent.mkdir(parents=True, exist_ok=True)
     try:
-        frames = count_frames(store.download(name, copy), form)
-    except (OSError, ValueError, DataError, BatchError) as error:
-        return f"cannot be read: {error}"
+        whole = store.download(name, copy)  # a store that cannot be asked now has not lost the output
+        try:
+            frames = count_frames(whole, form)
+        except (OSError, ValueError, DataError, BatchError) as error:
+            return f"cannot be read: {error}"
     finally:
         shutil.rmtree(copy.parent, ignore_errors=True)
     return None if frames == output["frames"] else f"has {frames} frames, {output['frames']} were written"

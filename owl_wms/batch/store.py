@@ -28,6 +28,7 @@ FOLDER = "_ledger"
 GENERATION = "generation-"
 """What the names of generations begin with."""
 _PIECE = 256 << 10
+_TAKEN = (FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 def own_name() -> str:
@@ -108,6 +109,32 @@ class Store:
         else:
             self.fs.put_file(str(staged), self.path(name))
             staged.unlink()
+
+    def place_all(self, files: list[tuple[Path, str]]) -> str | None:
+        """Places files that belong together, each staged and with its name: all of them or none.
+
+        Returns:
+            None, or the name that cannot be had, since a folder has it or a file has the name of its folder.
+
+        Raises:
+            OSError: the store refuses one for another reason.
+        """
+        taken = next((name for _, name in files if self.is_local and self._is_taken(name)), None)
+        placed: list[str] = []
+        for path, name in files if taken is None else ():
+            try:
+                self.place(path, name)
+            except _TAKEN:  # by another process since, or by one of these files
+                for earlier in placed:
+                    self.fs.rm_file(self.path(earlier))
+                return name
+            placed.append(name)
+        return taken
+
+    def _is_taken(self, name: str) -> bool:
+        target = Path(self.path(name))
+        around = next((folder for folder in target.parents if folder.exists()), None)
+        return (target.is_dir() and not target.is_symlink()) or (around is not None and not around.is_dir())
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a small file whole."""

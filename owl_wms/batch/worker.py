@@ -40,7 +40,6 @@ Block = tuple[str, list[Item]]
 ATTEMPTS = 3  # workers that may end while they have the same item
 _FINISHING = 4  # one thread hashes 1 to 2 GB per second, and a GPU decodes more
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_TAKEN = (FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 class Outcome(NamedTuple):
@@ -138,7 +137,8 @@ class BlockWorker:
             part = Part(self._store, name)
         todo, futures = [], []
         for item in items:
-            settled = self._settled(name, part, item)
+            with self._storing():  # outputs are looked at
+                settled = self._settled(name, part, item)
             if settled is None:
                 todo.append(item)
             else:
@@ -264,12 +264,10 @@ class BlockWorker:
                 "seconds": round(seconds, 4),
             }
             part.add("placing", key, **facts)
-            for path, name, _ in written:
-                try:
-                    self._store.place(path, name)
-                except _TAKEN:
-                    text = f"its output {name} needs the name of another input's file or folder; rename one of them"
-                    return self._failed(block, part, item, key, DataError(text, path=name))
+            taken = self._store.place_all([(path, name) for path, name, _ in written])
+            if taken is not None:
+                text = f"its output {taken} needs the name of another input's file or folder; rename one of them"
+                return self._failed(block, part, item, key, DataError(text, path=taken))
             stages = {stage: round(seconds, 4) for stage, seconds in spent.seconds.items()}
             part.add("done", key, **facts, stages=stages)
         if "://" in item.url:

@@ -110,7 +110,7 @@ def _in_safetensors(file: BufferedReader, name: str) -> Stored | None:
 
 
 def _in_torch(file: BufferedReader, name: str) -> Stored | None:
-    if not zipfile.is_zipfile(file) or false_claims(file) is not None or not _is_native(file):
+    if false_claims(file) is not None or not is_native(file):
         return None
     file.seek(0)
     with warnings.catch_warnings():
@@ -142,11 +142,13 @@ def _in_torch(file: BufferedReader, name: str) -> Stored | None:
     )
 
 
-def _is_native(file: BufferedReader) -> bool:
-    """Returns whether a `.pt` archive has this machine's byte order, or is so old that it does not say one.
+def is_native(file: BufferedReader) -> bool:
+    """Returns whether a `.pt` file is an archive in this machine's byte order, or one so old that it does not say one.
 
     In another one torch swaps the bytes of every storage, and of one on the meta device that ends the process.
     """
+    if not zipfile.is_zipfile(file):
+        return False
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if info.filename.lower().endswith("byteorder"):

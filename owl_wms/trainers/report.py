@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from owl_wms.errors import DataError
+from owl_wms.files import open_regular
+from owl_wms.media.stored import is_native
 from owl_wms.trainers.checkpoints import LOG, latest_checkpoint
 
 GENERATOR = '<meta name="generator" content="owl-wms report">'
@@ -131,12 +133,19 @@ def report(folder: Path) -> str:
 
 
 def _about(folder: Path) -> Mapping[str, Any]:
-    """Read configuration and environment from the newest checkpoint, without its weights; empty if there is none."""
+    """Read configuration and environment from the newest checkpoint; empty if there is none.
+
+    Weights are read only from a file of another byte order: torch would swap the bytes of values that are not there,
+    which ends the process.
+    """
     path = latest_checkpoint(folder)
     if path is None:
         return {}
     try:
-        state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        with open_regular(path) as file:
+            where = "meta" if is_native(file) else "cpu"
+            file.seek(0)
+            state = torch.load(file, map_location=where, weights_only=True)
     except Exception:  # a damaged file raises anything, and the log alone makes a page
         return {}
     return state if isinstance(state, dict) else {}

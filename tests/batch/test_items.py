@@ -14,7 +14,7 @@ import fsspec
 import pytest
 
 from owl_wms.batch import BlockWorker
-from owl_wms.batch.items import LATENT_SUFFIXES, list_items
+from owl_wms.batch.items import LATENT_SUFFIXES, is_there, list_items
 from owl_wms.batch.run import status
 from owl_wms.errors import ConfigError, DataError
 from tests.batch.fake import fake_job, make_inputs, outputs_of
@@ -47,6 +47,27 @@ def test_generations_of_another_output_are_inputs_and_ledgers_are_not(tmp_path: 
         memory.pipe_file(f"/listing/{name}", b"1")
     assert names("memory://listing", "memory://listing/out/generation-2") == ["a::b.npy"]
     memory.rm("/listing", recursive=True)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Internal Error"), TimeoutError(), RuntimeError("no route")], ids=repr)
+def test_a_store_that_cannot_be_asked_has_lost_nothing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/asked/a.pt", b"1")
+    assert is_there("memory://asked/a.pt")
+    assert not is_there("memory://asked/b.pt")
+
+    def away(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(memory), "info", away)
+        with pytest.raises(DataError, match=r"^memory://asked/b.pt: its store cannot be asked: .*network") as said:
+            is_there("memory://asked/b.pt")
+        assert "\n" not in str(said.value)
+        with pytest.raises(DataError, match="cannot be listed") as said:
+            names("memory://asked")
+        assert "there is nothing" not in str(said.value)
+    memory.rm("/asked", recursive=True)
 
 
 def test_a_link_to_a_folder_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ Run: python -m pytest tests/batch/test_local.py
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import multiprocessing
 import os
@@ -23,11 +24,11 @@ from owl_wms import env
 from owl_wms.batch import BlockWorker, Job
 from owl_wms.batch import local as local_module
 from owl_wms.batch.items import LATENT_SUFFIXES, Item, cut, list_items
-from owl_wms.batch.ledger import run_name
+from owl_wms.batch.ledger import Part, run_name
 from owl_wms.batch.lock import held
 from owl_wms.batch.progress import Tally
 from owl_wms.batch.run import run, status, verify
-from owl_wms.batch.store import digest_of
+from owl_wms.batch.store import Store, digest_of
 from owl_wms.batch.worker import Outcome
 from owl_wms.errors import BatchError, ConfigError, DataError
 from tests.batch.fake import FakeClips, FakeSource, fake_job, frames_of, make_inputs, outputs_of, parts
@@ -221,6 +222,51 @@ def test_an_output_with_the_name_of_a_folder_fails_alone(tmp_path: Path) -> None
     needed = "needs the name of another input's file or folder; rename one of them"
     assert failed.reason == f"its output a.pt.npy/b.pt.npy {needed}"
     assert sorted(Path(o.item).name for o in outcomes if o.state == "done") == ["a.pt", "c.pt"]
+
+
+@pytest.mark.parametrize("clips", [["x", "y"], ["x", "x.npy/z"]], ids=["another's", "its own"])
+def test_outputs_of_one_item_appear_all_or_none(
+    tmp_path: Path, clips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, job = make_inputs(tmp_path / "in", {"a.tar": "a"}), fake_job(tmp_path / "out")
+    before = make_inputs(Path(job.out), {"a.tar/y.npy/z.npy": "of another input", "a.tar/x.npy": "of an earlier run"})
+    if len(clips[1]) > 1:
+        (before / "a.tar/x.npy").unlink()
+    made = outputs_of(job)
+    monkeypatch.setattr(FakeClips, "sources", lambda *_: [FakeSource(clip, (1, 2), clip) for clip in clips])
+    (outcome,) = plain(job, folder)
+    assert "needs the name of another input's file or folder" in outcome.reason
+    assert outputs_of(job) == made
+
+
+def test_an_output_that_cannot_be_asked_about_ends_the_run_and_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, job = make_inputs(tmp_path / "in", {"a.pt": "a"}), fake_job(tmp_path / "out")
+    items = list(list_items(str(folder), LATENT_SUFFIXES))
+    (done,) = [line for line in _lines_after(BlockWorker(job), items) if line["event"] == "done"]
+    part = Part(job.ledger().store, "again")
+    part.add("placing", done["key"], item=done["item"], outputs=done["outputs"])
+    part.close()
+
+    def away(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "digest", away)
+        with pytest.raises(BatchError, match="Input/output error"):  # else worker after worker would end with a trace
+            list(BlockWorker(job).run([("again", items)]))
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "download", away)
+        with pytest.raises(BatchError, match="Input/output error"):
+            list(verify(job))
+    assert [line for line in job.ledger().lines() if line["event"] == "lost"] == []
+    assert list(verify(job)) == []
+
+
+def _lines_after(worker: BlockWorker, items: list[Item]) -> list[dict[str, Any]]:
+    assert len(list(worker.run([("first", items)]))) == 2
+    return list(worker._job.ledger().lines())
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from owl_wms.cli import main
 from owl_wms.errors import CheckpointError, DataError
-from owl_wms.trainers.checkpoints import load_checkpoint
+from owl_wms.trainers.checkpoints import LOG, load_checkpoint
 from owl_wms.trainers.report import CLIP_BYTES, chart, read_run, report, thinned
 from tests.trainers.test_failures import decoder_files
 from tests.trainers.test_trainers import build
@@ -102,6 +104,22 @@ def test_resumed_and_torn_logs(tmp_path: Path) -> None:
     assert found.series["loss"] == [(1, 3.0), (2, 2.0)]
     assert (found.seconds, found.broken) == (12.0, 2)
     assert "lines of the log that could not be read" in report(tmp_path)
+
+
+def test_a_checkpoint_of_the_other_byte_order_is_described_too(tmp_path: Path) -> None:
+    state = {"model": {"weight": torch.ones(3)}, "config": {"train": {"batch_size": 4321}}}
+    torch.save(state, tmp_path / "little.pt")
+    with zipfile.ZipFile(tmp_path / "little.pt") as archive:
+        records = {name: archive.read(f"little/{name}") for name in ("data.pkl", "data/0")}
+    records["data/0"] = torch.ones(3).numpy().astype(">f4").tobytes()
+    writer = torch._C.PyTorchFileWriter(str(tmp_path / "step_3.pt"))
+    for name, data in {**records, "byteorder": b"big"}.items():
+        writer.write_record(name, data, len(data))
+    writer.write_end_of_file()
+    (tmp_path / LOG).write_text('{"step": 1, "loss": 0.5}\n')
+    texts = Page(report(tmp_path)).texts
+    assert "train.batch_size" in texts
+    assert "4321" in texts
 
 
 def test_nothing_in_a_log_becomes_markup(tmp_path: Path) -> None:
