@@ -80,7 +80,7 @@ def play(
     from owl_wms.cli import _bounds as bounds
     from owl_wms.errors import ConfigError
     from owl_wms.inference.configured import frames_per_second, load_video_config
-    from owl_wms.inference.controls import controls_for
+    from owl_wms.inference.controls import GAME_CONTROLS, controls_for
     from owl_wms.inference.loading import Loading
 
     try:
@@ -108,10 +108,10 @@ def play(
         else:
             console.print("there is no shipped model here: playing the game itself", highlight=False)
             game = True
-    rate = 60.0
+    rate, controls = 60.0, GAME_CONTROLS
     if config is not None and not game:
         world = load_video_config(config)
-        controls_for(world, config)
+        controls = controls_for(world, config)
         rate = frames_per_second(world, config)
     rate = rate if fps is None else fps
     settings = ServerSettings(
@@ -142,7 +142,7 @@ def play(
         return build_game(**chosen) if game else build_pipeline(**chosen, progress=progress)
 
     terminal = Terminal(console)
-    serve(Loading(load, max_clients, terminal), settings, console, open_page=open_page, terminal=terminal)
+    serve(Loading(load, max_clients, terminal, controls), settings, console, open_page=open_page, terminal=terminal)
 
 
 def _wake(device: torch.device) -> None:

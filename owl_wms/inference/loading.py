@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from owl_wms import ending
 from owl_wms.errors import OwlError
+from owl_wms.inference.controls import Button, as_json
 
 if TYPE_CHECKING:
     from owl_wms.inference.source import Source
@@ -34,6 +35,7 @@ class Loading:
         players: how many can play at once. Each has a twin of the first source before anybody plays: one thread
             prepares and plays, so that a beginning made later would stop whoever plays already.
         tell: told of every step as well.
+        controls: buttons that the page shows meanwhile.
 
     Attributes:
         done: when loading is over; its exception is what `load` raised.
@@ -44,8 +46,9 @@ class Loading:
         load: Callable[[Progress], Source],
         players: int = 1,
         tell: Progress = lambda what, done, total: None,
+        controls: tuple[Button, ...] = (),
     ) -> None:
-        self._load, self._players, self._tell = load, players, tell
+        self._load, self._players, self._tell, self._controls = load, players, tell, controls
         self.done: Future[None] = Future()
         self._ready: list[Source] = []
         self._made = 0
@@ -82,14 +85,15 @@ class Loading:
         return self._first.twin(self._made - 1)
 
     def state(self) -> dict[str, Any]:
-        """Returns what a page shows meanwhile, as JSON: `ready`, `what`, `done`, `total`, and `failed` if it did."""
+        """Returns as JSON what a page shows meanwhile: `ready`, `what`, `done`, `total`, `controls`, `failed`."""
         self._asked = time.monotonic()
         what, done, total = self._step
         over = self.done.done()
         error = self.done.exception() if over else None
         reason = str(error) if isinstance(error, OwlError) else type(error).__name__
         failed = {} if error is None else {"failed": reason}
-        return {"ready": over and error is None, "what": what, "done": done, "total": total, **failed}
+        about = {"what": what, "done": done, "total": total, "controls": as_json(self._controls)}
+        return {"ready": over and error is None, **about, **failed}
 
     def watched(self, seconds: float) -> bool:
         """Returns whether a page has asked for the state during the last `seconds`."""

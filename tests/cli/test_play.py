@@ -220,7 +220,9 @@ def test_one_model_is_loaded_and_every_player_has_a_twin_before_anybody_plays() 
     loading = Loading(load, 3)  # type: ignore[arg-type]
     with stopped_when(loading.done.done):
         serve(loading, settings, Console(stderr=True), open_page=False)
-    assert heard == [{"ready": False, "what": "first frames", "done": 3, "total": 12}], "the page is there meanwhile"
+    assert heard == [{"ready": False, "what": "first frames", "done": 3, "total": 12, "controls": []}], (
+        "the page is there meanwhile"
+    )
     assert [source.twins for source in made] == [[1, 2]]
     assert loading.state()["ready"]
     assert [loading.new_source() for _ in range(4)] == made * 4

@@ -23,7 +23,7 @@ from aiohttp import ClientSession
 
 from owl_wms.errors import ConfigError
 from owl_wms.game.buttons import BUTTONS
-from owl_wms.inference.controls import Button
+from owl_wms.inference.controls import GAME_CONTROLS, Button
 from owl_wms.inference.loading import Loading, Progress
 from tests.inference.chromium import BINARY, Page, click_to_play, open_page
 from tests.inference.serving import TOKEN, BarSource, connect, serve
@@ -136,8 +136,8 @@ def test_a_held_key_does_not_stay_down_over_a_pause() -> None:
 def test_a_new_world_has_a_link_and_the_link_leads_there() -> None:
     async def test(page: Page, made: Any, address: str) -> None:
         await click_to_play(page)
+        await until(lambda: made[0].seed == 77)
         await page.until("location.hash === '#world=77'")
-        assert made[0].seed == 77
         await page.key("KeyN", "n", True)
         await page.until("location.hash !== '' && location.hash !== '#world=77'")
         assert await page.value("location.hash") == f"#world={made[0].seed}"
@@ -337,6 +337,8 @@ def test_the_page_comes_back_after_the_server_was_killed_and_started_again(tmp_p
 
 
 HINT = "document.getElementById('hint').textContent"
+PICTURE = "(r => [r.top, r.bottom])(document.getElementById('view').getBoundingClientRect())"
+BUTTON = "getComputedStyle(document.querySelector('.commands')).visibility === 'visible'"
 BAR = "(b => [b.hidden, b.value, b.max])(document.getElementById('progress'))"
 
 
@@ -354,10 +356,13 @@ def test_the_page_shows_how_far_the_loading_is(fails: bool) -> None:
         return BarSource()
 
     async def test() -> None:
-        loading = Loading(load)
+        loading = Loading(load, controls=GAME_CONTROLS)
         async with serve(loading=loading) as (client, address, _), open_page(f"{address}/{TOKEN}/") as page:
             loading.begin()
             await page.until(f"{STATE} === 'loading' && {HINT}.startsWith('PyTorch')")
+            assert await page.value("document.querySelectorAll('kbd').length") == len(GAME_CONTROLS)
+            assert await page.value("getComputedStyle(document.querySelector('.commands')).visibility") == "hidden"
+            before = await page.value(PICTURE)
             early = await connect(client, address)
             assert "still being loaded" in (await early.receive_json(timeout=5))["reason"]
             await early.close()
@@ -370,6 +375,9 @@ def test_the_page_shows_how_far_the_loading_is(fails: bool) -> None:
                 await page.until(f"{STATE} === 'failed'")
                 assert await page.value(HINT) == "world.yml: the model has 4 buttons"
             else:
+                await page.until(f"{STATE} === 'ready' && {BUTTON}")
+                assert await page.value(PICTURE) == before, "nothing jumps"
+                assert (await page.value("document.getElementById('said').textContent")).startswith("Click to play")
                 await click_to_play(page)
                 await page.until(f"{FRAMES} > 3")
             assert (await page.value(BAR))[0]

@@ -24,15 +24,18 @@ let about = {}; // the last status
 let wanted = null; // the world that was asked for and is not there yet
 let rate = 0; // frames per second when the game last ran
 let everOpen = false;
+let everMet = false; // a server that said what can be played
+let met = false; // this connection's
 let socket;
 
 function show(state, title, hint) {
   document.body.dataset.state = state;
   if (state !== "playing" && document.pointerLockElement === view) document.exitPointerLock();
   at("start").hidden = state === "playing";
+  if (at("title").textContent !== title) at("said").textContent = `${title} ${hint}`;
   at("title").textContent = title;
-  at("hint").textContent = hint;
-  at("legend").textContent = WAITING.includes(state) && !document.body.classList.contains("touch") ? legend() : "";
+  write(at("hint"), hint);
+  at("legend").textContent = [...WAITING, "loading"].includes(state) && !document.body.classList.contains("touch") ? legend() : "";
 }
 
 function send(message) {
@@ -122,15 +125,18 @@ function newWorld() {
 function notice(text, busy = false) {
   at("notice").hidden = !text;
   at("notice").classList.toggle("busy", busy);
-  // Between backquotes stands what is typed, which must not be broken where it has a hyphen.
-  const parts = text.split("`").map((part, index) => (index % 2 ? typed(part) : part));
-  at("notice").replaceChildren(...parts);
+  write(at("notice"), text);
 }
 
-function typed(text) {
-  const code = document.createElement("code");
-  code.textContent = text;
-  return code;
+// Between backquotes stands what is typed, which must not be broken where it has a hyphen.
+function write(element, text) {
+  const parts = text.split("`").map((part, index) => {
+    if (index % 2 === 0) return part;
+    const code = document.createElement("code");
+    code.textContent = part;
+    return code;
+  });
+  element.replaceChildren(...parts);
 }
 
 function showNotice() {
@@ -210,9 +216,7 @@ function status(message) {
     if (arrived) wanted = null;
   }
   showNotice();
-  if (WAITING.includes(document.body.dataset.state) && !document.body.classList.contains("touch")) {
-    at("legend").textContent = legend();
-  }
+  if (!met) welcome();
 }
 
 // ---- the connection
@@ -254,6 +258,7 @@ async function untilLoaded() {
     }
     const bar = at("progress");
     bar.hidden = loading.ready || "failed" in loading;
+    if (loading.controls) setControls(loading.controls);
     if (loading.ready) return true;
     if ("failed" in loading) {
       show("failed", "It could not start", loading.failed);
@@ -269,20 +274,26 @@ async function untilLoaded() {
 }
 
 function opened() {
-  const again = everOpen;
   everOpen = true;
   latest = -1;
   heard = 0;
   changed = true;
-  if (again) show("paused", "Connected again", goOn());
+  met = false;
+}
+
+// At the first status of a connection: before it, the page does not know which keys there are.
+function welcome() {
+  met = true;
+  if (everMet) show("paused", "Connected again", goOn());
   else if (document.body.classList.contains("touch")) show("ready", "Tap to play", "Left: walk. Right: look.");
   else show("ready", "Click to play", "The mouse looks. Esc or P pauses.");
+  everMet = true;
 }
 
 function closed(event) {
   const state = document.body.dataset.state;
   release();
-  if (!everOpen && ["connecting", "loading"].includes(state)) {
+  if (!everOpen && state === "connecting") {
     show("closed", "No connection", "The server has stopped, or was not told of this address (--origin).");
   } else if (!["refused", "closed", "lost"].includes(state)) {
     reconnect(event.reason);
@@ -293,6 +304,7 @@ function closed(event) {
 
 async function connect() {
   if (!(await untilLoaded())) return;
+  if (document.body.dataset.state === "loading") show("connecting", "Connecting", "one moment");
   const scheme = location.protocol === "https:" ? "wss:" : "ws:";
   socket = new WebSocket(`${scheme}//${location.host}${location.pathname}ws?paused=1`);
   socket.binaryType = "arraybuffer";
