@@ -365,30 +365,135 @@ def test_training_by_the_clock_learns_from_own_frames_and_leaves_weights(
     begun.load_state_dict(written.state_dict() | {"core.transformer.sink_mark": begun.core.transformer.sink_mark})
 
 
+def test_new_episodes_take_free_places_then_the_oldest(script: ModuleType) -> None:
+    data = episodes(script, count=4).with_room(6)  # type: ignore[attr-defined]
+    latents = data.latents
+    given = next(iter(script.MemoryLoader(data, 6, 32)))[0]
+    assert len(data) == 4
+    assert int(given[..., 0, 0, 0].max()) == 3, "free places are never drawn"
+    new = episodes(script, count=3)
+    new.latents += 10  # type: ignore[attr-defined]
+    before = given.clone()
+    data.add(new)
+    data.add(script.Episodes(latents=new.latents[:2] + 10, mouse=new.mouse[:2], buttons=new.buttons[:2]))
+    assert len(data) == 6
+    assert data.latents is latents, "in place"
+    assert data.latents[:, 0, 0, 0, 0].tolist() == [12.0, 20.0, 21.0, 3.0, 10.0, 11.0]
+    assert torch.equal(given, before)
+    with pytest.raises(ValueError, match=r"there are 6 places, got 7 episodes"):
+        data.add(episodes(script, count=7))
+    with pytest.raises(ValueError, match=r"episodes are \[24, 4, 2, 2\], got \[20, 4, 2, 2\]"):
+        data.add(episodes(script, frames=20))
+
+
+class Killed:
+    """Stands in for the process that renders."""
+
+    status: int | None = None
+
+    def poll(self) -> int | None:
+        return self.status
+
+
+def test_rounds_of_new_worlds_are_taken_and_a_dead_renderer_is_one_line(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendering = importlib.import_module("rendering")
+    said: list[str] = []
+    renderer = object.__new__(rendering.Renderer)
+    renderer.__dict__.update(
+        data=None, share=1.0, rounds=0, dropped=0, folder=tmp_path, process=Killed(), _say=said.append
+    )
+    renderer.__dict__.update(_look_at=0.0, _last=monotonic(), _ended=False, _late=False)
+    monkeypatch.setattr(rendering, "LOOK_SECONDS", 0.0)
+    renderer()
+    renderer.data = data = episodes(script, count=4).with_room(8)  # type: ignore[attr-defined]
+    part = episodes(script, count=4)
+    tensors = {name: getattr(part, name).contiguous() for name in ("latents", "mouse", "buttons")}
+    rendering.finish(tmp_path / "round_00000.safetensors", lambda path: rendering.save_file(tensors, path))
+    broken = {**tensors, "latents": torch.full_like(tensors["latents"], torch.nan)}
+    rendering.save_file(broken, tmp_path / "round_00001.safetensors")
+    (tmp_path / "round_00002.safetensors").write_bytes(b"half")
+    (tmp_path / ".round_00003.safetensors").write_bytes(b"being written")
+    (tmp_path / "rendering.log").write_text("round 1\nout of memory\n")
+    renderer()
+    assert (len(data), renderer.rounds, renderer.dropped) == (8, 1, 2)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == [".round_00003.safetensors"]
+    assert "round_00001.safetensors is left out: ValueError: latents have a spread of nan" in said[0]
+    assert "round_00002.safetensors is left out" in said[1]
+    renderer.process.status = -9
+    for _ in range(3):
+        renderer()
+    assert said[2:] == ["no new worlds any more, as their process ended with status -9: out of memory"]
+    renderer.process.status, renderer._ended, renderer._last = None, False, monotonic() - 1_000
+    for _ in range(3):
+        renderer()
+    assert said[3:] == ["no new worlds for 240 s; training goes on with 8"], "a slow one is said once as well"
+
+
+def truth_of(frames: torch.Tensor, shown: list[int], views: object = None) -> object:
+    """Held-out worlds [3] whose frames are those."""
+    holding, n = importlib.import_module("holding"), 1
+    looks = holding.Looks.of(frames, torch.ones(3, len(shown)))
+    first = shown.index(1)
+    return holding.Truth(
+        latents=torch.zeros(3, 1, 1, 1, 1),
+        mouse=torch.zeros(3, 11 + len(shown), 2),
+        buttons=torch.zeros(3, 11 + len(shown), 11),
+        shown=shown,
+        drawn=frames,
+        looks=looks,
+        still_db=torch.stack([holding._decibels(clip, clip[first, None]) for clip in frames[:n]]),
+        views=holding.Views.none(2, looks.sharp) if views is None else views,
+        windows=[0, 20, 40],
+        ceiling={},
+    )
+
+
 def test_a_world_holds_until_its_first_bound_breaks(script: ModuleType) -> None:
     """Three worlds, of which the still one loses its picture after a second and the one that walks its sharpness."""
     holding = importlib.import_module("holding")
     generator = torch.Generator().manual_seed(0)
-    shown = sorted({1, *range(0, 61, 10), *range(61)})
+    shown = list(range(61))
     frames = torch.rand(3, 1, 4, 40, 64, generator=generator).expand(-1, len(shown), -1, -1, -1).clone()
     spread = torch.ones(3, len(shown))
-    truth = holding.Truth(
-        latents=torch.zeros(3, 1, 1, 1, 1),
-        mouse=torch.zeros(3, 72, 2),
-        buttons=torch.zeros(3, 72, 11),
-        shown=shown,
-        drawn=frames,
-        decoded=frames,
-        spread=spread,
-        windows=[0, 20, 40],
-    )
-    assert holding.looks_of(frames, spread, truth)[1]["survival"]["median_seconds"]["all"] == 3.5, (
-        "the game: to the end"
-    )
+    truth = truth_of(frames, shown)
+    for form in ("survival", "survival_by_path"):
+        assert holding.looks_of(frames, spread, truth)[form]["median_seconds"]["all"] == 3.5, "the game: to the end"
     made = frames.clone()
     made[0, 25:] = made[0, 25:].flip(-1)  # the colours stay, the picture does not
     made[2, 45:] = 0.5 * made[2, 45:] + 0.25
-    found = holding.looks_of(made, spread, truth)[1]
-    assert found["survival"]["median_seconds"] == {"all": 2.5, "still": 1.5, "turn": 3.5, "walk": 2.5}
+    found = holding.looks_of(made, spread, truth)
+    for form in ("survival", "survival_by_path"):
+        assert found[form]["median_seconds"] == {"all": 2.5, "still": 1.5, "turn": 3.5, "walk": 2.5}
     assert found["still_db_to_own_first"][20] == 60
     assert found["sharpness"]["walk"]["1s"] == 1
+    shifted = holding.looks_of(frames + 0.05, spread, truth)
+    for form in ("survival", "survival_by_path"):
+        assert shifted[form]["median_seconds"]["walk"] == 0.5, "a shift of colours breaks at once"
+
+
+def test_what_the_game_itself_breaks_does_not_count_and_views_are_frames_of_a_world(script: ModuleType) -> None:
+    holding = importlib.import_module("holding")
+    generator = torch.Generator().manual_seed(0)
+    shown = list(range(61))
+    one, other = (torch.rand(3, 1, 4, 40, 64, generator=generator) for _ in range(2))
+    other = 0.5 * other
+    spread = torch.ones(3, len(shown))
+    path = one.expand(-1, len(shown), -1, -1, -1).clone()
+    path[0, 30:45] = other[0]  # something walks into the picture of the world at rest, and out again
+    looks = holding.Looks.of(other[1:], torch.ones(2, 1))
+    views = holding.Views(colour=looks.colour, sharp=looks.sharp, spread=looks.spread)
+    made = path.clone()
+    made[0, 30:45] = one[0]  # the model did not know
+    made[1, 15:] = other[1]  # it looks elsewhere in the same world
+    found = holding.looks_of(made, spread, truth_of(path, shown, views))
+    assert found["survival"]["median_seconds"] == {"all": 3.5, "still": 3.5, "turn": 3.5, "walk": 3.5}
+    assert found["survival"]["share_counted_at_rest"] == pytest.approx(4 / 6, abs=1e-3)
+    assert found["survival_by_path"]["median_seconds"] == {"all": 1.5, "still": 1.5, "turn": 1.0, "walk": 3.5}
+    made[0, 20:30] = other[0]  # at a moment at which nothing does
+    assert holding.looks_of(made, spread, truth_of(path, shown, views))["survival"]["median_seconds"]["still"] == 1.0
+    blurred = made.clone()
+    blurred[1] = 0.7 * blurred[1] + 0.3 * blurred[1].mean()
+    found = holding.looks_of(blurred, spread, truth_of(path, shown, views))
+    assert found["survival"]["median_seconds"]["turn"] == 0.5

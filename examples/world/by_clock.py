@@ -1,7 +1,8 @@
 """Trains the world model of the game in one call of 21 minutes on one GPU, by the clock, and measures if it holds.
 
 Whatever the speed of the machine, the call ends in `--seconds`: rendering and encoding episodes, training whose levels,
-rates and own history follow the share of its time that has passed, and the measures. Weights are written every
+rates and own history follow the share of its time that has passed, and the measures. A process of its own goes on to
+render new worlds while the model trains, on a second GPU if there is one (`rendering.py`). Weights are written every
 minute, so that a run that is killed leaves some; `--init` continues from those, or from any others, in new worlds.
 
 Usage:
@@ -10,7 +11,7 @@ Usage:
     python examples/world/by_clock.py --small --seconds 120 --out build/world-small      # a toy, for a CPU
 
 Writes to --out: world.safetensors (averaged weights, 8 bits each), world.yml, whitener.safetensors, log.jsonl,
-metrics.json, sheet.webp.
+rendering.log, metrics.json, sheet.webp.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from typing import Any
 import torch
 import yaml
 from clock_trainer import CONTINUED, ClockTrainer, Plan, export
-from episodes import Episodes
-from holding import FPS, Player, Truth, looks_of, measure
+from holding import FPS, Player, Truth, measure
 from own_history import playing
+from rendering import Order, Renderer
 from stages import smaller
 from torch import Tensor, nn
 from train import FIRST_SEED, WORLDS_PER_CALL, collect, make_codec, say, whiten
@@ -43,6 +44,11 @@ from owl_wms.vae.eight_bits import packed, unpacked
 
 HERE = Path(__file__).resolve().parent
 DATA_SHARE, MEASURE_SHARE = 0.16, 0.115  # of the time; the rest is training
+ROUND = {False: (128, 144), True: (6, 36)}  # worlds and frames of each; True is the toy
+SIZE = {False: (360, 640), True: (45, 80)}
+MEASURED = {False: 600, True: 30}  # frames
+SHARED = 0.25  # of the time in which new worlds are rendered on the GPU that trains
+PLACES = 6_144  # episodes in memory, 14.5 GB; new ones take the places of the oldest
 SHEET_SECONDS = (0, 1, 5, 15, 30)
 SHEET_BYTES = 50_000
 
@@ -103,17 +109,18 @@ def judge(
     args: argparse.Namespace,
     report: dict[str, Any],
     until: float,
+    truth: Truth | None,
 ) -> None:
     """Measure the new weights as they are stored, with 1 to 8 steps, and the shipped ones; what does not fit into the
-    time is left out."""
+    time is left out. `truth`: the held-out worlds, if they have been played."""
     encode, decode = codec
     device = trainer.device
-    size = (45, 80) if args.small else (360, 640)
+    size, frames = SIZE[args.small], MEASURED[args.small]
     begun = time.monotonic()
-    frames = 30 if args.small else 600
-    truth = Truth.play(worlds=args.worlds, frames=frames, encode=encode, decode=decode, device=device, size=size)
+    if truth is None:
+        truth = Truth.play(worlds=args.worlds, frames=frames, encode=encode, decode=decode, device=device, size=size)
     report["worlds"], report["frames"] = 3 * truth.worlds, frames
-    report["game_decoded"] = looks_of(truth.decoded, truth.spread, truth)[1]
+    report["game_decoded"], report["game_under_other_commands"] = truth.ceiling.values()
     save(report, args.out)
     say(f"played {3 * truth.worlds} held-out worlds for {frames / FPS:g} s in {time.monotonic() - begun:.1f} s")
     sampler = {k: v for k, v in (cfg.train.sampler_kwargs or {}).items() if k != "num_frames"}
@@ -128,6 +135,12 @@ def judge(
         players = {as_played: players.pop(as_played), "shipped before": lambda: shipped(device), **players}
         players["history at 0.05"] = lambda: Player(core, trainer.space, {**sampler, "noise_prev": 0.05})
         players["history at 0.25"] = lambda: Player(core, trainer.space, {**sampler, "noise_prev": 0.25})
+    for seed in (12, 13):
+        players[f"{as_played}, seed {seed}"] = lambda seed=seed: Player(core, trainer.space, sampler, seed)
+    first = [as_played, "shipped before", *(name for name in players if "seed" in name)]
+    players = {
+        name: players[name] for name in [n for n in first if n in players] + [n for n in players if n not in first]
+    }
     longest = 0.0
     for name, make in players.items():
         begun = time.monotonic()
@@ -140,9 +153,45 @@ def judge(
             say(f"{name}: {type(error).__name__}: {error}")
             continue
         longest = max(longest, time.monotonic() - begun)
+        rows = [row for key, row in report.items() if key.startswith(as_played)]
+        report["survival_over_seeds"] = {
+            form: [row[form]["median_seconds"] for row in rows] for form in ("survival", "survival_by_path")
+        }
         save(report, args.out)
         say(f"{name} ({time.monotonic() - begun:.1f} s): {json.dumps(report[name])}")
-        write_sheet(truth, seen, args.out / ("sheet.webp" if name == as_played else f"sheet, {name}.webp"))
+        if "seed" not in name:
+            write_sheet(truth, seen, args.out / ("sheet.webp" if name == as_played else f"sheet, {name}.webp"))
+
+
+def renderer_of(args: argparse.Namespace, device: torch.device) -> Renderer | None:
+    """Start the process that renders while the model trains, if it is wanted."""
+    where = args.data_device
+    if where is None and device.type == "cuda":
+        where = "cuda:1" if torch.cuda.device_count() > 1 else "cuda:0"
+    if where in (None, "none"):
+        return None
+    alone = where == "cpu" or torch.device(where).index not in (None, device.index or 0)
+    players, frames = ROUND[args.small]
+    height, width = SIZE[args.small]
+    order = Order(
+        config=str(args.config.resolve()),
+        device=where,
+        share=1.0 if alone else SHARED,
+        players=args.round_players or players,
+        frames=frames,
+        first_seed=first_seed(args) + WORLDS_PER_CALL // 2,
+        height=height,
+        width=width,
+        truth_worlds=args.worlds if alone else 0,
+        truth_frames=MEASURED[args.small],
+    )
+    return Renderer(order, say)
+
+
+def first_seed(args: argparse.Namespace) -> int:
+    """Seed of the first world of this run; half of a run's seeds are its process's that renders."""
+    run = args.run if args.run is not None else int(args.init is not None)
+    return FIRST_SEED + run * WORLDS_PER_CALL
 
 
 def save(report: dict[str, Any], out: Path) -> None:
@@ -150,8 +199,57 @@ def save(report: dict[str, Any], out: Path) -> None:
     (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
+def run(
+    args: argparse.Namespace, cfg: WorldConfig, renderer: Renderer | None, device: torch.device, started: float
+) -> None:
+    """Make the first episodes, train while the renderer makes more, measure."""
+    codec = make_codec(cfg, device)
+    alone = renderer is not None and renderer.share == 1
+    seconds = 0.0 if alone else DATA_SHARE * args.seconds  # one round is enough where others follow
+    with torch.no_grad():
+        data = collect(seconds, *ROUND[args.small], first_seed(args), codec[0], device, SIZE[args.small])
+    cfg = whiten(args.out, data, cfg)
+    write_configuration(cfg, args.out)
+    if renderer is not None:
+        renderer.data = data = data.with_room(64 if args.small else PLACES)
+    trainer = ClockTrainer(cfg, data, args.out, say, fresh=renderer)
+    report: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "first_seed": first_seed(args),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none",
+        "seconds_of_data": round(time.monotonic() - started, 1),
+    }
+    say(f"{len(data)} worlds to begin with; {report['parameters']} parameters")
+    if device.type == "cuda":
+        report["attention"] = trainer.compile_blocks()
+    until = started + (1 - MEASURE_SHARE) * args.seconds
+    begun = time.monotonic()
+    plan = Plan() if args.init is None else CONTINUED
+    trainer.run(replace(plan, warm_up=20, renew_seconds=2.0, clips=6, own_frames=24) if args.small else plan, until)
+    worlds = len(data) if data.added is None else data.added
+    report |= {
+        "training_frames": worlds * data.mouse.shape[1],
+        "training_worlds": worlds,
+        "rounds_of_new_worlds": 0 if renderer is None else renderer.rounds,
+        "steps": trainer.step,
+        "seconds_of_training": round(time.monotonic() - begun, 1),
+        "recovered": trainer.recovered,
+        "renewals": len(trainer.renewals),
+        "seconds_of_renewals": round(sum(trainer.renewals), 1),
+    }
+    export(trainer.ema.model, args.out)
+    save(report, args.out)
+    say(f"{worlds} worlds, {report['training_frames']} frames; {trainer.step} steps")
+    truth = None
+    if renderer is not None:
+        renderer.stop()
+        truth = renderer.truth(device)
+    judge(trainer, cfg, codec, args, report, started + args.seconds - 4, truth)
+    say("done")
+
+
 def main() -> None:
-    """Parse arguments, make data, train, measure."""
+    """Parse arguments, start the renderer, and run."""
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1260, help="from the start to the last file")
@@ -159,6 +257,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "world_11m.yml")
     parser.add_argument("--init", type=Path, help="weights to begin with; --config is theirs")
     parser.add_argument("--small", action="store_true", help="a toy run for a CPU")
+    parser.add_argument("--run", type=int, help="number of the run, for worlds of its own; default 0, or 1 with --init")
+    parser.add_argument(
+        "--data-device",
+        help="where new worlds are rendered during the training: cuda:1, cpu, none; default: a second GPU if there is "
+        "one, else the same GPU in a quarter of the time",
+    )
+    parser.add_argument("--round-players", type=int, help="worlds in each round that is rendered during the training")
     parser.add_argument("--worlds", type=int, default=12, help="held-out worlds of each kind to measure in")
     args = parser.parse_args()
     if args.init is not None and not args.init.is_file():
@@ -173,41 +278,12 @@ def main() -> None:
     cfg = smaller(cfg) if args.small else cfg
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
-    size = (45, 80) if args.small else (360, 640)
-    codec = make_codec(cfg, device)
-    players, frames = (6, 36) if args.small else (128, 144)
-    seed = FIRST_SEED + (0 if args.init is None else WORLDS_PER_CALL)
-    with torch.no_grad():
-        data: Episodes = collect(DATA_SHARE * args.seconds, players, frames, seed, codec[0], device, size)
-    cfg = whiten(args.out, data, cfg)
-    write_configuration(cfg, args.out)
-    trainer = ClockTrainer(cfg, data, args.out, say)
-    report: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "training_frames": data.mouse.shape[0] * data.mouse.shape[1],
-        "training_worlds": data.mouse.shape[0],
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none",
-        "seconds_of_data": round(time.monotonic() - started, 1),
-    }
-    save(report, args.out)
-    say(f"{report['training_frames']} frames of {report['training_worlds']} worlds; {report['parameters']} parameters")
-    if device.type == "cuda":
-        report["attention"] = trainer.compile_blocks()
-    until = started + (1 - MEASURE_SHARE) * args.seconds
-    begun = time.monotonic()
-    plan = Plan() if args.init is None else CONTINUED
-    trainer.run(replace(plan, warm_up=20, renew_seconds=2.0, clips=6, own_frames=24) if args.small else plan, until)
-    report |= {
-        "steps": trainer.step,
-        "seconds_of_training": round(time.monotonic() - begun, 1),
-        "recovered": trainer.recovered,
-        "renewals": len(trainer.renewals),
-        "seconds_of_renewals": round(sum(trainer.renewals), 1),
-    }
-    export(trainer.ema.model, args.out)
-    save(report, args.out)
-    judge(trainer, cfg, codec, args, report, started + args.seconds - 4)
-    say("done")
+    renderer = renderer_of(args, device)
+    try:
+        run(args, cfg, renderer, device, started)
+    finally:
+        if renderer is not None:
+            renderer.close(args.out / "rendering.log")
 
 
 if __name__ == "__main__":

@@ -61,10 +61,10 @@ class Clips:
     generated: Tensor
 
 
-def commands(players: int, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def commands(players: int, frames: int, device: torch.device, seed: int = 7) -> tuple[Tensor, Tensor]:
     """Pieces of 8 frames. The first half of the players turns on the spot, mouse x in [-0.6, 0.6]; the second walks
     straight, W and S in turns, which keeps it from ending at a wall: [players, frames, 2] and [players, frames, 11]."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     pieces = -(-frames // _PIECE)
     turning = (torch.arange(players) < players // 2)[:, None]
     turn = (torch.rand(players, pieces, generator=generator) * 2 - 1) * 0.6 * turning

@@ -26,23 +26,58 @@ _CHUNK = 64  # frames rendered and encoded at once
 _STOPS = (8, 32)  # frame at which a player who rests for good stops
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Episodes:
-    """Recorded play.
+    """Recorded play. The tensors may have room for more episodes than there are: see `with_room` and `len`.
 
     Attributes:
         latents: float16 [e, n, c, h, w], as the encoder gives them.
         mouse: float32 [e, n, 2].
         buttons: float32 [e, n, 11], 0 or 1.
+        added: episodes that were ever written, the first ones included; None for all places.
     """
 
     latents: Tensor
     mouse: Tensor
     buttons: Tensor
+    added: int | None = None
 
     def __len__(self) -> int:
-        """How many episodes."""
-        return self.mouse.shape[0]
+        """Returns how many episodes there are: places from 0 on that hold play."""
+        places = len(self.mouse)
+        return places if self.added is None else min(self.added, places)
+
+    def with_room(self, places: int) -> Episodes:
+        """Returns a copy with so many places, of which these episodes take the first ones; at least their number."""
+        rooms = [x.new_zeros(max(places, len(self)), *x.shape[1:]) for x in self._tensors()]
+        whole = Episodes(latents=rooms[0], mouse=rooms[1], buttons=rooms[2], added=0)
+        whole.add(self)
+        return whole
+
+    def add(self, part: Episodes) -> None:
+        """Copies episodes of the same length into free places, then over the oldest ones.
+
+        The tensors stay where they are. Copies are queued on the current stream, so batches that were gathered before
+        keep their values. `part` may be on another device.
+
+        Raises:
+            ValueError: episodes of another shape, or more than there are places.
+        """
+        places, count = len(self.mouse), len(part)
+        if any(x.shape[1:] != y.shape[1:] for x, y in zip(self._tensors(), part._tensors(), strict=True)):
+            raise ValueError(f"episodes are {list(self.latents.shape[1:])}, got {list(part.latents.shape[1:])}")
+        if count > places:
+            raise ValueError(f"there are {places} places, got {count} episodes")
+        added = places if self.added is None else self.added
+        first = added % places
+        until = min(count, places - first)
+        for mine, new in zip(self._tensors(), part._tensors(), strict=True):
+            mine[first : first + until].copy_(new[:until])
+            mine[: count - until].copy_(new[until:count])
+        self.added = added + count
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.latents, self.mouse, self.buttons
 
     @staticmethod
     def join(parts: list[Episodes]) -> Episodes:
@@ -69,16 +104,25 @@ def play(
     frames: int,
     encode: Callable[[Tensor], Tensor],
     size: tuple[int, int],
-    chunk: int = _CHUNK,
+    draw: Callable[..., Tensor] = render,
 ) -> Episodes:
-    """Step, render and encode `frames` latent frames; `controls(k)`: frame k's mouse [B, 2] and buttons [B, 11]."""
+    """Step, render and encode `frames` latent frames.
+
+    Args:
+        world: its players are moved.
+        controls: of the number k of a frame: its mouse [B, 2] and buttons [B, 11].
+        frames: to be made.
+        encode: [b, 4, H, W] in [-1, 1] to what is kept; called with at most 64 frames at once.
+        size: H and W.
+        draw: `render`, or a compiled form of it.
+    """
     latents, mice, held = [], [], []
     for frame in range(frames):
         mouse, buttons = controls(frame)
         for _ in range(SKIP):
             world.step(mouse, buttons)
-        parts = [world.part(i, min(i + chunk, world.batch)) for i in range(0, world.batch, chunk)]
-        latents.append(torch.cat([encode(render(part, height=size[0], width=size[1])).half() for part in parts]))
+        parts = [world.part(i, min(i + _CHUNK, world.batch)) for i in range(0, world.batch, _CHUNK)]
+        latents.append(torch.cat([encode(draw(part, height=size[0], width=size[1])).half() for part in parts]))
         mice.append(mouse.float())
         held.append(buttons.float())
     stacked = (torch.stack(part, dim=1) for part in (latents, mice, held))
@@ -95,10 +139,13 @@ def record(
     device: torch.device | str,
     size: tuple[int, int] = (360, 640),
     resting: float = 0.2,
+    draw: Callable[..., Tensor] = render,
+    after_frame: Callable[[], None] = lambda: None,
 ) -> Episodes:
-    """Episodes of restless players in fresh worlds; `encode`: [B, 4, H, W] in [-1, 1] to what is kept.
+    """Episodes of restless players in fresh worlds; `encode` and `draw` as in `play`.
 
-    The share `resting` of the players stops early and rests to the end, which pieces of some frames never show.
+    `after_frame` is called once per frame; what it raises ends the recording. The share `resting` of the players stops
+    early and rests to the end, which pieces of some frames never show.
     """
     world = enter(players, first_seed, device)
     player = RestlessPlayer(world)
@@ -107,11 +154,12 @@ def record(
     stop = torch.where(index < round(resting * players), stop, frames)
 
     def controls(frame: int) -> tuple[Tensor, Tensor]:
+        after_frame()
         mouse, buttons = player.controls()
         going = (frame < stop)[:, None]
         return mouse * going, buttons & going
 
-    return play(world, controls, frames, encode, size)
+    return play(world, controls, frames, encode, size, draw)
 
 
 class MemoryLoader:
@@ -125,11 +173,11 @@ class MemoryLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         data, device = self._data, self._data.mouse.device
-        episodes, frames = data.mouse.shape[:2]
+        frames = data.mouse.shape[1]
         steps = torch.arange(self._window, device=device)
         while True:
             generator = torch.Generator(device=device).manual_seed(self._seed * 1_000_003 + self._seen)
-            episode = torch.randint(episodes, (self._batch_size, 1), generator=generator, device=device)
+            episode = torch.randint(len(data), (self._batch_size, 1), generator=generator, device=device)
             start = torch.randint(frames - self._window + 1, (self._batch_size, 1), generator=generator, device=device)
             at = episode, start + steps
             self._seen += 1

@@ -1,24 +1,43 @@
 """How long a world model holds: measures over 30 seconds of play, each beside the game's own value.
 
+Survival is the time of the first looked-at frame at which a bound breaks. What frames are compared with:
+
+| | at rest | in motion |
+|---|---|---|
+| colour | the model's own first frame | the nearest of that world's frames: its path and thousands of other views |
+| still_db | the model's own first frame | |
+| sharpness, spread | the range that the game has while it rests | the range of the frames with the nearest colours |
+
+A bound counts at a frame only where the game itself keeps it under the same commands: at rest a creature that walks
+into the picture breaks two of them. `survival_by_path` is the older form: every frame counts, in motion the path's
+frames alone are that world's, at rest sharpness and spread are those of the game's same frame. The game itself, under
+other commands in the same worlds, breaks that form after half a second (`views.py`). `Truth.ceiling` has both forms for
+the game under other commands, which is the most that a model can reach.
+
 Usage:
     truth = Truth.play(worlds=12, frames=600, encode=encode, decode=decode, device=device, size=(360, 640))
-    found = measure(Player(core, space, {"n_steps": 2}), truth)
+    found = measure(Player(core, space, {"n_steps": 2}), truth, decode)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from control import commands, obedience, picture
 from episodes import SKIP, enter
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from views import Views, colours, look_around, sharpness, with_others_out_of_view
 
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
+from owl_wms.game.world import GameWorld
 from owl_wms.media.metrics import psnr
 from owl_wms.models.latents import LatentSpace
 from owl_wms.sampling import get_sampler_cls
@@ -32,9 +51,24 @@ CONTEXT = 12
 TAUGHT = 24  # true frames after the context whose latents are kept
 WINDOW = 60  # frames in which obedience is measured, at the beginning, in the middle and at the end
 EVERY = 10  # frames between those that are looked at outside of these
-QUANTILES = 64
+ALIKE = 64  # frames of a world with the most similar colours, whose range of sharpness and spread counts
 STILL_DB, COLOUR, SHARPNESS, SPREAD = 28.0, 0.03, (0.85, 1.15), (0.95, 1.05)  # bounds of survival
 GROUPS = ((0, 8), (8, 16), (16, 32), (32, 64), (64, 128))  # principal directions, the strongest first
+
+
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """What is compared between frames, of every shown frame of every world."""
+
+    sharp: Tensor  # [w, s]
+    colour: Tensor  # [w, s, q]
+    spread: Tensor  # [w, s]
+
+    @staticmethod
+    def of(frames: Tensor, spread: Tensor) -> Looks:
+        """Of pictures [w, s, 4, H, W] and the standard deviation of their latents [w, s]."""
+        sharp = torch.stack([sharpness(clip) for clip in frames])
+        return Looks(sharp, torch.stack([colours(clip) for clip in frames]), spread)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +80,11 @@ class Truth:
         mouse, buttons: [w, CONTEXT + frames, 2] and [w, CONTEXT + frames, 11].
         shown: frames that are looked at, [s]; 0 is the last of the context.
         drawn: float16 [w, s, 4, 180, 320], the game.
-        decoded: the same, coded and decoded by the autoencoder, which is all that a perfect model could show.
-        spread: [w, s] standard deviation of each frame's latents.
+        looks: of the game's frames, coded and decoded by the autoencoder, which is all that a perfect model could show.
+        still_db: [w / 3, s] of those frames at rest to the first of them.
+        views: of the worlds in motion, [2 w / 3, ...].
         windows: first frames of the three windows.
+        ceiling: survival of the game under other commands in the same worlds; at rest with other creatures out of view.
     """
 
     latents: Tensor
@@ -56,9 +92,11 @@ class Truth:
     buttons: Tensor
     shown: list[int]
     drawn: Tensor
-    decoded: Tensor
-    spread: Tensor
+    looks: Looks
+    still_db: Tensor
+    views: Views
     windows: list[int]
+    ceiling: dict[str, Any]
 
     @staticmethod
     @torch.no_grad()
@@ -76,39 +114,84 @@ class Truth:
         windows = [0, (frames - window) // 2, frames - window]
         wanted = {k for first in windows for k in range(first, first + window + 1)} | set(range(0, frames + 1, EVERY))
         wanted |= {1, frames}
+        camera = _Camera(encode, decode, size)
         world = enter(count, SEED, device)
         script = ScriptedPlayer(world)
-        mouse, buttons = commands(2 * worlds, frames, device)
-        mouse = torch.cat([torch.zeros_like(mouse[:worlds]), mouse])
-        buttons = torch.cat([torch.zeros_like(buttons[:worlds]), buttons])
         rests = torch.arange(count, device=device)[:, None] < worlds
-        mice, held, drawn, decoded, spread, latents = [], [], [], [], [], []
-        for step in range(1 - CONTEXT, frames + 1):
-            if step <= 0:
-                moved, keys = script.controls()
-                calm = rests & (step > 4 - CONTEXT)  # comes to rest within the context
-                moved, keys = moved * ~calm, (keys & ~calm).float()
-            else:
-                moved, keys = mouse[:, step - 1], buttons[:, step - 1]
+        latents, mice, held = [], [], []
+        for step in range(1 - CONTEXT, 1):
+            moved, keys = script.controls()
+            calm = rests & (step > 4 - CONTEXT)  # comes to rest within the context
+            moved, keys = moved * ~calm, (keys & ~calm).float()
             for _ in range(SKIP):
                 world.step(moved, keys)
             mice.append(moved)
             held.append(keys)
-            if step > TAUGHT and step not in wanted:
-                continue
-            seen = [
-                render(world.part(i, min(i + 64, count)), height=size[0], width=size[1]) for i in range(0, count, 64)
-            ]
-            coded = [encode(part) for part in seen]
-            if step <= TAUGHT:
-                latents.append(torch.cat(coded).float())
+            latents.append(camera.coded(world))
+        begun = world.part(0, count)
+        mouse, buttons = _asked(worlds, frames, device, 7)
+        seen = [camera.seen(world)]
+        for step in range(1, frames + 1):
+            for _ in range(SKIP):
+                world.step(mouse[:, step - 1], buttons[:, step - 1])
             if step in wanted:
-                drawn.append(torch.cat([picture(part) for part in seen]).half())
-                decoded.append(torch.cat([picture(decode(part)) for part in coded]).half())
-                spread.append(torch.cat(coded).float().flatten(1).std(dim=1))
-        stacked = (torch.stack(part, dim=1) for part in (latents, mice, held, drawn, decoded, spread))
-        names = ("latents", "mouse", "buttons", "drawn", "decoded", "spread")
-        return Truth(**dict(zip(names, stacked, strict=True)), shown=sorted(wanted), windows=windows)
+                seen.append(camera.seen(world))
+            if step <= TAUGHT:
+                latents.append(seen[-1][3] if step in wanted else camera.coded(world))
+        drawn, decoded, spread = (torch.stack(part, dim=1) for part in list(zip(*seen, strict=True))[:3])
+        shown, first = sorted(wanted), sorted(wanted).index(1)
+        truth = Truth(
+            latents=torch.stack(latents, dim=1),
+            mouse=torch.cat([torch.stack(mice, dim=1), mouse], dim=1),
+            buttons=torch.cat([torch.stack(held, dim=1), buttons], dim=1),
+            shown=shown,
+            drawn=drawn,
+            looks=Looks.of(decoded, spread),
+            still_db=torch.stack([_decibels(clip, clip[first, None]) for clip in decoded[:worlds]]),
+            views=look_around(begun.part(worlds, count), frames, encode, decode, size),
+            windows=windows,
+            ceiling={},
+        )
+        truth.ceiling["the game"] = looks_of(decoded, spread, truth)
+        truth.ceiling["other commands"] = truth.of_game_under_others(begun, camera)
+        return truth
+
+    def of_game_under_others(self, begun: GameWorld, camera: _Camera) -> dict[str, Any]:
+        """Survival of the game from `begun` on: at rest with other creatures out of view, else other commands."""
+        n, frames = self.worlds, self.shown[-1]
+        resting, moving = with_others_out_of_view(begun.part(0, n)), begun.part(n, 3 * n)
+        mouse, buttons = _asked(n, frames, begun.device, 8)
+        steps = _steps(self)
+        seen = []
+        for step in range(1, frames + 1):
+            for _ in range(SKIP):
+                resting.step(mouse[:n, step - 1], buttons[:n, step - 1])
+                moving.step(mouse[n:, step - 1], buttons[n:, step - 1])
+            if step == 1 or step in steps:
+                parts = zip(camera.seen(resting)[1:3], camera.seen(moving)[1:3], strict=True)
+                seen.append([torch.cat(pair) for pair in parts])
+        decoded, spread = (torch.stack(part, dim=1) for part in zip(*seen, strict=True))
+        looks = Looks.of(decoded, spread)
+        db = torch.stack([_decibels(clip, clip[:1]) for clip in decoded[:n]])
+        found = _both_forms(looks, db, self, list(range(int(1 not in steps), decoded.shape[1])), 0)
+        return {name: part for name, part in found.items() if name != "values"}
+
+    def write(self, path: Path) -> None:
+        """Write a file for `read`."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors |= {f"looks.{f.name}": getattr(self.looks, f.name) for f in fields(Looks)}
+        tensors |= {f"views.{f.name}": getattr(self.views, f.name) for f in fields(Views)}
+        plain = {name: json.dumps(getattr(self, name)) for name in ("shown", "windows", "ceiling")}
+        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path, plain)
+
+    @staticmethod
+    def read(path: Path, device: torch.device) -> Truth:
+        """Return what `write` wrote."""
+        with safe_open(path, "pt", device=str(device)) as file:
+            plain = {name: json.loads(text) for name, text in file.metadata().items()}
+            looks = Looks(**{f.name: file.get_tensor(f"looks.{f.name}") for f in fields(Looks)})
+            views = Views(**{f.name: file.get_tensor(f"views.{f.name}") for f in fields(Views)})
+            return Truth(**{name: file.get_tensor(name) for name in _TENSORS}, looks=looks, views=views, **plain)
 
     @property
     def worlds(self) -> int:
@@ -120,6 +203,42 @@ class Truth:
         return [self.shown.index(k) for k in frames]
 
 
+_Values = dict[str, Tensor]
+_TENSORS = ("latents", "mouse", "buttons", "drawn", "still_db")
+
+
+@dataclass(frozen=True, slots=True)
+class _Camera:
+    """Looks at worlds through the autoencoder, 64 frames at once."""
+
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    size: tuple[int, int]
+
+    def coded(self, world: GameWorld) -> Tensor:
+        """Latents float32 [w, c, h, w']."""
+        return torch.cat([self.encode(part).float() for part in self._parts(world)])
+
+    def seen(self, world: GameWorld) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pictures drawn and decoded float16 [w, 4, 180, 320], standard deviation of the latents [w], latents."""
+        parts = list(self._parts(world))
+        coded = [self.encode(part) for part in parts]
+        drawn = torch.cat([picture(part) for part in parts]).half()
+        decoded = torch.cat([picture(self.decode(part)) for part in coded]).half()
+        latents = torch.cat(coded).float()
+        return drawn, decoded, latents.flatten(1).std(dim=1), latents
+
+    def _parts(self, world: GameWorld) -> Iterator[Tensor]:
+        for i in range(0, world.batch, 64):
+            yield render(world.part(i, min(i + 64, world.batch)), height=self.size[0], width=self.size[1])
+
+
+def _asked(worlds: int, frames: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+    """Commands [3 * worlds, frames, 2] and [.., 11]: nothing for the first third, then turns, then W and S."""
+    mouse, buttons = commands(2 * worlds, frames, device, seed)
+    return tuple(torch.cat([torch.zeros_like(x[:worlds]), x]) for x in (mouse, buttons))
+
+
 @dataclass(frozen=True, slots=True)
 class Player:
     """A model and how it is played.
@@ -128,17 +247,20 @@ class Player:
         core: in the precision of play, eval mode.
         space: of its latents.
         sampler: arguments of `av_caching` without num_frames.
+        seed: of the noise.
     """
 
     core: nn.Module
     space: LatentSpace
     sampler: dict[str, Any]
+    seed: int = 11
 
     def roll(self, truth: Truth) -> Tensor:
         """Continue the contexts: stored latents float16 [w, 1 + frames, c, h, w'], the last real one first."""
         x = self.to_model(truth.latents[:, :CONTEXT])
         run = get_sampler_cls("av_caching")(num_frames=truth.mouse.shape[1] - CONTEXT, **self.sampler)
-        made = run(self.core, x, truth.mouse, truth.buttons, generator=_seeded(x.device)).latents[:, CONTEXT - 1 :]
+        generator = _seeded(x.device, self.seed)
+        made = run(self.core, x, truth.mouse, truth.buttons, generator=generator).latents[:, CONTEXT - 1 :]
         return torch.cat([self.space.to_stored(part.float()).half() for part in made.split(60, dim=1)], dim=1)
 
     def to_model(self, latents: Tensor) -> Tensor:
@@ -206,73 +328,74 @@ def kept(player: Player, truth: Truth, made: Tensor) -> float:
     return _rounded((change * error).sum() / error.square().sum())
 
 
-def sharpness(frames: Tensor) -> Tensor:
-    """Mean squared Laplacian of grey: [..., 4, H, W] -> [...]."""
-    grey = frames[..., :3, :, :].float().mean(dim=-3)
-    inner = grey[..., 1:-1, 1:-1]
-    around = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
-    return (around - 4 * inner).square().mean(dim=(-2, -1))
-
-
-def colours(frames: Tensor) -> Tensor:
-    """Sorted pixels of each channel of a quarter-size picture, thinned: [n, 4, H, W] -> [n, 3 * QUANTILES]."""
-    small = F.avg_pool2d(frames[:, :3].float(), 4).flatten(2).sort(dim=-1).values
-    place = torch.linspace(0, small.shape[-1] - 1, QUANTILES, device=frames.device).round().long()
-    return small[..., place].flatten(1)
-
-
 def _decibels(a: Tensor, b: Tensor) -> Tensor:
     """Of colour pictures [n, 4, H, W], at most 60: frames at rest may be equal."""
     return psnr(a[:, :3], b[:, :3]).clamp(max=60)
 
 
-@dataclass(frozen=True, slots=True)
-class _Looks:
-    """What is compared between frames, of every shown frame of every world."""
-
-    frames: Tensor  # [w, s, 4, H, W]
-    sharp: Tensor  # [w, s]
-    colour: Tensor  # [w, s, q]
-    spread: Tensor  # [w, s]
-
-    @staticmethod
-    def of(frames: Tensor, spread: Tensor) -> _Looks:
-        sharp = torch.stack([sharpness(clip) for clip in frames])
-        return _Looks(frames, sharp, torch.stack([colours(clip) for clip in frames]), spread)
+def _steps(truth: Truth) -> list[int]:
+    """Frames at which bounds are looked at."""
+    return list(range(EVERY, truth.shown[-1] + 1, EVERY))
 
 
-def _values(looks: _Looks, true: _Looks, truth: Truth, place: list[int]) -> dict[str, Tensor]:
-    """The values that survival has bounds on, at the frames in `place`: name -> [w or worlds at rest, len(place)]."""
-    n = truth.worlds
-    first = truth.shown.index(1)
+def _beyond(value: Tensor, theirs: Tensor) -> Tensor:
+    """Ratio of values [..., s] to the nearer end of the range of `theirs` [..., s or 1, k]; 1 within the range."""
+    low, high = theirs.amin(dim=-1), theirs.amax(dim=-1)
+    return torch.where(value < low, value / low, torch.where(value > high, value / high, torch.ones_like(value)))
+
+
+def _values(looks: Looks, still_db: Tensor, truth: Truth, place: list[int], first: int, *, by_path: bool) -> _Values:
+    """The values that survival has bounds on: name -> [w or worlds at rest, len(place)].
+
+    Args:
+        looks, still_db: of the frames to be judged.
+        truth: what they are compared with.
+        place: of the frames in `looks`.
+        first: place of frame 1 in `looks`.
+        by_path: the older form, see the module's docstring.
+    """
+    n, true = truth.worlds, truth.looks
     own = (looks.colour[:n, place] - looks.colour[:n, first, None]).abs().mean(dim=-1)
-    pairs = zip(looks.colour[n:, place], true.colour[n:], strict=True)
-    colour = torch.cat([own, torch.stack([torch.cdist(a, b, p=1).amin(dim=1) / a.shape[1] for a, b in pairs])])
+    views = Views.none(2 * n, true.sharp) if by_path else truth.views
+    moved, alike = [], []
+    for i in range(2 * n):
+        mine, path = looks.colour[n + i, place], true.colour[n + i]
+        decoded = torch.cat([path, views.colour[i, : views.sharp.shape[1]]])
+        drawn = views.colour[i, views.sharp.shape[1] :]
+        distance = torch.cdist(mine, decoded, p=1) / mine.shape[1]
+        nearest = distance.amin(dim=1)
+        if len(drawn):
+            nearest = torch.minimum(nearest, (torch.cdist(mine, drawn, p=1) / mine.shape[1]).amin(dim=1))
+        moved.append(nearest)
+        alike.append(distance.topk(len(decoded) if by_path else min(ALIKE, len(decoded)), largest=False).indices)
 
-    def ratio(mine: Tensor, theirs: Tensor) -> Tensor:
-        """To the game's same frame at rest; to the nearer end of the range that it has in that world in motion."""
-        value = mine[:, place]
-        low, high = theirs.amin(dim=1, keepdim=True), theirs.amax(dim=1, keepdim=True)
-        moving = torch.where(value < low, value / low, torch.where(value > high, value / high, torch.ones_like(value)))
-        return torch.cat([value[:n] / theirs[:n, place], moving[n:]])
+    def ratio(mine: Tensor, theirs: Tensor, seen: Tensor) -> Tensor:
+        still = mine[:n, place] / theirs[:n, truth.at(_steps(truth))] if by_path else None
+        still = _beyond(mine[:n, place], theirs[:n, None]) if still is None else still
+        every = torch.cat([theirs[n:], seen], dim=1)
+        return torch.cat([still, *(_beyond(mine[n + i, place], every[i][alike[i]])[None] for i in range(2 * n))])
 
     return {
-        "still_db": torch.stack([_decibels(clip[place], clip[first, None]) for clip in looks.frames[:n]]),
-        "colour": colour,
-        "sharpness": ratio(looks.sharp, true.sharp),
-        "spread": ratio(looks.spread, true.spread),
+        "still_db": still_db[:, place],
+        "colour": torch.cat([own, torch.stack(moved)]),
+        "sharpness": ratio(looks.sharp, true.sharp, views.sharp),
+        "spread": ratio(looks.spread, true.spread, views.spread),
     }
 
 
-def _survival(values: dict[str, Tensor], truth: Truth, frames: list[int]) -> dict[str, Any]:
-    broken = {
+def _broken(values: _Values, worlds: int) -> dict[str, Tensor]:
+    """Which bounds break: name -> bool [w, frames]."""
+    rest = torch.zeros_like(values["colour"], dtype=torch.bool)
+    rest[:worlds] = values["still_db"] < STILL_DB
+    return {
         "colour": values["colour"] > COLOUR,
         "sharpness": (values["sharpness"] < SHARPNESS[0]) | (values["sharpness"] > SHARPNESS[1]),
         "spread": (values["spread"] < SPREAD[0]) | (values["spread"] > SPREAD[1]),
+        "still_db": rest,
     }
-    rest = torch.zeros_like(broken["colour"])
-    rest[: truth.worlds] = values["still_db"] < STILL_DB
-    broken["still_db"] = rest
+
+
+def _survival(broken: dict[str, Tensor], worlds: int, frames: list[int]) -> dict[str, Any]:
     whole = torch.stack(list(broken.values())).any(dim=0)
     times = torch.tensor([*frames, frames[-1] + EVERY], device=whole.device) / FPS
 
@@ -280,26 +403,46 @@ def _survival(values: dict[str, Tensor], truth: Truth, frames: list[int]) -> dic
         ended = torch.cat([marks, torch.ones_like(marks[:, :1])], dim=1)
         return times[ended.int().argmax(dim=1)]
 
-    n = truth.worlds
+    n = worlds
     kinds = {"all": slice(0, 3 * n), "still": slice(0, n), "turn": slice(n, 2 * n), "walk": slice(2 * n, 3 * n)}
     return {
         "median_seconds": {kind: _rounded(first(whole)[part].median()) for kind, part in kinds.items()},
         "median_seconds_of_each_bound": {name: _rounded(first(marks).median()) for name, marks in broken.items()},
+        "share_of_frames_broken": {kind: _rounded(whole[part].float().mean()) for kind, part in kinds.items()},
     }
 
 
+def _both_forms(looks: Looks, still_db: Tensor, truth: Truth, place: list[int], first: int) -> dict[str, Any]:
+    """Survival of frames, as it is and in the older form, and the values behind the first one."""
+    steps, n = _steps(truth), truth.worlds
+    values = _values(looks, still_db, truth, place, first, by_path=False)
+    at = truth.at(steps)
+    game = _broken(_values(truth.looks, truth.still_db, truth, at, truth.shown.index(1), by_path=False), n)
+    broken = {name: marks & ~game[name] for name, marks in _broken(values, n).items()}
+    older = _broken(_values(looks, still_db, truth, place, first, by_path=True), n)
+    return {
+        "survival": _survival(broken, n, steps) | {"share_counted_at_rest": _rounded(1 - _either(game)[:n].mean())},
+        "survival_by_path": _survival(older, n, steps),
+        "values": values,
+    }
+
+
+def _either(broken: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(broken.values())).any(dim=0).float()
+
+
 @torch.no_grad()
-def looks_of(frames: Tensor, spread: Tensor, truth: Truth) -> tuple[_Looks, dict[str, Any]]:
-    """Measure pictures [w, s, 4, H, W] of the shown frames against the game."""
-    true = _Looks.of(truth.decoded, truth.spread)
-    looks = _Looks.of(frames, spread)
+def looks_of(frames: Tensor, spread: Tensor, truth: Truth) -> dict[str, Any]:
+    """Measure pictures [w, s, 4, H, W] of the shown frames, and the spread [w, s] of their latents."""
+    looks = Looks.of(frames, spread)
     n = truth.worlds
-    steps = list(range(EVERY, truth.shown[-1] + 1, EVERY))
-    place = truth.at(steps)
-    values = _values(looks, true, truth, place)
-    ends = [k for k in (20, 100, 300, 600) if k in steps]
+    steps = _steps(truth)
     first = truth.shown.index(1)
-    found: dict[str, Any] = {"still_db_to_own_first": {}, "still_db_to_game": {}}
+    still_db = torch.stack([_decibels(clip, clip[first, None]) for clip in frames[:n]])
+    survival = _both_forms(looks, still_db, truth, truth.at(steps), first)
+    values = survival.pop("values")
+    ends = [k for k in (20, 100, 300, 600) if k in steps]
+    found: dict[str, Any] = {**survival, "still_db_to_own_first": {}, "still_db_to_game": {}}
     for k in ends:
         found["still_db_to_own_first"][k] = _rounded(values["still_db"][:, steps.index(k)].mean())
         at = truth.shown.index(k)
@@ -313,11 +456,11 @@ def looks_of(frames: Tensor, spread: Tensor, truth: Truth) -> tuple[_Looks, dict
             for kind, part in kinds.items()
         }
     # Whatever the view: the mean over all moving worlds, of the model over the game's.
+    sharp = truth.looks.sharp[n:].mean()
     found["mean_sharpness_moving"] = {
-        f"{k / FPS:g}s": _rounded(looks.sharp[n:, truth.shown.index(k)].mean() / true.sharp[n:].mean()) for k in ends
+        f"{k / FPS:g}s": _rounded(looks.sharp[n:, truth.shown.index(k)].mean() / sharp) for k in ends
     }
     found["first_frame_db_to_game"] = _rounded(_decibels(frames[:, first], truth.drawn[:, first]).mean())
-    found["survival"] = _survival(values, truth, steps)
     found["obedience"] = {}
     window = truth.windows[-1]
     for begun in truth.windows:
@@ -326,7 +469,7 @@ def looks_of(frames: Tensor, spread: Tensor, truth: Truth) -> tuple[_Looks, dict
         asked = slice(CONTEXT + begun, CONTEXT + begun + length)
         seconds = f"{begun / FPS:g}-{(begun + length) / FPS:g}s"
         found["obedience"][seconds] = obedience(frames[n:, at], truth.mouse[n:, asked], truth.buttons[n:, asked])
-    return looks, found
+    return found
 
 
 @torch.no_grad()
@@ -335,9 +478,9 @@ def measure(player: Player, truth: Truth, decode: Callable[[Tensor], Tensor]) ->
     made = player.roll(truth)
     seen = made[:, truth.shown]
     frames = torch.stack([torch.cat([picture(decode(p.float())) for p in clip.split(32)]).half() for clip in seen])
-    found = {"sampler": player.sampler, "fresh": fresh(player, truth), "kept": kept(player, truth, made)}
-    _, looks = looks_of(frames, seen.float().flatten(2).std(dim=2), truth)
-    return {**found, **looks}, frames
+    found = {"sampler": player.sampler, "seed": player.seed, "fresh": fresh(player, truth)}
+    found["kept"] = kept(player, truth, made)
+    return found | looks_of(frames, seen.float().flatten(2).std(dim=2), truth), frames
 
 
 def _rounded(value: Tensor) -> float:

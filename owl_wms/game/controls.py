@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from owl_wms.game.buttons import BUTTONS
+from owl_wms.game.constants import constant
 from owl_wms.game.maps import hash_unit
 from owl_wms.game.world import GameWorld
 
 _FEELERS = (-0.7, 0.0, 0.7)  # radians from the heading
+_SECONDS = (3.1, 1.3, 1.7, 5.0, 2.3, 3.7, 4.1, 1.9, 6.1, 7.3, 5.3, 0.9, 2.9)  # of the scripted player's waves
+_SINES = ((1.0, 0.65), (1.73, 0.35))  # of each wave: pace and weight
 _NEAR = 3.2  # cells ahead at which it begins to turn away
 _HOLD = (4, 16)  # stored frames for which a piece of a restless player lasts
 _REST = (8, 40)  # and one in which it stands still
 _MOVES = ("W", "A", "S", "D", "LSHIFT")
 _MOVE_CHANCE = (0.55, 0.12, 0.12, 0.12, 0.15)
+_DRAWS = (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14)  # salts of a piece's random numbers, from 50 on
 
 
 class ScriptedPlayer:
@@ -33,52 +37,53 @@ class ScriptedPlayer:
         self._world = world
         self._mouse = torch.zeros(world.batch, 2, dtype=torch.float32, device=world.device)
         self._side = torch.ones(world.batch, dtype=torch.float32, device=world.device)
+        which = torch.arange(len(_SECONDS), device=world.device)[:, None, None]
+        part = torch.arange(len(_SINES), device=world.device)[:, None]
+        self._phase = hash_unit(world.seeds, which, 30 + part)  # [waves, sines, B]
+        stretch = 0.7 + 0.6 * hash_unit(world.seeds, which, 32 + part)
+        self._period = constant(_SECONDS, world.device)[:, None, None] * stretch
 
     def controls(self) -> tuple[Tensor, Tensor]:
         """Mouse [B, 2] in [-1, 1] and buttons bool [B, 11] for the world's next step."""
         state = self._world.state
-        angles = state.yaw[:, None] + state.yaw.new_tensor(_FEELERS)
+        angles = state.yaw[:, None] + constant(_FEELERS, state.yaw.device)
         rays = torch.stack([torch.cos(angles), torch.sin(angles)], dim=-1)
         left, ahead, right = self._world.cast(state.position, rays)[0].unbind(dim=1)
         # Keep to the chosen side while close, or it would tremble in a corner.
         open_side = (right > left).float() * 2 - 1
         self._side = torch.where(ahead > _NEAR, open_side, self._side)
+        waves = self._waves()
         near = ((_NEAR - ahead) / _NEAR).clamp(0, 1)
         target = torch.stack(
             [
-                0.28 * self._wave(0, 3.1) + 0.22 * self._wave(1, 1.3) + 1.1 * near * self._side,
-                0.16 * self._wave(2, 1.7) + 0.9 * state.pitch,
+                0.28 * waves[0] + 0.22 * waves[1] + 1.1 * near * self._side,
+                0.16 * waves[2] + 0.9 * state.pitch,
             ],
             dim=1,
         )
         self._mouse = 0.86 * self._mouse + 0.14 * target.clamp(-1, 1)
-        fight = self._wave(3, 5.0)
-        strafe = self._wave(4, 2.3)
+        fight, strafe = waves[3], waves[4]
         keys = {
-            "W": (ahead > 0.9) & (self._wave(5, 3.7) > -0.75),
+            "W": (ahead > 0.9) & (waves[5] > -0.75),
             "S": ahead < 0.7,
             "A": strafe < -0.72,
             "D": strafe > 0.72,
-            "LSHIFT": (self._wave(6, 4.1) > 0.35) & (ahead > 2),
-            "SPACE": self._wave(7, 1.9) > 0.9,
-            "R": self._wave(8, 6.1) > 0.985,
-            "F": self._wave(9, 7.3) > 0.98,
-            "E": self._wave(10, 5.3) > 0.98,
-            "LMB": (fight > 0.45) & (self._wave(11, 0.9) > 0.1),
-            "RMB": (fight > 0.6) & (self._wave(12, 2.9) > 0.2),
+            "LSHIFT": (waves[6] > 0.35) & (ahead > 2),
+            "SPACE": waves[7] > 0.9,
+            "R": waves[8] > 0.985,
+            "F": waves[9] > 0.98,
+            "E": waves[10] > 0.98,
+            "LMB": (fight > 0.45) & (waves[11] > 0.1),
+            "RMB": (fight > 0.6) & (waves[12] > 0.2),
         }
         return self._mouse.clone(), torch.stack([keys[name] for name in BUTTONS], dim=1)
 
-    def _wave(self, which: int, seconds: float) -> Tensor:
-        """[B] in [-1, 1]: two sines of about `seconds` with periods and phases from the seed."""
-        seeds = self._world.seeds
+    def _waves(self) -> Tensor:
+        """[waves, B] in [-1, 1]: each two sines of about `_SECONDS` with periods and phases from the seed."""
+        pace, weight = constant(_SINES, self._world.device).unbind(dim=1)
         time = self._world.state.frame.float() / 60
-        total = torch.zeros_like(time)
-        for part, weight in ((0, 0.65), (1, 0.35)):
-            phase = hash_unit(seeds, which, 30 + part)
-            stretch = 0.7 + 0.6 * hash_unit(seeds, which, 32 + part)
-            total += weight * torch.sin(2 * math.pi * (time * (1 + 0.73 * part) / (seconds * stretch) + phase))
-        return total
+        sines = torch.sin(2 * math.pi * (time * pace[:, None] / self._period + self._phase)) * weight[:, None]
+        return sines[:, 0] + sines[:, 1]
 
 
 class RestlessPlayer:
@@ -86,6 +91,8 @@ class RestlessPlayer:
 
     A script alone would not do: a model could not tell the effect of a control from the script's reason to press it,
     and would never see a player who stands still or holds a single control, which is all that people do in play.
+
+    Random numbers are constant during a piece.
 
     | share of pieces | mouse | keys |
     |---|---|---|
@@ -103,38 +110,37 @@ class RestlessPlayer:
         self._piece = torch.full((batch,), -1, dtype=torch.long, device=device)
         self._left = torch.zeros(batch, dtype=torch.float32, device=device)
         self._mouse = torch.zeros(batch, 2, dtype=torch.float32, device=device)
-        self._moves = [BUTTONS.index(name) for name in _MOVES]
+        # Tensors on the device: an index of Python numbers would be copied there in every frame.
+        self._moves = torch.tensor([BUTTONS.index(name) for name in _MOVES], device=device)
+        self._salts = 50 + torch.tensor(_DRAWS, device=device)[:, None]
 
     def controls(self) -> tuple[Tensor, Tensor]:
         """Mouse [B, 2] in [-1, 1] and buttons bool [B, 11], to be held for one stored frame."""
         mouse, buttons = self._scripted.controls()
         begins = self._left <= 0
         self._piece = self._piece + begins.long()
-        kind = self._draw(0)
+        draws = dict(zip(_DRAWS, hash_unit(self._world.seeds, self._piece, self._salts), strict=True))
+        kind = draws[0]
         still, turn, key = kind < 0.25, (kind >= 0.25) & (kind < 0.375), (kind >= 0.375) & (kind < 0.5)
         random_turn, random_keys = kind >= 0.5 + 1 / 6, kind >= 0.5 + 2 / 6
         shortest, longest = (torch.where(still, a, b) for a, b in zip(_REST, _HOLD, strict=True))
-        hold = (shortest + (longest - shortest + 1) * self._draw(1)).floor()
+        hold = (shortest + (longest - shortest + 1) * draws[1]).floor()
         self._left = torch.where(begins, hold, self._left) - 1
 
-        yaw = (2 * self._draw(2) - 1) * 0.9
-        pitch = (2 * self._draw(3) - 1) * 0.25 + 0.9 * self._world.state.pitch
+        yaw = (2 * draws[2] - 1) * 0.9
+        pitch = (2 * draws[3] - 1) * 0.25 + 0.9 * self._world.state.pitch
         # A quarter of the random turns keeps the heading.
-        drawn = torch.stack([yaw * (self._draw(4) > 0.25), pitch.clamp(-1, 1)], dim=1)
+        drawn = torch.stack([yaw * (draws[4] > 0.25), pitch.clamp(-1, 1)], dim=1)
         self._mouse = torch.where(begins[:, None], drawn, self._mouse)
         mouse = torch.where(random_turn[:, None], self._mouse, mouse)
         mouse = torch.where(turn[:, None], torch.stack([yaw, torch.zeros_like(yaw)], dim=1), mouse)
         mouse = torch.where((still | key)[:, None], 0.0, mouse)
 
-        moves = torch.stack([self._draw(10 + i) < chance for i, chance in enumerate(_MOVE_CHANCE)], dim=1)
+        moves = torch.stack([draws[10 + i] < chance for i, chance in enumerate(_MOVE_CHANCE)], dim=1)
         buttons[:, self._moves] = torch.where(random_keys[:, None], moves, buttons[:, self._moves])
-        one = (self._draw(5) * len(BUTTONS)).long()[:, None] == torch.arange(len(BUTTONS), device=mouse.device)
+        one = (draws[5] * len(BUTTONS)).long()[:, None] == torch.arange(len(BUTTONS), device=mouse.device)
         buttons = torch.where(key[:, None], one, buttons) & ~(still | turn)[:, None]
         return mouse, buttons
-
-    def _draw(self, salt: int) -> Tensor:
-        """[B] in [0, 1), constant during a piece."""
-        return hash_unit(self._world.seeds, self._piece, 50 + salt)
 
 
 def scripted_controls(seed: int, n: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from owl_wms.game.constants import constant
 from owl_wms.game.view import View
 from owl_wms.game.world import GameState
 
@@ -46,7 +47,7 @@ def draw_hand(state: GameState, view: View, colour: Tensor) -> None:
     patch = colour[:, :, rows, columns]
     light = (view.sunlight + view.ambient) * 0.85 + 0.25 * state.flash[:, None]
     for start, end, radius, tint in _RODS:
-        _rod(patch, x, y, (start, end, radius), colour.new_tensor(tint) * light, height)
+        _rod(patch, x, y, (start, end, radius), constant(tint, colour.device) * light, height)
     squared = (x - _MUZZLE[0]) ** 2 + (y - _MUZZLE[1]) ** 2
     for channel, (core, halo) in enumerate(((1.0, 0.55), (0.9, 0.36), (0.6, 0.14))):
         glow = core * torch.exp(squared * -900) + halo * torch.exp(squared * -60)

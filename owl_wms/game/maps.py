@@ -25,24 +25,28 @@ _MIX_A = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_B = 0x94D049BB133111EB - (1 << 64)
 
 
-def hash_unit(seed: Tensor, index: Tensor | int, salt: int) -> Tensor:
+def hash_unit(seed: Tensor, index: Tensor | int, salt: Tensor | int) -> Tensor:
     """Uniform random numbers that depend on nothing but the arguments.
 
     Args:
         seed: integer tensor.
         index: integer tensor broadcastable with `seed`, or an int.
-        salt: tells apart the uses of one (seed, index).
+        salt: tells apart the uses of one (seed, index); also an integer tensor or an int.
 
     Returns:
         float32 tensor of the broadcast shape, in [0, 1).
     """
-    offset = (salt * _MIX_B + (1 << 63)) % (1 << 64) - (1 << 63)  # wrapped to 64 bits as the tensors do it
-    x = seed.long() * _GAMMA + torch.as_tensor(index, device=seed.device).long() * _MIX_A + offset
+    x = seed.long() * _GAMMA + _times(index, _MIX_A) + _times(salt, _MIX_B)
     for shift, factor in ((30, _MIX_A), (27, _MIX_B)):
         # Arithmetic shift made logical by masking off the copies of the sign bit.
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     x = x ^ ((x >> 31) & ((1 << 33) - 1))
     return ((x >> 40) & 0xFFFFFF).float() / float(1 << 24)
+
+
+def _times(x: Tensor | int, factor: int) -> Tensor | int:
+    """Multiplies in 64 bits with wrapping, as tensors do it, also plain numbers: these need no copy to a GPU."""
+    return x.long() * factor if isinstance(x, Tensor) else (x * factor + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def make_grid(seeds: Tensor) -> Tensor:

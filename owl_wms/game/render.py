@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from owl_wms.game.constants import constant
 from owl_wms.game.hand import draw_hand
 from owl_wms.game.sprites import draw_creatures
 from owl_wms.game.view import View
@@ -53,7 +54,7 @@ def make_view(world: GameWorld, state: GameState, height: int, width: int) -> Vi
     """Returns the camera of a state for frames of `height` x `width` pixels."""
     device = world.device
     focal = width / 2 / _HALF_WIDTH * (1 + _ZOOM * state.zoom)
-    table = torch.tensor(_SKY, dtype=torch.float32, device=device)
+    table = constant(_SKY, device)
     along = world.daytime * (len(_SKY) - 1)
     first = along.floor().long().clamp(max=len(_SKY) - 2)
     mix = (along - first)[:, None, None]
@@ -133,7 +134,7 @@ def _ground_and_sky(world: GameWorld, state: GameState, view: View, rays: Tensor
     light = F.grid_sample(world.floor_light[:, None], where, align_corners=False, padding_mode="border")
     fog = _fog(floor_depth)
     sun = view.sunlight[:, :, None] + view.ambient[:, :, None]
-    paving_colour = torch.tensor([0.62, 0.58, 0.52], dtype=torch.float32, device=world.device)
+    paving_colour = constant((0.62, 0.58, 0.52), world.device)
     base = paving_colour[:, None] * (sun + _lights(state, floor_depth)[:, None])
     base = base * (1 - fog)[:, None]  # [B, 3, H]
     shade = light[:, 0] * (1 + 0.16 * paving)
@@ -202,8 +203,8 @@ def _walls(
     joint = (0.5 + 0.5 * courses) ** 3 * fade_high * 0.8 + 0.5 * (0.5 + 0.5 * shift * blocks) ** 3
     joint.clamp_(0, 1)
 
-    base = torch.tensor(_WALL, dtype=torch.float32, device=device)[kind - 1].movedim(-1, 1)  # [B, 3, W]
-    line = torch.tensor(_JOINT, dtype=torch.float32, device=device)[kind - 1].movedim(-1, 1)
+    base = constant(_WALL, device)[kind - 1].movedim(-1, 1)  # [B, 3, W]
+    line = constant(_JOINT, device)[kind - 1].movedim(-1, 1)
     facing = torch.where(
         along_y, -rays[..., 0].sign() * world.sun[:, 0, None], -rays[..., 1].sign() * world.sun[:, 1, None]
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from owl_wms.game.constants import constant
 from owl_wms.game.maps import hash_unit
 from owl_wms.game.view import View
 from owl_wms.game.world import CREATURES, GameState, GameWorld
@@ -58,7 +59,7 @@ def draw_creatures(
             view,
             (rows, columns),
             (centre_x[one], centre_y[one], radius[one], ahead[one]),
-            torch.tensor(_COLOURS, dtype=torch.float32, device=device)[tint[one]],
+            constant(_COLOURS, device)[tint[one]],
             wall_distance,
             colour[:, :, rows, columns],
             depth[:, rows, columns],

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from owl_wms.errors import ConfigError
 from owl_wms.game.buttons import BUTTONS
+from owl_wms.game.constants import constant
 from owl_wms.game.maps import GRID_SIZE, bake_floor_light, hash_unit, make_grid
 
 FRAMES_PER_SECOND = 60
@@ -167,11 +168,19 @@ class GameWorld:
 
     def part(self, start: int, stop: int) -> GameWorld:
         """Players `start` to `stop` as a world of their own, sharing tensors until either is stepped."""
-        part = object.__new__(GameWorld)
+        return self._taken(slice(start, stop))
+
+    def chosen(self, index: Tensor) -> GameWorld:
+        """Players of the numbers `index` (int64 [k], any number of times each) as a world of their own, in copies."""
+        return self._taken(index)
+
+    def _taken(self, which: slice | Tensor) -> GameWorld:
+        taken = object.__new__(GameWorld)
         for name in ("seeds", "grid", "sun", "daytime", "floor_light"):
-            setattr(part, name, getattr(self, name)[start:stop])
-        part.state = replace(self.state, **{f.name: getattr(self.state, f.name)[start:stop] for f in fields(GameState)})
-        return part
+            setattr(taken, name, getattr(self, name)[which])
+        values = {f.name: getattr(self.state, f.name)[which] for f in fields(GameState)}
+        taken.state = replace(self.state, **values)
+        return taken
 
     def _free_cell(self, index: Tensor, salt: int) -> Tensor:
         count = GRID_SIZE // 2
@@ -290,7 +299,7 @@ class GameWorld:
         pace = _WALK * (1 + (_SPRINT - 1) * down["LSHIFT"]) * (1 - 0.4 * old.zoom)
         velocity = old.velocity + 0.18 * (wish * pace[:, None] - old.velocity)
         position = old.position
-        corners = _RADIUS * torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]], dtype=torch.float32, device=self.device)
+        corners = _RADIUS * constant(((-1, -1), (-1, 1), (1, -1), (1, 1)), self.device)
         for axis in (0, 1):
             move = torch.zeros_like(position)
             move[:, axis] = velocity[:, axis] * _DT
