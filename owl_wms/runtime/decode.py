@@ -47,9 +47,9 @@ class VideoDecode:
     """Decode video latents in static batches.
 
     Thread-safe. A chunk shorter than the batch is padded for the program and sliced. Each latent shape has its own
-    program. Weights that change in place drop the programs made from the old ones. A run that fails is answered by
-    PyTorch and counted; after three the program is switched off. What a caller records in a CUDA graph of its own is
-    PyTorch's decode.
+    program. If weights change in place, the programs made from the old ones are dropped. If a run of a program fails,
+    PyTorch decodes that batch; after three failed runs the program is switched off. While a caller captures a CUDA
+    graph, PyTorch decodes.
 
     Args:
         decoder: `[B, c, h, w] -> [B, C, H, W]`; never changed; computes on its own device.
@@ -158,8 +158,8 @@ class VideoDecode:
 
     @uncompiled
     def prepare(self, latent_shape: tuple[int, int, int]) -> DecodeStats:
-        """Find or build the program for latents `(c, h, w)` now (at start-up, say), and wait for it whatever
-        `settings.build` says; returns the state after it.
+        """Finds or builds the program for latents `(c, h, w)` now, at start-up for example, and waits for it, also if
+        `settings.build` is `background`. Returns the state after it.
 
         Raises:
             LatentShapeError: a shape that the decoder cannot take, before anything is built for it.

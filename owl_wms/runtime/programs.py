@@ -1,7 +1,7 @@
-"""Stored, else built: from a request to a loaded program, with every failure turned into one FastPathError.
+"""Obtains a loaded program for a request, from the cache or by a build; every failure becomes one FastPathError.
 
-Why apart from the decode loop: the order of these steps, and what is remembered about them, is the whole of "a build
-happens at most once per process and key, and a failed one is not tried again at every call".
+Why apart from the decode loop: the order of these steps, and the failures remembered here, are why a build happens at
+most once per process and key, and why a failed one is not tried again at every call.
 
 Usage:
     loaded = toolchain.obtain(decoder, request, settings, progress)     # FastPathError, or Loaded(built=False, ...)
@@ -43,8 +43,8 @@ STALE_SECONDS = 1.0
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
 
-# Toolchain name and key of every build that failed in this process: another decode function for the same decoder need
-# not find out again.
+# Toolchain name and key of every build that failed in this process, so that another decode function for the same
+# decoder does not repeat it.
 _failed_builds: dict[tuple[str, str], FastPathError] = {}
 _failed_guard = threading.Lock()
 
@@ -64,7 +64,7 @@ class Loaded:
         program: `[B, c, h, w] -> [B, C, H, W]`.
         built: built by this call rather than found in the cache.
         name: entry name `<model>_<16 hex>`, or `in memory` for a toolchain that stores nothing.
-        not_kept: why the program does not stand in the cache; empty when it does.
+        not_kept: why the program is not in the cache; empty if it is.
         report: what the build said (plan, precision, parity, timings).
         file_bytes: size of the program as a file.
         build_seconds, load_seconds: spent by this call.
@@ -81,12 +81,12 @@ class Loaded:
 
 
 class Toolchain(Protocol):
-    """Makes programs; this is all that the decode loop knows of it.
+    """Makes programs: the interface that the decode loop uses.
 
     Attributes:
-        name: what stands for it in statistics.
-        background: whether `obtain` may be called in a thread beside the caller's. It then says `{"stage": MISSED}` to
-            the progress before it waits or builds.
+        name: of this toolchain in statistics.
+        background: whether `obtain` may be called in a thread beside the caller's. It then calls `progress` with
+            `{"stage": MISSED}` before it waits or builds.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Toolchain(Protocol):
 
 @functools.cache
 def open_store(directory: Path, max_bytes: int, hmac_key: bytes | None) -> CacheStore:
-    """One store object per directory and process, so that its warnings are said once and its counters add up."""
+    """Returns one store object per directory and process, so that it warns once and its counters add up."""
     return CacheStore(directory, max_bytes=max_bytes, hmac_key=hmac_key)
 
 
@@ -131,7 +131,7 @@ def model_label(decoder: nn.Module) -> str:
 
 
 def without_autocast(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """A surrounding autocast is the caller's context: neither what is built nor its key may depend on it."""
+    """Switches a surrounding autocast off: neither the program nor its key may depend on the caller's context."""
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -142,7 +142,7 @@ def without_autocast(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 class Stored(abc.ABC):
-    """A toolchain whose programs are stored: subclasses say how one is keyed, built and loaded, this class when.
+    """A toolchain whose programs are stored. Subclasses define how one is keyed, built and loaded, this class when.
 
     Every method of a subclass may raise anything; it becomes a FastPathError of that step. All but `build` are called
     inside `turns.tracing()`; a `build` that exports or imports in this process enters it for that time.
@@ -192,7 +192,7 @@ class Stored(abc.ABC):
                 raise unready
             stamp = WeightsStamp(decoder)  # before the key reads the weights
             key = self._key(decoder, request)
-        way = _Way(
+        obtaining = _Obtaining(
             toolchain=self,
             decoder=decoder,
             request=request,
@@ -201,16 +201,16 @@ class Stored(abc.ABC):
             key=key,
             stamp=stamp,
         )
-        with turns.one_of((self.name, key.digits), busy=way.missed):
-            return way.walk()
+        with turns.one_of((self.name, key.digits), busy=obtaining.missed):
+            return obtaining.run()
 
     def _key(self, decoder: nn.Module, request: Request) -> Key:
         return staged("export", lambda: Key.of(self.key_material(decoder, request)))
 
 
 @dataclasses.dataclass(kw_only=True)
-class _Way:
-    """One request's way to its program; at the end nobody holds it. `stamp` is older than `key`."""
+class _Obtaining:
+    """Obtains one program for one request; dropped afterwards. `stamp` was taken before `key`."""
 
     toolchain: Stored
     decoder: nn.Module
@@ -222,8 +222,8 @@ class _Way:
     keyed: float = dataclasses.field(default_factory=time.monotonic)
     build_seconds: float = 0.0
 
-    def walk(self) -> Loaded:
-        """The program, found or built, loaded and run once."""
+    def run(self) -> Loaded:
+        """Returns the program, found or built, loaded and run once."""
         with _failed_guard:
             remembered = _failed_builds.get((self.toolchain.name, self.key.digits))
         if remembered is not None:
@@ -256,7 +256,7 @@ class _Way:
         )
 
     def _bytes(self) -> tuple[Entry, bytes]:
-        """The entry, closed, and its verified bytes. A build that failed is remembered."""
+        """Returns the entry, closed, and its verified bytes. Remembers a build that failed."""
         store = store_of(self.settings) if self.settings.use_cache else NoStore()
         label = model_label(self.decoder)
         try:
@@ -281,7 +281,7 @@ class _Way:
             entry.close()  # the bytes are ours now; a loaded program does not need its files any more
 
     def missed(self) -> None:
-        """Tells that the program is not there to be loaded."""
+        """Reports to `progress` that there is no program to load."""
         if self.progress is not None:
             self.progress({"stage": MISSED})
 
@@ -320,9 +320,9 @@ class _Way:
         return report
 
     def _still(self) -> None:
-        """After a wait: whether the decoder is what it was when its key was computed.
+        """Raises FastPathError if the decoder changed since its key was computed, during a wait.
 
-        Otherwise the program of new weights would be filed under the old ones. Raises FastPathError.
+        Otherwise the program of the new weights would be stored under the key of the old ones.
         """
         with turns.tracing():
             again = self.toolchain._key(self.decoder, self.request)

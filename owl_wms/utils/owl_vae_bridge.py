@@ -1,14 +1,14 @@
-"""The public seam: upstream's path, names, positional arguments and results, with a compiled decoder behind them.
+"""Loads decoders and decodes latents by compiled programs: the public functions, as upstream's file of this path.
 
-Why it stays here: twenty-one call sites of the original project import exactly these names. What is new is keyword-only
-and has a default. Importing this module touches neither CUDA nor TensorRT; `TENSORRT_AVAILABLE` and
-`TENSORRT_CACHE_DIR` are found out when they are read.
+Why here: 21 call sites of upstream (Wayfarer Labs' owl-wms) import these names from this path. Names, positional
+arguments and results are upstream's; new arguments are keyword-only and have defaults. Importing this module touches
+neither CUDA nor TensorRT; `TENSORRT_AVAILABLE` and `TENSORRT_CACHE_DIR` are computed when they are read.
 
 Usage:
     decoder = get_decoder_only(None, "configs/vae/dec_dist.yml", "decoder.pt")
     decode = make_batched_decode_fn(decoder, 8)
     frames = decode(latents)                # [b, n, c, h, w] -> [b, n, C, H, W] bf16
-    decode.stats().reason                   # what ran it and why
+    decode.stats().reason                   # why a program, or PyTorch, decoded
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TENSORRT_CACHE_DIR: Path
 
 def __getattr__(name: str) -> Any:
     if name == "TENSORRT_AVAILABLE":
-        # Without a CUDA device the answer is no, and importing TensorRT to hear it would cost seconds.
+        # Without a CUDA device it is False; importing TensorRT to find that out would cost seconds.
         if not torch.cuda.is_available():
             return False
         from owl_wms import trt
@@ -71,7 +71,7 @@ def get_decoder_only(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> nn.Module:
-    """A frozen decoder in eval mode, weight norm folded in float32 before the cast.
+    """Returns a frozen decoder in eval mode, weight norm folded in float32 before the cast.
 
     Args:
         vae_id: "dcae" means diffusers' AutoencoderDC (`ckpt_path`: folder or hub id, None for the hub); "taehv" without
@@ -110,13 +110,13 @@ def make_batched_decode_fn(
     jit: bool = False,
     toolchain: Toolchain | None = None,
 ) -> VideoDecode:
-    """A function from video latents `[b, n, c, h, w]` to frames `[b, n, C, H, W]` in bf16 on the latents' device.
+    """Returns a function from video latents `[b, n, c, h, w]` to bf16 frames `[b, n, C, H, W]` on the latents' device.
 
     With `output="uint8"` it returns bytes `[b, n, H, W, C]` instead; `owl_wms.runtime.decode_stream` brings them to the
     host while the next ones are decoded.
 
     The first decode of a latent shape finds its program in the cache or builds it (`decode.prepare((c, h, w))` does so
-    ahead of time); whatever fails on the way, PyTorch decodes and one warning says why.
+    ahead of time). If anything fails on the way, PyTorch decodes, and one warning gives the reason.
 
     Args:
         decoder: `[B, c, h, w] -> [B, C, H, W]`; not changed.
@@ -128,7 +128,7 @@ def make_batched_decode_fn(
         timing: record milliseconds, shown by `decode.stats().latency_ms`.
         output: `bf16` or `uint8`, see `VideoDecode`.
         check: search of the output for non-finite values, see `VideoDecode`.
-        jit: compile in this process with `torch.compile(backend="tensorrt")` and keep nothing on disk, for trainers.
+        jit: compile in this process with `torch.compile(backend="tensorrt")` and store nothing, for trainers.
         toolchain: what compiles; None means TensorRT.
 
     Raises:
@@ -155,7 +155,7 @@ def make_batched_decode_fn(
 
 
 def make_batched_audio_decode_fn(decoder: nn.Module, batch_size: int = 8, *, check: str = "auto") -> AudioDecode:
-    """A function from audio latents `[b, n, c]` to samples `[b, samples, C]` in bf16, `batch_size` clips at a time.
+    """Returns a function from audio latents `[b, n, c]` to bf16 samples `[b, samples, C]`, `batch_size` clips at once.
 
     Raises:
         ConfigError: batch_size below 1 or not an integer, or a check that `AudioDecode` does not know.
