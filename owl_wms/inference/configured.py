@@ -1,4 +1,4 @@
-"""What a configuration says of a game, read before torch is loaded: what is wrong in it is said at once.
+"""Reads the parts of a configuration that a game needs, before torch is loaded: errors in it are reported at once.
 
 Usage:
     config = load_video_config("examples/world/game_rft.yml")

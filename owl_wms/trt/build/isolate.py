@@ -9,7 +9,7 @@ Method. `works(kept)` is assumed monotone (keeping more never breaks what worked
 preferred explanations and relaxations for over-constrained problems", AAAI 2004) then finds an irreducible set in O(k
 log(n/k)) tries for k culprits among n. It runs over classes of modules first, since a build takes up to a minute and
 there are a dozen classes (depthwise convolutions of every size are one). Inside what it finds it runs over *groups* of
-like modules, and inside those over single ones. Modules that already failed when built alone are suspects: they are left
+like modules, and inside those over single ones. Modules that already failed when built alone are suspects, and are left
 there first, which mostly ends the search at the first try. Tries and time are bounded; when they run out the smallest
 set seen to work is the answer, marked as not minimal.
 

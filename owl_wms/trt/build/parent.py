@@ -1,9 +1,9 @@
 """Builds a program in a process of its own and returns the build report.
 
-Why it exists: the caller must survive a segmentation fault, a hang and a CUDA context beyond repair. If the build process
-dies, the innermost step that it had begun is recorded as failed, with the signal's name and the end of its output as the
-reason, and a new process continues with that knowledge (at most `MAX_RESTARTS` times). If the time limit passes,
-FastPathError is raised.
+Why it exists: the caller must survive a segmentation fault, a hang and a CUDA context beyond repair. If the build
+process dies, the innermost step that it had begun is recorded as failed, with the signal's name and the end of its
+output as the reason, and a new process continues with that knowledge (at most `MAX_RESTARTS` times). If the time limit
+passes, FastPathError is raised.
 
 Usage:
     request = Request(input_shape=(8, 128, 8, 8), precision="auto")
@@ -20,7 +20,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,8 +47,8 @@ MAX_RESTARTS = 4
 STDERR_TAIL = 1500
 _LOG = logging.getLogger(__name__)
 
-# The build process sees the caller's import path, so that it finds the same owl_wms and the decoder's own module. Looking
-# for garbage while it imports is a fifth of that time; `child.py` switches it on again.
+# The build process sees the caller's import path, so that it finds the same owl_wms and the decoder's own module.
+# Garbage collection would be a fifth of the time that its imports take; `child.py` switches it on again.
 BOOTSTRAP = (
     "import sys, json, gc; gc.disable(); sys.path[:] = json.loads(sys.argv[1]); "
     "from owl_wms.trt.build.child import main; sys.exit(main(sys.argv[2:]))"
@@ -80,8 +79,9 @@ def build_program(
 
     Returns:
         The report (JSON-ready): `plan`, `precision`, `latency_ms`, `eager_latency_ms`, `cuda_graph`, `parity`,
-        `engines`, `kept_modules` (left in PyTorch), `candidates`, `refused`, `attempts`, `build_seconds`, `save_seconds`,
-        `load_seconds`, `program_bytes`, `wall_seconds`, `stages` (its split: stage and plan -> seconds), `restarts`, ...
+        `engines`, `kept_modules` (left in PyTorch), `candidates`, `refused`, `attempts`, `build_seconds`,
+        `save_seconds`, `load_seconds`, `program_bytes`, `wall_seconds`, `stages` (its split: step and plan -> seconds),
+        `restarts`, ...
 
     Raises:
         FastPathError: stage "export", "build", "parity", "save" or "load"; the caller decodes with PyTorch.
@@ -115,8 +115,8 @@ def build_program(
 
 
 def write_decoder(decoder: nn.Module, path: Path) -> None:
-    """Write `decoder` for the build process: on the CPU, in its own dtype, live weight norm folded, since torch pickles no
-    parametrized module. Raises FastPathError, stage "export".
+    """Write `decoder` for the build process: on the CPU, in its own dtype, live weight norm folded, since torch pickles
+    no parametrized module. Raises FastPathError, stage "export".
     """
     remedy = "define the decoder's class in an importable module and keep open handles and lambdas out of it"
     for module in decoder.modules():
@@ -164,9 +164,7 @@ class Build:
                 raise failure
             _LOG.info("the building process died: %s", outcome["reason"])
             if not ending.over() and (self.restarts >= MAX_RESTARTS or not outcome["open"]):
-                raise FastPathError(
-                    "build", outcome["reason"], "try another precision or plan (owl-wms trt plans)"
-                )
+                raise FastPathError("build", outcome["reason"], "try another precision or plan (owl-wms trt plans)")
             self.known[outcome["open"]] = outcome["reason"]
             self.restarts += 1
         raise FastPathError("build", "the process that asked for it is ending")
@@ -199,7 +197,6 @@ class Build:
                 start_new_session=True,
             )
         os.close(write_fd)
-
 
         def kill() -> None:
             with contextlib.suppress(ProcessLookupError):

@@ -19,12 +19,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from owl_wms.request import Request
-from owl_wms.trt.library import compiler
 from owl_wms.trt.build import attempts
-from owl_wms.trt.graph.export import export_decoder
 from owl_wms.trt.build.journal import BuildJournal
 from owl_wms.trt.check.parity import latents
+from owl_wms.trt.graph.export import export_decoder
 from owl_wms.trt.graph.shapes import record_shapes
+from owl_wms.trt.library import compiler
 from owl_wms.trt.spec import dtype_of
 
 PROBE_SECONDS = 25.0
@@ -100,8 +100,8 @@ class Prober:
 def like_units(module: nn.Module, exported: ExportedProgram) -> list[list[list[str]]]:
     """Module paths that call operators, grouped by kind, and the kinds by class.
 
-    A kind is a leaf's type, configuration and tensor shapes, else the operators. A class is the type, with the size of a
-    convolution's window and the way in which its channels are grouped. Grouped convolutions come first: they are what
+    A kind is a leaf's type, configuration and tensor shapes, else the operators. A class is the type, with a
+    convolution's kernel size and the grouping of its channels. Grouped convolutions come first: they are what
     libraries have the fewest kernels for.
     """
     kinds: dict[str, list[str]] = {}

@@ -14,14 +14,14 @@ import torch
 
 from owl_wms.errors import FastPathError
 from owl_wms.request import Request
-from owl_wms.trt.run import calls, kernels
-from owl_wms.trt.library import compiler, jit_kernels
-from owl_wms.trt.check import output
 from owl_wms.trt.build import attempts
 from owl_wms.trt.build.candidate import Candidate
 from owl_wms.trt.build.journal import BuildJournal
-from owl_wms.trt.run.load import load_calls, load_exported
+from owl_wms.trt.check import output
 from owl_wms.trt.check.parity import example
+from owl_wms.trt.library import compiler, jit_kernels
+from owl_wms.trt.run import calls, kernels
+from owl_wms.trt.run.load import load_calls, load_exported
 from owl_wms.trt.spec import dtype_of
 
 PROGRAM_NAME = "program.pt2"

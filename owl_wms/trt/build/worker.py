@@ -1,7 +1,7 @@
 """Builds a program inside the build process: lower, compile, run, isolate, check, time; `save.py` writes what won.
 
-Why one file of its own: `child.py` deals with processes and messages, this with the program. Everything that may fail
-is announced through the `BuildJournal` before it is tried, so that the caller knows what was going on when the process died.
+Why one file of its own: `child.py` deals with processes and messages, this with the program. Every step that may fail
+is announced through the `BuildJournal` before it is tried, so that the caller knows the step in which the process died.
 
 Usage (inside the build process, on the GPU):
     report = Worker(fp32_copy(decoder, "cuda:0"), recording, request, journal).build(Path("out"))
@@ -56,12 +56,17 @@ class Worker:
         fp32: the decoder, folded, in fp32, on the request's device.
         recording: of the decoder as its caller runs it.
         request: what is wanted.
-        journal: is told what begins and ends.
+        journal: receives the steps that begin and end.
         missing: why Torch-TensorRT cannot be used in this process; None where it can.
     """
 
     def __init__(
-        self, fp32: nn.Module, recording: Recording, request: Request, journal: BuildJournal, missing: FastPathError | None = None
+        self,
+        fp32: nn.Module,
+        recording: Recording,
+        request: Request,
+        journal: BuildJournal,
+        missing: FastPathError | None = None,
     ) -> None:
         self.folded = fp32
         self.recording = recording
@@ -127,9 +132,7 @@ class Worker:
         )
         return report
 
-    def at_precision(
-        self, precision: str, chosen: tuple[plans.Plan, ...]
-    ) -> tuple[list[Candidate], float | None]:
+    def at_precision(self, precision: str, chosen: tuple[plans.Plan, ...]) -> tuple[list[Candidate], float | None]:
         """Plans at one precision, checked and timed together with eager; `(candidates, eager's median ms)`.
 
         What fails or dies on the way costs the plan that did; `candidate`, `judge` and `time` say how.

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from owl_wms.errors import FastPathError
+from owl_wms.request import Request
 from owl_wms.trt import plans
 from owl_wms.trt.build import parent
 from owl_wms.trt.build.child import DECODER_NAME
@@ -26,7 +27,6 @@ from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.graph.shapes import fp32_copy
 from owl_wms.trt.library import importer
 from owl_wms.trt.run.load import load_program
-from owl_wms.request import Request
 from tests.trt import build_child, decoders
 
 
@@ -109,9 +109,7 @@ def test_a_decoder_without_a_form_of_ours_says_that_tensorrt_is_missing(tmp_path
 
 @converts
 def test_no_further_plan_is_begun_when_time_is_short_and_one_works(tmp_path: Path) -> None:
-    report, _, _ = run(
-        tmp_path, "square", precision="bf16", plans=("tensorrt", "tensorrt again"), timeout_seconds=0.01
-    )
+    report, _, _ = run(tmp_path, "square", precision="bf16", plans=("tensorrt", "tensorrt again"), timeout_seconds=0.01)
     assert report["plan"] == "tensorrt"
     assert "not tried" in next(c["reason"] for c in report["candidates"] if c["plan"] == "tensorrt again")
 
@@ -337,13 +335,17 @@ def test_a_class_altered_in_this_process_is_not_built_unaltered(
     assert not (tmp_path / "program.pt2").exists()
 
 
-def test_a_class_of_the_script_that_runs_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_of_the_script_that_runs_is_named_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The build process has another `__main__`, which would say so after it has imported everything."""
 
     class Mine(nn.Conv2d):
         pass
 
     monkeypatch.setattr(Mine, "__module__", "__main__")
-    with pytest.raises(FastPathError, match=r"cannot be compiled: Mine is defined in __main__.*in an importable module"):
+    with pytest.raises(
+        FastPathError, match=r"cannot be compiled: Mine is defined in __main__.*in an importable module"
+    ):
         write_decoder(nn.Sequential(Mine(4, 3, 1)), tmp_path / "decoder.pt")
     assert not (tmp_path / "decoder.pt").exists()

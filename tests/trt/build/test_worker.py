@@ -16,19 +16,18 @@ import pytest
 import torch
 from torch import nn
 
-from owl_wms.cache import Key
 from owl_wms import timing
-from owl_wms.cache import CacheStore
+from owl_wms.cache import CacheStore, Key
 from owl_wms.errors import FastPathError
+from owl_wms.request import Request
 from owl_wms.trt import plans
+from owl_wms.trt.build import worker
 from owl_wms.trt.build.attempts import BrokenContext
 from owl_wms.trt.build.candidate import Candidate
 from owl_wms.trt.build.isolate import Isolation
-from owl_wms.trt.build import worker
 from owl_wms.trt.build.worker import Worker
 from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.graph.shapes import fp32_copy
-from owl_wms.request import Request
 from tests.trt import build_child
 from tests.trt.build.test_parent import converts, run
 
