@@ -1,0 +1,1 @@
+"""Building a program in a child process: parent, child, worker, candidate, isolation, saving."""

@@ -1,0 +1,1 @@
+"""Tests of owl_wms.trt.build."""
