@@ -21,6 +21,7 @@ STAGES = [
         "temporary",
         "ending",
         "files",
+        "whole",
         "cudnn",
         "dynamo",
         "timing",

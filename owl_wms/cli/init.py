@@ -35,7 +35,7 @@ def init(
     from owl_wms.data.npy_table import NpyTable
     from owl_wms.data.starter import Start
     from owl_wms.errors import ConfigError
-    from owl_wms.media.whole import written_whole
+    from owl_wms.whole import written_whole
 
     files = folder / "world.yml", folder / "README.md"
     shared.check_folder(folder)

@@ -20,9 +20,9 @@ def report(
     """Write one page with losses, rates, gradient norms, clips, environment and configuration; it works offline."""
     from owl_wms.cli import _shared as shared
     from owl_wms.errors import ConfigError
-    from owl_wms.media.whole import why_unwritten, written_whole
     from owl_wms.trainers.report import GENERATOR
     from owl_wms.trainers.report import report as page
+    from owl_wms.whole import why_unwritten, written_whole
 
     target = run / "report.html" if out is None else out
     text = page(run)

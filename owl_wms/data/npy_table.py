@@ -29,7 +29,7 @@ import numpy as np
 from owl_wms.errors import DataError, OwlError
 from owl_wms.files import at_home, one_line, read_regular, unusable_name
 from owl_wms.media.npy import NpyFile
-from owl_wms.media.whole import written_whole
+from owl_wms.whole import written_whole
 
 LATENT_COLUMN = "depth_latent"  # upstream's name for latents, of colour and depth or not
 MAX_JSON_BYTES = 1 << 28

@@ -30,7 +30,7 @@ from owl_wms.errors import DataError, NonFiniteError
 from owl_wms.files import at_home, false_claims, foreign_to_torch, one_line, open_regular, read_exactly, size_of
 from owl_wms.media.facts import MEMBER, METADATA_KEY, Facts
 from owl_wms.media.npy import NpyFile
-from owl_wms.media.whole import why_unwritten, written_whole
+from owl_wms.whole import why_unwritten, written_whole
 
 ARRAY_SUFFIXES = (".pt", ".npy", ".safetensors")
 _LISTED = " or ".join((", ".join(ARRAY_SUFFIXES[:-1]), ARRAY_SUFFIXES[-1]))

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from owl_wms.errors import DataError
-from owl_wms.media.whole import why_unwritten, written_whole
 from owl_wms.ops.frame_bytes import frame_bytes
+from owl_wms.whole import why_unwritten, written_whole
 
 _MARGIN = 8
 _LETTERS = 15  # pixels: the least height of a sheet's text, and an 18th of a picture's width where that is more

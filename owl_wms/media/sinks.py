@@ -29,8 +29,8 @@ from torch import Tensor
 
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.media.video import CRF, STDOUT, X264, VideoWriter, Y4mWriter, said
-from owl_wms.media.whole import draft_beside, keep_draft, why_unwritten, written_whole
 from owl_wms.timing import Spent
+from owl_wms.whole import draft_beside, keep_draft, why_unwritten, written_whole
 
 __all__ = ["FORMS", "PICTURES", "STDOUT", "Sink", "check_replaceable", "form_of", "open_sink", "outputs"]
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.media.facts import Facts
 from owl_wms.media.watch import BT709, LIMITED, VIDEO_SUFFIXES, pyav, read_video
-from owl_wms.media.whole import why_unwritten, written_whole
 from owl_wms.timing import Spent
+from owl_wms.whole import why_unwritten, written_whole
 
 __all__ = ["VIDEO_SUFFIXES", "VideoWriter", "Y4mWriter", "choose_encoder", "read_video", "said"]
 

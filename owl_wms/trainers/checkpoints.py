@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from owl_wms.errors import CheckpointError
-from owl_wms.media.whole import written_whole
 from owl_wms.vae import load_weights, read_state_dict, select_core
 from owl_wms.vae.layouts import without_wrappers
+from owl_wms.whole import written_whole
 
 LOG = "log.jsonl"
 """File beside the checkpoints, with a line per step."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.media.video import VideoWriter
-from owl_wms.media.whole import written_whole
+from owl_wms.whole import written_whole
 
 _log = logging.getLogger(__name__)
 

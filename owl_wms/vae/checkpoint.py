@@ -13,7 +13,6 @@ Usage:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from owl_wms.vae.eight_bits import unpacked
 from owl_wms.vae.layouts import flat_weights
 from owl_wms.vae.spellings import direction, respelled
 from owl_wms.vae.weight_files import read_content
+from owl_wms.whole import why_unwritten, written_whole
 
 LATER_KEY = "residuals.0.proj.bias"
 
@@ -189,16 +189,11 @@ def save_weights(
             for key, value in weights.items()
         }
     )
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with written_whole(path) as draft:
             save_file(state, draft, metadata=dict(metadata or {}))
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
     except (OSError, safetensors.SafetensorError) as err:
-        raise CheckpointError(f"{path}: cannot be written: {err}", path=path) from err
+        raise CheckpointError(f"{path}: cannot be written: {why_unwritten(err)}", path=path) from err
     return path
 
 

@@ -129,7 +129,7 @@ def test_a_table_keeps_its_whole_rows(tmp_path: Path, error: Any, monkeypatch: p
 
 
 def test_data_make_says_so_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr("owl_wms.media.whole.os.replace", full)
+    monkeypatch.setattr("owl_wms.whole.os.replace", full)
     with pytest.raises(DataError, match=f"cannot be written: {FULL}"):
         NpyTableWriter(tmp_path / "table", ("latents",))
     assert list((tmp_path / "table").iterdir()) == []

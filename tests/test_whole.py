@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from owl_wms import whole
 from owl_wms.errors import DataError
-from owl_wms.media import whole
 from owl_wms.media.arrays import load_array, save_array
 from owl_wms.media.pictures import save_picture
 from owl_wms.media.video import VideoWriter, read_video
-from owl_wms.media.whole import written_whole
 from owl_wms.trainers.output import write_clip
+from owl_wms.vae import save_weights
+from owl_wms.whole import written_whole
 from tests.media.test_video import gradient
 
 
@@ -169,3 +171,21 @@ def test_a_file_that_windows_keeps_open_is_waited_for(
             write()
     only(tmp_path, "x.bin", b"new" if written else b"old")
     assert len(slept) == (min(busy, 5) if windows else 0)
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    with written_whole(tmp_path / "x.bin") as draft, written_whole(tmp_path / "x.bin") as other:
+        draft.write_bytes(b"first")
+        other.write_bytes(b"second")
+    only(tmp_path, "x.bin", b"first")
+
+
+@pytest.mark.parametrize("name", ["link.safetensors", f"{'x' * 240}.safetensors"], ids=["a link", "a long name"])
+def test_weights_are_written_as_every_file_is(tmp_path: Path, name: str) -> None:
+    module = torch.nn.Linear(2, 3)
+    if name.startswith("link"):
+        (tmp_path / name).symlink_to(tmp_path / "real.safetensors")
+    save_weights(module, tmp_path / name)
+    assert (tmp_path / name).is_symlink() == name.startswith("link")
+    assert load_file(tmp_path / name).keys() == module.state_dict().keys()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

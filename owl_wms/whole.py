@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,10 +25,12 @@ _PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)
 def draft_beside(path: Path) -> Path:
     """Returns a hidden name beside the file that `path` is, or links to, with its ending, which says the form.
 
+    Nobody else gets it: threads, and containers in which processes have the same numbers, may write one file at once.
+
     A name may be as long as names can be: of one that would leave no room, the beginning and a checksum stand for it.
     """
     target = Path(os.path.realpath(path))
-    end = f".{os.getpid()}.tmp{target.suffix}"
+    end = f".{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp{target.suffix}"
     stem, room = target.stem, NAME_BYTES - len(os.fsencode(end)) - 1
     if len(os.fsencode(stem)) > room:
         stem = f"{os.fsencode(stem)[: room // 2].decode(errors='ignore')}.{zlib.crc32(os.fsencode(stem)):08x}"
