@@ -89,8 +89,6 @@ def flops_of(kernel: Kernel, tensors: list[Tensor]) -> float:
         hidden = tensors[-1].shape[-1]  # w3 is [C, 2C]
         branch = 2.0 * (out.numel() // out.shape[-1]) * hidden * 9 * 16 if "MODE=0" in kernel.defines else 0.0
         return branch + 2.0 * out.numel() * hidden
-    if kernel.op == "block_tail":  # u comes first; what it is twice as wide as goes in by a tensor map
-        return 2.0 * out.numel() * 2 * (9 * 16 + out.shape[-1])
     if kernel.op == "linear8":
         # Codes, residual or both come first, then x and the weight; all the results have the same number of elements.
         weight = next(t for t in tensors if t.dim() == 2 and t.dtype in LARGEST)
@@ -113,8 +111,6 @@ def recording() -> Iterator[Recorder]:
         tensors += [arguments[1]] if self.op == "linear8" and arguments[1] is not None else []
         with recorder.timed(f"{self.op} {' '.join(self.defines[:1])}", tensors, flops_of(self, tensors)):
             originals[0](self, device, arguments=arguments, **sizes)
-        if self.op == "block_tail":  # u is read and written, and hidden, twice as wide, read by a tensor map
-            recorder.calls[-1].bytes_moved += 3 * tensors[0].numel() * tensors[0].element_size()
         if self.op == "stage_tail" and "MODE=2" in self.defines:  # reads its branch, twice its result, by a tensor map
             recorder.calls[-1].bytes_moved += 2 * tensors[0].numel() * tensors[0].element_size()
 

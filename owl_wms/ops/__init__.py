@@ -9,7 +9,6 @@ All tensors are NHWC, `[B, H, W, C]` contiguous: the layout is logical, so no bo
     resize         bicubic to any size, NHWC fp32 to NCHW
     frame_bytes    NCHW frames in [-1, 1] to uint8 NHWC
     stage_tail     a stage of one block from its low-resolution products on, fused (compute capability 9.0)
-    block_tail     a residual block at full size behind its first product, in place, fused (compute capability 9.0)
     stage          a whole decoder stage out of the above and library matrix products
 
 with 8-bit products (`codes` says what a code is):
@@ -39,7 +38,6 @@ and, for streaming decoders (TAEHV):
 from __future__ import annotations
 
 from owl_wms.ops import (
-    block_tail,
     channel_norm,
     codes,
     conv3x3,
@@ -63,7 +61,6 @@ from owl_wms.ops import (
 )
 
 __all__ = [
-    "block_tail",
     "channel_norm",
     "codes",
     "conv3x3",

@@ -27,21 +27,8 @@ DEVICE uint2 load_shared8(u32 address) {
 DEVICE void store_shared16(u32 address, u32 value) {  // the same word four times
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(value) : "memory");
 }
-DEVICE void store_shared8(u32 address, u32 x, u32 y) {
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
-}
 DEVICE void store_shared4_if(bool condition, u32 address, u32 value) {
     asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.shared.b32 [%1], %2;}" ::"r"((int)condition), "r"(address), "r"(value) : "memory");
-}
-
-// Zeros where the condition does not hold.
-DEVICE uint4 load_global16_if(bool condition, const void* source) {
-    uint4 v;
-    asm volatile("{.reg .pred p; setp.ne.s32 p, %4, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; @p ld.global.v4.b32 {%0, %1, %2, %3}, [%5];}"
-                 : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-                 : "r"((int)condition), "l"(source)
-                 : "memory");
-    return v;
 }
 
 // Sixteen bytes from global to shared memory; the rest of the 128-byte line is fetched into the L2 beside them, for the

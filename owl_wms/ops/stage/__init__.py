@@ -8,8 +8,7 @@ functional graph cannot say; seen from outside it is a pure function. Three exac
 - with one block, the shortcut joins the residual before the branch does; with more, right after the last block has read
   the residual, so no block sees it;
 - the back-projection accumulates into the residual in the matrix product itself (fp32 inside, rounded once); a stage of
-  one block does all that follows its low-resolution products in `stage_tail` where that pays, and a block at full size
-  all that follows its first product in `block_tail`.
+  one block does all that follows its low-resolution products in `stage_tail` where that pays.
 
 Usage:
     y = stage(x, shortcut, proj, [w1], [b1], [w2], [b2], [w3], scale=2)
@@ -26,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from owl_wms.ops import enlarging, enlarging_both, stage_products
-from owl_wms.ops.block_tail import add_branch_
 from owl_wms.ops.common.register import define, first_that_runs, has_kernel
 from owl_wms.ops.grouped_conv import grouped_conv
 from owl_wms.ops.stage.reference import reference
@@ -127,7 +125,8 @@ def _run(
         hidden = _linear(u, w1[j], b1[j])
         if shortcut is not None and j == len(w1) - 1:
             add_shortcut_(u, shortcut)
-        add_branch_(u, hidden, w2[j], b2[j], w3[j])
+        branch = grouped_conv(hidden, w2[j], b2[j], False)
+        flat.addmm_(branch.view(-1, branch.shape[-1]), w3[j].t())
     return u
 
 

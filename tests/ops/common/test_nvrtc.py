@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from owl_wms.ops import (
-    block_tail,
     conv_out,
     depthwise_gate,
     enlarging,
@@ -35,7 +34,6 @@ def variants() -> list[Kernel]:
             plan = plan_of(channels, shortcut)
             assert plan is not None
             found += [plan.projection(dtype)]
-        found += [block_tail.kernel_of(dtype, 512)]
         found += [enlarging.kernel_of(dtype, 384), enlarging.kernel_of(dtype, 384, torch.int8)]
         found += [enlarging_both.kernel_of(dtype, 768, shortcut) for shortcut in (False, True)]
         found += [resident.kernel_of(dtype, bias, relu, not relu) for bias in (False, True) for relu in (False, True)]
