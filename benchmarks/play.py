@@ -33,7 +33,7 @@ from benchmarks import harness
 from benchmarks.play_page import page
 from benchmarks.play_upstream import measure_upstream
 from owl_wms.configs import load_world_config
-from owl_wms.inference.build import build_pipeline
+from owl_wms.inference.build import build_pipeline, quick_dtype
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.sampling import frames as frames_module
 from owl_wms.sampling.captured import may_capture
@@ -57,7 +57,7 @@ def shipped(captured: bool, args: argparse.Namespace) -> InteractivePipeline:
         frames_module.may_capture = lambda model: False
     try:
         device = torch.device(args.device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if device.type == "cuda" else quick_dtype(device, torch.float32)
         weights = WORLD.with_suffix(".safetensors")
         return build_pipeline(WORLD, weights, device=device, dtype=dtype, tensorrt=captured, steps=args.steps)
     finally:

@@ -70,16 +70,16 @@ def play(
             help="Part of the address, at least 16 characters; by default random, and the same after a restart."
         ),
     ] = None,
-    max_clients: Annotated[int, typer.Option(min=1, help="Players at once; they share the model.")] = 1,
+    max_clients: Annotated[int, typer.Option(min=1, max=64, help="Players at once; they share the model.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, else fp32.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 where the device multiplies it.")] = None,
     tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
 ) -> None:
     """Play a world model in the browser."""
     from owl_wms.cli import _bounds as bounds
     from owl_wms.errors import ConfigError
-    from owl_wms.inference.configured import frames_per_second, load_video_config
+    from owl_wms.inference.configured import frames_per_second, load_video_config, played_sampler
     from owl_wms.inference.controls import GAME_CONTROLS, controls_for
     from owl_wms.inference.loading import Loading
 
@@ -112,8 +112,12 @@ def play(
     if config is not None and not game:
         world = load_video_config(config)
         controls = controls_for(world, config)
+        played_sampler(world, config)
         rate = frames_per_second(world, config)
     rate = rate if fps is None else fps
+    if rate > bounds.FPS[1]:
+        text = f"{config}: {rate:g} frames a second, and the page shows at most {bounds.FPS[1]}: give a rate with --fps"
+        raise ConfigError(text, path=config, key="train.fps")
     settings = ServerSettings(
         host=host,
         port=port,
@@ -136,9 +140,10 @@ def play(
 
         where = shared.choose_device(device)
         _wake(where)
-        from owl_wms.inference.build import build_game, build_pipeline
+        from owl_wms.inference.build import build_game, build_pipeline, quick_dtype
 
-        chosen: dict[str, Any] = {**common, "device": where, "dtype": shared.choose_dtype(dtype, where)}
+        precision = shared.choose_dtype(dtype, where)
+        chosen = {**common, "device": where, "dtype": quick_dtype(where, precision) if dtype is None else precision}
         return build_game(**chosen) if game else build_pipeline(**chosen, progress=progress)
 
     terminal = Terminal(console)
@@ -259,8 +264,8 @@ async def _until_interrupted(
         console.print("Ctrl-C stops.", highlight=False)
         if not settings.host.startswith("127.") and settings.host not in ("::1", "localhost"):
             console.print("Others can reach this server: the address is the only key, and nothing is encrypted.")
-        if open_page:
-            webbrowser.open(address)
+        if open_page and not webbrowser.open(address):
+            console.print("No browser can be opened here: open the address yourself.")
         loading.begin()
         stopping = asyncio.create_task(stop.wait())
         done = asyncio.wrap_future(loading.done)

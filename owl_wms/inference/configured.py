@@ -8,6 +8,9 @@ Usage:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from owl_wms.configs import (
     HUB_VAE_ID,
@@ -19,7 +22,30 @@ from owl_wms.configs import (
     load_world_config,
 )
 from owl_wms.configs.paths import find_beside
+from owl_wms.configs.strict import PositiveInt, StrictModel, parse
 from owl_wms.errors import ConfigError
+
+
+class PlayedSampler(StrictModel):
+    """What of `train.sampler_kwargs` play reads; see `owl_wms.inference.pipeline.InteractivePipeline`."""
+
+    n_steps: PositiveInt = 4
+    custom_schedule: tuple[float, ...] | None = None
+    cfg_scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    max_level: Annotated[float, Field(gt=0, le=1)] = 1.0
+    noise_prev: Annotated[float, Field(ge=0, le=1)] = 0.2
+    max_window: PositiveInt | None = None
+
+
+def played_sampler(config: WorldConfig, cfg_path: Path | str) -> PlayedSampler:
+    """Returns the sampling that a configuration asks for.
+
+    Raises:
+        ConfigError: a value of another type, or out of range.
+    """
+    given = config.train.sampler_kwargs or {}
+    known = {name: given[name] for name in PlayedSampler.model_fields if name in given}
+    return parse(PlayedSampler, known, path=cfg_path, prefix="train.sampler_kwargs")
 
 
 def load_video_config(cfg_path: Path | str) -> WorldConfig:

@@ -83,7 +83,10 @@ class InteractivePipeline:
         new_context: Callable[[int], Context] | None = None,
     ) -> None:
         if not core.config.causal:
-            raise ConfigError("playing needs a causal model", key="model.causal")
+            raise ConfigError(
+                "playing needs a causal model, in which no frame looks at later ones (model.causal: true)",
+                key="model.causal",
+            )
         if not contexts:
             raise ConfigError("at least one context to begin from is needed, got none", key="context")
         if not 1 <= steps <= MAX_STEPS or not 0 <= noise_prev <= 1:

@@ -151,6 +151,38 @@ def test_bad_calls_end_in_one_line(arguments: list[str], message: str, capsys: p
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("written", "instead", "message"),
+    [
+        ("fps: 20", "fps: 500", "500 frames a second, and the page shows at most 240: give a rate with --fps"),
+        ("n_steps: 4", "n_steps: four", "train.sampler_kwargs.n_steps"),
+        ("noise_prev: 0.15", "noise_prev: 2", "train.sampler_kwargs.noise_prev"),
+        ("n_steps: 4", "n_steps: 4, custom_schedule: 1", "train.sampler_kwargs.custom_schedule"),
+        ("n_buttons: 11", "n_buttons: 4", "has 4 buttons and the game 11"),
+    ],
+)
+def test_what_is_wrong_in_a_configuration_is_said_before_anything_is_served(
+    written: str,
+    instead: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(play, "serve", lambda *_, **__: pytest.fail("it was served"))
+    text = play.SHIPPED[0].read_text(encoding="utf-8")
+    assert written in text
+    text = text.replace(written, instead, 1).replace(" examples/", f" {play.EXAMPLES}/")
+    config = tmp_path / "world.yml"
+    config.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit) as caught:
+        main(["play", str(config), str(play.SHIPPED[1]), "--device", "cpu", "--port", "0"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
 class Loaded:
     """Counts what is made of it."""
 
