@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from owl_wms.ops import enlarging, enlarging_both, stage_products
+from owl_wms.ops import enlarging_both, stage_products
 from owl_wms.ops.common.register import define, first_that_runs, has_kernel
 from owl_wms.ops.grouped_conv import grouped_conv
 from owl_wms.ops.stage.reference import reference
@@ -93,7 +93,7 @@ def enlarged_beside(
     low: Tensor, shortcut: Tensor | None, hidden: Tensor, w2: Tensor, b2: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`up_residual(low, shortcut)` and `grouped_conv(hidden, w2, b2, True)`, in one launch where that kernel runs."""
-    suits = has_kernel(low) and low.dtype == hidden.dtype == w2.dtype and enlarging.suits(hidden)
+    suits = has_kernel(low) and low.dtype == hidden.dtype == w2.dtype and enlarging_both.suits(low, hidden)
     ways = (enlarging_both.launch, _apart) if suits else (_apart,)
     return first_that_runs("grouped_conv", ways, low, shortcut, hidden, w2, b2)
 
