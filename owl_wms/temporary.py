@@ -1,8 +1,9 @@
 """Private folders in the system's place for temporary files, without those that killed processes left there.
 
-Why: whoever is killed in a build leaves a folder with a decoder's weights, a gigabyte for a large one, and nobody else
-removes it before the machine starts again. So a folder's name says which process made it, and the next one that is made
-removes those whose process is certainly gone. The place may be shared by machines: see `owl_wms.process`.
+Why: a process that is killed during a build leaves a folder with a decoder's weights, a gigabyte for a large one, and
+nothing else removes it before the machine starts again. So a folder's name holds the process that made it, and when
+the next one is made, the folders of processes that are certainly gone are removed. Several machines may share the
+place: see `owl_wms.process`.
 
 Usage:
     with temporary_folder("job") as folder:       # mode 0700

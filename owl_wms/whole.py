@@ -23,11 +23,10 @@ _PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
 def draft_beside(path: Path) -> Path:
-    """Returns a hidden name beside the file that `path` is, or links to, with its ending, which says the form.
+    """Returns a hidden name in the folder of `path`, or of the file that it links to, with the same ending.
 
-    Nobody else gets it: threads, and containers in which processes have the same numbers, may write one file at once.
-
-    A name may be as long as names can be: of one that would leave no room, the beginning and a checksum stand for it.
+    It is unique: threads, and containers in which processes have the same numbers, may write one file at once.
+    If the file system's limit leaves no room for the whole name, its beginning and a checksum are used.
     """
     target = Path(os.path.realpath(path))
     end = f".{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp{target.suffix}"
@@ -40,8 +39,8 @@ def draft_beside(path: Path) -> Path:
 def keep_draft(draft: Path, path: Path) -> None:
     """Put a finished draft in the place of `path`, or of the file that it links to.
 
-    Windows refuses that while another process has the old file open (a virus scanner, a reader): some seconds are
-    waited for it there.
+    Windows refuses that while another process has the old file open (a virus scanner, a reader), so it is tried for
+    some seconds there.
     """
     for seconds in _PAUSES if WINDOWS else ():
         with suppress(PermissionError):
@@ -53,7 +52,7 @@ def keep_draft(draft: Path, path: Path) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields the name to write to; when the body ends it takes the place of `path`, and when it raises it goes.
+    """Yields the name to write to. If the body ends, that file replaces `path`; if it raises, it is deleted.
 
     `~` is replaced, and folders are made. A process that is killed leaves the old file, and its draft.
 
@@ -72,5 +71,5 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def why_unwritten(error: Exception) -> str:
-    """Returns the system's words, without the draft's name, which the user never gave."""
+    """Returns the system's message without the draft's name, which the user never gave."""
     return str(getattr(error, "strerror", None) or error)

@@ -30,7 +30,7 @@ from owl_wms.batch.store import FOLDER, Store
 PARTS = f"{FOLDER}/parts"
 FAILED = f"{FOLDER}/failed.jsonl"
 Line = dict[str, Any]
-_OWN = ("event", "key", "at", "part")  # what a line has of its own and hands on to no other
+_OWN = ("event", "key", "at", "part")  # fields that `adopt` does not copy from `placing` to `done`
 _HAS: dict[str, dict[str, type]] = {
     "placing": {"item": str, "outputs": list},
     "done": {"item": str, "outputs": list, "frames": int},

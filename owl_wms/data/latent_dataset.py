@@ -54,7 +54,7 @@ def make_game_latents(
         encoder: frames [b, 4, H, W] in [-1, 1] -> latents [b, c, h, w]; its parameters say device and precision.
         episodes: rows to write.
         frames: stored frames in each.
-        fps: stored frames a second, a divisor of 60.
+        fps: stored frames per second, a divisor of 60.
         first_seed: seed of the first world; episode i plays in world first_seed + i.
         batch: players at once.
         size: height and width of rendered frames.
@@ -104,7 +104,7 @@ def _require_new_worlds(writer: NpyTableWriter, first_seed: int, episodes: int, 
     if rates:
         held = " and ".join(map(str, rates))
         raise DataError(
-            f"{writer.path}: holds episodes at {held} frames a second, got fps (--fps) {fps}; ask for {rates[0]}, or "
+            f"{writer.path}: holds episodes at {held} frames per second, got fps (--fps) {fps}; ask for {rates[0]}, or "
             "choose another folder",
             path=writer.path,
         )

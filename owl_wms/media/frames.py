@@ -40,7 +40,7 @@ def frame_batches(
             [n, C, H, W] (float in [-1, 1], or uint8).
         channels: what the encoder takes; 4 is colour and depth.
         size: (H, W) the encoder takes.
-        batch_size: frames a batch, the last may have fewer.
+        batch_size: frames per batch; the last may have fewer.
         depth: clip or folder with the depth channel in grey, for a source that has colour alone.
         resize: bicubic to `size` where it differs, instead of refusing.
 

@@ -92,8 +92,8 @@ class Stored:
 def find_tensor(file: BufferedReader, suffix: str, name: str) -> Stored | None:
     """Returns where the only tensor of a file lies, or the one with this name.
 
-    None where there is no such tensor, or anything about it is unusual: whoever reads the file whole says what is wrong
-    or can read it.
+    None if there is no such tensor, or if anything about it is unusual. The file then has to be read whole, which
+    succeeds or reports what is wrong.
 
     Raises:
         Exception: whatever a damaged file leads torch and safetensors to raise.

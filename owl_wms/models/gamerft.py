@@ -68,7 +68,7 @@ class ConditionedCore(nn.Module):
         self.proj_out = FinalProjection(config.d_model, config.channels)
 
     def condition(self, t: Tensor, mouse: Tensor | None, btn: Tensor | None, has_controls: Tensor | None) -> Tensor:
-        """One vector a frame.
+        """Returns one vector per frame.
 
         Args:
             t: [b, n].

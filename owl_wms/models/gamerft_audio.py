@@ -51,7 +51,7 @@ class GameRFTAudioCore(ConditionedCore):
 
         Args:
             x: [b, n, c, h, w] noisy latents.
-            audio: [b, n, c_a] noisy audio latents, one a frame.
+            audio: [b, n, c_a] noisy audio latents, one per frame.
             t: [b, n] noise level of both, 0 (data) to 1 (noise).
             mouse, btn, has_controls: see `ConditionedCore.condition`.
             kv_cache: frames before these.

@@ -93,7 +93,7 @@ class DiT(nn.Module):
 
         Args:
             x: [b, n, t, d] tokens, frame-major.
-            cond: [b, n, d], one condition a frame.
+            cond: [b, n, d], one condition per frame.
             doc_id: [b, n] integers, the document of each frame; without a cache only.
             cache: frames before these; kept up to date when its updates are enabled. Causal models only.
 

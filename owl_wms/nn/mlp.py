@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """Linear, SiLU, Linear, both biased; keys `fc1` and `fc2`.
 
-    Weights start at a Kaiming normal scaled once more by fan_in^-1/2, biases at zero: a branch starts near silent, as
+    Weights start at a Kaiming normal scaled once more by fan_in^-1/2, biases at zero: a branch starts near zero, as
     in the checkpoints this package must be able to continue.
     """
 

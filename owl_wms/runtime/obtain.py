@@ -1,4 +1,4 @@
-"""Obtains a slot's program once, for whoever decodes or steps, and counts what came of it.
+"""Obtains a slot's program once, for decodes and for steps of a stream, and counts the result.
 
 A program is found or built in the thread that decodes first, or, with `background`, in a thread of its own: then
 PyTorch decodes until the program is ready. A program that is in the cache is waited for in both cases.
@@ -37,7 +37,7 @@ def obtain(
 
     Args:
         slot: of the program.
-        find: finds or builds it, and tells the progress that it is given.
+        find: finds or builds it, and calls the progress that it is given.
         ledger: counts.
         strict: raise if there is none.
         progress: receives build events.

@@ -40,7 +40,7 @@ class Slot:
         state: `new`, `building` (in the background), `ready` or `off`.
         reason: why it is off, or where the program came from.
         search: the thread that finds or builds the program in the background.
-        failure: what a strict caller is told at every call while it is off; None when off by choice.
+        failure: raised to a strict caller at every call while it is off; None if it was switched off by choice.
         failures: run failures so far.
         eager_step: chunk size of the PyTorch path, smaller after memory ran out.
     """

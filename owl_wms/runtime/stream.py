@@ -122,8 +122,7 @@ def _stream(
 
 
 def _on(stream: torch.cuda.Stream | None, items: Iterator[_T]) -> Iterator[_T]:
-    """Iterates with `stream` current, which in another thread is not the caller's: what the caller has enqueued on it
-    comes first."""
+    """Iterates with the caller's `stream` as this thread's current one, so that work enqueued on it comes first."""
     with torch.no_grad(), contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         yield from items
 
@@ -131,7 +130,7 @@ def _on(stream: torch.cuda.Stream | None, items: Iterator[_T]) -> Iterator[_T]:
 def _pieces(
     source: Latents, count: int, piece: int, scale: float, device: torch.device, spent: Spent
 ) -> Iterator[Tensor]:
-    """Latents `[1, k, c, h, w]` on the device, by a stream of its own: what is being decoded is not waited for."""
+    """Yields latents `[1, k, c, h, w]` on the device, copied on a stream that does not wait for the decode."""
     copying = torch.cuda.Stream(device) if device.type == "cuda" else None
     for start in range(0, count, piece):
         with spent.on("read"):

@@ -31,7 +31,7 @@ class AVCachingSampler:
     """Cached sampler for causal video models.
 
     Args:
-        n_steps: Euler steps a frame; without effect when a custom schedule says how many there are.
+        n_steps: Euler steps per frame; without effect when a custom schedule says how many there are.
         cfg_scale: guidance; 1 is none, 0 or less ignores the controls.
         num_frames: frames to generate, at most; the controls may end earlier.
         noise_prev: noise level of the history, 0 to 1.

@@ -28,7 +28,7 @@ class AVWindowSampler:
     """Sliding-window sampler for video, or video with audio.
 
     Args:
-        n_steps: Euler steps a frame.
+        n_steps: Euler steps per frame.
         cfg_scale: guidance; 1 is none, 0 or less ignores the controls.
         window_length: frames the model sees at once, the new one included.
         num_frames: frames to generate.

@@ -1,4 +1,4 @@
-"""Weights stored with 8 bits: a matrix as int8 with one bfloat16 factor a row, everything else in bfloat16.
+"""Weights stored with 8 bits: a matrix as int8 with one bfloat16 factor per row, everything else in bfloat16.
 
 A file of half the size of one in bfloat16. The factor of the matrix NAME is the tensor NAME.row_scale beside it; a
 row's largest element becomes 127. Weights are unpacked to fp32 where they are read, so nothing else knows of it.

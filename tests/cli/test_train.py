@@ -121,7 +121,7 @@ def other() -> Mean:
         (Mean, {}, r"holds 2 of the worlds 7 to 8 already, 7 to 8; first_seed \(--seed\) 9 is the next that is free"),
         (Mean, {"first_seed": 8}, "holds 1 of the worlds 8 to 9 already, 8 to 8;"),
         (Mean, {"first_seed": 6}, "holds 1 of the worlds 6 to 7 already, 7 to 7;"),
-        (Mean, {"first_seed": 9, "fps": 30}, r"holds episodes at 20 frames a second, got fps \(--fps\) 30; ask for 20"),
+        (Mean, {"first_seed": 9, "fps": 30}, r"episodes at 20 frames per second, got fps \(--fps\) 30; ask for 20"),
         (other, {"first_seed": 9}, r"holds latents of first.pt with weights \w{12}, got second.pt .*--vae-checkpoint"),
     ],
 )
