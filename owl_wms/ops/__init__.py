@@ -1,7 +1,8 @@
 """The decoder's operations as custom ops, each a CUDA kernel beside a plain PyTorch reference.
 
 Importing this package registers `torch.ops.owl_wms.*`; a saved program that contains them needs that import first.
-All tensors are NHWC, `[B, H, W, C]` contiguous: the layout is logical, so no boundary has a reason to copy.
+Between operators tensors are contiguous `[B, H, W, C]`, so no copy is needed. At the ends, `latent_conv` and
+`code_gain` read `[B, c, h, w]` latents, and `resize` and `shuffle_frames` write `[B, C, H, W]` frames.
 
     grouped_conv   3x3 in groups of 16, LeakyReLU on load, bias and LeakyReLU on store, optionally behind a bicubic x2
     up_residual    bicubic x2 plus the pixel-shuffled shortcut
