@@ -1,7 +1,8 @@
-"""Every exception that owl_wms raises on purpose, each carrying the data that explains it.
+"""The exceptions of owl_wms. Each has the path, key, shape or stage that explains it as an attribute.
 
-Why one file: a caller can catch `OwlError` and nothing else, and a reader finds every way in which the package refuses.
-Messages state the rule, the value received and, where there is one, the remedy.
+Why one file: a caller can catch `OwlError` for everything that files, settings and machines cause, and a reader finds
+all of it here. A wrong argument of a function inside the package is a ValueError. Messages state the rule, the value
+received and, if there is one, the remedy.
 """
 
 from __future__ import annotations

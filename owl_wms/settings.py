@@ -103,7 +103,7 @@ class TensorRTConfig:
     def resolve(cls, config: Any = None, **call: Any) -> TensorRTConfig:
         """Merge the three sources, environment > call > config.
 
-        A source that replaces fp8 or int8 by a precision without calibration replaces its calibration too.
+        If a stronger source changes the precision from fp8 or int8 to another, the weaker one's calibration is dropped.
 
         Args:
             config: None, a TensorRTConfig, a mapping of its fields, or an object with training-config fields

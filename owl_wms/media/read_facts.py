@@ -2,7 +2,7 @@
 
 Usage:
     facts = read_facts("clip.safetensors")
-    for sentence in facts.otherwise(vae_scale=1.0): ...      # what a caller was told otherwise
+    for sentence in facts.otherwise(vae_scale=1.0): ...      # values that a caller gave and the file contradicts
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class Evaluator:
         if error is not None:
             raise error
         if failed:
-            raise TrainingError("evaluation cannot run on another rank, whose error says why", step=self._trainer.step)
+            raise TrainingError("evaluation cannot run on another rank; see its error", step=self._trainer.step)
 
     @torch.no_grad()
     def _sample(self) -> tuple[Tensor, Tensor | None]:

@@ -104,7 +104,7 @@ ROWS: dict[str, Row] = {
     ),
     "evict": Row(
         "8 readers, 4 writers, 40 keys, a cap of 3 entries, clocks ten years off either way",
-        "no failed read; no more at once than the cap and one in each hand",
+        "no failed read; never more entries than the cap, plus one that each reader or writer holds open",
         TENTH,
     ),
     "clock": Row(

@@ -90,7 +90,7 @@ def test_readers_and_writers_over_a_small_cap(fault: Fault, folder: Path) -> Non
         "evict",
         f"{seconds} s: {reads.value} reads right, 0 failed, {misses.value} misses, "
         f"{builds.value} writes, at most {largest.value} of {keys} entries at once "
-        f"(bound {bound}: cap {cap} and one in each of {readers + writers} hands), {cap} at most after",
+        f"(bound {bound}: cap {cap} and one held by each of {readers + writers}), {cap} at most after",
     )
 
 
