@@ -424,7 +424,7 @@ def test_rounds_of_new_worlds_are_taken_and_a_dead_renderer_is_one_line(
     renderer.process.status = -9
     for _ in range(3):
         renderer()
-    assert said[2:] == ["no new worlds any more, as their process ended with status -9: out of memory"]
+    assert said[2:] == ["no new worlds any more, as their process ended with status -9; its last line: out of memory"]
     renderer.process.status, renderer._ended, renderer._last = None, False, monotonic() - 1_000
     for _ in range(3):
         renderer()
@@ -433,8 +433,8 @@ def test_rounds_of_new_worlds_are_taken_and_a_dead_renderer_is_one_line(
 
 def truth_of(frames: torch.Tensor, shown: list[int], views: object = None) -> object:
     """Held-out worlds [3] whose frames are those."""
-    holding, n = importlib.import_module("holding"), 1
-    looks = holding.Looks.of(frames, torch.ones(3, len(shown)))
+    holding, survival, n = importlib.import_module("holding"), importlib.import_module("survival"), 1
+    looks = survival.Looks.of(frames, torch.ones(3, len(shown)))
     first = shown.index(1)
     return holding.Truth(
         latents=torch.zeros(3, 1, 1, 1, 1),
@@ -443,8 +443,8 @@ def truth_of(frames: torch.Tensor, shown: list[int], views: object = None) -> ob
         shown=shown,
         drawn=frames,
         looks=looks,
-        still_db=torch.stack([holding._decibels(clip, clip[first, None]) for clip in frames[:n]]),
-        views=holding.Views.none(2, looks.sharp) if views is None else views,
+        still_db=torch.stack([survival.decibels(clip, clip[first, None]) for clip in frames[:n]]),
+        views=importlib.import_module("views").Views.none(2, looks.sharp) if views is None else views,
         windows=[0, 20, 40],
         ceiling={},
     )
@@ -482,8 +482,8 @@ def test_what_the_game_itself_breaks_does_not_count_and_views_are_frames_of_a_wo
     spread = torch.ones(3, len(shown))
     path = one.expand(-1, len(shown), -1, -1, -1).clone()
     path[0, 30:45] = other[0]  # something walks into the picture of the world at rest, and out again
-    looks = holding.Looks.of(other[1:], torch.ones(2, 1))
-    views = holding.Views(colour=looks.colour, sharp=looks.sharp, spread=looks.spread)
+    looks = importlib.import_module("survival").Looks.of(other[1:], torch.ones(2, 1))
+    views = importlib.import_module("views").Views(colour=looks.colour, sharp=looks.sharp, spread=looks.spread)
     made = path.clone()
     made[0, 30:45] = one[0]  # the model did not know
     made[1, 15:] = other[1]  # it looks elsewhere in the same world

@@ -28,10 +28,11 @@ from typing import Any
 import torch
 import yaml
 from clock_trainer import CONTINUED, ClockTrainer, Plan, export
-from holding import FPS, Player, Truth, measure
+from holding import Player, Truth, measure
 from own_history import playing
 from rendering import Order, Renderer
 from stages import smaller
+from survival import FPS
 from torch import Tensor, nn
 from train import FIRST_SEED, WORLDS_PER_CALL, collect, make_codec, say, whiten
 

@@ -125,8 +125,8 @@ def play(
         latents.append(torch.cat([encode(draw(part, height=size[0], width=size[1])).half() for part in parts]))
         mice.append(mouse.float())
         held.append(buttons.float())
-    stacked = (torch.stack(part, dim=1) for part in (latents, mice, held))
-    return Episodes(**dict(zip(("latents", "mouse", "buttons"), stacked, strict=True)))
+    made, mouse, buttons = (torch.stack(part, dim=1) for part in (latents, mice, held))
+    return Episodes(latents=made, mouse=mouse, buttons=buttons)
 
 
 @torch.no_grad()

@@ -1,18 +1,7 @@
 """How long a world model holds: measures over 30 seconds of play, each beside the game's own value.
 
-Survival is the time of the first looked-at frame at which a bound breaks. What frames are compared with:
-
-| | at rest | in motion |
-|---|---|---|
-| colour | the model's own first frame | the nearest of that world's frames: its path and thousands of other views |
-| still_db | the model's own first frame | |
-| sharpness, spread | the range that the game has while it rests | the range of the frames with the nearest colours |
-
-A bound counts at a frame only where the game itself keeps it under the same commands: at rest a creature that walks
-into the picture breaks two of them. `survival_by_path` is the older form: every frame counts, in motion the path's
-frames alone are that world's, at rest sharpness and spread are those of the game's same frame. The game itself, under
-other commands in the same worlds, breaks that form after half a second (`views.py`). `Truth.ceiling` has both forms for
-the game under other commands, which is the most that a model can reach.
+`Truth.ceiling` has the survival (`survival.py`) of the game itself under other commands in the same worlds, which is
+the most that a model can reach.
 
 Usage:
     truth = Truth.play(worlds=12, frames=600, encode=encode, decode=decode, device=device, size=(360, 640))
@@ -32,13 +21,13 @@ from control import commands, obedience, picture
 from episodes import SKIP, enter
 from safetensors import safe_open
 from safetensors.torch import save_file
+from survival import EVERY, FPS, Looks, both_forms, decibels, rounded, steps_of
 from torch import Tensor, nn
-from views import Views, colours, look_around, sharpness, with_others_out_of_view
+from views import Views, look_around, with_others_out_of_view
 
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
 from owl_wms.game.world import GameWorld
-from owl_wms.media.metrics import psnr
 from owl_wms.models.latents import LatentSpace
 from owl_wms.sampling import get_sampler_cls
 from owl_wms.sampling.frames import FrameLoop
@@ -46,29 +35,10 @@ from owl_wms.sampling.guidance import Guidance
 from owl_wms.sampling.schedule import get_sd3_euler
 
 SEED = 5_000  # training seeds are far above
-FPS = 20
 CONTEXT = 12
 TAUGHT = 24  # true frames after the context whose latents are kept
 WINDOW = 60  # frames in which obedience is measured, at the beginning, in the middle and at the end
-EVERY = 10  # frames between those that are looked at outside of these
-ALIKE = 64  # frames of a world with the most similar colours, whose range of sharpness and spread counts
-STILL_DB, COLOUR, SHARPNESS, SPREAD = 28.0, 0.03, (0.85, 1.15), (0.95, 1.05)  # bounds of survival
 GROUPS = ((0, 8), (8, 16), (16, 32), (32, 64), (64, 128))  # principal directions, the strongest first
-
-
-@dataclass(frozen=True, slots=True)
-class Looks:
-    """What is compared between frames, of every shown frame of every world."""
-
-    sharp: Tensor  # [w, s]
-    colour: Tensor  # [w, s, q]
-    spread: Tensor  # [w, s]
-
-    @staticmethod
-    def of(frames: Tensor, spread: Tensor) -> Looks:
-        """Of pictures [w, s, 4, H, W] and the standard deviation of their latents [w, s]."""
-        sharp = torch.stack([sharpness(clip) for clip in frames])
-        return Looks(sharp, torch.stack([colours(clip) for clip in frames]), spread)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +117,7 @@ class Truth:
             shown=shown,
             drawn=drawn,
             looks=Looks.of(decoded, spread),
-            still_db=torch.stack([_decibels(clip, clip[first, None]) for clip in decoded[:worlds]]),
+            still_db=torch.stack([decibels(clip, clip[first, None]) for clip in decoded[:worlds]]),
             views=look_around(begun.part(worlds, count), frames, encode, decode, size),
             windows=windows,
             ceiling={},
@@ -161,7 +131,7 @@ class Truth:
         n, frames = self.worlds, self.shown[-1]
         resting, moving = with_others_out_of_view(begun.part(0, n)), begun.part(n, 3 * n)
         mouse, buttons = _asked(n, frames, begun.device, 8)
-        steps = _steps(self)
+        steps = steps_of(self)
         seen = []
         for step in range(1, frames + 1):
             for _ in range(SKIP):
@@ -172,8 +142,8 @@ class Truth:
                 seen.append([torch.cat(pair) for pair in parts])
         decoded, spread = (torch.stack(part, dim=1) for part in zip(*seen, strict=True))
         looks = Looks.of(decoded, spread)
-        db = torch.stack([_decibels(clip, clip[:1]) for clip in decoded[:n]])
-        found = _both_forms(looks, db, self, list(range(int(1 not in steps), decoded.shape[1])), 0)
+        db = torch.stack([decibels(clip, clip[:1]) for clip in decoded[:n]])
+        found = both_forms(looks, db, self, list(range(int(1 not in steps), decoded.shape[1])), 0)
         return {name: part for name, part in found.items() if name != "values"}
 
     def write(self, path: Path) -> None:
@@ -203,7 +173,6 @@ class Truth:
         return [self.shown.index(k) for k in frames]
 
 
-_Values = dict[str, Tensor]
 _TENSORS = ("latents", "mouse", "buttons", "drawn", "still_db")
 
 
@@ -236,7 +205,8 @@ class _Camera:
 def _asked(worlds: int, frames: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
     """Commands [3 * worlds, frames, 2] and [.., 11]: nothing for the first third, then turns, then W and S."""
     mouse, buttons = commands(2 * worlds, frames, device, seed)
-    return tuple(torch.cat([torch.zeros_like(x[:worlds]), x]) for x in (mouse, buttons))
+    still = torch.zeros_like(mouse[:worlds]), torch.zeros_like(buttons[:worlds])
+    return torch.cat([still[0], mouse]), torch.cat([still[1], buttons])
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,10 +278,10 @@ def fresh(player: Player, truth: Truth) -> dict[str, Any]:
     along = (error.movedim(2, -1).flatten(0, -2).double() @ directions).square().mean(dim=0)
     still = slice(0, truth.worlds)
     return {
-        "all": _rounded(error.square().mean()),
-        "still": _rounded(error[still].square().mean()),
-        "repeating_the_frame_before": [_rounded(repeated.mean()), _rounded(repeated[still].mean())],
-        "by_direction": {f"{a}-{b}": _rounded(along[a:b].sum() / variances[a:b].sum()) for a, b in GROUPS},
+        "all": rounded(error.square().mean()),
+        "still": rounded(error[still].square().mean()),
+        "repeating_the_frame_before": [rounded(repeated.mean()), rounded(repeated[still].mean())],
+        "by_direction": {f"{a}-{b}": rounded(along[a:b].sum() / variances[a:b].sum()) for a, b in GROUPS},
     }
 
 
@@ -325,110 +295,7 @@ def kept(player: Player, truth: Truth, made: Tensor) -> float:
     nexts = [player.after(x, truth).denoise(*controls, _seeded(x.device, 13)).float() for x in (true, own)]
     change = player.space.difference_to_stored(nexts[1] - nexts[0])
     error = player.space.difference_to_stored(own[:, -1:].float() - true[:, -1:].float())
-    return _rounded((change * error).sum() / error.square().sum())
-
-
-def _decibels(a: Tensor, b: Tensor) -> Tensor:
-    """Of colour pictures [n, 4, H, W], at most 60: frames at rest may be equal."""
-    return psnr(a[:, :3], b[:, :3]).clamp(max=60)
-
-
-def _steps(truth: Truth) -> list[int]:
-    """Frames at which bounds are looked at."""
-    return list(range(EVERY, truth.shown[-1] + 1, EVERY))
-
-
-def _beyond(value: Tensor, theirs: Tensor) -> Tensor:
-    """Ratio of values [..., s] to the nearer end of the range of `theirs` [..., s or 1, k]; 1 within the range."""
-    low, high = theirs.amin(dim=-1), theirs.amax(dim=-1)
-    return torch.where(value < low, value / low, torch.where(value > high, value / high, torch.ones_like(value)))
-
-
-def _values(looks: Looks, still_db: Tensor, truth: Truth, place: list[int], first: int, *, by_path: bool) -> _Values:
-    """The values that survival has bounds on: name -> [w or worlds at rest, len(place)].
-
-    Args:
-        looks, still_db: of the frames to be judged.
-        truth: what they are compared with.
-        place: of the frames in `looks`.
-        first: place of frame 1 in `looks`.
-        by_path: the older form, see the module's docstring.
-    """
-    n, true = truth.worlds, truth.looks
-    own = (looks.colour[:n, place] - looks.colour[:n, first, None]).abs().mean(dim=-1)
-    views = Views.none(2 * n, true.sharp) if by_path else truth.views
-    moved, alike = [], []
-    for i in range(2 * n):
-        mine, path = looks.colour[n + i, place], true.colour[n + i]
-        decoded = torch.cat([path, views.colour[i, : views.sharp.shape[1]]])
-        drawn = views.colour[i, views.sharp.shape[1] :]
-        distance = torch.cdist(mine, decoded, p=1) / mine.shape[1]
-        nearest = distance.amin(dim=1)
-        if len(drawn):
-            nearest = torch.minimum(nearest, (torch.cdist(mine, drawn, p=1) / mine.shape[1]).amin(dim=1))
-        moved.append(nearest)
-        alike.append(distance.topk(len(decoded) if by_path else min(ALIKE, len(decoded)), largest=False).indices)
-
-    def ratio(mine: Tensor, theirs: Tensor, seen: Tensor) -> Tensor:
-        still = mine[:n, place] / theirs[:n, truth.at(_steps(truth))] if by_path else None
-        still = _beyond(mine[:n, place], theirs[:n, None]) if still is None else still
-        every = torch.cat([theirs[n:], seen], dim=1)
-        return torch.cat([still, *(_beyond(mine[n + i, place], every[i][alike[i]])[None] for i in range(2 * n))])
-
-    return {
-        "still_db": still_db[:, place],
-        "colour": torch.cat([own, torch.stack(moved)]),
-        "sharpness": ratio(looks.sharp, true.sharp, views.sharp),
-        "spread": ratio(looks.spread, true.spread, views.spread),
-    }
-
-
-def _broken(values: _Values, worlds: int) -> dict[str, Tensor]:
-    """Which bounds break: name -> bool [w, frames]."""
-    rest = torch.zeros_like(values["colour"], dtype=torch.bool)
-    rest[:worlds] = values["still_db"] < STILL_DB
-    return {
-        "colour": values["colour"] > COLOUR,
-        "sharpness": (values["sharpness"] < SHARPNESS[0]) | (values["sharpness"] > SHARPNESS[1]),
-        "spread": (values["spread"] < SPREAD[0]) | (values["spread"] > SPREAD[1]),
-        "still_db": rest,
-    }
-
-
-def _survival(broken: dict[str, Tensor], worlds: int, frames: list[int]) -> dict[str, Any]:
-    whole = torch.stack(list(broken.values())).any(dim=0)
-    times = torch.tensor([*frames, frames[-1] + EVERY], device=whole.device) / FPS
-
-    def first(marks: Tensor) -> Tensor:
-        ended = torch.cat([marks, torch.ones_like(marks[:, :1])], dim=1)
-        return times[ended.int().argmax(dim=1)]
-
-    n = worlds
-    kinds = {"all": slice(0, 3 * n), "still": slice(0, n), "turn": slice(n, 2 * n), "walk": slice(2 * n, 3 * n)}
-    return {
-        "median_seconds": {kind: _rounded(first(whole)[part].median()) for kind, part in kinds.items()},
-        "median_seconds_of_each_bound": {name: _rounded(first(marks).median()) for name, marks in broken.items()},
-        "share_of_frames_broken": {kind: _rounded(whole[part].float().mean()) for kind, part in kinds.items()},
-    }
-
-
-def _both_forms(looks: Looks, still_db: Tensor, truth: Truth, place: list[int], first: int) -> dict[str, Any]:
-    """Survival of frames, as it is and in the older form, and the values behind the first one."""
-    steps, n = _steps(truth), truth.worlds
-    values = _values(looks, still_db, truth, place, first, by_path=False)
-    at = truth.at(steps)
-    game = _broken(_values(truth.looks, truth.still_db, truth, at, truth.shown.index(1), by_path=False), n)
-    broken = {name: marks & ~game[name] for name, marks in _broken(values, n).items()}
-    older = _broken(_values(looks, still_db, truth, place, first, by_path=True), n)
-    return {
-        "survival": _survival(broken, n, steps) | {"share_counted_at_rest": _rounded(1 - _either(game)[:n].mean())},
-        "survival_by_path": _survival(older, n, steps),
-        "values": values,
-    }
-
-
-def _either(broken: dict[str, Tensor]) -> Tensor:
-    return torch.stack(list(broken.values())).any(dim=0).float()
+    return rounded((change * error).sum() / error.square().sum())
 
 
 @torch.no_grad()
@@ -436,39 +303,39 @@ def looks_of(frames: Tensor, spread: Tensor, truth: Truth) -> dict[str, Any]:
     """Measure pictures [w, s, 4, H, W] of the shown frames, and the spread [w, s] of their latents."""
     looks = Looks.of(frames, spread)
     n = truth.worlds
-    steps = _steps(truth)
+    steps = steps_of(truth)
     first = truth.shown.index(1)
-    still_db = torch.stack([_decibels(clip, clip[first, None]) for clip in frames[:n]])
-    survival = _both_forms(looks, still_db, truth, truth.at(steps), first)
+    still_db = torch.stack([decibels(clip, clip[first, None]) for clip in frames[:n]])
+    survival = both_forms(looks, still_db, truth, truth.at(steps), first)
     values = survival.pop("values")
     ends = [k for k in (20, 100, 300, 600) if k in steps]
     found: dict[str, Any] = {**survival, "still_db_to_own_first": {}, "still_db_to_game": {}}
     for k in ends:
-        found["still_db_to_own_first"][k] = _rounded(values["still_db"][:, steps.index(k)].mean())
+        found["still_db_to_own_first"][k] = rounded(values["still_db"][:, steps.index(k)].mean())
         at = truth.shown.index(k)
-        found["still_db_to_game"][k] = _rounded(_decibels(frames[:n, at], truth.drawn[:n, at]).mean())
+        found["still_db_to_game"][k] = rounded(decibels(frames[:n, at], truth.drawn[:n, at]).mean())
     begin = truth.at(list(range(1, truth.windows[0] + min(WINDOW, truth.shown[-1] // 3) + 1)))
-    found["still_change_between_frames"] = _rounded(frames[:n, begin, :3].float().diff(dim=1).abs().mean())
+    found["still_change_between_frames"] = rounded(frames[:n, begin, :3].float().diff(dim=1).abs().mean())
     kinds = {"still": slice(0, n), "turn": slice(n, 2 * n), "walk": slice(2 * n, 3 * n)}
     for name in ("colour", "sharpness", "spread"):
         found[name] = {
-            kind: {f"{k / FPS:g}s": _rounded(values[name][part, steps.index(k)].mean()) for k in ends}
+            kind: {f"{k / FPS:g}s": rounded(values[name][part, steps.index(k)].mean()) for k in ends}
             for kind, part in kinds.items()
         }
     # Whatever the view: the mean over all moving worlds, of the model over the game's.
     sharp = truth.looks.sharp[n:].mean()
     found["mean_sharpness_moving"] = {
-        f"{k / FPS:g}s": _rounded(looks.sharp[n:, truth.shown.index(k)].mean() / sharp) for k in ends
+        f"{k / FPS:g}s": rounded(looks.sharp[n:, truth.shown.index(k)].mean() / sharp) for k in ends
     }
-    found["first_frame_db_to_game"] = _rounded(_decibels(frames[:, first], truth.drawn[:, first]).mean())
+    found["first_frame_db_to_game"] = rounded(decibels(frames[:, first], truth.drawn[:, first]).mean())
     found["obedience"] = {}
     window = truth.windows[-1]
     for begun in truth.windows:
         length = truth.shown[-1] - window
-        at = truth.at(list(range(begun, begun + length + 1)))
+        seen = truth.at(list(range(begun, begun + length + 1)))
         asked = slice(CONTEXT + begun, CONTEXT + begun + length)
         seconds = f"{begun / FPS:g}-{(begun + length) / FPS:g}s"
-        found["obedience"][seconds] = obedience(frames[n:, at], truth.mouse[n:, asked], truth.buttons[n:, asked])
+        found["obedience"][seconds] = obedience(frames[n:, seen], truth.mouse[n:, asked], truth.buttons[n:, asked])
     return found
 
 
@@ -481,7 +348,3 @@ def measure(player: Player, truth: Truth, decode: Callable[[Tensor], Tensor]) ->
     found = {"sampler": player.sampler, "seed": player.seed, "fresh": fresh(player, truth)}
     found["kept"] = kept(player, truth, made)
     return found | looks_of(frames, seen.float().flatten(2).std(dim=2), truth), frames
-
-
-def _rounded(value: Tensor) -> float:
-    return round(float(value), 4)

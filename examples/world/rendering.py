@@ -134,7 +134,9 @@ class Renderer:
         status = self.process.poll()
         if status is not None and not self._ended:
             self._ended = True
-            self._say(f"no new worlds any more, as their process ended with status {status}: {self._words()}")
+            self._say(
+                f"no new worlds any more, as their process ended with status {status}; its last line: {self._words()}"
+            )
         elif not self._ended and not self._late and now - self._last > LATE_SECONDS:
             self._late = True
             self._say(f"no new worlds for {LATE_SECONDS:.0f} s; training goes on with {len(data)}")

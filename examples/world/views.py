@@ -20,8 +20,9 @@ from control import picture
 from episodes import SKIP
 from torch import Tensor
 
+from owl_wms.game.buttons import BUTTONS
 from owl_wms.game.render import render
-from owl_wms.game.world import BUTTONS, GameWorld
+from owl_wms.game.world import GameWorld
 
 QUANTILES = 64
 WALKERS = 64  # in each world
@@ -100,7 +101,8 @@ def look_around(
 ) -> Views:
     """Let walkers go from where the players of `world` [w] stand, and look at what they see.
 
-    Most views are drawn at 45 x 80, which differs from a frame of 180 x 320 that is averaged by less than 0.002.
+    Most views are drawn at 45 x 80. Their sorted pixels differ from those of the averaged frame by 0.004 in the mean
+    (at most 0.008 in 72 views), which counts against a model.
     Half of the views of those who turn and walk look in any direction.
     """
     worlds, device = world.batch, world.device
@@ -134,7 +136,7 @@ def look_around(
 
     def by_world(parts: list[Tensor], count: int) -> Tensor:
         """[count * w * WALKERS, ...] in the order of time -> [w, count * WALKERS, ...]."""
-        whole = torch.cat(parts).unflatten(0, (count, worlds, WALKERS))
+        whole: Tensor = torch.cat(parts).unflatten(0, (count, worlds, WALKERS))
         return whole.transpose(0, 1).flatten(1, 2)
 
     return Views(
