@@ -103,7 +103,7 @@ def _load_torch(file: io.BufferedReader | io.BytesIO) -> Any:
         raise ValueError(claims)
     with warnings.catch_warnings():  # a damaged file is one error, not also a remark on its pickle protocol
         warnings.simplefilter("ignore", UserWarning)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def _in_torch(file: BufferedReader, name: str) -> Stored | None:
     file.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        value = torch.load(file, map_location="meta", weights_only=True)
+        value = torch.load(file, map_location="meta", weights_only=True, mmap=False)
     if isinstance(value, Mapping):
         tensors = {key: item for key, item in value.items() if isinstance(item, Tensor)}
         value = next(iter(tensors.values())) if len(tensors) == 1 else tensors.get(name)

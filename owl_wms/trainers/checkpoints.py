@@ -116,7 +116,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
             path=path,
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # a damaged file raises whatever zip, pickle or torch trip over
         # torch's own text is not repeated: it advises to switch off the protection that refused the file.
         reason = "it is truncated, or no PyTorch checkpoint; use an earlier one"

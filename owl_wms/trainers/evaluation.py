@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from owl_wms.data.loaders import Loader
 from owl_wms.data.loading import Batch
 from owl_wms.errors import ConfigError, FastPathError, TrainingError
+from owl_wms.media.arrays import save_array
 from owl_wms.sampling import get_sampler_cls
 from owl_wms.trainers.distributed import any_rank, gather_to_first
 from owl_wms.trainers.output import write_clip
@@ -232,7 +233,7 @@ class Evaluator:
         rank = "" if trainer.rank == 0 else f".rank{trainer.rank}"
         for name, value in (("vid", latents), ("aud", sound)):
             if value is not None:
-                torch.save(value, folder / f"{name}.{trainer.step}{rank}.pt")
+                save_array(folder / f"{name}.{trainer.step}{rank}.pt", value)
 
     def _load_decoders(self) -> None:
         """Load the video decoder and, if configured, the sound's; a decoder without a checkpoint stays None."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from owl_wms.media.arrays import save_array
 from owl_wms.media.video import VideoWriter
 from owl_wms.whole import written_whole
 
@@ -35,7 +36,7 @@ def write_clip(stem: Path, pieces: Iterable[Tensor], audio: Tensor | None, *, fp
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     if audio is not None:
-        torch.save(audio.float().cpu(), stem.with_name(f"{stem.name}_audio.pt"))
+        save_array(stem.with_name(f"{stem.name}_audio.pt"), audio.float())
     if importlib.util.find_spec("av") is None:
         _log.warning("PyAV is not installed (pip install av): writing %s.pt instead of a video", stem)
         path = stem.with_name(stem.name + ".pt")

@@ -145,7 +145,7 @@ def _about(folder: Path) -> Mapping[str, Any]:
         with open_regular(path) as file:
             where = "meta" if is_native(file) else "cpu"
             file.seek(0)
-            state = torch.load(file, map_location=where, weights_only=True)
+            state = torch.load(file, map_location=where, weights_only=True, mmap=False)
     except Exception:  # a damaged file raises anything, and the log alone makes a page
         return {}
     return state if isinstance(state, dict) else {}

@@ -135,7 +135,7 @@ def _read_torch(path: Path) -> Any:
         # A damaged file is one error below, and not also a warning about its pickle protocol.
         with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless()):
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except MemoryError:
         raise
     except Exception as err:  # damaged bytes lead torch.load to raise almost anything

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils.serialization import config
 
 from owl_wms.errors import DataError
 from owl_wms.media import latents as latents_module
@@ -19,6 +20,7 @@ from owl_wms.media.arrays import ARRAY_SUFFIXES, load_latents, save_array
 from owl_wms.media.facts import Facts
 from owl_wms.media.latents import LatentFile
 from owl_wms.models.latents import Whitener
+from owl_wms.vae import read_state_dict
 
 Z = torch.randn(2, 5, 4, 32, 48, generator=torch.Generator().manual_seed(0))
 # Name -> what is saved as .pt, and whether it can be read where it lies.
@@ -84,6 +86,18 @@ def test_the_other_byte_order(tmp_path: Path) -> None:
     assert source._frames.file is None
     same_in_pieces(source, tmp_path / "x.pt")
     assert torch.equal(source.read(0, 10), Z.flatten(0, 1))
+
+
+def test_a_program_that_maps_all_files_of_torch(tmp_path: Path) -> None:
+    """Weights would change with their file, and open files would be refused."""
+    torch.save({"weight": Z}, tmp_path / "x.pt")
+    with config.patch({"load.mmap": True}):
+        assert torch.equal(load_latents(tmp_path / "x.pt"), Z)
+        same_in_pieces(LatentFile(tmp_path / "x.pt"), tmp_path / "x.pt")
+        weights = read_state_dict(tmp_path / "x.pt")
+    with (tmp_path / "x.pt").open("r+b") as file:
+        file.write(bytes((tmp_path / "x.pt").stat().st_size))
+    assert torch.equal(weights["weight"], Z)
 
 
 @pytest.mark.parametrize(
