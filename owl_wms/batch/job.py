@@ -104,7 +104,7 @@ def announced(job: Job) -> str | None:
     """Returns the name of the last run that was announced, or None."""
     try:
         found = json.loads(Store(job.out).read(SETTINGS) or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return str(found["run"]) if isinstance(found, dict) and "run" in found else None
 

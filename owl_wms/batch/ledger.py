@@ -17,6 +17,7 @@ Usage:
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 import threading
@@ -130,8 +131,14 @@ def parsed(data: bytes) -> Iterator[Line]:
         if not isinstance(line, dict):
             continue
         needed: dict[str, Any] = {"key": str, "event": str, "at": (int, float), **_HAS.get(str(line.get("event")), {})}
-        if all(isinstance(line.get(name), kind) for name, kind in needed.items()) and line["key"].isascii():
+        whole = all(isinstance(line.get(name), kind) for name, kind in needed.items()) and math.isfinite(line["at"])
+        if whole and line["key"].isascii() and all(map(_is_output, line.get("outputs", ()))):
             yield line
+
+
+def _is_output(found: Any) -> bool:
+    texts = [found.get("name"), found.get("sha256")] if isinstance(found, dict) else [None]
+    return all(isinstance(text, str) and "\0" not in text for text in texts)
 
 
 class Index:

@@ -213,7 +213,7 @@ class _Object:
     def _read(self, name: str) -> dict[str, Any]:
         try:
             found = json.loads(self._store.read(name) or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 

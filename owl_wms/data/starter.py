@@ -267,7 +267,10 @@ def _window(lengths: Sequence[int]) -> int:
 def button_names(path: Path, count: int) -> tuple[str, ...]:
     """Returns the names that an import stored, else B0, B1, ..."""
     file = path / "source.json"
-    held = json.loads(file.read_text(encoding="utf-8")).get("buttons") if file.exists() else None
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))["buttons"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # none was imported, or it was damaged since
+        held = None
     names = [re.sub(r"[^\w-]", "_", str(name))[:32] for name in held] if isinstance(held, list) else []
     good = len(names) == count == len(set(names)) and all(names)
     return tuple(names) if good else tuple(f"B{number}" for number in range(count))

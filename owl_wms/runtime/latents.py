@@ -64,6 +64,8 @@ def check_audio(latents: Tensor, channels: int | None) -> None:
 def _check_tensor(latents: Tensor, expected: str) -> None:
     if not isinstance(latents, Tensor):
         raise DataError(f"latents must be a torch.Tensor {expected}; got {type(latents).__name__}")
+    if torch._C._functorch.is_batchedtensor(latents):
+        raise DataError(f"latents under torch.vmap cannot be decoded; give them as one batch {expected}")
     if latents.is_complex() or latents.is_quantized or latents.layout != torch.strided:
         raise DataError(f"latents must be a dense real tensor {expected}; got {latents.dtype}, {latents.layout}")
 

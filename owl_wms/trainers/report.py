@@ -27,6 +27,8 @@ GENERATOR = '<meta name="generator" content="owl-wms report">'
 CLIP_BYTES = 24 << 20
 """Most bytes of clips inside a page; what is beyond is named only."""
 _POINTS = 600
+_MOST_STEPS = 1 << 53
+"""Beyond it a float has no room for the next step."""
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 240, 64, 24
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1400px;margin:2em auto;padding:0 1em;color:#222}
@@ -75,7 +77,10 @@ def read_run(folder: Path) -> Run:
         try:
             entry = json.loads(line)
             step, now = int(entry["step"]), float(entry.get("seconds", last))
-        except (ValueError, KeyError, TypeError):  # a killed run leaves half a line
+            values = {name: float(value) for name, value in entry.items() if isinstance(value, (int, float))}
+            if not (math.isfinite(now) and abs(step) < _MOST_STEPS):
+                raise ValueError("no number of a run")
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # a killed run leaves half a line
             broken += 1
             continue
         if now < last:  # another start of the run
@@ -85,9 +90,9 @@ def read_run(folder: Path) -> Run:
             clips[step] = (str(entry["samples"]).split(", "), str(entry.get("decoded_by", "")))
         if "evaluation_error" in entry:
             errors[step] = str(entry["evaluation_error"])
-        for name, value in entry.items():
-            if name not in ("step", "seconds") and isinstance(value, (int, float)):
-                numbers.setdefault(name, {})[step] = float(value)
+        for name, value in values.items():
+            if name not in ("step", "seconds"):
+                numbers.setdefault(name, {})[step] = value
     return Run(
         series={name: sorted(values.items()) for name, values in sorted(numbers.items())},
         clips=[(step, *found) for step, found in sorted(clips.items())],

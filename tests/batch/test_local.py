@@ -317,7 +317,12 @@ def test_lines_of_the_ledger_that_a_disk_has_damaged_are_passed_over(tmp_path: P
         for event in ("begin", "placing", "done", "failed", "lost"):
             file.write(json.dumps({"key": "k", "event": event}).encode() + b"\n")
         file.write(b'{"key": "k", "event": "done", "at": 1, "item": "i", "outputs": [], "frames": "x"}\n')
+        for odd in (1, {}, {"name": "a"}, {"name": "a\0b", "sha256": "0"}, {"name": "a", "sha256": 1}):
+            facts = {"key": "o", "event": "placing", "at": 1, "item": "i", "outputs": [odd]}
+            file.write(json.dumps(facts).encode() + b"\n")
+        file.write(b'{"key": "k", "event": "done", "at": NaN, "item": "i", "outputs": [], "frames": 1}\n')
         file.write(b'{"key": "\\ud800", "event": "lost", "at": 1}\n\xff\n[]\n' + b"[" * 100_000)
+    (Path(job.out) / "_ledger/settings.json").write_bytes(b"[" * 100_000)
     state = status(job, str(folder), LATENT_SUFFIXES)
     assert (state.done, state.failed, state.left, state.frames) == (1, 1, 1, 2)
     assert [o.state for o in go(job, folder)] == ["failed"]

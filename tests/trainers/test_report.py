@@ -106,6 +106,23 @@ def test_resumed_and_torn_logs(tmp_path: Path) -> None:
     assert "lines of the log that could not be read" in report(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 1e400}',
+        '{"step": 2, "seconds": NaN}',
+        f'{{"step": 2, "x": {10**400}}}',
+        "[" * 100_000,
+        '{"step": 1e300}',
+    ],
+    ids=["endless step", "no time", "a number too large", "nested", "a step too large"],
+)
+def test_numbers_of_a_log_that_are_none(tmp_path: Path, line: str) -> None:
+    (tmp_path / LOG).write_text(f'{{"step": 1, "loss": 0.5, "seconds": 3}}\n{line}\n')
+    assert read_run(tmp_path).broken == 1
+    assert "lines of the log that could not be read" in report(tmp_path)
+
+
 def test_a_checkpoint_of_the_other_byte_order_is_described_too(tmp_path: Path) -> None:
     state = {"model": {"weight": torch.ones(3)}, "config": {"train": {"batch_size": 4321}}}
     torch.save(state, tmp_path / "little.pt")
