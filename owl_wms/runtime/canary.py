@@ -6,7 +6,7 @@ PyTorch computes from weights of its own, so one of its frames now and then show
 
 On a GPU the comparison runs on a stream of its own, and a later call reads the result. On a CPU it runs in the call.
 
-When a frame is wrong says `owl_wms.runtime.verdict`.
+`owl_wms.runtime.verdict` decides whether a frame is wrong.
 
 Usage:
     canary = Canary("bf16", ledger, rebuild)
