@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from owl_wms.errors import ConfigError, NonFiniteError
+from owl_wms.errors import ConfigError, DataError, NonFiniteError
 from owl_wms.runtime import AudioDecode, VideoDecode
 from owl_wms.runtime import slot as slot_module
 from owl_wms.utils.owl_vae_bridge import make_batched_audio_decode_fn, make_batched_decode_fn
@@ -251,3 +251,14 @@ def test_a_signal_of_the_caller_passes_through_and_nothing_is_remembered(
         assert decode(LATENTS).isfinite().all()
     assert decode.stats().backend == "export"
     assert not decode.stats().failures
+
+
+def test_latents_under_vmap_are_refused_and_no_fault_of_the_program(tmp_path: Path) -> None:
+    toolchain = ExportToolchain(salt=str(tmp_path))
+    decode = VideoDecode(TinyDecoder().eval(), batch_size=2, settings=settings(tmp_path), toolchain=toolchain)
+    with pytest.raises(
+        DataError, match=r"under torch\.vmap cannot be decoded; give them as one batch \[b, n, 4, h, w\]"
+    ):
+        torch.vmap(decode)(LATENTS[None])
+    decode(LATENTS)
+    assert decode.stats().fallbacks == 0
