@@ -33,6 +33,7 @@ from benchmarks.accuracy import accuracy
 from benchmarks.decoders import SUBJECTS, Subject, eight_bit_gigaflop, gigaflop, saved_gigaflop, subject
 from benchmarks.ours import build_graph, build_ours
 from owl_wms.ops.codes import FORMATS
+from owl_wms.power import under_load
 from owl_wms.trt.check.parity import reference_arithmetic
 
 # "Error no worse than eager's at the same precision", with room for a different order of summation.
@@ -139,7 +140,7 @@ def measure(prepared: Prepared, batch: int, args: argparse.Namespace, ceilings: 
     with torch.no_grad():
         timings = harness.measure_interleaved(candidates, inputs, rounds=args.rounds)
         for candidate, run in candidates.items():
-            rows[candidate].figures |= harness.under_load(functools.partial(run, inputs[0]), args.load_seconds)
+            rows[candidate].figures |= under_load(functools.partial(run, inputs[0]), device, args.load_seconds)
     finish_rows(rows, timings, batch, floor_ms, work_gflop)
     for row in rows.values():
         if row.candidate.startswith("ours") and "median_ms" in row.figures:

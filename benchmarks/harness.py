@@ -13,8 +13,6 @@ import os
 import random
 import statistics
 import subprocess
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.power import Meter
 from owl_wms.env import describe_machine
 from owl_wms.timing import Marks
 
 console = Console(width=170, highlight=False)
-QUEUED = 4  # calls that wait for the GPU while `under_load` measures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,43 +125,6 @@ def measure_ceilings(dtype: torch.dtype = torch.bfloat16, device: str = "cuda") 
         matmul_tflops=2 * size**3 / product.median_ms / 1e9,
         copy_tbps=2 * source.numel() / copy.median_ms / 1e9,
     )
-
-
-def under_load(run: Callable[[], object], seconds: float = 1.0) -> dict[str, float]:
-    """Runs `run` without a pause for `seconds`, until the clock has settled, and measures as long again.
-
-    Returns:
-        `watts` and `clock_mhz` of the GPU (NaN where they cannot be read), `sustained_ms`, milliseconds of a call, and
-        `joules` of a call.
-    """
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    queued: deque[Marks] = deque()
-
-    def calls_for(seconds: float) -> int:
-        end, calls = time.perf_counter() + seconds, 0
-        while calls == 0 or time.perf_counter() < end:
-            run()
-            calls += 1
-            queued.append(Marks(device))
-            queued[-1].mark()
-            if len(queued) > QUEUED:  # the GPU always has calls to go on with, and is never far behind
-                queued.popleft().wait()
-        return calls
-
-    calls_for(seconds)
-    ends = Marks(device)
-    ends.mark()
-    with Meter(device) as meter:  # it ends while calls are still queued: an idle card has another power and clock
-        calls = calls_for(seconds)
-    ends.mark()
-    ends.wait()
-    ms = ends.between(0, 1) / calls
-    return {
-        "watts": meter.watts,
-        "clock_mhz": meter.clock_mhz,
-        "sustained_ms": ms,
-        "joules": meter.watts * ms / 1e3,
-    }
 
 
 def show(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

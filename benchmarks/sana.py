@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 import sys
 import time
@@ -34,13 +35,13 @@ from benchmarks.harness import (
     measure_interleaved,
     require_gpu,
     show,
-    under_load,
 )
 from benchmarks.ops_sana import checks
 from benchmarks.ours import build_ours
 from benchmarks.sana_forms import FORMS, PIXELS, latents, make, reference
 from benchmarks.sana_isolation import isolate
 from owl_wms.fused.sana import fuse
+from owl_wms.power import under_load
 
 # name -> batch, side of the latents, milliseconds wanted
 SIZES = {"1 x 1024x1024": (1, 32, 19.0), "8 x 512x512": (8, 16, 31.0), "1 x 2048x2048": (1, 64, 63.0)}
@@ -105,7 +106,7 @@ def measure(
     def clock(*, power: bool) -> None:
         for candidate, timing in measure_interleaved(runs, [z, z.flip(0)], rounds=15, warmup=2).items():
             rows[candidate] |= {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
-            drawn = under_load(lambda candidate=candidate: runs[candidate](z))["watts"] if power else math.nan  # type: ignore[misc]
+            drawn = under_load(functools.partial(runs[candidate], z), z.device)["watts"] if power else math.nan
             rows[candidate]["watts"] = drawn
         emit(list(rows.values()))
 

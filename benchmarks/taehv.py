@@ -40,13 +40,13 @@ from benchmarks.harness import (
     require_gpu,
     show,
     timing_of,
-    under_load,
 )
 from benchmarks.taehv_checks import check, long_run
 from benchmarks.taehv_forms import CHAIN, FORMS, MOST_ERROR, TOY, TOY_FORMS, Bench, Example
 from benchmarks.taehv_profile import choices_text, noted_times, profile_text
 from benchmarks.taehv_steps import TO_BYTES, Makers, Step, own, rivals
 from owl_wms.fused.taehv import fuse
+from owl_wms.power import under_load
 from owl_wms.state import State
 
 HEAD_START = 1_000_000  # clock cycles, some 0.6 ms: the launch of a graph is not timed
@@ -124,7 +124,7 @@ class Course:
         if self.bench.device == "cuda":
             for label in together.keys() & DRAWING - self._watts.keys():
                 run = functools.partial(self._running[label], latents[0])
-                self._watts[label] = under_load(run, self.bench.power_seconds)["watts"]
+                self._watts[label] = under_load(run, latents[0].device, self.bench.power_seconds)["watts"]
 
     def profile(self) -> None:
         """Writes where the time of our step goes."""

@@ -51,7 +51,7 @@ _PACKAGES = {
 _NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _MEMORY_LIMIT_FILE = Path("/sys/fs/cgroup/memory.max")
-_NVML = "libnvidia-ml.so.1"
+NVML = "libnvidia-ml.so.1"  # the library behind nvidia-smi
 
 
 def read(name: str) -> str | None:
@@ -171,7 +171,7 @@ def _nvml_driver_version() -> str:
     """Asks NVML, the library behind nvidia-smi; returns an empty text when it cannot be asked."""
     text = ctypes.create_string_buffer(96)
     try:
-        nvml = ctypes.CDLL(_NVML)
+        nvml = ctypes.CDLL(NVML)
         if nvml.nvmlInit_v2():
             return ""
         status = nvml.nvmlSystemGetDriverVersion(text, len(text))

@@ -25,6 +25,7 @@ STAGES = [
         "cudnn",
         "dynamo",
         "timing",
+        "power",
         "device_order",
         "configs",
         "settings",

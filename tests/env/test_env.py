@@ -59,7 +59,7 @@ def test_broken_probes_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(torch.backends.cudnn, "version", broken)
     monkeypatch.setattr(env.metadata, "version", broken)
     monkeypatch.setattr(env, "_DRIVER_FILE", tmp_path / "absent")
-    monkeypatch.setattr(env, "_NVML", "libabsent.so")
+    monkeypatch.setattr(env, "NVML", "libabsent.so")
     monkeypatch.setattr(env.shutil, "which", lambda name: None)
     described = env.describe_machine()
     assert set(described) == KEYS
@@ -98,7 +98,7 @@ def test_driver_from_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, l
 
 def test_driver_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(env, "_DRIVER_FILE", tmp_path / "absent")
-    monkeypatch.setattr(env, "_NVML", "libabsent.so")
+    monkeypatch.setattr(env, "NVML", "libabsent.so")
     monkeypatch.setattr(env.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(env.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="575.1.2\n575.1.2\n"))
     assert env.driver_version() == "575.1.2"

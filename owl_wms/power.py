@@ -4,6 +4,7 @@ Why not nvidia-smi: beside a busy GPU it takes a second to start, and its watts 
 driver counts the joules that a card has used, which makes the joules of a decode a subtraction.
 
 Usage:
+    under_load(lambda: decode(z), device)["joules"]        # of one call, when the clock has settled
     with Meter(device) as meter:
         work()
     meter.watts, meter.clock_mhz        # NaN where there is no NVML, or no such GPU
@@ -17,16 +18,20 @@ import math
 import statistics
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from owl_wms import env
+from owl_wms.timing import Marks
 
-_LIBRARY = "libnvidia-ml.so.1"
 _CLOCK_SM = 1
 INTERVAL_SECONDS = 0.01
+QUEUED = 4
+"""Calls that wait for the GPU while `under_load` measures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +50,7 @@ class Card:
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise OSError(f"NVML knows no {device}")
-        self._nvml = ctypes.CDLL(_LIBRARY)
+        self._nvml = ctypes.CDLL(env.NVML)
         if status := self._nvml.nvmlInit_v2():
             raise OSError(f"nvmlInit_v2: status {status}")
         self._handle = self._find(device)
@@ -129,3 +134,44 @@ class Meter:
             self._thread.join()
             self.watts = watts_of(self._samples)
             self.clock_mhz = _mean([sample.clock_mhz for sample in self._samples])
+
+
+def under_load(run: Callable[[], object], device: torch.device, seconds: float = 1.0) -> dict[str, float]:
+    """Runs `run` without a pause for `seconds`, until the clock has settled, and measures as long again.
+
+    Args:
+        run: queues work on `device`, as a decode does.
+        device: a GPU, or a CPU, which has a time and no watts.
+        seconds: of each part, > 0; power readings need about one.
+
+    Returns:
+        `watts` and `clock_mhz` of the GPU (NaN where they cannot be read), `sustained_ms`, milliseconds of a call, and
+        `joules` of a call.
+    """
+    queued: deque[Marks] = deque()
+
+    def calls_for(seconds: float) -> int:
+        end, calls = time.perf_counter() + seconds, 0
+        while calls == 0 or time.perf_counter() < end:
+            run()
+            calls += 1
+            queued.append(Marks(device))
+            queued[-1].mark()
+            if len(queued) > QUEUED:  # the GPU always has calls to go on with, and is never far behind
+                queued.popleft().wait()
+        return calls
+
+    calls_for(seconds)
+    ends = Marks(device)
+    ends.mark()
+    with Meter(device) as meter:  # it ends while calls are still queued: an idle card has another power and clock
+        calls = calls_for(seconds)
+    ends.mark()
+    ends.wait()
+    ms = ends.between(0, 1) / calls
+    return {
+        "watts": meter.watts,
+        "clock_mhz": meter.clock_mhz,
+        "sustained_ms": ms,
+        "joules": meter.watts * ms / 1e3,
+    }
