@@ -50,10 +50,15 @@ def row(result: dict[str, Any], source: str) -> str:
         f"{eager['ms']:.2f}",
         f"{compiled['ms']:.2f}" if "ms" in compiled else "-",
         f"{ours['ms']:.2f}",
+        f"{_joules(eager)}, {_joules(compiled)}, {_joules(ours)}",
         f"{eager['relative_error']:.1e}, {ours['relative_error']:.1e}",
         f"{result['date']}, owl_wms {result['owl_wms']}, batch {result['batch_size']}; {source}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _joules(way: dict[str, Any]) -> str:
+    return "-" if way.get("joules") is None else f"{way['joules']:.2f}"
 
 
 def main() -> None:

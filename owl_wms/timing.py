@@ -114,7 +114,7 @@ def interleaved(
     *,
     rounds: int = 15,
     warmup: int = 1,
-    budget_seconds: float = 3.0,
+    budget_seconds: float | None = 3.0,
     measure: Measure = _measured,
     head_start: int = 0,
 ) -> dict[str, float]:
@@ -122,7 +122,8 @@ def interleaved(
 
     Args:
         z: latents on the device; every candidate gets the same batch (weights, not latents, dominate memory traffic).
-        rounds: timed calls each, cut down (never below 5) so that all of them stay within `budget_seconds`.
+        rounds: timed calls each, cut down (never below 5) so that all of them stay within `budget_seconds`; None
+            cuts nothing.
         warmup: untimed calls each, >= 0; one suffices where every candidate has run before.
         measure: every measurement is made as `measure(name, run)`, which returns `run()`, or None to leave the
             candidate out from then on. What it raises ends the timing.
@@ -138,7 +139,8 @@ def interleaved(
     single = {name: measure(name, functools.partial(first, decode)) for name, decode in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name, ms in single.items() if ms is not None}
     total = sum(ms for ms in single.values() if ms is not None) / 1e3
-    rounds = max(5, min(rounds, int(budget_seconds / max(total, 1e-6))))
+    if budget_seconds is not None:
+        rounds = max(5, min(rounds, int(budget_seconds / max(total, 1e-6))))
     for _ in range(rounds):
         for name in list(samples):
             ms = measure(name, functools.partial(_one, candidates[name], z, head_start))

@@ -262,9 +262,9 @@ BENCH: dict[str, Any] = {
     "schema": 1, "owl_wms": "0.1.0", "date": "2026-11-30", "device": "cuda", "batch_size": 8,
     "machine": {"gpu": "NVIDIA X", "driver": "580.1", "torch": "torch 2.11.0", "os": "Linux"},
     "rows": [
-        {"way": "eager", "ms": 4.0, "relative_error": 4e-3},
+        {"way": "eager", "ms": 4.0, "relative_error": 4e-3, "joules": 2.1},
         {"way": "torch.compile", "failed": "no compiler"},
-        {"way": "owl_wms (tensorrt)", "ms": 1.234, "relative_error": 5e-3},
+        {"way": "owl_wms (tensorrt)", "ms": 1.234, "relative_error": 5e-3, "joules": None},
     ],
     "programs": [{"plan": "tensorrt+ops", "precision": "fp16"}],
 }  # fmt: skip
@@ -282,7 +282,7 @@ def test_a_result_from_elsewhere_becomes_a_row_once_unless_its_frames_are_wrong(
     community.main()
     added = page.read_text().splitlines()[-1]
     assert added == (
-        "| NVIDIA X | 580.1 | 2.11.0 | tensorrt+ops, fp16 | 4.00 | - | 1.23 | 4.0e-03, 5.0e-03 | "
+        "| NVIDIA X | 580.1 | 2.11.0 | tensorrt+ops, fp16 | 4.00 | - | 1.23 | 2.10, -, - | 4.0e-03, 5.0e-03 | "
         "2026-11-30, owl_wms 0.1.0, batch 8; #31 |"
     )
     assert added.count("|") == columns + 2

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _EXAMPLE = EXAMPLES / "demo"
 SCHEMA = 1
+_COMPILED = "torch.compile"
 
 
 def bench(
@@ -50,6 +53,7 @@ def bench(
     machine = env.describe_machine(where.index or 0 if where.type == "cuda" else None)
     capability = capability_of(machine["compute_capability"]) if where.type == "cuda" else None
     stats = decode.stats()
+    programs = [{key: found[key] for key in ("plan", "precision")} for found in stats.programs if found.get("plan")]
     result = {
         "schema": SCHEMA,
         "owl_wms": __version__,
@@ -63,7 +67,7 @@ def bench(
         "iterations": iterations,
         "rows": rows,
         "decoded_by": stats.reason,
-        "programs": [{key: found[key] for key in ("plan", "precision") if key in found} for found in stats.programs],
+        "programs": programs,
     }
     typer.echo(json.dumps(result))
 
@@ -77,7 +81,7 @@ def measured(
     compiled: bool,
     iterations: int,
 ) -> list[dict[str, Any]]:
-    """Time eager PyTorch, torch.compile and `decode` on the same latents.
+    """Time eager PyTorch, torch.compile and `decode` on the same latents, in turns, so that a drifting clock hits all.
 
     Args:
         decode: a `VideoDecode` of `decoder`.
@@ -88,14 +92,17 @@ def measured(
         iterations: timed runs of each.
 
     Returns:
-        One dict per way: `way`, `ms` (median of a batch), `frames_per_second`, `relative_error` (L2, against fp32). If
-        torch.compile fails, its dict has `way` and `failed`, the reason.
+        One dict per way: `way`, `ms` (median of a batch), `frames_per_second`, `over_eager` and `over_compiled` (how
+        many times as fast as those), `relative_error` (L2, against fp32), `max_uint8` (largest difference of a pixel
+        after conversion to 8 bits). On a GPU also `unbroken_ms`, `watts`, `clock_mhz` and `joules` of a batch in calls
+        without a pause, None where the driver does not tell. If torch.compile fails, its dict has `way` and `failed`,
+        the reason.
     """
     import torch
 
     from owl_wms.runtime import VideoDecode
     from owl_wms.settings import TensorRTConfig
-    from owl_wms.timing import measure_inference_time
+    from owl_wms.timing import interleaved
     from owl_wms.trt.check.parity import reference_arithmetic
     from owl_wms.utils.owl_vae_bridge import get_decoder_only
 
@@ -105,25 +112,55 @@ def measured(
     ways: dict[str, Any] = {"eager": VideoDecode(decoder, batch_size=count, settings=TensorRTConfig(enabled=False))}
     if compiled:
         inductor = torch.compile(decoder, dynamic=False)
-        ways["torch.compile"] = lambda x: inductor(x[0])[None]
+        ways[_COMPILED] = lambda x: inductor(x[0])[None]
     ways[f"owl_wms ({decode.prepare(shape).backend})"] = decode
     truth = get_decoder_only(*files, device=tensor.device, dtype=torch.float32)
     with torch.no_grad(), reference_arithmetic():  # a frame at a time, which bounds the memory of fp32
-        exact = torch.cat([truth(frame[None]) for frame in z[0].float()])[None].double()
+        exact = torch.cat([truth(frame[None]) for frame in z[0].float()])[None]
     del truth
-    rows: list[dict[str, Any]] = []
-    for name, way in ways.items():
-        typer.echo(f"timing {name}", err=True)  # a CPU takes minutes
+    rows: dict[str, dict[str, Any]] = {}
+
+    def measure(name: str, run: Callable[[], float]) -> float | None:
+        """The first call of each way compares its frames; torch.compile may fail there, and the others go on."""
         try:
-            ms = measure_inference_time(way, z, iterations=iterations)
-            with torch.no_grad():
-                error = float((way(z).double() - exact).norm() / exact.norm())
+            if name not in rows:
+                typer.echo(f"timing {name}", err=True)  # a CPU takes minutes
+                rows[name] = {"way": name, **_distance(ways[name](z), exact)}
+            return run()
         except Exception as failure:
-            if name != "torch.compile":
+            if name != _COMPILED:
                 raise
             # It needs a C++ compiler, among others, and the other ways do not.
             first = next(iter(str(failure).splitlines()), "")
-            rows.append({"way": name, "failed": f"{type(failure).__name__}: {first}"})
-            continue
-        rows.append({"way": name, "ms": ms, "frames_per_second": count / ms * 1e3, "relative_error": error})
-    return rows
+            rows[name] = {"way": name, "failed": f"{type(failure).__name__}: {first}"}
+            return None
+
+    medians = interleaved(ways, z, rounds=iterations, warmup=2, budget_seconds=None, measure=measure)
+    for name, ms in medians.items():
+        rows[name] |= {"ms": ms, "frames_per_second": count / ms * 1e3, "over_eager": medians["eager"] / ms}
+        rows[name]["over_compiled"] = medians[_COMPILED] / ms if _COMPILED in medians else None
+        if tensor.is_cuda:
+            rows[name] |= _under_load(ways[name], z)
+    return list(rows.values())
+
+
+def _distance(frames: torch.Tensor, exact: torch.Tensor) -> dict[str, Any]:
+    """How far frames in [-1, 1] are from those of the fp32 decoder."""
+    in_bytes = [((each[:, :, :3].float().clamp(-1, 1) / 2 + 0.5) * 255).round() for each in (frames, exact)]
+    wanted = exact.double()
+    return {
+        "relative_error": float((frames.double() - wanted).norm() / wanted.norm()),
+        "max_uint8": int((in_bytes[0] - in_bytes[1]).abs().max()),
+    }
+
+
+def _under_load(decode: Callable[[torch.Tensor], Any], z: torch.Tensor) -> dict[str, float | None]:
+    """Milliseconds, watts, MHz and joules of a batch, in calls without a pause."""
+    import torch
+
+    from owl_wms.power import under_load
+
+    with torch.no_grad():
+        found = under_load(lambda: decode(z), z.device)
+    found["unbroken_ms"] = found.pop("sustained_ms")
+    return {key: None if math.isnan(value) else value for key, value in found.items()}  # JSON has no NaN

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import community
 from owl_wms.cli import bench
 from tests.cli.runner import run
 
+ON_A_GPU = {"unbroken_ms", "watts", "clock_mhz", "joules"}
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
@@ -38,10 +41,26 @@ def test_the_printed_object_can_be_compared(
         assert row["ms"] > 0
         assert row["frames_per_second"] == pytest.approx(1e3 / row["ms"])
         assert row["relative_error"] < 2**-8, "fp32 against fp32, in frames rounded to bf16"
+        assert row["max_uint8"] <= 2
+        assert row["over_eager"] == pytest.approx(eager["ms"] / row["ms"])
+        assert row["over_compiled"] is None
+        assert "joules" not in row, "a CPU has no meter"
     assert found["schema"] == bench.SCHEMA
     assert (found["device"], found["decoder"], found["batch_size"], found["latent"]) == ("cpu", "demo", 1, [128, 8, 8])
     assert found["machine"]["torch"].endswith(torch.__version__.split("+")[0])
     assert set(found["gpu"].values()) == {"-"}
     assert "no CUDA device" in found["decoded_by"]
+    assert found["programs"] == []
+    assert community.row(found, "#31").startswith("| CPU, "), "what the command prints can be added to the table"
     asked_for = set(re.findall(r"`([a-z_]+)`", (RESULTS / "community.md").read_text(encoding="utf-8"))) - {"owl_wms"}
-    assert {"machine", "rows"} <= asked_for <= set(found) | set(ours), "the page says what the command prints"
+    assert {"machine", "rows"} <= asked_for <= set(found) | set(ours) | ON_A_GPU, (
+        "the page says what the command prints"
+    )
+
+
+def test_a_driver_that_does_not_tell_gives_null_and_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"watts": math.nan, "clock_mhz": 1605.0, "sustained_ms": 2.0, "joules": math.nan}
+    monkeypatch.setattr("owl_wms.power.under_load", lambda run, device: dict(told))
+    found = bench._under_load(lambda z: z, torch.zeros(1))
+    assert found == {"watts": None, "clock_mhz": 1605.0, "unbroken_ms": 2.0, "joules": None}
+    assert set(found) == ON_A_GPU
