@@ -30,7 +30,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """
     a, b = a.float(), b.float()
     channels = a.shape[1]
-    axis = torch.arange(_WINDOW, device=a.device) - _WINDOW // 2
+    axis = torch.arange(_WINDOW, dtype=torch.float32, device=a.device) - _WINDOW // 2
     line = torch.exp(-(axis**2) / (2 * _SIGMA**2))
     line = line / line.sum()
 

@@ -35,7 +35,7 @@ def to_bytes(frames: Tensor) -> Tensor:
 def depth_bytes(depth: Tensor) -> Tensor:
     """Depth as colour, near warm and far cold: float [N, H, W] in [-1, 1] -> uint8 [N, H, W, 3]."""
     nearness = (1 - depth.float().clamp(-1, 1)) / 2
-    ramp = torch.tensor(_DEPTH_RAMP)
+    ramp = torch.tensor(_DEPTH_RAMP, dtype=torch.float32, device="cpu")
     place = nearness.cpu() * (len(ramp) - 1)
     low = place.floor().long().clamp(max=len(ramp) - 2)
     mix = (place - low)[..., None]

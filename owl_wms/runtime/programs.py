@@ -342,7 +342,9 @@ def first_run(program: Program, request: Request) -> None:
     """Run once on zeros: an execution context that cannot be made must show here, not in a caller's decode."""
     device = torch.device(request.device)
     with torch.no_grad():
-        program(*(torch.zeros(shape, device=device) for shape in (request.input_shape, *request.state)))
+        program(
+            *(torch.zeros(shape, dtype=torch.float32, device=device) for shape in (request.input_shape, *request.state))
+        )
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

@@ -163,7 +163,7 @@ def _decoded(
                 yield _Ready(frames.cpu(), None, frames, marks, None)
                 continue
             if buffer is None:
-                buffer = torch.empty((piece, *frames.shape[1:]), dtype=frames.dtype, pin_memory=True)
+                buffer = torch.empty((piece, *frames.shape[1:]), dtype=frames.dtype, device="cpu", pin_memory=True)
             copying.wait_stream(torch.cuda.current_stream(device))
             copied = Marks(device)
             with torch.cuda.stream(copying):

@@ -155,7 +155,7 @@ class StreamDecode:
                 raise ConfigError(f"no stream {stream}; there are {len(self._began)} (the first step says how many)")
             self._began[stream] = False
             # Not in place: a fork or a caller may hold these tensors.
-            keep = torch.ones(len(self._began), dtype=torch.bool)
+            keep = torch.ones(len(self._began), dtype=torch.bool, device="cpu")
             keep[stream] = False
             self._state = tuple(
                 torch.where(keep.to(tensor.device).view(-1, *(1,) * (tensor.dim() - 1)), tensor, 0)

@@ -86,7 +86,7 @@ class PlanarLandscape(nn.Module):
 
 def enlarged(x: Tensor) -> Tensor:
     """Returns `F.interpolate(x, scale_factor=2, mode="bicubic")`: `[B, C, H, W] -> [B, C, 2 H, 2 W]`."""
-    row = torch.tensor(_SHARES, device=x.device) / 256
+    row = torch.tensor(_SHARES, dtype=torch.float32, device=x.device) / 256
     kernel = torch.outer(row, row).expand(x.shape[1], 1, 8, 8)
     padded = F.pad(x.float(), (_REACH,) * 4, mode="replicate")
     return F.conv_transpose2d(padded, kernel, stride=2, padding=7, groups=x.shape[1]).to(x.dtype)

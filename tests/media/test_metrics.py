@@ -8,6 +8,7 @@ from PIL import ImageChops
 
 from owl_wms.media.metrics import depth_error, psnr, ssim
 from owl_wms.media.pictures import contact_sheet, depth_bytes, difference_bytes, side_by_side, to_bytes
+from tests.process_state import STATES, set_in_process
 
 
 def test_psnr_of_a_known_error() -> None:
@@ -73,3 +74,12 @@ def test_each_half_has_its_own_label_in_its_corner_and_nothing_else_changes() ->
     assert not torch.equal(*tags), "which half is which"
     assert torch.equal(clip[0], clip[1]), "in every frame"
     assert side_by_side({"a label wider than its frame": left[:, :8, :12]}).shape == (2, 8, 12, 3)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_nothing_set_for_all_of_torch_reaches_numbers_and_colours(state: str) -> None:
+    a, b = torch.rand(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    wanted = ssim(a, b), depth_bytes(a[:, 0])
+    with set_in_process(state):
+        for got, value in zip((ssim(a, b), depth_bytes(a[:, 0])), wanted, strict=True):
+            assert torch.equal(got, value)

@@ -12,6 +12,7 @@ from owl_wms.vae import build_decoder
 from owl_wms.vae.landscape import SquareToLandscape
 from owl_wms.vae.on_cpu import ConvolvedUpsample, FormatKeepingShortcut, PlanarLandscape, enlarged, quick_on_cpu
 from owl_wms.vae.shortcuts import ChannelToSpace
+from tests.process_state import STATES, set_in_process
 from tests.vae.helpers import relative_error, small_dcae
 
 
@@ -23,6 +24,14 @@ def test_the_enlargement_is_bicubic(shape: tuple[int, ...]) -> None:
         assert (enlarged(laid_out) - wanted).abs().max() < 1e-5
     rounded = F.interpolate(x.bfloat16(), scale_factor=2, mode="bicubic").float()
     assert relative_error(enlarged(x.bfloat16()).float(), wanted) <= 2 * relative_error(rounded, wanted) + 1e-3
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_nothing_set_for_all_of_torch_reaches_it(state: str) -> None:
+    x = torch.randn(1, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    wanted = enlarged(x)
+    with set_in_process(state):
+        assert torch.equal(enlarged(x), wanted)
 
 
 @torch.no_grad()
