@@ -28,7 +28,7 @@ QUANTILES = 64
 WALKERS = 64  # in each world
 PIECE = 8  # frames for which a walker's commands stay
 APART = 4  # frames between views of one walker: 64 walkers for 600 frames make 9,600 views
-DECODED = 8  # times at which views are also coded and decoded: 512 of each world
+DECODED = 75  # frames for each time at which views are also coded and decoded: 8 times in 600 frames, 512 views
 _SMALL = (45, 80)  # a quarter of the size in which frames are compared
 _IN_VIEW = 1.2  # creatures aside at most so far, by their distance ahead, are in view
 
@@ -110,7 +110,7 @@ def look_around(
     crowd = world.chosen(torch.arange(worlds, device=device).repeat_interleave(WALKERS))
     mouse, buttons, both = wandering(crowd.batch, -(-frames // PIECE), generator, device)
     moments = range(APART, frames + 1, APART)
-    decoded_at = {moments[int(i)] for i in torch.linspace(0, len(moments) - 1, DECODED).round()}
+    decoded_at = {moments[int(i)] for i in torch.linspace(0, len(moments) - 1, max(1, frames // DECODED)).round()}
     drawn, decoded, sharp, spread = [], [], [], []
     for step in range(1, frames + 1):
         at = (step - 1) // PIECE
