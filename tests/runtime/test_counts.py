@@ -52,7 +52,8 @@ NOT_HASHED = {
     "owl_wms.settings": "what a user asked for; the request holds it",
     "owl_wms.dynamo": "keeps callers' compilers out",
     "owl_wms.configs": "makes configurations; the key has the graph and the weights of the decoder made from one",
-    "owl_wms.files": "paths, and files that are written whole",
+    "owl_wms.files": "paths of files, and how they are opened",
+    "owl_wms.whole": "writes files whole, checkpoints among them; a program is compiled from weights in memory",
     "owl_wms.process": "names processes, and asks if one still lives",
     "owl_wms.temporary": "folders that are gone afterwards",
 }
