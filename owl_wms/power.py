@@ -36,7 +36,7 @@ QUEUED = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What the card says at one moment: joules since its driver was loaded, watts, and the clock in MHz."""
+    """One reading of the card: joules since its driver was loaded, watts, and the clock in MHz."""
 
     seconds: float
     joules: float

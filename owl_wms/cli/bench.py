@@ -145,7 +145,7 @@ def measured(
 
 
 def _distance(frames: torch.Tensor, exact: torch.Tensor) -> dict[str, Any]:
-    """How far frames in [-1, 1] are from those of the fp32 decoder."""
+    """Measure how far frames in [-1, 1] are from those of the fp32 decoder."""
     in_bytes = [((each[:, :, :3].float().clamp(-1, 1) / 2 + 0.5) * 255).round() for each in (frames, exact)]
     wanted = exact.double()
     return {
