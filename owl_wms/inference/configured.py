@@ -27,7 +27,7 @@ from owl_wms.errors import ConfigError
 
 
 class PlayedSampler(StrictModel):
-    """Holds the part of `train.sampler_kwargs` that play reads; see `owl_wms.inference.pipeline.InteractivePipeline`."""
+    """Holds the part of `train.sampler_kwargs` that play reads, for `InteractivePipeline`."""
 
     n_steps: PositiveInt = 4
     custom_schedule: tuple[float, ...] | None = None
