@@ -41,22 +41,17 @@ class TensorMap:
 
 
 def tensor_map(x: Tensor, box: tuple[int, ...]) -> TensorMap:
-    """Boxes of 16-bit `x`, laid down in shared memory with the 128-byte swizzle; zeros beyond its borders.
+    """Boxes of contiguous 16-bit `x`, laid down in shared memory with the 128-byte swizzle; zeros beyond its borders.
 
     Args:
-        x: two to five dimensions, dense in the last one, which is a multiple of 8 elements; the others may be permuted.
+        x: two to five dimensions, the last of them a multiple of 8 elements.
         box: sides in the order of `x`'s dimensions, 1 to 256; the last is 64 elements.
 
     Raises:
         ValueError: `x` or `box` is none that this engine takes.
         KernelError: the driver refuses them.
     """
-    # Out of the sizes where they say it: the stride of a dimension of size 1 may be anything.
-    steps = [*itertools.accumulate(reversed(x.shape), operator.mul, initial=1)][-2::-1]
-    if not x.is_contiguous():
-        steps = list(x.stride())
-    dense = steps[-1:] == [1] and all(step % 8 == 0 for step in steps[:-1])
-    fits = x.dtype in FORMATS and dense and 2 <= x.dim() == len(box) <= 5 and x.shape[-1] % 8 == 0
+    fits = x.dtype in FORMATS and x.is_contiguous() and 2 <= x.dim() == len(box) <= 5 and x.shape[-1] % 8 == 0
     if not fits or box[-1] * x.element_size() != SWIZZLED_BYTES or not all(1 <= side <= LONGEST_SIDE for side in box):
         raise ValueError(f"no tensor map of {list(x.shape)} {x.dtype} in boxes {list(box)}")
     memory = ctypes.create_string_buffer(BYTES + ALIGNMENT)
@@ -64,12 +59,14 @@ def tensor_map(x: Tensor, box: tuple[int, ...]) -> TensorMap:
     rank = x.dim()
     # The driver counts dimensions from the innermost; its stride is not asked for.
     sizes = (ctypes.c_uint64 * rank)(*reversed(x.shape))
-    strides = (ctypes.c_uint64 * (rank - 1))(*(step * x.element_size() for step in reversed(steps[:-1])))
-    sides, every = (ctypes.c_uint32 * rank)(*reversed(box)), (ctypes.c_uint32 * rank)(*(1,) * rank)
+    # Out of the sizes: the stride of a dimension of size 1 may be anything.
+    steps_in_bytes = itertools.accumulate((x.shape[d] for d in range(rank - 1, 0, -1)), operator.mul)
+    strides = (ctypes.c_uint64 * (rank - 1))(*(step * x.element_size() for step in steps_in_bytes))
+    sides, steps = (ctypes.c_uint32 * rank)(*reversed(box)), (ctypes.c_uint32 * rank)(*(1,) * rank)
     if x.is_cuda:
         ensure_context(x.get_device())
     status = driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(address), FORMATS[x.dtype], rank, ctypes.c_void_p(x.data_ptr()), sizes, strides, sides, every,
+        ctypes.c_void_p(address), FORMATS[x.dtype], rank, ctypes.c_void_p(x.data_ptr()), sizes, strides, sides, steps,
         NO_INTERLEAVE, SWIZZLE_128, PROMOTE_TO_256, ZEROS_OUTSIDE,
     )  # fmt: skip
     check_driver(status, f"describing {list(x.shape)} {x.dtype} in boxes {list(box)}")

@@ -72,16 +72,6 @@ def test_the_stride_of_a_single_image_does_not_matter(monkeypatch: pytest.Monkey
     assert list(driver.arguments[5]) == [256, 2560, 15360]
 
 
-def test_a_permuted_tensor_has_its_own_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Driver()
-    monkeypatch.setattr(tensor_maps, "driver", lambda: driver)
-    x = torch.empty(8, 4, 4, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
-    tensor_maps.tensor_map(x, (4, 4, 4, 2, 64))
-    assert list(driver.arguments[4]) == [128, 2, 4, 4, 8]
-    assert list(driver.arguments[5]) == [256, 2048, 512, 8192]
-    assert list(driver.arguments[6]) == [64, 2, 4, 4, 4]
-
-
 def test_a_thread_without_a_context_gets_its_device_s(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver()
     monkeypatch.setattr("owl_wms.ops.common.driver.driver", lambda: driver)
