@@ -53,14 +53,6 @@ def test_it_takes_a_stages_products_on_its_gpu_alone(monkeypatch: pytest.MonkeyP
     assert not stage_products.fits(x, proj, w1)
 
 
-@pytest.fixture
-def _hopper() -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    torch.seed()
-    torch.cuda.manual_seed(torch.initial_seed() % 2**31)
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_hopper")
 @pytest.mark.parametrize("dtype", DTYPES)

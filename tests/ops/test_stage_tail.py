@@ -116,14 +116,6 @@ def test_bands_cover_the_image_in_few_waves(height: int, columns: int) -> None:
     assert waves * (rows + 3) <= -(-columns // 132) * (height + 3), "no worse than one band a column"
 
 
-@pytest.fixture
-def _hopper() -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    torch.seed()
-    torch.cuda.manual_seed(torch.initial_seed() % 2**31)
-
-
 def run_poisoned(run: Callable[..., Tensor], values: tuple) -> Tensor:
     poison(values[0].numel() * 4)
     return run(*values)
