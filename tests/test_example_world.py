@@ -18,6 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from owl_wms.configs.vae import DCAEConfig
 from owl_wms.configs.world import load_world_config
 from owl_wms.models.gamerft import GameRFT
 from owl_wms.models.latents import LatentSpace
@@ -28,7 +29,9 @@ from owl_wms.nn.ring_cache import RingCache
 from owl_wms.sampling.frames import FrameLoop
 from owl_wms.sampling.guidance import Guidance
 from owl_wms.sampling.schedule import get_sd3_euler
-from owl_wms.vae import load_weights, read_state_dict
+from owl_wms.vae import fold_weight_norm, load_weights, read_state_dict
+from owl_wms.vae.blocks import Downsample
+from owl_wms.vae.build import build_encoder
 from tests.world import tiny_core
 
 WORLD = Path(__file__).parents[1] / "examples" / "world"
@@ -497,3 +500,120 @@ def test_what_the_game_itself_breaks_does_not_count_and_views_are_frames_of_a_wo
     blurred[1] = 0.7 * blurred[1] + 0.3 * blurred[1].mean()
     found = holding.looks_of(blurred, spread, truth_of(path, shown, views))
     assert found["survival"]["median_seconds"]["turn"] == 0.5
+
+
+def tiny_encoder(script: ModuleType) -> object:
+    """An encoder of 45x80 frames whose every weight matters, in fp32."""
+    config = DCAEConfig(
+        model_id="dcae",
+        sample_size=(45, 80),
+        channels=4,
+        latent_channels=16,
+        ch_0=16,
+        ch_max=32,
+        encoder_blocks_per_stage=(1,),
+        decoder_blocks_per_stage=(1,),
+        use_middle_block=False,
+        skip_logvar=True,
+    )
+    torch.manual_seed(0)
+    return script.Coder(fold_weight_norm(build_encoder(config, "tiled")).eval(), torch.float32)
+
+
+@pytest.fixture
+def quick(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The quicker forms, each of which is taken for quicker than those before."""
+    module = sys.modules["quick"]
+    times = iter(range(1_000, 0, -1))
+    monkeypatch.setattr(module, "seconds_of", lambda function, inputs: next(times))
+    monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(sys.modules["episodes"], "CHUNK", 2)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quicker_forms_make_the_same_episodes_and_are_compiled_once(script: ModuleType, quick: ModuleType) -> None:
+    """Other worlds, seeds, frames and chunks reuse the two graphs, neither of which is broken."""
+    said: list[str] = []
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    encode, cpu = tiny_encoder(script), torch.device("cpu")
+    forms = quick.quicker_forms(encode, players=4, seed=3, size=(45, 80), device=cpu, say=said.append, backend=backend)
+    assert [line.split(":")[0] for line in said] == ["pictures, compiled", "latents, rewritten", "latents, compiled"]
+    assert all(line.endswith(", used") for line in said)
+    assert len(graphs) == 2
+    for seed in (70, 90):
+        settings = {"players": 4, "frames": 3, "first_seed": seed, "device": cpu, "size": (45, 80)}
+        wanted = script.record(encode=encode, **settings)
+        made = script.record(encode=forms.encode, draw=forms.draw, advance=forms.advance, **settings)
+        torch.testing.assert_close(made.latents, wanted.latents, atol=2e-3, rtol=2e-3)
+        assert torch.equal(made.mouse, wanted.mouse)
+    assert len(graphs) == 2, "compiled again"
+    assert len(said) == 3
+
+
+def test_a_form_that_is_wrong_slow_or_broken_is_not_used(quick: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no compiler")
+
+    def far(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).abs().max())
+
+    forms = {"nan": lambda: lambda x: x * torch.nan, "off": lambda: lambda x: x + 3, "broken": lambda: broken}
+    assert quick.quicker("values", plain, forms, (torch.zeros(2),), far, said.append) is plain
+    assert [line.split(", ")[1].split(":")[0] for line in said] == ["nan", "off", "broken"]
+    assert said[2] == "values, broken: not used, RuntimeError: no compiler"
+    monkeypatch.setattr(quick, "seconds_of", lambda function, inputs: 1.0)
+    assert quick.quicker("values", plain, {"equal": lambda: plain}, (torch.zeros(2),), far, said.append) is plain
+
+
+def test_a_form_that_fails_later_gives_way_to_the_plain_one(quick: ModuleType) -> None:
+    said: list[str] = []
+    calls: list[int] = []
+
+    def form(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        if len(calls) > 1:
+            raise RuntimeError("out of memory")
+        return x + 1
+
+    known = torch.zeros(2)
+    one = quick.quicker("values", lambda x: x + 1, {"form": lambda: form}, (known,), lambda a, b: 0, said.append)
+    for size in (3, 2, 2):
+        assert torch.equal(one(torch.zeros(size)), torch.ones(size))
+    assert calls == [2, 2], "never with another size, and no more once it failed"
+    assert said[1:] == ["values: as before from here on, as RuntimeError: out of memory"]
+
+
+def test_halving_and_ungrouped_are_what_they_stand_for(quick: ModuleType) -> None:
+    torch.manual_seed(0)
+    down = Downsample(6, 10)
+    x = torch.randn(2, 6, 12, 8)
+    torch.testing.assert_close(quick.Halving(fold_weight_norm(down))(x), down(x), atol=1e-5, rtol=1e-5)
+    conv = torch.nn.Conv2d(32, 64, 3, padding=1, groups=4)
+    x = torch.randn(2, 32, 5, 7)
+    wide = quick.ungrouped(conv)
+    assert (wide.groups, conv.groups, tuple(wide.weight.shape)) == (1, 4, (64, 32, 3, 3))
+    torch.testing.assert_close(wide(x), conv(x), atol=1e-5, rtol=1e-5)
+
+
+def test_steps_taken_at_once_are_those_taken_one_by_one(script: ModuleType, quick: ModuleType) -> None:
+    """Also for worlds that begin; the graph itself is compared with them when it is captured."""
+    world, other = (sys.modules["episodes"].enter(3, 5, "cpu") for _ in range(2))
+    player = sys.modules["episodes"].RestlessPlayer(world)
+    steps = quick.Steps(False)
+    for _ in range(3):
+        mouse, buttons = player.controls()
+        sys.modules["episodes"].advance(world, mouse, buttons)
+        steps(other, mouse, buttons)
+        for name in ("position", "yaw", "held", "creatures", "gone", "frame", "pulse"):
+            assert torch.equal(getattr(world.state, name), getattr(other.state, name))

@@ -30,6 +30,7 @@ import yaml
 from clock_trainer import CONTINUED, ClockTrainer, Plan, export
 from holding import Player, Truth, measure
 from own_history import playing
+from quick import Coder, Forms, quicker_forms
 from rendering import Order, Renderer
 from stages import smaller
 from survival import FPS
@@ -106,7 +107,7 @@ def eight_bits(trainer: ClockTrainer) -> nn.Module:
 def judge(
     trainer: ClockTrainer,
     cfg: WorldConfig,
-    codec: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    codec: tuple[Coder, Coder],
     args: argparse.Namespace,
     report: dict[str, Any],
     until: float,
@@ -164,8 +165,8 @@ def judge(
             write_sheet(truth, seen, args.out / ("sheet.webp" if name == as_played else f"sheet, {name}.webp"))
 
 
-def renderer_of(args: argparse.Namespace, device: torch.device) -> Renderer | None:
-    """Start the process that renders while the model trains, if it is wanted."""
+def order_of(args: argparse.Namespace, device: torch.device) -> Order | None:
+    """Returns what the process makes that renders while the model trains, if it is wanted."""
     where = args.data_device
     if where is None and device.type == "cuda":
         where = "cuda:1" if torch.cuda.device_count() > 1 else "cuda:0"
@@ -174,7 +175,7 @@ def renderer_of(args: argparse.Namespace, device: torch.device) -> Renderer | No
     alone = where == "cpu" or torch.device(where).index not in (None, device.index or 0)
     players, frames = ROUND[args.small]
     height, width = SIZE[args.small]
-    order = Order(
+    return Order(
         config=str(args.config.resolve()),
         device=where,
         share=1.0 if alone else SHARED,
@@ -186,7 +187,6 @@ def renderer_of(args: argparse.Namespace, device: torch.device) -> Renderer | No
         truth_worlds=args.worlds if alone else 0,
         truth_frames=MEASURED[args.small],
     )
-    return Renderer(order, say)
 
 
 def first_seed(args: argparse.Namespace) -> int:
@@ -201,14 +201,19 @@ def save(report: dict[str, Any], out: Path) -> None:
 
 
 def run(
-    args: argparse.Namespace, cfg: WorldConfig, renderer: Renderer | None, device: torch.device, started: float
+    args: argparse.Namespace,
+    cfg: WorldConfig,
+    codec: tuple[Coder, Coder],
+    forms: Forms,
+    renderer: Renderer | None,
+    device: torch.device,
+    started: float,
 ) -> None:
     """Make the first episodes, train while the renderer makes more, measure."""
-    codec = make_codec(cfg, device)
     alone = renderer is not None and renderer.share == 1
     seconds = 0.0 if alone else DATA_SHARE * args.seconds  # one round is enough where others follow
     with torch.no_grad():
-        data = collect(seconds, *ROUND[args.small], first_seed(args), codec[0], device, SIZE[args.small])
+        data = collect(seconds, *ROUND[args.small], first_seed(args), forms, device, SIZE[args.small])
     cfg = whiten(args.out, data, cfg)
     write_configuration(cfg, args.out)
     if renderer is not None:
@@ -279,9 +284,14 @@ def main() -> None:
     cfg = smaller(cfg) if args.small else cfg
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
-    renderer = renderer_of(args, device)
+    codec, order = make_codec(cfg, device), order_of(args, device)
+    forms = Forms(encode=codec[0])
+    if device.type == "cuda" and (order is None or order.share < 1):  # else one round is made here, and compiled there
+        seed, players = first_seed(args), ROUND[args.small][0]
+        forms = quicker_forms(codec[0], players=players, seed=seed, size=SIZE[args.small], device=device, say=say)
+    renderer = None if order is None else Renderer(order, say)  # now, as it finds there what has been compiled
     try:
-        run(args, cfg, renderer, device, started)
+        run(args, cfg, codec, forms, renderer, device, started)
     finally:
         if renderer is not None:
             renderer.close(args.out / "rendering.log")

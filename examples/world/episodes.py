@@ -22,7 +22,7 @@ from owl_wms.game.world import GameWorld
 
 SKIP = 3  # 60 game frames a second -> 20 latent frames
 _WARM_UP = 20  # game frames before the first recorded one
-_CHUNK = 64  # frames rendered and encoded at once
+CHUNK = 64  # frames rendered and encoded at once
 _STOPS = (8, 32)  # frame at which a player who rests for good stops
 
 
@@ -98,6 +98,12 @@ def enter(players: int, first_seed: int, device: torch.device | str) -> GameWorl
     return world
 
 
+def advance(world: GameWorld, mouse: Tensor, buttons: Tensor) -> None:
+    """Take the game frames of one latent frame."""
+    for _ in range(SKIP):
+        world.step(mouse, buttons)
+
+
 def play(
     world: GameWorld,
     controls: Callable[[int], tuple[Tensor, Tensor]],
@@ -105,6 +111,7 @@ def play(
     encode: Callable[[Tensor], Tensor],
     size: tuple[int, int],
     draw: Callable[..., Tensor] = render,
+    advance: Callable[[GameWorld, Tensor, Tensor], None] = advance,
 ) -> Episodes:
     """Step, render and encode `frames` latent frames.
 
@@ -115,13 +122,13 @@ def play(
         encode: [b, 4, H, W] in [-1, 1] to what is kept; called with at most 64 frames at once.
         size: H and W.
         draw: `render`, or a compiled form of it.
+        advance: `advance`, or a quicker form of it.
     """
     latents, mice, held = [], [], []
     for frame in range(frames):
         mouse, buttons = controls(frame)
-        for _ in range(SKIP):
-            world.step(mouse, buttons)
-        parts = [world.part(i, min(i + _CHUNK, world.batch)) for i in range(0, world.batch, _CHUNK)]
+        advance(world, mouse, buttons)
+        parts = [world.part(i, min(i + CHUNK, world.batch)) for i in range(0, world.batch, CHUNK)]
         latents.append(torch.cat([encode(draw(part, height=size[0], width=size[1])).half() for part in parts]))
         mice.append(mouse.float())
         held.append(buttons.float())
@@ -140,9 +147,10 @@ def record(
     size: tuple[int, int] = (360, 640),
     resting: float = 0.2,
     draw: Callable[..., Tensor] = render,
+    advance: Callable[[GameWorld, Tensor, Tensor], None] = advance,
     after_frame: Callable[[], None] = lambda: None,
 ) -> Episodes:
-    """Episodes of restless players in fresh worlds; `encode` and `draw` as in `play`.
+    """Episodes of restless players in fresh worlds; `encode`, `draw` and `advance` as in `play`.
 
     `after_frame` is called once per frame; what it raises ends the recording. The share `resting` of the players stops
     early and rests to the end, which pieces of some frames never show.
@@ -159,7 +167,7 @@ def record(
         going = (frame < stop)[:, None]
         return mouse * going, buttons & going
 
-    return play(world, controls, frames, encode, size, draw)
+    return play(world, controls, frames, encode, size, draw, advance)
 
 
 class MemoryLoader:

@@ -29,22 +29,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock_trainer import within
-from episodes import Episodes, enter, record
+from episodes import Episodes, record
 from holding import Truth
+from quick import Forms, quicker_forms
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from train import make_codec
 
 from owl_wms.configs.world import load_world_config, with_files_found
-from owl_wms.game.render import render
 
 LOOK_SECONDS = 0.5  # between looks for finished rounds
 LATE_SECONDS = 240.0  # without a round, after which a line says so
 WAITING = 6  # finished rounds that may lie in the folder before the process waits
 TRUTH_AFTER = 4  # rounds
-COMPILE_SECONDS = 150
-PICTURE_ERROR, LATENT_ERROR = 1e-3, 0.03  # mean absolute of pictures, relative L2 of latents: compiled against eager
 ROUND_BYTES = 16 * 2**30  # free space in memory from which on rounds are written there and not to disk
 
 
@@ -171,40 +167,6 @@ class Renderer:
 # The process.
 
 
-def quicker(
-    name: str, eager: Callable[..., Tensor], inputs: tuple[Any, ...], error: Callable[[Tensor, Tensor], float]
-) -> Callable[..., Tensor]:
-    """Returns a compiled form of a function if it gives the same values in less time on a GPU, else the function.
-
-    Args:
-        name: for the log.
-        eager: the function.
-        inputs: to try it with.
-        error: of the compiled result against the eager one; at most 1 is accepted.
-    """
-
-    def seconds(function: Callable[..., Tensor]) -> float:
-        torch.cuda.synchronize()
-        begun = time.monotonic()
-        for _ in range(5):
-            function(*inputs)
-        torch.cuda.synchronize()
-        return (time.monotonic() - begun) / 5
-
-    begun = time.monotonic()
-    try:
-        with within(COMPILE_SECONDS):
-            compiled = torch.compile(eager, dynamic=False)
-            wrong = error(compiled(*inputs), eager(*inputs))
-        before, after = seconds(eager), seconds(compiled)
-    except Exception as problem:  # compilers fail in many ways
-        say(f"{name}: not compiled: {type(problem).__name__}: {str(problem)[:300]}")
-        return eager
-    taken = time.monotonic() - begun
-    say(f"{name}: {1000 * before:.2f} -> {1000 * after:.2f} ms, {wrong:.3f} of the error allowed, {taken:.0f} s")
-    return compiled if wrong <= 1 and after < before else eager
-
-
 def say(text: str) -> None:
     """One line of the process's log."""
     print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
@@ -246,26 +208,19 @@ def work(order: Order, folder: Path) -> None:
         torch.cuda.set_device(device)
     config = Path(order.config)
     plain, decode = make_codec(with_files_found(load_world_config(config), config), device)
-    encode = plain
-    rest, size = leave_the_rest(order.share, os.getppid(), device), (order.height, order.width)
-    draw: Callable[..., Tensor] = render
-    if device.type == "cuda" and order.share == 1:  # compiling would hold a GPU that is shared for long
-        # Worlds in play: at the start tensors are shared between fields, and a compiled form would serve these only.
-        sample = enter(min(64, order.players), order.first_seed, device).part(0, min(64, order.players))
-        draw = quicker(
-            "render", render, (sample, None, *size), lambda a, b: float((a - b).abs().mean() / PICTURE_ERROR)
-        )
-
-        def far(a: Tensor, b: Tensor) -> float:
-            return float((a.float() - b.float()).norm() / b.float().norm() / LATENT_ERROR)
-
-        encode = quicker("encode", plain, (render(sample, None, *size),), far)
+    size = (order.height, order.width)
+    forms = Forms(encode=plain)
+    if device.type == "cuda":
+        # Where the GPU is shared, the training's process has compiled the same before: this takes seconds then.
+        forms = quicker_forms(plain, players=order.players, seed=order.first_seed, size=size, device=device, say=say)
+    rest = leave_the_rest(order.share, os.getppid(), device)  # now, as nobody is to rest for the time of compiling
+    kinds: dict[str, Any] = {"encode": forms.encode, "draw": forms.draw, "advance": forms.advance}
     number = 0
     while True:
         begun = time.monotonic()
         seed = order.first_seed + number * order.players
         settings: dict[str, Any] = {"players": order.players, "frames": order.frames, "size": size, "device": device}
-        part = record(first_seed=seed, encode=encode, draw=draw, after_frame=rest, **settings)
+        part = record(first_seed=seed, after_frame=rest, **kinds, **settings)
         tensors = {name: getattr(part, name).cpu().contiguous() for name in ("latents", "mouse", "buttons")}
         finish(folder / f"round_{number:05d}.safetensors", lambda path, tensors=tensors: save_file(tensors, path))
         number += 1
@@ -284,6 +239,7 @@ def work(order: Order, folder: Path) -> None:
 def main() -> None:
     """Do what the order's file says; the folder goes with the training."""
     path = Path(sys.argv[1])
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in the training's process, whose compiled code serves here too
     try:
         work(Order(**json.loads(path.read_text())), path.parent)
     except SystemExit:

@@ -29,6 +29,7 @@ import torch
 from control import Bench, Clips, Settings
 from episodes import Episodes, MemoryLoader, record
 from own_history import OwnHistoryLoader
+from quick import Coder, Forms
 from stages import STAGES, Progress, Stage, carry, make_trainer, smaller
 from torch import Tensor, nn
 
@@ -46,14 +47,14 @@ WHITENER_FRAMES = 20_000
 WORLDS_PER_CALL = 1_000_000  # seeds between calls, so that no world comes twice
 
 
-def make_codec(cfg: WorldConfig, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def make_codec(cfg: WorldConfig, device: torch.device) -> tuple[Coder, Coder]:
     """The demo autoencoder's halves in the device's working precision, frames <-> latents."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     paths = (None, cfg.train.vae_cfg_path, cfg.train.vae_ckpt_path)
     encoder, decoder = (
         fold_weight_norm(load(*paths)).to(device, dtype).eval() for load in (load_encoder, load_decoder)
     )
-    return (lambda x: encoder(x.to(dtype))), (lambda z: decoder(z.to(dtype)))
+    return Coder(encoder, dtype), Coder(decoder, dtype)
 
 
 def collect(
@@ -61,7 +62,7 @@ def collect(
     players: int,
     frames: int,
     first_seed: int,
-    encode: Callable[[Tensor], Tensor],
+    forms: Forms,
     device: torch.device,
     size: tuple[int, int],
 ) -> Episodes:
@@ -70,7 +71,8 @@ def collect(
     while not parts or time.monotonic() - started + longest < seconds:
         begun = time.monotonic()
         seed = first_seed + len(parts) * players
-        parts.append(record(players=players, frames=frames, first_seed=seed, encode=encode, device=device, size=size))
+        settings: dict[str, Any] = {"players": players, "frames": frames, "device": device, "size": size}
+        parts.append(record(first_seed=seed, encode=forms.encode, draw=forms.draw, advance=forms.advance, **settings))
         if device.type == "cuda":
             torch.cuda.synchronize()
         longest = max(longest, time.monotonic() - begun)
@@ -168,7 +170,7 @@ def main() -> None:
     players, frames = (6, 14) if args.small else (256, 120)
     seed = FIRST_SEED + state.calls * WORLDS_PER_CALL
     with torch.no_grad():
-        data = collect(DATA_SHARE * args.seconds, players, frames, seed, encode, device, size)
+        data = collect(DATA_SHARE * args.seconds, players, frames, seed, Forms(encode=encode), device, size)
     cfg = whiten(args.out, data, cfg)
     spread = LatentSpace.of(cfg.train).to(device).to_model(data.latents[:64].float()).std().item()
     say(f"{data.mouse.shape[0]} episodes of {frames} frames; latents have a spread of {spread:.3f} for the model")

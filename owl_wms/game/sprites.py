@@ -2,7 +2,7 @@
 
 Why closed forms instead of images: a ball is one square root per pixel at any size, and its edge has exact soft
 coverage. On the CPU only the window that the balls touch is computed; on a GPU the whole frame, since asking for the
-window would stall it.
+window would stall it, and in a compiled form too, which serves any window.
 
 Usage: `draw_creatures(world, state, view, wall_distance, colour, depth)` changes `colour` and `depth` in place.
 """
@@ -67,8 +67,8 @@ def draw_creatures(
 
 
 def _window(x: Tensor, y: Tensor, radius: Tensor, view: View) -> tuple[slice, slice]:
-    """Rows and columns that a ball can touch in any frame of the batch; everything on a GPU."""
-    if x.is_cuda:
+    """Rows and columns that a ball can touch in any frame of the batch; everything on a GPU, or where compiled."""
+    if x.is_cuda or torch.compiler.is_compiling():
         return slice(0, len(view.rows)), slice(0, len(view.columns))
     bounds = []
     for centre, count in ((y, len(view.rows)), (x, len(view.columns))):
