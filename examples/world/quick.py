@@ -109,7 +109,8 @@ def quicker_forms(
         def compile_rewritten() -> Coder:
             # Convolutions in groups make inductor leave channels last, which cuDNN pays for with copies.
             settings = compiling or {"options": {"force_layout_optimization": True}}
-            return Coder(torch.compile(rewritten.module, dynamic=False, fullgraph=True, **settings), encode.dtype)
+            module: Any = torch.compile(rewritten.module, dynamic=False, fullgraph=True, **settings)
+            return Coder(module, encode.dtype)
 
         forms = {"rewritten": rewrite, "compiled": compile_rewritten}
         with _cudnn_searching():

@@ -67,7 +67,8 @@ def collect(
     size: tuple[int, int],
 ) -> Episodes:
     """Rounds of episodes until the next one would not fit into the time; at least one."""
-    started, parts, longest = time.monotonic(), [], 0.0
+    parts: list[Episodes] = []
+    started, longest = time.monotonic(), 0.0
     while not parts or time.monotonic() - started + longest < seconds:
         begun = time.monotonic()
         seed = first_seed + len(parts) * players
