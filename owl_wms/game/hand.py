@@ -3,7 +3,7 @@
 Why: it is what shows fire, reload, aim and stride, so the controls can be seen in a single frame. Shapes are
 distances to segments, shaded like round rods. Only the part of the frame that they can reach is computed.
 
-Usage: `draw_hand(state, view, colour)` changes `colour` [B, 3, H, W] (in [0, 1]) in place.
+Usage: `draw_hand(state, view, colour)` changes `colour`, three of [B, H, W] in [0, 1], in place.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _RODS = (
 _MUZZLE = (0.225, -0.28)
 
 
-def draw_hand(state: GameState, view: View, colour: Tensor) -> None:
+def draw_hand(state: GameState, view: View, colour: list[Tensor]) -> None:
     """Paint hand, flash and crosshair.
 
     Args:
         state: recoil, reload, zoom, stride and flash are read.
         view: rows, columns and the light.
-        colour: [B, 3, H, W] in [0, 1], changed.
+        colour: three of [B, H, W] in [0, 1], changed.
     """
     height, width = len(view.rows), len(view.columns)
     rows, columns = slice(int(height * 0.42), height), slice(int(width * 0.44), width)
@@ -44,19 +44,22 @@ def draw_hand(state: GameState, view: View, colour: Tensor) -> None:
     x = x - (sway + 0.02 * state.recoil - 0.05 * state.zoom)[:, None, None]
     lift = 0.008 * torch.cos(state.stride) - 0.035 * state.recoil - 0.22 * busy + 0.015 * state.zoom
     y = y + lift[:, None, None]
-    patch = colour[:, :, rows, columns]
+    # A copy: written through a view, each change would be a pass over the whole plane in a compiled form.
+    patch = [plane[:, rows, columns].clone() for plane in colour]
     light = (view.sunlight + view.ambient) * 0.85 + 0.25 * state.flash[:, None]
     for start, end, radius, tint in _RODS:
-        _rod(patch, x, y, (start, end, radius), constant(tint, colour.device) * light, height)
+        _rod(patch, x, y, (start, end, radius), constant(tint, light.device) * light, height)
     squared = (x - _MUZZLE[0]) ** 2 + (y - _MUZZLE[1]) ** 2
     for channel, (core, halo) in enumerate(((1.0, 0.55), (0.9, 0.36), (0.6, 0.14))):
         glow = core * torch.exp(squared * -900) + halo * torch.exp(squared * -60)
-        patch[:, channel].addcmul_(glow, state.flash[:, None, None])
+        patch[channel].addcmul_(glow, state.flash[:, None, None])
+    for plane, drawn in zip(colour, patch, strict=True):
+        plane[:, rows, columns] = drawn
     _crosshair(state, colour)
 
 
 def _rod(
-    patch: Tensor,
+    patch: list[Tensor],
     x: Tensor,
     y: Tensor,
     shape: tuple[tuple[float, float], tuple[float, float], float],
@@ -76,16 +79,18 @@ def _rod(
     across = (dx * -uy + dy * ux) / radius
     shade = (0.86 + 0.30 * across - 0.32 * across * across).clamp_(min=0.25)
     for channel in range(3):
-        patch[:, channel].lerp_(shade * tint[:, channel, None, None], cover)
+        patch[channel].lerp_(shade * tint[:, channel, None, None], cover)
 
 
-def _crosshair(state: GameState, colour: Tensor) -> None:
+def _crosshair(state: GameState, colour: list[Tensor]) -> None:
     """Draws a soft ring at the middle of the frame that tightens when aiming."""
-    height, width = colour.shape[-2:]
+    height, width = colour[0].shape[-2:]
     half = max(2, height // 24)
-    middle = colour[:, :, height // 2 - half : height // 2 + half, width // 2 - half : width // 2 + half]
-    axis = (torch.arange(2 * half, dtype=colour.dtype, device=colour.device) + 0.5 - half) / height
+    rows, columns = slice(height // 2 - half, height // 2 + half), slice(width // 2 - half, width // 2 + half)
+    axis = (torch.arange(2 * half, dtype=torch.float32, device=colour[0].device) + 0.5 - half) / height
     distance = (axis * axis + axis[:, None] ** 2).sqrt()
     radius = (0.020 - 0.009 * state.zoom)[:, None, None]
     ring = 0.6 * torch.exp(-(((distance - radius) * 280) ** 2))
-    middle.lerp_(torch.ones_like(middle), ring[:, None])
+    for plane in colour:
+        middle = plane[:, rows, columns]
+        middle.lerp_(torch.ones_like(middle), ring)

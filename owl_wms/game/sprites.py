@@ -23,14 +23,14 @@ _COLOURS = ((0.93, 0.36, 0.32), (0.98, 0.78, 0.28), (0.36, 0.78, 0.62), (0.50, 0
 
 
 def draw_creatures(
-    world: GameWorld, state: GameState, view: View, wall_distance: Tensor, colour: Tensor, depth: Tensor
+    world: GameWorld, state: GameState, view: View, wall_distance: Tensor, colour: list[Tensor], depth: Tensor
 ) -> None:
     """Paint the nearest creatures, far to near.
 
     Args:
         world, state, view: what to draw and from where, batch B.
         wall_distance: [B, W] cells along the view axis to the wall in each column.
-        colour: [B, 3, H, W] in [0, 1], changed.
+        colour: three of [B, H, W] in [0, 1], changed.
         depth: [B, H, W] cells, changed.
     """
     device = world.device
@@ -61,7 +61,7 @@ def draw_creatures(
             (centre_x[one], centre_y[one], radius[one], ahead[one]),
             constant(_COLOURS, device)[tint[one]],
             wall_distance,
-            colour[:, :, rows, columns],
+            [plane[:, rows, columns] for plane in colour],
             depth[:, rows, columns],
         )
 
@@ -83,7 +83,7 @@ def _ball(
     place: tuple[Tensor, Tensor, Tensor, Tensor],
     tint: Tensor,
     wall_distance: Tensor,
-    colour: Tensor,
+    colour: list[Tensor],
     depth: Tensor,
 ) -> None:
     centre_x, centre_y, radius, ahead = (p[:, None, None] for p in place)
@@ -102,10 +102,10 @@ def _ball(
     pupil = ((0.014 - eye_x**2 - (down + 0.10) ** 2) * radius * 6 + 0.5).clamp_(0, 1)
     light = view.sunlight * 0.9 + view.ambient
     clear = torch.exp(-((place[3] / 11.0) ** 2))[:, None]
+    bright, dark = torch.full_like(lambert, 0.97), torch.full_like(lambert, 0.08)
     for channel in range(3):
-        body = lambert * tint[:, channel, None, None]
-        body = body.lerp(torch.full_like(body, 0.97), white).lerp(torch.full_like(body, 0.08), pupil)
+        body = (lambert * tint[:, channel, None, None]).lerp_(bright, white).lerp_(dark, pupil)
         strength = (light * clear)[:, channel, None, None]
         haze = (view.fog * (1 - clear))[:, channel, None, None]
-        colour[:, channel].lerp_(body * strength + haze, cover)
+        colour[channel].lerp_(body.mul_(strength).add_(haze), cover)
     depth.copy_(torch.where(cover > 0.5, ahead.expand_as(depth), depth))
