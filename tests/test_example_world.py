@@ -558,6 +558,7 @@ def test_quicker_forms_make_the_same_episodes_and_are_compiled_once(script: Modu
 
 def test_a_form_that_is_wrong_slow_or_broken_is_not_used(quick: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
+    later = monotonic() + 60
 
     def plain(x: torch.Tensor) -> torch.Tensor:
         return x + 1
@@ -569,11 +570,11 @@ def test_a_form_that_is_wrong_slow_or_broken_is_not_used(quick: ModuleType, monk
         return float((a - b).abs().max())
 
     forms = {"nan": lambda: lambda x: x * torch.nan, "off": lambda: lambda x: x + 3, "broken": lambda: broken}
-    assert quick.quicker("values", plain, forms, (torch.zeros(2),), far, said.append) is plain
+    assert quick.quicker("values", plain, forms, (torch.zeros(2),), far, said.append, later) is plain
     assert [line.split(", ")[1].split(":")[0] for line in said] == ["nan", "off", "broken"]
     assert said[2] == "values, broken: not used, RuntimeError: no compiler"
     monkeypatch.setattr(quick, "seconds_of", lambda function, inputs: 1.0)
-    assert quick.quicker("values", plain, {"equal": lambda: plain}, (torch.zeros(2),), far, said.append) is plain
+    assert quick.quicker("values", plain, {"equal": lambda: plain}, (torch.zeros(2),), far, said.append, later) is plain
 
 
 def test_a_form_that_fails_later_gives_way_to_the_plain_one(quick: ModuleType) -> None:
@@ -586,12 +587,26 @@ def test_a_form_that_fails_later_gives_way_to_the_plain_one(quick: ModuleType) -
             raise RuntimeError("out of memory")
         return x + 1
 
-    known = torch.zeros(2)
-    one = quick.quicker("values", lambda x: x + 1, {"form": lambda: form}, (known,), lambda a, b: 0, said.append)
+    settings = ((torch.zeros(2),), lambda a, b: 0, said.append, monotonic() + 60)
+    one = quick.quicker("values", lambda x: x + 1, {"form": lambda: form}, *settings)
     for size in (3, 2, 2):
         assert torch.equal(one(torch.zeros(size)), torch.ones(size))
     assert calls == [2, 2], "never with another size, and no more once it failed"
     assert said[1:] == ["values: as before from here on, as RuntimeError: out of memory"]
+
+
+def test_first_rounds_end_with_the_places_or_the_time(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def record(first_seed: int, **_: object) -> object:
+        asked.append(first_seed)
+        return episodes(script, count=2)
+
+    monkeypatch.setattr(script, "record", record)
+    rest = (script.Forms(encode=torch.zeros_like), torch.device("cpu"), (9, 16))
+    assert len(script.collect(600.0, 2, 24, 70, *rest, places=5)) == 4
+    assert asked == [70, 72]
+    assert len(script.collect(-1.0, 2, 24, 70, *rest)) == 2, "one round at least"
 
 
 def test_halving_and_ungrouped_are_what_they_stand_for(quick: ModuleType) -> None:

@@ -184,7 +184,7 @@ def order_of(args: argparse.Namespace, device: torch.device) -> Order | None:
         first_seed=first_seed(args) + WORLDS_PER_CALL // 2,
         height=height,
         width=width,
-        truth_worlds=args.worlds if alone else 0,
+        truth_worlds=args.worlds,
         truth_frames=MEASURED[args.small],
     )
 
@@ -211,9 +211,11 @@ def run(
 ) -> None:
     """Make the first episodes, train while the renderer makes more, measure."""
     alone = renderer is not None and renderer.share == 1
-    seconds = 0.0 if alone else DATA_SHARE * args.seconds  # one round is enough where others follow
+    # One round is enough where others follow. Making the forms took its part of the time, at most half of it.
+    share = DATA_SHARE * args.seconds
+    seconds = 0.0 if alone else max(share / 2, share - (time.monotonic() - started))
     with torch.no_grad():
-        data = collect(seconds, *ROUND[args.small], first_seed(args), forms, device, SIZE[args.small])
+        data = collect(seconds, *ROUND[args.small], first_seed(args), forms, device, SIZE[args.small], PLACES)
     cfg = whiten(args.out, data, cfg)
     write_configuration(cfg, args.out)
     if renderer is not None:

@@ -37,7 +37,7 @@ from owl_wms.game.world import GameState, GameWorld
 from owl_wms.sampling.captured import Captured
 from owl_wms.vae.blocks import Downsample
 
-COMPILE_SECONDS = 120
+COMPILE_SECONDS = 150  # for all forms together
 PICTURE_ERROR, LATENT_ERROR = 1e-3, 0.03  # mean absolute of pictures, relative L2 of latents: a form against the plain
 GROUPED_GAIN = 0.8  # a clear gain, so that every process chooses the same and finds it compiled
 _TURNS = 5
@@ -87,7 +87,7 @@ def quicker_forms(
         say: called with a line for each form.
         compiling: further arguments of `torch.compile`.
     """
-    chunk = min(CHUNK, players)
+    chunk, until = min(CHUNK, players), time.monotonic() + COMPILE_SECONDS
     # Worlds in play: at the start tensors are shared between fields, and a compiled form would serve these only.
     world = enter(chunk, seed, device)
     compiled = torch.compile(_drawn, dynamic=False, fullgraph=True, **compiling)
@@ -98,7 +98,7 @@ def quicker_forms(
     forms: dict[str, Callable[[], Callable[..., Tensor]]] = {"compiled": lambda: draw_compiled}
     with torch.no_grad():
         frames = _drawn(world, *size)
-        draw = quicker("pictures", _drawn, forms, (world, *size), _picture_error, say)
+        draw = quicker("pictures", _drawn, forms, (world, *size), _picture_error, say, until)
         rewritten = Coder(encode.module, encode.dtype)
 
         def rewrite() -> Coder:
@@ -114,7 +114,7 @@ def quicker_forms(
 
         forms = {"rewritten": rewrite, "compiled": compile_rewritten}
         with _cudnn_searching():
-            coded = quicker("latents", encode, forms, (frames,), _latent_error, say)
+            coded = quicker("latents", encode, forms, (frames,), _latent_error, say, until)
     return Forms(encode=coded, draw=draw, advance=Steps(device.type == "cuda"))
 
 
@@ -125,23 +125,25 @@ def quicker(
     inputs: tuple[Any, ...],
     error: Callable[[Tensor, Tensor], float],
     say: Say,
+    until: float,
 ) -> Callable[..., Tensor]:
     """Returns the quickest form of a function that gives the same values, or the function.
 
     Args:
         name: for the log.
         plain: the function.
-        forms: functions that make a form, by name. Making it and its first call may take `COMPILE_SECONDS`.
+        forms: functions that make a form, by name.
         inputs: to try them with; a form will be used for inputs of the same size only.
         error: of a form's result against the function's, as a share of what is allowed.
         say: called with a line for each form.
+        until: moment of `time.monotonic` at which a form that is still being made is given up.
     """
     wanted, best = plain(*inputs), plain
     least = seconds_of(plain, inputs)
     for kind, make in forms.items():
         begun = time.monotonic()
         try:
-            with within(COMPILE_SECONDS):
+            with within(max(1, int(until - begun))):
                 form = make()
                 wrong = error(form(*inputs), wanted)
             made = time.monotonic() - begun

@@ -33,6 +33,7 @@ from episodes import Episodes, record
 from holding import Truth
 from quick import Forms, quicker_forms
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from train import make_codec
 
 from owl_wms.configs.world import load_world_config, with_files_found
@@ -214,6 +215,11 @@ def work(order: Order, folder: Path) -> None:
         # Where the GPU is shared, the training's process has compiled the same before: this takes seconds then.
         forms = quicker_forms(plain, players=order.players, seed=order.first_seed, size=size, device=device, say=say)
     rest = leave_the_rest(order.share, os.getppid(), device)  # now, as nobody is to rest for the time of compiling
+
+    def rested(frames: Tensor) -> Tensor:
+        rest()
+        return plain(frames)
+
     kinds: dict[str, Any] = {"encode": forms.encode, "draw": forms.draw, "advance": forms.advance}
     number = 0
     while True:
@@ -228,7 +234,7 @@ def work(order: Order, folder: Path) -> None:
         if number == TRUTH_AFTER and order.truth_worlds:
             begun = time.monotonic()
             count: dict[str, Any] = {"worlds": order.truth_worlds, "frames": order.truth_frames, "size": size}
-            truth = Truth.play(encode=plain, decode=decode, device=device, **count)
+            truth = Truth.play(encode=rested, decode=decode, device=device, **count)
             finish(folder / "truth.safetensors", truth.write)
             say(f"played the held-out worlds in {time.monotonic() - begun:.1f} s")
         while len(list(folder.glob("round_*.safetensors"))) >= WAITING:

@@ -65,11 +65,12 @@ def collect(
     forms: Forms,
     device: torch.device,
     size: tuple[int, int],
+    places: int = 1_000_000,
 ) -> Episodes:
-    """Rounds of episodes until the next one would not fit into the time; at least one."""
+    """Rounds of episodes until the next one would not fit into the time or into `places` episodes; at least one."""
     parts: list[Episodes] = []
     started, longest = time.monotonic(), 0.0
-    while not parts or time.monotonic() - started + longest < seconds:
+    while not parts or (time.monotonic() - started + longest < seconds and (len(parts) + 1) * players <= places):
         begun = time.monotonic()
         seed = first_seed + len(parts) * players
         settings: dict[str, Any] = {"players": players, "frames": frames, "device": device, "size": size}
