@@ -206,10 +206,39 @@ def test_clips_that_move_end_sooner_unless_they_stay_near_the_truth(
     assert reach[False] == 6
 
 
+def test_histories_drift_and_nothing_else_does(script: ModuleType) -> None:
+    """Towards their end, in some windows; sinks and the frames to be learnt stay as they are."""
+    torch.manual_seed(0)
+    data, space = episodes(script), LatentSpace(2.0)
+    data.latents += torch.randn_like(data.latents)  # type: ignore[attr-defined]
+    drift = sys.modules["drift"].Drift.of(space, data.latents)  # type: ignore[attr-defined]
+    torch.testing.assert_close(drift.std[:, 0, 0], data.latents.float().std((0, 1, 3, 4)) / 2, rtol=1e-3, atol=0)  # type: ignore[attr-defined]
+    settings = {"window": 10, "batch_size": 64, "sinks": 2}
+    plain, drifting = (iter(script.OwnHistoryLoader(data, space, drift=d, **settings)) for d in (None, drift))
+    lengths, changes = set(), []
+    for _ in range(10):
+        true, moved = next(plain), next(drifting)
+        assert all(torch.equal(a, b) for a, b in zip(true[1:3], moved[1:3], strict=True))
+        change = (moved[0].float() - true[0].float()).abs().mean((2, 3, 4))
+        drifted = change.any(dim=1)
+        assert 0 < drifted.sum() < 64
+        assert torch.equal(moved[3][~drifted], true[3][~drifted])
+        for row, length in zip(change[drifted], moved[3][drifted].tolist(), strict=True):
+            assert not row[:2].any()
+            assert not row[length:].any()
+            lengths.add(length)
+            changes.append(row[[2, length - 1]])
+    assert lengths == set(range(3, 10))
+    begin, end = torch.stack(changes).unbind(dim=1)
+    assert begin.mean() < 0.8 * end.mean(), "more towards the end"
+    assert end.min() < 0.1 < 0.5 < end.max() < 3
+
+
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_own_frames_are_those_of_play(script: ModuleType, sinks: int) -> None:
     """Begun as noise alone they are the frames that play makes of the same noise; history is stored clean in both."""
-    core, generator = tiny_core(sink_frames=sinks), torch.Generator().manual_seed(0)
+    core = tiny_core(sink_frames=sinks, sink_noise=0.0 if sinks else None)
+    generator = torch.Generator().manual_seed(0)
     x, mouse = torch.randn(2, 5, 4, 2, 2, generator=generator), torch.randn(2, 8, 2, generator=generator)
     btn = torch.zeros(2, 8, 11)
     loop = FrameLoop(Guidance(model=core), deltas=get_sd3_euler(3), noise_prev=0.0, max_window=4)

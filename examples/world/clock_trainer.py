@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from drift import Drift
 from episodes import Episodes
 from own_history import Horizon, OwnHistoryLoader, OwnHistoryTrainer, playing
 from safetensors.torch import save_file
@@ -89,10 +90,12 @@ class Plan:
         return max((frames for begun, frames in self.horizons if begun <= share), default=self.horizons[0][1])
 
 
-CONTINUED = Plan(settle=0.0, fall=0.18, own=0.25, low=0.45, end_fall=0.65, horizons=((0.25, 8),), warm_up=150)
-"""Of a run that begins with trained weights: their base is there, so own history comes as soon as the new worlds and
-the sinks are learnt, and the rates fall for longer. The few clips that move and are the model's alone stay short, as
-further on the true frame is not determined and teaches a mean."""
+CONTINUED = Plan(
+    settle=0.0, fall=0.0, own=0.06, low=0.5, end_fall=0.55, horizons=((0.0, 8),), warm_up=150, own_frames=120
+)
+"""Of a run that begins with trained weights: their base is there, so own history comes at once, and the rates fall for
+longer. The few clips that move and are the model's alone stay short, as further on the true frame is not determined and
+teaches a mean."""
 
 
 class BuiltMasks:
@@ -168,7 +171,12 @@ class ClockTrainer(OwnHistoryTrainer):
         self._out, self._say, self._cfg, self._fresh = out, say, cfg, fresh
         space = LatentSpace.of(cfg.train).to(data.mouse.device)
         self._windows = OwnHistoryLoader(
-            data, space, window=self.window, batch_size=cfg.train.batch_size, sinks=cfg.model.sink_frames
+            data,
+            space,
+            window=self.window,
+            batch_size=cfg.train.batch_size,
+            sinks=cfg.model.sink_frames,
+            drift=Drift.of(space, data.latents[: min(64, len(data))]) if cfg.model.sink_frames else None,
         )
         super().__init__(cfg.train, None, cfg.model, loader=self._windows, sample_loader=self._windows)
         self.resume()  # begins from `train.init_ckpt`, where that is given
@@ -236,14 +244,16 @@ class ClockTrainer(OwnHistoryTrainer):
     def _renew(self, plan: Plan, share: float) -> None:
         """Let the averaged model continue episodes."""
         self._windows.horizon = Horizon(moving=plan.horizon(share))
+        sampler = self.train_cfg.sampler_kwargs or {}
         self._windows.renew(
             playing(self.ema.model.core, self.device),
             clips=plan.clips,
             keep=plan.rounds,
             frames=plan.own_frames,
             step=self.step,
-            steps=int((self.train_cfg.sampler_kwargs or {})["n_steps"]),
+            steps=int(sampler["n_steps"]),
             noise=OWN_NOISE,
+            order=int(sampler.get("order", 1)),
         )
 
     def _look(self, waiting: list[tuple[int, float, float, Tensor]], good: dict[str, Any]) -> dict[str, Any]:

@@ -248,6 +248,7 @@ class Player:
             deltas=get_sd3_euler(settings["n_steps"]),
             noise_prev=settings["noise_prev"],
             max_window=settings["max_window"],
+            order=settings.get("order", 1),
         )
         loop.begin(history, truth.mouse, truth.buttons, _seeded(history.device))
         return loop

@@ -10,6 +10,8 @@ true one under noise instead of as noise alone, and is made behind the model's o
 the model's errors, at any length, and a target that is known. A clip at rest is the model's alone: its true frame is
 known for ever.
 
+The history of some windows drifts besides (`drift.py`).
+
 A model with `sink_frames` plays behind the last so many frames of its context, which it never forgets, so windows begin
 with such frames: in windows with own frames the last real ones; in true windows earlier frames of the same episode, or
 the last ones of a history. What lies between them and the window may be nothing or the whole episode.
@@ -30,20 +32,23 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
+from drift import Drift
 from episodes import Episodes
 from torch import Tensor, nn
 
 from owl_wms.data.loading import Batch
 from owl_wms.models.latents import LatentSpace
 from owl_wms.nn.ring_cache import RingCache
+from owl_wms.nn.setting import setting
 from owl_wms.sampling.captured import Captured, may_capture
-from owl_wms.sampling.schedule import get_sd3_euler
+from owl_wms.sampling.schedule import get_sd3_euler, take_step
 from owl_wms.trainers.objectives.rft import RFTTrainer
 
 DRAWN = -1  # in `history`: the trainer draws the length
 NEAR_SHARE = 0.85  # of the clips that move: made near the truth
 RECENT_SINKS = 0.25  # of the true windows of a model with sinks: they are the last frames of the history
 NEAR = (0.6, 0.97)  # levels at which their frames begin
+DRIFTING = 0.4  # share of windows whose history drifts, where there is a drift
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,19 +73,24 @@ class OwnFrames:
 
     Args:
         core: in the precision of play, eval mode.
-        steps: Euler steps a frame.
+        steps: a frame.
+        order: of the steps, as in play.
         window: frames that attention may span, the new one included.
-        noise: [b] level at which history is stored.
+        noise: [b] level at which history is stored, but for sinks of a model with a `sink_noise`.
         start: [b] level at which frames begin; 1 is play, below it the frame given to `make` shows through the noise.
     """
 
-    def __init__(self, core: nn.Module, *, steps: int, window: int, noise: Tensor, start: Tensor) -> None:
+    def __init__(
+        self, core: nn.Module, *, steps: int, window: int, noise: Tensor, start: Tensor, order: int = 1
+    ) -> None:
         self._noise, self._start = noise[:, None], start[:, None]
         self._ring = RingCache(core.config, max_window=window, round_to=window)
         allowed, deltas = may_capture(core), get_sd3_euler(steps).tolist()
         # Not methods of this object: in a circle with it, graphs of gigabytes would wait for Python's collector.
-        self._made = Captured(partial(_denoise, core, self._ring, self._start, deltas), allowed=allowed)
-        self._kept = Captured(partial(_store, core, self._ring, self._noise), allowed=allowed)
+        self._made = Captured(partial(_denoise, core, self._ring, self._start, deltas, order), allowed=allowed)
+        self._kept = Captured(partial(_store, core, self._ring), allowed=allowed)
+        self._at_sinks = setting(core.config, "sink_noise", None)
+        self._stored = 0
 
     def make(self, x: Tensor, mouse: Tensor, btn: Tensor, generator: torch.Generator) -> Tensor:
         """Return the next frame [b, 1, c, h, w], made from the true one `x` as far as `start` lets it be seen."""
@@ -89,24 +99,36 @@ class OwnFrames:
 
     def keep(self, x: Tensor, mouse: Tensor, btn: Tensor, generator: torch.Generator) -> None:
         """Store a frame with its controls."""
-        self._kept(self._ring.shape, _noised(x, self._noise, generator), mouse, btn)
+        clean = self._at_sinks is not None and self._stored < self._ring.sinks
+        level = torch.full_like(self._noise, self._at_sinks) if clean else self._noise
+        self._kept(self._ring.shape, _noised(x, level, generator), level, mouse, btn)
         self._ring.advance()
+        self._stored += 1
 
 
 def _denoise(
-    core: nn.Module, ring: RingCache, start: Tensor, deltas: list[float], x: Tensor, mouse: Tensor, btn: Tensor
+    core: nn.Module,
+    ring: RingCache,
+    start: Tensor,
+    deltas: list[float],
+    order: int,
+    x: Tensor,
+    mouse: Tensor,
+    btn: Tensor,
 ) -> tuple[Tensor, ...]:
     level, size = start, start[..., None, None, None].to(x.dtype)
-    for delta in deltas:
-        x = x - delta * size * core(x, level, mouse, btn, kv_cache=ring)
+    velocities: list[Tensor] = []
+    for done, delta in enumerate(deltas, 1):
+        velocities.append(size * core(x, level, mouse, btn, kv_cache=ring))
+        x = take_step(x, velocities, deltas[:done], order)
         level = level - delta * start
     return (x,)
 
 
 def _store(
-    core: nn.Module, ring: RingCache, noise: Tensor, x: Tensor, mouse: Tensor, btn: Tensor
+    core: nn.Module, ring: RingCache, x: Tensor, level: Tensor, mouse: Tensor, btn: Tensor
 ) -> tuple[Tensor, ...]:
-    return (core(x, noise, mouse, btn, kv_cache=ring),)
+    return (core(x, level, mouse, btn, kv_cache=ring),)
 
 
 def _noised(x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
@@ -150,14 +172,23 @@ class OwnHistoryLoader:
         batch_size: windows of a batch.
         seed: of all draws.
         sinks: frames at the beginning of each window that play would never forget; `sink_frames` of the model.
+        drift: of histories, or None for none.
     """
 
     epoch = 0
 
     def __init__(
-        self, data: Episodes, space: LatentSpace, *, window: int, batch_size: int, seed: int = 0, sinks: int = 0
+        self,
+        data: Episodes,
+        space: LatentSpace,
+        *,
+        window: int,
+        batch_size: int,
+        seed: int = 0,
+        sinks: int = 0,
+        drift: Drift | None = None,
     ) -> None:
-        self._data, self._space, self._window, self._sinks = data, space, window, sinks
+        self._data, self._space, self._window, self._sinks, self._drift = data, space, window, sinks, drift
         self._recent = window - sinks
         self._batch_size, self._seed, self._seen = batch_size, seed, 0
         self._rounds: list[_Clips] = []
@@ -175,6 +206,7 @@ class OwnHistoryLoader:
         step: int,
         steps: int,
         noise: tuple[float, float],
+        order: int = 1,
     ) -> None:
         """Let the model continue `clips` episodes from true frames on, under the episodes' own controls.
 
@@ -184,8 +216,9 @@ class OwnHistoryLoader:
             keep: calls of this function whose clips stay in the buffer.
             frames: own frames of each.
             step: of the trainer; fixes what is drawn.
-            steps: Euler steps a frame, as in play.
+            steps: a frame, as in play.
             noise: lowest and highest level at which a clip's history is remembered.
+            order: of the steps, as in play.
         """
         data, device, real = self._data, self._data.mouse.device, self._recent
         generator = torch.Generator(device=device).manual_seed(self._seed * 1_000_003 + step)
@@ -207,6 +240,7 @@ class OwnHistoryLoader:
         maker = OwnFrames(
             core,
             steps=steps,
+            order=order,
             window=self._window,
             noise=uniform(*noise),
             start=torch.where(near, uniform(*NEAR), 1.0),
@@ -240,7 +274,17 @@ class OwnHistoryLoader:
             if self._clips is not None:
                 parts = zip(batch, self._own_windows(self._clips, self.own, generator), strict=True)
                 batch = tuple(torch.cat(pair) for pair in parts)
-            yield batch
+            yield batch if self._drift is None else self._drifted(batch, self._drift, generator)
+
+    def _drifted(self, batch: Batch, drift: Drift, generator: torch.Generator) -> Batch:
+        """Let histories drift; where the trainer may draw a length, it is drawn here."""
+        latents, mouse, btn, history = batch
+        chosen = torch.rand(len(latents), generator=generator, device=latents.device) < DRIFTING
+        drawn = _whole(
+            torch.full_like(history, self._sinks + 1), self._window - 1, generator=generator, device=latents.device
+        )
+        history = torch.where(chosen & (history == DRAWN), drawn, history)
+        return drift(latents, self._sinks, history, chosen, generator), mouse, btn, history
 
     def _true_windows(self, count: int, generator: torch.Generator) -> Batch:
         data, sinks, recent = self._data, self._sinks, self._recent

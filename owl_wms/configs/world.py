@@ -83,6 +83,8 @@ class WorldModelConfig(StrictModel):
     `sink_frames`: so many frames at the beginning of a video are never forgotten. They are seen by the layers without a
     window, at the positions just before the others. Samplers begin with the last so many frames of the context and the
     whole context behind them; windows for training must begin with such frames too (examples/world/own_history.py).
+    `sink_noise`: noise level at which those frames are shown; None is the level of the history. They are true frames,
+    so they may be shown nearly clean.
     `predicts` belongs to `game_rft`: with "remainder" the network predicts what the velocity leaves of the noisy frame,
     which at level 1 is the clean frame, so that a narrow network need not carry the noise from its input to its output;
     upstream's weights predict the velocity.
@@ -105,6 +107,7 @@ class WorldModelConfig(StrictModel):
     video_head_norm: bool = True
     n_frames: PositiveInt = 120
     sink_frames: NonNegativeInt = 0
+    sink_noise: float | None = None
     cfg_prob: float = 0.1
     causal: bool = False
     uncond: bool
@@ -149,6 +152,11 @@ class WorldModelConfig(StrictModel):
             self.sink_frames < self.n_frames,
             "sink_frames",
             f"must be below n_frames ({self.n_frames}), received {self.sink_frames}",
+        )
+        rule(
+            self.sink_noise is None or (self.sink_frames > 0 and 0.0 <= self.sink_noise <= 1.0),
+            "sink_noise",
+            f"needs sink_frames and must be within 0..1, received {self.sink_noise}",
         )
         rule(
             self.predicts == "velocity" or not self.has_audio,

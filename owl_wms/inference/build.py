@@ -246,6 +246,7 @@ def build_pipeline(
         image_scale=config.train.vae_scale,
         whitener=latent_space(config, cfg_path).whitener,
         steps=given.n_steps if steps is None else steps,
+        order=given.order,
         schedule=given.custom_schedule if steps is None else None,
         cfg_scale=given.cfg_scale if cfg_scale is None else cfg_scale,
         max_level=given.max_level,

@@ -8,7 +8,7 @@ Usage:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,7 @@ class PlayedSampler(StrictModel):
     """Holds the part of `train.sampler_kwargs` that play reads, for `InteractivePipeline`."""
 
     n_steps: PositiveInt = 4
+    order: Literal[1, 2] = 1
     custom_schedule: tuple[float, ...] | None = None
     cfg_scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     max_level: Annotated[float, Field(gt=0, le=1)] = 1.0

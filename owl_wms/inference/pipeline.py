@@ -48,7 +48,8 @@ class InteractivePipeline:
         contexts: beginnings to choose from, in the model's scale; see `owl_wms.inference.context`.
         image_scale: factor by which latents were divided for the model.
         whitener: transform that was applied after that, or None.
-        steps: Euler steps a frame, 1 to 20; without effect while `schedule` is given.
+        steps: a frame, 1 to 20; without effect while `schedule` is given.
+        order: of the steps, 1 or 2; see `owl_wms.sampling.schedule.take_step`.
         schedule: noise levels of a distilled model, for example [1.0, 0.5].
         cfg_scale: guidance; anything but 1 doubles the model's work.
         max_level: highest noise level that the model is told; see `owl_wms.sampling.guidance`.
@@ -72,6 +73,7 @@ class InteractivePipeline:
         image_scale: float = 1.0,
         whitener: Whitener | None = None,
         steps: int = 4,
+        order: int = 1,
         schedule: Sequence[float] | None = None,
         cfg_scale: float = 1.0,
         max_level: float = 1.0,
@@ -106,14 +108,18 @@ class InteractivePipeline:
         self._guidance = Guidance(model=core, scale=cfg_scale, max_level=max_level)
         self._window = min(core.config.n_frames, DEFAULT_WINDOW) if max_window is None else max_window
         self._schedule = None if schedule is None else custom_deltas(schedule)
-        self._steps = steps
+        self._steps, self._order = steps, order
         self._sit_down(seed)
 
     def _sit_down(self, seed: int) -> None:
         """All that belongs to one player, new: history, noise, the picture on its way to the host."""
         self._seed = seed
         self._loop = FrameLoop(
-            self._guidance, deltas=self._deltas(), noise_prev=self.noise_prev, max_window=self._window
+            self._guidance,
+            deltas=self._deltas(),
+            noise_prev=self.noise_prev,
+            max_window=self._window,
+            order=self._order,
         )
         self._pixels = Captured(lambda frames: (self._to_bytes(frames),), allowed=self._loop.captures)
         self._stream = self._decode.fork() if isinstance(self._decode, StreamDecode) else None

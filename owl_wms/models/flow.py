@@ -31,6 +31,7 @@ def draw_levels(
     doc_id: Tensor | None = None,
     history: Tensor | None = None,
     sinks: int = 0,
+    sink_level: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw the noise levels of a training step.
 
@@ -42,6 +43,7 @@ def draw_levels(
         history: [b] int64, frames of each row that are history, known beforehand because they are of another kind (the
             model's own); a negative number draws as configured. With `levels` only.
         sinks: frames at the beginning of every clip that are history in any case. With `levels` only.
+        sink_level: their level; None is that of the clip's history.
 
     Returns:
         (levels [b, n] fp32 in [0, 1], bool [b, n] that is True for the frames whose loss counts).
@@ -76,8 +78,10 @@ def draw_levels(
         prefixed, length_known = prefixed | known, history[:, None].clamp(min=0, max=shape[1] - 1)
         history_length = torch.where(known, length_known, history_length)
     place = torch.arange(shape[1], device=device) - first
-    remembered = (prefixed & (place < history_length)) | (place < (length - 1).clamp(max=sinks))
-    return torch.where(remembered, context, torch.where(prefixed, behind, alone)), ~remembered
+    sink = place < (length - 1).clamp(max=sinks)
+    remembered = (prefixed & (place < history_length)) | sink
+    levels_drawn = torch.where(remembered, context, torch.where(prefixed, behind, alone))
+    return levels_drawn if sink_level is None else levels_drawn.masked_fill(sink, sink_level), ~remembered
 
 
 def clip_bounds(shape: torch.Size, doc_id: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:

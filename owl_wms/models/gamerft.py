@@ -176,7 +176,8 @@ class GameRFT(nn.Module):
             `z_video` [b, n, c, h, w], `ts` [b, n] fp32, `counted` [b, n] bool and `cfg_mask` [b] bool.
         """
         mask = controls_mask(x, mouse, has_controls, self.config.cfg_prob if cfg_prob is None else cfg_prob)
-        ts, counted = draw_levels(x, levels, doc_id, history, setting(self.config, "sink_frames", 0))
+        sinks = setting(self.config, "sink_frames", 0), setting(self.config, "sink_noise", None)
+        ts, counted = draw_levels(x, levels, doc_id, history, *sinks)
         lerpd, z = noised(x, ts)
         pred = self.core(lerpd, ts, mouse, btn, doc_id, mask)
         loss = counted_mse(pred, z - x, counted)

@@ -23,7 +23,7 @@ from owl_wms.sampling.controls import check_controls
 from owl_wms.sampling.frames import FrameLoop
 from owl_wms.sampling.guidance import Guidance, Unconditional
 from owl_wms.sampling.result import SampleResult
-from owl_wms.sampling.schedule import custom_deltas, get_sd3_euler
+from owl_wms.sampling.schedule import check_order, custom_deltas, get_sd3_euler
 from owl_wms.sampling.window import Decode, Progress
 
 
@@ -39,6 +39,7 @@ class AVCachingSampler:
         custom_schedule: noise levels falling from 1.0, for example [1.0, 0.5].
         only_return_generated: leave the context out of the result.
         unconditional, max_level: see `owl_wms.sampling.guidance`.
+        order: of the steps, 1 or 2; see `owl_wms.sampling.schedule.take_step`.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class AVCachingSampler:
         only_return_generated: bool = False,
         unconditional: Unconditional = "dropped",
         max_level: float = 1.0,
+        order: int = 1,
     ) -> None:
         if num_frames < 0 or not 0 <= noise_prev <= 1:
             raise ConfigError(
@@ -67,6 +69,7 @@ class AVCachingSampler:
         self.only_return_generated = only_return_generated
         self.unconditional: Unconditional = unconditional
         self.max_level = max_level
+        self.order = check_order(order)
 
     @uncompiled
     @torch.no_grad()
@@ -124,6 +127,7 @@ class AVCachingSampler:
             deltas=self.deltas,
             noise_prev=self.noise_prev,
             max_window=window,
+            order=self.order,
             fixed=True if compile_on_decode else None,
             prefill=guidance if compile_on_decode else None,
         )

@@ -5,7 +5,8 @@ which stores it. Both are functions of fixed shapes with all changing values as 
 one CUDA graph; on a CPU the same functions run as they are.
 
 A model that never forgets the first frames it was shown (`sink_frames`) is shown the last so many frames of the context
-first, and then the whole context: the newest frames that are true are the best to compare with for ever.
+first, and then the whole context: the newest frames that are true are the best to compare with for ever. They are
+stored at the model's `sink_noise`, if it has one.
 
 Usage:
     loop = FrameLoop(guidance, deltas=get_sd3_euler(4), noise_prev=0.2, max_window=24)
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor
 
 from owl_wms.nn.ring_cache import RingCache
+from owl_wms.nn.setting import setting
 from owl_wms.sampling.captured import Captured, may_capture
 from owl_wms.sampling.guidance import Guidance
-from owl_wms.sampling.schedule import zlerp
+from owl_wms.sampling.schedule import check_order, take_step, zlerp
 
 # While a captured ring fills, each length needs a graph of its own: lengths are rounded up to this many frames.
 ROUND_TO = 64
@@ -38,6 +40,7 @@ class FrameLoop:
         deltas: [steps] step sizes adding up to 1.
         noise_prev: noise level at which history is stored, 0 to 1.
         max_window: frames that attention may span, the new one included.
+        order: of the steps, 1 or 2; see `owl_wms.sampling.schedule.take_step`.
         capture: False never uses CUDA graphs.
         fixed: None rounds lengths only if frames are captured; True always does, as compiled models want it.
         prefill: stores the context, if not `guidance`: the same model uncompiled spares shapes that are met once.
@@ -46,7 +49,7 @@ class FrameLoop:
         captures: whether passes become CUDA graphs.
 
     Raises:
-        ConfigError: max_window out of range.
+        ConfigError: max_window or order out of range.
     """
 
     def __init__(
@@ -56,11 +59,12 @@ class FrameLoop:
         deltas: Tensor,
         noise_prev: float,
         max_window: int,
+        order: int = 1,
         capture: bool = True,
         fixed: bool | None = None,
         prefill: Guidance | None = None,
     ) -> None:
-        self.deltas, self.noise_prev = deltas, noise_prev
+        self.deltas, self.noise_prev, self._order = deltas, noise_prev, check_order(order)
         allowed = capture and may_capture(guidance.model)
         self.captures = allowed
         rounded = allowed if fixed is None else fixed
@@ -95,10 +99,14 @@ class FrameLoop:
         if self.ring.sinks:
             order = [*range(x.shape[1])[-self.ring.sinks :], *range(x.shape[1])]
             x, mouse, btn = x[:, order], mouse[:, order], btn[:, order]
+        sinks, at_sinks = self.ring.sinks, setting(self._guidance.model.config, "sink_noise", self.noise_prev)
         noisy = zlerp(x, self.noise_prev, generator)
+        if at_sinks != self.noise_prev:
+            noisy[:, :sinks] = zlerp(x[:, :sinks], at_sinks, generator)
         for frame in range(x.shape[1]):
             span = slice(frame, frame + 1)
-            self._keep(self._prefill, noisy[:, span], mouse[:, span], btn[:, span])
+            level = at_sinks if frame < sinks else self.noise_prev
+            self._keep(self._prefill, noisy[:, span], level, mouse[:, span], btn[:, span])
 
     def denoise(self, mouse: Tensor, btn: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Returns the next frame, [b, 1, c, h, w]; what is stored stays as it is.
@@ -115,22 +123,26 @@ class FrameLoop:
 
     def remember(self, x: Tensor, mouse: Tensor, btn: Tensor, generator: torch.Generator | None = None) -> None:
         """Stores a finished frame [b, 1, c, h, w] with its controls."""
-        self._keep(self._store, zlerp(x, self.noise_prev, generator), mouse, btn)
+        self._keep(self._store, zlerp(x, self.noise_prev, generator), self.noise_prev, mouse, btn)
 
-    def _keep(self, store: Captured, noisy: Tensor, mouse: Tensor, btn: Tensor) -> None:
-        store(self.ring.shape, noisy, mouse, btn)
+    def _keep(self, store: Captured, noisy: Tensor, level: float, mouse: Tensor, btn: Tensor) -> None:
+        t = torch.full(noisy.shape[:2], level, dtype=torch.float32, device=noisy.device)
+        store(self.ring.shape, noisy, t, mouse, btn)
         self.ring.advance()
 
     def _denoise_frame(self, frame: Tensor, mouse: Tensor, btn: Tensor) -> tuple[Tensor, ...]:
         self.ring.disable_cache_updates()
         t = torch.ones(frame.shape[:2], dtype=torch.float32, device=frame.device)
-        for delta in self.deltas.tolist():
-            (velocity,) = self._guidance.velocity((frame,), t, mouse, btn, self.ring)
-            frame = frame - delta * velocity
-            t = t - delta
+        sizes = self.deltas.tolist()
+        velocities: list[Tensor] = []
+        for done, size in enumerate(sizes, 1):
+            velocities += self._guidance.velocity((frame,), t, mouse, btn, self.ring)
+            frame = take_step(frame, velocities, sizes[:done], self._order)
+            t = t - size
         return (frame,)
 
-    def _store_frame(self, guidance: Guidance, noisy: Tensor, mouse: Tensor, btn: Tensor) -> tuple[Tensor, ...]:
+    def _store_frame(
+        self, guidance: Guidance, noisy: Tensor, t: Tensor, mouse: Tensor, btn: Tensor
+    ) -> tuple[Tensor, ...]:
         self.ring.enable_cache_updates()
-        t = torch.full(noisy.shape[:2], self.noise_prev, dtype=torch.float32, device=noisy.device)
         return guidance.velocity((noisy,), t, mouse, btn, self.ring)

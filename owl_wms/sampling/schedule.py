@@ -54,6 +54,35 @@ def custom_deltas(schedule: Sequence[float]) -> Tensor:
     return (exact[:-1] - exact[1:]).float()
 
 
+def check_order(order: int) -> int:
+    """Returns the order of a sampler's steps.
+
+    Raises:
+        ConfigError: neither 1 nor 2.
+    """
+    if order not in (1, 2):
+        raise ConfigError(f"order must be 1 (Euler) or 2 (Adams-Bashforth), got {order!r}", key="order")
+    return order
+
+
+def take_step(x: Tensor, velocities: list[Tensor], sizes: list[float], order: int) -> Tensor:
+    """Returns a sample after one more step, along velocities that are known.
+
+    Order 1 is Euler's; order 2 that of Adams and Bashforth, which takes the line through this velocity and the one
+    before and costs nothing more. The first step is Euler's in any case (Hairer, Norsett and Wanner, Solving Ordinary
+    Differential Equations I, section III.5, with steps of unequal size).
+
+    Args:
+        x: the sample.
+        velocities: at the beginning of this step, the last one, and of those before.
+        sizes: of the same steps.
+    """
+    v = velocities[-1]
+    if order == 2 and len(velocities) > 1:
+        v = v + (v - velocities[-2]) * (sizes[-1] / (2 * sizes[-2]))
+    return x - sizes[-1] * v
+
+
 def zlerp(x: Tensor, amount: float, generator: torch.Generator | None = None) -> Tensor:
     """x (1 - amount) + amount * noise, noise standard normal; amount 0 to 1."""
     noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)

@@ -52,6 +52,11 @@ def test_sinks_are_history_in_every_clip(prefix: float) -> None:
     lengths = (~counted).sum(dim=1)
     assert (lengths[:500] == 2).float().mean() == pytest.approx(1 - prefix * (N - 3) / (N - 2), abs=0.05)
     assert torch.equal(lengths[501:], history[501:].clamp(min=2)), "what is known beforehand, and the sinks at least"
+    torch.manual_seed(0)
+    clean = draw_levels(torch.zeros(1000, N, 1), levels, None, history, sinks=2, sink_level=0.02)
+    assert (clean[0][:, :2] == 0.02).all()
+    assert torch.equal(clean[0][:, 2:], times[:, 2:])
+    assert torch.equal(clean[1], counted)
     short = draw_levels(torch.zeros(9, 2, 1), levels, sinks=2)[1]
     assert short.sum(dim=1).tolist() == [1] * 9, "a frame remains to be learnt from"
 

@@ -29,9 +29,14 @@ def play(loop: FrameLoop, frames: int, batch: int = 1, context: int = 3) -> Tens
 
 
 def make(
-    scale: float, unconditional: str = "dropped", fixed: bool | None = None, window: int = 6, sinks: int = 0
+    scale: float,
+    unconditional: str = "dropped",
+    fixed: bool | None = None,
+    window: int = 6,
+    sinks: int = 0,
+    sink_noise: float | None = None,
 ) -> FrameLoop:
-    core = tiny_core(n_frames=12, sink_frames=sinks)
+    core = tiny_core(n_frames=12, sink_frames=sinks, sink_noise=sink_noise)
     guidance = Guidance(model=core, scale=scale, unconditional=unconditional)  # type: ignore[arg-type]
     return FrameLoop(guidance, deltas=get_sd3_euler(2), noise_prev=0.2, max_window=window, fixed=fixed)
 
@@ -49,22 +54,45 @@ def test_fixed_shapes_with_masks_give_what_exact_ones_give(scale: float, uncondi
     assert torch.equal(play(fixed, 20), got), "a second beginning is not touched by the first"
 
 
+@pytest.mark.parametrize("sink_noise", [None, 0.02])
 @torch.no_grad()
-def test_the_last_true_frames_are_never_forgotten() -> None:
+def test_the_last_true_frames_are_never_forgotten(sink_noise: float | None) -> None:
     """They are shown first, with their controls: as a loop that begins with them, and a model that marks them."""
     x, _, mouse, btn = inputs(1, 5)
-    loops = [make(1.0, sinks=2) for _ in range(2)]
+    loops = [make(1.0, sinks=2, sink_noise=sink_noise) for _ in range(2)]
     order = [3, 4, 0, 1, 2, 3, 4]
     seen = [part[:, order] for part in (x, mouse, btn)]
     loops[0].begin(x, mouse, btn, torch.Generator().manual_seed(3))
-    noisy = zlerp(seen[0], 0.2, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    noisy, levels = zlerp(seen[0], 0.2, generator), [0.2] * 7
+    if sink_noise is not None:
+        noisy[:, :2], levels[:2] = zlerp(seen[0][:, :2], sink_noise, generator), [sink_noise] * 2
     loops[1]._like = x[:, :1]
-    for k in range(7):
-        loops[1]._keep(loops[1]._store, *(part[:, k : k + 1] for part in (noisy, *seen[1:])))
+    for k, level in enumerate(levels):
+        now, *controls = (part[:, k : k + 1] for part in (noisy, *seen[1:]))
+        loops[1]._keep(loops[1]._store, now, level, *controls)
     frames = [loop.denoise(mouse[:, :1], btn[:, :1], torch.Generator().manual_seed(4)) for loop in loops]
     assert torch.equal(*frames)
     loops[0].begin(x[:, :1], mouse, btn)  # of one frame only: it is shown twice
     assert len(loops[0].ring) == 2
+
+
+@torch.no_grad()
+def test_steps_of_order_two_use_the_velocity_before() -> None:
+    core, (x, _, mouse, btn) = tiny_core(n_frames=12), inputs(1, 5)
+    deltas = get_sd3_euler(3)
+    settings = {"deltas": deltas, "noise_prev": 0.2, "max_window": 6}
+    loop, euler = FrameLoop(Guidance(model=core), order=2, **settings), FrameLoop(Guidance(model=core), **settings)
+    for each in (loop, euler):
+        each.begin(x, mouse, btn, torch.Generator().manual_seed(3))
+    got = loop.denoise(mouse[:, :1], btn[:, :1], torch.Generator().manual_seed(4))
+    assert relative(got, euler.denoise(mouse[:, :1], btn[:, :1], torch.Generator().manual_seed(4))) > 1e-3
+    frame, level, before = torch.randn(1, 1, 4, 2, 2, generator=torch.Generator().manual_seed(4)), 1.0, None
+    for delta, shorter in zip(deltas.tolist(), [None, *deltas.tolist()], strict=False):
+        v = core(frame, torch.full((1, 1), level), mouse[:, :1], btn[:, :1], kv_cache=loop.ring)
+        used = v if before is None else v + delta / shorter / 2 * (v - before)
+        frame, level, before = frame - delta * used, level - delta, v
+    torch.testing.assert_close(got, frame)
 
 
 @torch.no_grad()

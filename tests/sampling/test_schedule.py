@@ -16,6 +16,7 @@ from owl_wms.sampling import (
     get_sd3_euler,
     zlerp,
 )
+from owl_wms.sampling.schedule import check_order, take_step
 
 
 @pytest.mark.parametrize(("steps", "wanted"), [(1, [1.0]), (2, [0.25, 0.75]), (4, [0.1, 0.15, 0.25, 0.5])])
@@ -50,6 +51,28 @@ def test_schedules_that_do_not_fall_from_one_are_refused(schedule: list[float]) 
 def test_numbers_of_steps_that_are_none_are_refused(steps: Any) -> None:
     with pytest.raises(ConfigError, match="n_steps must be at"):
         get_sd3_euler(steps)
+
+
+@pytest.mark.parametrize(("order", "error"), [(1, 0.05), (2, 0.005)])
+def test_steps_of_order_two_miss_a_curve_by_the_square(order: int, error: float) -> None:
+    """x' = x from level 1 to 0 gives x / e; with twice the steps the error falls to a half, or to a quarter."""
+
+    def end(steps: int) -> float:
+        x, velocities, sizes = torch.ones((), dtype=torch.float64), [], get_sd3_euler(steps).tolist()
+        for done in range(1, steps + 1):
+            velocities.append(x)
+            x = take_step(x, velocities, sizes[:done], order)
+        return abs(x.item() * torch.e - 1)
+
+    assert end(16) < error
+    assert end(16) / end(32) == pytest.approx(2**order, rel=0.1)
+
+
+def test_orders_that_are_none_are_refused() -> None:
+    assert [check_order(1), check_order(2)] == [1, 2]
+    for order in (0, 3, "2", None):
+        with pytest.raises(ConfigError, match="order must be 1"):
+            check_order(order)  # type: ignore[arg-type]
 
 
 def test_zlerp_ends() -> None:
