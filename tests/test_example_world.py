@@ -572,8 +572,10 @@ def test_quicker_forms_make_the_same_episodes_and_are_compiled_once(script: Modu
 
     encode, cpu = tiny_encoder(script), torch.device("cpu")
     forms = quick.quicker_forms(encode, players=4, seed=3, size=(45, 80), device=cpu, say=said.append, backend=backend)
-    assert [line.split(":")[0] for line in said] == ["pictures, compiled", "latents, rewritten", "latents, compiled"]
+    names = [line.split(":")[0] for line in said]
+    assert names == ["pictures, compiled", "latents, rewritten", "latents, compiled", "steps, at once"]
     assert all(line.endswith(", used") for line in said)
+    assert isinstance(forms.advance, quick.Steps)
     assert len(graphs) == 2
     for seed in (70, 90):
         settings = {"players": 4, "frames": 3, "first_seed": seed, "device": cpu, "size": (45, 80)}
@@ -582,7 +584,7 @@ def test_quicker_forms_make_the_same_episodes_and_are_compiled_once(script: Modu
         torch.testing.assert_close(made.latents, wanted.latents, atol=2e-3, rtol=2e-3)
         assert torch.equal(made.mouse, wanted.mouse)
     assert len(graphs) == 2, "compiled again"
-    assert len(said) == 3
+    assert len(said) == 4
 
 
 def test_a_form_that_is_wrong_slow_or_broken_is_not_used(quick: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,8 @@ def quicker_forms(
     """
     chunk, until = min(CHUNK, players), time.monotonic() + COMPILE_SECONDS
     # Worlds in play: at the start tensors are shared between fields, and a compiled form would serve these only.
-    world = enter(chunk, seed, device)
+    crowd = enter(players, seed, device)
+    world = crowd.part(0, chunk)
     compiled = torch.compile(_drawn, dynamic=False, fullgraph=True, **compiling)
 
     def draw_compiled(world: GameWorld, height: int, width: int) -> Tensor:
@@ -115,7 +116,7 @@ def quicker_forms(
         forms = {"rewritten": rewrite, "compiled": compile_rewritten}
         with _cudnn_searching():
             coded = quicker("latents", encode, forms, (frames,), _latent_error, say, until)
-    return Forms(encode=coded, draw=draw, advance=Steps(device.type == "cuda"))
+        return Forms(encode=coded, draw=draw, advance=_quicker_steps(crowd, say))
 
 
 def quicker(
@@ -234,6 +235,11 @@ class Steps:
     def __init__(self, allowed: bool) -> None:
         self._captured = Captured(_stepped, allowed=allowed)
 
+    @property
+    def reason(self) -> str:
+        """Why the graph could not be captured, or an empty text."""
+        return self._captured.reason
+
     def __call__(self, world: GameWorld, mouse: Tensor, buttons: Tensor) -> None:
         """As `episodes.advance`, with the same bits."""
         state = (getattr(world.state, name) for name in _STATE)
@@ -247,6 +253,21 @@ def _stepped(seeds: Tensor, grid: Tensor, mouse: Tensor, buttons: Tensor, *state
     world.state = GameState(**dict(zip(_STATE, state, strict=True)))
     advance(world, mouse, buttons)
     return tuple(getattr(world.state, name) for name in _STATE)
+
+
+def _quicker_steps(world: GameWorld, say: Say) -> Callable[[GameWorld, Tensor, Tensor], None]:
+    """Returns the quicker one of `Steps` and `advance`."""
+    begun, steps = world.state, Steps(world.device.type == "cuda")
+    controls = torch.zeros(world.batch, 2, device=world.device), torch.zeros_like(begun.held)
+
+    def timed(form: Callable[[GameWorld, Tensor, Tensor], None]) -> float:
+        world.state = begun
+        return 1000 * seconds_of(form, (world, *controls))
+
+    before, after = timed(advance), timed(steps)
+    how = f"not captured, {steps.reason}" if steps.reason else "used" if after < before else "not used"
+    say(f"steps, at once: {before:.2f} -> {after:.2f} ms for {world.batch}, {how}")
+    return steps if after < before else advance
 
 
 # Encoders.
