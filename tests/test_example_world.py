@@ -605,6 +605,10 @@ def test_a_form_that_is_wrong_slow_or_broken_is_not_used(quick: ModuleType, monk
     assert [line.split(", ")[1].split(":")[0] for line in said] == ["nan", "off", "broken"]
     assert said[2] == "values, broken: not used, RuntimeError: no compiler"
     monkeypatch.setattr(quick, "seconds_of", lambda function, inputs: 1.0)
+    encode = quick.Coder(torch.nn.Conv2d(4, 1, 1), torch.float32)
+    settings = {"players": 1, "seed": 3, "size": (9, 16), "device": torch.device("cpu")}
+    assert quick.quicker_forms(encode, **settings, say=said.append, backend="none") == quick.Forms(encode=encode)
+    assert said[3].startswith("all forms as before, as InvalidBackend: ")
     assert quick.quicker("values", plain, {"equal": lambda: plain}, (torch.zeros(2),), far, said.append, later) is plain
 
 

@@ -76,7 +76,7 @@ class Forms:
 def quicker_forms(
     encode: Coder, *, players: int, seed: int, size: tuple[int, int], device: torch.device, say: Say, **compiling: Any
 ) -> Forms:
-    """Returns the quickest forms that are right here.
+    """Returns the quickest forms that are right here; never raises.
 
     Args:
         encode: of the autoencoder.
@@ -87,6 +87,22 @@ def quicker_forms(
         say: called with a line for each form.
         compiling: further arguments of `torch.compile`.
     """
+    try:
+        return _quicker_forms(encode, players, seed, size, device, say, compiling)
+    except Exception as problem:  # a run goes on as it did before there were such forms
+        say(f"all forms as before, as {type(problem).__name__}: {str(problem)[:300]}")
+        return Forms(encode=encode)
+
+
+def _quicker_forms(
+    encode: Coder,
+    players: int,
+    seed: int,
+    size: tuple[int, int],
+    device: torch.device,
+    say: Say,
+    compiling: dict[str, Any],
+) -> Forms:
     chunk, until = min(CHUNK, players), time.monotonic() + COMPILE_SECONDS
     # Worlds in play: at the start tensors are shared between fields, and a compiled form would serve these only.
     crowd = enter(players, seed, device)
