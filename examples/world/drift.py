@@ -5,8 +5,10 @@ them, so it meets it in play for the first time and makes it worse. Here the his
 drifts, more and more towards its end, while the frames to be learnt and the sinks stay true. So the model learns to
 take colours and contrast from the frames that it never forgets, and what goes on from the others.
 
-A drift is a sum of three parts, of a strength of its own for each clip: an offset of each channel, the same in the
-whole picture; a field that varies slowly over the picture; a gain.
+A drift is a sum of four parts, in shares of its own for each clip: an offset of each channel, the same in the whole
+picture; a field that varies slowly over the picture; one that varies from place to place, as where edges get sharper
+and sharper; a gain. Unlike the noise of the history's level it stays from frame to frame, the model is not told of it,
+and weak channels drift less than strong ones.
 
 Source: "drifting" histories by noise that is not white, as GameNGen (Valevski et al. 2024, arXiv 2408.14837) does by
 noise that is.
@@ -27,8 +29,8 @@ from torch import Tensor
 
 from owl_wms.models.latents import LatentSpace
 
-STRENGTH = (0.03, 0.6)  # lowest and highest standard deviation of offset and field, in those of the latents
-GAIN = 0.5  # of the strength
+STRENGTH = (0.03, 0.8)  # lowest and highest standard deviation of a part, in those of the latents
+GAIN = 0.6  # of the strength
 GRID = 4  # values along each side of the picture from which a field is made
 LONGEST = 48  # frames over which a drift grows
 
@@ -67,8 +69,10 @@ class Drift:
         place = torch.arange(n, device=device)
         left = (last[:, None] - 1 - place) / (1 + LONGEST * unit[:, 1:].square())  # to the end of the history
         grown = (1 - left).clamp(min=0) * (place >= first) * (left >= 0) * strength
-        field = F.interpolate(normal(k, GRID, GRID)[:, 0], size=(h, w), mode="bicubic", align_corners=False)[:, None]
+        slow = F.interpolate(normal(k, GRID, GRID)[:, 0], size=(h, w), mode="bicubic", align_corners=False)[:, None]
+        shares = torch.rand(4, b, 1, 1, 1, 1, generator=generator, device=device)
+        field = shares[0] * normal(k, 1, 1) + shares[1] * slow + shares[2] * normal(k, h, w)
         x = self.space.to_model(latents.float())
-        change = self.std * (normal(k, 1, 1) + field) + GAIN * normal(1, 1, 1) * (x - self.mean)
+        change = self.std * field + GAIN * shares[3] * normal(1, 1, 1) * (x - self.mean)
         moved = latents.float() + self.space.difference_to_stored(grown[..., None, None, None] * change)
         return moved.to(latents.dtype)

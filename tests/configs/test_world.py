@@ -124,6 +124,17 @@ MISTAKES = [
     (_changed("train", "vae_scale", "0.63"), "train.vae_scale", "valid number"),
     (_changed("model", "predicts", "noise"), "model.predicts", "'velocity' or 'remainder'"),
     (
+        _changed("model", "sink_noise", 0.1),
+        "model.sink_noise",
+        "needs sink_frames and must be within 0..1, received 0.1",
+    ),
+    (
+        {"model": {**DIT_V4["model"], "causal": True, "global_window": None, "sink_frames": 2, "sink_noise": 1.5}}
+        | {"train": {}},
+        "model.sink_noise",
+        "must be within 0..1, received 1.5",
+    ),
+    (
         {"model": {**DIT_V4["model"], "has_audio": True, "tokens_per_frame": 65, "predicts": "remainder"}, "train": {}},
         "model.predicts",
         "must be velocity for a model with audio",
