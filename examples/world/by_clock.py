@@ -129,21 +129,18 @@ def judge(
     sampler["max_window"] = trainer.window
     core = eight_bits(trainer)
     as_played = f"{sampler['n_steps']} steps"
-    changes: dict[str, dict[str, Any]] = {as_played: {}}
-    changes |= {f"{steps} steps": {"n_steps": steps} for steps in (5, 4, 8, 3, 2, 1)}
-    changes["other order"] = {"order": 3 - sampler.get("order", 1)}
-    changes |= {f"history at {level}": {"noise_prev": level} for level in (0.1, 0.25)}
-    players: dict[str, Callable[[], Player]] = {
-        name: (lambda change=change: Player(core, trainer.space, sampler | change)) for name, change in changes.items()
-    }
+
+    def played(seed: int = 11, **change: Any) -> Callable[[], Player]:
+        return lambda: Player(core, trainer.space, sampler | change, seed)
+
+    players = {as_played: played()}  # the most wanted first, as time may end
     if not args.small:
         players["shipped before"] = lambda: shipped(device)
-    for seed in (12, 13):
-        players[f"{as_played}, seed {seed}"] = lambda seed=seed: Player(core, trainer.space, sampler, seed)
-    first = [as_played, "shipped before", *(name for name in players if "seed" in name)]
-    players = {
-        name: players[name] for name in [n for n in first if n in players] + [n for n in players if n not in first]
-    }
+    players |= {f"{as_played}, seed {seed}": played(seed) for seed in (12, 13)}
+    others = [steps for steps in (5, 4, 8, 3, 2, 1) if steps != sampler["n_steps"]]
+    players |= {f"{steps} steps": played(n_steps=steps) for steps in others}
+    players["other order"] = played(order=3 - sampler.get("order", 1))
+    players |= {f"history at {level}": played(noise_prev=level) for level in (0.1, 0.25)}
     longest = 0.0
     for name, make in players.items():
         begun = time.monotonic()

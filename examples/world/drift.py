@@ -10,8 +10,8 @@ picture; a field that varies slowly over the picture; one that varies from place
 and sharper; a gain. Unlike the noise of the history's level it stays from frame to frame, the model is not told of it,
 and weak channels drift less than strong ones.
 
-Source: "drifting" histories by noise that is not white, as GameNGen (Valevski et al. 2024, arXiv 2408.14837) does by
-noise that is.
+Source: our own, after the noise that GameNGen puts into histories (Valevski et al. 2024, arXiv 2408.14837), which is
+white, new in every frame, and told to the model.
 
 Usage:
     drift = Drift.of(space, data.latents[:64])
