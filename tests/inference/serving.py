@@ -86,7 +86,7 @@ async def connect(client: ClientSession, address: str, **options: Any) -> Any:
 async def next_frame(socket: Any) -> bytes:
     """The next binary message; fails if the connection ends first."""
     while True:
-        message = await socket.receive(timeout=5)
+        message = await socket.receive(timeout=30)
         if message.type == WSMsgType.BINARY:
             return message.data
         assert message.type == WSMsgType.TEXT, message

@@ -32,7 +32,7 @@ def test_a_target_without_a_path_is_refused_as_one_without_a_token(target: str) 
             assert b" 403 " in await answer(address, f"{target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             assert made == []
 
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 @pytest.mark.parametrize("origin", ["http://[", "http://[::1", "//", ""])
@@ -43,7 +43,7 @@ def test_an_origin_that_is_no_address_is_refused(origin: str) -> None:
                 await connect(client, address, origin=origin)
             assert caught.value.status == 403
 
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 class NoisySource(BarSource):
@@ -90,7 +90,7 @@ def test_nothing_is_made_for_a_client_that_draws_nothing(monkeypatch: pytest.Mon
                 await asyncio.sleep(0.05)
             await player.close()
 
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 @pytest.mark.parametrize("name", ["\u001b[2J\n", "\u65e5\u672c" * 60])
@@ -105,7 +105,7 @@ def test_what_a_client_wrote_reaches_log_and_close_frame_escaped(name: str, capl
         assert errors[0] in caplog.text
         assert "\x1b" not in caplog.text
 
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 @pytest.mark.parametrize("others", ["https://evil.example", "null"])
@@ -120,7 +120,7 @@ def test_one_origin_of_two_is_not_enough(others: str) -> None:
             assert b" 403 " in await answer(address, "\r\n".join(lines).encode())
             assert made == []
 
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_what_is_no_http_leaves_no_traceback_and_no_token_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -134,7 +134,7 @@ def test_what_is_no_http_leaves_no_traceback_and_no_token_in_the_log(caplog: pyt
             ):
                 assert b" 400 " in await answer(address, request.encode("latin1"))
 
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), 60))
     assert "Traceback" not in caplog.text
     assert TOKEN not in caplog.text
 
@@ -154,5 +154,5 @@ def test_a_damaged_body_leaves_no_traceback_in_the_log(caplog: pytest.LogCapture
                     assert status in (b"400", b"403", b"405")
             await asyncio.sleep(0.05)  # the answer goes out before the body is read to its end
 
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), 60))
     assert "Traceback" not in caplog.text

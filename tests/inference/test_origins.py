@@ -67,7 +67,7 @@ def test_who_may_connect_under_which_name(host: str, origin: str, allowed: tuple
                 await connect(client, address, headers={"Host": host}, origin=origin)
             assert caught.value.status == status
 
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_a_page_under_a_foreign_name_is_refused_too() -> None:
@@ -77,4 +77,4 @@ def test_a_page_under_a_foreign_name_is_refused_too() -> None:
             assert response.status == 403
             assert "--origin" in await response.text()
 
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), 60))

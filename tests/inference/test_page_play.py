@@ -364,7 +364,7 @@ def test_the_page_shows_how_far_the_loading_is(fails: bool) -> None:
             assert await page.value("getComputedStyle(document.querySelector('.commands')).visibility") == "hidden"
             before = await page.value(PICTURE)
             early = await connect(client, address)
-            assert "still being loaded" in (await early.receive_json(timeout=5))["reason"]
+            assert "still being loaded" in (await early.receive_json(timeout=30))["reason"]
             await early.close()
             await page.click("start")  # not yet
             goes_on.set()

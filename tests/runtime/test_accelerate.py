@@ -782,10 +782,10 @@ def test_what_a_call_costs(fast: AcceleratedDecoder) -> None:
     slot.loaded = type(slot.loaded)(**{**_fields(slot.loaded), "program": lambda x: x})
     for _ in range(100):
         fast(z)
-    begin = time.perf_counter()
+    began = time.thread_time()
     for _ in range(1000):
         fast(z)
-    assert (time.perf_counter() - begin) / 1000 < 1e-3
+    assert (time.thread_time() - began) / 1000 < 1e-3
 
 
 def _fields(loaded: Any) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from tests.trainers.helpers import config, run_python, write_table
 from tests.trainers.test_whole_steps import assert_same
 
 STEPS, LOST = 5, 3
-# One process imports torch and forks the ranks; it holds the store, so that the system chooses the port.
+# One process imports torch and forks the ranks; it holds the store, so that the system chooses the port. The store
+# comes last: it answers in a thread, and a rank forked while that thread looks up an address waits for its lock for
+# ever.
 _SCRIPT = """
 import json, multiprocessing, os, signal, sys, time
 from pathlib import Path
@@ -28,7 +30,8 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 fork = multiprocessing.get_context("fork")
 
-def rank(number, world, port, run, steps, lost):
+def rank(number, world, ports, run, steps, lost):
+    port = ports.get()
     names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, TORCHELASTIC_USE_AGENT_STORE="True")
     setup(60)
@@ -64,10 +67,13 @@ def rank(number, world, port, run, steps, lost):
     os._exit(0)
 
 def start(run, world, steps, lost=None):
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = [fork.Process(target=rank, args=(n, world, store.port, run, steps, lost)) for n in range(world)]
+    ports = fork.SimpleQueue()
+    ranks = [fork.Process(target=rank, args=(n, world, ports, run, steps, lost)) for n in range(world)]
     for process in ranks:
         process.start()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for process in ranks:
+        ports.put(store.port)
     for process in ranks:
         process.join()
 

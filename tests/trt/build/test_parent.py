@@ -181,7 +181,7 @@ def test_a_child_that_hangs_is_stopped(tmp_path: Path) -> None:
     begin = time.monotonic()
     with pytest.raises(FastPathError, match="did not finish"):
         run(tmp_path, "square", bootstrap="import time; time.sleep(60)", seconds=1.0)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 40, "not the minute that the child would sleep"
 
 
 # Says that it runs, waits for its decoder as the real child does, and says what it found.
