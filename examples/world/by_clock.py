@@ -1,4 +1,4 @@
-"""Trains the world model of the game in one call of 21 minutes on one GPU, by the clock, and measures if it holds.
+"""Trains the world model of the game in one call of 21 minutes on one GPU, and measures how long it holds.
 
 Whatever the speed of the machine, the call ends in `--seconds`: rendering and encoding episodes, training whose levels,
 rates and own history follow the share of its time that has passed, and the measures. A process of its own goes on to
@@ -32,10 +32,10 @@ from holding import Player, Truth, measure
 from own_history import playing
 from quick import Coder, Forms, quicker_forms
 from rendering import Order, Renderer
-from stages import smaller
+from stages import sampler_of, smaller
 from survival import FPS
 from torch import Tensor, nn
-from train import FIRST_SEED, WORLDS_PER_CALL, collect, make_codec, say, whiten
+from train import FIRST_SEED, SIZE, WORLDS_PER_CALL, collect, make_codec, save_report, say, whiten
 
 from owl_wms.configs.world import WorldConfig, load_world_config, with_files_found
 from owl_wms.media.pictures import contact_sheet, to_bytes
@@ -47,7 +47,6 @@ from owl_wms.vae.eight_bits import packed, unpacked
 HERE = Path(__file__).resolve().parent
 DATA_SHARE, MEASURE_SHARE = 0.1, 0.14  # of the time; the rest is training
 ROUND = {False: (128, 144), True: (6, 36)}  # worlds and frames of each; True is the toy
-SIZE = {False: (360, 640), True: (45, 80)}
 MEASURED = {False: 600, True: 30}  # frames
 SHARED = 0.25  # of the time in which new worlds are rendered on the GPU that trains
 PLACES = 6_144  # episodes in memory, 14.5 GB; new ones take the places of the oldest
@@ -93,12 +92,11 @@ def shipped(device: torch.device) -> Player:
     path = HERE / "game_rft.yml"
     cfg = with_files_found(load_world_config(path), path)
     model = load_model(path, HERE / "game_rft.safetensors")
-    sampler = {k: v for k, v in (cfg.train.sampler_kwargs or {}).items() if k != "num_frames"}
-    return Player(playing(model.core.to(device), device), LatentSpace.of(cfg.train).to(device), sampler)
+    return Player(playing(model.core.to(device), device), LatentSpace.of(cfg.train).to(device), sampler_of(cfg))
 
 
 def eight_bits(trainer: ClockTrainer) -> nn.Module:
-    """The averaged core as it is read from a file with 8 bits a weight."""
+    """The averaged core as it is read from a file with 8 bits per weight."""
     model = GameRFT(trainer.model_cfg)
     model.load_state_dict(unpacked(packed(trainer.ema.model.state_dict()), "8 bits"))
     return playing(model.core.to(trainer.device), trainer.device)
@@ -123,10 +121,9 @@ def judge(
         truth = Truth.play(worlds=args.worlds, frames=frames, encode=encode, decode=decode, device=device, size=size)
     report["worlds"], report["frames"] = 3 * truth.worlds, frames
     report["game_decoded"], report["game_under_other_commands"] = truth.ceiling.values()
-    save(report, args.out)
+    save_report(report, args.out)
     say(f"played {3 * truth.worlds} held-out worlds for {frames / FPS:g} s in {time.monotonic() - begun:.1f} s")
-    sampler = {k: v for k, v in (cfg.train.sampler_kwargs or {}).items() if k != "num_frames"}
-    sampler["max_window"] = trainer.window
+    sampler = sampler_of(cfg) | {"max_window": trainer.window}
     core = eight_bits(trainer)
     as_played = f"{sampler['n_steps']} steps"
 
@@ -157,7 +154,7 @@ def judge(
         report["survival_over_seeds"] = {
             form: [row[form]["median_seconds"] for row in rows] for form in ("survival", "survival_by_path")
         }
-        save(report, args.out)
+        save_report(report, args.out)
         say(f"{name} ({time.monotonic() - begun:.1f} s): {json.dumps(report[name])}")
         if "seed" not in name:
             write_sheet(truth, seen, args.out / ("sheet.webp" if name == as_played else f"sheet, {name}.webp"))
@@ -191,11 +188,6 @@ def first_seed(args: argparse.Namespace) -> int:
     """Seed of the first world of this run; half of a run's seeds are its process's that renders."""
     run = args.run if args.run is not None else int(args.init is not None)
     return FIRST_SEED + run * WORLDS_PER_CALL
-
-
-def save(report: dict[str, Any], out: Path) -> None:
-    """Write metrics.json; called after each part, so that an interrupted run leaves what it has."""
-    (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def run(
@@ -244,7 +236,7 @@ def run(
         "seconds_of_renewals": round(sum(trainer.renewals), 1),
     }
     export(trainer.ema.model, args.out)
-    save(report, args.out)
+    save_report(report, args.out)
     say(f"{worlds} worlds, {report['training_frames']} frames; {trainer.step} steps")
     truth = None
     if renderer is not None:

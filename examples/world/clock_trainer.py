@@ -44,7 +44,7 @@ EXPORT_SECONDS = 60.0
 COMPILE_SECONDS = 150  # after which another way is tried
 ATTEMPTS = 3  # at own frames that may fail before training goes on without new ones
 OWN_NOISE = (0.05, 0.3)  # levels at which own frames remember their history
-SLOW = 0.055  # seconds a step from which on the other attention is tried too
+SLOW = 0.055  # seconds per step from which on the other attention is tried too
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,9 +305,9 @@ class ClockTrainer(OwnHistoryTrainer):
                 self._say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
                 continue
             close = abs(found[0] / wanted[0] - 1) < 0.02 and abs(found[1] / wanted[1] - 1) < 0.1
-            text = f"loss {found[0]:.4f} for {wanted[0]:.4f}, gradient {found[1]:.4f} for {wanted[1]:.4f}"
             self._say(
-                f"{name}: {1000 * taken:.1f} ms a pass there and back, made in {time.monotonic() - begun:.0f} s; {text}"
+                f"{name}: {1000 * taken:.1f} ms per pass there and back, made in {time.monotonic() - begun:.0f} s; "
+                f"loss {found[0]:.4f} for {wanted[0]:.4f}, gradient {found[1]:.4f} for {wanted[1]:.4f}"
             )
             if close:
                 seconds[name] = taken

@@ -20,7 +20,7 @@ from owl_wms.game.controls import RestlessPlayer, ScriptedPlayer
 from owl_wms.game.render import render
 from owl_wms.game.world import GameWorld
 
-SKIP = 3  # 60 game frames a second -> 20 latent frames
+SKIP = 3  # 60 game frames per second -> 20 latent frames
 _WARM_UP = 20  # game frames before the first recorded one
 CHUNK = 64  # frames rendered and encoded at once
 _STOPS = (8, 32)  # frame at which a player who rests for good stops
@@ -104,6 +104,11 @@ def advance(world: GameWorld, mouse: Tensor, buttons: Tensor) -> None:
         world.step(mouse, buttons)
 
 
+def chunks(world: GameWorld) -> list[GameWorld]:
+    """Cut a world into parts that are rendered and encoded at once: `CHUNK` players each, fewer in the last one."""
+    return [world.part(i, min(i + CHUNK, world.batch)) for i in range(0, world.batch, CHUNK)]
+
+
 def play(
     world: GameWorld,
     controls: Callable[[int], tuple[Tensor, Tensor]],
@@ -119,7 +124,7 @@ def play(
         world: its players are moved.
         controls: of the number k of a frame: its mouse [B, 2] and buttons [B, 11].
         frames: to be made.
-        encode: [b, 4, H, W] in [-1, 1] to what is kept; called with at most 64 frames at once.
+        encode: [b, 4, H, W] in [-1, 1] to what is kept; called with at most `CHUNK` frames at once.
         size: H and W.
         draw: `render`, or a compiled form of it.
         advance: `advance`, or a quicker form of it.
@@ -128,8 +133,8 @@ def play(
     for frame in range(frames):
         mouse, buttons = controls(frame)
         advance(world, mouse, buttons)
-        parts = [world.part(i, min(i + CHUNK, world.batch)) for i in range(0, world.batch, CHUNK)]
-        latents.append(torch.cat([encode(draw(part, height=size[0], width=size[1])).half() for part in parts]))
+        coded = [encode(draw(part, height=size[0], width=size[1])).half() for part in chunks(world)]
+        latents.append(torch.cat(coded))
         mice.append(mouse.float())
         held.append(buttons.float())
     made, mouse, buttons = (torch.stack(part, dim=1) for part in (latents, mice, held))

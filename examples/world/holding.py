@@ -1,4 +1,4 @@
-"""How long a world model holds: measures over 30 seconds of play, each beside the game's own value.
+"""Measures how long a world model holds over 30 seconds of play, each value beside the game's own.
 
 `Truth.ceiling` has the survival (`survival.py`) of the game itself under other commands in the same worlds, which is
 the most that a model can reach.
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from control import commands, obedience, picture
-from episodes import SKIP, enter
+from episodes import advance, chunks, enter
 from safetensors import safe_open
 from safetensors.torch import save_file
-from survival import EVERY, FPS, Looks, both_forms, decibels, rounded, steps_of
+from survival import EVERY, FPS, Looks, both_forms, decibels, kinds_of, rounded, steps_of
 from torch import Tensor, nn
 from views import Views, look_around, with_others_out_of_view
 
@@ -93,8 +93,7 @@ class Truth:
             moved, keys = script.controls()
             calm = rests & (step > 4 - CONTEXT)  # comes to rest within the context
             moved, keys = moved * ~calm, (keys & ~calm).float()
-            for _ in range(SKIP):
-                world.step(moved, keys)
+            advance(world, moved, keys)
             mice.append(moved)
             held.append(keys)
             latents.append(camera.coded(world))
@@ -102,8 +101,7 @@ class Truth:
         mouse, buttons = _asked(worlds, frames, device, 7)
         seen = [camera.seen(world)]
         for step in range(1, frames + 1):
-            for _ in range(SKIP):
-                world.step(mouse[:, step - 1], buttons[:, step - 1])
+            advance(world, mouse[:, step - 1], buttons[:, step - 1])
             if step in wanted:
                 seen.append(camera.seen(world))
             if step <= TAUGHT:
@@ -117,7 +115,7 @@ class Truth:
             shown=shown,
             drawn=drawn,
             looks=Looks.of(decoded, spread),
-            still_db=torch.stack([decibels(clip, clip[first, None]) for clip in decoded[:worlds]]),
+            still_db=_still_db(decoded[:worlds], first),
             views=look_around(begun.part(worlds, count), frames, encode, decode, size),
             windows=windows,
             ceiling={},
@@ -134,16 +132,15 @@ class Truth:
         steps = steps_of(self)
         seen = []
         for step in range(1, frames + 1):
-            for _ in range(SKIP):
-                resting.step(mouse[:n, step - 1], buttons[:n, step - 1])
-                moving.step(mouse[n:, step - 1], buttons[n:, step - 1])
+            advance(resting, mouse[:n, step - 1], buttons[:n, step - 1])
+            advance(moving, mouse[n:, step - 1], buttons[n:, step - 1])
             if step == 1 or step in steps:
                 parts = zip(camera.seen(resting)[1:3], camera.seen(moving)[1:3], strict=True)
                 seen.append([torch.cat(pair) for pair in parts])
         decoded, spread = (torch.stack(part, dim=1) for part in zip(*seen, strict=True))
         looks = Looks.of(decoded, spread)
-        db = torch.stack([decibels(clip, clip[:1]) for clip in decoded[:n]])
-        found = both_forms(looks, db, self, list(range(int(1 not in steps), decoded.shape[1])), 0)
+        place = list(range(int(1 not in steps), decoded.shape[1]))
+        found = both_forms(looks, _still_db(decoded[:n], 0), self, place, 0)
         return {name: part for name, part in found.items() if name != "values"}
 
     def write(self, path: Path) -> None:
@@ -178,7 +175,7 @@ _TENSORS = ("latents", "mouse", "buttons", "drawn", "still_db")
 
 @dataclass(frozen=True, slots=True)
 class _Camera:
-    """Looks at worlds through the autoencoder, 64 frames at once."""
+    """Looks at worlds through the autoencoder, some frames at once (`episodes.chunks`)."""
 
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
@@ -198,8 +195,13 @@ class _Camera:
         return drawn, decoded, latents.flatten(1).std(dim=1), latents
 
     def _parts(self, world: GameWorld) -> Iterator[Tensor]:
-        for i in range(0, world.batch, 64):
-            yield render(world.part(i, min(i + 64, world.batch)), height=self.size[0], width=self.size[1])
+        for part in chunks(world):
+            yield render(part, height=self.size[0], width=self.size[1])
+
+
+def _still_db(frames: Tensor, first: int) -> Tensor:
+    """Likeness of each picture [w, s, 4, H, W] to number `first` of its clip, in dB: [w, s]."""
+    return torch.stack([decibels(clip, clip[first, None]) for clip in frames])
 
 
 def _asked(worlds: int, frames: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
@@ -306,8 +308,7 @@ def looks_of(frames: Tensor, spread: Tensor, truth: Truth) -> dict[str, Any]:
     n = truth.worlds
     steps = steps_of(truth)
     first = truth.shown.index(1)
-    still_db = torch.stack([decibels(clip, clip[first, None]) for clip in frames[:n]])
-    survival = both_forms(looks, still_db, truth, truth.at(steps), first)
+    survival = both_forms(looks, _still_db(frames[:n], first), truth, truth.at(steps), first)
     values = survival.pop("values")
     ends = [k for k in (20, 100, 300, 600) if k in steps]
     found: dict[str, Any] = {**survival, "still_db_to_own_first": {}, "still_db_to_game": {}}
@@ -315,13 +316,13 @@ def looks_of(frames: Tensor, spread: Tensor, truth: Truth) -> dict[str, Any]:
         found["still_db_to_own_first"][k] = rounded(values["still_db"][:, steps.index(k)].mean())
         at = truth.shown.index(k)
         found["still_db_to_game"][k] = rounded(decibels(frames[:n, at], truth.drawn[:n, at]).mean())
-    begin = truth.at(list(range(1, truth.windows[0] + min(WINDOW, truth.shown[-1] // 3) + 1)))
+    length = truth.shown[-1] - truth.windows[-1]
+    begin = truth.at(list(range(1, length + 1)))
     found["still_change_between_frames"] = rounded(frames[:n, begin, :3].float().diff(dim=1).abs().mean())
-    kinds = {"still": slice(0, n), "turn": slice(n, 2 * n), "walk": slice(2 * n, 3 * n)}
     for name in ("colour", "sharpness", "spread"):
         found[name] = {
             kind: {f"{k / FPS:g}s": rounded(values[name][part, steps.index(k)].mean()) for k in ends}
-            for kind, part in kinds.items()
+            for kind, part in kinds_of(n).items()
         }
     # Whatever the view: the mean over all moving worlds, of the model over the game's.
     sharp = truth.looks.sharp[n:].mean()
@@ -330,9 +331,7 @@ def looks_of(frames: Tensor, spread: Tensor, truth: Truth) -> dict[str, Any]:
     }
     found["first_frame_db_to_game"] = rounded(decibels(frames[:, first], truth.drawn[:, first]).mean())
     found["obedience"] = {}
-    window = truth.windows[-1]
     for begun in truth.windows:
-        length = truth.shown[-1] - window
         seen = truth.at(list(range(begun, begun + length + 1)))
         asked = slice(CONTEXT + begun, CONTEXT + begun + length)
         seconds = f"{begun / FPS:g}-{(begun + length) / FPS:g}s"

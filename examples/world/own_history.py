@@ -73,7 +73,7 @@ class OwnFrames:
 
     Args:
         core: in the precision of play, eval mode.
-        steps: a frame.
+        steps: per frame.
         order: of the steps, as in play.
         window: frames that attention may span, the new one included.
         noise: [b] level at which history is stored, but for sinks of a model with a `sink_noise`.
@@ -216,7 +216,7 @@ class OwnHistoryLoader:
             keep: calls of this function whose clips stay in the buffer.
             frames: own frames of each.
             step: of the trainer; fixes what is drawn.
-            steps: a frame, as in play.
+            steps: per frame, as in play.
             noise: lowest and highest level at which a clip's history is remembered.
             order: of the steps, as in play.
         """

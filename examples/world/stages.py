@@ -134,15 +134,15 @@ class _OwnStaged(OwnHistoryTrainer, _Staged):
         third = min(2, 3 * self.step // max(1, self.train_cfg.max_steps or 1))
         loader.horizon = Horizon(moving=8 * (third + 1))
         for round_ in range(missing):
-            steps = (self.train_cfg.sampler_kwargs or {})["n_steps"]
-            settings = {
-                "steps": steps,
-                "clips": clips,
-                "keep": ROUNDS,
-                "frames": OWN_FRAMES,
-                "step": self.step * ROUNDS + round_,
-            }
-            loader.renew(playing(self.ema.model.core, self.device), noise=(0.0, 0.3), **settings)
+            loader.renew(
+                playing(self.ema.model.core, self.device),
+                clips=clips,
+                keep=ROUNDS,
+                frames=OWN_FRAMES,
+                step=self.step * ROUNDS + round_,
+                steps=(self.train_cfg.sampler_kwargs or {})["n_steps"],
+                noise=(0.0, 0.3),
+            )
         return super().train_step()
 
 
@@ -183,6 +183,11 @@ def carry(out: Path, stage: Stage, state: Progress, trainer: BaseTrainer) -> Non
             if step % 20 == 0 or step == trainer.step:
                 log.write(json.dumps({"stage": stage.name, "step": step, **values}) + "\n")
     (out / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+
+
+def sampler_of(cfg: WorldConfig) -> dict[str, Any]:
+    """Returns the configured arguments of `av_caching` without `num_frames`, which each measure sets by itself."""
+    return {name: value for name, value in (cfg.train.sampler_kwargs or {}).items() if name != "num_frames"}
 
 
 def smaller(cfg: WorldConfig) -> WorldConfig:

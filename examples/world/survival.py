@@ -55,6 +55,11 @@ class Looks:
         return Looks(sharp, torch.stack([colours(clip) for clip in frames]), spread)
 
 
+def kinds_of(worlds: int) -> dict[str, slice]:
+    """Places of the worlds of each kind of play, `worlds` of each."""
+    return {"still": slice(0, worlds), "turn": slice(worlds, 2 * worlds), "walk": slice(2 * worlds, 3 * worlds)}
+
+
 def decibels(a: Tensor, b: Tensor) -> Tensor:
     """Of colour pictures [n, 4, H, W], at most 60: frames at rest may be equal."""
     return psnr(a[:, :3], b[:, :3]).clamp(max=60)
@@ -97,8 +102,8 @@ def _values(looks: Looks, still_db: Tensor, truth: Truth, place: list[int], firs
         alike.append(distance.topk(len(decoded) if by_path else min(ALIKE, len(decoded)), largest=False).indices)
 
     def ratio(mine: Tensor, theirs: Tensor, seen: Tensor) -> Tensor:
-        still = mine[:n, place] / theirs[:n, truth.at(steps_of(truth))] if by_path else None
-        still = _beyond(mine[:n, place], theirs[:n, None]) if still is None else still
+        still = mine[:n, place]
+        still = still / theirs[:n, truth.at(steps_of(truth))] if by_path else _beyond(still, theirs[:n, None])
         every = torch.cat([theirs[n:], seen], dim=1)
         return torch.cat([still, *(_beyond(mine[n + i, place], every[i][alike[i]])[None] for i in range(2 * n))])
 
@@ -123,15 +128,14 @@ def _broken(values: _Values, worlds: int) -> dict[str, Tensor]:
 
 
 def _survival(broken: dict[str, Tensor], worlds: int, frames: list[int]) -> dict[str, Any]:
-    whole = torch.stack(list(broken.values())).any(dim=0)
+    whole = _any(broken)
     times = torch.tensor([*frames, frames[-1] + EVERY], device=whole.device) / FPS
 
     def first(marks: Tensor) -> Tensor:
         ended = torch.cat([marks, torch.ones_like(marks[:, :1])], dim=1)
         return times[ended.int().argmax(dim=1)]
 
-    n = worlds
-    kinds = {"all": slice(0, 3 * n), "still": slice(0, n), "turn": slice(n, 2 * n), "walk": slice(2 * n, 3 * n)}
+    kinds = {"all": slice(0, 3 * worlds), **kinds_of(worlds)}
     return {
         "median_seconds": {kind: rounded(first(whole)[part].median()) for kind, part in kinds.items()},
         "median_seconds_of_each_bound": {name: rounded(first(marks).median()) for name, marks in broken.items()},
@@ -148,14 +152,15 @@ def both_forms(looks: Looks, still_db: Tensor, truth: Truth, place: list[int], f
     broken = {name: marks & ~game[name] for name, marks in _broken(values, n).items()}
     older = _broken(_values(looks, still_db, truth, place, first, by_path=True), n)
     return {
-        "survival": _survival(broken, n, steps) | {"share_counted_at_rest": rounded(1 - _either(game)[:n].mean())},
+        "survival": _survival(broken, n, steps) | {"share_counted_at_rest": rounded(1 - _any(game)[:n].float().mean())},
         "survival_by_path": _survival(older, n, steps),
         "values": values,
     }
 
 
-def _either(broken: dict[str, Tensor]) -> Tensor:
-    return torch.stack(list(broken.values())).any(dim=0).float()
+def _any(broken: dict[str, Tensor]) -> Tensor:
+    """Whether any of the bounds breaks: bool [w, frames]."""
+    return torch.stack(list(broken.values())).any(dim=0)
 
 
 def rounded(value: Tensor) -> float:

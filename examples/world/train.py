@@ -30,7 +30,7 @@ from control import Bench, Clips, Settings
 from episodes import Episodes, MemoryLoader, record
 from own_history import OwnHistoryLoader
 from quick import Coder, Forms
-from stages import STAGES, Progress, Stage, carry, make_trainer, smaller
+from stages import STAGES, Progress, Stage, carry, make_trainer, sampler_of, smaller
 from torch import Tensor, nn
 
 from owl_wms.configs.world import WorldConfig, load_world_config, with_files_found
@@ -44,6 +44,7 @@ HERE = Path(__file__).resolve().parent
 FIRST_SEED = 10_000_000
 DATA_SHARE = 0.3
 WHITENER_FRAMES = 20_000
+SIZE = {False: (360, 640), True: (45, 80)}  # height and width of frames; True is the toy
 WORLDS_PER_CALL = 1_000_000  # seeds between calls, so that no world comes twice
 
 
@@ -154,7 +155,7 @@ def main() -> None:
     stages = [stage.smaller() for stage in STAGES] if args.small else STAGES
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
-    size = (45, 80) if args.small else (360, 640)
+    size = SIZE[args.small]
     encode, decode = make_codec(cfg, device)
     if args.measure is not None:
         transform = args.measure.parent / "whitener.safetensors"
@@ -175,7 +176,7 @@ def main() -> None:
         data = collect(DATA_SHARE * args.seconds, players, frames, seed, Forms(encode=encode), device, size)
     cfg = whiten(args.out, data, cfg)
     spread = LatentSpace.of(cfg.train).to(device).to_model(data.latents[:64].float()).std().item()
-    say(f"{data.mouse.shape[0]} episodes of {frames} frames; latents have a spread of {spread:.3f} for the model")
+    say(f"{len(data)} episodes of {frames} frames; latents have a spread of {spread:.3f} for the model")
     train(args.out, stage, state, cfg, data, args.seconds - (time.monotonic() - STARTED))
     left = [stage.name for stage in stages if stage.name not in state.done]
     say(f"stages left: {', '.join(left) or 'none; call once more to measure'}")
@@ -192,15 +193,15 @@ def judge(
     args: argparse.Namespace,
     report: dict[str, Any],
 ) -> None:
-    """Measure obedience under three settings of the sampler; writes metrics.json after each, and sheet.webp."""
-    base = {key: value for key, value in (cfg.train.sampler_kwargs or {}).items() if key != "num_frames"}
+    """Measure obedience under `--variants` settings of the sampler; writes metrics.json after each, and sheet.webp."""
+    base = sampler_of(cfg)
     base["max_window"] = min(base["max_window"], cfg.model.n_frames // 4)
     settings = Settings(
         players=args.players,
         context=4 if args.small else 12,
         frames=args.frames,
         space=LatentSpace.of(cfg.train).to(device),
-        size=(45, 80) if args.small else (360, 640),
+        size=SIZE[args.small],
     )
     bench = Bench(decode, encode, device, settings)
     report["control"] = bench.report

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from control import picture
-from episodes import SKIP
+from episodes import advance, chunks
 from torch import Tensor
 
 from owl_wms.game.buttons import BUTTONS
@@ -114,8 +114,7 @@ def look_around(
     drawn, decoded, sharp, spread = [], [], [], []
     for step in range(1, frames + 1):
         at = (step - 1) // PIECE
-        for _ in range(SKIP):
-            crowd.step(mouse[at], buttons[at])
+        advance(crowd, mouse[at], buttons[at])
         if step not in moments:
             continue
         draw = torch.rand(2, crowd.batch, generator=generator).to(device)
@@ -126,8 +125,8 @@ def look_around(
         drawn.append(colours(render(seen, height=_SMALL[0], width=_SMALL[1]), shrink=1))
         if step not in decoded_at:
             continue
-        for i in range(0, seen.batch, 64):
-            latents = encode(render(seen.part(i, min(i + 64, seen.batch)), height=size[0], width=size[1]))
+        for part in chunks(seen):
+            latents = encode(render(part, height=size[0], width=size[1]))
             made = picture(decode(latents))
             decoded.append(colours(made))
             sharp.append(sharpness(made))
