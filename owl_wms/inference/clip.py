@@ -2,7 +2,7 @@
 
 Usage:
     recent = Recent(); recent.add(jpeg, time.monotonic())
-    data = recent.to_mp4()
+    data = to_mp4(recent.snapshot())
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from owl_wms.temporary import temporary_folder
 
 SECONDS = 15.0
 MAX_BYTES = 96 << 20
-# A gap longer than this was a pause; the clip goes on at once.
+# Seconds. A longer gap between two pictures was a pause, and counts as this much in the clip.
 _LONGEST_GAP = 2.0
 
 
 class Recent:
-    """Compressed pictures of the last `SECONDS` of play, at most `MAX_BYTES` of them."""
+    """Compressed pictures of the last `SECONDS` of play, `MAX_BYTES` in all at most."""
 
     def __init__(self) -> None:
         self._pictures: deque[tuple[float, bytes]] = deque()

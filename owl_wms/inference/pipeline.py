@@ -48,7 +48,7 @@ class InteractivePipeline:
         contexts: beginnings to choose from, in the model's scale; see `owl_wms.inference.context`.
         image_scale: factor by which latents were divided for the model.
         whitener: transform that was applied after that, or None.
-        steps: a frame, 1 to 20; without effect while `schedule` is given.
+        steps: per frame, 1 to 20; without effect if `schedule` is given.
         order: of the steps, 1 or 2; see `owl_wms.sampling.schedule.take_step`.
         schedule: noise levels of a distilled model, for example [1.0, 0.5].
         cfg_scale: guidance; anything but 1 doubles the model's work.
@@ -112,7 +112,7 @@ class InteractivePipeline:
         self._sit_down(seed)
 
     def _sit_down(self, seed: int) -> None:
-        """All that belongs to one player, new: history, noise, the picture on its way to the host."""
+        """Makes everything that belongs to one player: history, noise, the picture on its way to the host."""
         self._seed = seed
         self._loop = FrameLoop(
             self._guidance,
@@ -144,7 +144,7 @@ class InteractivePipeline:
 
     @property
     def steps(self) -> int:
-        """Euler steps a frame."""
+        """Steps per frame."""
         return self._steps if self._schedule is None else len(self._schedule)
 
     @property
@@ -239,10 +239,10 @@ class InteractivePipeline:
         return twin
 
     def change_steps(self, by: int) -> int:
-        """More or fewer Euler steps, kept in 1 to 20; a custom schedule stays as it is."""
+        """More or fewer steps per frame, kept in 1 to 20; a custom schedule stays as it is."""
         if self._schedule is None:
             self._steps = max(1, min(MAX_STEPS, self._steps + by))
-            self._loop.change_deltas(self._deltas())
+            self._loop.deltas = self._deltas()
         return self.steps
 
     def describe(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Plays one player's connection: reads controls, runs the source at its pace, sends the newest picture.
 
 Five tasks share a few variables of one event loop. The reader stores the controls; the maker runs the source on the
-worker thread; the encoder compresses the newest frame on a thread of its own, while the next one is made; the sender
+worker thread; the encoder compresses the newest frame on another thread, while the next one is made; the sender
 sends the newest picture; the reporter sends the state of the source. A slow client costs dropped frames, never a
 growing queue: at most `IN_FLIGHT` frames are on their way without being acknowledged. A client that has drawn nothing
 for `UNSEEN_SECONDS` (a hidden page, a dead link) stops the source until it draws again, and so does a pause.

@@ -18,6 +18,7 @@ from owl_wms.models.flow import counted_mse, draw_levels, noised
 from owl_wms.models.gamerft import ConditionedCore, controls_mask
 from owl_wms.nn.modulation import FinalProjection
 from owl_wms.nn.ring_cache import Cache
+from owl_wms.nn.setting import setting
 
 
 class GameRFTAudioCore(ConditionedCore):
@@ -82,8 +83,7 @@ class _WithAudio:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_config":
             raise AttributeError(name)
-        value = getattr(self._config, name, None) if name == "has_audio" else getattr(self._config, name)
-        return True if name == "has_audio" and value is None else value
+        return setting(self._config, name, True) if name == "has_audio" else getattr(self._config, name)
 
 
 class GameRFTAudio(nn.Module):

@@ -121,15 +121,14 @@ class Attention(nn.Module):
         if isinstance(cache, RingCache):
             k, v, stored = cache.extend(self.layer, k, v, self.window)
             attended = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=stored)
-            mixed: Tensor = self.out(attended.transpose(1, 2).reshape(b, n, t, d))
-            return mixed
-        window, keys = self.window, n
-        if cache is not None:
-            if cache.max_window is not None:
-                window = cache.max_window if window is None else min(window, cache.max_window)
-            k, v = cache.extend(self.layer, k, v, window)
+        else:
+            window = self.window
+            if cache is not None:
+                if cache.max_window is not None:
+                    window = cache.max_window if window is None else min(window, cache.max_window)
+                k, v = cache.extend(self.layer, k, v, window)
             keys = k.shape[2] // t
-        mask = FrameMask(queries=n, keys=keys, tokens=t, window=window, causal=self.causal, doc_id=doc_id)
-        attended = masks.attend(q, k.to(q.dtype), v.to(q.dtype), mask)
+            mask = FrameMask(queries=n, keys=keys, tokens=t, window=window, causal=self.causal, doc_id=doc_id)
+            attended = masks.attend(q, k.to(q.dtype), v.to(q.dtype), mask)
         out: Tensor = self.out(attended.transpose(1, 2).reshape(b, n, t, d))
         return out

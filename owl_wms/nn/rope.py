@@ -10,7 +10,7 @@ its frames to other positions by one rotation (`shift`):
 
 Usage:
     table = RotaryTable(config)
-    q = table.rotate(q, first_frame=3)        # [b, heads, n * t, e]
+    q = rotate_by(q, *table.at(first_frame=3, frames=n))        # [b, heads, n * t, e]
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def _ortho(config: Any, half: int) -> tuple[Tensor, Tensor]:
     ]
     angles = torch.cat([axis[..., None] * frequencies for axis in axes], dim=-1)
     step = 2.0 / (frames - 1) if frames > 1 else 0.0
-    zeros = torch.zeros(half - 3 * quarter, dtype=torch.float64)
-    shift = torch.cat([frequencies * step, torch.zeros(2 * quarter, dtype=torch.float64), zeros])
-    return torch.cat([angles, zeros.expand(frames, tokens, -1)], dim=-1), shift
+    still = torch.zeros(quarter, dtype=torch.float64)
+    shift = torch.cat([frequencies * step, still, still, still])
+    return torch.cat([angles, still.expand(frames, tokens, -1)], dim=-1), shift
 
 
 def _motion(config: Any, half: int) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,6 @@ class RotaryTable(nn.Module):
         self.register_buffer("sin", angles.sin().float().to(device), persistent=False)
         self.register_buffer("first", angles[0].to(device), persistent=False)
         self.register_buffer("step", step.to(device), persistent=False)
-        self.tokens_per_frame = angles.shape[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
         """Follow moves between devices and ignore casts; coming from the meta device, compute the table anew."""
@@ -158,29 +157,19 @@ class RotaryTable(nn.Module):
         angles = self.first + self.step * position
         return angles.cos().float(), angles.sin().float()
 
-    def rotate(self, x: Tensor, first_frame: int) -> Tensor:
-        """Rotates queries or keys by their positions; see `rotate_by`.
-
-        Args:
-            x: [b, heads, n * t, e], whole frames.
-            first_frame: position of the first of the n frames, 0 to n_frames - n.
-        """
-        return rotate_by(x, *self.at(first_frame, x.shape[2] // self.tokens_per_frame))
-
     def shift(self, keys: Tensor, frames: int) -> Tensor:
         """Move rotated keys by whole frames, earlier if negative.
 
         Args:
-            keys: [..., e] as `rotate` returned them.
+            keys: [..., e] as `rotate_by` returned them.
             frames: how far.
 
         Returns:
-            The keys as `rotate` would give them that many frames later, to one rounding of their dtype.
+            The keys as `rotate_by` gives them at positions that many frames later, to one rounding of their dtype.
         """
         angle = self.step * frames
         cos, sin = angle.cos().float(), angle.sin().float()
-        first, second = keys.float().chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(keys.dtype)
+        return _turned(keys.float().chunk(2, dim=-1), cos, sin).to(keys.dtype)
 
 
 def rotate_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -196,5 +185,10 @@ def rotate_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         [b, heads, tokens, e] in the dtype of x.
     """
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+    return _turned(x.float().unflatten(-1, (-1, 2)).unbind(-1), cos, sin).to(x.dtype)
+
+
+def _turned(pairs: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns pairs of elements, two tensors [..., e / 2], by their angles; [..., e], all firsts before all seconds."""
+    first, second = pairs
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

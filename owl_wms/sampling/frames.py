@@ -47,6 +47,7 @@ class FrameLoop:
 
     Attributes:
         captures: whether passes become CUDA graphs.
+        deltas: as given; others may be set, and hold from the next frame on.
 
     Raises:
         ConfigError: max_window or order out of range.
@@ -65,26 +66,20 @@ class FrameLoop:
         prefill: Guidance | None = None,
     ) -> None:
         self.deltas, self.noise_prev, self._order = deltas, noise_prev, check_order(order)
-        allowed = capture and may_capture(guidance.model)
-        self.captures = allowed
-        rounded = allowed if fixed is None else fixed
+        self.captures = capture and may_capture(guidance.model)
+        rounded = self.captures if fixed is None else fixed
         self.ring = RingCache(guidance.model.config, max_window=max_window, round_to=ROUND_TO if rounded else 1)
         self._guidance = guidance
-        self._denoise = Captured(self._denoise_frame, allowed=allowed)
-        self._store = Captured(partial(self._store_frame, guidance), allowed=allowed)
-        self._prefill = (
-            self._store if prefill is None else Captured(partial(self._store_frame, prefill), allowed=allowed)
-        )
+        self._denoise = Captured(self._denoise_frame, allowed=self.captures)
+        self._store = self._prefill = Captured(partial(self._store_frame, guidance), allowed=self.captures)
+        if prefill is not None:
+            self._prefill = Captured(partial(self._store_frame, prefill), allowed=self.captures)
         self._like: Tensor | None = None
 
     @property
     def replayed(self) -> int:
         """Returns how many passes so far were replayed from CUDA graphs."""
         return self._denoise.replayed + self._store.replayed
-
-    def change_deltas(self, deltas: Tensor) -> None:
-        """Uses other step sizes from the next frame on."""
-        self.deltas = deltas
 
     def begin(self, x: Tensor, mouse: Tensor, btn: Tensor, generator: torch.Generator | None = None) -> None:
         """Forgets everything and stores a context.

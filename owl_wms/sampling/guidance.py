@@ -1,10 +1,9 @@
 """Classifier-free guidance over a model with or without sound, with or without a cache.
 
-In training the control *embedding* of an item is left out for its whole sequence, so that is what the unconditional
-branch does
-here: the batch is doubled, its first half without controls, and each half has its own history in the cache. Upstream's
-samplers instead feed zero controls, which is a different input (buttons at zero are embedded as -1), against the
-conditional history; `unconditional="zero_controls"` reproduces them.
+In training the control *embedding* of an item is left out for its whole sequence, and so it is here: the batch is
+doubled, its first half without controls, and each half has its own history in the cache. Upstream's samplers instead
+feed zero controls, which is a different input (buttons at zero are embedded as -1), and both branches see the history
+of the conditional one; `unconditional="zero_controls"` reproduces them.
 
 Usage:
     guidance = Guidance(model=model.core, scale=1.3)

@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from owl_wms.errors import ConfigError
-from owl_wms.nn.rope import RotaryTable
+from owl_wms.nn.rope import RotaryTable, rotate_by
 from tests.world import golden, relative, tiny_config, tiny_core
+
+
+def rotated(table: RotaryTable, x: torch.Tensor, first_frame: int) -> torch.Tensor:
+    """Whole frames [b, heads, n * t, e] at their positions."""
+    return rotate_by(x, *table.at(first_frame, x.shape[2] // table.cos.shape[1]))
 
 
 def test_motion_table_is_upstreams() -> None:
@@ -51,18 +56,18 @@ def test_a_wide_grid_has_the_places_of_squares() -> None:
 @pytest.mark.parametrize("audio", [False, True])
 def test_shift_is_rotation_at_the_other_place(impl: str, audio: bool) -> None:
     table = RotaryTable(tiny_config(rope_impl=impl, has_audio=audio))
-    keys = torch.randn(1, 2, 3 * table.tokens_per_frame, 32)
-    assert relative(table.shift(table.rotate(keys, 20), -17), table.rotate(keys, 3)) < 1e-5
-    assert relative(table.rotate(keys, 20), table.rotate(keys, 3)) > 0.1
+    keys = torch.randn(1, 2, 3 * table.cos.shape[1], 32)
+    assert relative(table.shift(rotated(table, keys, 20), -17), rotated(table, keys, 3)) < 1e-5
+    assert relative(rotated(table, keys, 20), rotated(table, keys, 3)) > 0.1
 
 
 @pytest.mark.parametrize("impl", ["motion", "ortho"])
 def test_only_the_distance_between_frames_counts(impl: str) -> None:
     table = RotaryTable(tiny_config(rope_impl=impl))
-    q, k = torch.randn(2, 1, 1, table.tokens_per_frame, 32)
+    q, k = torch.randn(2, 1, 1, table.cos.shape[1], 32)
 
     def scores(at: int) -> torch.Tensor:
-        return table.rotate(q, at + 5) @ table.rotate(k, at).transpose(-1, -2)
+        return rotated(table, q, at + 5) @ rotated(table, k, at).transpose(-1, -2)
 
     assert relative(scores(30), scores(0)) < 1e-5
 
