@@ -1,9 +1,7 @@
-"""One `decode()` whatever stands behind it: a cached program, one built now, or plain PyTorch; and it says which and
-why.
+"""Decodes latents by a program from the cache, by one that is built now, or by PyTorch, and says which one and why.
 
-Why it exists: callers want frames, not a decision tree. Whatever fails in the compiled path ends in PyTorch's own
-answer, one warning and a counter; `strict` turns each failure into an error instead. Importing this package touches
-neither CUDA nor TensorRT.
+If anything fails in the compiled path, PyTorch decodes, one warning says so, and a counter goes up; with `strict` the
+failure is raised instead. Importing this package touches neither CUDA nor TensorRT.
 
 Usage:
     decode = VideoDecode(decoder, batch_size=8, settings=TensorRTConfig.resolve())

@@ -10,13 +10,15 @@ Usage:
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
-from owl_wms.errors import ConfigError, NonFiniteError
+from owl_wms.errors import ConfigError
 from owl_wms.runtime import recording
 from owl_wms.runtime.canary import CHECKS
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, decode_with_gradients
@@ -97,22 +99,18 @@ class AudioDecode:
             finite = torch.stack([flag for _, _, flag in flags]).tolist()  # one wait for the device
             for (start, stop, _), good in zip(flags, finite, strict=True):
                 if not good:
-                    self._report(start, stop, eager.dtype)
+                    subject, error = f"the sound of clips {start} to {stop - 1} has", self.check == "error"
+                    self._ledger.non_finite(subject, "non-finite sound", eager.dtype, first=start, raised=error)
         return out[0].transpose(1, 2)
 
-    def _report(self, start: int, stop: int, dtype: torch.dtype | None) -> None:
-        name = str(dtype).removeprefix("torch.")
-        wider = "decode in a wider dtype (bf16, fp32)" if dtype == torch.float16 else "look at the latents and weights"
-        text = f"the sound of clips {start} to {stop - 1} has values that are not finite (NaN or infinite) in {name}"
-        if self.check == "error":
-            raise NonFiniteError(f"{text}; {wider}", frame=start)
-        self._ledger.warn("non-finite sound", f"{text}; {wider}")
-
     def __deepcopy__(self, memo: dict[int, Any]) -> AudioDecode:
-        return AudioDecode(copy.deepcopy(self.decoder, memo), batch_size=self.batch_size, check=self.check)
+        return self._made_anew()(copy.deepcopy(self.decoder, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _made_anew, (self.decoder, self.batch_size, self.check)
+        return self._made_anew(), (self.decoder,)
+
+    def _made_anew(self) -> Callable[[nn.Module], AudioDecode]:
+        return functools.partial(AudioDecode, batch_size=self.batch_size, check=self.check)
 
     def _current(self) -> EagerDecoder:
         if recording.underway():  # what is folded while a caller records a CUDA graph exists in its replays only
@@ -121,7 +119,3 @@ class AudioDecode:
         if eager is None or not eager.stamp.matches(self.decoder):
             eager = self._eager = EagerDecoder(self.decoder)
         return eager
-
-
-def _made_anew(decoder: nn.Module, batch_size: int, check: str) -> AudioDecode:
-    return AudioDecode(decoder, batch_size=batch_size, check=check)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from owl_wms.runtime.canary import parts
 from owl_wms.runtime.decode import VideoDecode
-from owl_wms.runtime.programs import Toolchain
 from owl_wms.runtime.steps import streams
 from owl_wms.runtime.stream import Latents, as_latents, decode_stream
 from owl_wms.runtime.streaming import StreamDecode
@@ -37,14 +36,13 @@ def clip_decoder(
     settings: TensorRTConfig,
     check: str = "auto",
     jit: bool = False,
-    toolchain: Toolchain | None = None,
 ) -> ClipDecode:
-    """Returns what `decode_pieces` decodes with.
+    """Returns the decode function of a decoder, for `decode_pieces`.
 
     Args:
         decoder: of frames or of streams.
         batch_size: frames at once; a stream takes one latent at a time.
-        settings, toolchain: as in `VideoDecode`.
+        settings: as in `VideoDecode`.
         check: as in `VideoDecode`. Frames of a stream are not compared with PyTorch's while it runs (`canary`): that
             would need every state before.
         jit: compile in this process and keep nothing; without effect on a stream, whose step is compiled and kept.
@@ -53,33 +51,34 @@ def clip_decoder(
         ConfigError: an unknown check, or a batch size below 1.
     """
     if streams(decoder):
-        return StreamDecode(decoder, settings=settings, check=parts(check)[0], toolchain=toolchain)
+        return StreamDecode(decoder, settings=settings, check=parts(check)[0])
     return VideoDecode(
         decoder,
         batch_size=batch_size,
         settings=settings,
         check=check,
         output="uint8",
-        toolchain=Jit() if jit and toolchain is None else toolchain,
+        toolchain=Jit() if jit else None,
     )
 
 
 def decode_pieces(
     run: ClipDecode, latents: Tensor | Latents, *, scale: float = 1.0, spent: Spent | None = None
 ) -> Generator[Tensor, None, None]:
-    """Yields the frames of whole clips on the host, clips end to end.
+    """Yields the frames of whole clips on the host, one clip after the other.
 
     Args:
         run: of `clip_decoder`. A stream is reset before every clip.
-        latents: `[b, n, c, h, w]`, or what reads them piece by piece, so that memory does not grow with the length.
+        latents: `[b, n, c, h, w]`, or an object that reads them piece by piece, so that memory stays the same for a
+            video of any length.
         scale: factor on the latents.
         spent: receives the seconds of every stage.
 
-    Returns:
+    Yields:
         uint8 `[k, H, W, C]`, valid until the next piece is asked for.
 
     Raises:
-        What `decode_stream` and `StreamDecode.step` raise.
+        As `decode_stream` and `StreamDecode.step`.
     """
     if isinstance(run, StreamDecode):
         return _streamed(run, as_latents(latents), scale, Spent() if spent is None else spent)

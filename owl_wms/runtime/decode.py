@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from owl_wms import env
 from owl_wms.dynamo import uncompiled
-from owl_wms.errors import ConfigError, FastPathError, NonFiniteError
+from owl_wms.errors import ConfigError, FastPathError
 from owl_wms.ops.frame_bytes import compile_soon
 from owl_wms.request import Request
 from owl_wms.runtime import recording
@@ -33,7 +35,7 @@ from owl_wms.runtime.eager import EagerDecoder, decode_with_gradients
 from owl_wms.runtime.generation import Generation
 from owl_wms.runtime.latents import check_video, check_video_shape
 from owl_wms.runtime.obtain import obtain
-from owl_wms.runtime.output import DTYPES, Output, Sink
+from owl_wms.runtime.output import DTYPES, Output
 from owl_wms.runtime.programs import Loaded, Progress, Toolchain, renew_locks
 from owl_wms.runtime.slot import Slot
 from owl_wms.runtime.stats import SWITCHED_OFF, DecodeStats, Ledger, summarise
@@ -192,40 +194,53 @@ class VideoDecode:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VideoDecode:
         """Returns a decode function of the copied decoder, which obtains its programs anew (from the cache)."""
-        return VideoDecode(copy.deepcopy(self.decoder, memo), **self._arguments())
+        return self._made_anew()(copy.deepcopy(self.decoder, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _made_anew, (self.decoder, self._arguments())
+        return self._made_anew(), (self.decoder,)
 
-    def _arguments(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size,
-            "settings": self.settings,
-            "strict": self.strict,
-            "timing": self._timing,
-            "output": self.output,
-            "check": self.check,
-            "toolchain": self.toolchain,
-            "progress": self._progress,
-        }
+    def _made_anew(self) -> Callable[[nn.Module], VideoDecode]:
+        return functools.partial(
+            VideoDecode,
+            batch_size=self.batch_size,
+            settings=self.settings,
+            strict=self.strict,
+            timing=self._timing,
+            output=self.output,
+            check=self.check,
+            toolchain=self.toolchain,
+            progress=self._progress,
+        )
+
+    # ---- one decode
 
     def _decode(self, eager: EagerDecoder, slot: Slot, frames: Tensor, out: Output, device: torch.device) -> None:
         self._read_canary(wait=False)
         ready = self._ready(eager, slot)
         # While a caller records a graph nothing can be waited for, and looking at values waits.
         looked = slot.wants_check(self._search, eager.dtype) and not recording.underway()
-        decoding = self._decoding(eager, slot, out, looked)
-        for start in range(0, len(frames), self.batch_size):
-            chunk = frames[start : start + self.batch_size].to(device)
+        decoding = Decoding(
+            eager, slot, out, ledger=self._ledger, strict=self.strict, looked=looked, rebuild=self._rebuild
+        )
+        starts = range(0, len(frames), self.batch_size)
+
+        def chunk_at(start: int) -> Tensor:
+            return frames[start : start + self.batch_size].to(device)
+
+        for start in starts:
+            chunk = chunk_at(start)
             with _measured(self._stopwatch, device):
                 decoding.decode(chunk, start, by_program=ready)
-        for start in decoding.not_finite(lambda start: frames[start : start + self.batch_size].to(device)):
-            self._report_non_finite(start, min(self.batch_size, len(frames) - start), eager.dtype)
+        for start in decoding.not_finite(chunk_at):
+            count = min(self.batch_size, len(frames) - start)
+            self._ledger.add("non_finite", count)
+            subject, error = f"frames {start} to {start + count - 1} have", self._search == "error"
+            self._ledger.non_finite(subject, "non-finite frames", eager.dtype, first=start, raised=error)
         if ready and self._compare_one(eager, slot, frames, out):
             if self.strict and slot.failure is not None:
                 raise slot.failure.again()
-            for start in range(0, len(frames), self.batch_size):
-                decoding.decode(frames[start : start + self.batch_size].to(device), start, by_program=False)
+            for start in starts:
+                decoding.decode(chunk_at(start), start, by_program=False)
 
     def _compare_one(self, eager: EagerDecoder, slot: Slot, frames: Tensor, out: Output) -> bool:
         """Begins to compare one of these frames with PyTorch's if it is time; returns whether one is known as wrong."""
@@ -240,19 +255,6 @@ class VideoDecode:
         if self._canary is None or recording.underway():
             return False
         return self._canary.read(lambda eager: eager.stamp.matches(self.decoder), wait=wait)
-
-    def _decoding(self, eager: EagerDecoder, slot: Slot, out: Sink, looked: bool) -> Decoding:
-        return Decoding(eager, slot, out, ledger=self._ledger, strict=self.strict, looked=looked, rebuild=self._rebuild)
-
-    def _report_non_finite(self, start: int, count: int, dtype: torch.dtype | None) -> None:
-        """Warns once, or raises, about a batch that PyTorch decodes to values that are not finite."""
-        name = str(dtype).removeprefix("torch.")
-        wider = "decode in a wider dtype (bf16, fp32)" if dtype == torch.float16 else "look at the latents and weights"
-        text = f"frames {start} to {start + count - 1} have values that are not finite (NaN or infinite) in {name}"
-        self._ledger.add("non_finite", count)
-        if self._search == "error":
-            raise NonFiniteError(f"{text}; {wider}", frame=start)
-        self._ledger.warn("non-finite frames", f"{text}; {wider}")
 
     def _rebuild(self, slot: Slot) -> str:
         """Returns what a user does about a program that fails when it runs."""
@@ -370,10 +372,6 @@ def run_in_child(device: torch.device | None, name: str) -> None:
             f"start workers with the spawn method, or make the {name} inside the worker",
         )
     torch.set_num_threads(1)  # OpenMP's worker threads were not forked; waiting for them would never end
-
-
-def _made_anew(decoder: nn.Module, arguments: dict[str, Any]) -> VideoDecode:
-    return VideoDecode(decoder, **arguments)
 
 
 def _measured(stopwatch: Stopwatch | None, device: torch.device) -> contextlib.AbstractContextManager[None]:

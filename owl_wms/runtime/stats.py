@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from owl_wms.errors import FastPathError
+from owl_wms.errors import FastPathError, NonFiniteError
 from owl_wms.runtime import metrics
 from owl_wms.runtime.slot import Slot
 
@@ -114,6 +114,18 @@ class Ledger:
         if first and not raised:
             remedy = error.remedy or "see owl-wms doctor"
             _LOG.warning("%sPyTorch decodes instead, because %s; %s", rank_prefix(), error.sentence, remedy)
+
+    def non_finite(self, subject: str, kind: str, dtype: torch.dtype | None, *, first: int, raised: bool) -> None:
+        """Warn once per kind that PyTorch's own values are not finite, or raise NonFiniteError with frame `first`.
+
+        `subject` begins the sentence, with its verb: "frames 0 to 7 have".
+        """
+        name = str(dtype).removeprefix("torch.")
+        wider = "decode in a wider dtype (bf16, fp32)" if dtype == torch.float16 else "look at the latents and weights"
+        text = f"{subject} values that are not finite (NaN or infinite) in {name}; {wider}"
+        if raised:
+            raise NonFiniteError(text, frame=first)
+        self.warn(kind, text)
 
     def note(self, kind: str, text: str, level: int = logging.INFO) -> None:
         """Log something once per kind."""
