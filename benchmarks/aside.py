@@ -1,7 +1,7 @@
 """An object in a process of its own: its methods are called from here, one at a time, and may be waited for later.
 
 Usage:
-    aside = Aside(Side, path="/tmp/hides_torch_tensorrt")   # `Side` is made there by the first call
+    aside = Aside(Side)         # the process; `Side` is made there by the first call
     aside.begin("new", "dist", 8)
     aside.end()
     aside.ask("turn", 0)
@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 
-def serve(connection: Connection, make: Callable[..., Any], path: str) -> None:
+def serve(connection: Connection, make: Callable[..., Any]) -> None:
     """The process: answers `(method, arguments)` with `(whether it failed, what it returned or said)`."""
-    if path:
-        sys.path.insert(0, path)  # a process that it starts gets this path too
     made: Any = None
     while (asked := _asked(connection)) is not None:
         method, arguments = asked
@@ -47,13 +44,12 @@ class Aside:
 
     Args:
         make: what makes the object from the arguments of the method `new`; importable there.
-        path: put in front of that process's module path; nothing if empty.
     """
 
-    def __init__(self, make: Callable[..., Any], path: str = "") -> None:
+    def __init__(self, make: Callable[..., Any]) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, make, path), daemon=True)
+        self._process = context.Process(target=serve, args=(other, make), daemon=True)
         self._process.start()
         other.close()
 

@@ -207,11 +207,11 @@ def readme_table(result: dict[str, Any]) -> str:
 AUTHORS = "author's arrangement"
 
 
-def user_table(results: Path = SHOWN.parent) -> str:
+def user_table() -> str:
     """README's table of what a user runs, out of the stored results of the road, play, diffusers' decoder and TAEHV."""
 
     def stored(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((results / f"{name}_h200_202611.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((SHOWN.parent / f"{name}_h200_202611.json").read_text(encoding="utf-8"))
         return found
 
     road = stored("road")["parts"]

@@ -123,20 +123,18 @@ def _kind(fs: Any, path: str) -> str | None:
         return None
 
 
-def cut(
-    items: Iterable[Item], workers: int = 1, *, most_bytes: int = BLOCK_BYTES, most_items: int = BLOCK_ITEMS
-) -> Iterator[list[Item]]:
-    """Yields consecutive items in blocks of at most `most_bytes` (or one item) and `most_items`.
+def cut(items: Iterable[Item], workers: int = 1, *, most_bytes: int = BLOCK_BYTES) -> Iterator[list[Item]]:
+    """Yields consecutive items in blocks of at most `most_bytes` (or one item) and `BLOCK_ITEMS`.
 
     Towards the end of the list blocks become smaller, down to one item, so that workers end at nearly the same time
     (guided self-scheduling, Polychronopoulos and Kuck 1987).
     """
     left, waiting = iter(items), deque[Item]()
     while True:
-        waiting.extend(islice(left, 4 * most_items * workers - len(waiting)))
+        waiting.extend(islice(left, 4 * BLOCK_ITEMS * workers - len(waiting)))
         if not waiting:
             return
-        count = min(most_items, max(1, len(waiting) // (2 * workers)))
+        count = min(BLOCK_ITEMS, max(1, len(waiting) // (2 * workers)))
         block = [waiting.popleft()]
         size = block[0].size
         while waiting and len(block) < count and size + waiting[0].size <= most_bytes:

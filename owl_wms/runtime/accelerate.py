@@ -94,30 +94,7 @@ def accelerate(
         inner = unwrap(module)
         if is_known(inner):
             return _wrapped(inner, options)  # type: ignore[return-value]
-    replaced = []
-    for name, holder in _holders(module):
-        decoder = unwrap(holder.decoder)
-        if is_known(decoder):
-            holder.decoder = _wrapped(decoder, options)
-            replaced.append(f"{name}{type(decoder).__name__}")
-        elif isinstance(decoder, AcceleratedDecoder):
-            holder.decoder = _again(decoder, asked)
-            replaced.append(f"{name}{type(decoder.original).__name__} (before)")
-    for name, part in _parts(module):
-        for inside, video in part.named_modules():
-            before = vars(video).get(METHOD)
-            if isinstance(before, AcceleratedVideo):
-                if asked is not None and before.options != asked:
-                    vars(video)[METHOD] = AcceleratedVideo(video, asked)
-                replaced.append(f"{_joined(name, inside, METHOD)} (before)")
-            elif (
-                before is None
-                and has_layout(video)
-                and (within := decoder_within(video)) is not None
-                and gives_same_frames(video)
-            ):
-                vars(video)[METHOD] = AcceleratedVideo(video, options, within)
-                replaced.append(_joined(name, inside, METHOD))
+    replaced = [*_replace_decoders(module, options, asked), *_replace_methods(module, options, asked)]
     if replaced:
         _LOG.info("accelerated: %s", ", ".join(replaced))
     else:
@@ -130,6 +107,35 @@ def is_known(module: Any) -> bool:
     return isinstance(module, (DCAEDecoder, DistillDecoder, TAEHVDecoder)) or (
         isinstance(module, nn.Module) and is_sana_decoder(module)
     )
+
+
+def _replace_decoders(module: Any, options: Options, asked: Options | None) -> Iterator[str]:
+    """Wraps the `.decoder` of every part that has a known one; yields the name of each."""
+    for name, part in _parts(module):
+        held = getattr(part, "decoder", None)
+        decoder = unwrap(held) if isinstance(held, nn.Module) else None
+        if decoder is not None and is_known(decoder):
+            part.decoder = _wrapped(decoder, options)
+            yield f"{_joined(name, 'decoder')}: {type(decoder).__name__}"
+        elif isinstance(decoder, AcceleratedDecoder):
+            part.decoder = _again(decoder, asked)
+            yield f"{_joined(name, 'decoder')}: {type(decoder.original).__name__} (before)"
+
+
+def _replace_methods(module: Any, options: Options, asked: Options | None) -> Iterator[str]:
+    """Replaces `decode_video` of the author's TAEHV wherever one is; yields the name of each."""
+    for name, part in _parts(module):
+        for inside, video in part.named_modules():
+            before = vars(video).get(METHOD)
+            if isinstance(before, AcceleratedVideo):
+                if asked is not None and before.options != asked:
+                    vars(video)[METHOD] = AcceleratedVideo(video, asked)
+                yield f"{_joined(name, inside, METHOD)} (before)"
+            elif before is None and has_layout(video):
+                within = decoder_within(video)
+                if within is not None and gives_same_frames(video):
+                    vars(video)[METHOD] = AcceleratedVideo(video, options, within)
+                    yield _joined(name, inside, METHOD)
 
 
 def _wrapped(decoder: nn.Module, options: Options) -> AcceleratedDecoder:
@@ -160,13 +166,6 @@ def _parts(module: Any) -> Iterator[tuple[str, nn.Module]]:
     for name, part in named.items():
         if isinstance(part, nn.Module):
             yield name, part
-
-
-def _holders(module: Any) -> Iterator[tuple[str, Any]]:
-    """Lists the parts that have a decoder, with their names."""
-    for name, part in _parts(module):
-        if isinstance(getattr(part, "decoder", None), nn.Module):
-            yield f"{_joined(name, 'decoder')}: ", part
 
 
 def _joined(*names: str) -> str:
