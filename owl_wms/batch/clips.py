@@ -10,8 +10,10 @@ Usage:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,17 +26,21 @@ from owl_wms.data.s3 import tar_members
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.files import open_regular, read_exactly, size_of
 from owl_wms.media.arrays import as_clips, check_encoded, check_finite, load_tensor_bytes
+from owl_wms.media.facts import Facts
 from owl_wms.media.frames import frame_batches
 from owl_wms.media.latents import LatentFile
+from owl_wms.media.read_facts import file_digest, read_facts
+from owl_wms.media.watch import VIDEO_SUFFIXES, rate_of
 from owl_wms.runtime import UNATTENDED, Latents, clip_decoder, decode_pieces
 from owl_wms.runtime.ahead import ahead
-from owl_wms.runtime.steps import frames_of
+from owl_wms.runtime.steps import frames_of, frames_per_latent
 from owl_wms.settings import TensorRTConfig
 from owl_wms.timing import Spent
 from owl_wms.utils.owl_vae_bridge import get_decoder_only
 from owl_wms.vae import fold_weight_norm, load_encoder
 
 Batch = dict[str, Any]
+_log = logging.getLogger(__name__)
 _LATENT_MEMBER = ".latent.pt"
 
 
@@ -44,10 +50,12 @@ class Source(Protocol):
     Attributes:
         name: `""` for the whole file, or the clip's name inside a tar.
         shape: `(clips, frames of each)` of the output, or None where it is known only at the end.
+        fps: frames per second of the output, or None where the file does not say it.
     """
 
     name: str
     shape: tuple[int, int] | None
+    fps: float | None
 
 
 class Clips(Protocol):
@@ -63,8 +71,11 @@ class Clips(Protocol):
 class LatentClip:
     """Latents of a file, or of one clip of a tar."""
 
-    def __init__(self, name: str, latents: Latents, shape: tuple[int, int]) -> None:
-        self.name, self.latents, self.shape = name, latents, shape
+    def __init__(
+        self, name: str, latents: Latents, shape: tuple[int, int], scale: float = 1.0, fps: float | None = None
+    ) -> None:
+        """Keeps them; `scale` is the factor on the latents, `fps` the rate of the frames."""
+        self.name, self.latents, self.shape, self.scale, self.fps = name, latents, shape, scale, fps
 
 
 class DecodeClips:
@@ -79,7 +90,7 @@ class DecodeClips:
         device: str | None = None,
         dtype: str | None = None,
         batch_size: int = 8,
-        scale: float = 1.0,
+        scale: float | None = None,
         tensorrt: bool = True,
     ) -> None:
         """Loads the decoder; the program is found or built at the first clip.
@@ -91,7 +102,7 @@ class DecodeClips:
             device: `cpu`, `cuda` or `cuda:N`; None is the GPU that this process sees first, or the CPU without one.
             dtype: `bf16`, `fp16` or `fp32`; None is bf16 on a GPU and fp32 on a CPU.
             batch_size: frames decoded at once.
-            scale: factor on the latents.
+            scale: factor on the latents; None is the one that a file states (`vae_scale`), else 1.
             tensorrt: use the compiled decoder where one can be had.
 
         Raises:
@@ -99,7 +110,8 @@ class DecodeClips:
         """
         where, precision = _place(device, dtype)
         decoder = get_decoder_only(family, vae_config, checkpoint, device=where, dtype=precision)
-        self._decoder, self._scale = _laid_out(decoder, where), scale
+        self._decoder, self._scale, self._checkpoint = _laid_out(decoder, where), scale, checkpoint
+        self._told: set[str] = set()  # contradictions, of which a dataset may have one in each file
         model: Any = decoder.config if vae_config is None else load_vae_model(vae_config)
         self._channels: int = model.latent_channels
         settings = TensorRTConfig.resolve(enabled=None if tensorrt else False)
@@ -118,31 +130,46 @@ class DecodeClips:
 
     def _decoded(self, latents: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         clip = as_clips(torch.from_numpy(np.array(latents)), "latents", self._channels)
-        pieces = decode_pieces(self._run, _Held(clip, "latents"), scale=self._scale)
+        pieces = decode_pieces(self._run, _Held(clip, "latents"), scale=1.0 if self._scale is None else self._scale)
         return np.concatenate([np.array(piece.numpy()) for piece in pieces])
 
     def sources(self, path: Path) -> list[LatentClip]:
         """Opens the latents of a `.pt`, `.npy` or `.safetensors` file, or of every clip of a tar.
 
+        Scale and rate are those that the file states (`owl_wms.media.facts`); a scale that was given outranks it. Where
+        what was given contradicts a file, a warning says so, once.
+
         Raises:
-            DataError: the file cannot be read or has no latents.
+            DataError: the file cannot be read or has no latents, or its facts cannot be read.
         """
+        given = 1.0 if self._scale is None else self._scale
         if path.suffix.lower() != ".tar":
-            file = LatentFile(path, self._channels)
-            return [LatentClip("", file, self._shape(file.shape))]
+            file, facts = LatentFile(path, self._channels), read_facts(path)
+            own = self._digest if facts.vae_sha256 is not None else None
+            for difference in set(facts.otherwise(vae_scale=self._scale, vae_sha256=own)) - self._told:
+                self._told.add(difference)
+                _log.warning("%s: %s", path, difference)
+            scale = given if self._scale is not None or facts.vae_scale is None else facts.vae_scale
+            fps = None if facts.fps is None else facts.fps * frames_per_latent(self._decoder)
+            return [LatentClip("", file, self._shape(file.shape), scale, fps)]
         with open_regular(path) as tar:
             data = bytes(read_exactly(tar, size_of(tar)))
         found = []
         for name, member in tar_members(data, source=str(path)):
             if name.endswith(_LATENT_MEMBER):
                 latents = _member(member, name, path, self._channels)
-                found.append(LatentClip(name.removesuffix(_LATENT_MEMBER), latents, self._shape(latents.shape)))
+                shape = self._shape(latents.shape)
+                found.append(LatentClip(name.removesuffix(_LATENT_MEMBER), latents, shape, given))
         if not found:
             raise DataError(f"{path}: has no member *{_LATENT_MEMBER}", path=path)
         return found
 
     def _shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return shape[0], frames_of(self._decoder, shape[1])
+
+    @cached_property
+    def _digest(self) -> str | None:
+        return _digest_of(self._checkpoint)
 
     def prepare(self, source: LatentClip) -> None:
         """Finds or builds the program for latents of this size."""
@@ -151,7 +178,12 @@ class DecodeClips:
 
     def stream(self, source: LatentClip, spent: Spent) -> Iterator[Tensor]:
         """Yields uint8 `[k, H, W, C]`, clips end to end; the stages are `read`, `decode` and `copy`."""
-        return decode_pieces(self._run, source.latents, scale=self._scale, spent=spent)
+        return decode_pieces(self._run, source.latents, scale=source.scale, spent=spent)
+
+
+def _digest_of(checkpoint: str | None) -> str | None:
+    """Returns the SHA-256 of a file of weights; None for a folder of several."""
+    return file_digest(checkpoint) if checkpoint is not None and Path(checkpoint).is_file() else None
 
 
 class _Held:
@@ -184,9 +216,19 @@ class FrameClip:
 
     name = ""
     shape = None
+    fps = None
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, encoder: Facts) -> None:
+        """Keeps them; `encoder` is what the latents will state, without their rate."""
+        self.path, self._encoder = path, encoder
+
+    def facts(self) -> Facts:
+        """Returns what the file of latents states.
+
+        Raises:
+            DataError: the clip cannot be read.
+        """
+        return replace(self._encoder, fps=rate_of(self.path) if self.path.suffix.lower() in VIDEO_SUFFIXES else None)
 
 
 class EncodeClips:
@@ -227,6 +269,7 @@ class EncodeClips:
         encoder = fold_weight_norm(load_encoder(None, vae_config, checkpoint))
         self._encoder = _laid_out(encoder.to(self._where, self._precision).eval(), self._where)
         self._batch_size, self._scale, self._resize = batch_size, scale, resize
+        self._checkpoint = checkpoint
 
     def __call__(self, batch: Batch) -> Batch:
         """Returns the batch with `frames` replaced by `latents`; other columns pass through.
@@ -261,7 +304,12 @@ class EncodeClips:
 
     def sources(self, path: Path) -> list[FrameClip]:
         """Returns the one clip of a video or array file; it is opened by `stream`."""
-        return [FrameClip(path)]
+        return [FrameClip(path, self._facts)]
+
+    @cached_property
+    def _facts(self) -> Facts:
+        own, digest = Path(self._checkpoint).name, _digest_of(self._checkpoint)
+        return Facts(vae_scale=self._scale, vae=own, vae_sha256=digest, layout="n c h w")
 
     def stream(self, source: FrameClip, spent: Spent) -> Iterator[Tensor]:
         """Yields float32 `[k, c, h, w]`; the next pictures are read while these are encoded. The stage is `encode`.

@@ -20,6 +20,8 @@ from owl_wms.files import one_line
 
 SETTINGS = f"{FOLDER}/settings.json"
 TIME_LIMIT = 3600.0
+FPS = 60.0
+"""Frames per second of mp4 where neither the run nor the file says them."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Job:
         generation: stands for checkpoint, configuration and output settings in every item's key.
         form: an ending without its dot, of `FRAME_FORMS`, or of `LATENT_FORMS` with `encodes`.
         encodes: whether frames become latents.
-        fps: frames per second of mp4.
+        fps: frames per second of mp4; None is the rate that each file states, else `FPS`.
         time_limit: seconds that one item may take.
     """
 
@@ -41,7 +43,7 @@ class Job:
     generation: str
     form: str
     encodes: bool = False
-    fps: float = 60.0
+    fps: float | None = FPS
     time_limit: float = TIME_LIMIT
 
     def ledger(self) -> Ledger:
@@ -56,7 +58,7 @@ def prepare(
     form: str,
     settings: dict[str, Any],
     encodes: bool = False,
-    fps: float = 60.0,
+    fps: float | None = FPS,
     time_limit: float = TIME_LIMIT,
 ) -> tuple[Job, list[str]]:
     """Returns the job of these settings, and the names of other generations that `out` holds; writes nothing.

@@ -7,7 +7,7 @@ Usage:
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.media.arrays import save_array
+from owl_wms.media.facts import Facts
 from owl_wms.media.npy import NpyFile
 from owl_wms.media.sinks import open_sink
 from owl_wms.timing import Spent
@@ -67,14 +68,17 @@ def write_frames(
     return count
 
 
-def write_latents(pieces: Iterator[Tensor], path: Path) -> int:
+def write_latents(pieces: Iterator[Tensor], path: Path, facts: Callable[[], Facts] = Facts) -> int:
     """Writes float32 [k, c, h, w] pieces as one array [n, c, h, w]; the ending says the form. Returns n.
+
+    Args:
+        facts: returns what the file states about itself; it is called after the last piece.
 
     Raises:
         DataError: the file cannot be written.
     """
     latents = torch.cat(list(pieces))
-    save_array(path, latents)
+    save_array(path, latents, facts=facts())
     return len(latents)
 
 

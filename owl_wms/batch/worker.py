@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from owl_wms.batch.items import Item
-from owl_wms.batch.job import Job
+from owl_wms.batch.job import FPS, Job
 from owl_wms.batch.ledger import Line, Part
 from owl_wms.batch.outputs import write_frames, write_latents
 from owl_wms.batch.store import Store, digest_of, located, own_name, sync
@@ -231,9 +231,10 @@ class BlockWorker:
             path.parent.mkdir(parents=True, exist_ok=True)
             pieces = self._clips.stream(source, spent)
             if self._job.encodes:
-                frames = write_latents(pieces, path)
+                frames = write_latents(pieces, path, source.facts)
             else:
-                frames = write_frames(pieces, path, self._job.form, shape=source.shape, fps=self._job.fps, spent=spent)
+                fps = self._job.fps or source.fps or FPS
+                frames = write_frames(pieces, path, self._job.form, shape=source.shape, fps=fps, spent=spent)
             written.append((path, name, frames))
         if len({name for _, name, _ in written}) != len(written):
             raise DataError("two clips inside it have the same name", path=item.url)

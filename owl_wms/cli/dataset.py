@@ -50,8 +50,12 @@ def decode_dataset(
     vae_config: Annotated[str | None, typer.Option(help="YAML of the autoencoder; not needed with --family.")] = None,
     family: Annotated[str | None, typer.Option(help="taehv: the sizes are read from its checkpoint.")] = None,
     form: Annotated[str, typer.Option("--format", help="npy, mp4, tar or parquet.")] = "npy",
-    fps: Annotated[float, typer.Option(help="Frames per second of mp4, 1 to 240.")] = 60,
-    scale: Annotated[float, typer.Option(help="Multiply latents by this first.")] = 1.0,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of mp4, 1 to 240. Default: each file's, else 60.")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Multiply latents by this first (vae_scale). Default: each file's, else 1.")
+    ] = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = None,
     tensorrt: Annotated[bool, typer.Option(help="Decode by a compiled program if possible, else by PyTorch.")] = True,

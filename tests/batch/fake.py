@@ -23,6 +23,7 @@ class FakeSource(NamedTuple):
     name: str
     shape: tuple[int, int]
     text: str
+    fps: float | None = None
 
 
 class FakeClips:

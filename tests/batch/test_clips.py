@@ -25,7 +25,10 @@ from owl_wms.batch.clips import _place
 from owl_wms.configs import load_vae_config
 from owl_wms.errors import DataError, NonFiniteError
 from owl_wms.media.arrays import load_array, save_array
+from owl_wms.media.facts import Facts
+from owl_wms.media.read_facts import file_digest, read_facts
 from owl_wms.media.video import VideoWriter
+from owl_wms.timing import Spent
 from owl_wms.vae import build_autoencoder
 from tests.cli.conftest import files  # noqa: F401
 from tests.cli.runner import run
@@ -91,6 +94,30 @@ def test_a_batch_in_memory(files: tuple[str, str], one_by_one: np.ndarray) -> No
         decode({"name": np.array(["a"])})
     with pytest.raises(DataError, match="frame 0 has values that are not finite"):
         decode({"latents": np.full((1, *latents(1).shape), np.nan, np.float32)})
+
+
+@pytest.mark.parametrize(("given", "scale"), [(None, 4.0), (1.0, 1.0), (4.0, 4.0)])
+def test_a_file_s_own_scale_and_rate_hold_as_for_one_file(
+    tmp_path: Path,
+    files: tuple[str, str],  # noqa: F811
+    given: float | None,
+    scale: float,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """`owl-wms encode --scale 4` writes such latents, and `owl-wms decode` multiplies them by 4."""
+    for name in ("a.pt", "b.pt"):
+        save_array(tmp_path / name, latents(2) / 4, facts=Facts(vae_scale=4.0, fps=15, vae_sha256="0" * 64))
+    save_array(tmp_path / "plain.npy", latents(2))
+    decode = DecodeClips(*files, device="cpu", tensorrt=False, scale=given)
+    (own,), (other,), (plain,) = (decode.sources(tmp_path / name) for name in ("a.pt", "b.pt", "plain.npy"))
+    assert (own.scale, own.fps, other.scale) == (scale, 15, scale)
+    assert (plain.scale, plain.fps) == (1.0 if given is None else given, None)
+    if given is None:
+        got, wanted = (torch.cat([p.clone() for p in decode.stream(source, Spent())]) for source in (own, plain))
+        assert torch.equal(got, wanted)
+    assert ("a.pt: vae_scale is 1.0, and the file says 4.0" in caplog.text) == (given == 1.0)
+    assert f"a.pt: vae_sha256 is '{file_digest(files[1])}', and the file says '000" in caplog.text
+    assert "b.pt" not in caplog.text, "it says the same"
 
 
 def test_the_command_decodes_every_kind_of_input(
@@ -217,7 +244,10 @@ def test_clips_and_arrays_become_latents(tmp_path: Path) -> None:
     half = EncodeClips(model[0], str(tmp_path / "huge.safetensors"), device="cpu", dtype="fp16")
     with pytest.raises(NonFiniteError, match="the latents of frame 0 have values that are not finite in float16"):
         half({"frames": frames[None].numpy()})
-    assert run("encode-dataset", str(folder), "--out", str(tmp_path / "out"), *arguments) == 0
+    assert run("encode-dataset", str(folder), "--out", str(tmp_path / "out"), *arguments, "--scale", "2") == 0
     (generation,) = (tmp_path / "out").iterdir()
-    assert torch.equal(load_array(generation / "a.npy.pt"), wanted)
+    assert torch.equal(load_array(generation / "a.npy.pt"), wanted / 2)
     assert load_array(generation / "b.mp4.pt").shape == wanted.shape
+    facts = read_facts(generation / "a.npy.pt")
+    assert facts == Facts(vae_scale=2.0, vae="vae.safetensors", vae_sha256=file_digest(model[1]), layout="n c h w")
+    assert read_facts(generation / "b.mp4.pt").fps == 60
