@@ -199,7 +199,7 @@ class BaseTrainer(ABC):
         self.resume()
         self._starting.says("loading evaluation data and decoder")
         self.evaluator.prepare()
-        self.saved_step = self.step
+        self.saved_step, failed = self.step, True
         try:
             progress = Progress(total=self.train_cfg.max_steps, done=self.step, enabled=self.rank == 0)
             with listening(tells=self.rank == 0) as self._asked, progress:
@@ -219,15 +219,15 @@ class BaseTrainer(ABC):
                     self.evaluate()
                 elif self._asked:
                     _log.warning("%s: the run ends after step %d; --resume continues it", self._asked.by, self.step)
+            failed = False
         except BaseException as error:  # KeyboardInterrupt too: a second Ctrl-C ends the step, not what is saved
             rescue(self, error)
             raise_if_rank_lost(error, self.step)
             raise
         finally:
             if self.run_log is not None:
-                self.run_log.close()
-                self.run_log = None
-            self._opened = False  # a notebook may call `train` again
+                self.run_log.close(failed=failed)
+            self.run_log, self._opened = None, False  # a notebook may call `train` again
             self._lock.release()
 
     def train_step(self) -> dict[str, float]:

@@ -131,25 +131,31 @@ class Evaluator:
         except Exception as error:
             result.error = _described(error)
         self._stop_together(fatal)
-        if result.error is not None:
-            _log.warning(
-                "step %d: evaluation failed on rank %d, training goes on: %s",
-                self._trainer.step,
-                self._trainer.rank,
-                result.error,
-            )
+        self._warn(result)
         return result
 
     def settle(self, result: Evaluation, staging: Path) -> None:
-        """Move the files of `run(staging)` to their places, and name those in `result`."""
-        latents = self._trainer.train_cfg.eval_sample_dir
-        places = {"samples": self._trainer.folder / "samples", "latents": None if latents is None else Path(latents)}
-        for name, place in places.items():
-            if place is not None and (staging / name).is_dir():
-                place.mkdir(parents=True, exist_ok=True)
-                for path in sorted((staging / name).iterdir()):
-                    shutil.move(path, place / path.name)
-        result.paths = [places["samples"] / path.name for path in result.paths]  # type: ignore[operator]
+        """Move the files of `run(staging)` to their places, and name those in `result`.
+
+        A file that cannot be moved costs the clips of this step, as what fails in `run` does.
+        """
+        samples, latents = self._trainer.folder / "samples", self._trainer.train_cfg.eval_sample_dir
+        moved: list[Path] = []
+        try:
+            for name, place in (("samples", samples), ("latents", latents and Path(latents))):
+                if place and (staging / name).is_dir():
+                    place.mkdir(parents=True, exist_ok=True)
+                    for path in sorted((staging / name).iterdir()):
+                        moved.append(Path(shutil.move(path, place / path.name)))
+        except OSError as error:
+            result.error = _described(error)
+            self._warn(result)
+        result.paths = [path for path in (samples / path.name for path in result.paths) if path in moved]
+
+    def _warn(self, result: Evaluation) -> None:
+        if result.error is not None:
+            text = "step %d: evaluation failed on rank %d, training goes on: %s"
+            _log.warning(text, result.step, self._trainer.rank, result.error)
 
     def _stop_together(self, error: Exception | None) -> None:
         """Raise `error`, and a TrainingError on the ranks that have none; also where they wait for each other."""

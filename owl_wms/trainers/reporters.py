@@ -47,7 +47,7 @@ class WandbSection(Protocol):
 class _Service(Protocol):
     def log(self, step: int, values: Values) -> None: ...
     def clips(self, step: int, videos: Sequence[Path]) -> None: ...
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 class Reporter:
@@ -65,9 +65,9 @@ class Reporter:
         """Show mp4 files."""
         self._try(lambda service: service.clips(step, videos))
 
-    def close(self) -> None:
-        """Send what is left."""
-        self._try(lambda service: service.close())
+    def close(self, *, failed: bool = False) -> None:
+        """Send what is left, and whether the run failed."""
+        self._try(lambda service: service.close(failed))
 
     def _try(self, call: Callable[[_Service], None]) -> None:
         if self._service is None:
@@ -142,11 +142,18 @@ def _started(name: str, make: Callable[[], _Service], remedy: str) -> Reporter |
 
 
 def _may_log_in() -> bool:
-    """Return whether `wandb.init` would start without asking on the terminal for a key."""
-    mode = env.read("WANDB_MODE") or _mode_of_files()
-    if mode.lower() in _WITHOUT_LOGIN or env.read("WANDB_API_KEY") is not None:
+    """Return whether `wandb.init` would start without asking on the terminal for a key.
+
+    Where it looks: https://docs.wandb.ai/models/ref/python/functions/login
+    """
+    written = _settings_of_files()
+
+    def setting(name: str) -> str:
+        return env.read(f"WANDB_{name.upper()}") or written.get(name, "")
+
+    if setting("mode").lower() in _WITHOUT_LOGIN or setting("api_key") or setting("identity_token_file"):
         return True
-    host = urllib.parse.urlparse(env.read("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    host = urllib.parse.urlparse(setting("base_url") or "https://api.wandb.ai").hostname or ""
     named = env.read("NETRC")
     for path in [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]:
         try:
@@ -157,13 +164,13 @@ def _may_log_in() -> bool:
     return False
 
 
-def _mode_of_files() -> str:
-    """Return the mode that `wandb offline` or `wandb disabled` left in a folder or for a user, or an empty text."""
+def _settings_of_files() -> Mapping[str, str]:
+    """Return what `wandb offline`, `wandb disabled` and `wandb login --host` left in a folder or for a user."""
     folders = [Path(env.read("WANDB_CONFIG_DIR") or "~/.config/wandb"), Path(env.read("WANDB_DIR") or ".") / "wandb"]
     settings = configparser.ConfigParser(interpolation=None)
     with contextlib.suppress(OSError, ValueError, RuntimeError, configparser.Error):
         settings.read([folder.expanduser() / "settings" for folder in folders], encoding="utf-8")
-    return settings.get("default", "mode", fallback="")
+    return dict(settings["default"]) if settings.has_section("default") else {}
 
 
 class _Wandb:
@@ -182,8 +189,8 @@ class _Wandb:
 
         self._run.log({"samples": [wandb.Video(str(path), format="mp4") for path in videos]}, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class _TensorBoard:
@@ -204,5 +211,5 @@ class _TensorBoard:
     def clips(self, step: int, videos: Sequence[Path]) -> None:
         self._writer.add_text("samples", ", ".join(path.name for path in videos), step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()

@@ -42,24 +42,26 @@ class RunLog:
             key = "train.checkpoint_dir"
             raise ConfigError(f"{key}: {folder}: cannot be written: {error.strerror}", path=folder, key=key) from error
         self._start = time.monotonic()
-        self._writes = True
+        self._full = False
         self._reporters = start_reporters(folder, wandb_cfg, config, tensorboard=tensorboard)
 
     def log(self, step: int, values: Values) -> None:
         """Record the values of a step; a later line for the same step, after a resume, supersedes the earlier one.
 
         JSON has no NaN and no infinity: such values are written as the strings "nan", "inf" and "-inf". A disk that
-        takes no more lines costs a warning: the run ends when a checkpoint cannot be saved, not before.
+        takes no lines costs a warning and those lines, until it takes some again: the run ends when a checkpoint cannot
+        be saved, not before.
         """
         values = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
-        if self._writes:
-            try:
-                self._file.write(json.dumps(line, allow_nan=False) + "\n")
-                self._file.flush()
-            except OSError as error:
-                self._writes = False
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            self._full = False
+        except OSError as error:
+            if not self._full:
                 _log.warning("%s: no more lines are written: %s", self._file.name, error.strerror)
+            self._full = True
         for reporter in self._reporters:
             reporter.log(step, values)
 
@@ -70,11 +72,11 @@ class RunLog:
         for reporter in self._reporters if videos else ():
             reporter.clips(step, videos)
 
-    def close(self) -> None:
-        """Finish all of them."""
+    def close(self, *, failed: bool = False) -> None:
+        """Finish all of them; services that mark runs mark this one as `failed`, or as finished."""
         try:
             self._file.close()
         except OSError as error:  # what is still in the buffer of a full disk
             _log.warning("%s: cannot be finished: %s", self._file.name, error.strerror)
         for reporter in self._reporters:
-            reporter.close()
+            reporter.close(failed=failed)

@@ -225,6 +225,16 @@ def test_a_failing_evaluation_costs_its_clips_and_not_the_run(tmp_path: Path, ca
     assert plain.losses == trainer.losses
 
 
+def test_first_clips_that_cannot_be_put_in_place_cost_no_run(tmp_path: Path) -> None:
+    """They are made before the run has its folder, and moved there after its first step."""
+    (tmp_path / "file").write_text("in the way")
+    trainer = build(tmp_path, "rft", max_steps=2, eval_sample_dir=str(tmp_path / "file" / "eval"))
+    trainer.train()
+    lines = [json.loads(line) for line in (trainer.folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "Not a directory" in line.get("evaluation_error", "")] == [0]
+    assert (trainer.step, trainer.saved_step) == (2, 2)
+
+
 def test_a_decoder_that_must_not_fall_back_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     trainer = build(tmp_path, "rft", max_steps=3, sample_interval=2, **decoder_files(tmp_path))
 

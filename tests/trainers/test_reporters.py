@@ -6,6 +6,8 @@ Run: python -m pytest tests/trainers/test_reporters.py
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import json
 import logging
 import signal
@@ -24,7 +26,10 @@ from owl_wms.trainers.run_log import RunLog
 from tests.trainers.test_trainers import build
 
 SECTION = WandbConfig(name="team", project="p", run_name="r")
-ALONE = ("WANDB_CONFIG_DIR", "WANDB_DIR", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC")
+ALONE = (
+    *("WANDB_CONFIG_DIR", "WANDB_DIR", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"),
+    "WANDB_IDENTITY_TOKEN_FILE",
+)
 
 
 class Service:
@@ -90,6 +95,32 @@ def test_a_service_that_breaks_down_costs_one_warning(
     assert after.count(failing) <= 2, "and it is not called again"
 
 
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_run_that_fails_is_not_shown_as_finished(
+    tmp_path: Path, failed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B takes exit code 0 for a finished run, any other for a failed one."""
+    codes: list[int] = []
+    install(
+        monkeypatch, types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda exit_code: codes.append(exit_code))
+    )
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    trainer = build(tmp_path, "rft", max_steps=2)
+    trainer.wandb_cfg = SECTION
+    if failed:
+        update, calls = trainer.phases[0].update, iter((True, False))
+
+        def once(*arguments: Any) -> None:
+            if not next(calls):
+                raise MemoryError
+            update(*arguments)
+
+        monkeypatch.setattr(trainer.phases[0], "update", once)
+    with pytest.raises(MemoryError) if failed else contextlib.nullcontext():
+        trainer.train()
+    assert codes == [int(failed)]
+
+
 @pytest.mark.parametrize(
     ("variables", "starts"),
     [
@@ -104,6 +135,13 @@ def test_a_service_that_breaks_down_costs_one_warning(
         ({"WANDB_DIR": "offline"}, True),
         ({"WANDB_DIR": "offline", "WANDB_MODE": "online"}, False),
         ({"WANDB_CONFIG_DIR": "offline/wandb"}, True),
+        ({"WANDB_IDENTITY_TOKEN_FILE": "token"}, True),
+        ({"WANDB_CONFIG_DIR": "key"}, True),
+        ({"WANDB_CONFIG_DIR": "token"}, True),
+        ({"WANDB_CONFIG_DIR": "host"}, False),
+        ({"WANDB_CONFIG_DIR": "host", "NETRC": "netrc"}, False),
+        ({"WANDB_CONFIG_DIR": "host", "NETRC": "netrc_of_host"}, True),  # wandb login --host
+        ({"WANDB_CONFIG_DIR": "host", "NETRC": "netrc", "WANDB_BASE_URL": "https://api.wandb.ai"}, True),
         ({"WANDB_CONFIG_DIR": "broken"}, False),
     ],
 )
@@ -119,6 +157,11 @@ def test_wandb_starts_where_it_needs_no_key_or_has_one(
     (tmp_path / "broken").write_text("machine\n\x00 ???")
     (tmp_path / "offline" / "wandb").mkdir(parents=True)
     (tmp_path / "offline" / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    written = {"key": "api_key = k", "token": "identity_token_file = t", "host": "base_url = https://wandb.example.org"}
+    for folder, line in written.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "settings").write_text(f"[default]\n{line}\n")
+    (tmp_path / "netrc_of_host").write_text("machine wandb.example.org login user password secret\n")
     for name, value in variables.items():
         monkeypatch.setenv(name, str(tmp_path / value) if name == "NETRC" or name.endswith("DIR") else value)
     with caplog.at_level(logging.WARNING):
@@ -155,6 +198,27 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, caplog: pytest.
         run_log.log(2, {"loss": 1.0})
         run_log.close()
     assert caplog.text.count("no more lines are written: No space left on device") == 1
+
+
+def test_lines_are_written_again_once_the_disk_has_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_log = RunLog(tmp_path, None, {})
+    flush, full = run_log._file.flush, [True, True, False, True, False]
+
+    def flushed() -> None:
+        if full.pop(0):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush()
+
+    run_log._file = types.SimpleNamespace(  # type: ignore[assignment]
+        write=run_log._file.write, flush=flushed, close=run_log._file.close, name="log.jsonl"
+    )
+    with caplog.at_level(logging.WARNING):
+        for step in range(1, 6):
+            run_log.log(step, {"loss": 1.0})
+    run_log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5], "what was in the buffer is not lost either"
+    assert caplog.text.count("no more lines are written") == 2, "once each time that it is full"
 
 
 def test_scalars_and_texts_reach_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +290,7 @@ def test_a_service_that_never_answers_is_left_behind(
     ended = threading.Event()
     calls: list[str] = []
 
-    def hang() -> None:
+    def hang(failed: bool) -> None:
         calls.append("close")
         ended.wait(60)
 
