@@ -164,7 +164,8 @@ def averaged_weights(ema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_core_weights(core: nn.Module, path: Path | str) -> None:
-    """Load a core from whatever `owl_wms.models.load_model` reads: `.pt` or `.safetensors`, of a core or its wrapper.
+    """Load a core from any file that `owl_wms.models.load.load_model` reads: `.pt` or `.safetensors`, of a core or its
+    wrapper.
 
     Weights of a model without sinks may begin one with them: its mark of sinks then stays as it is.
 

@@ -1,6 +1,6 @@
 """One optimiser and what it trains: a loss over batches, accumulated, averaged over ranks, clipped, applied.
 
-Why it exists: plain trainers have one such phase a step, distillation trainers two (several critic updates, then the
+Why it exists: plain trainers have one such phase per step, distillation trainers two (several critic updates, then the
 student). The loss runs inside a thin module, so that data parallelism sees one forward call per micro-batch however
 often the loss calls the model, and the model itself keeps clean names.
 

@@ -24,6 +24,7 @@ from owl_wms.configs.world import TrainingConfig, load_world_config
 from owl_wms.data.loading import Batch
 from owl_wms.models import make_model
 from owl_wms.models.flow import frame_times, noised
+from owl_wms.models.gamerft import ConditionedCore
 from owl_wms.sampling import Guidance
 from owl_wms.trainers.base import BaseTrainer
 from owl_wms.trainers.checkpoints import load_core_weights, strip_wrappers
@@ -91,6 +92,13 @@ def dmd_loss(x: Tensor, clean_teacher: Tensor, clean_critic: Tensor, frames: Ten
     return 0.5 * masked_mse(exact, target, frames)
 
 
+def load_teacher(cfg: TrainingConfig) -> ConditionedCore:
+    """Return the frozen core that `teacher_cfg` and `teacher_ckpt` name, on the CPU and in eval mode."""
+    teacher: ConditionedCore = make_model(load_world_config(str(cfg.teacher_cfg)).model).core
+    load_core_weights(teacher, str(cfg.teacher_ckpt))
+    return teacher.eval().requires_grad_(False)
+
+
 class DMDTrainer(BaseTrainer):
     """Student, frozen teacher and critic, all cores; a step is `update_ratio` critic updates and one of the student."""
 
@@ -101,10 +109,7 @@ class DMDTrainer(BaseTrainer):
 
     def build_model(self) -> nn.Module:
         cfg = self.train_cfg
-        teacher_cfg = load_world_config(str(cfg.teacher_cfg)).model
-        self.teacher = make_model(teacher_cfg).core
-        load_core_weights(self.teacher, str(cfg.teacher_ckpt))
-        self.teacher.to(self.device).eval().requires_grad_(False)
+        self.teacher = load_teacher(cfg).to(self.device)
         student = make_model(self.model_cfg).core
         load_core_weights(student, str(cfg.student_ckpt))
         # By default the critic starts as the student, whose clips it has to know.

@@ -14,14 +14,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs.world import load_world_config
 from owl_wms.data.loading import Batch
 from owl_wms.errors import ConfigError
 from owl_wms.models import make_model
 from owl_wms.sampling import Guidance
 from owl_wms.trainers.base import BaseTrainer
-from owl_wms.trainers.checkpoints import load_core_weights
-from owl_wms.trainers.objectives.dmd import context_noise, expand, masked_mse
+from owl_wms.trainers.objectives.dmd import context_noise, expand, load_teacher, masked_mse
 
 _BLOCKS = "transformer.blocks."
 
@@ -58,13 +56,10 @@ class DistillODETrainer(BaseTrainer):
     stops_by_epochs = False
 
     def build_model(self) -> nn.Module:
-        cfg = self.train_cfg
-        teacher_cfg = load_world_config(str(cfg.teacher_cfg)).model
-        self.teacher = make_model(teacher_cfg).core
-        load_core_weights(self.teacher, str(cfg.teacher_ckpt))
+        teacher = load_teacher(self.train_cfg)
         student = make_model(self.model_cfg).core
-        cut_student(self.teacher, student, kept_layers(teacher_cfg.n_layers, self.model_cfg.n_layers))
-        self.teacher.to(self.device).eval().requires_grad_(False)
+        cut_student(teacher, student, kept_layers(teacher.config.n_layers, self.model_cfg.n_layers))
+        self.teacher = teacher.to(self.device)
         return student
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
