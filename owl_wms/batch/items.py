@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from owl_wms.batch.store import FOLDER, GENERATION, Store, located
+from owl_wms.batch.store import FOLDER, GENERATION, Store, is_local, located
 from owl_wms.errors import DataError
 from owl_wms.files import one_line
 from owl_wms.media.arrays import ARRAY_SUFFIXES
@@ -75,7 +75,7 @@ def list_items(source: str, suffixes: tuple[str, ...], out: str = "") -> Iterato
     """
     try:
         fs, root = located(source)
-        local = _is_local(fs)
+        local = is_local(fs)
         root = os.path.realpath(root) if local else root.rstrip("/")
         kind = _kind(fs, root)
         if kind == "directory":
@@ -143,10 +143,6 @@ def cut(items: Iterable[Item], workers: int = 1, *, most_bytes: int = BLOCK_BYTE
         yield block
 
 
-def _is_local(fs: Any) -> bool:
-    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
-
-
 class _Passed:
     """Tells the folders that hold no inputs."""
 
@@ -210,7 +206,7 @@ def _single(source: str, name: str | None) -> Item:
         absent = isinstance(error, FileNotFoundError) and error.strerror is None  # its text is the path once more
         why = "there is nothing" if absent else error.strerror or one_line(error)
         raise DataError(f"{source}: cannot be read: {why}", path=source) from error
-    if _is_local(fs):
+    if is_local(fs):
         stat = os.stat(path)
         return Item(os.path.realpath(path), name or Path(path).name, stat.st_size, str(stat.st_mtime_ns))
     return Item(fs.unstrip_protocol(path), name or PurePosixPath(path).name, int(info["size"]), _tag(info))
@@ -236,7 +232,7 @@ def _named_in(source: str, fs: Any, path: str) -> Iterator[Item]:
             if ".." in parts or not parts:
                 raise DataError(f"{source}: line {number}: {named!r} has '..' or no name; write it out", path=source)
             beside = f"{folder}/{named}"
-            beside = beside if _is_local(fs) else fs.unstrip_protocol(beside)
+            beside = beside if is_local(fs) else fs.unstrip_protocol(beside)
             whole = named if "://" in named or named.startswith("/") else beside
             item = _single(whole, "/".join(parts))
             earlier = taken.take(item)

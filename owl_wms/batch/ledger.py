@@ -31,7 +31,7 @@ from owl_wms.batch.store import FOLDER, Store
 PARTS = f"{FOLDER}/parts"
 FAILED = f"{FOLDER}/failed.jsonl"
 Line = dict[str, Any]
-_OWN = ("event", "key", "at", "part")  # fields that `adopt` does not copy from `placing` to `done`
+_OWN = ("event", "key", "at", "part")  # fields of a line that are not copied from `placing` to `done`
 _HAS: dict[str, dict[str, type]] = {
     "placing": {"item": str, "outputs": list},
     "done": {"item": str, "outputs": list, "frames": int},
@@ -94,6 +94,14 @@ class Part:
             while line:  # a full disk takes the beginning of a line; readers pass over it
                 line = line[os.write(self._file, line) :]
 
+    def add_done(self, placing: Line) -> None:
+        """Appends `done` with the facts of a `placing` line.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.add("done", placing["key"], **{name: fact for name, fact in placing.items() if name not in _OWN})
+
     def upload(self) -> None:
         """Makes the lines so far visible in an object store; local lines are visible already.
 
@@ -139,6 +147,11 @@ def parsed(data: bytes) -> Iterator[Line]:
 def _is_output(found: Any) -> bool:
     texts = [found.get("name"), found.get("sha256")] if isinstance(found, dict) else [None]
     return all(isinstance(text, str) and "\0" not in text for text in texts)
+
+
+def are_placed(store: Store, placing: Line) -> bool:
+    """Returns whether the outputs of a `placing` line have their names, by their hashes."""
+    return all(store.digest(output["name"]) == output["sha256"] for output in placing["outputs"])
 
 
 class Index:
@@ -222,12 +235,12 @@ class Ledger:
         found = []
         for line in index.lines("placing"):
             mine = _rank_of(line["part"]) % world == rank
-            if mine and all(self.store.digest(output["name"]) == output["sha256"] for output in line["outputs"]):
+            if mine and are_placed(self.store, line):
                 found.append(line)
         if found:
             part = Part(self.store, f"{run}-adopted-{rank}")
             for line in found:
-                part.add("done", line["key"], **{k: v for k, v in line.items() if k not in _OWN})
+                part.add_done(line)
             part.close()
             index.take({**line, "event": "done"} for line in found)
         return len(found)

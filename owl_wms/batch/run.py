@@ -27,7 +27,7 @@ from owl_wms.batch.on_ray import join, run_ray
 from owl_wms.batch.outputs import count_frames
 from owl_wms.batch.progress import Board, Tally
 from owl_wms.batch.store import Store
-from owl_wms.batch.worker import Block, Outcome, Storing
+from owl_wms.batch.worker import Block, Outcome, storing
 from owl_wms.errors import BatchError, ConfigError, DataError
 
 ENGINES = ("ray", "ranks", "local")
@@ -101,26 +101,27 @@ def run(
     if chosen == "local" and workers is not None and not 1 <= workers <= env.MOST_PROCESSES:
         text = f"workers must be 1 to {env.MOST_PROCESSES} on this machine, got {workers}"
         raise ConfigError(text, key="workers")
-    rank, world = ranks.place() or (0, 1) if chosen == "ranks" else (0, 1)
+    on_ranks = chosen == "ranks"
+    rank, world = (ranks.place() if on_ranks else None) or (0, 1)
     with ExitStack() as stack:
-        check = stack.enter_context(held(job, rank if chosen == "ranks" else None))
+        check = stack.enter_context(held(job, rank if on_ranks else None))
         ledger = job.ledger()
         store = ledger.store
-        with Storing(job.out):
+        with storing(job.out):
             name = run_name(announced(job))
-        with quiet(job), Storing(job.out):
-            if chosen == "ranks":
+        with quiet(job), storing(job.out):
+            if on_ranks:
                 store.remove_abandoned()
             else:
                 shutil.rmtree(store.staging(""), ignore_errors=True)
             if rank == 0:
                 announce(job, name)
-        with Storing(job.out):
+        with storing(job.out):
             index = ledger.index()
             stack.callback(index.close)
             ledger.adopt(index, name, (rank, world))
         seen = Tally() if tally is None else tally
-        board = Board(store, rank, world, seen) if chosen == "ranks" else None
+        board = Board(store, rank, world, seen) if on_ranks else None
         listing = (source, suffixes, job.out)
         counting = threading.Thread(target=_count, args=(*listing, seen), name="owl-wms-count", daemon=True)
         if tally is not None:
@@ -130,7 +131,7 @@ def run(
             count, gpus = join(workers, on_gpus)
             outcomes = run_ray(job, _named(missing, name, rank, count), count, run=name, gpus=gpus)
         else:
-            places = devices or ([ranks.device()] if chosen == "ranks" else _every_gpu())
+            places = devices or ([ranks.device()] if on_ranks else _every_gpu())
             count = workers or len(places)
             places = [places[number % len(places)] for number in range(count)]
             outcomes = run_local(job, _named(missing, name, rank, count), places)
@@ -146,9 +147,9 @@ def run(
             counting.join()  # about as far as the listing that has just ended
         if board is not None:
             board.post(now=True)
-        with Storing(job.out):
-            ledger.write_failures(shared=chosen == "ranks")
-        if chosen != "ranks":  # whose other processes may be at work
+        with storing(job.out):
+            ledger.write_failures(shared=on_ranks)
+        if not on_ranks:  # whose other processes may be at work
             shutil.rmtree(store.staging(""), ignore_errors=True)
 
 
@@ -192,7 +193,7 @@ def status(job: Job, source: str, suffixes: tuple[str, ...]) -> Status:
     index = Index()
     minutes: dict[int, tuple[int, float, float]] = {}  # frames, first and last second
     failures = Failures()
-    with Storing(job.out):
+    with storing(job.out):
         for line in job.ledger().lines():
             index.take([line])
             failures.take(line)
@@ -235,7 +236,7 @@ def verify(job: Job) -> Iterator[tuple[str, str]]:
     Raises:
         BatchError: another run is writing there.
     """
-    with held(job), Storing(job.out):
+    with held(job), storing(job.out):
         ledger, name, part = job.ledger(), run_name(announced(job)), None
         index = Index(kept=("done",))
         index.take(ledger.lines())

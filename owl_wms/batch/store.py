@@ -36,6 +36,11 @@ def own_name() -> str:
     return Process.current().unique_name()
 
 
+def is_local(fs: Any) -> bool:
+    """Returns whether a file system of fsspec is this machine's own, or shared and mounted here."""
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
 def located(url: str) -> tuple[Any, str]:
     """Returns the file system and the path in it that a URL or a local path names.
 
@@ -71,7 +76,7 @@ class Store:
         self.fs: Any
         self.url = url
         self.fs, root = located(url)
-        self.is_local = "file" in ((self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol)
+        self.is_local = is_local(self.fs)
         self.root = os.path.realpath(root) if self.is_local else root.rstrip("/")
 
     def path(self, name: str) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from owl_wms.batch.items import Item
 from owl_wms.batch.ledger import Part
@@ -32,14 +33,16 @@ class Watch:
         self._at: tuple[float, Part, str, Item] | None = None
         threading.Thread(target=self._look, name="owl-wms-watch", daemon=True).start()
 
-    def on(self, part: Part, key: str, item: Item) -> Watched:
-        """Returns what limits the time of its body; in the end the item is recorded as failed in `part`."""
-        return Watched(self, part, key, item)
-
-    def set(self, at: tuple[Part, str, Item] | None) -> None:
-        """Begins the time of an item, or ends it with None."""
+    @contextmanager
+    def on(self, part: Part, key: str, item: Item) -> Iterator[None]:
+        """Limits the time of its body: once it is over, the item is recorded as failed in `part` and the process ends."""
         with self._lock:
-            self._at = None if at is None else (time.monotonic() + self._limit, *at)
+            self._at = time.monotonic() + self._limit, part, key, item
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._at = None
 
     def _look(self) -> None:
         while True:
@@ -54,17 +57,3 @@ class Watch:
                     part.upload()
                 finally:
                     os._exit(OVER_TIME)
-
-
-class Watched:
-    """The time of one item."""
-
-    def __init__(self, watch: Watch, *at: Any) -> None:
-        """Remembers what to watch."""
-        self._watch, self._at = watch, at
-
-    def __enter__(self) -> None:
-        self._watch.set(self._at)
-
-    def __exit__(self, *_: Any) -> None:
-        self._watch.set(None)

@@ -21,13 +21,13 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from owl_wms.batch.items import Item
 from owl_wms.batch.job import FPS, Job
-from owl_wms.batch.ledger import Line, Part
+from owl_wms.batch.ledger import Line, Part, are_placed
 from owl_wms.batch.outputs import write_frames, write_latents
 from owl_wms.batch.store import Store, digest_of, located, own_name, sync
 from owl_wms.batch.watch import Watch
@@ -183,11 +183,9 @@ class BlockWorker:
         key = item.key(self._job.generation)
         lines = [line for line in part.earlier if line["key"] == key]
         last = lines[-1] if lines else {}
-        if last.get("event") == "placing" and all(
-            self._store.digest(output["name"]) == output["sha256"] for output in last["outputs"]
-        ):
+        if last.get("event") == "placing" and are_placed(self._store, last):
+            part.add_done(last)
             last = {**last, "event": "done"}
-            part.add("done", key, **{k: v for k, v in last.items() if k not in ("event", "key", "at")})
         if last.get("event") in ("done", "failed"):
             return _outcome(block, last)
         if sum(line["event"] == "begin" for line in lines) >= ATTEMPTS:
@@ -305,23 +303,19 @@ class BlockWorker:
         if "CUDA error" in str(error):  # no later call in this process would work
             raise error
 
-    def _storing(self) -> Storing:
-        return Storing(self._job.out)
+    def _storing(self) -> AbstractContextManager[None]:
+        return storing(self._job.out)
 
 
-class Storing:
-    """Turns what the output store refuses into the error that ends the run."""
-
-    def __init__(self, out: str) -> None:
-        """Names the output that the body writes."""
-        self._out = out
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, BatchError):
-            raise _unstored(self._out, error) from error
+@contextmanager
+def storing(out: str) -> Iterator[None]:
+    """Turns every error of the body, which writes to `out`, into the BatchError that ends the run."""
+    try:
+        yield
+    except BatchError:
+        raise
+    except Exception as error:
+        raise _unstored(out, error) from error
 
 
 def _unstored(out: str, error: Exception) -> BatchError:
