@@ -35,7 +35,7 @@ class Watch:
 
     @contextmanager
     def on(self, part: Part, key: str, item: Item) -> Iterator[None]:
-        """Limits the time of its body: once it is over, the item is recorded as failed in `part` and the process ends."""
+        """Limits the time of its body; after that, the item is recorded as failed in `part` and the process ends."""
         with self._lock:
             self._at = time.monotonic() + self._limit, part, key, item
         try:

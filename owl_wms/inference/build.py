@@ -1,4 +1,4 @@
-"""From files to something that can be played: model, decoder and beginnings put together as a configuration says.
+"""Puts model, decoder and beginnings together as a configuration says, so that they can be played.
 
 Usage:
     pipeline = build_pipeline("examples/world/game_rft.yml", "examples/world/game_rft.safetensors", device="cuda")
@@ -39,7 +39,7 @@ HUB_SCALE = 64
 
 
 def load_core(cfg_path: Path | str, ckpt_path: Path | str, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """The core of a model, frozen, in eval mode."""
+    """Returns the core of a model, frozen, in eval mode."""
     return load_model(cfg_path, ckpt_path).core.eval().requires_grad_(False).to(device=device, dtype=dtype)
 
 
@@ -53,7 +53,7 @@ def make_decode(
     batch_size: int = 1,
     check: str = "auto",
 ) -> ClipDecode:
-    """Returns what decodes to bytes by the configuration's decoder; its program is found or built here.
+    """Returns the configuration's decoder as a function to bytes; its program is found or built here.
 
     `batch_size` and `check` are as in `owl_wms.runtime.clip_decoder`; play decodes one latent at a time.
     """
@@ -73,7 +73,7 @@ def make_encode(
     """Returns the encoder that belongs to the configuration's decoder: [k, 4, *frame_size] to [k, c, h, w] fp32.
 
     Raises:
-        ConfigError: it wants more channels than the game has.
+        ConfigError: it takes more channels than the game has, or belongs to a TAEHV, whose encoder is not built here.
         CheckpointError: the file has no encoder; give a context file instead.
     """
     train = config.train
@@ -86,8 +86,7 @@ def make_encode(
         raise ConfigError(
             f"{vae_path}: encodes {channels} channels, the game has 4; give a context file", path=vae_path
         )
-    encoder = load_encoder(train.vae_id, vae_path, named_file(train, "vae_ckpt_path", cfg_path))
-    encoder = _quick(fold_weight_norm(encoder).requires_grad_(False).to(device=device, dtype=dtype), device)
+    encoder = _encoder(train.vae_id, vae_path, named_file(train, "vae_ckpt_path", cfg_path), device, dtype)
 
     def encode(frames: Tensor) -> Tensor:
         latents: Tensor = encoder(frames[:, :channels].to(dtype))
@@ -119,9 +118,9 @@ def make_contexts(
     path: Path | str | None = None,
     seed: int = 0,
 ) -> list[Context]:
-    """Returns the beginnings in a file, the one of a row (`TABLE#12`), or the one of a seed.
+    """Returns the beginnings in a file, the one in a row of a table (`TABLE#12`), or without a path the one of a seed.
 
-    The last is rendered at the configuration's frame rate and size.
+    A seed's is rendered at the configuration's frame rate and size.
 
     Raises:
         ConfigError: rendered latents would not fit the model.
@@ -212,7 +211,7 @@ def build_pipeline(
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> InteractivePipeline:
-    """An interactive pipeline from files; what is None comes from the configuration's `sampler_kwargs`.
+    """Returns an interactive pipeline from files. Values that are None come from the configuration's `sampler_kwargs`.
 
     Args:
         cfg_path: YAML with `model` and `train` sections.
@@ -222,7 +221,7 @@ def build_pipeline(
         steps, cfg_scale, max_window: see `InteractivePipeline`.
         tensorrt: False decodes with PyTorch.
         seed: of noise and of rendered beginnings.
-        progress: told what is being made.
+        progress: called with each thing that is being made, see `owl_wms.inference.loading.Progress`.
 
     Raises:
         ConfigError, CheckpointError, DataError: a file cannot be used; ConfigError too for a model with sound, and for
@@ -259,7 +258,7 @@ def build_pipeline(
 
 
 def quick_dtype(device: torch.device | str, dtype: torch.dtype) -> torch.dtype:
-    """Returns bf16 for fp32 on a CPU that multiplies it, which takes a quarter less time a frame; else the dtype."""
+    """Returns bf16 for fp32 on a CPU that multiplies it, which takes a quarter less time per frame; else the dtype."""
     fast = torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast and dtype == torch.float32 else dtype
 
@@ -274,12 +273,11 @@ def build_game(
     fps: float = FRAMES_PER_SECOND,
     seed: int = 0,
 ) -> GameSource:
-    """The rendered game, through an autoencoder when one is given, at game speed for `fps` pictures a second."""
+    """Returns the rendered game at game speed for `fps` pictures per second; through an autoencoder if one is given."""
     repeat = max(1, round(FRAMES_PER_SECOND / fps))
     if vae_config is None or vae_checkpoint is None:
         return GameSource(seed, repeat=repeat, device=device)
-    encoder = fold_weight_norm(load_encoder(None, vae_config, vae_checkpoint)).requires_grad_(False)
-    encoder = _quick(encoder.to(device=device, dtype=dtype), device)
+    encoder = _encoder(None, vae_config, vae_checkpoint, device, dtype)
     decoder = _quick(get_decoder_only(None, vae_config, vae_checkpoint, device=device, dtype=dtype), device)
     model = load_vae_model(vae_config)
     channels, (height, width) = getattr(model, "channels", 3), _pixels(model) or FRAME_SIZE
@@ -292,6 +290,13 @@ def build_game(
         decode=make_batched_decode_fn(decoder, 1, use_tensorrt=tensorrt, check="canary"),
         device=device,
     )
+
+
+def _encoder(
+    vae_id: str | None, cfg: Path | None, ckpt: Path | None, device: torch.device | str, dtype: torch.dtype
+) -> nn.Module:
+    encoder = fold_weight_norm(load_encoder(vae_id, cfg, ckpt)).requires_grad_(False)
+    return _quick(encoder.to(device=device, dtype=dtype), device)
 
 
 def _quick(module: nn.Module, device: torch.device | str) -> nn.Module:

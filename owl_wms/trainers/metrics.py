@@ -1,4 +1,4 @@
-"""Means of the values that a step measured, over its micro-batches and over all ranks, with one synchronisation a step.
+"""Means of the values that a step measured, over its micro-batches and all ranks; one synchronisation per step.
 
 Usage:
     metrics = Metrics(device)

@@ -1,8 +1,8 @@
 """Signals that end a run after its current step: SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU.
 
 They come from a terminal (Ctrl-C, a closed window) and from schedulers (Slurm's `--signal=USR1@60`, submitit's USR2,
-Grid Engine's SIGXCPU). A signal that was
-ignored when the run began stays ignored, as `nohup` and shells that start background jobs intend.
+Grid Engine's SIGXCPU). A signal that was ignored when the run began stays ignored, as `nohup` and shells that start
+background jobs intend.
 
 Usage:
     with listening() as asked:
