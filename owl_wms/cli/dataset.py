@@ -33,7 +33,7 @@ Engine = Annotated[
 ]
 Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs, a worker on each; by default every visible one.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Workers without a GPU; one by default.")]
-BatchSize = Annotated[int, typer.Option(min=1, max=MOST_FRAMES, help="Frames at once.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=MOST_FRAMES, help="Frames per batch.")]
 Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: bf16 on a GPU, else fp32.")]
 Limit = Annotated[float, typer.Option(min=0.1, help="Seconds that one item may take.")]
 Metrics = Annotated[
@@ -93,7 +93,7 @@ def encode_dataset(
     vae_config: Annotated[str, typer.Option(help="YAML of the autoencoder.")],
     checkpoint: Checkpoint,
     form: Annotated[str, typer.Option("--format", help="pt, npy or safetensors.")] = "pt",
-    scale: Annotated[float, typer.Option(help="Divide latents by this.")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Divide latents by this (vae_scale).")] = 1.0,
     resize: Annotated[bool, typer.Option(help="Scale frames of another size instead of refusing them.")] = False,
     batch_size: BatchSize = 8,
     dtype: Dtype = None,

@@ -42,7 +42,7 @@ DEMO_VAE = EXAMPLES / "demo" / "demo_vae.yml", EXAMPLES / "demo" / "demo_vae.saf
 
 def play(
     config: Annotated[Path | None, typer.Argument(help="YAML of the world model; the shipped one if left out.")] = None,
-    checkpoint: Annotated[Path | None, typer.Argument(help="Its weights.")] = None,
+    checkpoint: Annotated[Path | None, typer.Argument(help="Weights of that model.")] = None,
     game: Annotated[bool, typer.Option("--game", help="Play the rendered game itself, without a model.")] = False,
     vae: Annotated[
         bool, typer.Option(help="With --game: through the demo autoencoder, so that decoding is seen.")
@@ -50,17 +50,17 @@ def play(
     context: Annotated[
         Path | None, typer.Option(help="Where to begin: a file of latents, mouse and buttons, or row 12 of TABLE#12.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=20, help="Sampling steps a frame.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=20, help="Sampling steps per frame.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(help="Guidance; other than 1 doubles the work.")] = None,
     max_window: Annotated[int | None, typer.Option(min=1, help="Frames of history that are seen.")] = None,
-    seed: Annotated[int, typer.Option(help="Of noise and worlds.")] = 0,
-    fps: Annotated[float | None, typer.Option(help="Most frames a second; the model's own rate if left out.")] = None,
-    quality: Annotated[int, typer.Option(min=1, max=95, help="Of the pictures sent.")] = 85,
+    seed: Annotated[int, typer.Option(help="Random seed of the noise and of rendered worlds.")] = 0,
+    fps: Annotated[float | None, typer.Option(help="Most frames per second. Default: the model's own rate.")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=95, help="JPEG or WebP quality of the pictures.")] = 85,
     webp: Annotated[bool, typer.Option("--webp", help="Send WebP instead of JPEG: smaller, slower.")] = False,
     host: Annotated[
         str, typer.Option(help="Interface to listen on; anything but loopback is seen by others.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port to listen on; 0 takes a free one.")] = 8080,
     origin: Annotated[
         list[str] | None, typer.Option(help="Address of a proxy in front, such as https://play.example.org; repeats.")
     ] = None,
@@ -71,9 +71,9 @@ def play(
         ),
     ] = None,
     max_clients: Annotated[int, typer.Option(min=1, max=64, help="Players at once; they share the model.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 where the device multiplies it.")] = None,
-    tensorrt: Annotated[bool, typer.Option(help="Use the compiled decoder where one can be had.")] = True,
+    tensorrt: Annotated[bool, typer.Option(help="Decode by a compiled program if possible, else by PyTorch.")] = True,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
 ) -> None:
     """Play a world model in the browser."""
