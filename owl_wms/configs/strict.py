@@ -17,6 +17,7 @@ import difflib
 import errno
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -38,6 +39,8 @@ MAX_BYTES = 1 << 14
 # PyYAML's scanner takes time for every bracket.
 MAX_BRACKETS = 1000
 MAX_SHOWN = 80
+# Pydantic names Python's types, and the file has others.
+_IN_YAML = {"model_type": "must be a section, with keys of its own", "tuple_type": "must be a list"}
 
 
 class FrozenDict(dict[str, Any]):
@@ -171,7 +174,7 @@ def read_yaml(
         path: the file, at most 16 KiB, UTF-8.
         optional_env: top-level sections in which a variable that is not set gives None instead of an error; logging is
             optional, a data path is not.
-        changes: `section.key=value` texts; a value is YAML, as in the file.
+        changes: `section.key=value` texts; a value is YAML, as in the file, and must not be empty or end in a comment.
         only: the one section to return; references in others are not resolved.
 
     Raises:
@@ -217,12 +220,20 @@ def _change(data: dict[str, Any], change: str, path: Path) -> None:
         place = place[name]
     if len(text) > MAX_BYTES or text.count("[") + text.count("{") > MAX_BRACKETS:
         raise ConfigError(f"--set {key}: the value is longer than a configuration", path=path, key=key)
+    if not text.strip():  # a shell's variable that is not set
+        raise ConfigError(f"--set {key}= has no value; write null to unset the key", path=path, key=key)
     try:
         place[last] = parse_yaml(text)
     except YamlError as err:
         raise ConfigError(
             f"--set {key}: {text[:MAX_SHOWN]!r} is not YAML: {one_line(err)}", path=path, key=key
         ) from err
+    before = re.split(r"(?:^|\s)#", text, maxsplit=1)[0]
+    if before != text:
+        with suppress(YamlError):  # the sign lies between quotes
+            if parse_yaml(before) == place[last]:
+                said = f"{text[:MAX_SHOWN]!r}: what follows # is a comment; put the whole text in double quotes"
+                raise ConfigError(f"--set {key}: {said}", path=path, key=key)
 
 
 def parse(cls: type[T], data: Mapping[str, Any], *, path: Path | str | None = None, prefix: str = "") -> T:
@@ -260,7 +271,7 @@ def _describe(error: Any, prefix: str) -> tuple[str, str]:
     """Dotted key and sentence of one pydantic error."""
     key = _dotted(error, prefix)
     text = error["msg"][0].lower() + error["msg"][1:]
-    text = text.replace("input should be", "must be", 1)
+    text = _IN_YAML.get(error["type"], text.replace("input should be", "must be", 1))
     if error["type"] in ("unknown_key", "rule"):
         return key, f"{key}: {text}"
     if error["type"] == "literal_error" and isinstance(error["input"], str):

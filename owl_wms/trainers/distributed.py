@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from owl_wms import env
 from owl_wms.errors import ConfigError
+from owl_wms.files import one_line
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE")
 """Set by the mpirun of Open MPI, of MPICH and Intel, and of MVAPICH, by IBM's jsrun and by Flux."""
@@ -45,9 +46,9 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
         (global rank, local rank, world size); (0, 0, 1) when no launcher is at work.
 
     Raises:
-        ConfigError: incomplete launcher variables, variables that are no whole numbers, a rank outside the world, or a
-            local rank without a GPU.
-        RuntimeError: whatever the process group raises; nothing is swallowed.
+        ConfigError: incomplete launcher variables, variables that are no whole numbers, a rank outside the world, a
+            local rank without a GPU, or ranks that do not meet: their port is taken, or one of them does not come.
+        RuntimeError: whatever else the process group raises; nothing is swallowed.
     """
     found = {name: env.read(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     remedy, address = "use torchrun", None
@@ -72,7 +73,14 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
         _require_meeting_place(address)
         backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
         timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(backend, address, rank=rank, world_size=world_size, timeout=timeout)
+        try:
+            dist.init_process_group(backend, address, rank=rank, world_size=world_size, timeout=timeout)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            where = address or f"tcp://{env.read('MASTER_ADDR')}:{env.read('MASTER_PORT')}"
+            remedy = "see the other ranks' errors; if another run has the port, give another MASTER_PORT"
+            raise ConfigError(
+                f"ranks do not meet at {where}: {one_line(error)}; {remedy}", key="MASTER_PORT"
+            ) from error
         global _limit
         _limit = timeout_seconds
     return rank, local_rank, world_size

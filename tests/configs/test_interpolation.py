@@ -91,6 +91,19 @@ def test_changes_come_before_references(tmp_path: Path) -> None:
             read_yaml(path, changes=[change])
 
 
+def test_a_change_that_yaml_would_drop_is_refused(tmp_path: Path) -> None:
+    """A shell leaves nothing of a variable that is not set, and `#` after a space begins a comment."""
+    path = tmp_path / "c.yml"
+    path.write_text("train: {dir: /a}\n")
+    kept = {"train.dir='a #2'": "a #2", 'train.dir="#3"': "#3", "train.dir=a#b": "a#b", "train.dir=null": None}
+    for change, value in kept.items():
+        assert read_yaml(path, changes=[change]) == {"train": {"dir": value}}
+    for text, words in (("", "write null"), (" ", "write null"), ("runs/try #2", "is a comment"), ("#2", "a comment")):
+        with pytest.raises(ConfigError, match=rf"^--set train\.dir.*{words}") as caught:
+            read_yaml(path, changes=[f"train.dir={text}"])
+        assert caught.value.key == "train.dir"
+
+
 def test_a_secret_stays_out_of_the_message(tmp_path: Path) -> None:
     class Section(StrictModel):
         size: int

@@ -19,6 +19,7 @@ STEP = {
     **{"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu[007-008]"},
 }
 MASTER = {"MASTER_ADDR": "head", "MASTER_PORT": "5000"}
+ALONE = {**MASTER, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 SCRIPT = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
 
@@ -99,6 +100,26 @@ def test_variables_that_cannot_be(
     with pytest.raises(ConfigError, match=message):
         setup()
     assert not joined
+
+
+@pytest.mark.parametrize("kind", [torch.distributed.DistNetworkError, torch.distributed.DistStoreError])
+@pytest.mark.parametrize(("variables", "where"), [(STEP, "gpu007:22979"), (ALONE, "head:5000")])
+def test_ranks_that_do_not_meet(
+    kind: type[Exception],
+    variables: dict[str, str],
+    where: str,
+    joined: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def taken(*_: object, **__: object) -> None:
+        raise kind("The server socket has failed to listen,\naddress already in use")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", taken)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    text = f"ranks do not meet at tcp://{where}: The server socket has failed to listen, address already in use; see"
+    with pytest.raises(ConfigError, match=f"{text} .* give another MASTER_PORT"):
+        setup()
 
 
 def test_first_hosts() -> None:
