@@ -72,6 +72,8 @@ def _frames(source: Path) -> Iterator[Tensor]:
         array = load_array(source)
         if array.dim() != 4:
             raise DataError(f"{source}: frames must be [n, C, H, W], got {list(array.shape)}", path=source)
+        if 0 in array.shape:
+            raise DataError(f"{source}: has no frames, its shape is {list(array.shape)}", path=source)
         if array.dtype == torch.uint8:
             yield from (frame.float() / 127.5 - 1 for frame in array)
         elif array.is_floating_point():

@@ -197,25 +197,42 @@ def _write_at(file: int, data: memoryview, place: int) -> None:
 
 
 class PictureWriter(Sink):
-    """A folder of pictures `000000.png` and so on, encoded on all cores, which gets its name when the last is there."""
+    """A folder of pictures `000000.png` and so on, encoded on all cores, which gets its name when the last is there.
+
+    If there is a folder of that name, it stays, and so do other files in it: pictures of an earlier decode are replaced
+    when the last new one is there. It may be a mount, which cannot be renamed and whose neighbours lie on another disk.
+    """
 
     def __init__(self, folder: Path, suffix: str, spent: Spent) -> None:
         self.path, self._suffix, self._spent = folder, suffix, spent
-        self._draft = draft_beside(folder)
+        self._target = Path(os.path.realpath(folder))
+        self._draft = draft_beside(self._target / "pictures" if self._target.is_dir() else self._target)
         self._pool = ThreadPoolExecutor(os.cpu_count(), "owl-wms-pictures")
         self._count = 0
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
-        try:
-            if kind is None and self._count:
-                with _naming(self.path):
-                    target = Path(os.path.realpath(self.path))
-                    if target.is_dir():  # of our own pictures alone, see `check_replaceable`
-                        shutil.rmtree(target)
-                    keep_draft(self._draft, target)
-        finally:
+        if kind is not None or not self._count:
             shutil.rmtree(self._draft, ignore_errors=True)
+            return
+        try:
+            if self._target.is_dir():
+                self._replace_pictures()
+            else:
+                keep_draft(self._draft, self._target)
+        except OSError as error:  # hours of work are not thrown away for a name
+            text = f"cannot be written: {why_unwritten(error)}; the pictures are in {self._draft}"
+            raise DataError(f"{self.path}: {text}", path=self.path) from error
+
+    def _replace_pictures(self) -> None:
+        """Moves the pictures into the folder, once those of an earlier decode are gone: a mixture of both would look
+        like one clip.
+        """
+        for path in filter(_is_ours, list(self._target.iterdir())):
+            path.unlink()
+        for path in sorted(self._draft.iterdir()):
+            path.rename(self._target / path.name)
+        self._draft.rmdir()
 
     def write(self, frames: Tensor) -> None:
         with self._spent.on("encode"), _naming(self.path):
@@ -251,16 +268,20 @@ class RawWriter(Sink):
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuses to replace a folder that holds anything but what PictureWriter writes.
+    """Refuses a folder that holds anything but what PictureWriter writes; hidden files are passed over.
 
     Raises:
         ConfigError: it does.
     """
     if path.is_dir():
-        foreign = [p.name for p in path.iterdir() if not (p.stem.isdecimal() and p.suffix in PICTURES)]
+        foreign = [p.name for p in path.iterdir() if not _is_ours(p) and not p.name.startswith(".")]
         if foreign:
             reason = f"holds {foreign[0]!r}, which is no picture of an earlier decode"
             raise ConfigError(f"{path}: {reason}; name another folder", path=path)
+
+
+def _is_ours(path: Path) -> bool:
+    return path.stem.isdecimal() and path.suffix in PICTURES
 
 
 @contextmanager

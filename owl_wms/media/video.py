@@ -42,6 +42,8 @@ ENCODERS = {
 PRESETS = {X264: "veryfast", NVENC: "p4"}
 CRF = 16
 """Constant rate factor: 0 is lossless for x264, 18 looks so, 51 is the worst. NVENC takes it as its constant `qp`."""
+MOST_FPS = 1000
+"""Frames per second of the fastest clip that is written."""
 _CONVERTERS = 4  # threads that make YUV of RGB: one alone keeps up with 1,000 to 2,000 frames per second at 640x360
 
 _PIXELS = "yuv420p"
@@ -91,9 +93,10 @@ class _FrameWriter:
 
     def __init__(self, path: Path | str, fps: float, spent: Spent | None) -> None:
         self.path = Path(path)
-        # A smaller rate would be rounded to 0, for which the encoder takes 24.
-        if not 1 / 1001 <= fps < float("inf"):
-            raise ValueError(f"fps must be finite and at least 1/1001, got {fps}")
+        # A smaller rate would be rounded to 0, for which the encoder takes 24. MP4 states a clip's length in
+        # milliseconds: of a faster one readers leave frames out, up to all of them.
+        if not 1 / 1001 <= fps <= MOST_FPS:
+            raise ValueError(f"fps must be at least 1/1001 and at most {MOST_FPS}, got {fps}")
         self._av, self._fps = pyav(path), Fraction(fps).limit_denominator(1001)
         self._spent = Spent() if spent is None else spent
         self._pool = ThreadPoolExecutor(_CONVERTERS, "owl-wms-convert")  # its threads start with the first frame
@@ -138,6 +141,10 @@ class _FrameWriter:
             got = f"{frames.dtype} {list(frames.shape)}"
             raise DataError(f"{said(self.path)}: frames must be uint8 [N, H, W, C >= 3], got {got}", path=self.path)
         height, width = frames.shape[1:3]
+        if 0 in frames.shape:
+            if not len(frames):
+                return
+            raise DataError(f"{said(self.path)}: frames of {height}x{width} have no pixels", path=self.path)
         if self._container is None:
             with self._naming_the_clip():
                 self._container, self._stream = self._open(height, width)
@@ -206,7 +213,7 @@ class VideoWriter(_FrameWriter):
 
         Raises:
             DataError: the name does not end in `.mp4`, or PyAV is missing.
-            ValueError: fps that is not a number, not finite, or below the smallest rate that is written, 1/1001.
+            ValueError: fps that is not a number, or outside of what is written, 1/1001 to `MOST_FPS`.
         """
         if Path(path).suffix.lower() != ".mp4":
             raise DataError(f"{path}: clips are written as .mp4, got the ending {Path(path).suffix!r}", path=path)

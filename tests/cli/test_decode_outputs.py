@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import resource
@@ -20,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from owl_wms.errors import DataError
 from owl_wms.media import sinks, video
 from owl_wms.media.latents import LatentFile
 from owl_wms.media.video import read_video
@@ -298,3 +300,39 @@ def test_an_error_inside_leaves_what_stood_there(tmp_path: Path) -> None:
             write_all(sink, [frames, None])
         assert (tmp_path / name).read_text() == "kept"
     assert len(os.listdir(tmp_path)) == 4
+
+
+def test_a_folder_of_pictures_stays_itself_with_what_else_it_holds(tmp_path: Path) -> None:
+    """It may be a mount, which cannot be renamed or removed; files may have come while the clip was decoded."""
+    out = tmp_path / "pictures"
+    out.mkdir()
+    (out / ".DS_Store").write_text("kept")
+    node = out.stat().st_ino
+    for count in (3, 2):
+        with sinks.open_sink(out, shape=(1, count), fps=60) as sink:
+            sink.write(torch.full((count, 4, 6, 3), count, dtype=torch.uint8))
+            (out / "thesis.txt").write_text("kept")
+            assert [p.name for p in tmp_path.iterdir()] == ["pictures"], "nothing is written outside of it"
+        found = {p.name for p in out.iterdir()}
+        assert found == {".DS_Store", "thesis.txt", *(f"{i:06}.png" for i in range(count))}
+        assert np.array(Image.open(out / "000001.png")).mean() == count
+    assert out.stat().st_ino == node
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_pictures_that_cannot_be_put_in_place_are_not_thrown_away(
+    tmp_path: Path, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "pictures"
+    if there:
+        out.mkdir()
+
+    def busy(*_: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path if there else os, "rename" if there else "replace", busy)
+    text = "pictures: cannot be written: Device or resource busy; the pictures are in (.*)"
+    with pytest.raises(DataError, match=text) as caught, sinks.open_sink(out, shape=(1, 2), fps=60) as sink:
+        sink.write(torch.zeros(2, 4, 6, 3, dtype=torch.uint8))
+    kept = Path(str(caught.value).rpartition(" are in ")[2])
+    assert [p.name for p in sorted(kept.iterdir())] == ["000000.png", "000001.png"]

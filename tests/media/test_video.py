@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from owl_wms.errors import DataError
+from owl_wms.media.arrays import save_array
 from owl_wms.media.frames import frame_batches
-from owl_wms.media.video import VideoWriter, read_video
+from owl_wms.media.video import MOST_FPS, VideoWriter, read_video
 
 
 def gradient(frames: int, height: int = 36, width: int = 64) -> torch.Tensor:
@@ -38,7 +39,7 @@ def test_clip_round_trip(tmp_path: Path) -> None:
 def test_bad_frames_and_names(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="are written as"):
         VideoWriter(tmp_path / "clip.gif")
-    for fps in (0, 0.0001, float("inf"), float("nan")):
+    for fps in (0, 0.0001, 1001, 2**31, 1e300, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="at least 1/1001"):
             VideoWriter(tmp_path / "clip.mp4", fps=fps)
     with pytest.raises(DataError, match="uint8"), VideoWriter(tmp_path / "clip.mp4") as clip:
@@ -49,6 +50,28 @@ def test_bad_frames_and_names(tmp_path: Path) -> None:
         clip.write(gradient(1))
         with pytest.raises(DataError, match="the clip is 36x64, got a frame of 36x32"):
             clip.write(gradient(1, 36, 32))
+
+
+def test_the_fastest_clip_keeps_its_frames(tmp_path: Path) -> None:
+    """Of frames that are alike x264 makes B-frames, and readers left those of a clip of 5,000 per second out."""
+    for count in range(1, 6):
+        with VideoWriter(tmp_path / "x.mp4", MOST_FPS) as clip:
+            clip.write(torch.zeros(count, 16, 16, 3, dtype=torch.uint8))
+        assert len(list(read_video(tmp_path / "x.mp4"))) == count
+
+
+def test_frames_without_pixels_and_pieces_without_frames(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "x.mp4") as clip:
+        clip.write(gradient(0))
+        clip.write(gradient(2))
+        clip.write(gradient(0))
+        with pytest.raises(DataError, match="frames of 0x64 have no pixels"):
+            clip.write(gradient(1, 0, 64))
+    assert len(list(read_video(tmp_path / "x.mp4"))) == 2
+    for dtype in (torch.uint8, torch.float16):
+        save_array(tmp_path / "x.pt", torch.zeros(2, 3, 0, 5, dtype=dtype))
+        with pytest.raises(DataError, match=r"x\.pt: has no frames, its shape is \[2, 3, 0, 5\]"):
+            next(frame_batches(tmp_path / "x.pt", channels=3, size=(4, 4), batch_size=2, resize=True))
 
 
 def test_unreadable_clips(tmp_path: Path) -> None:
