@@ -97,6 +97,9 @@ def check_destination(path: Path, *suffixes: str, key: str = "") -> None:
         raise ConfigError(f"{said}: is a folder", path=path, key=key)
     if os.path.exists(path) and not os.path.isfile(path):
         raise ConfigError(f"{said}: cannot be written: a pipe, a socket or a device stands there", path=path, key=key)
+    if os.path.ismount(os.path.realpath(path)):  # as `docker run -v FILE:FILE` makes it
+        text = "is a mount, which a finished file cannot take the place of: mount its folder, or name another file"
+        raise ConfigError(f"{said}: {text}", path=path, key=key)
     if os.path.exists(path) and not os.access(path, os.W_OK):
         raise ConfigError(f"{said}: cannot be written: {os.strerror(errno.EACCES)}", path=path, key=key)
     # Also where the file exists: a new one is made beside it and takes its place at the end.

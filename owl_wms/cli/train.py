@@ -42,6 +42,8 @@ def train(
     shared.check_folder(folder, key="train.checkpoint_dir")
     if section.output_path is not None:
         shared.check_destination(Path(section.output_path), key="train.output_path")
+    if section.eval_sample_dir is not None:
+        shared.check_folder(Path(section.eval_sample_dir), key="train.eval_sample_dir")
     rank, local_rank, world_size = setup(nccl_timeout)
     starting = logging.getLogger("owl_wms.trainers.progress")
     level = starting.level

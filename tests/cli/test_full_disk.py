@@ -88,14 +88,14 @@ def test_other_errors_of_a_run_stay_what_they_are(tmp_path: Path, monkeypatch: p
     assert disk_failure(FileNotFoundError(errno.ENOENT, "no such file")) is None
 
 
-@pytest.mark.parametrize("key", ["checkpoint_dir", "output_path"])
+@pytest.mark.parametrize("key", ["checkpoint_dir", "output_path", "eval_sample_dir"])
 def test_training_tries_its_folders_first(tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_table(tmp_path)
     config(tmp_path, "rft")
     file = str(tmp_path / "rft.yml")
     (tmp_path / "file").write_text("kept")
     refuse(f"train.{key}: /proc/foo/x: cannot be written", capsys, "train", file, "--set", f"train.{key}=/proc/foo/x")
-    taken = tmp_path / "file" if key == "checkpoint_dir" else tmp_path
+    taken = tmp_path if key == "output_path" else tmp_path / "file"
     refuse(f"train.{key}: {taken}: is a f", capsys, "train", file, "--set", f"train.{key}={taken}")
     assert (tmp_path / "file").read_text() == "kept"
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,15 @@ def test_trying_leaves_a_file_as_it_was(tmp_path: Path) -> None:
     _shared.check_destination(tmp_path / "deep" / "er" / "b.pt", ".pt")
     assert path.read_text() == "kept"
     assert not (tmp_path / "deep").exists()
+
+
+def test_a_file_that_is_a_mount_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`docker run -v clip.mp4:/out/clip.mp4`: a finished file could not be renamed to it."""
+    path = tmp_path / "a.npy"
+    path.write_text("kept")
+    monkeypatch.setattr(os.path, "ismount", lambda found: str(found) == os.path.realpath(path))
+    with pytest.raises(ConfigError, match=r"a\.npy: is a mount.*mount its folder, or name another file"):
+        _shared.check_destination(path)
 
 
 @pytest.mark.usefixtures("nothing_begins")
