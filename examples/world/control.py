@@ -25,7 +25,7 @@ from owl_wms.game.render import render
 from owl_wms.game.world import YAW_PER_MOUSE
 from owl_wms.media.metrics import psnr
 from owl_wms.models.latents import LatentSpace
-from owl_wms.sampling import get_sampler_cls
+from owl_wms.sampling import AVCachingSampler
 
 _SKY_ROWS = 0.45  # above crosshair and hand
 _REACH = 24  # pixels of 160 that the picture may move between frames
@@ -189,7 +189,7 @@ class Bench:
             What was seen, to be read beside `report["real"]`, and the clips.
         """
         settings, device = self._settings, self._mouse.device
-        run = get_sampler_cls("av_caching")(num_frames=settings.frames, **sampler)
+        run = AVCachingSampler(num_frames=settings.frames, **sampler)
         generator = torch.Generator(device=device).manual_seed(11)
         with torch.autocast(device.type, torch.bfloat16):
             latents = run(core, self._context, self._mouse, self._buttons, generator=generator).latents

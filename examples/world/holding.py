@@ -29,7 +29,7 @@ from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
 from owl_wms.game.world import GameWorld
 from owl_wms.models.latents import LatentSpace
-from owl_wms.sampling import get_sampler_cls
+from owl_wms.sampling import AVCachingSampler
 from owl_wms.sampling.frames import FrameLoop
 from owl_wms.sampling.guidance import Guidance
 from owl_wms.sampling.schedule import get_sd3_euler
@@ -230,7 +230,7 @@ class Player:
     def roll(self, truth: Truth) -> Tensor:
         """Continue the contexts: stored latents float16 [w, 1 + frames, c, h, w'], the last real one first."""
         x = self.to_model(truth.latents[:, :CONTEXT])
-        run = get_sampler_cls("av_caching")(num_frames=truth.mouse.shape[1] - CONTEXT, **self.sampler)
+        run = AVCachingSampler(num_frames=truth.mouse.shape[1] - CONTEXT, **self.sampler)
         generator = _seeded(x.device, self.seed)
         made = run(self.core, x, truth.mouse, truth.buttons, generator=generator).latents[:, CONTEXT - 1 :]
         return torch.cat([self.space.to_stored(part.float()).half() for part in made.split(60, dim=1)], dim=1)
