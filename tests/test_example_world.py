@@ -237,8 +237,10 @@ def test_histories_drift_and_nothing_else_does(script: ModuleType) -> None:
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_own_frames_are_those_of_play(script: ModuleType, sinks: int) -> None:
     """Begun as noise alone they are the frames that play makes of the same noise; history is stored clean in both."""
-    core = tiny_core(sink_frames=sinks, sink_noise=0.0 if sinks else None)
+    core = tiny_core(sink_frames=sinks, sink_noise=0.0 if sinks else None, frame_limits=bool(sinks))
     generator = torch.Generator().manual_seed(0)
+    if sinks:
+        core.limits.fit(torch.randn(100, 4, 2, 2, generator=generator))
     x, mouse = torch.randn(2, 5, 4, 2, 2, generator=generator), torch.randn(2, 8, 2, generator=generator)
     btn = torch.zeros(2, 8, 11)
     loop = FrameLoop(Guidance(model=core), deltas=get_sd3_euler(3), noise_prev=0.0, max_window=4)
@@ -391,10 +393,17 @@ def test_training_by_the_clock_learns_from_own_frames_and_leaves_weights(
     if sinks:
         assert written.core.transformer.sink_mark.any(), "it is learnt"
         return
-    more = cfg.model_copy(update={"train": train, "model": cfg.model.model_copy(update={"sink_frames": 2})})
-    begun = module.ClockTrainer(more, episodes(script, frames=20), tmp_path, said.append).model
+    changed = cfg.model.model_copy(update={"sink_frames": 2, "frame_limits": True})
+    more, data = cfg.model_copy(update={"train": train, "model": changed}), episodes(script, frames=20)
+    trainer = module.ClockTrainer(more, data, tmp_path, said.append)
+    begun, limits = trainer.model, trainer.model.core.limits
     assert not begun.core.transformer.sink_mark.any(), "weights without sinks may begin a model with them"
-    begun.load_state_dict(written.state_dict() | {"core.transformer.sink_mark": begun.core.transformer.sink_mark})
+    added = {name: value for name, value in begun.state_dict().items() if "sink_mark" in name or ".limits." in name}
+    begun.load_state_dict(written.state_dict() | added)
+    frames = data.latents.flatten(0, 1).float()
+    torch.testing.assert_close(limits(frames), frames, msg="and limits are those of the episodes")
+    assert not torch.allclose(limits(2 * frames), 2 * frames)
+    assert torch.equal(trainer.ema.model.core.limits.reach, limits.reach)
 
 
 def test_new_episodes_take_free_places_then_the_oldest(script: ModuleType) -> None:

@@ -43,6 +43,7 @@ LOOK_EVERY = 100  # steps between looks at the loss, which wait for the GPU
 EXPORT_SECONDS = 60.0
 COMPILE_SECONDS = 150  # after which another way is tried
 ATTEMPTS = 3  # at own frames that may fail before training goes on without new ones
+LIMIT_FRAMES = 32_768  # from which limits of frames are taken, or up to twice as many
 OWN_NOISE = (0.05, 0.3)  # levels at which own frames remember their history
 SLOW = 0.055  # seconds per step from which on the other attention is tried too
 
@@ -180,12 +181,22 @@ class ClockTrainer(OwnHistoryTrainer):
         )
         super().__init__(cfg.train, None, cfg.model, loader=self._windows, sample_loader=self._windows)
         self.resume()  # begins from `train.init_ckpt`, where that is given
+        self._limit(data, space)
         self._batches = iter(self._windows)
         self.recovered, self.failed, self._damp = 0, 0, 1.0
         self.renewals: list[float] = []
         self._levels = {p: cfg.train.levels.model_copy(update={"prefix": p}) for p in (0.5, 0.8)}
         self._optimiser = self.phases[0].optimiser
         self._rates = [float(group["lr"]) for group in self._optimiser.param_groups]
+
+    def _limit(self, data: Episodes, space: LatentSpace) -> None:
+        """Fit the limits of a model that has them to frames of the episodes."""
+        if self.model.core.limits is None:
+            return
+        frames = data.latents.flatten(0, 1)
+        step = max(1, len(frames) // LIMIT_FRAMES)
+        self.model.core.limits.fit(space.to_model(frames[::step].float()))
+        self.ema.model.core.limits.load_state_dict(self.model.core.limits.state_dict())
 
     def run(self, plan: Plan, until: float) -> None:
         """Train until `time.monotonic()` says `until`; writes log.jsonl, and weights every few minutes."""

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from owl_wms.data.loading import Batch
 from owl_wms.models.latents import LatentSpace
+from owl_wms.nn.limits import within_limits
 from owl_wms.nn.ring_cache import RingCache
 from owl_wms.nn.setting import setting
 from owl_wms.sampling.captured import Captured, may_capture
@@ -122,7 +123,7 @@ def _denoise(
         velocities.append(size * core(x, level, mouse, btn, kv_cache=ring))
         x = take_step(x, velocities, deltas[:done], order)
         level = level - delta * start
-    return (x,)
+    return (within_limits(core, x),)
 
 
 def _store(

@@ -85,6 +85,8 @@ class WorldModelConfig(StrictModel):
     whole context behind them; windows for training must begin with such frames too (examples/world/own_history.py).
     `sink_noise`: noise level at which those frames are shown; None is the level of the history. They are true frames,
     so they may be shown nearly clean.
+    `frame_limits`: the weights hold a range for each cosine coefficient of each channel, and samplers keep finished
+    frames in it (`owl_wms.nn.limits`); who trains such a model fits them to true frames.
     `predicts` belongs to `game_rft`: with "remainder" the network predicts what the velocity leaves of the noisy frame,
     which at level 1 is the clean frame, so that a narrow network need not carry the noise from its input to its output;
     upstream's weights predict the velocity.
@@ -108,6 +110,7 @@ class WorldModelConfig(StrictModel):
     n_frames: PositiveInt = 120
     sink_frames: NonNegativeInt = 0
     sink_noise: float | None = None
+    frame_limits: bool = False
     cfg_prob: float = 0.1
     causal: bool = False
     uncond: bool

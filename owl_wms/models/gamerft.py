@@ -22,13 +22,14 @@ from owl_wms.models.flow import counted_mse, draw_levels, drop_controls, noised,
 from owl_wms.models.size import require_room
 from owl_wms.nn.dit import DiT
 from owl_wms.nn.embeddings import ControlEmbedding, TimestepEmbedding
+from owl_wms.nn.limits import FrameLimits
 from owl_wms.nn.modulation import FinalProjection
 from owl_wms.nn.ring_cache import Cache
 from owl_wms.nn.setting import latent_grid, setting
 
 
 class ConditionedCore(nn.Module):
-    """The part that video and audio models share: transformer, condition, and the video's projections.
+    """The part that video and audio models share: transformer, condition, the video's projections, and its limits.
 
     Args:
         config: the `model` section, as any object with its attributes.
@@ -66,6 +67,8 @@ class ConditionedCore(nn.Module):
         self.t_embed = TimestepEmbedding(config.d_model)
         self.proj_in = nn.Linear(config.channels, config.d_model, bias=False)
         self.proj_out = FinalProjection(config.d_model, config.channels)
+        limited = bool(setting(config, "frame_limits", False))
+        self.limits = FrameLimits(config.channels, height, width) if limited else None
 
     def condition(self, t: Tensor, mouse: Tensor | None, btn: Tensor | None, has_controls: Tensor | None) -> Tensor:
         """Returns one vector per frame.

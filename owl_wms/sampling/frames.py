@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from owl_wms.nn.limits import within_limits
 from owl_wms.nn.ring_cache import RingCache
 from owl_wms.nn.setting import setting
 from owl_wms.sampling.captured import Captured, may_capture
@@ -134,7 +135,7 @@ class FrameLoop:
             velocities += self._guidance.velocity((frame,), t, mouse, btn, self.ring)
             frame = take_step(frame, velocities, sizes[:done], self._order)
             t = t - size
-        return (frame,)
+        return (within_limits(self._guidance.model, frame),)
 
     def _store_frame(
         self, guidance: Guidance, noisy: Tensor, t: Tensor, mouse: Tensor, btn: Tensor

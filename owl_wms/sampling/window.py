@@ -14,6 +14,7 @@ from torch import Tensor
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
+from owl_wms.nn.limits import within_limits
 from owl_wms.sampling.captured import Captured, may_capture
 from owl_wms.sampling.controls import batch_permute_to_length, check_controls
 from owl_wms.sampling.guidance import Guidance, Parts
@@ -108,7 +109,8 @@ class AVWindowSampler:
         guidance = Guidance(model=model, scale=self.cfg_scale, max_level=self.max_level)
 
         def denoise(*inputs: Tensor) -> Parts:
-            return self._denoise(guidance, inputs[:-3], *inputs[-3:])
+            video, *sound = self._denoise(guidance, inputs[:-3], *inputs[-3:])
+            return within_limits(model, video), *sound
 
         # Once the window is as long as it gets, all frames have the same shapes.
         captured = Captured(denoise, allowed=may_capture(model))

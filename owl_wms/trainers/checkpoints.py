@@ -30,6 +30,7 @@ from owl_wms.whole import written_whole
 LOG = "log.jsonl"
 """File beside the checkpoints, with a line per step."""
 DRAFT_SECONDS = 3600
+_NOT_IN_OLDER_WEIGHTS = ("transformer.sink_mark", "limits.middle", "limits.reach")
 _NAME = re.compile(r"step_(\d+)\.pt")
 
 
@@ -167,10 +168,11 @@ def load_core_weights(core: nn.Module, path: Path | str) -> None:
     """Load a core from any file that `owl_wms.models.load.load_model` reads: `.pt` or `.safetensors`, of a core or its
     wrapper.
 
-    Weights of a model without sinks may begin one with them: its mark of sinks then stays as it is.
+    Weights of a model without sinks or limits of frames may begin one with them: its mark of sinks and its limits then
+    stay as they are.
 
     Raises:
         CheckpointError: unreadable, or weights of another architecture; names the first key that disagrees.
     """
-    mark = {name: value.detach() for name, value in core.named_parameters() if name == "transformer.sink_mark"}
-    load_weights(core, mark | dict(select_core(read_state_dict(path), path)), path)
+    own = {name: value for name, value in core.state_dict().items() if name in _NOT_IN_OLDER_WEIGHTS}
+    load_weights(core, own | dict(select_core(read_state_dict(path), path)), path)

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from owl_wms.sampling import SAMPLERS, AVCachingSampler, Guidance, get_sd3_euler, zlerp
+from owl_wms.sampling import (
+    SAMPLERS,
+    AVCachingSampler,
+    AVWindowSampler,
+    CausalAVWindowSampler,
+    Guidance,
+    get_sd3_euler,
+    zlerp,
+)
 from owl_wms.sampling import captured as captured_module
 from owl_wms.sampling.captured import CALLS_BEFORE, Captured, may_capture
 from owl_wms.sampling.frames import FrameLoop
@@ -93,6 +101,26 @@ def test_steps_of_order_two_use_the_velocity_before() -> None:
         used = v if before is None else v + delta / shorter / 2 * (v - before)
         frame, level, before = frame - delta * used, level - delta, v
     torch.testing.assert_close(got, frame)
+
+
+@torch.no_grad()
+def test_finished_frames_stay_within_the_models_limits() -> None:
+    core, free = tiny_core(n_frames=12, frame_limits=True), tiny_core(n_frames=12)
+    core.limits.fit(0.1 * torch.randn(2000, 4, 2, 2, generator=torch.Generator().manual_seed(9)))
+    settings = {"deltas": get_sd3_euler(2), "noise_prev": 0.2, "max_window": 6}
+    limited, usual = (FrameLoop(Guidance(model=model), **settings) for model in (core, free))
+    frames, others = play(limited, 3), play(usual, 3)
+    assert torch.equal(frames[:, :1], core.limits(others[:, :1]))
+    assert not torch.equal(frames[:, 1:], core.limits(others[:, 1:])), "they go on behind limited frames"
+    assert frames.abs().max() < 0.5 * others.abs().max()
+    x, _, mouse, btn = inputs(1, 5)
+    for sampler in (AVWindowSampler, CausalAVWindowSampler):
+        made = [
+            sampler(2, 1.0, 6, 1)(model, x[:, :4], None, mouse, btn, generator=torch.Generator().manual_seed(1)).latents
+            for model in (core, free)
+        ]
+        torch.testing.assert_close(made[0][:, 4:], core.limits(made[1][:, 4:]))
+        assert torch.equal(made[0][:, :4], x[:, :4]), "the context is as it was given"
 
 
 @torch.no_grad()
