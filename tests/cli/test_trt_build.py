@@ -33,7 +33,7 @@ def test_bench_without_a_gpu_times_nothing_unless_told_to(
     def timed(*_: Any, **__: Any) -> float:
         raise AssertionError("something was timed")
 
-    monkeypatch.setattr("owl_wms.timing.measure_inference_time", timed)
+    monkeypatch.setattr("owl_wms.cli.bench.measured", timed)
     assert run("trt", "bench", "--vae-config", files[0], "--checkpoint", files[1]) == 2
     assert "no CUDA device, so there is no program to time; --cpu times PyTorch alone" in capsys.readouterr().err
 
