@@ -1,4 +1,4 @@
-"""A port taken before there is anything to serve: models load for long, and a port in use should be said at once.
+"""Takes a port before there is anything to serve: models load for long, and a port in use should be reported at once.
 
 Usage:
     sockets = bind("127.0.0.1", 8080)
@@ -18,14 +18,14 @@ from owl_wms.errors import ConfigError
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to `port` of every address of `host` that this machine has; they listen to nobody yet.
+    """Returns sockets bound to `port` of every address of `host` that this machine has; they do not listen yet.
 
     Args:
         host: name or address; `localhost` is two addresses on most machines.
         port: 0 takes a free one, the same for all addresses.
 
     Raises:
-        ConfigError: the name is none, no address is this machine's, or somebody has the port.
+        ConfigError: nothing has this name, none of its addresses is this machine's, or the port is in use.
     """
     bound: list[socket.socket] = []
     try:
@@ -70,7 +70,7 @@ def _may_be_reused(made: socket.socket, reused: bool) -> None:
 
 
 def let_listen(sockets: list[socket.socket]) -> None:
-    """To be called at the last moment before they listen: connections of the server before may linger on the port."""
+    """Prepares sockets to listen at the next moment, also on a port where connections of the last server linger."""
     for bound in sockets:
         _may_be_reused(bound, True)
 
@@ -83,6 +83,6 @@ def close(sockets: list[socket.socket]) -> None:
 
 
 def cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
-    """Says in one line why nobody can listen there."""
+    """Returns the error that says in one line why nobody can listen there."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     return ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another host or port", key="port")

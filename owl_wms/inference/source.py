@@ -46,7 +46,7 @@ class Frame:
 
 
 class Source(Protocol):
-    """Can be played; used by one thread at a time.
+    """Describes something that can be played; one thread at a time uses it.
 
     Attributes:
         controls: its buttons, in the order in which it takes them.
@@ -64,10 +64,10 @@ class Source(Protocol):
         """Begins the world of a seed, 0 to 2**31 - 1; the same seed gives the same world."""
 
     def change_steps(self, by: int) -> int:
-        """More or fewer sampling steps; returns how many there are now (0 where there are none)."""
+        """Adds `by` sampling steps per frame; returns how many there are now (0 where there are none)."""
 
     def twin(self, number: int) -> Source:
-        """Another player's source, the `number`-th (from 1): what is large is shared, what is played is its own."""
+        """Returns the source of player `number` (from 1): models are shared, world and history are its own."""
 
     def describe(self) -> dict[str, Any]:
         """Returns what runs, as JSON: `source`, `backend`, `reason`, `steps`, `seed`; some say more."""

@@ -181,7 +181,7 @@ class KVCache:
         keys[:, :, place] = k
         values[:, :, place] = v
 
-    @torch.inference_mode(False)  # what is made in inference mode could not be written outside of it
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be written outside of it
     def _allocate(self, k: Tensor) -> None:
         b, heads, _, width = k.shape
         shape = (self._layers, b, heads, self.capacity * self._tokens, width)

@@ -105,7 +105,7 @@ def _make_block_mask(mask: FrameMask, batches: int | None, device: torch.device)
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept for training too, which cannot save what is made in inference mode
+@torch.inference_mode(False)  # training uses it too, and autograd cannot save tensors made in inference mode
 def _kept_block_mask(queries: int, keys: int, tokens: int, window: int | None, causal: bool, device: str) -> BlockMask:
     mask = FrameMask(queries=queries, keys=keys, tokens=tokens, window=window, causal=causal)
     return _make_block_mask(mask, None, torch.device(device))

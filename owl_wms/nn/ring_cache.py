@@ -99,7 +99,7 @@ class RingCache:
         return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values) if t is not None)
 
     def enable_cache_updates(self) -> None:
-        """Does what guidance expects of a cache; here the last pass before `advance` is stored in any case."""
+        """Sets `should_update`, which guidance reads; a ring stores the last pass before `advance` in any case."""
         self.should_update = True
 
     def disable_cache_updates(self) -> None:
@@ -143,7 +143,7 @@ class RingCache:
         if frames != 1:
             raise ValueError(f"a ring takes one frame per pass, got {frames}")
         if self._position is None:
-            with torch.inference_mode(False):  # what is made in inference mode could not be written outside of it
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
                 self._position = torch.full((1,), self._stored, dtype=torch.int64, device=rope.step.device)
         self.angles = rope.angles(self._position)
         self._rope = rope

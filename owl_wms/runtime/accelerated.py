@@ -49,6 +49,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LOG = logging.getLogger("owl_wms.runtime")
 # What this module keeps for itself; everything else that is set on it belongs to the wrapped decoder.
 _OWN = ("_original", "_options", "_state")
+_SHARED = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes in which nn.Module keeps members and hooks: the very same objects as the wrapped decoder's."""
 _COMPILED = "_compiled_call_impl"
 """Set by `nn.Module.compile`: code that calls this very module, so that it goes into no copy, as torch has it."""
 
@@ -65,7 +67,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AcceleratedStats:
-    """Counts of what an accelerated decoder has done.
+    """Counts the calls of an accelerated decoder.
 
     Attributes:
         calls: how often it was called.
@@ -141,7 +143,7 @@ class AcceleratedDecoder(nn.Module):
     def __init__(self, original: nn.Module, options: Options) -> None:
         super().__init__()
         own = vars(self)
-        own.update({name: value for name, value in vars(original).items() if _is_shared(name)})
+        own.update({name: value for name, value in vars(original).items() if name in _SHARED})
         own.update(_original=original, _options=options, _state=self._begin(original, options))
 
     @staticmethod
@@ -272,8 +274,9 @@ class AcceleratedDecoder(nn.Module):
             return getattr(self._original, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # What a library hangs onto a module to wrap its forward must stay here; what a forward reads must not.
-        if _is_shared(name) and "_original" in vars(self):  # one that a module replaces, and does not write into
+        # Attributes that a library sets to wrap this module's forward stay here; those that the wrapped forward reads
+        # belong to the wrapped decoder.
+        if name in _SHARED and "_original" in vars(self):  # a new container in the place of the one that both have
             setattr(self._original, name, value)
         stays = name.startswith("_") or name in ("forward", "training") or isinstance(value, (nn.Module, nn.Parameter))
         if stays or "_original" not in vars(self):
@@ -317,19 +320,11 @@ class AcceleratedDecoder(nn.Module):
     def _hung_on(self) -> Iterator[tuple[str, Any]]:
         """Lists attributes that others set on this module and not on the wrapped one; a copy gets them too."""
         for name, value in vars(self).items():
-            if name not in (*_OWN, _COMPILED) and not _is_shared(name):
+            if name not in (*_OWN, _COMPILED) and name not in _SHARED:
                 yield name, value
 
     def _get_name(self) -> str:
         return f"Accelerated{type(self._original).__name__}"
-
-
-_SHARED = frozenset(vars(nn.Module())) - {"training"}
-
-
-def _is_shared(name: str) -> bool:
-    """Returns whether an attribute is one of those in which nn.Module keeps members and hooks."""
-    return name in _SHARED
 
 
 def why_pytorch(original: nn.Module, z: Any, dims: int = 4) -> str:

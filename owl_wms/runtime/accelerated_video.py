@@ -40,7 +40,7 @@ from owl_wms.vae.taehv_modules import METHOD, decoder_within, gives_same_frames
 
 _PLAIN = (bool, int, float, str, tuple)
 _ARGUMENTS = ("parallel", "show_progress_bar")
-"""Of `decode_video`: how it goes about its work, not what it gives."""
+"""Arguments of `decode_video` that do not change the frames."""
 
 
 class VideoCalls:

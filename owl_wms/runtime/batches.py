@@ -25,8 +25,8 @@ _LOG = logging.getLogger("owl_wms.runtime")
 
 
 def covers(batch: int, sizes: Sequence[int]) -> list[Way]:
-    """Ways to decode `batch` with programs of `sizes`, without doubles: each size alone, and the largest first with the
-    smallest that is enough at the end.
+    """Returns ways to decode `batch` frames with programs of `sizes`, each way once: the largest sizes first and the
+    smallest that is enough at the end; and each size alone.
     """
     found: list[Way] = []
     left, mixed = batch, []

@@ -379,8 +379,8 @@ def _measured(stopwatch: Stopwatch | None, device: torch.device) -> contextlib.A
 
 
 _LIVE: weakref.WeakSet[VideoDecode] = weakref.WeakSet()
-# What a forked child may neither use nor destroy: an engine's destructor aborts the process that has no GPU, which took
-# a training run's data loading down.
+# Objects that a forked child may neither use nor destroy: an engine's destructor aborts a process that has no GPU. That
+# ended the data loading of a training run.
 _ABANDONED: list[Any] = []
 
 

@@ -1,4 +1,4 @@
-"""The batches of one decode: by the program, by PyTorch where that fails, and what is looked at in their values.
+"""Decodes the batches of one call, by the program or else by PyTorch, and looks for values that are not finite.
 
 Usage:
     decoding = Decoding(eager, slot, out, ledger=ledger, strict=False, looked=True, rebuild=remedy_of)
@@ -23,7 +23,7 @@ from owl_wms.runtime.stats import Ledger
 
 
 def run_failure(error: Exception, rebuild: Callable[[], str]) -> tuple[FastPathError, bool]:
-    """Returns what a program's run that raised `error` is reported as, and whether it was for lack of memory.
+    """Returns the failure to report for a run of a program that raised `error`, and whether memory ran out.
 
     Args:
         rebuild: returns the remedy if it was not.
@@ -41,7 +41,7 @@ def run_failure(error: Exception, rebuild: Callable[[], str]) -> tuple[FastPathE
 
 
 def non_finite_failure(slot: Slot, places: int) -> FastPathError:
-    """Returns what is reported if the program gave `places` values that are not finite and PyTorch gave finite ones."""
+    """Returns the failure to report if the program gave `places` non-finite values where PyTorch gave finite ones."""
     loaded = slot.loaded  # None if it was switched off meanwhile
     overflows = loaded is None or loaded.report.get("precision") not in ("bf16", "fp32")
     verify = "start the process again, which verifies the program; if it comes back, compare with another GPU"

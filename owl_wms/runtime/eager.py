@@ -1,5 +1,4 @@
-"""The PyTorch path: the caller's decoder with weight norm folded, run eagerly; the answer that every other path must
-match.
+"""Runs the caller's decoder in PyTorch, with weight norm folded; it decodes wherever no program does.
 
 Why it exists: the caller's module must never change (it may be in train mode, frozen, wrapped or still needed with its
 parametrizations), and memory that runs out in the middle of a decode should cost time, not the run.

@@ -49,8 +49,8 @@ class ImageDecode(VideoDecode):
     def images(self, z: Tensor, dtype: torch.dtype, cast: bool = False) -> Tensor | None:
         """Decodes `[k, c, h, w]`, k <= batch_size, on the decoder's device; no gradients.
 
-        What does not have to come before the launch comes after it: after a wait for the GPU, the processor's caches
-        hold little of this, and each step costs ten times what it costs in a loop.
+        All that need not come before the launch comes after it: after a wait for the GPU, the processor's caches hold
+        little of this code, so that each step before the launch costs ten times what it costs in a loop.
 
         Args:
             z: latents in the dtype of every weight; in any float dtype with `cast`.
@@ -127,7 +127,7 @@ class ImageDecode(VideoDecode):
         return truth
 
     def _lane(self, place: _Place) -> _Lane | None:
-        """The program of one latent shape and what it was made from, found or built; None where there is none."""
+        """Finds or builds the program of one latent shape; None where there is none."""
         device, one = place[0], place[1][1:]
         tensors = (*self.decoder.parameters(), *self.decoder.buffers())
         if any(tensor.device != device for tensor in tensors):  # some offloading leaves weights elsewhere, or nowhere

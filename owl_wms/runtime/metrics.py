@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-_HELP = {
+COUNTS = {
     "decodes": "decode calls answered",
     "frames": "frames decoded",
     "chunks_program": "batches computed by a compiled program",
@@ -25,6 +25,7 @@ _HELP = {
     "canary_misses": "frames of those that were wrong",
     "non_finite": "frames of batches in which PyTorch's values are not finite",
 }
+"""The counters of `DecodeStats`, each with its help text for Prometheus."""
 
 
 @functools.cache
@@ -42,7 +43,7 @@ def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Any:
 
 def count(name: str, by: int) -> None:
     """Add to `owl_decode_<name>_total`; names without a help text are not exported."""
-    found = counter(f"owl_decode_{name}", _HELP[name]) if name in _HELP else None
+    found = counter(f"owl_decode_{name}", COUNTS[name]) if name in COUNTS else None
     if found is not None:
         found.inc(by)
 

@@ -50,7 +50,7 @@ _failed_guard = threading.Lock()
 
 
 class _ChangedError(FastPathError):
-    """A build that was not begun or whose result was thrown away; nothing is wrong with the key it was for."""
+    """The decoder changed, so a build was not begun or its result not kept. Nothing is wrong with the key."""
 
     def __init__(self, when: str) -> None:
         super().__init__("build", f"the decoder changed while it {when}", "decode once more")
@@ -350,7 +350,7 @@ def first_run(program: Program, request: Request) -> None:
 
 
 def staged(stage: str, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Call, and turn whatever is raised into a FastPathError of `stage`; one that already is keeps its own.
+    """Calls a function and turns every exception into a FastPathError of `stage`; a FastPathError keeps its own stage.
 
     An exception of the caller's own signal handler passes through, so that nothing is remembered as failed.
     """

@@ -144,7 +144,6 @@ def summarise(
     ledger: Ledger, slots: Sequence[Slot], *, toolchain: str, enabled: bool, latency_ms: dict[str, float] | None
 ) -> DecodeStats:
     """The state of a decode function with these counters and programs."""
-    count = ledger.count
     ready = [slot for slot in slots if slot.state == "ready"]
     backend = toolchain if ready else "pytorch"
     reasons = [said for slot in ready or slots if (said := slot.said())]
@@ -155,16 +154,7 @@ def summarise(
     return DecodeStats(
         backend=backend,
         reason=reasons[-1],
-        decodes=count("decodes"),
-        frames=count("frames"),
-        chunks_program=count("chunks_program"),
-        chunks_pytorch=count("chunks_pytorch"),
-        hits=count("hits"),
-        builds=count("builds"),
-        fallbacks=count("fallbacks"),
-        canaries=count("canaries"),
-        canary_misses=count("canary_misses"),
-        non_finite=count("non_finite"),
+        **{name: ledger.count(name) for name in metrics.COUNTS},
         failures=ledger.failures(),
         latency_ms=latency_ms,
         cache_bytes=sum(loaded.file_bytes for slot in ready if (loaded := slot.loaded) is not None),

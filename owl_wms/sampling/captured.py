@@ -41,9 +41,10 @@ def may_capture(model: Any) -> bool:
 
 
 class Captured:
-    """`function` behind one CUDA graph per key and shapes; what cannot be captured runs as it is.
+    """Calls `function`, and replays it as one CUDA graph per key and shapes once that is captured.
 
-    Each graph is compared with the function when it is made. Not for use by two threads at once.
+    Each graph is compared with the function when it is made. After a capture that failed, every call runs the function
+    itself. Not for use by two threads at once.
 
     Args:
         function: tensors to a tuple of tensors. It may write into tensors of its own if two calls with the same inputs
@@ -66,7 +67,7 @@ class Captured:
         """Calls the function.
 
         Args:
-            key: what the function does besides its shapes; a graph serves one key.
+            key: all that the work depends on besides shapes, such as step sizes; a graph serves one key.
             inputs: tensors on the function's device.
 
         Returns:
@@ -92,7 +93,7 @@ class Captured:
 
 
 class _Graph:
-    @torch.inference_mode(False)  # what is made in inference mode could not be written outside of it
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be written outside of it
     @torch.no_grad()
     def __init__(self, function: Function, inputs: tuple[Tensor, ...]) -> None:
         with torch.cuda.device(inputs[0].device):

@@ -1,5 +1,4 @@
-"""`av_causal` and `av_causal_no_cfg`: what `av_window` computes, for causal models, at the cost of one whole window a
-frame.
+"""`av_causal` and `av_causal_no_cfg`: the frames of `av_window`, for causal models, with one whole window per frame.
 
 The first step of a frame runs the window and keeps its keys and values; the newest frame is then dropped from the
 cache, since it changes at every step, and the remaining steps run that frame alone.
