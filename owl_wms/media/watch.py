@@ -104,7 +104,7 @@ def read_video(path: Path | str) -> Iterator[Tensor]:
                 raise ValueError("its codec is not known here")
             if stream.width * stream.height > MAX_PIXELS:
                 raise ValueError(f"{stream.width}x{stream.height} are more than {MAX_PIXELS} pixels")
-            for frame in container.decode(stream):
+            for frame in _decoded(av, container, stream):
                 yield torch.from_numpy(_as_shown(av, frame, stream.sample_aspect_ratio))
                 index += 1
     except (OSError, ValueError, av.FFmpegError) as error:
@@ -116,6 +116,18 @@ def read_video(path: Path | str) -> Iterator[Tensor]:
             else f"cannot be read as video at frame {index}: "
         )
         raise DataError(f"{path}: {where}{_why(error)}", path=path, index=index) from error
+
+
+def _decoded(av: ModuleType, container: Any, stream: Any) -> Iterator[Any]:
+    """Yields the frames of a stream with their alpha: FFmpeg's own decoders of VP8 and VP9 leave it out, libvpx's do
+    not.
+    """
+    if stream.metadata.get("alpha_mode") != "1":
+        yield from container.decode(stream)
+        return
+    decoder = av.CodecContext.create("libvpx-vp9" if stream.codec_context.name == "vp9" else "libvpx", "r")
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet)
 
 
 def _opened(av: ModuleType, path: Path) -> Any:

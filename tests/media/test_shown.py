@@ -406,6 +406,26 @@ def test_a_clip_that_is_transparent_is_refused(tmp_path: Path, alpha: int) -> No
             list(read_video(tmp_path / "x.mov"))
 
 
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+@pytest.mark.parametrize("alpha", [255, 10])
+def test_alpha_that_lies_beside_the_frames_is_seen(tmp_path: Path, codec: str, alpha: int) -> None:
+    """WebM has it in blocks of its own, which FFmpeg's decoders pass over."""
+    with av.open(str(tmp_path / "x.webm"), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 64, 64, "yuva420p", {"auto-alt-ref": "0"}
+        for opacity in (255, alpha):
+            pixels = np.full((64, 64, 4), (120, 120, 120, opacity), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba").reformat(format="yuva420p")))
+        container.mux(stream.encode())
+    frames = read_video(tmp_path / "x.webm")
+    assert abs(int(next(frames)[0, 0, 0]) - 120) < 3
+    if alpha == 255:
+        assert len(list(frames)) == 1
+    else:
+        with pytest.raises(DataError, match="frame 1: it is transparent in places"):
+            list(frames)
+
+
 def test_a_cover_before_the_video_is_not_the_clip(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "x.mkv"), "w") as container:
         cover = container.add_stream("mjpeg", rate=1)
