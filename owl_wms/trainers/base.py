@@ -33,7 +33,7 @@ from owl_wms.errors import TrainingError
 from owl_wms.models.latents import LatentSpace
 from owl_wms.sampling import SampleResult, batch_permute_to_length
 from owl_wms.temporary import temporary_folder
-from owl_wms.trainers.batches import BatchRule, endless
+from owl_wms.trainers.batches import BatchRule, batches_per_update, endless
 from owl_wms.trainers.checkpoints import (
     averaged_weights,
     checkpoint_path,
@@ -180,7 +180,7 @@ class BaseTrainer(ABC):
             model,
             loss,
             optimiser,
-            accumulation=max(1, cfg.target_batch_size // cfg.batch_size // self.world_size),
+            accumulation=batches_per_update(cfg, self.world_size, tells=(name, self.rank) == ("model", 0)),
             repeats=repeats,
             clip=None if opt == "Muon" else self.clip,
             schedule=build_schedule(cfg.scheduler, cfg.scheduler_kwargs, optimiser, last_step=cfg.max_steps),

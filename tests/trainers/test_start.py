@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from owl_wms.configs.world import TrainingConfig
 from owl_wms.errors import ConfigError, DataError, TrainingError
 from owl_wms.models.latents import Whitener
 from owl_wms.trainers import get_trainer_cls
+from owl_wms.trainers.batches import batches_per_update
 from owl_wms.trainers.checkpoints import load_checkpoint
 from tests.trainers.helpers import CHANNELS, SIDE, FixedLoader, batch_for, config
 from tests.trainers.test_failures import decoder_files
@@ -151,3 +153,19 @@ def test_the_checkpoint_says_how_and_where_it_was_made(tmp_path: Path) -> None:
     assert state["config"]["train"]["opt_kwargs"]["lr"] == 1e-2
     assert state["config"]["model"]["d_model"] == 32
     assert {"torch", "gpu", "driver"} <= set(state["environment"])
+
+
+@pytest.mark.parametrize(
+    ("target", "batch", "ranks", "count", "made"),
+    [(8, 2, 2, 2, None), (8, 2, 1, 4, None), (8, 3, 1, 2, 6), (8, 2, 3, 1, 6), (2, 4, 1, 1, 4), (8, 2, 8, 1, 16)],
+)
+def test_a_step_of_another_size_than_configured_is_told(
+    target: int, batch: int, ranks: int, count: int, made: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More ranks, or a batch that does not divide the target, would else change what is trained without a word."""
+    cfg = TrainingConfig(target_batch_size=target, batch_size=batch)
+    assert batches_per_update(cfg, ranks) == count
+    assert not caplog.records
+    batches_per_update(cfg, ranks, tells=True)
+    told = f"a step takes {made} windows, not the {target} of train.target_batch_size"
+    assert [record.getMessage().startswith(told) for record in caplog.records] == [True] * (made is not None)
