@@ -52,6 +52,8 @@ _NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _MEMORY_LIMIT_FILE = Path("/sys/fs/cgroup/memory.max")
 NVML = "libnvidia-ml.so.1"  # the library behind nvidia-smi
+_SPECIAL_STEPS = 0xFFFFFFF0
+"""Slurm's step ids from here on (batch, interactive, extern) are of no srun; torchrun may start in them."""
 
 
 def read(name: str) -> str | None:
@@ -99,6 +101,17 @@ def local_rank() -> int | None:
         rule = "LOCAL_RANK must be a whole number >= 0, as torchrun sets it"
         raise ConfigError(f"{rule}; got {text!r}", key="LOCAL_RANK")
     return int(text)
+
+
+def is_slurm_task() -> bool:
+    """Returns whether srun started this process as one task of a step.
+
+    The script that sbatch starts has a job's variables without being a task: no step, or a special one, and process 0.
+    """
+    if (read("SLURM_PROCID") or "0") != "0" or read("SLURM_STEP_NUM_TASKS") is not None:
+        return True
+    step = read("SLURM_STEP_ID") or ""
+    return re.fullmatch("[0-9]{1,18}", step) is not None and int(step) < _SPECIAL_STEPS
 
 
 def describe_machine(device_index: int | None = None) -> dict[str, str | int]:

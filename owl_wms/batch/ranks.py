@@ -25,15 +25,15 @@ _LAUNCHERS = (
 def place() -> tuple[int, int] | None:
     """Returns `(rank, world)` as a launcher states it, or None without one.
 
-    An sbatch script that does not use `srun` has SLURM_NTASKS and is one process: without SLURM_STEP_ID, which `srun`
-    sets, SLURM's variables are passed over.
+    An sbatch script that does not use `srun` has SLURM_NTASKS and is one process: where this is no task of a step,
+    SLURM's variables are passed over.
 
     Raises:
         ConfigError: a variable is no number, or the rank is not below the world's size.
     """
     for rank_name, world_name in _LAUNCHERS:
         rank, world = env.read(rank_name), env.read(world_name)
-        if rank is None or world is None or (rank_name.startswith("SLURM") and env.read("SLURM_STEP_ID") is None):
+        if rank is None or world is None or (rank_name.startswith("SLURM") and not env.is_slurm_task()):
             continue
         if not (rank.isascii() and world.isascii() and rank.isdecimal() and world.isdecimal()) or int(rank) >= int(
             world

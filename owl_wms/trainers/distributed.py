@@ -28,8 +28,6 @@ from owl_wms.files import one_line
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE")
 """Set by the mpirun of Open MPI, of MPICH and Intel, and of MVAPICH, by IBM's jsrun and by Flux."""
-_SPECIAL_STEPS = 0xFFFFFFF0
-"""Slurm's step ids from here on (batch, interactive, extern) are of no srun; torchrun may start in them."""
 _TIMEOUT_SECONDS = 1800.0  # the other ranks wait while rank 0 compiles a decoder and decodes
 _SHARE = 0.9  # of that time: when it is over, PyTorch ends the process from C++, and nothing can be saved
 _PAUSE = 2e-5  # seconds between two looks at an event
@@ -54,7 +52,7 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
     remedy, address = "use torchrun", None
     if found["WORLD_SIZE"] is None and found["RANK"] is None:
         env.local_rank()  # without a launcher it has no effect, and a bad value is an error all the same
-        if not _is_slurm_task():
+        if not env.is_slurm_task():
             _refuse_mpi()
             return 0, 0, 1
         tasks = "SLURM_NTASKS" if env.read("SLURM_STEP_NUM_TASKS") is None else "SLURM_STEP_NUM_TASKS"
@@ -112,17 +110,6 @@ def _refuse_mpi() -> None:
         if count is not None and count.isdecimal() and int(count) > 1:
             text = f"{name} is {count}: mpirun started several processes, and does not say where they meet"
             raise ConfigError(f"{text}; start with torchrun or srun", key=name)
-
-
-def _is_slurm_task() -> bool:
-    """Return whether srun started this process as one task of a step.
-
-    The script that sbatch starts has a job's variables without being a task: no step, and process 0.
-    """
-    if (env.read("SLURM_PROCID") or "0") != "0" or env.read("SLURM_STEP_NUM_TASKS") is not None:
-        return True
-    step = _whole(env.read("SLURM_STEP_ID"))
-    return step is not None and step < _SPECIAL_STEPS
 
 
 def _slurm_address() -> str:

@@ -9,6 +9,7 @@ import pytest
 from owl_wms.batch.ranks import place
 from owl_wms.errors import ConfigError
 
+SCRIPT = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
 JOB = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}
 
 
@@ -16,7 +17,10 @@ JOB = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}
     ("variables", "found"),
     [
         ({}, None),
-        (JOB, None),  # the script of sbatch, which is no task of a step
+        (SCRIPT, None),  # the script of sbatch, which is no task of a step
+        ({**SCRIPT, "SLURM_STEP_ID": "4294967291"}, None),  # the same, where it has the number of such scripts
+        ({**SCRIPT, "SLURM_STEP_ID": "batch"}, None),
+        ({**SCRIPT, "SLURM_STEP_ID": "0"}, (0, 4)),
         ({**JOB, "SLURM_STEP_ID": "0"}, (1, 4)),
         ({**JOB, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),  # `srun -n 2` within a job of four
         ({**JOB, "SLURM_STEP_ID": "0", "RANK": "7", "WORLD_SIZE": "8"}, (7, 8)),
