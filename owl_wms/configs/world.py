@@ -14,9 +14,9 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from owl_wms.configs.levels import LevelsConfig
 from owl_wms.configs.paths import PathText, find_beside
@@ -145,6 +145,7 @@ class WorldModelConfig(StrictModel):
             f"must be {product} {'+ 1 for audio ' if self.has_audio else ''}= {tokens}, "
             f"received {self.tokens_per_frame}",
         )
+        rule(self.rope_base >= 1.0, "rope_base", f"must be at least 1, received {self.rope_base}")
         rule(0.0 <= self.cfg_prob <= 1.0, "cfg_prob", f"must be within 0..1, received {self.cfg_prob}")
         rule(
             self.sink_frames == 0 or (self.causal and self.global_window is None),
@@ -276,6 +277,10 @@ class TrainingConfig(StrictModel):
         for name in ("subsample", "gen_p", "context_noise"):
             value = getattr(self, name)
             rule(value is None or 0.0 <= value <= 1.0, name, f"must be within 0..1, received {value}")
+        weight, most = self.regression_weight, self.teacher_max_level
+        rule(self.fps <= 240, "fps", f"must be at most 240, received {self.fps}")
+        rule(weight is None or weight >= 0.0, "regression_weight", f"must be at least 0, received {weight}")
+        rule(0.0 < most <= 1.0, "teacher_max_level", f"must be above 0 and at most 1, received {most}")
         steps = self.student_levels
         falls = steps is None or (len(steps) > 0 and steps[0] == 1.0 and all(a > b for a, b in pairwise((*steps, 0.0))))
         rule(falls, "student_levels", f"must fall from 1.0 and end above 0, received {steps and list(steps)}")
@@ -305,12 +310,16 @@ class ButtonConfig(StrictModel):
         return self
 
 
+def _or_empty(section: Any) -> Any:
+    return {} if section is None else section
+
+
 class WorldConfig(StrictModel):
     """One world-model file; `controls` has one entry per button of the model, and is only needed to play it."""
 
     model: WorldModelConfig
     train: TrainingConfig
-    wandb: WandbConfig = WandbConfig()
+    wandb: Annotated[WandbConfig, BeforeValidator(_or_empty)] = WandbConfig()
     controls: list[ButtonConfig] | None = None
 
 

@@ -77,6 +77,11 @@ def test_values_and_tensorrt_defaults() -> None:
     assert cfg.wandb.project is None
 
 
+def test_an_empty_section_of_wandb_is_one_without_keys(tmp_path: Path) -> None:
+    (tmp_path / "w.yml").write_text(yaml.safe_dump({**DIT_V4, "wandb": None}))
+    assert load_world_config(tmp_path / "w.yml").wandb.project is None
+
+
 def test_the_golden_model_section_is_valid() -> None:
     golden = torch.load(CONFIGS.parent / "tests" / "data" / "gamerft_core.pt", weights_only=True)
     cfg = WorldModelConfig.model_validate(golden["motion"]["cfg"])
@@ -122,6 +127,12 @@ MISTAKES = [
     (_changed("train", "sampler_id", "av_cachin"), "train.sampler_id", "did you mean 'av_caching'?"),
     (_changed("train", "vae_scale", 0.0), "train.vae_scale", "must be above 0, received 0.0"),
     (_changed("train", "vae_scale", "0.63"), "train.vae_scale", "valid number"),
+    (_changed("train", "levels", None), "train.levels", "must be a section, with keys of its own, received None"),
+    (_changed("train", "student_levels", 0.5), "train.student_levels", "must be a list, received 0.5 (float)"),
+    (_changed("train", "regression_weight", -1.0), "train.regression_weight", "must be at least 0, received -1.0"),
+    (_changed("train", "teacher_max_level", 0.0), "train.teacher_max_level", "above 0 and at most 1, received 0.0"),
+    (_changed("train", "fps", 2000), "train.fps", "must be at most 240, received 2000"),
+    (_changed("model", "rope_base", 0.0), "model.rope_base", "must be at least 1, received 0.0"),
     (_changed("model", "predicts", "noise"), "model.predicts", "'velocity' or 'remainder'"),
     (
         _changed("model", "sink_noise", 0.1),
