@@ -127,7 +127,7 @@ def _ground_and_sky(world: GameWorld, state: GameState, view: View, rays: Tensor
     size = world.grid.shape[-1]
     x = view.position[:, 0, None, None] + floor_depth[:, :, None] * rays[:, None, :, 0]
     y = view.position[:, 1, None, None] + floor_depth[:, :, None] * rays[:, None, :, 1]
-    # Paving: one slab a cell, light and dark in turn; tanh flattens the cosine into slabs. A slab's footprint grows
+    # Paving: one slab per cell, light and dark in turn; tanh flattens the cosine into slabs. A slab's footprint grows
     # with the square of the distance, so it fades early.
     footprint = floor_depth * floor_depth / (view.focal * view.eye)[:, None]
     fade = torch.exp(-2 * (math.pi * 0.5 * footprint) ** 2)
@@ -188,7 +188,7 @@ def _walls(
 ) -> None:
     """Paint the walls over `colour` and `depth`, in place."""
     device = world.device
-    scale = distance / view.focal[:, None]  # [B, W] cells a pixel at the wall
+    scale = distance / view.focal[:, None]  # [B, W] cells per pixel at the wall
     level = view.rows[:, None] - view.horizon[:, None, None]
     high = view.eye[:, None, None] - level * scale[:, None]  # [B, H, W] height on the wall, cells
     inside = 1 / scale[:, None]
@@ -196,7 +196,7 @@ def _walls(
 
     point = view.position[:, None] + distance[..., None] * rays
     along = torch.where(along_y, point[..., 1], point[..., 0])
-    # Courses of blocks: three to a cell in height, two in length, every other course shifted by half a block.
+    # Courses of blocks: 2.5 per cell of height, two blocks per cell of length, every other one shifted by half a block.
     course_rate, block_rate = 2.5, 2.0
     fade_high = torch.exp(-2 * (math.pi * 0.5 * scale * course_rate) ** 2)[:, None]
     slant = rays.norm(dim=-1) / (rays * torch.stack([along_y, ~along_y], dim=-1)).abs().sum(dim=-1).clamp(min=0.05)

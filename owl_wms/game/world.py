@@ -1,4 +1,4 @@
-"""Holds the game's rules: who stands where, and what mouse and buttons do to it, sixty times a second.
+"""Holds the game's rules: who stands where, and what mouse and buttons do to it, sixty times per second.
 
 Why it exists: real input for the decoder and training data for the world model, from the repository alone. One object
 holds a batch of independent players, each in a world of its own; everything is tensors, so a batch runs on a GPU.
@@ -30,11 +30,11 @@ FRAME_SIZE = (360, 640)  # height and width in pixels, if nobody asks for anothe
 CREATURES = 8
 WALL_HEIGHT = 1.4
 EYE_HEIGHT = 0.62
-YAW_PER_MOUSE = 0.06  # radians a frame at mouse x = 1
+YAW_PER_MOUSE = 0.06  # radians per frame at mouse x = 1
 PITCH_PER_MOUSE = 0.04
 PITCH_LIMIT = 0.4
 _DT = 1 / FRAMES_PER_SECOND
-_WALK = 2.2  # cells a second
+_WALK = 2.2  # cells per second
 _SPRINT = 1.7
 _RADIUS = 0.24
 _GRAVITY = 7.0
@@ -51,7 +51,7 @@ class GameState:
 
     Attributes:
         position: [B, 2] cells.
-        velocity: [B, 2] cells a second.
+        velocity: [B, 2] cells per second.
         yaw: [B] radians.
         pitch: [B] radians, positive looks up.
         height: [B] feet above the floor.
@@ -67,7 +67,7 @@ class GameState:
         zoom: [B] 0 hip, 1 aimed.
         held: bool [B, 11] buttons of the last frame.
         creatures: [B, CREATURES, 2] cells.
-        creature_velocity: [B, CREATURES, 2] cells a second.
+        creature_velocity: [B, CREATURES, 2] cells per second.
         gone: [B, CREATURES] frames until a creature that was hit is back.
         frame: int64 [B].
     """
@@ -167,19 +167,18 @@ class GameWorld:
         )
 
     def part(self, start: int, stop: int) -> GameWorld:
-        """Players `start` to `stop` as a world of their own, sharing tensors until either is stepped."""
+        """Returns players `start` to `stop` as a world of their own, sharing tensors until either is stepped."""
         return self._taken(slice(start, stop))
 
     def chosen(self, index: Tensor) -> GameWorld:
-        """Players of the numbers `index` (int64 [k], any number of times each) as a world of their own, in copies."""
+        """Returns players `index` (int64 [k], each as often as it is there) as a world of their own, in copies."""
         return self._taken(index)
 
     def _taken(self, which: slice | Tensor) -> GameWorld:
         taken = object.__new__(GameWorld)
         for name in ("seeds", "grid", "sun", "daytime", "floor_light"):
             setattr(taken, name, getattr(self, name)[which])
-        values = {f.name: getattr(self.state, f.name)[which] for f in fields(GameState)}
-        taken.state = replace(self.state, **values)
+        taken.state = GameState(**{f.name: getattr(self.state, f.name)[which] for f in fields(GameState)})
         return taken
 
     def _free_cell(self, index: Tensor, salt: int) -> Tensor:
@@ -193,7 +192,7 @@ class GameWorld:
         return self.grid.flatten(1).gather(1, cell[..., 1] * GRID_SIZE + cell[..., 0]) > 0
 
     def cast(self, origin: Tensor, rays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """First wall along each ray.
+        """Returns the first wall along each ray.
 
         All grid lines are crossed at once and the nearest crossing into a wall kept: the dense form of Amanatides and
         Woo's traversal (1987), which has no loop and suits a small map.
