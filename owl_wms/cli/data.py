@@ -130,17 +130,13 @@ def import_(
 
 def _frame_encoder(config: Path, checkpoint: Path, where: Any, batch: int, resize: bool) -> Any:
     from owl_wms.cli import _shared as shared
-    from owl_wms.configs import load_vae_model
     from owl_wms.data.importing import FrameEncoder
-    from owl_wms.errors import ConfigError
     from owl_wms.media.facts import Facts
     from owl_wms.media.read_facts import file_digest
     from owl_wms.vae import fold_weight_norm, load_encoder
+    from owl_wms.vae.load import pictures_of
 
-    model = load_vae_model(config)
-    size = getattr(model, "sample_size", None)
-    if size is None or model.model_id == "audio_ae":
-        raise ConfigError(f"{config}: {model.model_id} does not take pictures", path=config, key="model.model_id")
+    channels, size = pictures_of(config)
     precision = shared.choose_dtype(None, where)
 
     @functools.cache
@@ -149,8 +145,8 @@ def _frame_encoder(config: Path, checkpoint: Path, where: Any, batch: int, resiz
 
     return FrameEncoder(
         encode=lambda frames: module()(frames.to(where, precision)),
-        channels=getattr(model, "channels", 3),
-        size=(size, size) if isinstance(size, int) else tuple(size),
+        channels=channels,
+        size=size,
         batch=batch,
         resize=resize,
         facts=Facts(vae=checkpoint.name, vae_sha256=file_digest(checkpoint) if checkpoint.is_file() else None),

@@ -39,8 +39,6 @@ def encode(
 
     from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
-    from owl_wms.configs import load_vae_model
-    from owl_wms.errors import ConfigError
     from owl_wms.media.arrays import ARRAY_SUFFIXES, check_encoded, save_array
     from owl_wms.media.facts import Facts
     from owl_wms.media.frames import frame_batches
@@ -49,6 +47,7 @@ def encode(
     from owl_wms.runtime.ahead import ahead
     from owl_wms.timing import Spent
     from owl_wms.vae import fold_weight_norm, load_encoder
+    from owl_wms.vae.load import pictures_of
 
     console = Console(stderr=True)
     where = shared.choose_device(device)
@@ -56,14 +55,7 @@ def encode(
     shared.check_destination(out, *ARRAY_SUFFIXES)
     shared.check_kept(out, overwrite=overwrite)
     bounds.check_number("--scale", scale, bounds.SCALES)
-    model = load_vae_model(vae_config)
-    size = getattr(model, "sample_size", None)
-    if size is None or model.model_id == "audio_ae":
-        raise ConfigError(
-            f"{vae_config}: {model.model_id} does not take pictures", path=vae_config, key="model.model_id"
-        )
-    channels: int = getattr(model, "channels", 3)
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    channels, size = pictures_of(vae_config)
     pieces, spent, begun = [], Spent(), time.perf_counter()
     # The first frames come before the weights: frames that cannot be used are refused at once.
     batches = frame_batches(frames, channels=channels, size=size, batch_size=batch_size, depth=depth, resize=resize)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs import WorldConfig, load_vae_model
+from owl_wms.configs import WorldConfig
 from owl_wms.configs.world import with_files_found
 from owl_wms.errors import ConfigError
-from owl_wms.game.world import FRAME_SIZE, FRAMES_PER_SECOND
+from owl_wms.game.world import FRAMES_PER_SECOND
 from owl_wms.inference.configured import load_video_config, named_file, played_sampler, streaming_config
 from owl_wms.inference.context import CONTEXT_FRAMES, Context, load_contexts, render_context
 from owl_wms.inference.controls import controls_for
@@ -32,6 +32,7 @@ from owl_wms.runtime import ClipDecode, clip_decoder
 from owl_wms.settings import TensorRTConfig
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
 from owl_wms.vae import fold_weight_norm, load_encoder
+from owl_wms.vae.load import pictures_of
 from owl_wms.vae.on_cpu import quick_on_cpu
 
 # Pixels per latent of the autoencoder of `HUB_VAE_ID`, f64, whose frames are square.
@@ -81,7 +82,7 @@ def make_encode(
         text = "no beginning can be rendered, for the encoder of a TAEHV is not built here; give a file with --context"
         raise ConfigError(f"{cfg_path}: {text}", path=cfg_path, key="train.vae_id")
     vae_path = named_file(train, "vae_cfg_path", cfg_path)
-    channels = 3 if vae_path is None else getattr(load_vae_model(vae_path), "channels", 3)
+    channels = 3 if vae_path is None else pictures_of(vae_path)[0]
     if channels > 4:
         raise ConfigError(
             f"{vae_path}: encodes {channels} channels, the game has 4; give a context file", path=vae_path
@@ -99,14 +100,10 @@ def make_encode(
 def frame_size(config: WorldConfig, cfg_path: Path | str) -> tuple[int, int]:
     """Returns height and width in pixels of the frames that the configuration's autoencoder takes and gives."""
     vae_path = named_file(config.train, "vae_cfg_path", cfg_path)
-    size = None if vae_path is None else _pixels(load_vae_model(vae_path))
+    if vae_path is not None:
+        return pictures_of(vae_path)[1]
     height, width = latent_grid(config.model)
-    return (HUB_SCALE * height, HUB_SCALE * width) if size is None else size
-
-
-def _pixels(model: Any) -> tuple[int, int] | None:
-    size = getattr(model, "sample_size", None)
-    return size if size is None or isinstance(size, tuple) else (size, size)
+    return HUB_SCALE * height, HUB_SCALE * width
 
 
 def make_contexts(
@@ -279,8 +276,7 @@ def build_game(
         return GameSource(seed, repeat=repeat, device=device)
     encoder = _encoder(None, vae_config, vae_checkpoint, device, dtype)
     decoder = _quick(get_decoder_only(None, vae_config, vae_checkpoint, device=device, dtype=dtype), device)
-    model = load_vae_model(vae_config)
-    channels, (height, width) = getattr(model, "channels", 3), _pixels(model) or FRAME_SIZE
+    channels, (height, width) = pictures_of(vae_config)
     return GameSource(
         seed,
         repeat=repeat,
