@@ -24,6 +24,7 @@ from owl_wms.models.gamerft import GameRFT
 from owl_wms.models.latents import LatentSpace
 from owl_wms.models.load import load_model
 from owl_wms.nn.attention import Masks
+from owl_wms.nn.limits import FrameLimits
 from owl_wms.nn.mask import FrameMask
 from owl_wms.nn.ring_cache import RingCache
 from owl_wms.sampling.frames import FrameLoop
@@ -72,6 +73,30 @@ def test_missing_weights_are_one_line(
     assert ended.value.code == 2
     assert "error: --measure none.safetensors: no such file" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_trained_weights_get_limits(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was in the file stays bit for bit, and the limits are those of the frames that were played."""
+    module, cfg = importlib.import_module("fit_limits"), tiny(script, tmp_path)
+    played = episodes(script, frames=8)
+    monkeypatch.setattr(module, "record", lambda **_: played)
+    monkeypatch.setattr(module, "make_codec", lambda *_: (None, None))
+    monkeypatch.setattr(module, "load_world_config", lambda _: cfg)
+    before = GameRFT(cfg.model)
+    importlib.import_module("clock_trainer").export(before, tmp_path)
+    arguments = ["fit_limits.py", "--weights", str(tmp_path / "world.safetensors"), "--config", "tiny.yml"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "out"), "--rounds", "2"])
+    module.main()
+    assert "limits of 96 frames of 128 worlds" in capsys.readouterr().out
+    old, weights = (read_state_dict(path / "world.safetensors") for path in (tmp_path, tmp_path / "out"))
+    assert old
+    assert all(torch.equal(weights.pop(name), value) for name, value in old.items())
+    limits = FrameLimits(4, 2, 2)
+    limits.fit(played.latents.flatten(0, 1).float().repeat(2, 1, 1, 1))
+    assert torch.equal(weights.pop("core.limits.reach").float(), limits.reach.bfloat16().float())
+    assert list(weights) == ["core.limits.middle"]
 
 
 def episodes(script: ModuleType, count: int = 6, frames: int = 24) -> object:

@@ -181,7 +181,8 @@ class ClockTrainer(OwnHistoryTrainer):
         )
         super().__init__(cfg.train, None, cfg.model, loader=self._windows, sample_loader=self._windows)
         self.resume()  # begins from `train.init_ckpt`, where that is given
-        self._limit(data, space)
+        self._data = data
+        self._limit()
         self._batches = iter(self._windows)
         self.recovered, self.failed, self._damp = 0, 0, 1.0
         self.renewals: list[float] = []
@@ -189,14 +190,14 @@ class ClockTrainer(OwnHistoryTrainer):
         self._optimiser = self.phases[0].optimiser
         self._rates = [float(group["lr"]) for group in self._optimiser.param_groups]
 
-    def _limit(self, data: Episodes, space: LatentSpace) -> None:
-        """Fit the limits of a model that has them to frames of the episodes."""
+    def _limit(self) -> None:
+        """Fit the limits of a model that has them to frames of the episodes that there are."""
         if self.model.core.limits is None:
             return
-        frames = data.latents.flatten(0, 1)
+        frames = self._data.latents[: len(self._data)].flatten(0, 1)
         step = max(1, len(frames) // LIMIT_FRAMES)
-        self.model.core.limits.fit(space.to_model(frames[::step].float()))
-        self.ema.model.core.limits.load_state_dict(self.model.core.limits.state_dict())
+        for model in (self.model, self.ema.model):
+            model.core.limits.fit(self.space.to_model(frames[::step].float()))
 
     def run(self, plan: Plan, until: float) -> None:
         """Train until `time.monotonic()` says `until`; writes log.jsonl, and weights every few minutes."""
@@ -225,6 +226,7 @@ class ClockTrainer(OwnHistoryTrainer):
                 export(self.ema.model, self._out)
                 exported = now
         self._look(waiting, good)
+        self._limit()  # more worlds have come
 
     def _step(self, batch: Batch, prefix: float) -> Tensor:
         """One update of weights and average; nothing is read back from the GPU."""

@@ -84,4 +84,5 @@ def _cosines(size: int, device: torch.device) -> Tensor:
     """
     place = torch.arange(size, device=device, dtype=torch.float32)
     waves = torch.cos(math.pi / size * place[:, None] * (place + 0.5)) * math.sqrt(2 / size)
-    return waves * torch.where(place[:, None] == 0, math.sqrt(0.5), 1.0)
+    waves[0] *= math.sqrt(0.5)
+    return waves
