@@ -86,17 +86,7 @@ class Truth:
         wanted |= {1, frames}
         camera = _Camera(encode, decode, size)
         world = enter(count, SEED, device)
-        script = ScriptedPlayer(world)
-        rests = torch.arange(count, device=device)[:, None] < worlds
-        latents, mice, held = [], [], []
-        for step in range(1 - CONTEXT, 1):
-            moved, keys = script.controls()
-            calm = rests & (step > 4 - CONTEXT)  # comes to rest within the context
-            moved, keys = moved * ~calm, (keys & ~calm).float()
-            advance(world, moved, keys)
-            mice.append(moved)
-            held.append(keys)
-            latents.append(camera.coded(world))
+        latents, mice, held = _play_context(world, worlds, camera)
         begun = world.part(0, count)
         mouse, buttons = _asked(worlds, frames, device, 7)
         seen = [camera.seen(world)]
@@ -202,6 +192,21 @@ class _Camera:
 def _still_db(frames: Tensor, first: int) -> Tensor:
     """Likeness of each picture [w, s, 4, H, W] to number `first` of its clip, in dB: [w, s]."""
     return torch.stack([decibels(clip, clip[first, None]) for clip in frames])
+
+
+def _play_context(world: GameWorld, rest: int, camera: _Camera) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Play the context by script; the first `rest` players come to rest in it. Latents and controls of each frame."""
+    script, resting = ScriptedPlayer(world), torch.arange(world.batch, device=world.device)[:, None] < rest
+    latents, mice, held = [], [], []
+    for frame in range(CONTEXT):
+        mouse, keys = script.controls()
+        calm = resting & (frame > 3)
+        mouse, keys = mouse * ~calm, (keys & ~calm).float()
+        advance(world, mouse, keys)
+        mice.append(mouse)
+        held.append(keys)
+        latents.append(camera.coded(world))
+    return latents, mice, held
 
 
 def _asked(worlds: int, frames: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
