@@ -82,7 +82,8 @@ def dmd_loss(x: Tensor, clean_teacher: Tensor, clean_critic: Tensor, frames: Ten
         frames: bool [b, n] that count.
 
     Returns:
-        Scalar float64; its gradient in x is the difference of the estimates over the teacher's mean distance per item.
+        Scalar float64. Its gradient in x is proportional to the difference of the estimates, critic's less teacher's,
+        divided per item by the mean distance between x and the teacher's.
     """
     exact = x.double()
     with torch.no_grad():
