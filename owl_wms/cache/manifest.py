@@ -97,8 +97,8 @@ def _sign(body: dict[str, Any], hmac_key: bytes) -> str:
 def parse(data: bytes, path: Path | str) -> Manifest:
     """Read a manifest strictly.
 
-    Work is bounded before it is done: 1 MiB of text, 50,000 values, 32 levels; so any bytes take under 100 ms and 64
-        MiB.
+    Work is bounded before it is done (1 MiB of text, 50,000 values, 32 levels), so any bytes take under 100 ms and
+    64 MiB.
 
     Raises:
         CacheCorruptError: for any bytes that `Manifest.to_bytes` would not have written, and nothing else.
