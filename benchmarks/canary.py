@@ -120,7 +120,7 @@ class Cost:
         per_frame = statistics.median(without) / self.frames
         mean = statistics.mean([*extra[True], *extra[False]])
         share = mean / (per_frame * DEFAULT_EVERY)
-        console.print(f"program {per_frame * 1e3:.4f} ms per frame, {self.frames} frames a call")
+        console.print(f"program {per_frame * 1e3:.4f} ms per frame, {self.frames} frames per call")
         for by_fp32, name in ((False, "decided by PyTorch's frame"), (True, "decided by fp32")):
             if extra[by_fp32]:
                 low, *_, high = statistics.quantiles(extra[by_fp32] * 2, n=10)

@@ -68,8 +68,8 @@ def measure_interleaved(
     Args:
         candidates: name -> function of one tensor.
         inputs: tensors of one shape on one device, rotated from round to round.
-        rounds: timed calls a candidate.
-        warmup: untimed calls a candidate before the first round.
+        rounds: timed calls per candidate.
+        warmup: untimed calls per candidate before the first round.
         head_start: clock cycles for which the GPU is kept busy before each timed call, so that the launch of a graph is
             not timed, whatever ran before it.
     """

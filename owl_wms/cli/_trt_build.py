@@ -115,7 +115,7 @@ def bench(
     files = (vae_id, vae_config, checkpoint)
     rows = measured(decode, decoder, shape, files, compiled=compiled, iterations=iterations)
     table = Table(title=f"batch {decode.batch_size}, latent {list(shape)}, {device}")
-    for heading in ("what", "ms a batch", "frames/s", "relative L2 error to fp32"):
+    for heading in ("what", "ms per batch", "frames/s", "relative L2 error to fp32"):
         table.add_column(heading)
     for row in rows:
         if "failed" in row:

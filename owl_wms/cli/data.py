@@ -72,7 +72,7 @@ def make(
             resume=resume,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    typer.echo(f"{path}: {rows} episodes of {frames} frames at {fps} a second")
+    typer.echo(f"{path}: {rows} episodes of {frames} frames at {fps} per second")
 
 
 @app.command(name="import")

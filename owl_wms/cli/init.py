@@ -61,7 +61,7 @@ def init(
     parse_world(read_yaml(files[0]), path=files[0])  # a path with a `$` in it is found here, not by the first `train`
     height, width = start.grid
     typer.echo(
-        f"{files[0]}: latents {start.channels}x{height}x{width}, {start.n_buttons} buttons, {start.fps} frames a "
+        f"{files[0]}: latents {start.channels}x{height}x{width}, {start.n_buttons} buttons, {start.fps} frames per "
         f"second, vae_scale {start.scale:g}"
     )
     for remark in start.remarks:

@@ -2,7 +2,7 @@
 (`cod_s3_mixed`). With sound, labelled ones are `cod_s3_audio`.
 
 Each rank and each worker draws from a generator of its own, seeded by (seed, rank, worker), so runs repeat and ranks
-differ. One tar is shared by up to `file_share_max` windows a clip, and windows of several tars are mixed in a bounded
+differ. One tar is shared by up to `file_share_max` windows per clip, and windows of several tars are mixed in a bounded
 pool before they leave.
 
 Usage:
