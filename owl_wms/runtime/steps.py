@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError, NonFiniteError
+from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError
 from owl_wms.request import Request
 from owl_wms.runtime import recording
 from owl_wms.runtime.canary import CHECKS
@@ -144,7 +144,7 @@ class Steps:
         done = self._by_program(eager, slot, latent, state) if self._ready(slot) else None
         frames, state = done or self._by_pytorch(eager, latent, state)
         if done is None and self._looks(eager.dtype) and not bool(all_finite(frames)):
-            self._tell_non_finite(frames)
+            self._tell_non_finite(frames, eager.dtype)
         self._ledger.add("decodes")
         self._ledger.add("frames", frames.shape[0] * frames.shape[1])
         return frames.to(eager.dtype or frames.dtype), state
@@ -154,15 +154,11 @@ class Steps:
         self._calls += 1
         return looks(self.check, self._calls, fp16=dtype == torch.float16) and not recording.underway()
 
-    def _tell_non_finite(self, frames: Tensor) -> None:
+    def _tell_non_finite(self, frames: Tensor, dtype: torch.dtype | None) -> None:
         """Warns once, or raises, about frames `[b, k, ...]` of PyTorch that are not finite."""
-        first = self._ledger.count("frames")
-        text = f"frames from {first} on have values that are not finite (NaN or infinite)"
-        text = f"{text}; look at the latents and weights"
+        first, error = self._ledger.count("frames"), self.check == "error"
         self._ledger.add("non_finite", frames.shape[0] * frames.shape[1])
-        if self.check == "error":
-            raise NonFiniteError(text, frame=first)
-        self._ledger.warn("non-finite frames", text)
+        self._ledger.non_finite(f"frames from {first} on have", "non-finite frames", dtype, first=first, raised=error)
 
     def prepare(self, shape: tuple[int, ...]) -> None:
         """Finds or builds the program for latents `(b, c, h, w)`, and waits for it."""
@@ -226,7 +222,7 @@ class Steps:
                 for truth, got in zip((answered[0], *answered[1]), (frames, *following), strict=True)
             )
             if not bool(all_finite(answered[0])):
-                self._tell_non_finite(answered[0])
+                self._tell_non_finite(answered[0], eager.dtype)
             if not places:
                 return answered
             self._failed(slot, non_finite_failure(slot, places), "non-finite")
