@@ -113,7 +113,8 @@ class GameSource:
         for _ in range(self._repeat):
             self._world.step(mouse.view(1, 2).to(self._device), buttons.view(1, -1).to(self._device))
         picture = render(self._world, height=self._size[0], width=self._size[1])
-        self._wait()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         rendered = time.perf_counter()
         if self._encode is not None and self._decode is not None:
             picture = self._decode(self._encode(picture).unsqueeze(0))[0]
@@ -130,10 +131,6 @@ class GameSource:
         for _ in range(_WARM_UP):
             world.step(*script.controls())
         return world
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
     def restart(self) -> None:
         """See `Source`."""

@@ -344,16 +344,13 @@ def why_pytorch(original: nn.Module, z: Any, dims: int = 4) -> str:
         return "gradients are wanted (decode under torch.no_grad() otherwise)"
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return "a dispatch mode or function transform"
-    if torch._C._len_torch_function_stack() and not all(map(_only_places, _get_current_function_mode_stack())):
+    if torch._C._len_torch_function_stack() and not all(  # `with torch.device(...)` only places new tensors
+        isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
+    ):
         return "a function mode"
     if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return "differentiated forwards or traced"
     return "a CUDA graph is recorded" if recording.underway() else ""
-
-
-def _only_places(mode: Any) -> bool:
-    """Returns whether a function mode only says where new tensors are made, as `with torch.device(...)` does."""
-    return isinstance(mode, DeviceContext)
 
 
 def altered(module: nn.Module) -> bool:

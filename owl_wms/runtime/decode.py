@@ -229,7 +229,7 @@ class VideoDecode:
 
         for start in starts:
             chunk = chunk_at(start)
-            with _measured(self._stopwatch, device):
+            with contextlib.nullcontext() if self._stopwatch is None else self._stopwatch.measure(device):
                 decoding.decode(chunk, start, by_program=ready)
         for start in decoding.not_finite(chunk_at):
             count = min(self.batch_size, len(frames) - start)
@@ -372,10 +372,6 @@ def run_in_child(device: torch.device | None, name: str) -> None:
             f"start workers with the spawn method, or make the {name} inside the worker",
         )
     torch.set_num_threads(1)  # OpenMP's worker threads were not forked; waiting for them would never end
-
-
-def _measured(stopwatch: Stopwatch | None, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if stopwatch is None else stopwatch.measure(device)
 
 
 _LIVE: weakref.WeakSet[VideoDecode] = weakref.WeakSet()

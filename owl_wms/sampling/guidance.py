@@ -54,10 +54,6 @@ class Guidance:
         if not 0 < self.max_level <= 1:
             raise ConfigError(f"max_level must be above 0 and at most 1, got {self.max_level}", key="max_level")
 
-    @property
-    def _doubles(self) -> bool:
-        return self.unconditional == "dropped" and self.scale > 0 and self.scale != 1
-
     def velocity(self, parts: Parts, t: Tensor, mouse: Tensor, btn: Tensor, cache: Cache | None = None) -> Parts:
         """Guided velocity of each part.
 
@@ -70,7 +66,7 @@ class Guidance:
         Returns:
             The shapes of parts.
         """
-        if self._doubles:
+        if self.unconditional == "dropped" and self.scale > 0 and self.scale != 1:
             b = t.shape[0]
             shown = torch.arange(2 * b, device=t.device) >= b
             both = self._run(

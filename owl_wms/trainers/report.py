@@ -11,7 +11,7 @@ import base64
 import html
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,9 +242,5 @@ def _clips(folder: Path, run: Run) -> str:
             )
         note = f' <span class="none">decoded by {html.escape(decoder)}</span>' if decoder else ""
         parts.append(f'<h3>Step {step}{note}</h3><div class="row">{"".join(figures)}</div>')
-    parts += _failures(run.errors)
+    parts += [f"<p>Step {step}: the evaluation failed: {html.escape(text)}</p>" for step, text in run.errors]
     return "".join(parts) or '<p class="none">none</p>'
-
-
-def _failures(errors: Iterable[tuple[int, str]]) -> list[str]:
-    return [f"<p>Step {step}: the evaluation failed: {html.escape(text)}</p>" for step, text in errors]
