@@ -130,11 +130,11 @@ def import_(
 
 def _frame_encoder(config: Path, checkpoint: Path, where: Any, batch: int, resize: bool) -> Any:
     from owl_wms.cli import _shared as shared
+    from owl_wms.configs import pictures_of
     from owl_wms.data.importing import FrameEncoder
     from owl_wms.media.facts import Facts
     from owl_wms.media.read_facts import file_digest
     from owl_wms.vae import fold_weight_norm, load_encoder
-    from owl_wms.vae.load import pictures_of
 
     channels, size = pictures_of(config)
     precision = shared.choose_dtype(None, where)

@@ -39,6 +39,7 @@ def encode(
 
     from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
+    from owl_wms.configs import pictures_of
     from owl_wms.media.arrays import ARRAY_SUFFIXES, check_encoded, save_array
     from owl_wms.media.facts import Facts
     from owl_wms.media.frames import frame_batches
@@ -47,7 +48,6 @@ def encode(
     from owl_wms.runtime.ahead import ahead
     from owl_wms.timing import Spent
     from owl_wms.vae import fold_weight_norm, load_encoder
-    from owl_wms.vae.load import pictures_of
 
     console = Console(stderr=True)
     where = shared.choose_device(device)

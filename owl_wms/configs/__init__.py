@@ -19,6 +19,7 @@ from owl_wms.configs.vae import (
     load_vae_config,
     load_vae_model,
     parse_vae_model,
+    pictures_of,
 )
 from owl_wms.configs.world import (
     TRAINER_REQUIRED,
@@ -50,5 +51,6 @@ __all__ = [
     "load_world_config",
     "missing_trainer_keys",
     "parse_vae_model",
+    "pictures_of",
     "require_trainer_keys",
 ]

@@ -224,6 +224,21 @@ def load_vae_model(path: Path | str) -> VAEModelConfig:
     return parse_vae_model(data.get("model", {}), path=path)
 
 
+def pictures_of(path: Path | str) -> tuple[int, tuple[int, int]]:
+    """Read from an autoencoder's YAML file the channels, and height and width in pixels, of the pictures that it takes.
+
+    Raises:
+        ConfigError: as `load_vae_model`, or the autoencoder does not take pictures.
+    """
+    model = load_vae_model(path)
+    size = getattr(model, "sample_size", None)
+    if size is None or model.model_id == "audio_ae":
+        text = f"{path}: {model.model_id} does not take pictures; name another autoencoder"
+        raise ConfigError(text, path=path, key="model.model_id")
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(model, "channels", 3), (height, width)
+
+
 def load_vae_config(path: Path | str) -> VAEConfig:
     """Read an autoencoder's YAML file. Keys of `train` that are unknown are logged once per file and ignored.
 

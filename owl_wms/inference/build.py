@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs import WorldConfig
+from owl_wms.configs import WorldConfig, pictures_of
 from owl_wms.configs.world import with_files_found
 from owl_wms.errors import ConfigError
 from owl_wms.game.world import FRAMES_PER_SECOND
@@ -32,7 +32,6 @@ from owl_wms.runtime import ClipDecode, clip_decoder
 from owl_wms.settings import TensorRTConfig
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
 from owl_wms.vae import fold_weight_norm, load_encoder
-from owl_wms.vae.load import pictures_of
 from owl_wms.vae.on_cpu import quick_on_cpu
 
 # Pixels per latent of the autoencoder of `HUB_VAE_ID`, f64, whose frames are square.

@@ -34,21 +34,6 @@ from owl_wms.vae.taehv import TAEHVDecoder
 from owl_wms.vae.taehv_weights import config_of, fit_grow_layers, require_fits
 
 
-def pictures_of(cfg_path: Path | str) -> tuple[int, tuple[int, int]]:
-    """Returns channels, and height and width in pixels, of the pictures that a configured autoencoder takes.
-
-    Raises:
-        ConfigError: the configuration cannot be used, or its autoencoder does not take pictures.
-    """
-    model = load_vae_model(cfg_path)
-    size = getattr(model, "sample_size", None)
-    if size is None or model.model_id == "audio_ae":
-        text = f"{cfg_path}: {model.model_id} does not take pictures; name another autoencoder"
-        raise ConfigError(text, path=cfg_path, key="model.model_id")
-    height, width = (size, size) if isinstance(size, int) else size
-    return getattr(model, "channels", 3), (height, width)
-
-
 def load_decoder(vae_id: str | None, cfg_path: Path | str | None, ckpt_path: Path | str | None) -> nn.Module:
     """The decoder of a configuration with a file's weights, float32 on the CPU in eval mode.
 
