@@ -53,8 +53,8 @@ class Status(NamedTuple):
 
 
 def choose_engine(name: str | None) -> str:
-    """Returns the engine of this name, or by default: Ray if it is installed and RAY_ADDRESS names a cluster or this
-    process belongs to one; ranks under torchrun or srun; else local.
+    """Returns the engine of this name, or by default: Ray if it is installed and RAY_ADDRESS is set; ranks under
+    torchrun or srun; else local.
 
     Raises:
         ConfigError: another name, or `ranks` without a launcher.
