@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from owl_wms.batch import Job
     from owl_wms.batch.progress import Tally
+    from owl_wms.batch.run import Status
 
 _log = logging.getLogger(__name__)
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="Folder, s3:// prefix, file, or manifest .jsonl or .txt.")]
@@ -160,23 +162,12 @@ def _go(
     from owl_wms.batch.progress import Tally
     from owl_wms.errors import ConfigError, DataError
 
-    console = Console(stderr=True)
     if show:
-        state = engines.status(job, source, suffixes)
-        text = f"done {state.done}, failed {state.failed}, left {state.left}"
-        if state.rate is not None:
-            text += f", {state.rate:.1f} frames/s in the last run"
-        if state.seconds_left is not None and state.left:
-            text += f", {state.seconds_left:.0f} s left at that rate"
-        typer.echo(text)
+        _print_status(engines.status(job, source, suffixes))
         return
     if verify:
-        wrong = 0
-        for output, reason in engines.verify(job):
-            typer.echo(os.fsencode(f"{output}: {reason}"))  # a name may be no UTF-8
-            wrong += 1
-        typer.echo(f"{wrong} wrong outputs; run without --verify to make them again" if wrong else "all as recorded")
-        raise typer.Exit(bool(wrong))
+        raise typer.Exit(_print_wrong(engines.verify(job)))
+    console = Console(stderr=True)
     chosen = engines.choose_engine(engine)
     if gpus is not None and workers is not None:
         raise ConfigError("--gpus and --workers: give one of them, --gpus for a worker on each GPU", key="gpus")
@@ -215,6 +206,25 @@ def _go(
     if mine.failed:
         console.print(f"reasons: {job.out}/_ledger/failed.jsonl", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _print_status(state: Status) -> None:
+    text = f"done {state.done}, failed {state.failed}, left {state.left}"
+    if state.rate is not None:
+        text += f", {state.rate:.1f} frames/s in the last run"
+    if state.seconds_left is not None and state.left:
+        text += f", {state.seconds_left:.0f} s left at that rate"
+    typer.echo(text)
+
+
+def _print_wrong(found: Iterator[tuple[str, str]]) -> bool:
+    """Prints the outputs that are wrong, and why; returns whether there are any."""
+    wrong = 0
+    for output, reason in found:
+        typer.echo(os.fsencode(f"{output}: {reason}"))  # a name may be no UTF-8
+        wrong += 1
+    typer.echo(f"{wrong} wrong outputs; run without --verify to make them again" if wrong else "all as recorded")
+    return wrong > 0
 
 
 def _check_gpus(gpus: int) -> None:
