@@ -1,5 +1,5 @@
 """`Request`: one program that is wanted, as one frozen object that travels from the decode function to the build
-    process.
+process.
 
 Why one object: the cache key, the build process and the manifest must agree on what was asked for. A setting that
 reached the compiler and not the key would let one program be taken for another.

@@ -118,7 +118,7 @@ def interleaved(
     measure: Measure = _measured,
     head_start: int = 0,
 ) -> dict[str, float]:
-    """Median milliseconds a call of every candidate on `z`, without those that were left out.
+    """Median milliseconds per call of every candidate on `z`, without those that were left out.
 
     Args:
         z: latents on the device; every candidate gets the same batch (weights, not latents, dominate memory traffic).

@@ -166,9 +166,15 @@ class Index:
         self._kept = kept
         self._base = sqlite3.connect("")  # an empty name is a temporary file, removed when it is closed
         self._base.execute("PRAGMA cache_size=-8192")
-        self._base.execute("CREATE TABLE state (key BLOB PRIMARY KEY, event TEXT, line TEXT) WITHOUT ROWID")
+        self._base.execute(
+            "CREATE TABLE state (key BLOB PRIMARY KEY, event TEXT, line TEXT, frames INTEGER) WITHOUT ROWID"
+        )
         self._base.execute("CREATE TABLE made (name BLOB PRIMARY KEY, url BLOB) WITHOUT ROWID")
-        self.frames = 0
+
+    @property
+    def frames(self) -> int:
+        """Returns the frames of all items that are done."""
+        return int(self._base.execute("SELECT total(frames) FROM state WHERE event = 'done'").fetchone()[0])
 
     def take(self, lines: Iterable[Line]) -> None:
         """Takes lines in the order in which they were written; a `done` holds until it is `lost`."""
@@ -176,13 +182,12 @@ class Index:
             key, event = line["key"].encode(), str(line.get("event"))
             if event != "lost" and self.is_done(line["key"]):
                 continue
-            if event == "done":
-                self.frames += line["frames"]
-                if isinstance(line.get("name"), str):
-                    pair = (os.fsencode(line["name"]), os.fsencode(line["item"]))
-                    self._base.execute("INSERT OR REPLACE INTO made VALUES (?, ?)", pair)
+            if event == "done" and isinstance(line.get("name"), str):
+                pair = (os.fsencode(line["name"]), os.fsencode(line["item"]))
+                self._base.execute("INSERT OR REPLACE INTO made VALUES (?, ?)", pair)
             kept = json.dumps(line) if event in self._kept else ""
-            self._base.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (key, event, kept))
+            row = key, event, kept, line["frames"] if event == "done" else 0
+            self._base.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?, ?)", row)
 
     def is_done(self, key: str) -> bool:
         """Returns whether the item's outputs are in place."""

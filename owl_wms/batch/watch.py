@@ -51,7 +51,7 @@ class Watch:
                 if self._at is None or time.monotonic() < self._at[0]:
                     continue
                 _, part, key, item = self._at
-                reason, remedy = f"took longer than {self._limit:g} s", "raise --time-limit, or decode it alone"
+                reason, remedy = f"took longer than {self._limit:g} s", "raise --time-limit, or run it alone"
                 try:
                     part.add("failed", key, item=item.url, reason=reason, remedy=remedy)
                     part.upload()

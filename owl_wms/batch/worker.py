@@ -189,7 +189,7 @@ class BlockWorker:
         if last.get("event") in ("done", "failed"):
             return _outcome(block, last)
         if sum(line["event"] == "begin" for line in lines) >= ATTEMPTS:
-            reason, remedy = f"{ATTEMPTS} workers ended while they had it", "decode it alone to see why"
+            reason, remedy = f"{ATTEMPTS} workers ended while they had it", "run it alone to see why"
             part.add("failed", key, item=item.url, reason=reason, remedy=remedy)
             return Outcome(block, key, item.url, "failed", reason=reason)
         return None

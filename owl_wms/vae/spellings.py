@@ -31,8 +31,7 @@ def respelled(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
     """Returns `state` with the keys of `own` where a key is only another spelling, and other keys as they are.
 
     Where `own` has a weight norm and `state` its folded product, the product becomes the direction and its norm the
-    gain; a row of zeros gets the gain 0. Where it is the other way round, the
-    product is computed in float32.
+    gain; a row of zeros gets the gain 0. Where it is the other way round, the product is computed in float32.
 
     Args:
         state: dense tensors by name.

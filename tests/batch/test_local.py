@@ -192,13 +192,15 @@ def test_verify_finds_what_changed_and_the_next_run_mends_it(tmp_path: Path) -> 
     job = fake_job(tmp_path / "out")
     plain(job, folder)
     assert list(verify(job)) == []
-    good = outputs_of(job)
+    good, frames = outputs_of(job), status(job, str(folder), LATENT_SUFFIXES).frames
     (Path(job.out) / "1.pt.npy").write_bytes(b"\0" + good["1.pt.npy"][1:])
     (Path(job.out) / "2.pt.npy").unlink()
     wrong = dict(verify(job))
     assert wrong == {"1.pt.npy": "its hash is not the one that was recorded", "2.pt.npy": "is not there"}
+    assert status(job, str(folder), LATENT_SUFFIXES).frames == frames // 2, "two of four are lost"
     assert len(go(job, folder)) == 2
     assert outputs_of(job) == good
+    assert status(job, str(folder), LATENT_SUFFIXES).frames == frames, "each is counted once"
 
 
 def test_another_input_never_replaces_outputs_of_a_file_that_is_still_there(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ with the reference's arithmetic, which counts instead where e is more than twice
 than 8 eps.
 
 fp32 has the same rule with constants in e's place: relative 2 * 5e-5, absolute 1e-2. That lets another order of
-summation pass (about 1e-6 a layer) and stops TF32 (2e-4 to 1e-3), which eager's own convolutions use by default:
+summation pass (about 1e-6 per layer) and stops TF32 (2e-4 to 1e-3), which eager's own convolutions use by default:
 whoever asks for fp32 by name does not ask for that, so eager's error is reported and widens nothing.
 
-fp8 and int8 are used only by a user who asks for them by name, and have a rule of their own: finite as above, and at
-    scale 1, the one that they are calibrated for, psnr        20 log10(2 / rms(y - r)), both clamped to [-1, 1], is >=
-    PSNR_GATE_DB[precision]
-(40 dB: an rms error of a hundredth of the range). The other numbers are
-reported all the same.
+fp8 and int8 are used only by a user who asks for them by name, and have a rule of their own:
+    finite      as above
+    psnr        20 log10(2 / rms(y - r)), both clamped to [-1, 1], >= PSNR_GATE_DB[precision] at scale 1, the one that
+                they are calibrated for (40 dB: an rms error of a hundredth of the range)
+The other numbers are reported all the same.
 
 Usage:
     reference = Reference.measure(folded_fp32, eager, spec.input_shape, dtype, "cuda:0")
@@ -166,7 +166,7 @@ class Reference:
     """fp32 answers and eager's errors at one precision, measured once and compared with every program.
 
     Attributes:
-        inputs: one latent batch a scale, in the precision's dtype.
+        inputs: one latent batch per scale, in the precision's dtype.
         wanted: the fp32 decoder's outputs (float32, same device), as many for each input as a decode returns.
         eager: eager's errors against them, as far as they are believed.
         scales: of the latents, in the order of the lists.

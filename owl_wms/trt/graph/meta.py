@@ -1,7 +1,7 @@
 """Shapes through a decoder on the meta device in milliseconds.
 
 Why it exists: torch computes the shapes of many operators in Python, the bicubic enlargement as a hundred operators of
-its own (70 ms a call), and the first such operator imports sympy and torch._dynamo (1.5 s). A decoder is mostly
+its own (70 ms per call), and the first such operator imports sympy and torch._dynamo (1.5 s). A decoder is mostly
 convolutions, enlargements and pointwise operators on plain contiguous tensors, for which shape, dtype and strides of
 the answer follow at once. What is not plain goes to torch's own rule, so the answer never differs; tests compare them.
 
