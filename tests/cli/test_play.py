@@ -154,10 +154,10 @@ def test_bad_calls_end_in_one_line(arguments: list[str], message: str, capsys: p
 @pytest.mark.parametrize(
     ("written", "instead", "message"),
     [
-        ("fps: 20", "fps: 500", "500 frames a second, and the page shows at most 240: give a rate with --fps"),
-        ("n_steps: 4", "n_steps: four", "train.sampler_kwargs.n_steps"),
-        ("noise_prev: 0.15", "noise_prev: 2", "train.sampler_kwargs.noise_prev"),
-        ("n_steps: 4", "n_steps: 4, custom_schedule: 1", "train.sampler_kwargs.custom_schedule"),
+        ("fps: 20", "fps: 500", "train.fps: must be at most 240, received 500"),
+        ("n_steps: 6", "n_steps: six", "train.sampler_kwargs.n_steps"),
+        ("noise_prev: 0.2,", "noise_prev: 2,", "train.sampler_kwargs.noise_prev"),
+        ("n_steps: 6", "n_steps: 6, custom_schedule: 1", "train.sampler_kwargs.custom_schedule"),
         ("n_buttons: 11", "n_buttons: 4", "has 4 buttons and the game 11"),
     ],
 )
