@@ -10,7 +10,8 @@ its frames to other positions by one rotation (`shift`):
 
 Usage:
     table = RotaryTable(config)
-    q = rotate_by(q, *table.at(first_frame=3, frames=n))        # [b, heads, n * t, e]
+    cos, sin = table.at(first_frame=3, frames=n)
+    q = rotate_by(q, cos, sin)        # [b, heads, n * t, e]
 """
 
 from __future__ import annotations
