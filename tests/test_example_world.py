@@ -97,6 +97,10 @@ def test_trained_weights_get_limits(
     limits.fit(played.latents.flatten(0, 1).float().repeat(2, 1, 1, 1))
     assert torch.equal(weights.pop("core.limits.reach").float(), limits.reach.bfloat16().float())
     assert list(weights) == ["core.limits.middle"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path), "--rounds", "2"])
+    module.main()
+    made = [(path / "world.safetensors").read_bytes() for path in (tmp_path, tmp_path / "out")]
+    assert made[0] == made[1], "in the place of the weights themselves too"
 
 
 def episodes(script: ModuleType, count: int = 6, frames: int = 24) -> object:

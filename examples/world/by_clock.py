@@ -137,7 +137,8 @@ def judge(
     others = [steps for steps in (5, 4, 8, 3, 2, 1) if steps != sampler["n_steps"]]
     players |= {f"{steps} steps": played(n_steps=steps) for steps in others}
     players["other order"] = played(order=3 - sampler.get("order", 1))
-    players |= {f"history at {level}": played(noise_prev=level) for level in (0.1, 0.2, 0.25)}
+    levels = [level for level in (0.1, 0.15, 0.2, 0.25) if level != sampler["noise_prev"]]
+    players |= {f"history at {level}": played(noise_prev=level) for level in levels}
     longest = 0.0
     for name, make in players.items():
         begun = time.monotonic()

@@ -196,8 +196,8 @@ class ClockTrainer(OwnHistoryTrainer):
             return
         frames = self._data.latents[: len(self._data)].flatten(0, 1)
         step = max(1, len(frames) // LIMIT_FRAMES)
-        for model in (self.model, self.ema.model):
-            model.core.limits.fit(self.space.to_model(frames[::step].float()))
+        self.model.core.limits.fit(self.space.to_model(frames[::step].float()))
+        self.ema.model.core.limits.load_state_dict(self.model.core.limits.state_dict())
 
     def run(self, plan: Plan, until: float) -> None:
         """Train until `time.monotonic()` says `until`; writes log.jsonl, and weights every few minutes."""

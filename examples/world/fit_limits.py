@@ -24,6 +24,7 @@ from owl_wms.models.latents import LatentSpace
 from owl_wms.nn.limits import FrameLimits
 from owl_wms.nn.setting import latent_grid
 from owl_wms.vae.eight_bits import packed
+from owl_wms.whole import written_whole
 
 FIRST_WORLD = FIRST_SEED + 900_000_000  # far from the worlds of any run
 PLAYERS, FRAMES = 64, 8  # worlds of a round, and frames in each: many worlds, as neighbouring frames are alike
@@ -40,7 +41,6 @@ def main() -> None:
     args = parser.parse_args()
     if not args.weights.is_file():
         parser.error(f"--weights {args.weights}: no such file")
-    args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = with_files_found(load_world_config(args.config), args.config)
     encode, _ = make_codec(cfg, device)
@@ -54,7 +54,8 @@ def main() -> None:
     limits = FrameLimits(cfg.model.channels, *latent_grid(cfg.model)).to(device)
     limits.fit(frames)
     found = packed({f"core.limits.{name}": value for name, value in limits.state_dict().items()})
-    save_file(load_file(args.weights) | found, args.out / "world.safetensors")
+    with written_whole(args.out / "world.safetensors") as draft:  # which may be the weights themselves
+        save_file(load_file(args.weights) | found, draft)
     say(f"limits of {len(frames)} frames of {args.rounds * PLAYERS} worlds: {args.out / 'world.safetensors'}")
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs import load_vae_model
+from owl_wms.configs import load_vae_model, pictures_of
 from owl_wms.data.s3 import tar_members
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.files import open_regular, read_exactly, size_of
@@ -29,7 +29,7 @@ from owl_wms.media.arrays import as_clips, check_encoded, check_finite, load_ten
 from owl_wms.media.facts import Facts
 from owl_wms.media.frames import frame_batches
 from owl_wms.media.latents import LatentFile
-from owl_wms.media.read_facts import file_digest, read_facts
+from owl_wms.media.read_facts import read_facts, weights_digest
 from owl_wms.media.watch import VIDEO_SUFFIXES, rate_of
 from owl_wms.runtime import UNATTENDED, Latents, clip_decoder, decode_pieces
 from owl_wms.runtime.ahead import ahead
@@ -169,7 +169,7 @@ class DecodeClips:
 
     @cached_property
     def _digest(self) -> str | None:
-        return _digest_of(self._checkpoint)
+        return None if self._checkpoint is None else weights_digest(self._checkpoint)
 
     def prepare(self, source: LatentClip) -> None:
         """Finds or builds the program for latents of this size."""
@@ -179,11 +179,6 @@ class DecodeClips:
     def stream(self, source: LatentClip, spent: Spent) -> Iterator[Tensor]:
         """Yields uint8 `[k, H, W, C]`, clips end to end; the stages are `read`, `decode` and `copy`."""
         return decode_pieces(self._run, source.latents, scale=source.scale, spent=spent)
-
-
-def _digest_of(checkpoint: str | None) -> str | None:
-    """Returns the SHA-256 of a file of weights; None for a folder of several."""
-    return file_digest(checkpoint) if checkpoint is not None and Path(checkpoint).is_file() else None
 
 
 class _Held:
@@ -259,13 +254,7 @@ class EncodeClips:
             CheckpointError: the weights cannot be read or belong to another architecture.
         """
         self._where, self._precision = _place(device, dtype)
-        model = load_vae_model(vae_config)
-        size = getattr(model, "sample_size", None)
-        if size is None or model.model_id == "audio_ae":
-            text = f"{vae_config}: {model.model_id} does not take pictures; name another autoencoder"
-            raise ConfigError(text, path=vae_config, key="model.model_id")
-        self._size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        self._channels: int = model.channels  # type: ignore[union-attr]
+        self._channels, self._size = pictures_of(vae_config)
         encoder = fold_weight_norm(load_encoder(None, vae_config, checkpoint))
         self._encoder = _laid_out(encoder.to(self._where, self._precision).eval(), self._where)
         self._batch_size, self._scale, self._resize = batch_size, scale, resize
@@ -308,7 +297,7 @@ class EncodeClips:
 
     @cached_property
     def _facts(self) -> Facts:
-        own, digest = Path(self._checkpoint).name, _digest_of(self._checkpoint)
+        own, digest = Path(self._checkpoint).name, weights_digest(self._checkpoint)
         return Facts(vae_scale=self._scale, vae=own, vae_sha256=digest, layout="n c h w")
 
     def stream(self, source: FrameClip, spent: Spent) -> Iterator[Tensor]:

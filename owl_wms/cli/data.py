@@ -50,7 +50,7 @@ def make(
     from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.data.latent_dataset import make_game_latents
-    from owl_wms.media.read_facts import file_digest
+    from owl_wms.media.read_facts import weights_digest
     from owl_wms.vae import load_encoder
 
     bounds.check_number("--seed", seed, bounds.SEEDS)
@@ -68,7 +68,7 @@ def make(
             first_seed=seed,
             batch=batch,
             encoder_name=vae_checkpoint.name,
-            vae_sha256=file_digest(vae_checkpoint) if vae_checkpoint.is_file() else None,
+            vae_sha256=weights_digest(vae_checkpoint),
             resume=resume,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -133,7 +133,7 @@ def _frame_encoder(config: Path, checkpoint: Path, where: Any, batch: int, resiz
     from owl_wms.configs import pictures_of
     from owl_wms.data.importing import FrameEncoder
     from owl_wms.media.facts import Facts
-    from owl_wms.media.read_facts import file_digest
+    from owl_wms.media.read_facts import weights_digest
     from owl_wms.vae import fold_weight_norm, load_encoder
 
     channels, size = pictures_of(config)
@@ -149,7 +149,7 @@ def _frame_encoder(config: Path, checkpoint: Path, where: Any, batch: int, resiz
         size=size,
         batch=batch,
         resize=resize,
-        facts=Facts(vae=checkpoint.name, vae_sha256=file_digest(checkpoint) if checkpoint.is_file() else None),
+        facts=Facts(vae=checkpoint.name, vae_sha256=weights_digest(checkpoint)),
     )
 
 

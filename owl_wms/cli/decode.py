@@ -67,7 +67,7 @@ def decode(
     from owl_wms.media import sinks
     from owl_wms.media.facts import Facts
     from owl_wms.media.latents import LatentFile
-    from owl_wms.media.read_facts import file_digest, read_facts
+    from owl_wms.media.read_facts import read_facts, weights_digest
     from owl_wms.media.video import choose_encoder
     from owl_wms.runtime import clip_decoder, decode_pieces
     from owl_wms.runtime.steps import frames_of
@@ -84,7 +84,7 @@ def decode(
         remedy = "give one of its files, or decode all of them with owl-wms decode-dataset"
         raise ConfigError(f"{latents}: is a folder, one file of latents is wanted: {remedy}", path=latents)
     facts = read_facts(latents) if latents.is_file() else Facts()  # what is missing is told by its reader
-    digest = file_digest(checkpoint) if facts.vae_sha256 and checkpoint.is_file() else None
+    digest = weights_digest(checkpoint) if facts.vae_sha256 else None
     bounds.check_number("--scale", scale, bounds.SCALES)
     bounds.check_number("--fps", fps, bounds.FPS)
     bounds.check_number("--crf", crf, (0, 51))

@@ -43,7 +43,7 @@ def encode(
     from owl_wms.media.arrays import ARRAY_SUFFIXES, check_encoded, save_array
     from owl_wms.media.facts import Facts
     from owl_wms.media.frames import frame_batches
-    from owl_wms.media.read_facts import file_digest
+    from owl_wms.media.read_facts import weights_digest
     from owl_wms.media.watch import VIDEO_SUFFIXES, rate_of
     from owl_wms.runtime.ahead import ahead
     from owl_wms.timing import Spent
@@ -83,7 +83,7 @@ def encode(
     with spent.on("write"):
         latents = torch.cat(pieces)
         fps = rate_of(frames) if frames.suffix.lower() in VIDEO_SUFFIXES else None
-        digest = file_digest(checkpoint) if checkpoint.is_file() else None
+        digest = weights_digest(checkpoint)
         facts = Facts(fps=fps, vae_scale=scale, vae=checkpoint.name, vae_sha256=digest, layout="n c h w")
         save_array(out, latents, facts=facts)
     console.print(

@@ -62,6 +62,15 @@ def _text_of(path: Path) -> str | bytes | None:
     return None
 
 
+def weights_digest(path: Path | str) -> str | None:
+    """Return the SHA-256 of a file of weights, as files of latents state it; None for a folder of several.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return file_digest(path) if Path(path).is_file() else None
+
+
 def file_digest(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes, 64 hex digits.
 

@@ -49,8 +49,9 @@ class FrameLimits(nn.Module):
     def fit(self, frames: Tensor) -> None:
         """Take the limits from true frames [n, channels, height, width] in the model's scale, some thousand or more."""
         most = max(1, len(frames) - int(BEYOND * len(frames)))
+        height, width = _cosines_of(frames)
         for channel in range(frames.shape[1]):  # one by one: all frames at once would take gigabytes
-            found = _turned(frames[:, channel].float())
+            found = height @ frames[:, channel].float() @ width.mT
             middle = found.mean(dim=0)
             self.middle[channel] = middle
             self.reach[channel] = (found - middle).abs().kthvalue(most, dim=0).values
@@ -58,11 +59,11 @@ class FrameLimits(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return frames [..., channels, height, width] with the coefficients that were beyond the limits at them; where
         none was, the same bits."""
-        found = _turned(x.float())
+        exact, (height, width) = x.float(), _cosines_of(x)
+        found = height @ exact @ width.mT
         middle, reach = self.middle.float(), self.reach.float()
         beyond = found - torch.clamp(found, middle - reach, middle + reach)
-        height, width = (_cosines(size, x.device) for size in x.shape[-2:])
-        return (x.float() - height.mT @ beyond @ width).to(x.dtype)
+        return (exact - height.mT @ beyond @ width).to(x.dtype)
 
 
 def within_limits(model: Any, x: Tensor) -> Tensor:
@@ -71,17 +72,16 @@ def within_limits(model: Any, x: Tensor) -> Tensor:
     return x if limits is None else limits(x)
 
 
-def _turned(x: Tensor) -> Tensor:
-    """Cosine coefficients over height and width, fp32 [..., height, width]."""
-    height, width = (_cosines(size, x.device) for size in x.shape[-2:])
-    return height @ x @ width.mT
-
-
-def _cosines(size: int, device: torch.device) -> Tensor:
-    """The matrix of the orthonormal cosine transform, [size, size].
+def _cosines_of(x: Tensor) -> list[Tensor]:
+    """The matrices that turn the columns and the rows of [..., height, width] into cosine coefficients.
 
     Made anew each time: what a CUDA graph makes while it is captured must not be kept for other uses.
     """
+    return [_cosines(size, x.device) for size in x.shape[-2:]]
+
+
+def _cosines(size: int, device: torch.device) -> Tensor:
+    """The matrix of the orthonormal cosine transform, fp32 [size, size]."""
     place = torch.arange(size, device=device, dtype=torch.float32)
     waves = torch.cos(math.pi / size * place[:, None] * (place + 0.5)) * math.sqrt(2 / size)
     waves[0] *= math.sqrt(0.5)
