@@ -138,9 +138,9 @@ def difference(found: Mapping[str, list[float]]) -> list[float]:
     return [ours, alone, ours - alone]
 
 
-def _lane(fast: AcceleratedDecoder) -> Any:
-    (lane,) = (lane for decode in fast._state.decodes.values() for lane in decode._lanes.values())
-    return lane
+def _found(fast: AcceleratedDecoder) -> Any:
+    (found,) = (found for decode in fast._state.decodes.values() for found in decode._found.values())
+    return found
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def measure(fast: AcceleratedDecoder, z: Tensor, rounds: int) -> dict[str, Any]:
     """Returns the row of one accelerated decoder; `wrong` says what is not as it should be."""
     row: dict[str, Any] = {"latents": list(z.shape), "commit": commit(), "wrong": ""}
     frames = fast(z)
-    generation, slot, _ = _lane(fast)
+    generation, slot, _ = _found(fast)
     loaded = slot.loaded
     row |= {key: loaded.report.get(key) for key in ("precision", "plan", "cuda_graph")}
     if not torch.equal(frames, loaded.program(z).to(frames.dtype)):

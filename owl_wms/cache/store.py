@@ -328,7 +328,7 @@ class CacheStore:
     # ---- small things
 
     def _expected(self, name: str, key: Material) -> Expected:
-        return Expected(label=label(name), key=_whole(key), hmac_key=self._hmac_key)
+        return Expected(label=label(name), key=_as_key(key), hmac_key=self._hmac_key)
 
     def _open(self, *, create: bool) -> int:
         return guard.open_trusted(self.directory, shared=self._hmac_key is not None, create=create)
@@ -362,11 +362,11 @@ class NoStore:
     ) -> Entry:
         """As `CacheStore.get_or_build`; `meanwhile` is not called, for nothing is read."""
         with waiting():
-            expected = Expected(label=label(name), key=_whole(key), hmac_key=None)
+            expected = Expected(label=label(name), key=_as_key(key), hmac_key=None)
             return build_aside(expected, build, "the settings say use_cache=False")
 
 
-def _whole(key: Material) -> Key:
+def _as_key(key: Material) -> Key:
     return key if isinstance(key, Key) else Key.of(key)
 
 

@@ -109,9 +109,9 @@ class InteractivePipeline:
         self._window = min(core.config.n_frames, DEFAULT_WINDOW) if max_window is None else max_window
         self._schedule = None if schedule is None else custom_deltas(schedule)
         self._steps, self._order = steps, order
-        self._sit_down(seed)
+        self._begin_player(seed)
 
-    def _sit_down(self, seed: int) -> None:
+    def _begin_player(self, seed: int) -> None:
         """Makes everything that belongs to one player: history, noise, the picture on its way to the host."""
         self._seed = seed
         self._loop = FrameLoop(
@@ -235,7 +235,7 @@ class InteractivePipeline:
             number: added to the seed. Frames of twins must not be made by two threads at once.
         """
         twin = copy.copy(self)
-        twin._sit_down(self._seed + number)
+        twin._begin_player(self._seed + number)
         return twin
 
     def change_steps(self, by: int) -> int:

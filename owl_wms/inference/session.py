@@ -144,16 +144,16 @@ class Session:
                 raise MessageError("bad message: only text is understood")
             parsed = parse_message(message.data)
             if isinstance(parsed, InputMessage):
-                self._hear(parsed)
+                self._take_input(parsed)
             elif isinstance(parsed, CommandMessage):
-                self._obey(parsed)
+                self._take_command(parsed)
             else:
                 self._drawn = time.perf_counter()
                 self._waiting = [index for index in self._waiting if index > parsed.index]
                 if len(self._waiting) < IN_FLIGHT:
                     self._room.set()
 
-    def _hear(self, parsed: InputMessage) -> None:
+    def _take_input(self, parsed: InputMessage) -> None:
         held = frozenset(parsed.buttons)
         if not held <= set(self._names) or len(parsed.buttons) > len(self._names):
             raise MessageError("bad message: buttons: a name that this source does not have, or too many")
@@ -163,7 +163,7 @@ class Session:
         self._moved = [a + b for a, b in zip(self._moved, parsed.mouse, strict=True)]
         self._sent = parsed.sent
 
-    def _obey(self, command: CommandMessage) -> None:
+    def _take_command(self, command: CommandMessage) -> None:
         if command.name == "pause":
             self._running.clear()
         elif command.name == "play":

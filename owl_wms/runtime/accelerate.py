@@ -86,15 +86,15 @@ def accelerate(
         strict=strict or not settings.fallback_on_error,
         toolchain=toolchain,
     )
-    said = (precision, tuple(batch_sizes), cache_dir, strict, background, toolchain)
-    asked = None if said == ("auto", (), None, False, False, None) else options
+    given = (precision, tuple(batch_sizes), cache_dir, strict, background, toolchain)
+    changed = None if given == ("auto", (), None, False, False, None) else options
     if isinstance(module, nn.Module):
         if isinstance(module, AcceleratedDecoder):
-            return _again(module, asked)  # type: ignore[return-value]
+            return _with_options(module, changed)  # type: ignore[return-value]
         inner = unwrap(module)
         if is_known(inner):
             return _wrapped(inner, options)  # type: ignore[return-value]
-    replaced = [*_replace_decoders(module, options, asked), *_replace_methods(module, options, asked)]
+    replaced = [*_replace_decoders(module, options, changed), *_replace_methods(module, options, changed)]
     if replaced:
         _LOG.info("accelerated: %s", ", ".join(replaced))
     else:
@@ -109,7 +109,7 @@ def is_known(module: Any) -> bool:
     )
 
 
-def _replace_decoders(module: Any, options: Options, asked: Options | None) -> Iterator[str]:
+def _replace_decoders(module: Any, options: Options, changed: Options | None) -> Iterator[str]:
     """Wraps the `.decoder` of every part that has a known one; yields the name of each."""
     for name, part in _parts(module):
         held = getattr(part, "decoder", None)
@@ -118,18 +118,18 @@ def _replace_decoders(module: Any, options: Options, asked: Options | None) -> I
             part.decoder = _wrapped(decoder, options)
             yield f"{_joined(name, 'decoder')}: {type(decoder).__name__}"
         elif isinstance(decoder, AcceleratedDecoder):
-            part.decoder = _again(decoder, asked)
+            part.decoder = _with_options(decoder, changed)
             yield f"{_joined(name, 'decoder')}: {type(decoder.original).__name__} (before)"
 
 
-def _replace_methods(module: Any, options: Options, asked: Options | None) -> Iterator[str]:
+def _replace_methods(module: Any, options: Options, changed: Options | None) -> Iterator[str]:
     """Replaces `decode_video` of the author's TAEHV wherever one is; yields the name of each."""
     for name, part in _parts(module):
         for inside, video in part.named_modules():
             before = vars(video).get(METHOD)
             if isinstance(before, AcceleratedVideo):
-                if asked is not None and before.options != asked:
-                    vars(video)[METHOD] = AcceleratedVideo(video, asked)
+                if changed is not None and before.options != changed:
+                    vars(video)[METHOD] = AcceleratedVideo(video, changed)
                 yield f"{_joined(name, inside, METHOD)} (before)"
             elif before is None and has_layout(video):
                 within = decoder_within(video)
@@ -142,17 +142,17 @@ def _wrapped(decoder: nn.Module, options: Options) -> AcceleratedDecoder:
     return (AcceleratedStream if isinstance(decoder, TAEHVDecoder) else AcceleratedDecoder)(decoder, options)
 
 
-def _again(decoder: AcceleratedDecoder, asked: Options | None) -> AcceleratedDecoder:
-    """Returns the decoder as it is, or one with the options that were asked for this time, if they are other ones.
+def _with_options(decoder: AcceleratedDecoder, changed: Options | None) -> AcceleratedDecoder:
+    """Returns a decoder that was accelerated before, with the new options; as it is for None or equal ones.
 
-    A new one has the parameters and hooks of the old one. What others hung on it beside those (a library's forward
-    around this very object, with what it wraps) cannot move, so then the old one gets the options.
+    The options go into a new wrapper, which has the parameters and hooks of the old one. Other attributes that somebody
+    set on the old wrapper (a library's forward around this very object) cannot move; then it gets the options itself.
     """
-    if asked is None or decoder._options == asked:
+    if changed is None or decoder._options == changed:
         return decoder
     if not decoder.is_hung_on():
-        return _wrapped(decoder.original, asked)
-    decoder.take(asked)
+        return _wrapped(decoder.original, changed)
+    decoder.take(changed)
     return decoder
 
 

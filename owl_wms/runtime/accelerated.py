@@ -31,7 +31,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from owl_wms.dynamo import uncompiled
-from owl_wms.runtime import recording
+from owl_wms.runtime import capture
 from owl_wms.runtime.batches import Way, covers, measured
 from owl_wms.runtime.eager import is_out_of_memory, release_memory
 from owl_wms.runtime.images import ImageDecode
@@ -350,7 +350,7 @@ def why_pytorch(original: nn.Module, z: Any, dims: int = 4) -> str:
         return "a function mode"
     if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return "differentiated forwards or traced"
-    return "a CUDA graph is recorded" if recording.underway() else ""
+    return "a CUDA graph is recorded" if capture.underway() else ""
 
 
 def altered(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
-from owl_wms.runtime import recording
+from owl_wms.runtime import capture
 from owl_wms.runtime.canary import CHECKS
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, decode_with_gradients
 from owl_wms.runtime.latents import check_audio
@@ -83,8 +83,8 @@ class AudioDecode:
         out: list[Tensor] = []
         flags: list[tuple[int, int, Tensor]] = []  # first clip of a batch, the one behind its last, are all finite
         self._calls += 1
-        # While a caller records a graph nothing can be waited for, and looking at values waits.
-        looked = looks(self.check, self._calls, fp16=eager.dtype == torch.float16) and not recording.underway()
+        # While a caller captures a CUDA graph nothing can be waited for, and looking at values waits.
+        looked = looks(self.check, self._calls, fp16=eager.dtype == torch.float16) and not capture.underway()
 
         def write(start: int, decoded: Tensor) -> None:
             if looked:
@@ -113,7 +113,7 @@ class AudioDecode:
         return functools.partial(AudioDecode, batch_size=self.batch_size, check=self.check)
 
     def _current(self) -> EagerDecoder:
-        if recording.underway():  # what is folded while a caller records a CUDA graph exists in its replays only
+        if capture.underway():  # weights folded now get their values when the caller's graph is replayed
             return EagerDecoder(self.decoder)
         eager = self._eager
         if eager is None or not eager.stamp.matches(self.decoder):

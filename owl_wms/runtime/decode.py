@@ -28,7 +28,7 @@ from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError, FastPathError
 from owl_wms.ops.frame_bytes import compile_soon
 from owl_wms.request import Request
-from owl_wms.runtime import recording
+from owl_wms.runtime import capture
 from owl_wms.runtime.canary import Canary, parts
 from owl_wms.runtime.decoding import Decoding
 from owl_wms.runtime.eager import EagerDecoder, decode_with_gradients
@@ -217,8 +217,8 @@ class VideoDecode:
     def _decode(self, eager: EagerDecoder, slot: Slot, frames: Tensor, out: Output, device: torch.device) -> None:
         self._read_canary(wait=False)
         ready = self._ready(eager, slot)
-        # While a caller records a graph nothing can be waited for, and looking at values waits.
-        looked = slot.wants_check(self._search, eager.dtype) and not recording.underway()
+        # While a caller captures a CUDA graph nothing can be waited for, and looking at values waits.
+        looked = slot.wants_check(self._search, eager.dtype) and not capture.underway()
         decoding = Decoding(
             eager, slot, out, ledger=self._ledger, strict=self.strict, looked=looked, rebuild=self._rebuild
         )
@@ -244,7 +244,7 @@ class VideoDecode:
 
     def _compare_one(self, eager: EagerDecoder, slot: Slot, frames: Tensor, out: Output) -> bool:
         """Begins to compare one of these frames with PyTorch's if it is time; returns whether one is known as wrong."""
-        if self._canary is None or recording.underway():
+        if self._canary is None or capture.underway():
             return False
         place = self._canary.due(len(frames))
         if place is not None:
@@ -252,7 +252,7 @@ class VideoDecode:
         return place is not None and self._read_canary(wait=False)
 
     def _read_canary(self, *, wait: bool) -> bool:
-        if self._canary is None or recording.underway():
+        if self._canary is None or capture.underway():
             return False
         return self._canary.read(lambda eager: eager.stamp.matches(self.decoder), wait=wait)
 
@@ -272,8 +272,8 @@ class VideoDecode:
         """
         if self._forked:
             run_in_child(None if self._generation is None else self._generation.eager.device, "decode function")
-        if recording.underway():
-            return self._while_recording()
+        if capture.underway():
+            return self._while_capturing()
         generation = self._generation
         if generation is not None and generation.eager.stamp.matches(self.decoder):
             return generation
@@ -301,7 +301,7 @@ class VideoDecode:
         elif slot.state == "new" and self._forked:
             reason = "this process was forked after the decode function was made"
             slot.switch_off(reason, FastPathError("run", reason, "make the decode function inside the worker"))
-        elif slot.state == "new" and recording.underway():
+        elif slot.state == "new" and capture.underway():
             slot.switch_off("a CUDA graph is being recorded")
         return slot
 
@@ -325,7 +325,7 @@ class VideoDecode:
         eager.raise_hindrance()
         return self.toolchain.obtain(eager.module, slot.request, self.settings, progress)
 
-    def _while_recording(self) -> Generation:
+    def _while_capturing(self) -> Generation:
         """Returns a Generation without programs, for this call only. It must not be reused: weights folded during a
         capture get their values when the graph is replayed, not before.
         """

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,14 @@ from owl_wms.runtime.stamp import unseen
 _TRAINING = operator.itemgetter("training")
 _Place: TypeAlias = tuple[torch.device, tuple[int, ...]]
 """Device and shape of the latents."""
-_Lane: TypeAlias = tuple[Generation, Slot, list[dict[str, Any]]]
-"""What a program was made from, its state, and the attributes of the decoder's modules."""
+
+
+class _Found(NamedTuple):
+    """The program of one place: what it was made from, its state, and the attributes of the decoder's modules."""
+
+    generation: Generation
+    slot: Slot
+    modules: list[dict[str, Any]]
 
 
 class ImageDecode(VideoDecode):
@@ -44,7 +50,7 @@ class ImageDecode(VideoDecode):
 
     def __init__(self, decoder: nn.Module, **options: Any) -> None:
         super().__init__(decoder, **options)
-        self._lanes: dict[_Place, _Lane] = {}
+        self._found: dict[_Place, _Found] = {}
 
     def images(self, z: Tensor, dtype: torch.dtype, cast: bool = False) -> Tensor | None:
         """Decodes `[k, c, h, w]`, k <= batch_size, on the decoder's device; no gradients.
@@ -69,16 +75,16 @@ class ImageDecode(VideoDecode):
                 return self.images(z, dtype, cast)
         place = z.device, z.shape
         for _ in range(2):  # weights that changed since the last call cost one more look
-            lane = self._lanes.get(place) or self._lane(place)
-            if lane is not None and not cast and lane[0].dtype is not z.dtype:
-                lane = self._lane(place)  # the weights may have been cast since
-                if lane is not None and lane[0].dtype is not z.dtype:
+            found = self._found.get(place) or self._find_program(place)
+            if found is not None and not cast and found.generation.dtype is not z.dtype:
+                found = self._find_program(place)  # the weights may have been cast since
+                if found is not None and found.generation.dtype is not z.dtype:
                     return None
-            if lane is None:
+            if found is None:
                 return None
-            generation, slot, modules = lane
+            generation, slot, modules = found
             if slot.state != "ready":
-                self._lanes.pop(place, None)
+                self._found.pop(place, None)
                 return None
             frames = self._launch(slot, z, dtype)
             # Looked at in the caller's dtype, where a value that the program could hold may be infinity.
@@ -92,7 +98,7 @@ class ImageDecode(VideoDecode):
                 self._ledger.add("fallbacks", int(frames is None))
                 self._ledger.add("frames", 0 if frames is None else len(z))
                 return frames
-            self._lanes.clear()
+            self._found.clear()
         return None
 
     def _launch(self, slot: Slot, z: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -126,7 +132,7 @@ class ImageDecode(VideoDecode):
         count_failure(slot, self._ledger, non_finite_failure(slot, worse), "non-finite", strict=self.strict)
         return truth
 
-    def _lane(self, place: _Place) -> _Lane | None:
+    def _find_program(self, place: _Place) -> _Found | None:
         """Finds or builds the program of one latent shape; None where there is none."""
         device, one = place[0], place[1][1:]
         tensors = (*self.decoder.parameters(), *self.decoder.buffers())
@@ -138,10 +144,10 @@ class ImageDecode(VideoDecode):
         slot = self._slot(generation, one, device)
         if not self._ready(generation.eager, slot):
             return None
-        lane = generation, slot, [vars(module) for module in self.decoder.modules()]
-        if self._generation is generation:  # not one that a recording made for itself
-            self._lanes[place] = lane
-        return lane
+        found = _Found(generation, slot, [vars(module) for module in self.decoder.modules()])
+        if self._generation is generation:  # not one that serves a single call during a capture
+            self._found[place] = found
+        return found
 
     def has_program(self, one: tuple[int, ...]) -> bool:
         """Returns whether latents `(c, h, w)` have a program in memory."""
@@ -172,8 +178,8 @@ class ImageDecode(VideoDecode):
             with self._guard:
                 if self._generation is not None:
                     self._generation = self._generation.carried_to(self.decoder)
-        self._lanes.clear()
+        self._found.clear()
 
     def _reset_in_child(self) -> None:
         super()._reset_in_child()
-        self._lanes = {}
+        self._found = {}

@@ -266,7 +266,7 @@ class _Obtaining:
                 label,
                 self.key,
                 self._build,
-                waiting=self._turn,
+                waiting=self._wait_for_turn,
                 meanwhile=self._prepare,
             )
         except _ChangedError:
@@ -285,13 +285,13 @@ class _Obtaining:
         if self.progress is not None:
             self.progress({"stage": MISSED})
 
-    def _turn(self) -> contextlib.AbstractContextManager[None]:
+    def _wait_for_turn(self) -> contextlib.AbstractContextManager[None]:
         self.missed()
         return turns.building()
 
     def _build(self, folder: Path) -> Mapping[str, Any]:
         if time.monotonic() - self.keyed > STALE_SECONDS:
-            self._still()
+            self._require_unchanged()
         begin = time.perf_counter()
         failure: FastPathError | None = None
         try:
@@ -319,7 +319,7 @@ class _Obtaining:
             raise failure
         return report
 
-    def _still(self) -> None:
+    def _require_unchanged(self) -> None:
         """Raises FastPathError if the decoder changed since its key was computed, during a wait.
 
         Otherwise the program of the new weights would be stored under the key of the old ones.

@@ -64,7 +64,7 @@ class Slot:
         self.state, self._began = "building", time.monotonic()
         self.search = start()
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """Returns the reason, or how long the program has been in the making."""
         if self.state == "building":
             return f"building (PyTorch meanwhile) for {time.monotonic() - self._began:.1f} s"

@@ -78,7 +78,7 @@ class Ledger:
         self._counts: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
         self._failures: Counter[str] = Counter()
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def add(self, name: str, by: int = 1) -> None:
         with self._guard:
@@ -108,8 +108,8 @@ class Ledger:
         """
         with self._guard:
             self._failures[error.stage] += 1
-            first = (kind or error.stage) not in self._said
-            self._said.add(kind or error.stage)
+            first = (kind or error.stage) not in self._logged
+            self._logged.add(kind or error.stage)
         metrics.failure(error.stage)
         if first and not raised:
             remedy = error.remedy or "see owl-wms doctor"
@@ -130,9 +130,9 @@ class Ledger:
     def note(self, kind: str, text: str, level: int = logging.INFO) -> None:
         """Log something once per kind."""
         with self._guard:
-            if kind in self._said:
+            if kind in self._logged:
                 return
-            self._said.add(kind)
+            self._logged.add(kind)
         _LOG.log(level, "%s%s", rank_prefix(), text)
 
     def warn(self, kind: str, text: str) -> None:
@@ -146,7 +146,7 @@ def summarise(
     """The state of a decode function with these counters and programs."""
     ready = [slot for slot in slots if slot.state == "ready"]
     backend = toolchain if ready else "pytorch"
-    reasons = [said for slot in ready or slots if (said := slot.said())]
+    reasons = [text for slot in ready or slots if (text := slot.describe())]
     if not enabled:
         backend, reasons = "pytorch", [SWITCHED_OFF]
     elif not reasons:
@@ -169,7 +169,7 @@ def _describe(slot: Slot) -> dict[str, Any]:
     return {
         "shape": list(slot.request.input_shape),
         "state": slot.state,
-        "reason": slot.said(),
+        "reason": slot.describe(),
         "entry": None if loaded is None else loaded.name,
         "plan": None if loaded is None else loaded.report.get("plan"),
         "precision": None if loaded is None else loaded.report.get("precision"),

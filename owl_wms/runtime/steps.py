@@ -9,7 +9,6 @@ Usage:
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from typing import Any, cast
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError
 from owl_wms.request import Request
-from owl_wms.runtime import recording
+from owl_wms.runtime import capture
 from owl_wms.runtime.canary import CHECKS
 from owl_wms.runtime.decode import free_programs, run_in_child
 from owl_wms.runtime.decoding import count_failure, non_finite_failure, run_failure
@@ -33,7 +32,6 @@ from owl_wms.settings import TensorRTConfig
 from owl_wms.state import State, zeros
 from owl_wms.vae.stepping import Stepping
 
-_LOG = logging.getLogger("owl_wms.runtime")
 _ABANDONED: list[Any] = []  # programs in a forked child, where their destructors would end the process
 
 
@@ -130,10 +128,6 @@ class Steps:
             free_programs()
         return weights
 
-    def say_anew(self) -> None:
-        """Logs that a stream begins anew because of new weights."""
-        _LOG.warning("the decoder's weights changed: its streams begin anew, for their state was the old weights'")
-
     def run(self, latent: Tensor, state: State) -> tuple[Tensor, State]:
         """Decodes one latent `[b, c, h, w]` of each stream: frames in the decoder's dtype on its device, next state."""
         eager = self._eager
@@ -143,18 +137,18 @@ class Steps:
         slot = self._slot(tuple(latent.shape), latent.device, tuple(spec.shape for spec in specs))
         done = self._by_program(eager, slot, latent, state) if self._ready(slot) else None
         frames, state = done or self._by_pytorch(eager, latent, state)
-        if done is None and self._looks(eager.dtype) and not bool(all_finite(frames)):
-            self._tell_non_finite(frames, eager.dtype)
+        if done is None and self._wants_check(eager.dtype) and not bool(all_finite(frames)):
+            self._report_non_finite(frames, eager.dtype)
         self._ledger.add("decodes")
         self._ledger.add("frames", frames.shape[0] * frames.shape[1])
         return frames.to(eager.dtype or frames.dtype), state
 
-    def _looks(self, dtype: torch.dtype | None) -> bool:
+    def _wants_check(self, dtype: torch.dtype | None) -> bool:
         """Returns whether to look at the values of a step that PyTorch made; counts it."""
         self._calls += 1
-        return looks(self.check, self._calls, fp16=dtype == torch.float16) and not recording.underway()
+        return looks(self.check, self._calls, fp16=dtype == torch.float16) and not capture.underway()
 
-    def _tell_non_finite(self, frames: Tensor, dtype: torch.dtype | None) -> None:
+    def _report_non_finite(self, frames: Tensor, dtype: torch.dtype | None) -> None:
         """Warns once, or raises, about frames `[b, k, ...]` of PyTorch that are not finite."""
         first, error = self._ledger.count("frames"), self.check == "error"
         self._ledger.add("non_finite", frames.shape[0] * frames.shape[1])
@@ -222,7 +216,7 @@ class Steps:
                 for truth, got in zip((answered[0], *answered[1]), (frames, *following), strict=True)
             )
             if not bool(all_finite(answered[0])):
-                self._tell_non_finite(answered[0], eager.dtype)
+                self._report_non_finite(answered[0], eager.dtype)
             if not places:
                 return answered
             self._failed(slot, non_finite_failure(slot, places), "non-finite")
@@ -248,7 +242,7 @@ class Steps:
         return slot
 
     def _ready(self, slot: Slot, wait: bool = False) -> bool:
-        if recording.underway():  # what a caller records in a CUDA graph of its own is PyTorch's step
+        if capture.underway():  # a caller's CUDA graph captures PyTorch's step
             return False
         eager, stepping = self._eager, self._stepping  # new weights may come while it is built
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-from owl_wms.runtime import recording
+from owl_wms.runtime import capture
 from owl_wms.timing import Marks
 
 KEPT_SAMPLES = 1024
@@ -32,8 +32,8 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
-        """Time the block on `device`; an exception inside leaves no sample, nor does a block that is only recorded."""
-        if recording.underway():
+        """Times the block on `device`. A block that raises, or that a CUDA graph captures, leaves no sample."""
+        if capture.underway():
             yield
             return
         marks = Marks(device)

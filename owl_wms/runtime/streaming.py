@@ -15,6 +15,7 @@ Usage:
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from typing import Any
 
@@ -29,6 +30,8 @@ from owl_wms.runtime.stats import DecodeStats
 from owl_wms.runtime.steps import Steps
 from owl_wms.settings import TensorRTConfig
 from owl_wms.state import State
+
+_LOG = logging.getLogger("owl_wms.runtime")
 
 
 class StreamDecode:
@@ -208,7 +211,7 @@ class StreamDecode:
         weights = self._steps.follow_weights()
         known = weights == self._weights
         if self._state and not known:
-            self._steps.say_anew()
+            _LOG.warning("the decoder's weights changed: its streams begin anew, for their state was the old weights'")
         state, began = (self._state, self._began) if known else ((), [])
         decoded = []
         for latent in video.unbind(1):

@@ -58,7 +58,7 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
         tasks = "SLURM_NTASKS" if env.read("SLURM_STEP_NUM_TASKS") is None else "SLURM_STEP_NUM_TASKS"
         found = {name: env.read(name) for name in ("SLURM_PROCID", "SLURM_LOCALID", tasks)}
         remedy, address = "start with srun or torchrun", _slurm_address()
-    numbers = [number for value in found.values() if (number := _whole(value)) is not None]
+    numbers = [number for value in found.values() if (number := _integer(value)) is not None]
     if len(numbers) != len(found) or not numbers[0] < numbers[2]:
         raise ConfigError(
             f"a launcher must set {', '.join(found)} to whole numbers, the first below the last, got {found}; {remedy}"
@@ -84,7 +84,7 @@ def setup(timeout_seconds: float = _TIMEOUT_SECONDS) -> tuple[int, int, int]:
     return rank, local_rank, world_size
 
 
-def _whole(text: str | None) -> int | None:
+def _integer(text: str | None) -> int | None:
     """Return a launcher's number; None for other texts. Superscripts are digits too, and int() refuses those."""
     return int(text) if text is not None and re.fullmatch("[0-9]{1,18}", text) else None
 
@@ -98,7 +98,7 @@ def _require_meeting_place(address: str | None) -> None:
             "unset RANK, LOCAL_RANK and WORLD_SIZE to train in one process",
             key="MASTER_PORT" if host else "MASTER_ADDR",
         )
-    number = None if port is None else _whole(port)
+    number = None if port is None else _integer(port)
     if port is not None and (number is None or number > 65_535):
         raise ConfigError(f"MASTER_PORT must be a port from 0 to 65535, got {port!r}", key="MASTER_PORT")
 
@@ -121,7 +121,7 @@ def _slurm_address() -> str:
     host = env.read("MASTER_ADDR") or first_host(env.read("SLURM_STEP_NODELIST") or env.read("SLURM_NODELIST") or "")
     if not host:
         raise ConfigError("srun names no node in SLURM_STEP_NODELIST; set MASTER_ADDR to the first task's host")
-    job, step = (_whole(env.read(name)) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    job, step = (_integer(env.read(name)) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return f"tcp://{host}:{env.read('MASTER_PORT') or 20_000 + (job * 7 + step) % 10_000}"
 
 

@@ -144,7 +144,7 @@ def make_batched_decode_fn(
     settings = TensorRTConfig.resolve(config, enabled=None if use_tensorrt else False)
     return VideoDecode(
         decoder,
-        batch_size=_whole(batch_size),
+        batch_size=_integer(batch_size),
         settings=settings,
         strict=strict,
         timing=timing,
@@ -160,7 +160,7 @@ def make_batched_audio_decode_fn(decoder: nn.Module, batch_size: int = 8, *, che
     Raises:
         ConfigError: batch_size below 1 or not an integer, or a check that `AudioDecode` does not know.
     """
-    return AudioDecode(decoder, batch_size=_whole(batch_size), check=check)
+    return AudioDecode(decoder, batch_size=_integer(batch_size), check=check)
 
 
 def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision: str = "fp16") -> Path:
@@ -203,7 +203,7 @@ def get_engine_cache_path(model_key: str, input_shape: Sequence[int], precision:
     return settings.cache_directory() / entry_name(model_key, digest) / PROGRAM
 
 
-def _whole(batch_size: Any) -> int:
+def _integer(batch_size: Any) -> int:
     """An int from anything that is one (numpy's too), so that 4.0 and None fail here and not in the first decode."""
     try:
         return operator.index(batch_size)

@@ -484,7 +484,7 @@ def test_frames_are_copied_once(fast: AcceleratedDecoder, graphed: bool) -> None
             return self.frames
 
     assert who(fast, latents(2)) == "program"
-    slot = next(iter(fast._state.decodes[2]._lanes.values()))[1]
+    slot = next(iter(fast._state.decodes[2]._found.values())).slot
     assert slot.loaded is not None
     program = Program()
     slot.loaded = dataclasses.replace(slot.loaded, program=program)
@@ -777,7 +777,7 @@ def test_what_a_call_costs(fast: AcceleratedDecoder) -> None:
     """
     z = latents()
     who(fast, z)
-    slot = next(iter(fast._state.decodes[1]._lanes.values()))[1]
+    slot = next(iter(fast._state.decodes[1]._found.values())).slot
     assert slot.loaded is not None
     slot.loaded = type(slot.loaded)(**{**_fields(slot.loaded), "program": lambda x: x})
     for _ in range(100):

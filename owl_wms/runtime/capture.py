@@ -4,7 +4,7 @@ Why it matters: a program has buffers of its own, and the caller's graph would u
 while we run. Building, waiting, timing and storing cannot happen during a capture either.
 
 Usage:
-    if recording.underway():
+    if capture.underway():
         ...
 """
 
@@ -14,5 +14,5 @@ import torch
 
 
 def underway() -> bool:
-    """Returns whether the current stream is being recorded."""
+    """Returns whether a CUDA graph is being captured on the current stream."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
