@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +29,8 @@ from owl_wms.errors import DataError, NonFiniteError
 from owl_wms.files import at_home, false_claims, foreign_to_torch, one_line, open_regular, read_exactly, size_of
 from owl_wms.media.facts import MEMBER, METADATA_KEY, Facts
 from owl_wms.media.npy import NpyFile
+from owl_wms.vae.layouts import tensor_of
+from owl_wms.vae.torch_files import load_torch
 from owl_wms.whole import why_unwritten, written_whole
 
 ARRAY_SUFFIXES = (".pt", ".npy", ".safetensors")
@@ -73,10 +74,7 @@ def read_arrays(path: Path | str) -> Any:
                     value = _load_torch(file)
                 else:
                     value = load_bytes(bytes(read_exactly(file, size_of(file))))
-        if isinstance(value, Mapping):
-            value = {key: _plain(item) if isinstance(item, Tensor) else item for key, item in value.items()}
-        elif isinstance(value, Tensor):
-            value = _plain(value)
+        value = {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else _plain(value)
     except Exception as error:  # damaged bytes lead numpy and torch to raise almost anything (TokenError, SyntaxError)
         raise DataError(f"{path}: {_why_unreadable(path, suffix, error)}", path=path) from error
     return value
@@ -89,9 +87,7 @@ def load_tensor_bytes(data: bytes) -> Any:
         ValueError: the bytes cannot be read, in one line that says why.
     """
     try:
-        value = _load_torch(io.BytesIO(data))
-        if isinstance(value, Tensor):
-            value = _plain(value)
+        value = _plain(_load_torch(io.BytesIO(data)))
     except Exception as error:  # see above
         raise ValueError(_why_not_torch(data[:16], error)) from error
     return value
@@ -101,16 +97,18 @@ def _load_torch(file: io.BufferedReader | io.BytesIO) -> Any:
     claims = false_claims(file)
     if claims is not None:
         raise ValueError(claims)
-    with warnings.catch_warnings():  # a damaged file is one error, not also a remark on its pickle protocol
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+    return load_torch(file)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Return the values alone: a parameter's without their gradient, a conjugate or negative view's worked out.
+def _plain(value: Any) -> Any:
+    """Return a tensor's values alone: a parameter's without their gradient, a conjugate or negative view's worked out.
 
-    Refused are what is not a dense tensor in memory, and one whose strides make many values of few.
+    An array of numpy becomes a tensor; what is neither comes back as it is. Refused are what is not a dense tensor in
+    memory, and one whose strides make many values of few.
     """
+    tensor = tensor_of(value)
+    if tensor is None:
+        return value
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested or tensor.is_quantized:
         kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else f"{tensor.layout}"
         where = f" on {tensor.device}" if tensor.device.type != "cpu" else ""

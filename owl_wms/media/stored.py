@@ -17,7 +17,6 @@ import itertools
 import math
 import struct
 import sys
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from owl_wms.files import false_claims, read_exactly, read_into
 from owl_wms.vae.pieces import safetensors_places
+from owl_wms.vae.torch_files import load_torch
 
 _LOCAL_HEADER = struct.Struct("<26xHH")
 """Of a member of a zip file: behind it come a name and extra fields of these lengths, and then the data."""
@@ -113,9 +113,7 @@ def _in_torch(file: BufferedReader, name: str) -> Stored | None:
     if false_claims(file) is not None or not is_native(file):
         return None
     file.seek(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        value = torch.load(file, map_location="meta", weights_only=True, mmap=False)
+    value = load_torch(file, device="meta")
     if isinstance(value, Mapping):
         tensors = {key: item for key, item in value.items() if isinstance(item, Tensor)}
         value = next(iter(tensors.values())) if len(tensors) == 1 else tensors.get(name)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from owl_wms.errors import CheckpointError
 from owl_wms.vae import load_weights, read_state_dict, select_core
 from owl_wms.vae.layouts import without_wrappers
+from owl_wms.vae.torch_files import load_torch
 from owl_wms.whole import written_whole
 
 LOG = "log.jsonl"
@@ -98,7 +99,7 @@ def _remove_dead_drafts(folder: Path) -> None:
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
-    """Read a training checkpoint to the CPU, with `weights_only=True`.
+    """Read a training checkpoint to the CPU, without running code from it.
 
     Raises:
         CheckpointError: no such file, not readable, or not a dictionary.
@@ -109,7 +110,10 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     except OSError as error:  # a name that is too long, a folder that nobody may look into
         raise CheckpointError(f"{path}: cannot read this checkpoint: {error.strerror}", path=path) from error
     if not there:
-        raise CheckpointError(f"{path}: cannot read this checkpoint: no such file", path=path)
+        reason = "no such file"
+        if path.is_dir():
+            reason = "it is a folder; name one of its step_N.pt, or set train.resume_ckpt to latest"
+        raise CheckpointError(f"{path}: cannot read this checkpoint: {reason}", path=path)
     if path.suffix == ".safetensors":
         raise CheckpointError(
             f"{path}: cannot read this checkpoint: .safetensors holds weights alone, and a run continues from a "
@@ -117,7 +121,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
             path=path,
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        state = load_torch(path)
     except Exception as error:  # a damaged file raises whatever zip, pickle or torch trip over
         # torch's own text is not repeated: it advises to switch off the protection that refused the file.
         reason = "it is truncated, or no PyTorch checkpoint; use an earlier one"

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from owl_wms.errors import DataError
 from owl_wms.files import open_regular
 from owl_wms.media.stored import is_native
 from owl_wms.trainers.checkpoints import LOG, latest_checkpoint
+from owl_wms.vae.torch_files import load_torch
 
 GENERATOR = '<meta name="generator" content="owl-wms report">'
 CLIP_BYTES = 24 << 20
@@ -150,7 +149,7 @@ def _about(folder: Path) -> Mapping[str, Any]:
         with open_regular(path) as file:
             where = "meta" if is_native(file) else "cpu"
             file.seek(0)
-            state = torch.load(file, map_location=where, weights_only=True, mmap=False)
+            state = load_torch(file, device=where)
     except Exception:  # a damaged file raises anything, and the log alone makes a page
         return {}
     return state if isinstance(state, dict) else {}

@@ -126,7 +126,7 @@ class _Opener:
     def _open(self, content: Mapping[Any, Any], depth: int) -> Pairs:
         if depth > MAX_DEPTH:
             return []
-        own = [(str(key), _tensor(value)) for key, value in content.items()]
+        own = [(str(key), tensor_of(value)) for key, value in content.items()]
         direct = [(key, value) for key, value in own if value is not None]
         nested = {str(key): value for key, value in content.items() if isinstance(value, Mapping) and value}
         nested = {
@@ -157,7 +157,7 @@ def _has_anchor(pairs: Pairs) -> bool:
     return any(anchor in key.split(".") for key, _ in pairs for anchor in (HALF_ANCHOR, CORE_ANCHOR))
 
 
-def _tensor(value: Any) -> Tensor | None:
+def tensor_of(value: Any) -> Tensor | None:
     """Returns a tensor or a numpy array of numbers as a tensor, else None: numbers and texts are records of a run."""
     if isinstance(value, Tensor):
         return value

@@ -11,59 +11,32 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import pathlib
 import pickle
 import re
-import types
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
-import torch
 
 from owl_wms.errors import CheckpointError
 from owl_wms.files import POINTER, at_home, false_claims, foreign_to_torch, is_pointer
 from owl_wms.vae.layouts import is_training_state
 from owl_wms.vae.pieces import read_pieces, safetensors_places
+from owl_wms.vae.torch_files import FORBIDDEN, load_torch
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-INDEX = ".index.json"
 DISTRIBUTED = ".metadata"
 MAX_INDEX_BYTES = 1 << 26
 # Names that diffusers, transformers and accelerate give to the weights in a folder of theirs.
 USUAL_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
-# How torch.load(weights_only=True) words a refusal to run code, as opposed to bytes it cannot parse.
-_FORBIDDEN = re.compile(r"[Uu]nsupported (global|GLOBAL|class)|unrecognized function|Can only build|not allowed")
+# Either may name a variant: `model-00001-of-00002.fp16.safetensors`, `model.safetensors.index.fp16.json`.
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>(\.\w+)+)")
+_INDEX = re.compile(r".+\.index(\.\w+)?\.json")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 _FRAMED = "Unsupported operand 149"  # the FRAME of pickle's protocols from 4 on
-
-
-def _harmless() -> list[Any]:
-    """Returns classes that stand beside weights in many checkpoints and whose construction runs nothing of the file's.
-
-    Numbers and arrays of numpy under the module names of both its generations, and plain records of settings.
-    """
-    multiarray = "numpy._core.multiarray", "numpy.core.multiarray"
-    scalar, rebuild = np._core.multiarray.scalar, np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-    types_of_numbers = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"}
-    paths = [(pathlib.PurePosixPath, f"pathlib{m}.{n}Path") for m in ("", "._local") for n in ("Posix", "PurePosix")]
-    return [
-        *((scalar, f"{module}.scalar") for module in multiarray),
-        *((rebuild, f"{module}._reconstruct") for module in multiarray),
-        np.ndarray,
-        np.dtype,
-        *types_of_numbers,
-        *paths,
-        argparse.Namespace,
-        types.SimpleNamespace,
-    ]
 
 
 def read_content(path: Path | str) -> Any:
@@ -96,7 +69,7 @@ def _read(path: Path) -> Any:
         raise CheckpointError(f"{path}: is not a file; give the checkpoint file itself", path=path)
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: is empty (0 bytes); copy or download it again", path=path)
-    if path.name.endswith(INDEX):
+    if _INDEX.fullmatch(path.name):
         return _read_index(path)
     shard = _SHARD.fullmatch(path.name)
     if shard is not None:
@@ -132,15 +105,12 @@ def _read_torch(path: Path) -> Any:
     if claims is not None:
         raise CheckpointError(f"{path}: truncated or not a PyTorch checkpoint: {claims}", path=path)
     try:
-        # A damaged file is one error below, and not also a warning about its pickle protocol.
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless()):
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        return load_torch(path)
     except MemoryError:
         raise
     except Exception as err:  # damaged bytes lead torch.load to raise almost anything
         reason = not_from_torch(path) or str(err).strip() or type(err).__name__
-        if isinstance(err, pickle.UnpicklingError) and _FORBIDDEN.search(reason):
+        if isinstance(err, pickle.UnpicklingError) and FORBIDDEN.search(reason):
             named = _GLOBAL.search(reason)
             what = f" ({named[1]})" if named else ""
             text = (
@@ -196,7 +166,7 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _read_numbered(path: Path, shard: re.Match[str]) -> dict[str, Any]:
     """Reads all the shards of which `path` is one, by the index beside it if there is one, else by their numbers."""
-    index = path.with_name(f"{shard['stem']}{shard['suffix']}{INDEX}")
+    index = path.with_name(f"{shard['stem']}{shard['suffix']}.index.json")
     if index.is_file():
         return _read_index(index)
     state: dict[str, Any] = {}
@@ -227,7 +197,7 @@ def _read_folder(path: Path) -> Any:
     names = sorted(entry.name for entry in os.scandir(path) if entry.name[0] != "." or entry.name == DISTRIBUTED)
     if DISTRIBUTED in names:
         return _read_distributed(path)
-    indices = [name for name in names if name.endswith(INDEX)]
+    indices = [name for name in names if _INDEX.fullmatch(name)]
     files = [name for name in names if name.endswith(SUFFIXES) and not _SHARD.fullmatch(name)]
     files = [name for name in files if not is_training_state(Path(name).stem)] or files
     usual = [name for name in USUAL_NAMES if name in files]

@@ -346,6 +346,16 @@ def test_damaged_and_dangerous_files_say_so_without_torchs_advice(tmp_path: Path
         assert "weights_only=False" not in str(caught.value)
 
 
+def test_a_checkpoint_may_hold_numbers_of_numpy(tmp_path: Path) -> None:
+    torch.save({"steps": 3, "best_loss": np.float64(0.25), "curve": np.zeros(3)}, tmp_path / "step_3.pt")
+    assert load_checkpoint(tmp_path / "step_3.pt")["best_loss"] == 0.25
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is a folder; name one of its step_N\.pt, or set .* to latest"):
+        load_checkpoint(tmp_path)
+
+
 def test_resuming_from_bare_weights_says_what_is_needed(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=r"weights alone.*step_N\.pt"):

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -51,6 +52,29 @@ def test_shards_by_index_folder_part_and_numbers(tmp_path: Path, suffix: str) ->
     sorted(index.parent.glob(f"*{suffix}"))[2].unlink()
     with pytest.raises(CheckpointError, match=r"its part .*00003-of-00003.* is missing"):
         read_state_dict(first)
+
+
+@pytest.mark.parametrize("name", ["model.fp16-0000{}-of-00002.safetensors", "model-0000{}-of-00002.fp16.safetensors"])
+def test_shards_of_a_variant(tmp_path: Path, name: str) -> None:
+    """diffusers puts the variant before or behind the number, according to its version."""
+    places = {key: name.format(1 + i % 2) for i, key in enumerate(DECODER)}
+    for part in set(places.values()):
+        save_file({key: DECODER[key] for key in DECODER if places[key] == part}, tmp_path / part)
+    assert reads(tmp_path)
+    assert reads(tmp_path / name.format(2))
+    index = tmp_path / "model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert reads(index)
+    assert reads(tmp_path)
+
+
+def test_what_a_caller_allowed_stays_allowed(tmp_path: Path) -> None:
+    torch.save({**DECODER, "best": np.float64(0.5)}, tmp_path / "run.pt")
+    before = set(torch.serialization.get_safe_globals())
+    with torch.serialization.safe_globals([np.dtype]):
+        assert reads(tmp_path / "run.pt")
+        assert np.dtype in torch.serialization.get_safe_globals()
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 @pytest.mark.parametrize(
