@@ -34,6 +34,14 @@ class OwlError(Exception):
     def __init__(self, message: str = "") -> None:
         super().__init__(printable(message))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keeps the attributes when the error is copied, or crosses to another process."""
+        return _made_again, (type(self), self.args), self.__dict__
+
+
+def _made_again(kind: type[OwlError], args: tuple[Any, ...]) -> OwlError:
+    return Exception.__new__(kind, *args)
+
 
 class ConfigError(OwlError, ValueError):
     """A configuration file or value that cannot be used.
@@ -101,14 +109,6 @@ class BatchError(OwlError, RuntimeError):
     def __init__(self, message: str, *, out: str) -> None:
         super().__init__(message)
         self.out = out
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Keeps the place when the error crosses to another process."""
-        return _batch_error, (str(self), self.out)
-
-
-def _batch_error(message: str, out: str) -> BatchError:
-    return BatchError(message, out=out)
 
 
 class TrainingError(OwlError, RuntimeError):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from owl_wms import errors
 from owl_wms.errors import ConfigError, DataError, NonFiniteError
 from owl_wms.runtime import AudioDecode, VideoDecode
 from owl_wms.runtime import slot as slot_module
@@ -48,6 +49,26 @@ def test_copies_follow_the_copied_decoder(clone: Callable[[Any], Any]) -> None:
         other.decoder.conv_out.bias.add_(1)
     assert not torch.equal(other.decode(LATENTS), holder.decode(LATENTS))
     assert other.decode_audio(torch.randn(1, 2, 4)).shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_errors_cross_to_another_process_as_they_are(clone: Callable[[Any], Any]) -> None:
+    """A pool of processes that cannot read a worker's error waits for its result for ever."""
+    for error in (
+        errors.ConfigError("m", path="p", key="k"),
+        errors.CheckpointError("m", path="p", mismatch="q"),
+        errors.LatentShapeError("m", got=(1,), expected="x"),
+        errors.DataError("m", path="p", index=3),
+        errors.BatchError("m", out="o"),
+        errors.TrainingError("m", step=3),
+        errors.FastPathError("run", "reason", "remedy"),
+        errors.NoDeviceError("reason", "remedy"),
+        errors.DecodeMemoryError("m", frames=1, latent_shape=(1, 2, 3)),
+        NonFiniteError("m", frame=1),
+        errors.CacheCorruptError("m", path="p"),
+    ):
+        again = clone(error)
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_a_copy_keeps_a_toolchain_that_cannot_be_copied(tmp_path: Path) -> None:
