@@ -41,14 +41,20 @@ def respelled(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
     for key, value in state.items():
         name = key
         for pattern, replacement in _RENAMES:
-            if name not in own and _beside(name, own) is None:
+            if not _is_known(name, own):
                 name = pattern.sub(replacement, name)
-        known = name in own or _beside(name, own) is not None
-        out[name if known and name not in state and name not in out else key] = value
+        taken = name in state or name in out
+        out[name if _is_known(name, own) and not taken else key] = value
     for key in list(out):
         if key not in own:
             _refold(key, out, own)
     return out
+
+
+def _is_known(name: str, own: Mapping[str, Tensor]) -> bool:
+    """Returns whether `own` has the weight `name`, with its norm live or folded."""
+    live = name.removesuffix(FOLDED) + DIRECTION
+    return name in own or _beside(name, own) is not None or (name.split(".")[-1] == FOLDED and live in own)
 
 
 def _beside(name: str, own: Mapping[str, Tensor]) -> str | None:
