@@ -12,7 +12,9 @@ Usage:
 
 from __future__ import annotations
 
+import functools
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +32,8 @@ _log = logging.getLogger(__name__)
 WRAPPERS = ("_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Where training programs keep averaged weights (ema-pytorch, timm, BasicSR, ...), in order of preference.
 AVERAGES = ("ema", "ema_model", "ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "g_ema", "averaged")
+# Words of other names for them, alone or with a part's name: `ema_weights`, `net_g_ema`, `swa_model`, `decoder_ema`.
+_AVERAGE_WORDS = {"ema", "swa", "avg", "average", "averaged", "shadow"}
 # ema-pytorch's copy of the trained weights, beside the averaged ones.
 ONLINE = "online_model"
 # Scalars that ema-pytorch and torch's AveragedModel keep beside the weights.
@@ -45,7 +49,7 @@ CORE_ANCHOR = "proj_in"
 # Networks that only a training program uses.
 SIDE_NETWORKS = ("loss", "loss_fn", "criterion", "discriminator", "disc", "lpips", "perceptual", "perceptual_loss")
 _TRAINING_STATE = ("opt", "optim", "optimizer", "scheduler", "lr_scheduler", "scaler", "grad_scaler", "rng", "callback")
-_LEADING = {*AVERAGES, ONLINE, *TRAINED, CORE, *PARTS}
+_LEADING = {ONLINE, *TRAINED, CORE, *PARTS}
 # Of mappings in mappings, and of tensors in all.
 MAX_DEPTH = 16
 MAX_NAMES = 100_000
@@ -60,6 +64,19 @@ def is_training_state(key: str) -> bool:
     for ending in ("_state_dict", "_state"):
         words = words.removesuffix(ending)
     return any(words == name or words.endswith(f"_{name}") for name in _TRAINING_STATE)
+
+
+@functools.lru_cache(1024)
+def _is_average(name: str) -> bool:
+    """Returns whether a name stands for averaged weights, of anything but a network that only training uses."""
+    words = set(re.split("[_-]", name.lower()))
+    return name in AVERAGES or (bool(words & _AVERAGE_WORDS) and not words.intersection(SIDE_NETWORKS))
+
+
+def _named_part(name: str) -> str | None:
+    """Returns which of `CORE` and `PARTS` a piece of a key stands for: `decoder_ema` is an average of the decoder."""
+    words = re.split("[_-]", name) if _is_average(name) else [name]
+    return next((part for part in (CORE, *PARTS) if part in words), None)
 
 
 def flat_weights(content: Any, path: Path | str, *, prefer_ema: bool = True) -> dict[str, Tensor]:
@@ -108,7 +125,7 @@ class _Opener:
     """
 
     def __init__(self, path: Path | str, prefer_ema: bool) -> None:
-        self._path = path
+        self._path, self._prefer_ema = path, prefer_ema
         self._order = (*AVERAGES, *TRAINED) if prefer_ema else (*TRAINED, *AVERAGES)
         self._seen: dict[int, Pairs | None] = {}
 
@@ -132,12 +149,12 @@ class _Opener:
         nested = {
             key: value for key, value in nested.items() if not is_training_state(key) and not _is_optimiser(value)
         }
-        for name in (name for name in self._order if name in nested):
+        for name in self._likely(nested, depth):
             pairs = self.open(nested[name], depth + 1)
             if pairs:
                 beside = [*(key for key, value in direct if not _is_scalar(value)), *nested]
                 remark = f"stand beside {name} and are not used"
-                _tell(self._path, [key for key in beside if key not in self._order], remark)
+                _tell(self._path, [key for key in beside if key not in (name, *self._order)], remark)
                 return pairs
             _tell(self._path, [name], "holds no weights by name and is not used")
         below: Pairs = []
@@ -151,6 +168,18 @@ class _Opener:
         remark = f"stand beside {', '.join(nested)} and are not used"
         _tell(self._path, [key for key, value in direct if not _is_scalar(value)], remark)
         return below
+
+    def _likely(self, nested: Mapping[str, Mapping[Any, Any]], depth: int) -> list[str]:
+        """Returns the containers of the whole network by name, the likeliest first."""
+        known = [name for name in self._order if name in nested]
+        other = [name for name in nested if _is_average(name) and name not in AVERAGES]
+        other = [name for name in other if _has_anchor(self.open(nested[name], depth + 1))]
+        if not self._prefer_ema or not other:
+            return known
+        if any(_named_part(name) for name in other):  # the other parts are elsewhere: see `_one_set`
+            return []
+        first = sum(name in AVERAGES for name in known)
+        return [*known[:first], *(other if len(other) == 1 else ()), *known[first:]]
 
 
 def _has_anchor(pairs: Pairs) -> bool:
@@ -206,10 +235,11 @@ def _one_set(pairs: Pairs, path: Path | str, prefer_ema: bool) -> Pairs:
     for (key, value), lead, origin in zip(pairs, leads, origins, strict=True):
         part = _part(lead)
         rest = _lead(key)[1]
-        if _is_scalar(value) and (rest == "n_averaged" or (averaged and rest in AVERAGE_STATE)):
+        counter = rest.split(".")[-1] == "n_averaged" or (averaged and rest in AVERAGE_STATE)
+        if _is_scalar(value) and counter:
             continue
         if origin == chosen.get(part):
-            kept.append((".".join((*(name for name in lead if name in (CORE, *PARTS)), rest)), value))
+            kept.append((".".join((*filter(None, map(_named_part, lead)), rest)), value))
         elif origin not in sets.get(part, ()):
             kept.append((key, value))
     return kept
@@ -219,8 +249,9 @@ def _chosen(counts: Counter[tuple[str, ...]], path: Path | str, prefer_ema: bool
     """Returns which of the sets of one part is taken."""
 
     def rank(origin: tuple[str, ...]) -> tuple[bool, int]:
-        average = any(name in AVERAGES for name in origin) and ONLINE not in origin
-        nearest = min((AVERAGES.index(name) for name in origin if name in AVERAGES), default=-1)
+        average = any(map(_is_average, origin)) and ONLINE not in origin
+        places = [AVERAGES.index(name) if name in AVERAGES else len(AVERAGES) for name in filter(_is_average, origin)]
+        nearest = min(places, default=-1)
         return average != prefer_ema, nearest
 
     sets = sorted(_sets(counts), key=rank)
@@ -243,12 +274,13 @@ def _is_scalar(value: Any) -> bool:
 def _lead(key: str) -> tuple[tuple[str, ...], str]:
     """Returns the known prefixes that a key begins with, in whatever order, and the rest of it, never empty."""
     pieces = key.split(".")
-    count = next((i for i, piece in enumerate(pieces) if piece not in _LEADING), len(pieces) - 1)
+    known = (piece in _LEADING or _is_average(piece) for piece in pieces)
+    count = next((i for i, leads in enumerate(known) if not leads), len(pieces) - 1)
     return tuple(pieces[:count]), ".".join(pieces[count:])
 
 
 def _part(pieces: Iterable[str]) -> str | None:
-    return next((name for name in pieces if name in PARTS), None)
+    return next((part for part in map(_named_part, pieces) if part in PARTS), None)
 
 
 # ---- roots

@@ -75,6 +75,26 @@ def test_an_average_beside_the_trained_weights(average: str, nested: bool) -> No
     assert same(decoder_of(content, prefer_ema=False))
 
 
+@pytest.mark.parametrize("trained", ["model", "net_g"])
+@pytest.mark.parametrize("average", ["ema_model_state_dict", "net_g_ema", "swa_model", "decoder_ema", "G-EMA"])
+def test_an_average_whose_name_has_a_word_for_it(trained: str, average: str) -> None:
+    assert same(decoder_of({trained: DECODER, average: AVERAGED, "avg_meter": {"loss": torch.ones(3)}}), AVERAGED)
+    assert same(decoder_of({"model": DECODER, average: AVERAGED}, prefer_ema=False))
+    assert same(decoder_of({"model": DECODER, "disc_ema": AVERAGED}))
+    with pytest.raises(CheckpointError, match=r"several networks|holds weights twice"):
+        decoder_of({f"{average}_a": AVERAGED, f"{average}_b": AVERAGED})
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_average_of_one_half_beside_both(nested: bool) -> None:
+    content: dict[str, Any] = {"decoder": DECODER, "encoder": MODEL.encoder.state_dict(), "ema_decoder": AVERAGED}
+    if not nested:
+        content = {f"{name}.{key}": value for name, state in content.items() for key, value in state.items()}
+    assert same(decoder_of(content), AVERAGED)
+    encoder = select_part(flat_weights(content, "x.pt"), "encoder", "x.pt")
+    assert same(encoder, MODEL.encoder.state_dict())
+
+
 def test_halves_in_mappings_of_their_own_and_names_as_a_tree() -> None:
     assert same(decoder_of({"decoder": DECODER, "encoder": MODEL.encoder.state_dict(), "epoch": 3}))
     tree: dict[str, Any] = {}
@@ -95,6 +115,9 @@ def test_arrays_of_numpy_are_weights() -> None:
 def test_torchs_own_average_has_a_counter() -> None:
     averaged = torch.optim.swa_utils.AveragedModel(MODEL)
     assert same(decoder_of(averaged.state_dict()))
+    for name in ("model", "swa_model", "my_own_name"):
+        assert same(decoder_of({name: averaged.state_dict()}))
+        assert same(decoder_of({"state_dict": {f"{name}.{k}": v for k, v in averaged.state_dict().items()}}))
 
 
 def test_training_networks_are_set_aside_and_strangers_told(caplog: pytest.LogCaptureFixture) -> None:
