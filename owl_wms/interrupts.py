@@ -13,20 +13,40 @@ Usage:
 from __future__ import annotations
 
 import signal
-from types import CodeType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 
 def raise_interrupt(error: BaseException) -> None:
-    """Raise the exception of a signal handler that `error` is, or that led to it; return otherwise."""
+    """Raise the exception of a signal handler that `error` is, or that led to it; return otherwise.
+
+    One that a caller further up was handling already, when it called us (to try again after its time limit, say), did
+    not lead to `error`, though Python names it as the context.
+    """
     codes = _handlers()
     found: BaseException | None = error
     seen: set[int] = set()
+    callers = _callers_of(error) if codes else set()
     while codes and found is not None and id(found) not in seen:
+        if found is not error and _caught_in(found) in callers:
+            return
         if _passed(found.__traceback__, codes):
             raise found
         seen.add(id(found))
         found = found.__cause__ or found.__context__
+
+
+def _caught_in(error: BaseException) -> FrameType | None:
+    """Returns the frame that has caught an exception, or in which it was raised if none has."""
+    return None if error.__traceback__ is None else error.__traceback__.tb_frame
+
+
+def _callers_of(error: BaseException) -> set[FrameType | None]:
+    frame, found = _caught_in(error), set[FrameType | None]()
+    while frame is not None:
+        frame = frame.f_back
+        found.add(frame)
+    return found - {None}
 
 
 def _handlers() -> set[CodeType]:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from owl_wms.batch.store import FOLDER, GENERATION, Store, is_local, located
 from owl_wms.errors import DataError
 from owl_wms.files import one_line
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.media.arrays import ARRAY_SUFFIXES
 from owl_wms.media.watch import VIDEO_SUFFIXES
 
@@ -92,6 +93,7 @@ def list_items(source: str, suffixes: tuple[str, ...], out: str = "") -> Iterato
     except DataError:
         raise
     except Exception as error:  # a store's library has errors of its own: no credentials, no such host
+        raise_interrupt(error)
         text = f"{source or 'INPUT'}: cannot be listed: {one_line(error)}; check the path and credentials"
         raise DataError(text, path=source) from error
 
@@ -105,6 +107,7 @@ def is_there(url: str) -> bool:
     try:
         return _kind(*located(url)) is not None
     except Exception as error:
+        raise_interrupt(error)
         text = f"{url}: its store cannot be asked: {one_line(error)}; check the path, the network and credentials"
         raise DataError(text, path=url) from error
 

@@ -33,6 +33,7 @@ from owl_wms.batch.store import Store, digest_of, located, own_name, sync
 from owl_wms.batch.watch import Watch
 from owl_wms.errors import BatchError, DataError, OwlError
 from owl_wms.files import one_line, refused_with, unusable_name
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.runtime.ahead import ahead
 from owl_wms.timing import Spent
 
@@ -295,6 +296,7 @@ class BlockWorker:
         return Outcome(block)
 
     def _raise_if_no_fault_of_the_item(self, error: Exception) -> None:
+        raise_interrupt(error)
         refused = refused_with(error, _REFUSALS)
         if isinstance(error, BatchError):
             raise error

@@ -125,6 +125,7 @@ class TarBucket:
                 result: bytes = client.get_object(Bucket=self.bucket_name, Key=full)["Body"].read()
                 return result
             except Exception as error:  # botocore makes its exception classes at run time: there is no base to name
+                raise_interrupt(error)
                 said = one_line(error) or type(error).__name__
                 codes = _codes(error)
                 absent = codes & _ABSENT_CODES and "NoSuchBucket" not in codes
@@ -156,14 +157,18 @@ def list_tars(bucket: TarBucket, prefix: str) -> list[str]:
     Raises:
         BucketError: the bucket cannot be listed.
         DataError: it has none there.
+        ConfigError: boto3 is missing, or its configuration cannot be used.
     """
+    client = bucket.client
     try:
-        pages = bucket.client.get_paginator("list_objects_v2").paginate(Bucket=bucket.bucket_name, Prefix=prefix)
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket.bucket_name, Prefix=prefix)
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
     except Exception as error:  # see `fetch`
+        raise_interrupt(error)
         text = f"s3://{bucket.bucket_name}: cannot be listed: {one_line(error)}; check bucket and AWS's credentials"
         raise BucketError(text, path=bucket.bucket_name) from error
-    tars = sorted(key for key in keys if key.endswith(".tar") and not is_foreign(key.split("/")))
+    below = {key: key.removeprefix(prefix).split("/") for key in keys}  # the prefix itself may be hidden: it was named
+    tars = sorted(key for key in keys if key.endswith(".tar") and not is_foreign(below[key]))
     if not tars:
         raise DataError(f"s3://{bucket.bucket_name}/{prefix}: no .tar below this prefix", path=prefix)
     return tars
@@ -242,6 +247,7 @@ def tar_members(data: bytes, *, source: str) -> Iterator[tuple[str, bytes]]:
             if data.count(0, tar.offset) != len(data) - tar.offset:
                 raise ValueError("something follows its end; tars that were joined must be packed anew as one")
     except Exception as error:  # damaged headers lead tarfile to raise more than its own errors
+        raise_interrupt(error)
         if isinstance(error, DataError):
             raise
         packed = next((f" (it is compressed: {kind})" for kind, head in _PACKED.items() if data.startswith(head)), "")

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from owl_wms.errors import DataError, NonFiniteError
 from owl_wms.files import at_home, false_claims, foreign_to_torch, one_line, open_regular, read_exactly, size_of
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.media.facts import MEMBER, METADATA_KEY, Facts
 from owl_wms.media.npy import NpyFile
 from owl_wms.vae.layouts import tensor_of
@@ -76,6 +77,7 @@ def read_arrays(path: Path | str) -> Any:
                     value = load_bytes(bytes(read_exactly(file, size_of(file))))
         value = {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else _plain(value)
     except Exception as error:  # damaged bytes lead numpy and torch to raise almost anything (TokenError, SyntaxError)
+        raise_interrupt(error)
         raise DataError(f"{path}: {_why_unreadable(path, suffix, error)}", path=path) from error
     return value
 
@@ -89,6 +91,7 @@ def load_tensor_bytes(data: bytes) -> Any:
     try:
         value = _plain(_load_torch(io.BytesIO(data)))
     except Exception as error:  # see above
+        raise_interrupt(error)
         raise ValueError(_why_not_torch(data[:16], error)) from error
     return value
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from owl_wms.errors import DataError
 from owl_wms.files import one_line, open_regular, read_exactly, read_regular, size_of
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.media.facts import MEMBER, METADATA_KEY, Facts, facts_of_text
 from owl_wms.media.watch import comment_of
 
@@ -33,6 +34,7 @@ def read_facts(path: Path | str) -> Facts:
     except DataError:
         raise
     except Exception as error:  # damaged archives and headers raise what their parsers raise
+        raise_interrupt(error)
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: its facts cannot be read: {one_line(reason)}", path=path) from error
 

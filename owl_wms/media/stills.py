@@ -26,6 +26,7 @@ from torch import Tensor
 
 from owl_wms.errors import DataError
 from owl_wms.files import one_line, open_regular, read_exactly, size_of
+from owl_wms.interrupts import raise_interrupt
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_PIXELS = 1 << 27
@@ -87,6 +88,7 @@ def read_picture(path: Path) -> Tensor:
                     _require_blocks(file, picture.width * picture.height)
                 return _decode(picture, _png_chunks(file) if picture.format == "PNG" else None)
     except Exception as error:  # damaged bytes lead Pillow's parsers to raise almost anything
+        raise_interrupt(error)
         reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
         reason = reason.split(" <_io.")[0]
         raise DataError(f"{path}: cannot be read as a picture: {reason}", path=path) from error

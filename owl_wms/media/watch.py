@@ -23,6 +23,7 @@ from torch import Tensor
 
 from owl_wms.errors import DataError
 from owl_wms.files import at_home, one_line, open_regular, read_exactly, size_of
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.media.stills import MAX_PIXELS
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
@@ -61,6 +62,7 @@ def comment_of(path: Path) -> str | None:
         with _opened(av, path) as container:
             return container.metadata.get("comment")  # type: ignore[no-any-return]
     except Exception as error:  # see `read_video`
+        raise_interrupt(error)
         raise DataError(f"{path}: cannot be read as video: {_why(error)}", path=path) from error
 
 
@@ -77,6 +79,7 @@ def rate_of(path: Path) -> float | None:
             rate = stream.average_rate if stream is not None else None
             return round(float(rate), 3) if rate else None
     except Exception as error:  # see `read_video`
+        raise_interrupt(error)
         raise DataError(f"{path}: cannot be read as video: {_why(error)}", path=path) from error
 
 
@@ -108,6 +111,7 @@ def read_video(path: Path | str) -> Iterator[Tensor]:
                 yield torch.from_numpy(_as_shown(av, frame, stream.sample_aspect_ratio))
                 index += 1
     except (OSError, ValueError, av.FFmpegError) as error:
+        raise_interrupt(error)
         if isinstance(error, DataError):
             raise
         where = (

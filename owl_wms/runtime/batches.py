@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.timing import interleaved
 
 Way: TypeAlias = tuple[int, ...]
@@ -49,6 +50,7 @@ def measured(candidates: Mapping[Way, Callable[[Tensor], Any]], z: Tensor) -> Wa
         try:
             return run()
         except Exception as error:  # PyTorch may need more memory for the whole batch than there is
+            raise_interrupt(error)
             _LOG.info("left out %s: %s", name, error)
             return None
 

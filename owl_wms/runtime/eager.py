@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.runtime.latents import latent_channels
 from owl_wms.runtime.stamp import WeightsStamp, hindrance, hooks_for_all
 from owl_wms.vae import fold_weight_norm
@@ -81,6 +82,7 @@ def _runnable(inner: nn.Module) -> nn.Module:
             # The structure is copied, the tensors are not.
             return copy.deepcopy(inner, {**shared_hooks(inner), **shared}).eval()
     except Exception as error:  # what a module holds decides what copying it raises
+        raise_interrupt(error)
         if inner.training:
             reason = f"the decoder is in train mode, and no copy of it can be made to run in eval mode: {error}"
             raise ConfigError(f"{reason}; call decoder.eval()") from error

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from owl_wms.errors import CheckpointError
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.vae import load_weights, read_state_dict, select_core
 from owl_wms.vae.layouts import without_wrappers
 from owl_wms.vae.torch_files import load_torch
@@ -123,6 +124,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     try:
         state = load_torch(path)
     except Exception as error:  # a damaged file raises whatever zip, pickle or torch trip over
+        raise_interrupt(error)
         # torch's own text is not repeated: it advises to switch off the protection that refused the file.
         reason = "it is truncated, or no PyTorch checkpoint; use an earlier one"
         if isinstance(error, pickle.UnpicklingError) and _is_archive(path):

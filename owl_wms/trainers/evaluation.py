@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from owl_wms.data.loaders import Loader
 from owl_wms.data.loading import Batch
 from owl_wms.errors import ConfigError, FastPathError, TrainingError
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.media.arrays import save_array
 from owl_wms.sampling import get_sampler_cls
 from owl_wms.trainers.distributed import any_rank, gather_to_first
@@ -119,6 +120,7 @@ class Evaluator:
         try:
             sampled = self._sample()
         except Exception as error:  # whatever it is, the run is worth more than a clip
+            raise_interrupt(error)
             result.error = _described(error)
             self._batches = None  # a generator that raised is at its end
         # Kept on the CPU meanwhile: the first rank would otherwise hold everyone's latents on its device.
@@ -129,6 +131,7 @@ class Evaluator:
         except FastPathError as error:
             fatal = error
         except Exception as error:
+            raise_interrupt(error)
             result.error = _described(error)
         self._stop_together(fatal)
         self._warn(result)
@@ -264,12 +267,14 @@ class Evaluator:
             )
         # The training configuration's tensorrt_* fields hold here; a call's own use_tensorrt would outrank them.
         settings = TensorRTConfig.resolve(cfg, enabled=None if cfg.use_tensorrt else False)
-        self._decode = clip_decoder(decoder, batch_size=cfg.vae_batch_size, settings=settings, jit=True)
+        self._decode = clip_decoder(decoder, batch_size=cfg.vae_batch_size, settings=settings, jit=True, check="error")
         if cfg.audio_vae_ckpt_path is not None:
             audio = get_decoder_only(
                 cfg.audio_vae_id, cfg.audio_vae_cfg_path, cfg.audio_vae_ckpt_path, device=trainer.device
             )
-            self._decode_audio = make_batched_audio_decode_fn(audio.requires_grad_(False), cfg.vae_batch_size)
+            self._decode_audio = make_batched_audio_decode_fn(
+                audio.requires_grad_(False), cfg.vae_batch_size, check="error"
+            )
 
 
 def _described(error: Exception) -> str:

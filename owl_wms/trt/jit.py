@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError, FastPathError
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.request import Request
 from owl_wms.timing import interleaved
 from owl_wms.trt import plans
@@ -82,6 +83,7 @@ class TrainingDecoder(nn.Module):
                 frames = self._compiled[shape](z.to(DTYPES[self.precision])).to(module_dtype(self.decoder))
                 return frames
         except Exception as error:
+            raise_interrupt(error)
             self._give_up(error)
             frames = self.decoder(z)
             return frames

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from owl_wms.errors import CheckpointError
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.vae.layouts import is_training_state
 
 MAX_METADATA_BYTES = 1 << 28
@@ -98,6 +99,7 @@ def read_distributed(path: Path) -> dict[str, torch.Tensor]:
     except MemoryError:
         raise
     except (Exception, CheckpointException) as error:  # the library's own error is no Exception
+        raise_interrupt(error)
         inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         reason = " ".join(str(inner).split())[:200] or type(inner).__name__
         text = f"{path}: cannot be read as a folder of torch.distributed.checkpoint: {reason}"

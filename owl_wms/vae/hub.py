@@ -18,6 +18,7 @@ from typing import Any, cast
 from torch import nn
 
 from owl_wms.errors import CheckpointError, ConfigError
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.vae.checkpoint import check_values
 
 HUB_ID = "mit-han-lab/dc-ae-f64c128-mix-1.0-diffusers"
@@ -57,6 +58,7 @@ def _load(source: Path | str | None, part: str) -> nn.Module:
         # Not mapped: weights over a mapped file change when the file is written again.
         model, report = cls.from_pretrained(name, output_loading_info=True, disable_mmap=True)
     except Exception as err:  # network, cache, config and weight problems all arrive here, as many classes
+        raise_interrupt(err)
         reason = next(iter(str(err).strip().splitlines()), type(err).__name__)
         raise CheckpointError(f"{name}: diffusers cannot load it: {reason}", path=name) from err
     # diffusers fills weights that are missing with random numbers and only logs it.

@@ -23,6 +23,7 @@ import safetensors.torch
 
 from owl_wms.errors import CheckpointError
 from owl_wms.files import POINTER, at_home, false_claims, foreign_to_torch, is_pointer
+from owl_wms.interrupts import raise_interrupt
 from owl_wms.vae.layouts import is_training_state
 from owl_wms.vae.pieces import read_pieces, safetensors_places
 from owl_wms.vae.torch_files import FORBIDDEN, load_torch
@@ -109,6 +110,7 @@ def _read_torch(path: Path) -> Any:
     except MemoryError:
         raise
     except Exception as err:  # damaged bytes lead torch.load to raise almost anything
+        raise_interrupt(err)
         reason = not_from_torch(path) or str(err).strip() or type(err).__name__
         if isinstance(err, pickle.UnpicklingError) and FORBIDDEN.search(reason):
             named = _GLOBAL.search(reason)

@@ -9,6 +9,7 @@ import io
 import itertools
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +24,9 @@ from botocore.exceptions import (
 )
 
 from owl_wms.data.loaders import get_loader
-from owl_wms.data.s3 import BucketError, TarBucket, read_clips
+from owl_wms.data.s3 import BucketError, TarBucket, list_tars, read_clips
 from owl_wms.data.s3_windows import MixedS3Windows, S3Windows
-from owl_wms.errors import DataError
+from owl_wms.errors import ConfigError, DataError
 from tests.process_state import set_in_process
 
 MEMBERS = ("latent", "mouse", "buttons")
@@ -232,6 +233,21 @@ def test_an_absent_tar_is_not_an_absent_bucket() -> None:
     client = Sparse(make_tar({"a": clip(4)}))
     assert next(iter(S3Windows(bucket(client), 4, MEMBERS, pool_windows=2)))
     assert len(client.keys) > 3
+
+
+def test_tars_are_listed_below_a_prefix_that_is_hidden_itself() -> None:
+    keys = [".feats/a.tar", ".feats/._a.tar", ".feats/.old/b.tar", ".feats/a.txt"]
+    pages = SimpleNamespace(paginate=lambda **_: [{"Contents": [{"Key": key} for key in keys]}, {}])
+    client = SimpleNamespace(get_paginator=lambda _: pages)
+    assert list_tars(TarBucket("b", client_factory=lambda: client), ".feats/") == [".feats/a.tar"]
+
+
+def test_a_client_that_cannot_be_made_says_so_when_tars_are_listed() -> None:
+    def absent() -> None:
+        raise ConfigError("loaders that read S3 need boto3: pip install boto3")
+
+    with pytest.raises(ConfigError, match=r"pip install boto3$"):
+        list_tars(TarBucket("b", client_factory=absent), "feats")
 
 
 def test_clips_that_are_not_finite_are_left_out() -> None:

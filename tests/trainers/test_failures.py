@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -223,6 +224,38 @@ def test_a_failing_evaluation_costs_its_clips_and_not_the_run(tmp_path: Path, ca
     plain = build(tmp_path, "rft", max_steps=3, checkpoint_dir=str(tmp_path / "plain"))
     plain.train()
     assert plain.losses == trainer.losses
+
+
+def test_a_time_limit_of_the_caller_ends_an_evaluation_and_the_run(tmp_path: Path) -> None:
+    class TimeLimit(Exception):
+        pass
+
+    def limit(*_: object) -> None:
+        raise TimeLimit
+
+    trainer = build(tmp_path, "rft", max_steps=3, sample_interval=1)
+    sample = trainer.sample
+    late = lambda *given: sample(*given) if trainer.step < 2 else signal.raise_signal(signal.SIGALRM)  # noqa: E731
+    trainer.sample = late  # type: ignore[method-assign]
+    before = signal.signal(signal.SIGALRM, limit)
+    try:
+        with pytest.raises(TimeLimit):
+            trainer.train()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert latest_checkpoint(trainer.folder) == trainer.folder / "step_2.pt"
+
+
+def test_clips_that_are_not_finite_are_reported_and_not_written(tmp_path: Path) -> None:
+    """A decoder may overflow on latents that no encoder makes: a black clip would say nothing."""
+    trainer = build(tmp_path, "rft", max_steps=1, **decoder_files(tmp_path))
+    trainer.evaluator.prepare()
+    decoder = trainer.evaluator._decode.decoder  # type: ignore[union-attr]
+    decoder.register_forward_hook(lambda module, given, frames: frames * torch.nan)
+    found = trainer.evaluator.run()
+    assert "not finite" in str(found.error)
+    assert not found.paths
+    assert list((trainer.folder / "samples").iterdir()) == []
 
 
 def test_first_clips_that_cannot_be_put_in_place_cost_no_run(tmp_path: Path) -> None:
