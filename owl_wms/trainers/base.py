@@ -196,10 +196,12 @@ class BaseTrainer(ABC):
                 ended, and rank 0 saved the last whole step.
             DataError: a row that cannot be used; the steps before it are saved.
         """
-        self.resume()
+        if not self.losses:  # a notebook may call `train` again, which goes on from where this run is
+            self.resume()
+            self.saved_step = self.step
         self._starting.says("loading evaluation data and decoder")
         self.evaluator.prepare()
-        self.saved_step, failed = self.step, True
+        self._stop, failed = False, True
         try:
             progress = Progress(total=self.train_cfg.max_steps, done=self.step, enabled=self.rank == 0)
             with listening(tells=self.rank == 0) as self._asked, progress:
@@ -227,7 +229,7 @@ class BaseTrainer(ABC):
         finally:
             if self.run_log is not None:
                 self.run_log.close(failed=failed)
-            self.run_log, self._opened = None, False  # a notebook may call `train` again
+            self.run_log, self._opened = None, False
             self._lock.release()
 
     def train_step(self) -> dict[str, float]:
@@ -276,8 +278,7 @@ class BaseTrainer(ABC):
         Raises:
             TrainingError: weights that are not finite, on all ranks alike; the files stay as they are.
         """
-        broken = broken_weight(self.checkpoint())
-        if broken is not None:
+        if (broken := broken_weight(self.checkpoint())) is not None:
             raise TrainingError(
                 f"step {self.step}: weight {broken!r} is NaN or infinite and nothing is saved; {REMEDY}", step=self.step
             )
@@ -357,8 +358,7 @@ class BaseTrainer(ABC):
         if self.rank != 0:
             return
         self._lock.take()
-        aside = set_aside(self.folder, self.saved_step)
-        if aside is not None:
+        if (aside := set_aside(self.folder, self.saved_step)) is not None:
             _log.warning(
                 "%s held checkpoints of another run, with steps after %d: they are in %s now; --resume continues a run",
                 *(self.folder, self.saved_step, aside.name),

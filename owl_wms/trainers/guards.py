@@ -71,6 +71,7 @@ def rescue(trainer: Saved, error: BaseException) -> None:
         broken = broken_weight(trainer.checkpoint())
         if broken is None:
             trainer.write_checkpoint()
+            trainer.saved_step = trainer.step
             _log.warning("%s; step %d was saved to %s first", ended, trainer.step, trainer.folder)
         else:
             _log.warning("%s; step %d is not saved: weight %r is not finite", ended, trainer.step, broken)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from owl_wms.data.loaders import get_loader
 from owl_wms.trainers.checkpoints import latest_checkpoint, load_checkpoint
@@ -100,6 +101,46 @@ def test_a_signal_while_the_ranks_agree_is_not_forgotten(tmp_path: Path) -> None
     trainer.metrics.pop = popped  # type: ignore[method-assign]
     trainer.train()
     assert trainer.step == 3
+
+
+def test_a_run_that_was_stopped_goes_on_when_it_is_called_again(tmp_path: Path) -> None:
+    """In a notebook: with the weights that it had, not with those that it began with."""
+    torch.save(build(tmp_path, "rft").model.state_dict(), tmp_path / "begin.pt")
+    trainer = build(tmp_path, "rft", max_steps=3, init_ckpt=str(tmp_path / "begin.pt"))
+    pop = trainer.metrics.pop
+    trainer.metrics.pop = lambda **_: (pop(stop=False)[0], trainer.step == 2)  # type: ignore[method-assign]
+    trainer.train()
+    weights = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    assert trainer.step == 2
+    taken = []
+    step = trainer.train_step
+
+    def looked() -> dict[str, float]:
+        taken.append(all(torch.equal(value, weights[key]) for key, value in trainer.model.state_dict().items()))
+        return step()
+
+    trainer.train_step = looked  # type: ignore[method-assign]
+    trainer.train()
+    assert taken == [True]
+    assert {path.name for path in (tmp_path / "run").glob("*[!l]")} == {"step_2.pt", "step_3.pt"}
+
+
+def test_a_run_that_failed_goes_on_from_the_step_that_was_rescued(tmp_path: Path) -> None:
+    trainer = build(tmp_path, "rft", max_steps=3)
+    step = trainer.train_step
+
+    def fails() -> dict[str, float]:
+        if trainer.step == 1:
+            raise RuntimeError("the disk of the data is gone")
+        return step()
+
+    trainer.train_step = fails  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="is gone"):
+        trainer.train()
+    trainer.train_step = step  # type: ignore[method-assign]
+    trainer.train()
+    assert trainer.step == 3
+    assert {path.name for path in (tmp_path / "run").glob("*[!l]")} == {"step_1.pt", "step_3.pt"}
 
 
 def test_a_signal_between_steps_waits_for_the_other_ranks(tmp_path: Path) -> None:
