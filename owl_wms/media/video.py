@@ -26,7 +26,7 @@ from torch import Tensor
 
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.media.facts import Facts
-from owl_wms.media.watch import BT709, LIMITED, VIDEO_SUFFIXES, pyav, read_video
+from owl_wms.media.watch import BT709, LARGE, LIMITED, VIDEO_SUFFIXES, pyav, read_video
 from owl_wms.timing import Spent
 from owl_wms.whole import why_unwritten, written_whole
 
@@ -173,7 +173,7 @@ class _FrameWriter:
         return self._coloured(self._local.converter, picture)
 
     def _coloured(self, converter: Any, picture: Any) -> Any:
-        return converter.reformat(picture, format=_PIXELS)
+        raise NotImplementedError
 
     @contextmanager
     def _naming_the_clip(self) -> Iterator[None]:
@@ -279,3 +279,9 @@ class Y4mWriter(_FrameWriter):
         stream = container.add_stream("wrapped_avframe", rate=self._fps)
         stream.height, stream.width, stream.pix_fmt = height, width, _PIXELS
         return container, stream
+
+    def _coloured(self, converter: Any, picture: Any) -> Any:
+        """Converts by the matrix that readers suppose: the form has no place for its name."""
+        spaces = self._av.video.reformatter.Colorspace
+        matrix = spaces.ITU709 if picture.height >= LARGE else spaces.ITU601
+        return converter.reformat(picture, format=_PIXELS, dst_colorspace=matrix)

@@ -35,7 +35,8 @@ _OTHER_TRANSFERS = (8, 9, 10, 17)  # linear, two logarithmic ones, that of cinem
 _OTHER_PRIMARIES = (9, 10, 11, 12)
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 LIMITED = 1  # FFmpeg's AVCOL_RANGE_MPEG
-_LARGE = 720  # lines from which players take an untagged clip for BT.709
+LARGE = 720
+"""Lines from which players take a clip without tags for BT.709, and below for BT.601."""
 
 
 def pyav(path: Path | str) -> ModuleType:
@@ -139,6 +140,7 @@ def _opened(av: ModuleType, path: Path) -> Any:
 
     By descriptor and absolute name: FFmpeg takes `10:30.mp4` for a protocol, and some formats name further files.
     """
+    path = at_home(path)
     with open_regular(path) as file:
         if _breaks_off(file):
             raise ValueError("the file is truncated: its header tells of more bytes")
@@ -197,7 +199,7 @@ def _as_shown(av: ModuleType, frame: Any, aspect: Fraction | None) -> np.ndarray
         raise ValueError(f"its colours are those of another screen ({coded} of H.273); convert it to BT.709 first")
     spaces = av.video.reformatter.Colorspace
     untagged = int(frame.colorspace) in _UNSAID
-    known = {"src_colorspace": spaces.ITU709 if frame.height >= _LARGE else spaces.ITU601} if untagged else {}
+    known = {"src_colorspace": spaces.ITU709 if frame.height >= LARGE else spaces.ITU601} if untagged else {}
     width = frame.width if not aspect else max(1, round(frame.width * aspect))
     if width * frame.height > MAX_PIXELS:
         raise ValueError(f"{width}x{frame.height} are more than {MAX_PIXELS} pixels")

@@ -169,6 +169,17 @@ def test_y4m_on_standard_output_is_read_back(place: Path) -> None:  # noqa: F811
     assert b"decoded by" in ran.stderr
 
 
+@pytest.mark.parametrize(("height", "matrix"), [(718, 5), (720, 1)])
+def test_y4m_has_the_colours_that_readers_of_its_size_suppose(tmp_path: Path, height: int, matrix: int) -> None:
+    """FFmpeg makes a clip without tags of it, and players take those of 720 lines and more for BT.709."""
+    colour = torch.tensor([200, 30, 60], dtype=torch.uint8)
+    with sinks.open_sink(tmp_path / "x.y4m", shape=(1, 1), fps=1) as sink:
+        sink.write(colour.expand(1, height, 16, 3).contiguous())
+    with av.open(str(tmp_path / "x.y4m")) as container:
+        frame = next(container.decode(video=0)).reformat(format="rgb24", src_colorspace=matrix)
+    assert abs(frame.to_ndarray()[height // 2, 8].astype(int) - colour.numpy()).max() <= 3
+
+
 def test_raw_on_standard_output_is_the_bytes(place: Path) -> None:  # noqa: F811
     ran = subprocess.run(command(place, "--out", "-", "--format", "raw"), capture_output=True, check=True)
     assert ran.stdout == bytes_of(place).tobytes()
