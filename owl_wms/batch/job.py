@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from owl_wms.batch.ledger import Ledger
 from owl_wms.batch.store import FOLDER, GENERATION, Store
 from owl_wms.errors import ConfigError
-from owl_wms.files import one_line
+from owl_wms.files import at_home, one_line
 
 SETTINGS = f"{FOLDER}/settings.json"
 TIME_LIMIT = 3600.0
@@ -119,10 +119,10 @@ def digest_of_files(path: str | None) -> str:
     """
     if path is None:
         return ""
-    root, digest = Path(path), hashlib.sha256()
+    root, digest = at_home(path), hashlib.sha256()
     try:
         for file in [root] if not root.is_dir() else sorted(p for p in root.rglob("*") if p.is_file()):
-            digest.update(str(file.relative_to(root)).encode() + b"\0")
+            digest.update(os.fsencode(file.relative_to(root)) + b"\0")
             with file.open("rb") as opened:
                 while piece := opened.read(4 << 20):
                     digest.update(piece)

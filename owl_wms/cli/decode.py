@@ -64,6 +64,7 @@ def decode(
     from owl_wms.cli import _shared as shared
     from owl_wms.configs import load_vae_model
     from owl_wms.errors import ConfigError
+    from owl_wms.files import at_home
     from owl_wms.media import sinks
     from owl_wms.media.facts import Facts
     from owl_wms.media.latents import LatentFile
@@ -76,7 +77,7 @@ def decode(
     from owl_wms.utils.owl_vae_bridge import get_decoder_only
     from owl_wms.vae.landscape import other_latent_size
 
-    console = Console(stderr=True)
+    latents, console = at_home(latents), Console(stderr=True)
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
     chosen = sinks.form_of(out, form)

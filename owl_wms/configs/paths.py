@@ -17,7 +17,7 @@ from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from owl_wms import env
-from owl_wms.files import name_too_long
+from owl_wms.files import at_home, name_too_long
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Configurations and shipped weights: beside the package in a checkout, inside it in an installed wheel (setup.py).
@@ -93,5 +93,5 @@ def find_beside(path: Path | str | None, cfg_path: Path | str) -> Path | None:
     """
     if path is None or os.path.exists(path):
         return None if path is None else Path(path)
-    above = (parent / path for parent in Path(cfg_path).resolve().parents)
+    above = (parent / path for parent in at_home(cfg_path).resolve().parents)
     return next((found for found in above if os.path.exists(found)), Path(path))

@@ -31,7 +31,7 @@ from torch import Tensor
 from owl_wms.data.npy_table import LATENT_COLUMN
 from owl_wms.data.s3 import TarBucket, list_tars, tar_members
 from owl_wms.errors import ConfigError, DataError
-from owl_wms.files import is_foreign, one_line, read_regular
+from owl_wms.files import at_home, is_foreign, one_line, read_regular
 from owl_wms.media.arrays import ARRAY_SUFFIXES, load_tensor_bytes, read_arrays
 from owl_wms.media.facts import Facts
 from owl_wms.media.npy import NpyFile
@@ -78,7 +78,7 @@ def clips_of(source: str) -> Iterator[Clip]:
         for key in [prefix] if prefix.endswith(".tar") else list_tars(bucket, prefix):
             yield from _of_tar(bucket.fetch(key), f"s3://{bucket_name}/{key}")
         return
-    path = Path(source)
+    path = at_home(source)
     if path.is_dir():
         yield from _of_folder(path)
     elif not os.path.lexists(path):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable
 from owl_wms.errors import DataError
+from owl_wms.files import at_home
 from owl_wms.game.buttons import BUTTONS
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
@@ -87,7 +88,7 @@ def load_contexts(
     Raises:
         DataError: the file cannot be read, or holds something else; says which tensor and why.
     """
-    path, later = Path(path), None
+    path, later = at_home(path), None
     row = _row_of(path)
     if row is None:
         tensors = _read(path)

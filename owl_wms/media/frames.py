@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from owl_wms.errors import DataError
+from owl_wms.files import at_home
 from owl_wms.media.arrays import ARRAY_SUFFIXES, load_array
 from owl_wms.media.stills import picture_files, read_picture
 from owl_wms.media.watch import VIDEO_SUFFIXES, read_video
@@ -66,6 +67,7 @@ def _take(frames: Iterator[Tensor], count: int) -> Iterator[tuple[int, Tensor]]:
 
 def _frames(source: Path) -> Iterator[Tensor]:
     """Single frames [C, H, W], float32 in [-1, 1]."""
+    source = at_home(source)
     if source.is_dir():
         yield from map(read_picture, picture_files(source))
     elif source.suffix.lower() in ARRAY_SUFFIXES:

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from owl_wms.errors import DataError
-from owl_wms.files import one_line, open_regular, read_exactly, read_regular, size_of
+from owl_wms.files import at_home, one_line, open_regular, read_exactly, read_regular, size_of
 from owl_wms.interrupts import raise_interrupt
 from owl_wms.media.facts import MEMBER, METADATA_KEY, Facts, facts_of_text
 from owl_wms.media.watch import comment_of
@@ -28,7 +28,7 @@ def read_facts(path: Path | str) -> Facts:
     Raises:
         DataError: no such file, one that cannot be read, or facts that cannot be.
     """
-    path = Path(path)
+    path = at_home(path)
     try:
         return facts_of_text(_text_of(path), path)
     except DataError:
@@ -70,7 +70,7 @@ def weights_digest(path: Path | str) -> str | None:
     Raises:
         OSError: it cannot be read.
     """
-    return file_digest(path) if Path(path).is_file() else None
+    return file_digest(path) if at_home(path).is_file() else None
 
 
 def file_digest(path: Path | str) -> str:

@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from owl_wms.errors import ConfigError, DataError
+from owl_wms.files import at_home
 from owl_wms.media.video import CRF, STDOUT, X264, VideoWriter, Y4mWriter, said
 from owl_wms.timing import Spent
 from owl_wms.whole import draft_beside, keep_draft, why_unwritten, written_whole
@@ -205,7 +206,7 @@ class PictureWriter(Sink):
 
     def __init__(self, folder: Path, suffix: str, spent: Spent) -> None:
         self.path, self._suffix, self._spent = folder, suffix, spent
-        self._target = Path(os.path.realpath(folder))
+        self._target = Path(os.path.realpath(at_home(folder)))
         self._draft = draft_beside(self._target / "pictures" if self._target.is_dir() else self._target)
         self._pool = ThreadPoolExecutor(os.cpu_count(), "owl-wms-pictures")
         self._count = 0

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from owl_wms.errors import CheckpointError
+from owl_wms.files import at_home
 from owl_wms.interrupts import raise_interrupt
 from owl_wms.vae import load_weights, read_state_dict, select_core
 from owl_wms.vae.layouts import without_wrappers
@@ -42,7 +43,7 @@ def checkpoint_path(folder: Path | str, step: int) -> Path:
 
 
 def _checkpoints(folder: Path | str) -> dict[int, Path]:
-    return {int(match[1]): path for path in Path(folder).glob("step_*.pt") if (match := _NAME.fullmatch(path.name))}
+    return {int(match[1]): path for path in at_home(folder).glob("step_*.pt") if (match := _NAME.fullmatch(path.name))}
 
 
 def latest_checkpoint(folder: Path | str) -> Path | None:
@@ -105,7 +106,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, not readable, or not a dictionary.
     """
-    path = Path(path)
+    path = at_home(path)
     try:
         there = path.is_file()
     except OSError as error:  # a name that is too long, a folder that nobody may look into

@@ -16,12 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from owl_wms.data.sources import clips_of
 from owl_wms.errors import DataError, OwlError, printable
 from owl_wms.media.arrays import ARRAY_SUFFIXES, load_array, load_latents, load_tensor_bytes, read_arrays, save_array
 from owl_wms.media.facts import Facts
+from owl_wms.media.frames import frame_batches
 from owl_wms.media.latents import LatentFile
 from owl_wms.media.npy import NpyFile
-from owl_wms.media.read_facts import read_facts
+from owl_wms.media.read_facts import read_facts, weights_digest
+from owl_wms.media.sinks import open_sink
 from owl_wms.vae.weight_files import read_content
 from tests.only_ours import read_or_refuse
 
@@ -275,6 +278,14 @@ def test_files_in_the_home_folder(tmp_path: Path, suffix: str, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     save_array(f"~/x{suffix}", torch.ones(2, 3, 2, 2))
     assert torch.equal(load_latents(tmp_path / "home" / f"x{suffix}"), load_latents(f"~/x{suffix}"))
+    save_array(f"~/said{suffix}", Z, facts=Facts(vae_scale=2.0))
+    assert read_facts(f"~/said{suffix}") == read_facts(tmp_path / "home" / f"said{suffix}")
+    assert weights_digest(f"~/x{suffix}") == weights_digest(tmp_path / "home" / f"x{suffix}") is not None
+    assert [clip.name for clip in clips_of("~")] == ["said", "x"]
+    with open_sink(Path("~/frames"), shape=(1, 1), fps=1) as sink:
+        sink.write(torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
+    (frames,) = frame_batches(Path("~/frames"), channels=3, size=(4, 4), batch_size=2)
+    assert frames.shape == (1, 3, 4, 4)
     assert not (tmp_path / "~").exists()
 
 
