@@ -3,7 +3,7 @@
 Why it exists: `torch.backends.cudnn.flags` saves and restores settings of the whole process. Two threads that use it at
 once restore each other's values, and one beside a parity check once left cuDNN switched off for good. And a
 convolution whose algorithm is chosen by a timing run in every process gives other bits in the next one, from an
-algorithm that no parity gate ever saw; so ours say themselves how cuDNN is to choose: by shape.
+algorithm that no parity check ever saw. So our convolutions fix how cuDNN chooses: by shape.
 
 Usage:
     with flags(enabled=False, allow_tf32=False): ...
@@ -35,13 +35,15 @@ def flags(**wanted: Any) -> Iterator[None]:
 
 
 def convolution(image: Tensor, taps: Tensor) -> Tensor:
-    """3x3, padding 1, without bias: `[B, C, H, W]` and `[O, C, 3, 3]` on CUDA to `[B, O, H, W]`; flags do not count."""
+    """Convolves 3x3 with padding 1 and no bias, `[B, C, H, W]` and `[O, C, 3, 3]` on CUDA to `[B, O, H, W]`, whatever
+    the global flags are.
+    """
     result: Tensor = torch.ops.aten.cudnn_convolution(image, taps, _ONES, _ONES, _ONES, 1, False, False, False)
     return result
 
 
 def convolution_relu(image: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-    """`relu(conv(image) + bias)` in cuDNN's own epilogue, which takes no word but the flags'."""
+    """Returns `relu(conv(image) + bias)` by cuDNN's fused operator, which follows the global flags alone."""
     backend = torch.backends.cudnn
     # What TF32 may do is of no account for 16 bits.
     as_wanted = all(getattr(backend, name) == value for name, value in BY_SHAPE.items() if name != "allow_tf32")

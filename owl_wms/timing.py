@@ -38,7 +38,7 @@ class Marks:
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        """The next point."""
+        """Sets the next mark."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))  # by itself it takes the current device's stream
@@ -47,12 +47,12 @@ class Marks:
             self._marks.append(time.perf_counter())
 
     def wait(self) -> None:
-        """Until the work before the last mark is done."""
+        """Waits until the work before the last mark is done."""
         if self._cuda:
             self._marks[-1].synchronize()
 
     def between(self, first: int, second: int) -> float:
-        """Milliseconds between two marks; call after `wait`."""
+        """Returns the milliseconds between two marks; call after `wait`."""
         a, b = self._marks[first], self._marks[second]
         result: float = a.elapsed_time(b) if self._cuda else (b - a) * 1e3
         return result

@@ -25,8 +25,8 @@ from owl_wms.timing import interleaved
 SHUFFLED = -6  # beside the ways of `owl_wms.ops.conv3x3`, see LearnedShortcut
 TIMING_SECONDS = 0.3  # of each distinct convolution; sana has a dozen
 HEAD_START = 1_000_000  # clock cycles, some 0.6 ms; a launch from Python takes as long as a convolution at batch 1
-# A way to compute a convolution that strays further than rounding can from the library's result is wrong, not fast.
-MOST_STRAY = 2e-2
+# Relative L2. A way whose result is further from the library's than this is wrong: rounding does not explain it.
+MAX_DIFFERENCE = 2e-2
 # The kind of convolution, shapes of its inputs and weights, and what else decides how long it takes.
 Choice: TypeAlias = tuple[str, tuple[tuple[int, ...] | None, ...], tuple[int, ...], tuple[object, ...]]
 Way: TypeAlias = Callable[[Tensor], Tensor]
@@ -147,10 +147,10 @@ def quickest(ways: Mapping[int, Way], x: Tensor) -> int:
     sound = {str(LIBRARY): ways[LIBRARY]}
     for how, way in ways.items():
         try:
-            stray = torch.linalg.vector_norm(way(x).float() - wanted)
+            difference = torch.linalg.vector_norm(way(x).float() - wanted)
         except Exception:  # a kernel this driver or GPU refuses: the library remains
             continue
-        if stray <= MOST_STRAY * torch.linalg.vector_norm(wanted):
+        if difference <= MAX_DIFFERENCE * torch.linalg.vector_norm(wanted):
             sound[str(how)] = way
     times = interleaved(sound, x, budget_seconds=TIMING_SECONDS, head_start=HEAD_START)
     return int(min(times, key=times.__getitem__))

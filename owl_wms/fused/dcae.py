@@ -109,7 +109,7 @@ class FusedStage(nn.Module):
         self.tiled = shortcut == "tiled"
         self.register_buffer("proj", matrix(proj, dtype) if isinstance(proj, nn.Conv2d) else None)
         learned = shortcut if isinstance(shortcut, nn.Conv2d) else None
-        # Not left to TensorRT: its half-precision sums fail the parity gate, and its engines hold weights in a form
+        # Not left to TensorRT: its half-precision sums fail the parity check, and its engines hold weights in a form
         # that takes a minute to write and twenty seconds to read (docs/log.md).
         self.shortcut = None if learned is None else LearnedShortcut(learned.weight, learned.bias, dtype)
         self.take(blocks, dtype)

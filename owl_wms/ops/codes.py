@@ -1,7 +1,7 @@
 """The two 8-bit number formats that stage products run in, and the rule by which a value becomes a code.
 
 Why it exists: kernels and references must agree on rounding and saturation to the last bit. A code stands for
-`code * step * gain`: steps are fixed, one a channel, found by calibration and folded into weights and biases; `gain`
+`code * step * gain`: steps are fixed, one per channel, found by calibration and folded into weights and biases; `gain`
 is one factor an image, at least 1, for latents that reach further than the calibration's did.
 
     int8   nearest integer, halves to even, saturating at 127 either side

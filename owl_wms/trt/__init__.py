@@ -1,6 +1,6 @@
 """Decoder to compiled program: import, fold, rewrite, plan, export, compile, isolate, check, save and load.
 
-Why one stage: everything that knows TensorRT is here, and it knows nothing of cache files or callers. Importing this
+Why one folder: nothing outside of it knows TensorRT, and it knows nothing of cache files or callers. Importing this
 package touches neither CUDA nor TensorRT.
 
 Usage:

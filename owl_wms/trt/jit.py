@@ -43,7 +43,7 @@ class TrainingDecoder(nn.Module):
     gradients.
 
     Attributes:
-        decoder: the original, untouched; its answer is given after any failure.
+        decoder: the original, untouched; it decodes after any failure.
         reason: why it is eager; empty while the compiled form is used or untried.
         plan: the plan asked for, then the one that was compiled; empty before the first is chosen.
         relative_error: of the last shape compiled, against the fp32 decoder; NaN before.
@@ -107,7 +107,7 @@ class TrainingDecoder(nn.Module):
         )
         recording = Recording.of(self.decoder, request.input_shape)
         fp32 = fp32_copy(self.decoder, z.device)
-        # Which of several plans is fastest only timing tells, and the first has always won.
+        # Not timed here: the first plan that applies was the fastest in every measurement.
         plan = plans.select(fp32, request, recording).plans[self.precision][0]
         module, _ = plan.lower(fp32, request, self.precision, recording)
         settings = {**compile_settings(request, self.precision), **plan.settings}

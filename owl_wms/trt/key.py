@@ -39,8 +39,8 @@ MACHINE_FIELDS = (
     "sm_count", "python",
 )  # fmt: skip
 SOURCES = ("trt", "fused", "ops", "vae", "request.py", "state.py", "cudnn.py", "timing.py", "device_order.py")
-"""Folders and files of `owl_wms` whose sources shape a program: whatever a lowering loads, so that a change of one of
-them builds anew. `tests/runtime/test_counts.py` holds it to that.
+"""Folders and files of `owl_wms` whose sources shape a program: all that lowering a decoder loads. If one of them
+changes, programs are built anew. `tests/runtime/test_counts.py` checks that none is missing.
 """
 
 

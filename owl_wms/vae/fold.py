@@ -57,8 +57,8 @@ def shared_hooks(module: nn.Module) -> dict[int, Any]:
 
 
 def _is_weight_normed(conv: nn.Module) -> bool:
-    # A subclass may compute something else with its weight, and a parametrized bias or a second parametrization of the
-    # weight is more than a norm: such stay as they are.
+    # Only plain weight norm is folded. A convolution stays as it is if it is a subclass, if its bias is parametrized
+    # too, or if its weight has a second parametrization.
     if type(conv).__bases__ not in ((nn.Conv1d,), (nn.Conv2d,)) or not parametrize.is_parametrized(conv, "weight"):
         return False
     if any(callable(value) for value in vars(conv).values()):  # a forward of its own, say, which a new one would lack

@@ -4,7 +4,7 @@ Why it exists: latents are square (8x8 for 360x640 frames), so wide frames are s
 the encoder and stretched back after the decoder. Both resizes are bicubic and static for a given input shape.
 
 Usage:
-    size = is_wide((360, 640))                     # True: 16:9
+    size = is_wide((360, 640))                     # True: wider than tall
     SquareToLandscape(96, 3, size=(360, 640))      # [B, 96, 512, 512] -> [B, 3, 360, 640]
 """
 

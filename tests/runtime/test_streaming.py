@@ -202,7 +202,7 @@ class Graphed(Programs):
     ) -> Loaded:
         loaded = super().obtain(decoder, request, settings, progress)
         example = [torch.zeros(shape, dtype=self.dtype) for shape in (request.input_shape, *request.state)]
-        with mock.patch.object(step_graph, "Recorded", Replayed):
+        with mock.patch.object(step_graph, "CapturedGraph", Replayed):
             graphed = step_graph.GraphedStep(loaded.program, *example)
         self.calls = 0
         return dataclasses.replace(loaded, program=graphed)

@@ -1,4 +1,4 @@
-"""Bootstrap of a building process without a GPU: the real worker, converters and partitioner, engines executed by
+"""Bootstrap of a build process without a GPU: the real worker, converters and partitioner, engines executed by
 PyTorch.
 
 Usage: python -c "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from tests.trt.build_child import main;

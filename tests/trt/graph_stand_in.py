@@ -1,7 +1,7 @@
 """A stand-in for a captured CUDA graph, for machines without a GPU: what is not the graph's promise is NaN.
 
 Usage:
-    with mock.patch.object(step_graph, "Recorded", Replayed):
+    with mock.patch.object(step_graph, "CapturedGraph", Replayed):
         fast = step_graph.GraphedStep(step, latent, *state)
 """
 

@@ -1,7 +1,7 @@
 """Registers an op as `torch.ops.owl_wms.<name>`: schema, fake, and one function for CPU and CUDA.
 
-Why not `torch.library.custom_op`: its Python wrapper costs twice as much a call, and every op here runs dozens of
-times a decode. All ops are functional (no argument is written, no result aliases an argument), so an exported
+Why not `torch.library.custom_op`: its Python wrapper costs twice as much per call, and every op here runs dozens
+of times per decode. All ops are functional (no argument is written, no result aliases an argument), so an exported
 program keeps them as they are and a compiler that does not know them leaves them to PyTorch.
 
 Operator by operator, a kernel that this GPU, driver or compiler cannot have is replaced by a simpler way to compute the

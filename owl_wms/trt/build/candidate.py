@@ -18,12 +18,26 @@ from owl_wms.trt.library.compiler import Partition
 
 @dataclass(kw_only=True)
 class Candidate:
-    """A plan at one precision, built (or not)."""
+    """A plan at one precision, built (or not).
+
+    Attributes:
+        program: callable; None if it failed or is not needed any longer.
+        exported: saved instead of `program` if Torch-TensorRT compiled nothing.
+        partition: the split between TensorRT and PyTorch.
+        rewrites: how often each rewrite was applied.
+        kept: modules left in PyTorch, `kept_reason` the failure that made that necessary.
+        isolation: the search for those modules; None if nothing failed.
+        probes: modules that failed when they were built alone, and why.
+        reason: why it cannot be used; empty if it can.
+        parity: of `Reference.check`.
+        latency_ms, graph_latency_ms: medians per call, plain and as a CUDA graph; None if not timed.
+        graph_reason: why there is no CUDA graph.
+    """
 
     plan: str
     precision: str
     program: Any = None
-    exported: ExportedProgram | None = None  # what is saved where Torch-TensorRT has no part in it
+    exported: ExportedProgram | None = None
     partition: Partition | None = None
     rewrites: dict[str, int] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
@@ -36,6 +50,10 @@ class Candidate:
     latency_ms: float | None = None
     graph_latency_ms: float | None = None
     graph_reason: str = ""
+
+    def key(self, kind: str) -> str:
+        """Returns the name of an attempt with this plan and precision, for a `BuildJournal`."""
+        return f"{kind}|{self.plan}|{self.precision}"
 
     def best_ms(self) -> float:
         """The better of plain and graphed latency in milliseconds; infinity when it was not timed."""

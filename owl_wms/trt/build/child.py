@@ -6,7 +6,7 @@ None of that may reach the caller.
 Trust: the decoder arrives as a `torch.save` file, which is a pickle. That is safe here and only here: the parent wrote
 it a moment ago into a directory of mode 0700 that it had just created, and the child is its own.
 
-Messages, one JSON object a line on the file descriptor given as the second argument:
+Messages, one JSON object per line on the file descriptor given as the second argument:
     {"event": "stage", "stage": "compile", "elapsed": 3.2, ...}
     {"event": "attempt", "key": "build|tensorrt|bf16|"}     then     {"event": "outcome", "key": ..., "reason": ""},
         others possibly between
@@ -140,8 +140,8 @@ def _another(decoder: Any) -> FastPathError:
 def _make_context(index: int) -> None:
     """Make the device's context, which takes a second on a large machine, beside the imports, which take three.
 
-    Through the driver alone: torch would import things in this thread that the other one is just importing. Torch
-    finds the context there; whatever goes wrong here it says itself.
+    Through the driver alone: torch would import modules in this thread that the other one is importing. Torch uses the
+    context that it finds. If making it fails, torch meets the same failure later and raises it.
     """
     with contextlib.suppress(OSError, AttributeError):
         driver = ctypes.CDLL("libcuda.so.1")

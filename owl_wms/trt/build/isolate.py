@@ -25,16 +25,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-Unit = str
-Works = Callable[[frozenset[Unit]], str]
-"""Build and run with these units left in PyTorch; "" when that works, else the reason."""
+ModulePath = str
+Works = Callable[[frozenset[ModulePath]], str]
+"""Build and run with these modules left in PyTorch; "" when that works, else the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """Describes one try: the units left in PyTorch, why it failed ("" when it worked), how long it took."""
+    """Describes one try: the modules left in PyTorch, why it failed ("" when it worked), how long it took."""
 
-    kept: tuple[Unit, ...]
+    kept: tuple[ModulePath, ...]
     reason: str
     seconds: float
 
@@ -44,12 +44,12 @@ class Isolation:
     """The result of a search.
 
     Attributes:
-        kept: units that stay in PyTorch, sorted; None when no set short of all of them was seen to work.
-        minimal: whether the search ended by itself; no unit can leave `kept` then (for a monotone `works`).
+        kept: modules that stay in PyTorch, sorted; None when no set short of all of them was seen to work.
+        minimal: whether the search ended by itself; no module can leave `kept` then (for a monotone `works`).
         attempts: every try in order.
     """
 
-    kept: tuple[Unit, ...] | None
+    kept: tuple[ModulePath, ...] | None
     minimal: bool
     attempts: tuple[Attempt, ...]
 
@@ -61,13 +61,13 @@ class _OutOfBudget(Exception):
 @dataclass(kw_only=True)
 class _Search:
     works: Works
-    everything: frozenset[Unit]
+    everything: frozenset[ModulePath]
     max_tries: int
     deadline: float
     attempts: list[Attempt] = field(default_factory=list)
-    known: dict[frozenset[Unit], str] = field(default_factory=dict)
+    known: dict[frozenset[ModulePath], str] = field(default_factory=dict)
 
-    def ok(self, kept: frozenset[Unit]) -> bool:
+    def ok(self, kept: frozenset[ModulePath]) -> bool:
         """Returns whether `kept` works; answers what follows from earlier tries by monotonicity without trying."""
         if kept == self.everything or any(not reason and good <= kept for good, reason in self.known.items()):
             return True
@@ -81,7 +81,7 @@ class _Search:
         self.known[kept] = reason
         return not reason
 
-    def explain(self, parts: list[frozenset[Unit]], base: frozenset[Unit]) -> list[frozenset[Unit]]:
+    def explain(self, parts: list[frozenset[ModulePath]], base: frozenset[ModulePath]) -> list[frozenset[ModulePath]]:
         """Irreducible subset of `parts` that works together with `base`; `base` alone does not, with all `parts` it
         does.
         """
@@ -95,35 +95,35 @@ class _Search:
         first = self.explain(left, base | _union(right))
         return first + self.explain(right, base | _union(first))
 
-    def best(self) -> frozenset[Unit] | None:
+    def best(self) -> frozenset[ModulePath] | None:
         good = [kept for kept, reason in self.known.items() if not reason]
         return min(good, key=len, default=None)
 
 
 def smallest_kept(
-    classes: Sequence[Sequence[Sequence[Unit]]],
+    classes: Sequence[Sequence[Sequence[ModulePath]]],
     works: Works,
     *,
     max_tries: int,
     deadline: float,
-    suspects: Iterable[Unit] = (),
+    suspects: Iterable[ModulePath] = (),
     reason: str = "failed",
 ) -> Isolation:
-    """Find which units must stay in PyTorch, given that leaving nothing there fails.
+    """Find which modules must stay in PyTorch, given that leaving nothing there fails.
 
     Args:
-        classes: all units, in groups of like ones, and groups of one class together. Keeping all of them is PyTorch
+        classes: all modules, in groups of like ones, and groups of one class together. Keeping all of them is PyTorch
             itself and is taken to work, but is no answer.
         works: one try; must not raise.
         max_tries: most calls of `works`.
         deadline: `time.monotonic()` after which no further try begins.
-        suspects: units that failed when built alone; tried first, and taken as necessary if they suffice.
+        suspects: modules that failed when built alone; tried first, and taken as necessary if they suffice.
         reason: of the failure with nothing left in PyTorch.
     """
     levels = [
         [_union(map(frozenset, groups)) for groups in classes],
         [frozenset(group) for groups in classes for group in groups],
-        [frozenset([unit]) for groups in classes for group in groups for unit in sorted(group)],
+        [frozenset([path]) for groups in classes for group in groups for path in sorted(group)],
     ]
     everything = _union(levels[0])
     search = _Search(works=works, everything=everything, max_tries=max_tries, deadline=deadline)
@@ -131,7 +131,7 @@ def smallest_kept(
     if not everything:
         return Isolation(kept=None, minimal=True, attempts=())
     suspected = frozenset(suspects) & everything
-    kept: frozenset[Unit] | None = None
+    kept: frozenset[ModulePath] | None = None
     minimal = True
     try:
         if suspected and suspected != everything and search.ok(suspected):
@@ -153,7 +153,7 @@ def smallest_kept(
     return _found(kept, minimal, search)
 
 
-def _found(kept: frozenset[Unit] | None, minimal: bool, search: _Search) -> Isolation:
+def _found(kept: frozenset[ModulePath] | None, minimal: bool, search: _Search) -> Isolation:
     usable = kept is not None and kept != search.everything
     return Isolation(
         kept=tuple(sorted(kept)) if usable and kept is not None else None,
@@ -162,5 +162,5 @@ def _found(kept: frozenset[Unit] | None, minimal: bool, search: _Search) -> Isol
     )
 
 
-def _union(parts: Iterable[frozenset[Unit]]) -> frozenset[Unit]:
+def _union(parts: Iterable[frozenset[ModulePath]]) -> frozenset[ModulePath]:
     return frozenset().union(*parts)

@@ -5,8 +5,8 @@ Usage:
     known = journal.attempt("build|tensorrt|bf16|")      # then, unless known:
     journal.outcome("build|tensorrt|bf16|", "")
 
-Attempts nest: a death is put down to the one that began last of those still open. So `plan|...` may stand around a
-whole plan, and a `build|...` within it still answers for itself.
+Attempts nest. If the process dies, the attempt that began last among the open ones is recorded as failed. So `plan|...`
+can stand around all that is done with a plan, and a crash in a `build|...` within it still fails that build alone.
 """
 
 from __future__ import annotations

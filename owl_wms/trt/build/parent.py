@@ -162,7 +162,7 @@ class Build:
                 if failure.stage == "import":
                     importer.remember(failure)
                 raise failure
-            _LOG.info("the building process died: %s", outcome["reason"])
+            _LOG.info("the build process died: %s", outcome["reason"])
             if not ending.over() and (self.restarts >= MAX_RESTARTS or not outcome["open"]):
                 raise FastPathError("build", outcome["reason"], "try another precision or plan (owl-wms trt plans)")
             self.known[outcome["open"]] = outcome["reason"]
@@ -302,5 +302,5 @@ def explain_exit(status: int | None, timeout_seconds: float, last: Event | None 
             "SIGKILL": "killed, usually for memory",
             "SIGABRT": "aborted by a failed check",
         }
-        return f"the building process ended with {name}" + (f" ({meaning[name]})" if name in meaning else "")
-    return f"the building process ended with exit status {status} and no answer"
+        return f"the build process ended with {name}" + (f" ({meaning[name]})" if name in meaning else "")
+    return f"the build process ended with exit status {status} and no answer"

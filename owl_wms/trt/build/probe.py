@@ -6,7 +6,7 @@ culprit; trying subsets of the whole costs a whole build each.
 
 Usage:
     prober = Prober(request, journal, device)
-    failing = prober.probe(module, like_units(module, exported), "bf16", settings)      # {module path: reason}
+    failing = prober.probe(module, like_modules(module, exported), "bf16", settings)      # {module path: reason}
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Prober:
         in which it failed; and the rest if there is time left of the first.
 
         Args:
-            classes: of `like_units`.
+            classes: of `like_modules`.
         """
         shapes = record_shapes(module, self.request.input_shape)
         children = dict(module.named_modules())
@@ -97,7 +97,7 @@ class Prober:
         return ""
 
 
-def like_units(module: nn.Module, exported: ExportedProgram) -> list[list[list[str]]]:
+def like_modules(module: nn.Module, exported: ExportedProgram) -> list[list[list[str]]]:
     """Module paths that call operators, grouped by kind, and the kinds by class.
 
     A kind is a leaf's type, configuration and tensor shapes, else the operators. A class is the type, with a

@@ -25,9 +25,9 @@ from owl_wms.timing import interleaved
 from owl_wms.trt import plans
 from owl_wms.trt.build import attempts
 from owl_wms.trt.build.candidate import Candidate
-from owl_wms.trt.build.isolate import smallest_kept
+from owl_wms.trt.build.isolate import Isolation, Works, smallest_kept
 from owl_wms.trt.build.journal import BuildJournal
-from owl_wms.trt.build.probe import Prober, like_units
+from owl_wms.trt.build.probe import Prober, like_modules
 from owl_wms.trt.build.save import save
 from owl_wms.trt.check.chain import STEPS, Chain
 from owl_wms.trt.check.parity import PSNR_GATE_DB, Reference, example
@@ -112,9 +112,9 @@ class Worker:
             if candidate is not best:
                 candidate.program = None
         attempts.release()
-        self.journal.attempt(_plan_key(best))
+        self.journal.attempt(best.key("plan"))
         report = {**best.to_json(), **save(best, out_dir, self.request, self.journal, self.device)}
-        self.journal.outcome(_plan_key(best), "")
+        self.journal.outcome(best.key("plan"), "")
         graph_ms, plain_ms = best.graph_latency_ms, best.latency_ms
         report.update(
             {
@@ -135,7 +135,7 @@ class Worker:
     def at_precision(self, precision: str, chosen: tuple[plans.Plan, ...]) -> tuple[list[Candidate], float | None]:
         """Plans at one precision, checked and timed together with eager; `(candidates, eager's median ms)`.
 
-        What fails or dies on the way costs the plan that did; `candidate`, `judge` and `time` say how.
+        What fails or dies on the way costs the plan that did; `build_candidate`, `judge` and `time` say how.
         """
         self.journal.stage("reference", precision=precision)
         dtype = dtype_of(precision)
@@ -161,12 +161,12 @@ class Worker:
                 continue
             candidate = Candidate(plan=plan.name, precision=precision)
             # Around everything that is done with the plan, so that whatever kills the process is not tried again.
-            candidate.reason = self.journal.attempt(_plan_key(candidate)) or ""
+            candidate.reason = self.journal.attempt(candidate.key("plan")) or ""
             if not candidate.reason:
-                candidate = self.candidate(plan, precision)
+                candidate = self.build_candidate(plan, precision)
                 if candidate.program is not None and not candidate.reason:
                     self.judge(candidate, reference)
-                self.journal.outcome(_plan_key(candidate), candidate.reason)
+                self.journal.outcome(candidate.key("plan"), candidate.reason)
             if candidate.reason:
                 candidate.program = None
                 attempts.release()
@@ -188,8 +188,10 @@ class Worker:
         return f"{plan.name} was faster in every measurement on such a GPU" if capability in plan.settles_on else ""
 
     def judge(self, candidate: Candidate, reference: Reference) -> None:
-        """Hold a built candidate against the parity gate; its `reason` says what failed, a program that raises
-        included. Raises BrokenContext when the process has to end.
+        """Checks a built candidate for parity; its `reason` says what failed, also if the program raised.
+
+        Raises:
+            BrokenContext: the process has to end.
         """
         self.journal.stage("parity", plan=candidate.plan, precision=candidate.precision)
         try:
@@ -211,10 +213,10 @@ class Worker:
         keys = {"eager": f"eager|{precision}"}
         for candidate in timed:
             runs[candidate.plan] = self.with_state(candidate.program, precision)
-            keys[candidate.plan] = _plan_key(candidate)
+            keys[candidate.plan] = candidate.key("plan")
             graphed = self.captured(candidate, z)
             if graphed is not None:
-                runs[f"{candidate.plan} graphed"], keys[f"{candidate.plan} graphed"] = graphed, _graph_key(candidate)
+                runs[f"{candidate.plan} graphed"], keys[f"{candidate.plan} graphed"] = graphed, candidate.key("graph")
         failures: dict[str, str] = {}
 
         def measure(name: str, run: Callable[[], float]) -> float | None:
@@ -244,7 +246,7 @@ class Worker:
 
     def captured(self, candidate: Candidate, z: torch.Tensor) -> Callable[[torch.Tensor], Any] | None:
         """The candidate's program as a CUDA graph; None where it cannot be one, and `graph_reason` says why."""
-        candidate.graph_reason = self.journal.attempt(_graph_key(candidate)) or ""
+        candidate.graph_reason = self.journal.attempt(candidate.key("graph")) or ""
         if candidate.graph_reason:
             return None
         graphed: GraphedProgram | GraphedStep | None
@@ -255,7 +257,7 @@ class Worker:
             candidate.graph_reason = graphed.reason
         if candidate.graph_reason:
             attempts.check_context(self.device)
-        self.journal.outcome(_graph_key(candidate), candidate.graph_reason)
+        self.journal.outcome(candidate.key("graph"), candidate.graph_reason)
         return None if candidate.graph_reason or graphed is None else self.with_state(graphed, candidate.precision)
 
     # ---- streaming decoders: a step takes a state after the latents and returns the next one after the frames
@@ -289,9 +291,11 @@ class Worker:
 
         return stepped
 
-    def candidate(self, plan: plans.Plan, precision: str) -> Candidate:
-        """Lower, build and first-run one plan, isolating what fails. Never raises for a failing plan; its `reason` says
-        why.
+    def build_candidate(self, plan: plans.Plan, precision: str) -> Candidate:
+        """Lowers, builds and first runs one plan, and isolates what fails. A plan that fails has a `reason`.
+
+        Raises:
+            BrokenContext: the process has to end.
         """
         begin = time.monotonic()
         candidate = Candidate(plan=plan.name, precision=precision)
@@ -337,33 +341,38 @@ class Worker:
             return reason
 
         first = time.monotonic()
-        failure = works(frozenset())
+        kept, candidate.reason = frozenset[str](), works(frozenset())
         one_build = time.monotonic() - first
-        kept = frozenset[str]()
-        if failure and plan.isolates:
-            candidate.kept_reason = failure
-            classes = like_units(module, exported)
+        if candidate.reason and plan.isolates:
+            classes = like_modules(module, exported)
+            candidate.kept_reason = candidate.reason
             candidate.probes = self.prober.probe(module, classes, precision, settings)
-            self.journal.stage("isolation", plan=plan.name, precision=precision, suspects=len(candidate.probes))
-            deadline = time.monotonic() + max(ISOLATION_SECONDS, ISOLATION_BUILDS * one_build)
-            deadline = min(deadline, self.last_try)
-            candidate.isolation = smallest_kept(
-                classes,
-                works,
-                max_tries=ISOLATION_TRIES,
-                deadline=min(deadline, self.enough) if self.usable else deadline,
-                suspects=candidate.probes,
-                reason=failure,
-            )
+            candidate.isolation = self.isolate(candidate, classes, works, one_build)
             if candidate.isolation.kept is not None:
                 kept = frozenset(candidate.isolation.kept)
-                failure = "" if kept in built else works(kept)
+                candidate.reason = "" if kept in built else works(kept)
                 candidate.kept = tuple(sorted(kept))
-        candidate.reason = failure
-        if not failure:
+        if not candidate.reason:
             candidate.program, candidate.partition = built[kept]
         candidate.build_seconds = time.monotonic() - begin
         return candidate
+
+    def isolate(
+        self, candidate: Candidate, classes: list[list[list[str]]], works: Works, build_seconds: float
+    ) -> Isolation:
+        """Searches for the modules to leave in PyTorch; a build without any takes `build_seconds`."""
+        suspects = candidate.probes
+        self.journal.stage("isolation", plan=candidate.plan, precision=candidate.precision, suspects=len(suspects))
+        deadline = time.monotonic() + max(ISOLATION_SECONDS, ISOLATION_BUILDS * build_seconds)
+        deadline = min(deadline, self.last_try)
+        return smallest_kept(
+            classes,
+            works,
+            max_tries=ISOLATION_TRIES,
+            deadline=min(deadline, self.enough) if self.usable else deadline,
+            suspects=suspects,
+            reason=candidate.kept_reason,
+        )
 
     def _progress(self, plan: str) -> compiler.Progress:
         last = [0.0]
@@ -375,11 +384,3 @@ class Worker:
                 self.journal.stage("tensorrt", plan=plan, phase=phase, step=step, steps=steps)
 
         return tell
-
-
-def _plan_key(candidate: Candidate) -> str:
-    return f"plan|{candidate.plan}|{candidate.precision}"
-
-
-def _graph_key(candidate: Candidate) -> str:
-    return f"graph|{candidate.plan}|{candidate.precision}"

@@ -5,7 +5,7 @@ on. The request carries the hash that the key holds, and the build refuses a fil
 Only `.safetensors` is taken, which holds numbers and no code; `owl-wms encode` writes it.
 
 Usage:
-    z = calibration_latents(request, "cuda:0")      # [N, c, h, w] fp32, in the building process
+    z = calibration_latents(request, "cuda:0")      # [N, c, h, w] fp32, in the build process
 """
 
 from __future__ import annotations

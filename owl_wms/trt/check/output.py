@@ -39,8 +39,8 @@ class RecordedOutput:
         sha256: of its bytes.
         shape: of the output.
         sample: fp32, up to `SAMPLES` of its values, spread over it.
-        relative, absolute: how far another right answer may be: L2 over L2 of the sample, and the largest difference
-            where its magnitude is at most 1.
+        relative, absolute: limits on the difference of a right output: L2 over L2 of the sample, and the largest
+            difference where its magnitude is at most 1.
         seed: of the latents, of scale 1 (`parity.latents`).
     """
 
@@ -81,22 +81,22 @@ class RecordedOutput:
         return cls(**{**told, "shape": tuple(told["shape"]), "sample": sample})
 
     def compare(self, output: Tensor | tuple[Tensor, ...]) -> str:
-        """Hold the output of the loaded program against it.
+        """Compares the output of the loaded program with it.
 
         Returns:
-            Empty for the same bits, else how far the output strays.
+            Empty for the same bits, else how far off the output is.
 
         Raises:
-            FastPathError: stage "parity", when it strays further than another right answer may.
+            FastPathError: stage "parity", if it is further off than the limits.
         """
         output = joined(output)
         if tuple(output.shape) != self.shape:
             raise _otherwise(f"its frames are {list(output.shape)}, not {list(self.shape)}")
         if output_digest(output) == self.sha256:
             return ""
-        strays = (sample_of(output) - self.sample).double()
-        relative = (strays.norm() / self.sample.double().norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
-        absolute = torch.where(self.sample.abs() <= 1, strays.abs(), 0.0).max().item()
+        difference = (sample_of(output) - self.sample).double()
+        relative = (difference.norm() / self.sample.double().norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+        absolute = torch.where(self.sample.abs() <= 1, difference.abs(), 0.0).max().item()
         if relative <= self.relative and absolute <= self.absolute:  # neither for a NaN
             return f"other bits, relative distance {relative:.1e}"
         raise _otherwise(

@@ -9,12 +9,12 @@ The rule, for seeded latents of several scales (the same rounded latents for all
     finite      every element of y is finite wherever r is
     relative    |y - r| / |r| (L2) <= 2 * min(|e - r| / |r|, 8 eps of the dtype)
     absolute    max |y - r| over elements with |r| <= 1 is <= max(1e-2, 2 * the same of e)
-The absolute bound thus is 1e-2 wherever the dtype can express it, which is read off eager: where eager itself strays
-further, twice eager; where eager overflows there is nothing to read, and the relative bound stands alone.
+The absolute bound is 1e-2 if the dtype can express that. If eager itself is further off, the bound is twice eager's
+error. If eager overflows, there is no absolute bound.
 
-What e may be is bounded, for eager runs on a cuDNN that was seen to be wrong (docs/log.md): e is measured once more
-with the reference's arithmetic, which counts instead where e is more than twice as far off; and no e counts for more
-than 8 eps.
+The error of e is bounded too, because eager runs on cuDNN, which was seen to be wrong (docs/log.md). Eager is measured
+a second time with the reference's arithmetic. If its first error is more than twice the second, the second counts. No
+relative error of e counts for more than 8 eps.
 
 fp32 has the same rule with constants in e's place: relative 2 * 5e-5, absolute 1e-2. That lets another order of
 summation pass (about 1e-6 per layer) and stops TF32 (2e-4 to 1e-3), which eager's own convolutions use by default:
@@ -27,7 +27,7 @@ fp8 and int8 are used only by a user who asks for them by name, and have a rule 
 The other numbers are reported all the same.
 
 Usage:
-    reference = Reference.measure(folded_fp32, eager, spec.input_shape, dtype, "cuda:0")
+    reference = Reference.measure(folded_fp32, eager, request.input_shape, dtype, "cuda:0")
     result = reference.check(program)        # result["passed"], result["reason"], numbers per scale
 """
 
@@ -143,8 +143,8 @@ def _compared(decode: Decode, inputs: list[Tensor], wanted: list[Tensor]) -> lis
 
 
 def _second_run(eager: Decode, inputs: list[Tensor], wanted: list[Tensor]) -> list[Errors]:
-    """Eager's errors in the arithmetic of now; empty where it cannot run in that, which costs the check of eager alone:
-    not every operator without cuDNN need know every dtype.
+    """Returns eager's errors in the reference's arithmetic, for use inside `reference_arithmetic`; empty if it cannot
+    run so: PyTorch's operators without cuDNN need not take every dtype.
     """
     try:
         return _compared(eager, inputs, wanted)
@@ -153,12 +153,12 @@ def _second_run(eager: Decode, inputs: list[Tensor], wanted: list[Tensor]) -> li
         return []
 
 
-def _yardstick(usual: Errors, again: Errors) -> Errors:
+def _believed(usual: Errors, again: Errors) -> Errors:
     """Chooses between eager's error with cuDNN (`usual`) and without (`again`). Normally the first is used. If it is
     more than twice the second, cuDNN is at fault and the second is used. If either run overflowed, the first is used.
     """
-    believed = not usual.finite or not again.finite or usual.relative <= RELATIVE_FACTOR * again.relative
-    return usual if believed else again
+    usual_counts = not usual.finite or not again.finite or usual.relative <= RELATIVE_FACTOR * again.relative
+    return usual if usual_counts else again
 
 
 @dataclass(kw_only=True, slots=True)
@@ -217,7 +217,7 @@ class Reference:
         return cls(
             inputs=inputs,
             wanted=wanted,
-            eager=[_yardstick(*pair) for pair in zip(usual, again, strict=True)] if again else usual,
+            eager=[_believed(*pair) for pair in zip(usual, again, strict=True)] if again else usual,
             scales=scales,
             dtype=dtype,
             psnr_gate_db=psnr_gate_db,
@@ -229,7 +229,7 @@ class Reference:
 
     @torch.no_grad()
     def check(self, program: Decode) -> dict[str, Any]:
-        """Hold `program` against the rule above.
+        """Compares `program` with the fp32 decoder by the rule above.
 
         Returns:
             `passed`, `reason` (empty when passed), `relative_error` and `absolute_error` (worst scale), and `scales`,

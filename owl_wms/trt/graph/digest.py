@@ -1,6 +1,6 @@
 """SHA-256 over a decoder's weights, by as many threads as help.
 
-Why it exists: the cache key must hold every byte of every weight, and one thread hashes about 1.5 GB a second: 0.6 s
+Why it exists: the cache key must hold every byte of every weight, and one thread hashes about 1.5 GB per second: 0.6 s
 for the larger decoder in fp32. So the bytes are hashed in pieces side by side (hashlib lets go of the interpreter
 meanwhile), and the digest is taken over the digests of the pieces. Pieces have a fixed size, so the answer does not
 depend on the number of threads.

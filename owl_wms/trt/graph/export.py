@@ -39,7 +39,7 @@ def export_decoder(module: nn.Module, *inputs: Tensor) -> ExportedProgram:
 
 
 def graph_text(exported: ExportedProgram) -> str:
-    """The graph as text, one line a node: operator, arguments, keyword arguments, shape and dtype of its value."""
+    """The graph as text, one line per node: operator, arguments, keyword arguments, shape and dtype of its value."""
     lines = []
     for node in exported.graph.nodes:
         value = node.meta.get("val")

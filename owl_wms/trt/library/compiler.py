@@ -48,7 +48,7 @@ class Partition:
 
 
 OUTSIDE = "(decoder)"
-"""Unit of the nodes that belong to no submodule: the decoder's own forward, and constants without a history."""
+"""Path of the nodes that belong to no submodule: the decoder's own forward, and constants without a history."""
 
 
 def module_path(node: torch.fx.Node) -> str:
@@ -58,7 +58,7 @@ def module_path(node: torch.fx.Node) -> str:
 
 
 def operators_by_module(exported: ExportedProgram) -> dict[str, list[str]]:
-    """Module path -> operators called directly in it, in graph order: the units that isolation can keep in PyTorch."""
+    """Module path -> operators called directly in it, in graph order: the modules that can be left in PyTorch."""
     found: dict[str, list[str]] = {}
     for node in exported.graph.nodes:
         if node.op == "call_function":

@@ -3,7 +3,7 @@
 Why it exists: `import torch_tensorrt` takes three seconds, nearly all of it for converters, lowering passes and
 Inductor, and a start that finds its program in the cache makes nothing. The class that holds an engine and the operator
 that runs it are C++ and register themselves when their library is loaded. So a cached program is read with that library
-alone; if it cannot be loaded, or a program turns out to need more, the whole package is imported as before.
+alone; if it cannot be loaded, or a program turns out to need more, the whole package is imported.
 
 Usage:
     status = engines.status()        # can this process run programs? As importer.status(), usually without the import

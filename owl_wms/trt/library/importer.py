@@ -116,7 +116,7 @@ def forget() -> None:
 
 
 def remember(failure: FastPathError) -> None:
-    """Note that a building process could not import it, so that the next build need not find out again."""
+    """Note that a build process could not import it, so that the next build need not find out again."""
     with LOCK:
         _elsewhere[:] = [failure]
 

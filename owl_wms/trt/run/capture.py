@@ -1,11 +1,11 @@
-"""Captures what a function launches as a CUDA graph: warms it up elsewhere, then records it on a stream of its own.
+"""Captures what a function launches as a CUDA graph: warms it up elsewhere, then captures it on a stream of its own.
 
 Why it exists: a capture must own its cuBLAS workspace (`CaptureStream` says why), must not break when other threads
 allocate, and must leave the caller's stream as it was. Both forms of a graphed program need just that.
 
 Usage:
-    recorded = Recorded(lambda: (program(static_input),))       # on the current device; raises where that is impossible
-    static_input.copy_(z); recorded.replay(); frames = recorded.results[0].clone()
+    graph = CapturedGraph(lambda: (program(static_input),))     # on the current device; raises where that is impossible
+    static_input.copy_(z); graph.replay(); frames = graph.results[0].clone()
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from owl_wms.ops.common.streams import capturing, warm_stream
 WARMUP_CALLS = 3
 
 
-class Recorded:
+class CapturedGraph:
     """All that `run` launches, as a CUDA graph.
 
     Args:
@@ -34,7 +34,7 @@ class Recorded:
         results: what `run` returned; every replay writes them again.
     """
 
-    def __init__(self, run: Callable[[], Sequence[Tensor]], before: Recorded | None = None) -> None:
+    def __init__(self, run: Callable[[], Sequence[Tensor]], before: CapturedGraph | None = None) -> None:
         side = warm_stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from owl_wms.trt.run.capture import Recorded
+from owl_wms.trt.run.capture import CapturedGraph
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,13 +39,13 @@ class GraphedProgram:
         self.program = program
         self.reason = ""
         self._lock = threading.Lock()
-        self._graph: Recorded | None = None
+        self._graph: CapturedGraph | None = None
         if example.device.type != "cuda":
             self.reason = f"CUDA graphs need CUDA latents; got {example.device}"
             return
         try:
             self._capture(example)
-        except Exception as error:  # capture refuses in many ways; the plain program answers all the same
+        except Exception as error:  # a capture fails in many ways, and the plain program still works
             self._graph = None
             self.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             _LOG.info("no CUDA graph: %s", self.reason)
@@ -59,11 +59,11 @@ class GraphedProgram:
     def _capture(self, example: Tensor) -> None:
         with torch.cuda.device(example.device):
             self._input = example.detach().clone()
-            self._graph = Recorded(lambda: (self.program(self._input),))
+            self._graph = CapturedGraph(lambda: (self.program(self._input),))
             self._input.add_(0.5)  # other latents than those captured: a graph that does nothing must not pass
             self._graph.replay()
             torch.cuda.synchronize()
-            # A graph with breaks has been seen to return zeros; the captured answer must be the plain one.
+            # A graph with breaks has been seen to return zeros; it must return what the plain program does.
             if not torch.equal(self._graph.results[0], self.program(self._input)):
                 raise RuntimeError("the captured graph does not repeat the program's answer")
 

@@ -4,7 +4,7 @@ Why bytes: `torch.export.load` runs code from a crafted file and does not notice
 reads the file hashes it first and hands over those same bytes. Never `torch_tensorrt.load`, which tries other
 unpicklers when the first one fails.
 
-A program counts as loaded when it has repeated the answer of its build (`check/output.py`).
+A program counts as loaded when it has repeated the output of its build (`check/output.py`).
 
 Usage:
     program = load_program(entry.read("program.pt2"), "cuda:0")
@@ -87,7 +87,7 @@ def load_program(data: bytes, device: torch.device | str, *, library: bool = Tru
 
     Raises:
         FastPathError: stage "import" when Torch-TensorRT is missing, "parity" when the program does not repeat the
-            answer of its build, else "load".
+            output of its build, else "load".
     """
     return _guarded(_load, data, device, library)
 
@@ -177,11 +177,11 @@ def _confirmed(program: LoadedProgram, extra: dict[str, str]) -> LoadedProgram:
 
 
 def confirm(program: LoadedProgram, built: output.RecordedOutput) -> None:
-    """Decode the latents of the build once more. Raises FastPathError, stage "parity", for another answer."""
+    """Decode the latents of the build once more. Raises FastPathError, stage "parity", for another output."""
     inputs = example(program.input_shape, program.state, program.input_dtype, program.device, built.seed)
-    strays = built.compare(program(*inputs))
-    if strays:
-        _LOG.info("a loaded program answers within what its build allows, but not with its bits: %s", strays)
+    difference = built.compare(program(*inputs))
+    if difference:
+        _LOG.info("a loaded program repeats the output of its build within the limits, not bit for bit: %s", difference)
 
 
 def register_operators() -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from owl_wms.device_order import DeviceOrder
 from owl_wms.state import KeptState, State
-from owl_wms.trt.run.capture import Recorded
+from owl_wms.trt.run.capture import CapturedGraph
 
 Step = Callable[..., Sequence[Tensor]]
 """`(latent, *state) -> (frames, *state)`."""
@@ -56,7 +56,7 @@ class GraphedStep:
                 # In the memory order that the step itself gives a state, so that none is reordered at every step.
                 pairs = zip(following, state, strict=True)
                 buffers = tuple(torch.empty_like(tensor).copy_(old) for tensor, old in pairs)
-            first = Recorded(lambda: _apart(step(self._latent, *buffers), (self._latent, *buffers)))
+            first = CapturedGraph(lambda: _apart(step(self._latent, *buffers), (self._latent, *buffers)))
             left = first.results[1:]
 
             def back() -> tuple[Tensor]:
@@ -65,7 +65,7 @@ class GraphedStep:
                 return (frames,)
 
             # Graph i reads the state in `_buffers[i]` and leaves the next one in the other.
-            self._graphs = first, Recorded(back, first)
+            self._graphs = first, CapturedGraph(back, first)
             self._buffers = buffers, left
             self._held: list[weakref.ref[KeptState] | None] = [None, None]
             self._check(step)
@@ -87,7 +87,7 @@ class GraphedStep:
             return None, f"CUDA graphs need CUDA latents; got {inputs[0].device}"
         try:
             return cls(step, *inputs), ""
-        except Exception as error:  # capture refuses in many ways; the plain program answers all the same
+        except Exception as error:  # a capture fails in many ways, and the plain program still works
             return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
     def __call__(self, latent: Tensor, *state: Tensor) -> tuple[Tensor, ...]:

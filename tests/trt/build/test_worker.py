@@ -88,7 +88,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
             journal.stage("made", plan=plan.name)
             return Candidate(plan=plan.name, precision=at, program=good if plan.name == FIRST else second(good))
 
-        monkeypatch.setattr(work, "candidate", candidate)
+        monkeypatch.setattr(work, "build_candidate", candidate)
         return work.build(tmp_path)
 
     return make
@@ -192,7 +192,7 @@ def test_a_context_that_lowering_broke_ends_the_process(monkeypatch: pytest.Monk
     monkeypatch.setattr(worker.attempts, "check_context", check)
     work = worker_of(nn.Conv2d(4, 3, 1), Memory())
     with pytest.raises(BrokenContext):
-        work.candidate(plans.PLANS[FIRST], "bf16")
+        work.build_candidate(plans.PLANS[FIRST], "bf16")
 
 
 def test_no_plan_left_is_an_error_that_names_the_gate(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +305,6 @@ def test_a_usable_plan_bounds_the_search_for_what_fails_in_the_next(
     work = worker_of(nn.Conv2d(4, 3, 1), Memory())
     monkeypatch.setattr(work.prober, "probe", lambda *_: {})
     work.usable = usable
-    assert "no kernel" in work.candidate(plans.PLANS["tensorrt"], "bf16").reason
+    assert "no kernel" in work.build_candidate(plans.PLANS["tensorrt"], "bf16").reason
     (deadline,) = asked
     assert (deadline <= work.enough) == usable

@@ -59,7 +59,7 @@ def test_a_callers_autocast_changes_neither_loading_nor_frames(caplog: pytest.Lo
 def test_another_order_of_summation_is_loaded_and_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "owl_wms"):
         load_program(packed(3e-6), "cpu")
-    assert "not with its bits: other bits, relative distance" in caplog.text
+    assert "not bit for bit: other bits, relative distance" in caplog.text
 
 
 def test_another_answer_is_refused() -> None:

@@ -254,7 +254,7 @@ def test_a_list_that_gives_other_frames_is_not_kept(tmp_path: Path, monkeypatch:
 
 def test_a_list_that_killed_the_build_process_is_not_made_again(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    report, data = save(tmp_path, Journal(known="the building process ended with SIGSEGV"))
+    report, data = save(tmp_path, Journal(known="the build process ended with SIGSEGV"))
     assert "SIGSEGV" in report["no_call_list"]
     assert load_calls(data, CPU) is None
 

@@ -44,7 +44,7 @@ def fast(request: pytest.FixtureRequest) -> Iterator[GraphedStep]:
     if device == "cuda":
         yield GraphedStep(step, latent_of(0, device), *zeros(device))
         return
-    with mock.patch.object(step_graph, "Recorded", Replayed):
+    with mock.patch.object(step_graph, "CapturedGraph", Replayed):
         yield GraphedStep(step, latent_of(0), *zeros())
 
 
@@ -85,7 +85,7 @@ COURSES = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(COURSES)
 def test_any_course_is_that_of_a_pure_function(course: list[tuple[str, int]]) -> None:
-    with mock.patch.object(step_graph, "Recorded", Replayed):
+    with mock.patch.object(step_graph, "CapturedGraph", Replayed):
         follow(GraphedStep(step, latent_of(0), *zeros()), course)
 
 
@@ -169,7 +169,7 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph() -> None:
 
     program = Program()
     alive = weakref.ref(program)
-    with mock.patch.object(step_graph, "Recorded", Captured), mock.patch.object(GraphedStep, "_check"):
+    with mock.patch.object(step_graph, "CapturedGraph", Captured), mock.patch.object(GraphedStep, "_check"):
         fast = GraphedStep(program, latent_of(0), *zeros())
     del program
     gc.collect()
