@@ -1,7 +1,7 @@
 """Keep torch.compile out of a function, without importing torch.compile.
 
 Why it exists: whoever compiles a function that decodes has Dynamo trace what it meets there: our locks, events and
-marks of weights, and the very program that passed the parity gate, which Inductor would then compile once more.
+marks of weights, and the very program that passed the parity check, which Inductor would then compile once more.
 `torch.compiler.disable` says no to that, but imports a second's worth of Dynamo into processes that compile nothing.
 
 Usage:

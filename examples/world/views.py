@@ -1,4 +1,4 @@
-"""Many views of the same worlds, to compare a model's frames in motion with: "that world's frames" of the recipe.
+"""Many views of the same worlds, with which `survival` compares a model's frames in motion.
 
 Why: the frames along one path are no measure of a world's colours. The game itself, when it walks about in the same
 world under other commands, shows frames whose sorted pixels are 0.12 from the nearest of the path's (median; the

@@ -47,9 +47,7 @@ def mark_used(entry: str, cache_fd: int, mode: int) -> None:
         ordinal = max(time.time_ns(), latest + 1)
         try:
             _set_mark(entry, folder_fd, ordinal)
-        except (
-            PermissionError
-        ):  # another user's marker in a shared cache: its time is not ours to set, but its name is ours to replace
+        except PermissionError:  # another user's marker in a shared cache may be replaced, but not given another time
             fs.unlink(entry, folder_fd)
             _set_mark(entry, folder_fd, ordinal)
     finally:

@@ -52,7 +52,7 @@ _OWN = ("_original", "_options", "_state")
 _SHARED = frozenset(vars(nn.Module())) - {"training"}
 """Attributes in which nn.Module keeps members and hooks: the very same objects as the wrapped decoder's."""
 _COMPILED = "_compiled_call_impl"
-"""Set by `nn.Module.compile`: code that calls this very module, so that it goes into no copy, as torch has it."""
+"""Set by `nn.Module.compile`. It calls this very module, so a copy does not get it; nor does torch copy it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ class AcceleratedStats:
 
     Attributes:
         calls: how often it was called.
-        program_calls: calls that programs answered.
-        pytorch: calls that PyTorch answered, by reason.
+        program_calls: calls that programs decoded.
+        pytorch: calls that PyTorch decoded, by reason.
         ways: how batches are decoded: `(batch, c, h, w)` -> sizes of the programs that run, empty for PyTorch.
         programs: the state of the programs, by their batch size; of a decoder of streams all together, under 0.
     """
@@ -110,7 +110,7 @@ class _State:
         return decode
 
     def by_programs(self, way: Way, z: Tensor, dtype: torch.dtype, cast: bool) -> Tensor | None:
-        """`z` in pieces as `way` says, the last one padded; None if any of them has no program."""
+        """Decodes `z` in pieces of the sizes in `way`, the last one padded; None if any of them has no program."""
         if len(way) == 1:
             return self.decode(way[0]).images(z, dtype, cast)
         done: list[Tensor] = []

@@ -22,6 +22,7 @@ from owl_wms.timing import interleaved
 Way: TypeAlias = tuple[int, ...]
 """Batch sizes of the programs that decode a batch, in order; the last one may be padded. Empty: PyTorch."""
 SECONDS = 1.0
+"""Time for measuring all ways of one batch."""
 _LOG = logging.getLogger("owl_wms.runtime")
 
 

@@ -7,7 +7,7 @@ away with them, whenever it is finished, and no program can meet weights that it
 Usage:
     generation = Generation(decoder)
     slot = generation.slot((128, 8, 8), device, make)       # `make()` gives the request, once
-    generation.eager(z)                     # the PyTorch answer of the same weights
+    generation.eager(z)                     # PyTorch's frames from the same weights
 """
 
 from __future__ import annotations

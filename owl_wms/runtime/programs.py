@@ -37,9 +37,9 @@ Program = Callable[..., Any]
 """`[B, c, h, w] -> [B, C, H, W]`; with a state, `(latents, *state) -> (frames, *state)`."""
 Progress = Callable[[dict[str, Any]], None]
 MISSED = "waiting to build"
-"""The stage of the event that says: no program was found, so one will be built, or another thread builds it now."""
+"""Stage of the event that reports that no program was found: one will be built, or another thread builds it."""
 STALE_SECONDS = 1.0
-"""Age of a key after which it is computed again before something is built for it."""
+"""Age after which a key is computed again before a program is built for it: the weights may have changed."""
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
 
@@ -131,7 +131,7 @@ def model_label(decoder: nn.Module) -> str:
 
 
 def without_autocast(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Switches a surrounding autocast off: neither the program nor its key may depend on the caller's context."""
+    """Runs a function with autocast off: neither a program nor its key may depend on the caller's context."""
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -28,7 +28,7 @@ from owl_wms.state import KeptState, State
 STRIKES = 3
 """Failed runs after which a program is switched off."""
 REST_SECONDS = 10.0
-"""After a caller's time limit has ended a build, PyTorch decodes for so long: the limit would end the next one too."""
+"""If a caller's time limit ended a build, PyTorch decodes for this long: the limit would end the next build too."""
 CHECKED_CALLS, CHECK_EVERY = 8, 64
 """Sampled output check: the first calls, then every so many."""
 
@@ -81,12 +81,12 @@ class Slot:
         self.loaded, self.state, self.reason = None, "off", reason
 
     def rest(self) -> None:
-        """Leave the program alone for `REST_SECONDS`: an exception of the caller's ended the work for it."""
+        """Begins no other search for `REST_SECONDS`, after an exception of the caller's ended one."""
         self._rest_until = time.monotonic() + REST_SECONDS
         self.reason = "an exception of the caller's ended the search for a program, which begins again in a while"
 
     def rested(self) -> bool:
-        """Returns whether that time is over."""
+        """Returns whether `REST_SECONDS` have passed since `rest`."""
         return time.monotonic() >= self._rest_until
 
     def strike(self, failure: FastPathError) -> None:
@@ -109,7 +109,7 @@ class Slot:
         """Run one step of a streaming decoder's program.
 
         Returns:
-            Frames and the next state, in the program's dtype, and what `run` returns, which is about both here.
+            Frames and the next state in the program's dtype, and whether all values of both are finite, as `run` does.
         """
         with self._order.turn(z.device):
             if self.loaded is None:

@@ -35,7 +35,7 @@ class DecodeStats:
     Attributes:
         backend: what decodes now: the toolchain's name (`tensorrt`), or `pytorch`; `none` before the first decode.
         reason: why that one, one sentence.
-        decodes, frames: calls and frames answered.
+        decodes, frames: calls, and frames that they returned.
         chunks_program, chunks_pytorch: batches by what computed them.
         hits: programs found in the cache.
         builds: programs built by this object.
@@ -81,11 +81,13 @@ class Ledger:
         self._logged: set[str] = set()
 
     def add(self, name: str, by: int = 1) -> None:
+        """Adds to a counter of `DecodeStats`, and to the one of Prometheus."""
         with self._guard:
             self._counts[name] += by
         metrics.count(name, by)
 
     def spend(self, name: str, seconds: float) -> None:
+        """Adds seconds of `build` or `load`."""
         with self._guard:
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
