@@ -22,6 +22,7 @@ STAGES = [
         "ending",
         "files",
         "whole",
+        "memory",
         "cudnn",
         "dynamo",
         "timing",

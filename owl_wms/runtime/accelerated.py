@@ -31,9 +31,10 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from owl_wms.dynamo import uncompiled
+from owl_wms.memory import is_out_of_memory
 from owl_wms.runtime import capture
 from owl_wms.runtime.batches import Way, covers, measured
-from owl_wms.runtime.eager import is_out_of_memory, release_memory
+from owl_wms.runtime.eager import release_memory
 from owl_wms.runtime.images import ImageDecode
 from owl_wms.runtime.programs import Toolchain
 from owl_wms.runtime.stats import DecodeStats

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from owl_wms.errors import DecodeMemoryError, FastPathError
 from owl_wms.interrupts import raise_interrupt
-from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, is_out_of_memory, release_memory
+from owl_wms.memory import is_out_of_memory
+from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, release_memory
 from owl_wms.runtime.output import Output, Sink
 from owl_wms.runtime.slot import Slot, all_finite
 from owl_wms.runtime.stats import Ledger

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError
 from owl_wms.interrupts import raise_interrupt
+from owl_wms.memory import is_out_of_memory
 from owl_wms.runtime.latents import latent_channels
 from owl_wms.runtime.stamp import WeightsStamp, hindrance, hooks_for_all
 from owl_wms.vae import fold_weight_norm
@@ -171,14 +172,6 @@ def _attempt(eager: EagerDecoder, part: Tensor) -> tuple[Tensor | None, str]:
         if not is_out_of_memory(error):
             raise
         return None, str(error).splitlines()[0]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an exception means that memory ran out, on either kind of device and from TensorRT too."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def release_memory(device: torch.device) -> None:

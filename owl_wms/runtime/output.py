@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from owl_wms.errors import DecodeMemoryError
+from owl_wms.memory import is_out_of_memory
 from owl_wms.ops.frame_bytes import frame_bytes
-from owl_wms.runtime.eager import is_out_of_memory
 
 DTYPES = {"bf16": torch.bfloat16, "uint8": torch.uint8}
 

@@ -26,9 +26,9 @@ from owl_wms import env
 from owl_wms.cache import CacheStore, Entry, Key, NoStore
 from owl_wms.errors import FastPathError
 from owl_wms.interrupts import raise_interrupt
+from owl_wms.memory import is_out_of_memory
 from owl_wms.request import Request
 from owl_wms.runtime import turns
-from owl_wms.runtime.eager import is_out_of_memory
 from owl_wms.runtime.stamp import WeightsStamp
 from owl_wms.settings import TensorRTConfig
 from owl_wms.vae.stepping import Stepping

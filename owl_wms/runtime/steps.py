@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from owl_wms.errors import ConfigError, DecodeMemoryError, FastPathError
+from owl_wms.memory import is_out_of_memory
 from owl_wms.request import Request
 from owl_wms.runtime import capture
 from owl_wms.runtime.canary import CHECKS
 from owl_wms.runtime.decode import free_programs, run_in_child
 from owl_wms.runtime.decoding import count_failure, non_finite_failure, run_failure
-from owl_wms.runtime.eager import EagerDecoder, is_out_of_memory, release_memory, unwrap
+from owl_wms.runtime.eager import EagerDecoder, release_memory, unwrap
 from owl_wms.runtime.obtain import obtain
 from owl_wms.runtime.programs import Loaded, Progress, Toolchain
 from owl_wms.runtime.slot import Slot, all_finite, looks

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from owl_wms.errors import CheckpointError
 from owl_wms.files import at_home
 from owl_wms.interrupts import raise_interrupt
+from owl_wms.memory import is_out_of_memory
 from owl_wms.vae import load_weights, read_state_dict, select_core
 from owl_wms.vae.layouts import without_wrappers
 from owl_wms.vae.torch_files import load_torch
@@ -130,6 +131,8 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
         reason = "it is truncated, or no PyTorch checkpoint; use an earlier one"
         if isinstance(error, pickle.UnpicklingError) and _is_archive(path):
             reason = "it holds Python objects that would run code when unpickled, which is refused"
+        elif is_out_of_memory(error):
+            reason = f"its {path.stat().st_size / 2**30:.1f} GiB do not fit into memory; free some and start again"
         raise CheckpointError(f"{path}: cannot read this checkpoint: {reason}", path=path) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: a checkpoint must hold a dictionary, found {type(state).__name__}", path=path)

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from owl_wms.errors import CheckpointError
 from owl_wms.interrupts import raise_interrupt
+from owl_wms.memory import is_out_of_memory
 from owl_wms.vae.layouts import is_training_state
 
 MAX_METADATA_BYTES = 1 << 28
@@ -96,11 +97,11 @@ def read_distributed(path: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"its tensors claim {claimed} bytes, its files have {held}")
         state = {key: torch.empty_like(tensor, device="cpu") for key, tensor in state.items()}
         load(state, storage_reader=_Reader(path), no_dist=True)
-    except MemoryError:
-        raise
     except (Exception, CheckpointException) as error:  # the library's own error is no Exception
         raise_interrupt(error)
         inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if is_out_of_memory(inner):
+            raise inner from error
         reason = " ".join(str(inner).split())[:200] or type(inner).__name__
         text = f"{path}: cannot be read as a folder of torch.distributed.checkpoint: {reason}"
         raise CheckpointError(text, path=path) from error

@@ -24,6 +24,7 @@ import safetensors.torch
 from owl_wms.errors import CheckpointError
 from owl_wms.files import POINTER, at_home, false_claims, foreign_to_torch, is_pointer
 from owl_wms.interrupts import raise_interrupt
+from owl_wms.memory import is_out_of_memory
 from owl_wms.vae.layouts import is_training_state
 from owl_wms.vae.pieces import read_pieces, safetensors_places
 from owl_wms.vae.torch_files import FORBIDDEN, load_torch
@@ -56,9 +57,10 @@ def read_content(path: Path | str) -> Any:
         return _read(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", path=path) from error
-    except MemoryError as error:
-        size = path.stat().st_size / 2**30
-        raise CheckpointError(f"{path}: {size:.1f} GiB do not fit into memory", path=path) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{path}: its weights do not fit into memory; free some of it", path=path) from error
 
 
 def _read(path: Path) -> Any:
@@ -107,10 +109,10 @@ def _read_torch(path: Path) -> Any:
         raise CheckpointError(f"{path}: truncated or not a PyTorch checkpoint: {claims}", path=path)
     try:
         return load_torch(path)
-    except MemoryError:
-        raise
     except Exception as err:  # damaged bytes lead torch.load to raise almost anything
         raise_interrupt(err)
+        if is_out_of_memory(err):
+            raise
         reason = not_from_torch(path) or str(err).strip() or type(err).__name__
         if isinstance(err, pickle.UnpicklingError) and FORBIDDEN.search(reason):
             named = _GLOBAL.search(reason)

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from owl_wms.errors import CheckpointError
 from owl_wms.files import false_claims
-from owl_wms.vae import build_autoencoder, build_decoder, load_weights, read_state_dict, select_part
+from owl_wms.trainers.checkpoints import load_checkpoint
+from owl_wms.vae import build_autoencoder, build_decoder, load_weights, read_state_dict, select_part, weight_files
 from tests.vae.helpers import randomize, small_dcae
 
 MODEL = randomize(build_autoencoder(small_dcae()))
@@ -138,6 +139,22 @@ def test_names_of_others_stay_on_their_line(tmp_path: Path, caplog: pytest.LogCa
         assert r"a\nb" in said
         assert len(said) < 5000
         said.encode()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_larger_than_memory_is_not_damaged(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (torch.save if suffix == ".pt" else save_file)(DECODER, tmp_path / f"step_3{suffix}")
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(torch, "load", refused)
+    monkeypatch.setattr(weight_files, "read_pieces", refused)
+    with pytest.raises(CheckpointError, match="weights do not fit into memory"):
+        read_state_dict(tmp_path / f"step_3{suffix}")
+    if suffix == ".pt":
+        with pytest.raises(CheckpointError, match="GiB do not fit into memory; free some and start again"):
+            load_checkpoint(tmp_path / "step_3.pt")
 
 
 def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
