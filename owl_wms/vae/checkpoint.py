@@ -75,9 +75,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
             shapes), sparse, quantised, complex, without values, or not finite.
     """
     own = module.state_dict()
-    problem = next((text for key, value in state.items() if (text := _unfit(key, value))), None)
-    if problem is not None:
-        raise CheckpointError(f"{path}: {problem}", path=path, mismatch=problem)
+    require_plain(state, path)
     state = respelled(state, own)
     problem = first_mismatch(own, state)
     if problem is not None:
@@ -94,6 +92,15 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
     if assign:
         state = separate({key: value.to(own[key].dtype) for key, value in state.items()})
     module.load_state_dict(state, strict=True, assign=assign)
+
+
+def require_plain(state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Raise CheckpointError naming the first tensor that cannot be a weight: sparse, nested, quantised, complex, or
+    without values.
+    """
+    problem = next((text for key, value in state.items() if (text := _unfit(key, value))), None)
+    if problem is not None:
+        raise CheckpointError(f"{path}: {problem}", path=path, mismatch=problem)
 
 
 def _unfit(key: str, value: Tensor) -> str | None:
@@ -180,9 +187,7 @@ def save_weights(
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: weights are written as .safetensors; give the file that suffix", path=path)
     weights = module.state_dict()
-    problem = next((text for key, value in weights.items() if (text := _unfit(key, value))), None)
-    if problem is not None:
-        raise CheckpointError(f"{path}: {problem}", path=path, mismatch=problem)
+    require_plain(weights, path)
     state = separate(
         {
             key: (value.to(dtype) if value.is_floating_point() else value).detach().cpu()

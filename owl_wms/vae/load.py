@@ -26,7 +26,7 @@ from owl_wms.configs.vae import (
 )
 from owl_wms.errors import CheckpointError, ConfigError
 from owl_wms.vae.build import build_decoder, build_encoder
-from owl_wms.vae.checkpoint import detect_variant, load_weights, read_state_dict
+from owl_wms.vae.checkpoint import detect_variant, load_weights, read_state_dict, require_plain
 from owl_wms.vae.hub import load_hub_decoder, load_hub_encoder
 from owl_wms.vae.layouts import select_part
 from owl_wms.vae.meta import WeightNormShapes
@@ -97,6 +97,7 @@ def _read_part(part: str, ckpt_path: Path | str) -> dict[str, Tensor]:
     if not state:
         other = "encoder" if part == "decoder" else "decoder"
         raise CheckpointError(f"{ckpt_path}: has weights of the {other} only, not of the {part}", path=ckpt_path)
+    require_plain(state, ckpt_path)
     return state
 
 

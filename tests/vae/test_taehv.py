@@ -286,6 +286,15 @@ def test_refusals(tmp_path: Path) -> None:
     other = write({"decoder.conv.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"no TAEHV checkpoint: it has no decoder\.1\.weight"):
         load_decoder("taehv", None, other)
+    layer = "decoder.7.conv.weight"
+    for odd, words in (
+        (torch.nested.nested_tensor([torch.ones(2)]), "nested"),
+        (decoder.state_dict()[layer[8:]].to_sparse(), "sparse"),
+    ):
+        strange = {**{f"decoder.{k}": v for k, v in decoder.state_dict().items()}, layer: odd}
+        torch.save(strange, tmp_path / "strange.pt")
+        with pytest.raises(CheckpointError, match=f"7.conv.weight is .*{words}.*, and a dense tensor is needed"):
+            load_decoder("taehv", None, tmp_path / "strange.pt")
     config = tmp_path / "wan.yml"
     config.write_text("model: {model_id: taehv, latent_channels: 16}")
     weights = write({f"decoder.{k}": v for k, v in decoder.state_dict().items()}, tmp_path / "four.pth")
