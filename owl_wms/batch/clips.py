@@ -129,7 +129,9 @@ class DecodeClips:
         return _mapped(batch, "latents", "frames", self._decoded)
 
     def _decoded(self, latents: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        clip = as_clips(torch.from_numpy(np.array(latents)), "latents", self._channels)
+        native: np.ndarray[Any, Any] = np.array(latents)
+        native = native.astype(native.dtype.newbyteorder("="), copy=False)  # torch takes the machine's order alone
+        clip = as_clips(torch.from_numpy(native), "latents", self._channels)
         pieces = decode_pieces(self._run, _Held(clip, "latents"), scale=1.0 if self._scale is None else self._scale)
         return np.concatenate([np.array(piece.numpy()) for piece in pieces])
 

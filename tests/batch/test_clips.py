@@ -85,6 +85,8 @@ def test_a_batch_in_memory(files: tuple[str, str], one_by_one: np.ndarray) -> No
     got = decode({"latents": torch.stack([latents(5), latents(5)]).numpy(), "name": np.array(["a", "b"])})
     assert list(got) == ["name", "frames"]
     assert np.array_equal(got["frames"], np.stack([one_by_one, one_by_one]))
+    swapped = latents(5).numpy()[None].astype(">f4")  # HDF5 and others give such
+    assert np.array_equal(decode({"latents": swapped})["frames"][0], one_by_one)
     rows = np.empty(2, object)
     rows[:] = [latents(5).numpy(), latents(3).numpy()]
     ragged = decode({"latents": rows})["frames"]
