@@ -11,6 +11,7 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -144,9 +145,12 @@ def default_cache_dir() -> Path:
     if (top / "setup.py").is_file() and (top / "trt_cache").is_dir():
         return top / "trt_cache"
     try:
-        return Path(platformdirs.user_cache_dir("owl_wms", appauthor=False)) / "trt_cache"
+        place = Path(platformdirs.user_cache_dir("owl_wms", appauthor=False))
     except RuntimeError:  # no HOME and a uid without an account, as in some containers
         return Path(tempfile.gettempdir()) / f"owl_wms_trt_cache_{os.getuid()}"
+    with contextlib.suppress(ValueError):
+        place = expanded(place)  # XDG_CACHE_HOME may come from a file in which no shell replaced `$USER`
+    return place / "trt_cache"
 
 
 def _lay_over(merged: dict[str, Any], source: Mapping[str, Any]) -> None:

@@ -24,7 +24,9 @@ KEPT_SECONDS = 12 * 3600
 def token_folder() -> Path:
     """Returns the folder of the tokens: this login's own, which is emptied at its end, or one in the home folder."""
     runtime = env.read("XDG_RUNTIME_DIR")
-    return Path(runtime) / "owl-wms" if runtime else Path.home() / ".cache" / "owl-wms" / "play"
+    if runtime and os.path.isabs(runtime):  # others are to be ignored (XDG Base Directory Specification)
+        return Path(runtime) / "owl-wms"
+    return Path.home() / ".cache" / "owl-wms" / "play"
 
 
 def keep_token(port: int, folder: Path | None = None) -> str:

@@ -157,6 +157,9 @@ def test_default_directory_in_a_checkout_and_elsewhere(monkeypatch: pytest.Monke
     monkeypatch.setattr("owl_wms.settings.__file__", str(installed))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert default_cache_dir() == tmp_path / "home" / "owl_wms" / "trt_cache"
+    monkeypatch.setenv("OWL_PLACE", "home")
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/$OWL_PLACE")  # from a file that no shell reads
+    assert default_cache_dir() == tmp_path / "home" / "owl_wms" / "trt_cache"
 
 
 @given(st.text())
