@@ -90,3 +90,8 @@ async def next_frame(socket: Any) -> bytes:
         if message.type == WSMsgType.BINARY:
             return message.data
         assert message.type == WSMsgType.TEXT, message
+
+
+def is_refusal(message: Any) -> bool:
+    """Tells whether a player's first message says that there is no place; else it is a status or already a picture."""
+    return message.type == WSMsgType.TEXT and message.json()["type"] == "refused"

@@ -13,7 +13,7 @@ from aiohttp import ClientSession, WSMsgType
 
 from owl_wms.inference.source import GameSource
 from tests.inference.chromium import BINARY, Page, click_to_play, open_page
-from tests.inference.serving import TOKEN, BarSource, connect, next_frame, serve
+from tests.inference.serving import TOKEN, BarSource, connect, is_refusal, next_frame, serve
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here; install Debian's package chromium")
 
@@ -48,7 +48,7 @@ def test_frames_arrive_and_keys_change_them() -> None:
             assert made[0].restarts == 1
             # A second player over the same address.
             second = await connect(client, address)
-            assert (await second.receive(timeout=30)).json()["type"] == "refused"
+            assert is_refusal(await second.receive(timeout=30))
             await second.close()
 
     asyncio.run(asyncio.wait_for(test(), 60))

@@ -20,7 +20,7 @@ from owl_wms.inference.messages import HEADER_BYTES, unpack_header
 from owl_wms.inference.server import ServerSettings, new_token, page_address
 from owl_wms.inference.session import IN_FLIGHT, Pace
 from owl_wms.inference.source import Frame
-from tests.inference.serving import TOKEN, BarSource, connect, next_frame, serve
+from tests.inference.serving import TOKEN, BarSource, connect, is_refusal, next_frame, serve
 
 INPUT = {"type": "input", "buttons": [], "mouse": [0.0, 0.0], "sent": 1.0}
 
@@ -177,8 +177,7 @@ def test_a_second_client_is_told_why_and_the_place_is_freed() -> None:
             await first.close()
             for _ in range(50):
                 third = await connect(client, address)
-                kind = (await third.receive(timeout=30)).data
-                if not (isinstance(kind, str) and "refused" in kind):
+                if not is_refusal(await third.receive(timeout=30)):
                     break
                 await asyncio.sleep(0.05)
             await next_frame(third)
@@ -260,8 +259,7 @@ def test_bad_messages_end_the_connection_and_nothing_else(sent: Any, code: int) 
             assert socket.close_code == code
             for _ in range(50):
                 again = await connect(client, address)
-                first = await again.receive(timeout=30)
-                if not (first.type == WSMsgType.TEXT and "refused" in first.data):
+                if not is_refusal(await again.receive(timeout=30)):
                     break
                 await asyncio.sleep(0.05)
             await next_frame(again)
