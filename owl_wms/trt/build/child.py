@@ -36,6 +36,11 @@ from owl_wms.timing import Stages
 BROKEN_CONTEXT_EXIT = 70
 JOB_NAME = "job.json"
 DECODER_NAME = "decoder.pt"
+IMPORTABLE = (
+    "define the decoder's class, and each function that it holds, in an importable module, and keep open handles and "
+    "lambdas out of it"
+)
+"""The remedy where the build process cannot have a decoder."""
 GO = b"g"
 """The parent writes this to the standard input once the decoder is in the directory. If it closes that without, there
 will be no decoder.
@@ -110,7 +115,7 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
         if sys.stdin.buffer.read(len(GO)) != GO:
             return  # the caller gave up
         journal.stage("decoder")
-        decoder = torch.load(directory / DECODER_NAME, map_location="cpu", weights_only=False, mmap=True)
+        decoder = read_decoder(directory / DECODER_NAME)
         recording = Recording.of(decoder, request.input_shape, request.state)
         if recording.digest() != job["graph"]:
             raise _another(decoder)
@@ -125,6 +130,21 @@ def run(directory: Path, journal: PipeJournal, job: dict[str, Any]) -> None:
         os._exit(BROKEN_CONTEXT_EXIT)  # interpreter shutdown would touch the broken context again
     except Exception as error:
         journal.send(event="failed", stage="build", reason=f"{type(error).__name__}: {error}"[:600], remedy="")
+
+
+def read_decoder(path: Path) -> Any:
+    """Returns the decoder that the parent wrote.
+
+    Raises:
+        FastPathError: it holds something of a module that is not here, a hook of the script that runs, for example.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except (AttributeError, ImportError) as error:
+        reason = f"the decoder cannot be read in the build process: {type(error).__name__}: {error}"
+        raise FastPathError("export", reason, IMPORTABLE) from error
 
 
 def _another(decoder: Any) -> FastPathError:

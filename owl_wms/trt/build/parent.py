@@ -36,7 +36,7 @@ from owl_wms.interrupts import raise_interrupt
 from owl_wms.request import Request
 from owl_wms.temporary import temporary_folder
 from owl_wms.trt import plans
-from owl_wms.trt.build.child import DECODER_NAME, GO, JOB_NAME
+from owl_wms.trt.build.child import DECODER_NAME, GO, IMPORTABLE, JOB_NAME
 from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.graph.shapes import copy_with
 from owl_wms.trt.library import importer
@@ -118,16 +118,15 @@ def write_decoder(decoder: nn.Module, path: Path) -> None:
     """Write `decoder` for the build process: on the CPU, in its own dtype, live weight norm folded, since torch pickles
     no parametrized module. Raises FastPathError, stage "export".
     """
-    remedy = "define the decoder's class in an importable module and keep open handles and lambdas out of it"
     for module in decoder.modules():
         if type(module).__module__ == "__main__":
             reason = f"{type(module).__name__} is defined in __main__, which the build process does not have"
-            raise FastPathError("export", reason, remedy)
+            raise FastPathError("export", reason, IMPORTABLE)
     try:
         torch.save(copy_with(folded(decoder), lambda tensor: tensor.to("cpu", copy=True)), path)
     except Exception as error:  # local classes, lambdas, handles: pickle names them in a dozen exception types
         reason = f"{type(decoder).__name__} cannot be handed to the build process: {type(error).__name__}: {error}"
-        raise FastPathError("export", reason, remedy) from error
+        raise FastPathError("export", reason, IMPORTABLE) from error
 
 
 @dataclass(kw_only=True)

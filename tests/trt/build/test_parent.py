@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from owl_wms.errors import FastPathError
 from owl_wms.request import Request
 from owl_wms.trt import plans
 from owl_wms.trt.build import parent
-from owl_wms.trt.build.child import DECODER_NAME
+from owl_wms.trt.build.child import DECODER_NAME, read_decoder
 from owl_wms.trt.build.parent import BOOTSTRAP, Build, build_program, explain_exit, write_decoder
 from owl_wms.trt.graph.recording import Recording
 from owl_wms.trt.graph.shapes import fp32_copy
@@ -349,3 +350,26 @@ def test_a_class_of_the_script_that_runs_is_named_with_its_remedy(
     ):
         write_decoder(nn.Sequential(Mine(4, 3, 1)), tmp_path / "decoder.pt")
     assert not (tmp_path / "decoder.pt").exists()
+
+
+def test_a_function_that_the_build_process_lacks_is_named_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder's class can be imported there, and a hook of the script that runs cannot."""
+
+    def halved(module: nn.Module, given: object, frames: torch.Tensor) -> torch.Tensor:
+        return frames / 2
+
+    script = types.ModuleType("script_that_runs")
+    script.halved = halved  # type: ignore[attr-defined]
+    halved.__module__, halved.__qualname__ = script.__name__, "halved"
+    monkeypatch.setitem(sys.modules, script.__name__, script)
+    decoder = nn.Conv2d(4, 3, 1)
+    decoder.register_forward_hook(halved)
+    write_decoder(decoder, tmp_path / DECODER_NAME)
+    for module in (types.ModuleType(script.__name__), None):
+        monkeypatch.setitem(sys.modules, script.__name__, module)
+        with pytest.raises(FastPathError, match="each function that it holds, in an importable module") as caught:
+            read_decoder(tmp_path / DECODER_NAME)
+        assert caught.value.stage == "export"
+        assert "halved" in caught.value.reason or "script_that_runs" in caught.value.reason
