@@ -222,6 +222,8 @@ class NpyTableWriter:
                 if begin:
                     self._make_table()
         self._plain = tuple(columns)
+        held = (row.get(column) for row in self._rows if isinstance(row, dict) for column in self.array_columns)
+        self._used = {name for name in held if isinstance(name, str)}  # names of files
 
     def append(self, arrays: Mapping[str, np.ndarray], *, truncated: bool = False, **fields: Any) -> int:
         """Store one clip.
@@ -259,11 +261,11 @@ class NpyTableWriter:
             "truncated": bool(truncated),
             "seq_len": next(iter(lengths.values())),
         }
-        for column in arrays:
-            row[column] = f"{column}_{index}.npy"
+        row |= self._unused_names(index)
         try:
             with _writing(self.path, index):
                 for column, array in stored.items():
+                    (self.path / row[column]).unlink(missing_ok=True)  # what it links to belongs to others
                     np.save(self.path / row[column], array, allow_pickle=False)
                 _replace_json(self.path / "manifest.json", [*self._rows, row])
                 self._make_table()
@@ -272,7 +274,19 @@ class NpyTableWriter:
                 (self.path / row[column]).unlink(missing_ok=True)
             raise
         self._rows.append(row)
+        self._used.update(row[column] for column in arrays)
         return index
+
+    def _unused_names(self, index: int) -> dict[str, str]:
+        """Return a file's name for each column: the row's number, or the next one of which no row has a file.
+
+        The files of later rows have it if a row was taken out of the manifest.
+        """
+        while True:
+            names = {column: f"{column}_{index}.npy" for column in self.array_columns}
+            if self._used.isdisjoint(names.values()):
+                return names
+            index += 1
 
     def _make_table(self) -> None:
         """Write the schema, if it is not written yet; it says that there is a table, so it comes last."""

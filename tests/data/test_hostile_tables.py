@@ -204,6 +204,27 @@ def test_what_is_written_is_native_and_whole(tmp_path: Path) -> None:
     assert np.array_equal(np.load(tmp_path / "z_0.npy"), values)
 
 
+def test_a_row_that_was_taken_out_of_the_manifest_costs_no_other_row(tmp_path: Path) -> None:
+    rows = table(tmp_path)
+    put(tmp_path, [rows[0], rows[2]])
+    writer = NpyTableWriter(tmp_path, ("z", "mouse"), ("seed",))
+    for seed in (7, 8):
+        writer.append({"z": np.full((4, 2), seed, "f4"), "mouse": np.zeros((4, 2), "f4")}, seed=seed)
+    found = NpyTable(tmp_path)
+    assert [float(found.slice(row, "z", 0, 1)[0, 0]) for row in range(4)] == [0, 2, 7, 8]
+
+
+def test_an_append_writes_through_no_link(tmp_path: Path) -> None:
+    """A copy of a table may consist of links to the files of the original."""
+    table(tmp_path / "copy", rows=1)
+    np.save(tmp_path / "original.npy", np.zeros(3))
+    (tmp_path / "copy" / "z_1.npy").symlink_to(tmp_path / "original.npy")
+    writer = NpyTableWriter(tmp_path / "copy", ("z", "mouse"), ("seed",))
+    writer.append({"z": np.ones((4, 2), "f4"), "mouse": np.zeros((4, 2), "f4")}, seed=1)
+    assert np.array_equal(np.load(tmp_path / "original.npy"), np.zeros(3))
+    assert NpyTable(tmp_path / "copy").slice(1, "z", 0, 4).all()
+
+
 def test_an_interrupted_append_leaves_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table(tmp_path)
     writer = NpyTableWriter(tmp_path, ("z", "mouse"), ("seed",))
