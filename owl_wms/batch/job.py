@@ -17,6 +17,7 @@ from owl_wms.batch.ledger import Ledger
 from owl_wms.batch.store import FOLDER, GENERATION, Store
 from owl_wms.errors import ConfigError
 from owl_wms.files import at_home, one_line
+from owl_wms.vae.weight_files import files_of
 
 SETTINGS = f"{FOLDER}/settings.json"
 TIME_LIMIT = 3600.0
@@ -112,17 +113,20 @@ def announced(job: Job) -> str | None:
 
 
 def digest_of_files(path: str | None) -> str:
-    """Returns the SHA-256 of a file, or of a folder's files with their names; `""` for None.
+    """Returns the SHA-256 of a file, or of several with their names: a folder's, or shards'; `""` for None.
 
     Raises:
         ConfigError: it cannot be read.
+        CheckpointError: an index of shards that cannot be used.
     """
     if path is None:
         return ""
     root, digest = at_home(path), hashlib.sha256()
     try:
-        for file in [root] if not root.is_dir() else sorted(p for p in root.rglob("*") if p.is_file()):
-            digest.update(os.fsencode(file.relative_to(root)) + b"\0")
+        files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else files_of(root)
+        top = root if root.is_dir() or len(files) == 1 else root.parent
+        for file in files:
+            digest.update(os.fsencode(file.relative_to(top)) + b"\0")
             with file.open("rb") as opened:
                 while piece := opened.read(4 << 20):
                     digest.update(piece)

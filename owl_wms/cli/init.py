@@ -44,8 +44,8 @@ def init(
     bounds.check_number("--fps", fps, bounds.FPS)
     if (vae is None) != (vae_checkpoint is None):
         raise ConfigError("--vae and --vae-checkpoint belong together: give both or none", key="vae")
-    if vae_checkpoint is not None and not at_home(vae_checkpoint).is_file():
-        raise ConfigError(f"{vae_checkpoint}: no such file", path=vae_checkpoint, key="vae_checkpoint")
+    if vae_checkpoint is not None and not at_home(vae_checkpoint).exists():
+        raise ConfigError(f"{vae_checkpoint}: no such file or folder", path=vae_checkpoint, key="vae_checkpoint")
     if table is None and vae is not None:
         raise ConfigError("--vae goes with --from: the rendered game has its own autoencoder", key="vae")
     if table is None:

@@ -22,7 +22,7 @@ from owl_wms.configs.world import with_files_found
 from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable
 from owl_wms.data.statistics import describe_table
 from owl_wms.errors import ConfigError, DataError
-from owl_wms.media.read_facts import file_digest, read_facts
+from owl_wms.media.read_facts import read_facts, weights_digest
 from owl_wms.models.latents import LatentSpace
 from owl_wms.vae.build import build_decoder, build_encoder
 
@@ -115,7 +115,7 @@ class Start:
             remarks.append(f"the data have {rate:g} frames per second, the configuration says {round(rate)}")
         if vae_config is not None and vae_checkpoint is not None:
             require_vae_of(vae_config, (channels, height, width), str(path))
-            if facts.vae_sha256 is not None and facts.vae_sha256 != file_digest(vae_checkpoint):
+            if facts.vae_sha256 is not None and facts.vae_sha256 != weights_digest(vae_checkpoint):
                 name = facts.vae or "another file"
                 remarks.append(f"{vae_checkpoint} is not the file that encoded the data ({name}): compare their frames")
         window = _window([row.length for row in table.rows])

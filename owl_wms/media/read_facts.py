@@ -17,6 +17,7 @@ from owl_wms.files import at_home, one_line, open_regular, read_exactly, read_re
 from owl_wms.interrupts import raise_interrupt
 from owl_wms.media.facts import MEMBER, METADATA_KEY, Facts, facts_of_text
 from owl_wms.media.watch import comment_of
+from owl_wms.vae.weight_files import files_of
 
 _MAX_BYTES = 1 << 16
 _HEADER_BYTES = 100 << 20  # the longest header that safetensors reads
@@ -65,12 +66,14 @@ def _text_of(path: Path) -> str | bytes | None:
 
 
 def weights_digest(path: Path | str) -> str | None:
-    """Return the SHA-256 of a file of weights, as files of latents state it; None for a folder of several.
+    """Return the SHA-256 of a file of weights, as files of latents state it; None for a folder or shards of several.
 
     Raises:
         OSError: it cannot be read.
+        CheckpointError: an index of shards that cannot be used.
     """
-    return file_digest(path) if at_home(path).is_file() else None
+    path = at_home(path)
+    return file_digest(path) if path.is_file() and files_of(path) == [path] else None
 
 
 def file_digest(path: Path | str) -> str:

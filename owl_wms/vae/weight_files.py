@@ -144,8 +144,35 @@ def not_from_torch(path: Path) -> str | None:
 # ---- several files
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    """Reads the shards that an index names, and checks that they hold what it says and nothing else."""
+def files_of(path: Path | str) -> list[Path]:
+    """Returns the files that the weights in one file come from: that file alone, or an index and all of its shards.
+
+    Args:
+        path: a file. An index may stand for its shards, and a shard for all of them.
+
+    Raises:
+        CheckpointError: an index that cannot be used.
+        OSError: it cannot be read.
+    """
+    path = at_home(path)
+    shard = _SHARD.fullmatch(path.name)
+    index = path if shard is None else _index_of(path, shard)
+    if _INDEX.fullmatch(index.name) and index.is_file():
+        return [index, *(index.with_name(name) for name in sorted(set(_places(index).values())))]
+    return [path] if shard is None else [path.with_name(name) for name in _numbered(shard)]
+
+
+def _index_of(path: Path, shard: re.Match[str]) -> Path:
+    return path.with_name(f"{shard['stem']}{shard['suffix']}.index.json")
+
+
+def _numbered(shard: re.Match[str]) -> list[str]:
+    stem, count, suffix = shard["stem"], shard["count"], shard["suffix"]
+    return [f"{stem}-{number:05}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+
+
+def _places(path: Path) -> dict[str, str]:
+    """Returns the file of each weight that an index names."""
     try:
         if path.stat().st_size > MAX_INDEX_BYTES:
             raise ValueError(f"it is larger than {MAX_INDEX_BYTES} bytes")
@@ -156,6 +183,12 @@ def _read_index(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as err:
         reason = f"no {err}" if isinstance(err, KeyError) else err
         raise CheckpointError(f"{path}: not an index of weight files: {reason}", path=path) from err
+    return places
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """Reads the shards that an index names, and checks that they hold what it says and nothing else."""
+    places = _places(path)
     state: dict[str, Any] = {}
     for name in sorted(set(places.values())):
         shard = _read_shard(path, name)
@@ -170,12 +203,12 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _read_numbered(path: Path, shard: re.Match[str]) -> dict[str, Any]:
     """Reads all the shards of which `path` is one, by the index beside it if there is one, else by their numbers."""
-    index = path.with_name(f"{shard['stem']}{shard['suffix']}.index.json")
+    index = _index_of(path, shard)
     if index.is_file():
         return _read_index(index)
     state: dict[str, Any] = {}
-    for number in range(1, int(shard["count"]) + 1):
-        content = _read_shard(path, f"{shard['stem']}-{number:05}-of-{shard['count']}{shard['suffix']}")
+    for name in _numbered(shard):
+        content = _read_shard(path, name)
         twice = next(iter(state.keys() & content.keys()), None)
         if twice is not None:
             raise CheckpointError(f"{path}: {twice} is in two of its {shard['count']} parts", path=path)

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from owl_wms.batch.job import digest_of_files
 from owl_wms.errors import CheckpointError
 from owl_wms.files import false_claims
+from owl_wms.media.read_facts import file_digest, weights_digest
 from owl_wms.trainers.checkpoints import load_checkpoint
 from owl_wms.vae import build_autoencoder, build_decoder, load_weights, read_state_dict, select_part, weight_files
 from tests.vae.helpers import randomize, small_dcae
@@ -53,6 +55,22 @@ def test_shards_by_index_folder_part_and_numbers(tmp_path: Path, suffix: str) ->
     sorted(index.parent.glob(f"*{suffix}"))[2].unlink()
     with pytest.raises(CheckpointError, match=r"its part .*00003-of-00003.* is missing"):
         read_state_dict(first)
+
+
+def test_shards_are_what_a_digest_is_of(tmp_path: Path) -> None:
+    """An index stays the same when the weights in its shards change."""
+    index = shards(tmp_path / "parts")
+    first, second, third = sorted(index.parent.glob("*.safetensors"))
+    torch.save(DECODER, tmp_path / "one.pt")
+    assert weight_files.files_of(tmp_path / "one.pt") == [tmp_path / "one.pt"]
+    assert weight_files.files_of(index) == weight_files.files_of(second) == [index, first, second, third]
+    assert weights_digest(tmp_path / "one.pt") == file_digest(tmp_path / "one.pt")
+    assert weights_digest(index) is weights_digest(second) is weights_digest(index.parent) is None
+    before = digest_of_files(str(index))
+    save_file({key: value + 1 for key, value in load_file(second).items()}, second)
+    assert digest_of_files(str(index)) != before
+    index.unlink()
+    assert weight_files.files_of(third) == [first, second, third]
 
 
 @pytest.mark.parametrize("name", ["model.fp16-0000{}-of-00002.safetensors", "model-0000{}-of-00002.fp16.safetensors"])
