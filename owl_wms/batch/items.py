@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from owl_wms.batch.store import FOLDER, GENERATION, Store, is_local, located
 from owl_wms.errors import DataError
-from owl_wms.files import one_line
+from owl_wms.files import is_foreign, one_line
 from owl_wms.interrupts import raise_interrupt
 from owl_wms.media.arrays import ARRAY_SUFFIXES
 from owl_wms.media.watch import VIDEO_SUFFIXES
@@ -61,8 +61,8 @@ class Item(NamedTuple):
 def list_items(source: str, suffixes: tuple[str, ...], out: str = "") -> Iterator[Item]:
     """Yields the files below a folder or prefix, sorted within each folder, or those that a manifest names.
 
-    At most one folder's names are in memory. Hidden files and links to folders are passed over, and so is what a run
-    has written: ledgers, and the generations beside `out`.
+    At most one folder's names are in memory. Hidden files, folders that systems and file servers make (`#recycle`) and
+    links to folders are passed over, and so is what a run has written: ledgers, and the generations beside `out`.
 
     Args:
         source: a folder, a file, a URL of either, or a manifest: `.txt` with a path or URL per line, or `.jsonl` with
@@ -157,7 +157,7 @@ class _Passed:
     def __call__(self, folder: str) -> bool:
         name = folder.rpartition("/")[2]
         ours = self._generations is not None and folder.startswith(self._generations)
-        return name.startswith(".") or name == FOLDER or ours
+        return name.startswith(".") or name == FOLDER or ours or is_foreign((name, FOLDER))
 
 
 def _walk_local(folder: str, passed: _Passed) -> Iterator[tuple[str, int, str]]:

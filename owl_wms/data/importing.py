@@ -22,6 +22,7 @@ from torch import Tensor
 from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable, NpyTableWriter
 from owl_wms.data.sources import Clip, clips_of
 from owl_wms.errors import ConfigError, DataError
+from owl_wms.files import at_home
 from owl_wms.media.facts import Facts
 from owl_wms.media.frames import frame_batches
 
@@ -83,7 +84,7 @@ def import_clips(
             import that is writing to it.
         ConfigError: no frame rate, or a video without an encoder.
     """
-    folder, done = Path(table), Imported()
+    folder, done = at_home(table), Imported()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / ".import.lock", timeout=0):

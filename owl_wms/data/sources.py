@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ from owl_wms.media.watch import VIDEO_SUFFIXES
 LATENT_NAMES = ("latent", "latents", LATENT_COLUMN, "video")
 _OTHER_NAMES = ("mouse", "buttons", "audiolatent", "audio")
 _TABLES = (".arrow", ".parquet")
+_log = logging.getLogger(__name__)
 _MAX_TAR = 8 << 30
 _MAX_CSV = 1 << 28
 
@@ -89,10 +91,14 @@ def clips_of(source: str) -> Iterator[Clip]:
 
 def _of_folder(folder: Path) -> Iterator[Clip]:
     try:
-        found = [path for path in folder.rglob("*") if not path.is_dir()]
+        found = list(folder.rglob("*"))
     except OSError as error:
         raise DataError(f"{folder}: cannot be read: {error.strerror}", path=folder) from error
-    files = [path for path in found if not is_foreign(path.relative_to(folder).parts)]
+    found = [path for path in found if not is_foreign(path.relative_to(folder).parts)]
+    for path in found:
+        if path.is_symlink() and path.is_dir():
+            _log.warning("%s: is a link to a folder and is passed over; import that folder too", path)
+    files = [path for path in found if not path.is_dir()]
     files.sort(key=lambda path: ([natural_order(Path(part)) for part in path.relative_to(folder).parts]))
     if (folder / "manifest.json").exists() and (folder / "schema.json").exists():
         raise DataError(f"{folder}: is a table already; train and show it as it is", path=folder)

@@ -234,7 +234,7 @@ def clip_shape(
             f"{path}: latents must be [b, n, c, h, w], [n, c, h, w] or [c, h, w], got {list(shape)}", path=path
         )
     if 0 in shape:
-        raise DataError(f"{path}: has no frames, its shape is {list(shape)}", path=path)
+        raise DataError(f"{path}: has no frames, its shape is {list(shape)}; store at least one", path=path)
     b, n, c, h, w = (*(1,) * (5 - len(shape)), *shape)
     if channels is not None and c != channels:
         raise DataError(f"{path}: the decoder takes {channels} latent channels, got {c} in {list(shape)}", path=path)

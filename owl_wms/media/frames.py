@@ -58,7 +58,7 @@ def frame_batches(
         index += len(batch)
         yield torch.stack(batch)
     if index == 0:
-        raise DataError(f"{source}: has no frames", path=source)
+        raise DataError(f"{source}: has no frames: it is empty or breaks off; write or copy it again", path=source)
 
 
 def _take(frames: Iterator[Tensor], count: int) -> Iterator[tuple[int, Tensor]]:
@@ -75,7 +75,8 @@ def _frames(source: Path) -> Iterator[Tensor]:
         if array.dim() != 4:
             raise DataError(f"{source}: frames must be [n, C, H, W], got {list(array.shape)}", path=source)
         if 0 in array.shape:
-            raise DataError(f"{source}: has no frames, its shape is {list(array.shape)}", path=source)
+            text = f"has no frames, its shape is {list(array.shape)}; store at least one, with pixels"
+            raise DataError(f"{source}: {text}", path=source)
         if array.dtype == torch.uint8:
             yield from (frame.float() / 127.5 - 1 for frame in array)
         elif array.is_floating_point():

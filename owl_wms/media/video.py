@@ -144,7 +144,8 @@ class _FrameWriter:
         if 0 in frames.shape:
             if not len(frames):
                 return
-            raise DataError(f"{said(self.path)}: frames of {height}x{width} have no pixels", path=self.path)
+            text = f"frames of {height}x{width} have no pixels; give frames with sides of at least 2"
+            raise DataError(f"{said(self.path)}: {text}", path=self.path)
         if self._container is None:
             with self._naming_the_clip():
                 self._container, self._stream = self._open(height, width)

@@ -99,6 +99,13 @@ def test_what_goes_while_it_is_listed_is_passed_over(tmp_path: Path) -> None:
     assert [first, *(item.name for item in found)] == ["a.pt", "e.pt"]
 
 
+def test_folders_that_systems_and_file_servers_make_hold_no_inputs(tmp_path: Path) -> None:
+    for folder in ("a", "#recycle", "@eaDir", "PaxHeader", "__MACOSX", "$RECYCLE.BIN"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.pt").write_bytes(b"x")
+    assert names(str(tmp_path)) == ["a/x.pt"]
+
+
 def test_no_input_is_not_the_folder_that_one_is_in() -> None:
     """As of a variable that a shell does not have."""
     with pytest.raises(DataError, match=r"^INPUT: cannot be listed: its name is empty; check the path"):

@@ -358,6 +358,20 @@ def test_tensors_that_numpy_cannot_have_are_named(tmp_path: Path, dtype: torch.d
         list(clips_of(str(tmp_path)))
 
 
+def test_a_link_to_a_folder_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("clips", "elsewhere"):
+        (tmp_path / name).mkdir()
+        torch.save(clip(0), tmp_path / name / "a.pt")
+    (tmp_path / "clips" / "part").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [found.name for found in clips_of("~/clips")] == ["a"]
+    assert "part: is a link to a folder and is passed over; import that folder too" in caplog.text
+    import_clips("~/clips", "~/table", fps=20)
+    assert (tmp_path / "table" / "manifest.json").is_file()
+
+
 def test_folders_that_systems_and_file_servers_make_hold_no_clips(tmp_path: Path) -> None:
     for name in ("", "#recycle", "@eaDir", "__MACOSX", "$RECYCLE.BIN", ".hidden"):
         save_array(tmp_path / name / "a.latent.npy", torch.zeros(5, 4, 2, 2))
