@@ -82,10 +82,10 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
         count = len(own.keys() ^ state.keys()) + sum(
             1 for k in own.keys() & state.keys() if own[k].shape != state[k].shape
         )
-        text = f"{path}: does not belong to this {type(module).__name__}: {problem}"
-        text += f" (the first of {count} mismatches)" if count > 1 else ""
+        found = f"{path}: does not belong to this {type(module).__name__}: {problem}"
+        found += f" (the first of {count} mismatches)" if count > 1 else ""
         remedy = "these weights need the configuration that they were trained with"
-        raise CheckpointError(f"{text}; {remedy}", path=path, mismatch=problem)
+        raise CheckpointError(f"{found}; {remedy}", path=path, mismatch=problem)
     problem = next((text for key, value in state.items() if (text := _unlike(key, value, own[key]))), None)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}", path=path, mismatch=problem)
