@@ -88,7 +88,7 @@ class BlockWorker:
         self._staging = self._store.staging(own_name())
         self._store.remove_abandoned()
         self._watch = Watch(job.time_limit)
-        self._finishing: deque[_Coming] = deque()
+        self._finishing: deque[_Pending] = deque()
 
     @property
     def is_finishing(self) -> bool:
@@ -108,47 +108,46 @@ class BlockWorker:
         # The end of a block waits for its items, which must not keep a thread from finishing one.
         with ThreadPoolExecutor(_FINISHING, "owl-wms-finish") as pool, ThreadPoolExecutor(1, "owl-wms-end") as ends:
             try:
-                for outcome in self._ended(pool, ends, blocks):
+                for outcome in self._run_blocks(pool, ends, blocks):
                     yield outcome._replace(worker=self.name)
             finally:
                 pool.shutdown(cancel_futures=True)
                 shutil.rmtree(self._staging, ignore_errors=True)
 
-    def _ended(
+    def _run_blocks(
         self, pool: ThreadPoolExecutor, ends: ThreadPoolExecutor, blocks: Iterable[Block | None]
     ) -> Iterator[Outcome]:
-        """Begins block after block, and yields outcomes in order."""
+        """Runs block after block, and yields outcomes in order."""
         finishing = self._finishing
         finishing.clear()
         for block in blocks:
-            for coming in self._begun(pool, ends, *block) if block is not None else ():
-                finishing.append(coming)
-                while finishing and (finishing[0].outcome.done() or sum(c.is_item for c in finishing) > _FINISHING):
+            for pending in self._run_block(pool, ends, *block) if block is not None else ():
+                finishing.append(pending)
+                while finishing and (finishing[0].outcome.done() or sum(p.is_item for p in finishing) > _FINISHING):
                     yield finishing.popleft().outcome.result()
             if block is None and finishing:
                 yield finishing.popleft().outcome.result()
         while finishing:
             yield finishing.popleft().outcome.result()
 
-    def _begun(
+    def _run_block(
         self, pool: ThreadPoolExecutor, ends: ThreadPoolExecutor, name: str, items: list[Item]
-    ) -> Iterator[_Coming]:
+    ) -> Iterator[_Pending]:
         """Computes a block's items, and yields what finishes them."""
         with self._storing():
             part = Part(self._store, name)
         todo, futures = [], []
         for item in items:
             with self._storing():  # outputs are looked at
-                settled = self._settled(name, part, item)
+                settled = self._earlier_outcome(name, part, item)
             if settled is None:
                 todo.append(item)
             else:
-                yield _Coming(_finished(settled), True)
-        with (
-            closing(ahead(self._opened(todo), depth=1, name="owl-wms-open"))
-            if not part.earlier
-            else closing(self._opened(todo)) as opened
-        ):
+                yield _Pending(_as_future(settled), True)
+        opening = self._open_items(todo)
+        if not part.earlier:  # else one item at a time, see below
+            opening = ahead(opening, depth=1, name="owl-wms-open")
+        with closing(opening) as opened:
             for place, item in enumerate(todo):
                 key = item.key(self._job.generation)
                 with self._storing():
@@ -158,26 +157,26 @@ class BlockWorker:
                 began, spent = time.perf_counter(), Spent()
                 try:
                     with self._watch.on(part, key, item), spent.on("open"):
-                        _, sources = next(opened)
+                        sources = next(opened)
                     if isinstance(sources, Exception):
                         raise sources
                     for source in sources:
                         if hasattr(self._clips, "prepare"):
                             self._clips.prepare(source)  # a build is not part of the item's time
                     with self._watch.on(part, key, item):
-                        outputs = self._computed(item, key, sources, spent)
+                        outputs = self._compute(item, key, sources, spent)
                 except Exception as error:  # whatever a damaged file leads a library to raise is the item's own fault
-                    self._raise_if_no_fault_of_the_item(error)
+                    self._raise_unless_items_fault(error)
                     futures.append(pool.submit(self._failed, name, part, item, key, error))
                 else:
                     seconds = time.perf_counter() - began
                     futures.append(pool.submit(self._finish, name, part, item, key, outputs, seconds, spent))
                 if part.earlier:  # the next item may be the one that ends workers, and must not end this one with it
                     wait([futures[-1]])
-                yield _Coming(futures[-1], True)
-        yield _Coming(ends.submit(self._end, name, part, futures), False)
+                yield _Pending(futures[-1], True)
+        yield _Pending(ends.submit(self._end, name, part, futures), False)
 
-    def _settled(self, block: str, part: Part, item: Item) -> Outcome | None:
+    def _earlier_outcome(self, block: str, part: Part, item: Item) -> Outcome | None:
         """Returns the outcome that an earlier attempt at the block recorded, if there is one."""
         if not part.earlier:
             return None
@@ -195,14 +194,15 @@ class BlockWorker:
             return Outcome(block, key, item.url, "failed", reason=reason)
         return None
 
-    def _opened(self, items: list[Item]) -> Generator[tuple[Item, Any], None, None]:
+    def _open_items(self, items: list[Item]) -> Generator[Any, None, None]:
+        """Yields the sources of each item, or the error that opening it raised."""
         for item in items:
             try:
-                yield item, self._clips.sources(self._fetched(item))
-            except Exception as error:  # see `_begun`
-                yield item, error
+                yield self._clips.sources(self._fetch(item))
+            except Exception as error:  # see `_run_block`
+                yield error
 
-    def _fetched(self, item: Item) -> Path:
+    def _fetch(self, item: Item) -> Path:
         path = self._local(item)
         if "://" not in item.url:
             return path
@@ -212,12 +212,12 @@ class BlockWorker:
         return path
 
     def _local(self, item: Item) -> Path:
-        """Returns where the item lies on this machine, when it is fetched."""
+        """Returns the path of the item on this machine once it is fetched."""
         if "://" not in item.url:
             return Path(item.url)
         return self._staging / f"{item.key(self._job.generation)}-input{Path(item.name).suffix.lower()}"
 
-    def _computed(self, item: Item, key: str, sources: list[Any], spent: Spent) -> list[tuple[Path, str, int]]:
+    def _compute(self, item: Item, key: str, sources: list[Any], spent: Spent) -> list[tuple[Path, str, int]]:
         """Writes the outputs of an item into the staging folder: path, final name and frames of each."""
         written = []
         for number, source in enumerate(sources):
@@ -295,7 +295,7 @@ class BlockWorker:
             part.close()
         return Outcome(block)
 
-    def _raise_if_no_fault_of_the_item(self, error: Exception) -> None:
+    def _raise_unless_items_fault(self, error: Exception) -> None:
         raise_interrupt(error)
         refused = refused_with(error, _REFUSALS)
         if isinstance(error, BatchError):
@@ -333,14 +333,14 @@ def _outcome(block: str, line: Line) -> Outcome:
     return Outcome(block, line["key"], str(line.get("item", "")), line["event"], *facts)
 
 
-class _Coming(NamedTuple):
-    """An outcome that is in the making: of an item, or of a block's end."""
+class _Pending(NamedTuple):
+    """An outcome that a thread is making: of an item, or of a block's end."""
 
     outcome: Future[Outcome]
     is_item: bool
 
 
-def _finished(outcome: Outcome) -> Future[Outcome]:
+def _as_future(outcome: Outcome) -> Future[Outcome]:
     future: Future[Outcome] = Future()
     future.set_result(outcome)
     return future
