@@ -27,6 +27,7 @@ from owl_wms.configs.world import (
     WorldConfig,
     WorldModelConfig,
     load_world_config,
+    load_world_model,
     missing_trainer_keys,
     require_trainer_keys,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "load_vae_config",
     "load_vae_model",
     "load_world_config",
+    "load_world_model",
     "missing_trainer_keys",
     "parse_vae_model",
     "pictures_of",

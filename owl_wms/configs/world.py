@@ -332,6 +332,15 @@ def load_world_config(path: Path | str) -> WorldConfig:
     return parse_world(read_yaml(path), path=path)
 
 
+def load_world_model(path: Path | str) -> WorldModelConfig:
+    """Read the `model` section alone of a world model's YAML file, which is all that making the model needs.
+
+    Raises:
+        ConfigError: as `load_world_config`, for that section.
+    """
+    return parse_world({**read_yaml(path, only="model"), "train": {}}, path=path).model
+
+
 def parse_world(data: Mapping[str, Any], *, path: Path | str | None = None) -> WorldConfig:
     """Returns a world model's sections as one configuration.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from owl_wms.configs import WorldModelConfig, load_world_config
+from owl_wms.configs import WorldModelConfig, load_world_model
 from owl_wms.models import GameRFT, GameRFTAudio, make_model
 from owl_wms.vae import load_weights, read_state_dict, select_core
 
@@ -31,7 +31,7 @@ def load_model(cfg_path: Path | str, ckpt_path: Path | str) -> GameRFT | GameRFT
         ConfigError: the configuration cannot be used.
         CheckpointError: the file cannot be read or belongs to another architecture.
     """
-    config = load_world_config(cfg_path).model
+    config = load_world_model(cfg_path)
     if isinstance(config, WorldModelConfig) and config.model_id == "game_rft_audio":
         _tell_head(str(cfg_path), config)
     # On meta nothing is initialised only to be overwritten; the file's tensors become the parameters.

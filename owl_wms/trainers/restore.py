@@ -16,6 +16,7 @@ from owl_wms.data.loaders import Loader
 from owl_wms.errors import CheckpointError
 from owl_wms.trainers.checkpoints import differences, load_checkpoint, load_part, strip_wrappers
 from owl_wms.trainers.ema import EMA
+from owl_wms.trainers.guards import broken_weight
 from owl_wms.trainers.optim.optimisers import load_optimiser
 from owl_wms.trainers.phases import Phase
 
@@ -38,6 +39,9 @@ class Resumed(Protocol):
 
     def configuration(self) -> dict[str, Any]:
         """Return the sections of the configuration."""
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Return the run's state, as it is written to `step_{n}.pt`."""
 
 
 def restore(trainer: Resumed, path: Path | str) -> None:
@@ -69,6 +73,10 @@ def restore(trainer: Resumed, path: Path | str) -> None:
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: does not continue this run: {reason}", path=path) from error
+    broken = broken_weight(trainer.checkpoint())
+    if broken is not None:  # it would end the run at its first save, with the steps before it lost
+        text = f"weight {broken!r} is NaN or infinite; use a checkpoint from before the run diverged"
+        raise CheckpointError(f"{path}: {text}", path=path, mismatch=broken)
     _log.info("resumed from %s at step %d", path, trainer.step)
     for key, old, new in differences(state.get("config"), trainer.configuration()):
         # Weights mean something else under another model; other settings are changed on purpose.

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from owl_wms.errors import CheckpointError
+from owl_wms.errors import CheckpointError, ConfigError
 from owl_wms.models.load import load_model
 from tests.process_state import set_in_process
 from tests.world import golden
@@ -43,6 +43,18 @@ def test_weights_of_another_model_are_named(tmp_path: Path, cfg_path: Path) -> N
     weights["core.proj_in.weight"] = torch.zeros(64, 5)
     torch.save(weights, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"proj_in.weight is \[64, 5\]"):
+        load_model(cfg_path, tmp_path / "model.pt")
+
+
+def test_the_model_section_is_all_that_is_read(tmp_path: Path, cfg_path: Path) -> None:
+    """A file may lie beside its weights for years; keys of its trainer, and variables of its cluster, come and go."""
+    torch.save(golden()["state_dict"], tmp_path / "model.pt")
+    model = golden()["cfg"]
+    for more in ({}, {"train": {"no_such_key": 1, "checkpoint_dir": "${oc.env:NOT_SET_HERE}/a"}, "more": 1}):
+        cfg_path.write_text(yaml.safe_dump({"model": model, **more}))
+        assert load_model(cfg_path, tmp_path / "model.pt").training
+    cfg_path.write_text(yaml.safe_dump({"model": {**model, "n_layer": 1}}))
+    with pytest.raises(ConfigError, match=r"did you mean 'n_layers'"):
         load_model(cfg_path, tmp_path / "model.pt")
 
 

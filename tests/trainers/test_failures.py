@@ -384,6 +384,19 @@ def test_a_checkpoint_may_hold_numbers_of_numpy(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "step_3.pt")["best_loss"] == 0.25
 
 
+@pytest.mark.parametrize("part", ["ema", "critic"])
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path: Path, part: str) -> None:
+    """Its trained weights may be fine; the run would end at its first save, and lose the steps before."""
+    build(tmp_path, "causvid_vid", max_steps=1).train()
+    path = tmp_path / "run" / "step_1.pt"
+    state = torch.load(path, weights_only=True)
+    key = next(key for key, value in state[part].items() if value.is_floating_point())
+    state[part][key].fill_(math.nan)
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=rf"step_1\.pt: weight '{part}\..* is NaN or infinite; use a checkpoint"):
+        build(tmp_path, "causvid_vid", max_steps=2, resume_ckpt="latest").resume()
+
+
 def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is a folder; name one of its step_N\.pt, or set .* to latest"):
         load_checkpoint(tmp_path)

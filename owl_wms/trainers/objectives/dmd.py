@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owl_wms.configs.world import TrainingConfig, load_world_config
+from owl_wms.configs.world import TrainingConfig, load_world_model
 from owl_wms.data.loading import Batch
 from owl_wms.models import make_model
 from owl_wms.models.flow import frame_times, noised
@@ -95,7 +95,7 @@ def dmd_loss(x: Tensor, clean_teacher: Tensor, clean_critic: Tensor, frames: Ten
 
 def load_teacher(cfg: TrainingConfig) -> ConditionedCore:
     """Return the frozen core that `teacher_cfg` and `teacher_ckpt` name, on the CPU and in eval mode."""
-    teacher: ConditionedCore = make_model(load_world_config(str(cfg.teacher_cfg)).model).core
+    teacher: ConditionedCore = make_model(load_world_model(str(cfg.teacher_cfg))).core
     load_core_weights(teacher, str(cfg.teacher_ckpt))
     return teacher.eval().requires_grad_(False)
 
