@@ -214,6 +214,7 @@ def _write_sheet(table: Any, config: Path, checkpoint: Path, sheet: Path, where:
     from owl_wms.cli import _shared as shared
     from owl_wms.data.npy_table import LATENT_COLUMN
     from owl_wms.errors import DataError
+    from owl_wms.media.arrays import check_finite
     from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture, to_bytes
     from owl_wms.vae import load_decoder
 
@@ -226,6 +227,7 @@ def _write_sheet(table: Any, config: Path, checkpoint: Path, sheet: Path, where:
     decoder = load_decoder(None, config, checkpoint).to(where, precision)
     with torch.inference_mode():
         frames = decoder(latents.to(where, precision)).float().cpu()
+    check_finite(frames, checkpoint)
     rows = {"decoded": to_bytes(frames[:, :3])}
     if frames.shape[1] > 3:
         rows["depth"] = depth_bytes(frames[:, 3])

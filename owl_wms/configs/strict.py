@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from owl_wms.configs.interpolation import Resolver
 from owl_wms.configs.paths import path_text
-from owl_wms.configs.yaml12 import YamlError, parse_yaml
+from owl_wms.configs.yaml12 import YamlError, is_flag_or_number, parse_yaml
 from owl_wms.errors import ConfigError
 from owl_wms.files import one_line, read_regular
 
@@ -83,7 +83,22 @@ Floats = Annotated[tuple[float, ...], BeforeValidator(_to_tuple)]
 ThreeSwitches = Annotated[tuple[bool, bool, bool], BeforeValidator(_to_tuple)]
 Size = Annotated[int | tuple[int, int], BeforeValidator(_to_size)]
 Seed = Annotated[int, Field(ge=-(1 << 32), le=1 << 32)]  # of a step: times 1,000,003 and the ranks, within 64 bits
-Kwargs = Annotated[dict[str, Any], AfterValidator(_freeze)]
+
+
+def _without_quotes(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Refuses flags and numbers that came as text: "false" would count as true."""
+    for key, value in kwargs.items():
+        odd = next((v for v in (value if isinstance(value, list) else [value]) if _is_quoted(v)), None)
+        remedy = "leave out the quotes; a variable is always text, so give its value with --set"
+        rule(odd is None, key, f"must be a flag or a number, received {shown(odd)}: {remedy}")
+    return kwargs
+
+
+def _is_quoted(value: Any) -> bool:
+    return isinstance(value, str) and is_flag_or_number(value)
+
+
+Kwargs = Annotated[dict[str, Any], AfterValidator(_without_quotes), AfterValidator(_freeze)]
 
 
 def _with_path(kwargs: dict[str, Any]) -> dict[str, Any]:

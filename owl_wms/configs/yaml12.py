@@ -185,6 +185,11 @@ def parse_yaml(text: str) -> Any:
         raise YamlError(" ".join(str(error).split())) from error
 
 
+def is_flag_or_number(text: str) -> bool:
+    """Returns whether a text is a flag or a number to some reader if it stands without quotes."""
+    return any(pattern.fullmatch(text) for pattern in (_BOOL, _INT, _FLOAT, _OLD_BOOL, _OLD_NUMBER))
+
+
 def _said_plainly(error: yaml.MarkedYAMLError) -> str:
     """Returns the line and one sentence of an error of which PyYAML tells two halves and two places."""
     problem = error.problem or error.context or "it cannot be read"

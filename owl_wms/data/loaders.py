@@ -55,6 +55,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "dataset_path": (str, Path),
     "batch_columns": (Sequence,),
     "unlabelled_frac": (int, float),
+    "include_truncated": (bool,),
     "num_workers": (int,),
     "seed": (int,),
 }

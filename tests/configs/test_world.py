@@ -119,6 +119,17 @@ MISTAKES = [
     (_changed("train", "use_tensorrt", "true"), "train.use_tensorrt", "valid boolean, received 'true' (str)"),
     (_changed("train", "opt_kwargs", {"momentun": 1}), "train.opt_kwargs.momentun", "did you mean 'momentum'?"),
     (_changed("train", "opt_kwargs", 3), "train.opt_kwargs", "valid dictionary"),
+    (_changed("train", "opt_kwargs", {"lr": "0.1"}), "train.opt_kwargs.lr", "'0.1' (str): leave out the quotes"),
+    (
+        _changed("train", "opt_kwargs", {"adamw_betas": [0.9, "0.95"]}),
+        "train.opt_kwargs.adamw_betas",
+        "received '0.95'",
+    ),
+    (
+        _changed("train", "sampler_kwargs", {"only_return_generated": "False"}),
+        "train.sampler_kwargs.only_return_generated",
+        "must be a flag or a number, received 'False' (str)",
+    ),
     (_changed("train", "seed", 2**62), "train.seed", "less than or equal to 4294967296"),
     (_changed("train", "seed", -(2**33)), "train.seed", "greater than or equal to -4294967296"),
     (_changed("train", "gen_p", 1.5), "train.gen_p", "within 0..1"),

@@ -216,6 +216,7 @@ def test_batches_stay_on_the_cpu_beside_another_default_device(tmp_path: Path, d
     ("name", "value"),
     [("dataset_path", None), ("dataset_path", 5), ("batch_columns", None), ("batch_columns", 3)]
     + [("num_workers", value) for value in (-1, 1.5, "x", None, env.MOST_PROCESSES + 1, 2**31)]
+    + [("include_truncated", value) for value in ("false", "0", None)]
     + [("seed", value) for value in (2**33, -(2**33), 1.5, None)],
 )
 def test_arguments_of_other_types_are_one_error(tmp_path: Path, data_id: str, name: str, value: Any) -> None:
