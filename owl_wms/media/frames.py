@@ -117,7 +117,8 @@ def _with_depth(colour: Iterator[Tensor], depth: Iterator[Tensor], source: Path,
 
 def _fitted(frame: Tensor, source: Path, index: int, channels: int, size: tuple[int, int], resize: bool) -> Tensor:
     if frame.shape[0] != channels:
-        hint = "; give the depth clip with --depth" if (frame.shape[0], channels) == (3, 4) else ""
+        depth = "; give the depth clip with --depth (encode), or as NAME.depth.mp4 beside NAME.mp4 (data import)"
+        hint = depth if (frame.shape[0], channels) == (3, 4) else ""
         raise DataError(
             f"{source}: the encoder takes {channels} channels, frame {index} has {frame.shape[0]}{hint}",
             path=source,

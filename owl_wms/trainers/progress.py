@@ -9,6 +9,7 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -63,7 +64,8 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # a terminal that was closed takes no more text
+                self._bar.stop()
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show a finished step; `values` are its reports, with its seconds as `time`."""
@@ -72,4 +74,5 @@ class Progress:
         took = max(values.get("time", 0.0), 1e-9)
         self._seconds = took if self._seconds == 0 else self._seconds + _SMOOTHING * (took - self._seconds)
         losses = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name.endswith("loss"))
-        self._bar.update(self._task, completed=step, description=f"{losses}  {1 / self._seconds:.2f} steps/s")
+        with contextlib.suppress(OSError):
+            self._bar.update(self._task, completed=step, description=f"{losses}  {1 / self._seconds:.2f} steps/s")

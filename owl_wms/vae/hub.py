@@ -21,6 +21,7 @@ from owl_wms.errors import CheckpointError, ConfigError
 from owl_wms.interrupts import raise_interrupt
 from owl_wms.vae.checkpoint import check_values
 
+CONFIG = "config.json"
 HUB_ID = "mit-han-lab/dc-ae-f64c128-mix-1.0-diffusers"
 
 
@@ -28,7 +29,8 @@ def load_hub_decoder(source: Path | str | None = None) -> nn.Module:
     """diffusers' decoder, float32 on the CPU in eval mode: `z [B, 128, s, s] -> x [B, 3, 64 s, 64 s]`.
 
     Args:
-        source: a folder that diffusers can read (`~` is expanded), a hub id, or None for `HUB_ID`.
+        source: a folder that diffusers can read (`~` is expanded), one of a whole pipeline (its `vae` is taken), a hub
+            id, or None for `HUB_ID`.
 
     Raises:
         ConfigError: diffusers is not installed.
@@ -89,7 +91,8 @@ def _place(source: Path | str | None) -> str:
         return HUB_ID
     path = Path(source).expanduser()
     if path.is_dir():
-        return str(path)
+        inner = path / "vae"  # of a whole pipeline, as diffusers saves it
+        return str(inner if not (path / CONFIG).exists() and (inner / CONFIG).exists() else path)
     if path.is_file():
         text = f"{path}: is a file; a folder is wanted, with config.json and the weights, as diffusers saves it"
         raise CheckpointError(text, path=path)

@@ -5,6 +5,7 @@ Run: python -m pytest tests/trainers/test_failures.py
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -13,6 +14,7 @@ import math
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -426,6 +428,22 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
         with Progress(total=5, enabled=enabled) as progress:
             progress.show(1, {"time": 1.0})
         assert quiet.getvalue() == ""
+
+
+def test_a_terminal_that_was_closed_ends_no_run() -> None:
+    class Closed:
+        def start(self) -> None:
+            pass
+
+        def stop(self, *_: Any, **__: Any) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        update = stop
+
+    progress = Progress(total=5, enabled=False)
+    progress._bar, progress._task = Closed(), 0  # type: ignore[assignment]
+    with progress:
+        progress.show(1, {"time": 1.0})
 
 
 def test_a_scale_of_zero_is_refused(tmp_path: Path) -> None:

@@ -85,5 +85,9 @@ def test_diffusers_decoder_from_a_local_folder(tmp_path: Path) -> None:
     assert (decoder.latent_channels, decoder.out_channels) == (4, 3)
     x = torch.randn(1, 3, 8, 8)
     assert torch.equal(load_encoder("dcae", None, tmp_path / "hub")(x), model.encode(x).latent)
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    (tmp_path / "hub").rename(tmp_path / "pipe" / "vae")
+    assert torch.equal(load_decoder("dcae", None, tmp_path / "pipe")(z), decoder(z))
     with pytest.raises(CheckpointError, match="no such folder"):
         load_decoder("dcae", None, tmp_path / "absent")
