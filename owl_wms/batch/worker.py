@@ -34,6 +34,7 @@ from owl_wms.batch.watch import Watch
 from owl_wms.errors import BatchError, DataError, OwlError
 from owl_wms.files import one_line, refused_with, unusable_name
 from owl_wms.interrupts import raise_interrupt
+from owl_wms.memory import is_out_of_memory
 from owl_wms.runtime.ahead import ahead
 from owl_wms.timing import Spent
 
@@ -280,6 +281,8 @@ class BlockWorker:
         reason = reason.removeprefix(f"{one_line(item.url)}: ")
         reason = reason if isinstance(error, OwlError) else f"{type(error).__name__}: {reason}"
         remedy = "mend or remove the file, then run the same command again"
+        if is_out_of_memory(error):
+            remedy = "free memory, or give a smaller --batch-size, then run the same command again"
         with self._storing():
             part.add("failed", key, item=item.url, reason=reason, remedy=remedy)
         return Outcome(block, key, item.url, "failed", reason=reason)

@@ -132,8 +132,9 @@ def _of_file(path: Path, name: str) -> Iterator[Clip]:
     elif suffix == ".tar":
         try:
             data = read_regular(path, _MAX_TAR)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}", path=path) from error
+        except (OSError, MemoryError) as error:
+            reason = getattr(error, "strerror", "it does not fit into memory; divide it")
+            raise DataError(f"{path}: cannot be read: {reason}", path=path) from error
         yield from _of_tar(data, name)
     elif suffix in _TABLES:
         yield from _of_rows(path, name)

@@ -29,7 +29,8 @@ class FakeSource(NamedTuple):
 class FakeClips:
     """Makes two frames out of the bytes of a file. A file that begins with a word below does that instead:
 
-    `bad` fails; `unreadable` fails to open; `unstored` finds that no output can be stored; `hang` never ends; `die`
+    `bad` fails; `large` finds too little memory; `unreadable` fails to open;
+    `unstored` finds that no output can be stored; `hang` never ends; `die`
     kills the process; `die-once:PATH` does unless PATH is there, and makes it; `die-parent-once:PATH` kills the parent
     process likewise; `slow:SECONDS` sleeps; `busy:SECONDS` computes for that long.
     """
@@ -47,6 +48,8 @@ class FakeClips:
         word, _, value = source.text.partition(":")
         if word == "bad":
             raise DataError("it is bad")
+        if word == "large":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         if word == "unstored":
             raise BatchError("the bucket is gone", out="bucket")
         if word == "hang":

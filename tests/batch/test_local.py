@@ -230,6 +230,14 @@ def test_an_output_with_the_name_of_a_folder_fails_alone(tmp_path: Path) -> None
     assert {"c.pt"} < placed
 
 
+def test_an_item_that_needs_more_memory_is_not_to_be_mended(tmp_path: Path) -> None:
+    job = fake_job(tmp_path / "out")
+    (outcome,) = plain(job, make_inputs(tmp_path / "in", {"a.pt": "large"}))
+    assert "can't allocate memory" in outcome.reason
+    (line,) = (line for line in parts(job) if line["event"] == "failed")
+    assert line["remedy"].startswith("free memory, or give a smaller --batch-size")
+
+
 @pytest.mark.parametrize("clips", [["x", "y"], ["x", "x.npy/z"]], ids=["another's", "its own"])
 def test_outputs_of_one_item_appear_all_or_none(
     tmp_path: Path, clips: list[str], monkeypatch: pytest.MonkeyPatch
