@@ -133,7 +133,7 @@ class AcceleratedDecoder(nn.Module):
     """Decodes `[B, C, H, W] -> [B, C, H, W]` like `original`, faster where a program is right; made by
     `owl_wms.accelerate`.
 
-    A program answers if the latents are a plain dense tensor on the decoder's device and in its dtype (or autocast is
+    A program decodes if the latents are a plain dense tensor on the decoder's device and in its dtype (or autocast is
     on), the decoder is in eval mode and no gradient is wanted. Everything else is the wrapped decoder's own forward.
     """
 

@@ -1,7 +1,7 @@
 """`owl_wms.accelerate` for decoders of streams: whole clips, latent by latent through a compiled step.
 
 Why it exists: pipelines hand over whole clips. The program is that of one step, so a clip is streamed here, from its
-own beginning. Everything that a program may not answer is the caller's own code.
+own beginning. What a program may not decode, the caller's own code does.
 
 `AcceleratedStream` stands in the place of a `TAEHVDecoder`. `AcceleratedVideo` stands in the place of the method
 `decode_video` of the author's module, whose decoder is not called as a module there.
@@ -44,7 +44,7 @@ _ARGUMENTS = ("parallel", "show_progress_bar")
 
 
 class VideoCalls:
-    """Answers calls of whole clips, by a program or by the caller's own function, and counts them.
+    """Decodes whole clips, by a program or by the caller's own function, and counts the calls.
 
     Args:
         decoder: a decoder of streams in eval mode.
@@ -69,13 +69,13 @@ class VideoCalls:
             programs={} if self._steps is None else {0: self._steps.stats()},
         )
 
-    def answer(self, latents: Any, reason: str, original: Callable[[], Any]) -> Any:
+    def decode(self, latents: Any, reason: str, original: Callable[[], Any]) -> Any:
         """Returns the frames of whole clips.
 
         Args:
             latents: `[b, n, c, h, w]`.
-            reason: why a program may not answer; empty if it may.
-            original: the caller's own way.
+            reason: why a program may not decode; empty if it may.
+            original: decodes by the caller's own code.
         """
         if not reason:
             with self._guard, torch.no_grad():  # a change of weights in another thread must not fall within a clip
@@ -163,7 +163,7 @@ class AcceleratedStream(AcceleratedDecoder):
         z: Any = args[0] if len(args) == 1 and not kwargs else None
         channels = self._original.latent_channels
         reason = "further arguments" if z is None else why_not_streamed(self._original, self._original, channels, z)
-        return self._state.answer(z, reason, lambda: self._original.forward(*args, **kwargs))
+        return self._state.decode(z, reason, lambda: self._original.forward(*args, **kwargs))
 
     def __getitem__(self, index: Any) -> Any:
         return self._original[index]  # type: ignore[index]
@@ -206,10 +206,10 @@ class AcceleratedVideo:
             return original()  # which says what is wrong with the arguments
         _, (_, latents), *further = given.items()
         if not {name for name, _ in further} <= set(_ARGUMENTS):
-            return calls.answer(latents, "further arguments", original)
+            return calls.decode(latents, "further arguments", original)
         layers: Any = self.module.decoder
         channels = getattr(calls.decoder, "latent_channels", None)
-        return calls.answer(latents, why_not_streamed(self.module, layers, channels, latents), original)
+        return calls.decode(latents, why_not_streamed(self.module, layers, channels, latents), original)
 
     def stats(self) -> AcceleratedStats:
         """Returns counts of what happened since layers were last exchanged."""

@@ -48,10 +48,10 @@ from owl_wms.vae.landscape import other_latent_size
 class VideoDecode:
     """Decode video latents in static batches.
 
-    Thread-safe. A chunk shorter than the batch is padded for the program and sliced. Each latent shape has its own
-    program. If weights change in place, the programs made from the old ones are dropped. If a run of a program fails,
-    PyTorch decodes that batch; after three failed runs the program is switched off. While a caller captures a CUDA
-    graph, PyTorch decodes.
+    Thread-safe. A last batch that is not full is padded for the program, and its frames are sliced. Each latent shape
+    has its own program. If weights change in place, the programs made from the old ones are dropped. If a run of a
+    program fails, PyTorch decodes that batch; after three failed runs the program is switched off. While a caller
+    captures a CUDA graph, PyTorch decodes.
 
     Args:
         decoder: `[B, c, h, w] -> [B, C, H, W]`; never changed; computes on its own device.
@@ -224,14 +224,14 @@ class VideoDecode:
         )
         starts = range(0, len(frames), self.batch_size)
 
-        def chunk_at(start: int) -> Tensor:
+        def batch_at(start: int) -> Tensor:
             return frames[start : start + self.batch_size].to(device)
 
         for start in starts:
-            chunk = chunk_at(start)
+            batch = batch_at(start)
             with contextlib.nullcontext() if self._stopwatch is None else self._stopwatch.measure(device):
-                decoding.decode(chunk, start, by_program=ready)
-        for start in decoding.not_finite(chunk_at):
+                decoding.decode(batch, start, by_program=ready)
+        for start in decoding.not_finite(batch_at):
             count = min(self.batch_size, len(frames) - start)
             self._ledger.add("non_finite", count)
             subject, error = f"frames {start} to {start + count - 1} have", self._search == "error"
@@ -240,7 +240,7 @@ class VideoDecode:
             if self.strict and slot.failure is not None:
                 raise slot.failure.again()
             for start in starts:
-                decoding.decode(chunk_at(start), start, by_program=False)
+                decoding.decode(batch_at(start), start, by_program=False)
 
     def _compare_one(self, eager: EagerDecoder, slot: Slot, frames: Tensor, out: Output) -> bool:
         """Begins to compare one of these frames with PyTorch's if it is time; returns whether one is known as wrong."""

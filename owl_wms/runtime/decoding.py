@@ -2,8 +2,8 @@
 
 Usage:
     decoding = Decoding(eager, slot, out, ledger=ledger, strict=False, looked=True, rebuild=remedy_of)
-    decoding.decode(chunk, start=0, by_program=True)         # into `out`
-    for start in decoding.not_finite(chunk_at): ...          # batches in which PyTorch's values are not finite either
+    decoding.decode(batch, start=0, by_program=True)         # into `out`
+    for start in decoding.not_finite(batch_at): ...          # batches in which PyTorch's values are not finite either
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ def non_finite_failure(slot: Slot, places: int) -> FastPathError:
 
 
 def count_run_failure(
-    slot: Slot, ledger: Ledger, failure: tuple[FastPathError, bool], chunk: Tensor, *, strict: bool
+    slot: Slot, ledger: Ledger, failure: tuple[FastPathError, bool], batch: Tensor, *, strict: bool
 ) -> None:
-    """Counts a run of `chunk` that failed, as `run_failure` returned it; frees memory if that was the reason.
+    """Counts a run of `batch` that failed, as `run_failure` returned it; frees memory if that was the reason.
 
     Raises:
         FastPathError: in strict mode.
     """
     error, memory = failure
     if memory:
-        release_memory(chunk.device)
-        slot.eager_step = max(1, min(slot.eager_step, len(chunk)) // 2)
+        release_memory(batch.device)
+        slot.eager_step = max(1, min(slot.eager_step, len(batch)) // 2)
     count_failure(slot, ledger, error, "out of memory" if memory else "run", strict=strict)
 
 
@@ -81,7 +81,7 @@ class Decoding:
         slot: the program's state.
         out: receives the frames; an `Output` where values are looked at.
         ledger: counts batches and failures.
-        strict: a failed run of the program raises instead of being answered by PyTorch.
+        strict: a failed run of the program raises, and PyTorch does not decode instead.
         looked: look for values that are not finite.
         rebuild: returns the remedy for a program that fails when it runs.
     """
@@ -102,49 +102,49 @@ class Decoding:
         # First frame of a batch, whether the program computed it, and whether all its values are finite.
         self._flags: list[tuple[int, bool, Tensor]] = []
 
-    def decode(self, chunk: Tensor, start: int, *, by_program: bool) -> None:
+    def decode(self, batch: Tensor, start: int, *, by_program: bool) -> None:
         """Decodes latents `[k, c, h, w]`, the frames from number `start` on."""
         done = False
         if by_program and self._slot.state == "ready":
-            done = self.run(chunk, start)
+            done = self.run(batch, start)
             self._ledger.add("fallbacks", int(not done))
         if not done:
-            self._fall_back(chunk, start)
+            self._fall_back(batch, start)
 
-    def not_finite(self, chunk_at: Callable[[int], Tensor]) -> Iterator[int]:
+    def not_finite(self, batch_at: Callable[[int], Tensor]) -> Iterator[int]:
         """Yields the first frame of every batch in which PyTorch's values are not finite.
 
         Values of the program that are not finite where PyTorch's are get replaced by PyTorch's.
 
         Args:
-            chunk_at: latents of the batch that begins with that frame.
+            batch_at: latents of the batch that begins with that frame.
         """
         if not self._flags:
             return
         # One wait for the device per decode, not per batch: decoding only launches.
         finite = torch.stack([flag for _, _, flag in self._flags]).tolist()
         for (start, by_program, _), good in zip(self._flags, finite, strict=True):
-            if not good and not (by_program and self._compare(chunk_at(start), start)):
+            if not good and not (by_program and self._compare(batch_at(start), start)):
                 yield start
 
-    def run(self, chunk: Tensor, start: int) -> bool:
+    def run(self, batch: Tensor, start: int) -> bool:
         """Returns whether the program could decode latents `[k, c, h, w]`; a failed run is counted."""
         try:
-            floating = chunk if chunk.is_floating_point() else chunk.float()
+            floating = batch if batch.is_floating_point() else batch.float()
             flag = self._slot.run(floating, lambda frames: self._out.write(start, frames), self._looked)
         except DecodeMemoryError:
             raise
-        except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this batch
+        except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch decodes this batch
             failure = run_failure(error, lambda: self._rebuild(self._slot))
         else:
             if flag is not None:
                 self._flags.append((start, True, flag))
             self._ledger.add("chunks_program")
             return True
-        count_run_failure(self._slot, self._ledger, failure, chunk, strict=self._strict)
+        count_run_failure(self._slot, self._ledger, failure, batch, strict=self._strict)
         return False
 
-    def _fall_back(self, chunk: Tensor, start: int) -> None:
+    def _fall_back(self, batch: Tensor, start: int) -> None:
         finite: list[Tensor] = []
 
         def write(offset: int, frames: Tensor) -> None:
@@ -152,12 +152,12 @@ class Decoding:
             if self._looked:
                 finite.append(all_finite(frames))
 
-        self._slot.eager_step = decode_in_memory(self._eager, chunk, write, self._slot.eager_step)
+        self._slot.eager_step = decode_in_memory(self._eager, batch, write, self._slot.eager_step)
         if finite:
             self._flags.append((start, False, torch.stack(finite).all()))
         self._ledger.add("chunks_pytorch")
 
-    def _compare(self, chunk: Tensor, start: int) -> bool:
+    def _compare(self, batch: Tensor, start: int) -> bool:
         """Decodes again what the program gave NaN or infinity for; PyTorch's frames replace those that are worse.
 
         Returns:
@@ -165,16 +165,16 @@ class Decoding:
         """
         out, slot = self._out, self._slot
         assert isinstance(out, Output)
-        truth = Output("bf16", len(chunk), out.tensor.device, tuple(chunk.shape[1:]))
-        slot.eager_step = decode_in_memory(self._eager, chunk, truth.write, slot.eager_step)
+        truth = Output("bf16", len(batch), out.tensor.device, tuple(batch.shape[1:]))
+        slot.eager_step = decode_in_memory(self._eager, batch, truth.write, slot.eager_step)
         worse = truth.tensor.isfinite()
         finite = bool(worse.all())
         if out.tensor.is_floating_point():
-            worse &= ~out.tensor[start : start + len(chunk)].isfinite()
+            worse &= ~out.tensor[start : start + len(batch)].isfinite()
         else:  # bytes do not show what was not finite, so the program runs once more
-            again = Output("bf16", len(chunk), worse.device, tuple(chunk.shape[1:]))
-            with contextlib.suppress(Exception):  # it was switched off meanwhile, or fails: PyTorch's answer stands
-                floating = chunk if chunk.is_floating_point() else chunk.float()
+            again = Output("bf16", len(batch), worse.device, tuple(batch.shape[1:]))
+            with contextlib.suppress(Exception):  # it was switched off meanwhile, or fails: PyTorch's frames stand
+                floating = batch if batch.is_floating_point() else batch.float()
                 slot.run(floating, lambda frames: again.write(0, frames), False)
                 worse &= ~again.tensor.isfinite()
         places = int(worse.sum())

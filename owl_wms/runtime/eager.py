@@ -66,7 +66,7 @@ class EagerDecoder:
     def __call__(self, z: Tensor) -> Tensor:
         """`[B, c, h, w]`, any real dtype and device, to `[B, C, H, W]` in the decoder's; no gradients, autocast off."""
         z = z.to(device=self.device, dtype=self.dtype or z.dtype)
-        # A surrounding autocast would make the answer depend on the caller's context.
+        # A surrounding autocast would make the frames depend on the caller's context.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             frames: Tensor = self.module(z)
             return frames

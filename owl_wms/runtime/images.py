@@ -115,7 +115,7 @@ class ImageDecode(VideoDecode):
             slot.run(z.contiguous(), take, False)
         except DecodeMemoryError:
             raise
-        except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this batch
+        except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch decodes this batch
             failure = run_failure(error, lambda: self._rebuild(slot))
         else:
             self._ledger.add("chunks_program")

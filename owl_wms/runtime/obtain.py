@@ -68,12 +68,12 @@ def obtain(
 
 def _begin(slot: Slot, find: Find, ledger: Ledger, strict: bool, progress: Progress | None) -> bool:
     """Starts the search in a thread of its own. Returns True once it has ended, False if something is to be built."""
-    answered, missed = threading.Event(), threading.Event()
+    settled, missed = threading.Event(), threading.Event()
 
     def tell(event: dict[str, Any]) -> None:
         if event.get("stage") == MISSED:
             missed.set()
-            answered.set()
+            settled.set()
         if progress is not None:
             progress(event)
 
@@ -86,7 +86,7 @@ def _begin(slot: Slot, find: Find, ledger: Ledger, strict: bool, progress: Progr
             failure = FastPathError("build", f"{type(error).__name__}: {error}", "run owl-wms doctor")
             _give_up(slot, failure, ledger, strict)
         finally:
-            answered.set()
+            settled.set()
 
     with slot.lock:
         if slot.state == "new":
@@ -95,10 +95,10 @@ def _begin(slot: Slot, find: Find, ledger: Ledger, strict: bool, progress: Progr
             except RuntimeError as error:  # the system gives no more threads, or the interpreter is shutting down
                 remedy = "end other threads, or set TENSORRT_BUILD=wait"
                 _give_up(slot, FastPathError("build", f"no thread to build in: {error}", remedy), ledger, strict)
-                answered.set()
+                settled.set()
         else:  # another thread was faster
-            answered.set()
-    answered.wait()
+            settled.set()
+    settled.wait()
     return not missed.is_set()
 
 

@@ -1,10 +1,10 @@
-"""The one output tensor of a decode: allocated when the frame size is known, filled chunk by chunk, never held twice.
+"""The one output tensor of a decode: allocated when the frame size is known, filled batch by batch, never held twice.
 
-Why: concatenating decoded chunks needs the frames' memory twice, and a long clip is gigabytes.
+Why: concatenating decoded batches needs the frames' memory twice, and a long clip is gigabytes.
 
 Usage:
     out = Output("bf16", frames=10, device=latents.device, latent_shape=(128, 8, 8))
-    out.write(0, chunk)         # [k, C, H, W], any float dtype and device
+    out.write(0, frames)        # [k, C, H, W], any float dtype and device
     out.tensor                  # [10, C, H, W] bf16; for "uint8" [10, H, W, C]
 """
 

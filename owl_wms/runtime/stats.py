@@ -39,7 +39,7 @@ class DecodeStats:
         chunks_program, chunks_pytorch: batches by what computed them.
         hits: programs found in the cache.
         builds: programs built by this object.
-        fallbacks: batches that PyTorch answered because the compiled path failed.
+        fallbacks: batches that PyTorch decoded because the compiled path failed.
         non_finite: frames of batches in which PyTorch's own values were not finite, as far as was looked.
         canaries, canary_misses: frames that were compared with PyTorch's (`check="canary"`), and those found wrong.
         failures: count by stage (`import`, `export`, `build`, `parity`, `save`, `load`, `run`).

@@ -201,27 +201,26 @@ class Steps:
         return frames, following
 
     def _by_program(self, eager: EagerDecoder, slot: Slot, latent: Tensor, state: State) -> tuple[Tensor, State] | None:
-        """The program's answer, or None where PyTorch has to give one; `state` is as it was then."""
+        """Runs the program; None if PyTorch has to make the step, for which `state` is unchanged."""
         try:
             frames, following, found = slot.step(latent, state, slot.wants_check(self.check, eager.dtype))
             finite = found is None or bool(found)
-        except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch answers this step
+        except Exception as error:  # whatever TensorRT or CUDA raised, PyTorch makes this step
             failure, memory = run_failure(error, lambda: "build the program anew, or choose another TENSORRT_PRECISION")
         else:
             if finite:
                 self._ledger.add("chunks_program")
                 return frames, following
-            answered = self._by_pytorch(eager, latent, state)
+            truth = self._by_pytorch(eager, latent, state)
             places = sum(
-                int((truth.isfinite() & ~got.isfinite()).sum())
-                for truth, got in zip((answered[0], *answered[1]), (frames, *following), strict=True)
+                int((wanted.isfinite() & ~got.isfinite()).sum())
+                for wanted, got in zip((truth[0], *truth[1]), (frames, *following), strict=True)
             )
-            if not bool(all_finite(answered[0])):
-                self._report_non_finite(answered[0], eager.dtype)
-            if not places:
-                return answered
-            self._failed(slot, non_finite_failure(slot, places), "non-finite")
-            return answered
+            if not bool(all_finite(truth[0])):
+                self._report_non_finite(truth[0], eager.dtype)
+            if places:
+                self._failed(slot, non_finite_failure(slot, places), "non-finite")
+            return truth
         if memory:
             release_memory(latent.device)
         self._failed(slot, failure, "out of memory" if memory else "run")

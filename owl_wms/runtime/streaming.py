@@ -2,7 +2,7 @@
 
 Why it exists: a decoder with memory gives the right frame only if every step receives the state of the step before, and
 a step that fails must be able to run again. So the state belongs to this object and to nothing else: a step reads it,
-and it is replaced once the frames are there. A compiled program that fails is answered by PyTorch from the same state.
+and it is replaced once the frames are there. If a compiled program fails, PyTorch makes the step from the same state.
 
 Usage:
     stream = StreamDecode(decoder)

@@ -85,8 +85,8 @@ def judge(
         kind: `bf16` or `uint8`.
 
     Returns:
-        How the frame is wrong, empty for a right one; and PyTorch's own error. If fp32 cannot decode the latents
-        (memory), that is the answer: a frame that is not near PyTorch's and that nothing speaks for is not trusted.
+        How the frame is wrong, empty for a right one; and PyTorch's own error. If fp32 cannot decode the latents (for
+        want of memory), the frame counts as wrong: it is not near PyTorch's, and nothing shows that it is right.
     """
     precision = str(report.get("precision"))
     dtype = DTYPES.get(precision, eager.dtype or torch.float32)
