@@ -154,6 +154,8 @@ class TarBucket:
 def list_tars(bucket: TarBucket, prefix: str) -> list[str]:
     """Keys of the tars below a prefix, in the order of their names.
 
+    Of a prefix that is a folder's name these are the folder's own: `clips` is not the beginning of `clips_old` too.
+
     Raises:
         BucketError: the bucket cannot be listed.
         DataError: it has none there.
@@ -167,6 +169,8 @@ def list_tars(bucket: TarBucket, prefix: str) -> list[str]:
         raise_interrupt(error)
         text = f"s3://{bucket.bucket_name}: cannot be listed: {one_line(error)}; check bucket and AWS's credentials"
         raise BucketError(text, path=bucket.bucket_name) from error
+    folder = f"{prefix.removesuffix('/')}/" if prefix else ""
+    keys = [key for key in keys if key.startswith(folder)] or keys
     below = {key: key.removeprefix(prefix).split("/") for key in keys}  # the prefix itself may be hidden: it was named
     tars = sorted(key for key in keys if key.endswith(".tar") and not is_foreign(below[key]))
     if not tars:

@@ -44,11 +44,11 @@ def parse_origin(text: str) -> Origin | None:
     bare = parts.path in ("", "/") and not (parts.query or parts.fragment or parts.username or parts.password)
     if scheme not in DEFAULT_PORTS or not host or not bare or text != text.strip() or "@" in text:
         return None
-    name = _one_form(host)
+    name = one_form(host)
     return None if name is None else Origin(scheme, name, DEFAULT_PORTS[scheme] if port is None else port)
 
 
-def _one_form(host: str) -> str | None:
+def one_form(host: str) -> str | None:
     """Returns an IP address in its shortest form, and a name as browsers send it; None if it is neither.
 
     So letters are small and in ASCII (`xn--...`, IDNA of 2003), and the last dot of a full name is left out.

@@ -30,7 +30,7 @@ from owl_wms.inference.clip import to_mp4
 from owl_wms.inference.limits import KEEP_ALIVE_SECONDS, ConnectionLimits, request_log
 from owl_wms.inference.loading import Loading
 from owl_wms.inference.messages import MAX_MESSAGE_BYTES
-from owl_wms.inference.origins import is_local_name, parse_origin
+from owl_wms.inference.origins import is_local_name, one_form, parse_origin
 from owl_wms.inference.session import Pace, Session, Threads
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class PlayServer:
     ) -> None:
         self._new_source, self._settings, self._loading = new_source, settings, loading
         self._origins = {parse_origin(origin) for origin in settings.origins}
-        self._hosts = {settings.host.lower(), *(origin.host for origin in self._origins if origin is not None)}
+        self._hosts = {one_form(settings.host), *(origin.host for origin in self._origins if origin is not None)}
         self._limits = ConnectionLimits()
         # Read once: a page that is asked for while descriptors are short needs none.
         folder = resources.files("owl_wms.inference").joinpath("page")

@@ -56,7 +56,8 @@ class Facts:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts that are known, ready for JSON."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        known = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return {name: value.item() if hasattr(value, "item") else value for name, value in known.items()}
 
     def to_text(self) -> str:
         """Return the same as JSON text."""

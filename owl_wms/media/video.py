@@ -97,7 +97,7 @@ class _FrameWriter:
         # milliseconds: of a faster one readers leave frames out, up to all of them.
         if not 1 / 1001 <= fps <= MOST_FPS:
             raise ValueError(f"fps must be at least 1/1001 and at most {MOST_FPS}, got {fps}")
-        self._av, self._fps = pyav(path), Fraction(fps).limit_denominator(1001)
+        self._av, self._fps = pyav(path), Fraction(float(fps)).limit_denominator(1001)
         self._spent = Spent() if spent is None else spent
         self._pool = ThreadPoolExecutor(_CONVERTERS, "owl-wms-convert")  # its threads start with the first frame
         self._local = threading.local()

@@ -236,10 +236,12 @@ def test_an_absent_tar_is_not_an_absent_bucket() -> None:
 
 
 def test_tars_are_listed_below_a_prefix_that_is_hidden_itself() -> None:
-    keys = [".feats/a.tar", ".feats/._a.tar", ".feats/.old/b.tar", ".feats/a.txt"]
+    keys = [".feats/a.tar", ".feats/._a.tar", ".feats/.old/b.tar", ".feats/a.txt", ".feats_old/a.tar"]
     pages = SimpleNamespace(paginate=lambda **_: [{"Contents": [{"Key": key} for key in keys]}, {}])
     client = SimpleNamespace(get_paginator=lambda _: pages)
-    assert list_tars(TarBucket("b", client_factory=lambda: client), ".feats/") == [".feats/a.tar"]
+    listed = TarBucket("b", client_factory=lambda: client)
+    assert list_tars(listed, ".feats/") == list_tars(listed, ".feats") == [".feats/a.tar"]
+    assert list_tars(listed, ".fea") == [".feats/a.tar", ".feats_old/a.tar"]
 
 
 def test_a_client_that_cannot_be_made_says_so_when_tars_are_listed() -> None:

@@ -70,6 +70,19 @@ def test_who_may_connect_under_which_name(host: str, origin: str, allowed: tuple
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
+@pytest.mark.parametrize("named", ["Play.Example.org", "play.example.org."])
+def test_the_host_may_be_named_in_any_form(named: str) -> None:
+    """Browsers take the page's address from the terminal, and send the host in their own form."""
+
+    async def test() -> None:
+        async with serve(host=named) as (client, address, _):
+            for host in (named, "play.example.org:8080"):
+                response = await client.get(f"{address}/{TOKEN}/", headers={"Host": host})
+                assert response.status == 200
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
 def test_a_page_under_a_foreign_name_is_refused_too() -> None:
     async def test() -> None:
         async with serve() as (client, address, _):

@@ -232,7 +232,7 @@ def test_endings_in_capitals_and_names_of_255_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_facts_travel(tmp_path: Path, suffix: str) -> None:
-    facts = Facts(fps=12.5, vae_scale=0.34, vae="demo", vae_sha256="a" * 64, layout="n c h w")
+    facts = Facts(fps=np.float32(12.5), vae_scale=0.34, vae="demo", vae_sha256="a" * 64, layout="n c h w")  # type: ignore[arg-type]
     save_array(tmp_path / f"x{suffix}", Z, facts=facts)
     assert read_facts(tmp_path / f"x{suffix}") == facts
     assert torch.equal(load_array(tmp_path / f"x{suffix}"), Z)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ def gradient(frames: int, height: int = 36, width: int = 64) -> torch.Tensor:
 def test_clip_round_trip(tmp_path: Path) -> None:
     frames = gradient(5)
     path = tmp_path / "deep" / "clip.mp4"
-    with VideoWriter(path, fps=15) as clip:
+    with VideoWriter(path, fps=np.float32(15)) as clip:  # a number of a table, for example
         clip.write(frames[:2])
         clip.write(frames[2:])
     assert clip.frames == 5
