@@ -12,6 +12,7 @@ Usage:
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import warnings
@@ -28,7 +29,9 @@ from owl_wms.errors import DataError
 from owl_wms.files import one_line, open_regular, read_exactly, size_of
 from owl_wms.interrupts import raise_interrupt
 
+_log = logging.getLogger(__name__)
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_OTHER_SUFFIXES = (".tif", ".tiff", ".heic", ".heif", ".avif", ".gif", ".exr", ".ppm", ".pgm", ".tga", ".jp2", ".jfif")
 MAX_PIXELS = 1 << 27
 """Largest picture or video frame that is decoded: 134 million pixels, 1.6 GB as float32 colours."""
 
@@ -45,15 +48,17 @@ _ANIMATED = ("PNG", "WEBP")  # a phone's JPEG may have further pictures (MPO), o
 def picture_files(folder: Path) -> list[Path]:
     """Return the pictures of a folder, in the order of the numbers in their names.
 
-    Hidden files (`._x.png`, `.DS_Store`), folders and other endings are passed over.
+    Hidden files (`._x.png`, `.DS_Store`), folders and other endings are passed over. A warning says so of pictures with
+    other endings, and that names of several patterns (`left_1`, `right_1`) are read one pattern after the other.
 
     Raises:
         DataError: none, a folder that cannot be read, or two pictures of one name with different endings.
     """
     try:
-        entries = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES]
+        found = list(folder.iterdir())
     except (OSError, ValueError) as error:  # a NUL in the name
         raise DataError(f"{folder}: cannot be read: {getattr(error, 'strerror', error)}", path=folder) from error
+    entries = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
     files = sorted((path for path in entries if path.name[0] != "." and not path.is_dir()), key=natural_order)
     if not files:
         raise DataError(f"{folder}: no pictures ({', '.join(PICTURE_SUFFIXES)}) in this folder", path=folder)
@@ -63,6 +68,17 @@ def picture_files(folder: Path) -> list[Path]:
         if other is not path:
             text = f"{other.name} and {path.name} are two pictures of one name; which of them is the frame?"
             raise DataError(f"{folder}: {text}", path=folder)
+    others = [path.name for path in found if path.suffix.lower() in _OTHER_SUFFIXES and path.name[0] != "."]
+    if others:
+        _log.warning(
+            "%s: pictures of other forms are passed over (%d, such as %s); convert them",
+            folder,
+            len(others),
+            min(others),
+        )
+    patterns = list(dict.fromkeys(re.sub(r"\d+", "#", path.stem.casefold()) for path in files))
+    if 1 < len(patterns) < len(files):
+        _log.warning("%s: holds pictures named %s, read in this order", folder, " and ".join(patterns[:3]))
     return files
 
 

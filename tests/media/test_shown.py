@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import zlib
@@ -96,6 +97,22 @@ def test_pictures_that_need_a_guess_are_refused(tmp_path: Path) -> None:
             read_picture(tmp_path / name)
         assert "\n" not in str(caught.value)
         assert str(tmp_path / name) in str(caught.value)
+
+
+def test_pictures_of_several_patterns_and_of_other_forms_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("left_1.png", "left_2.png"):
+        (tmp_path / name).touch()
+    with caplog.at_level(logging.WARNING):
+        assert len(picture_files(tmp_path)) == 2
+    assert not caplog.records
+    for name in ("right_1.png", "photo.HEIC", "._photo.tif"):
+        (tmp_path / name).touch()
+    with caplog.at_level(logging.WARNING):
+        assert len(picture_files(tmp_path)) == 3
+    assert "pictures of other forms are passed over (1, such as photo.HEIC); convert them" in caplog.text
+    assert "holds pictures named left_# and right_#, read in this order" in caplog.text
 
 
 def test_the_order_of_numbers_and_what_is_passed_over(tmp_path: Path) -> None:
