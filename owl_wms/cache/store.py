@@ -27,6 +27,7 @@ from owl_wms.cache.manifest import Manifest
 from owl_wms.cache.publish import PRIVATE, SHARED, describe, publish, take_program
 from owl_wms.cache.tally import Tally
 from owl_wms.errors import CacheCorruptError, CacheError, CacheRefusedError
+from owl_wms.files import at_home
 from owl_wms.temporary import temporary_folder
 
 DEFAULT_MAX_BYTES = 20 * 1024**3
@@ -57,7 +58,7 @@ class CacheStore:
         *,
         lock_timeout: float = LOCK_TIMEOUT_SECONDS,
     ) -> None:
-        self.directory = Path(directory).absolute()
+        self.directory = at_home(directory).absolute()
         self.max_bytes = max_bytes
         self._hmac_key = hmac_key or None
         self._modes = PRIVATE if self._hmac_key is None else SHARED

@@ -34,6 +34,11 @@ def test_built_once_then_found(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_directory_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert CacheStore("~/programs").directory == tmp_path / "programs"
+
+
 def test_other_material_is_another_entry(tmp_path: Path) -> None:
     store = CacheStore(tmp_path / "cache")
     read(store, Builder(b"one"))
