@@ -21,6 +21,7 @@ from torch import Tensor
 
 from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable, NpyTableWriter
 from owl_wms.data.sources import Clip, clips_of
+from owl_wms.data.statistics import stated_rate
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.files import at_home
 from owl_wms.media.facts import Facts
@@ -116,7 +117,7 @@ def _import(
         shapes = (
             {column: present.slice(0, column, 0, 1).shape[1:] for column in present.columns} if present.rows else {}
         )
-        told = Facts(fps=present.rows[0].fields.get("fps")) if present.rows else None
+        told = Facts(fps=stated_rate(present, present.rows[0])) if present.rows else None
     for clip in clips_of(source):
         if clip.name in held:
             done.present += 1
@@ -161,7 +162,7 @@ def _rate(clip: Clip, fps: float | None, told: Facts | None) -> float:
     if rate is None:
         raise ConfigError(f"{clip.name}: does not say its frames per second; say them with --fps", key="fps")
     if told is not None and told.fps is not None and told.fps != rate:
-        text = f"has {rate} frames per second, the rows of the table have {told.fps}; choose another folder"
+        text = f"has {rate:g} frames per second, the rows of the table have {told.fps:g}; choose another folder"
         raise DataError(f"{clip.name}: {text}", path=clip.name)
     return rate
 

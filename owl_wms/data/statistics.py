@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable
+from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable, Row
+from owl_wms.errors import DataError
+from owl_wms.files import one_line
 
 SAMPLED_FRAMES = 20_000
 """Most frames that are read for the moments; of a longer table an equal share of every clip."""
@@ -85,9 +87,10 @@ def describe_table(
         progress: called with (clips done, clips in all).
 
     Raises:
-        DataError: an array that cannot be read, or a value that is not finite.
+        DataError: an array that cannot be read, a value that is not finite, or a frame rate that is none.
     """
     frames = sum(row.length for row in table.rows)
+    rates = sorted({rate for row in table.rows if (rate := stated_rate(table, row)) is not None})
     moments = {name: _Moments() for name in (LATENT_COLUMN, "buttons", "mouse") if name in table.columns}
     sampled = 0
     for index, row in enumerate(table.rows):
@@ -103,7 +106,6 @@ def describe_table(
     mean = latents.mean() if latents is not None and latents.count else empty
     variance = latents.variance() if latents is not None and latents.count else empty
     overall = math.sqrt(float((variance + np.square(mean - mean.mean())).mean())) if len(mean) else 0.0
-    rates = sorted({float(row.fields["fps"]) for row in table.rows if isinstance(row.fields.get("fps"), (int, float))})
     return TableStatistics(
         clips=len(table.rows),
         frames=frames,
@@ -115,3 +117,19 @@ def describe_table(
         pressed=moments["buttons"].mean() if "buttons" in moments and table.rows else empty,
         mouse=np.sqrt(moments["mouse"].variance()) if "mouse" in moments and table.rows else empty,
     )
+
+
+def stated_rate(table: NpyTable, row: Row) -> float | None:
+    """Return the frames per second that a row states; None where it states none.
+
+    Raises:
+        DataError: it states something else, a text for example.
+    """
+    rate = row.fields.get("fps")
+    if rate is None:
+        return None
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+        file = table.path / "manifest.json"
+        text = f"'fps' of row {row.index} must be a number above 0, got {one_line(repr(rate), 80)}"
+        raise DataError(f"{file}: {text}", path=file, index=row.index)
+    return float(rate)

@@ -295,6 +295,19 @@ def test_statistics(tmp_path: Path) -> None:
     assert describe_table(NpyTable(tmp_path), limit=40).sampled == 40
 
 
+@pytest.mark.parametrize("rate", ["20", True, -5, 0, [20]])
+def test_a_rate_that_is_no_number_is_named(tmp_path: Path, rate: Any) -> None:
+    """A tool that goes by way of a CSV file writes texts into a manifest."""
+    torch.save(clip(0), tmp_path / "a.pt")
+    import_clips(str(tmp_path / "a.pt"), tmp_path / "table", fps=20)
+    manifest = tmp_path / "table" / "manifest.json"
+    rows = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps([{**row, "fps": rate} for row in rows]))
+    for read in (describe_table, lambda table: import_clips(str(tmp_path / "a.pt"), table.path, fps=20)):
+        with pytest.raises(DataError, match=r"'fps' of row 0 must be a number above 0, got "):
+            read(NpyTable(tmp_path / "table"))
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make_source("tar", tmp_path / "source")
     assert run("data", "import", source, "--out", str(tmp_path / "table"), "--fps", "12") == 0
