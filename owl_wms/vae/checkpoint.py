@@ -64,7 +64,8 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
     """Strictly load `state` into `module`, after comparing every key, shape and kind of value.
 
     Weights under another spelling of the same name are taken (`spellings.respelled`), as are weights whose norm was
-    folded for a module that has it live, and the other way round.
+    folded for a module that has it live, and the other way round. Of weights that several layers share, one name is
+    enough.
 
     Args:
         path: the file the weights came from, for messages.
@@ -72,11 +73,11 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
 
     Raises:
         CheckpointError: with `.mismatch` naming the first key that is missing, unexpected, of another shape (both
-            shapes), sparse, quantised, complex, without values, or not finite.
+            shapes), sparse, quantised, complex, without values, not finite, or given twice with different values.
     """
     own = module.state_dict()
     require_plain(state, path)
-    state = respelled(state, own)
+    state = _with_tied(module, respelled(state, own), path)
     problem = first_mismatch(own, state)
     if problem is not None:
         count = len(own.keys() ^ state.keys()) + sum(
@@ -92,6 +93,22 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
     if assign:
         state = separate({key: value.to(own[key].dtype) for key, value in state.items()})
     module.load_state_dict(state, strict=True, assign=assign)
+
+
+def _with_tied(module: nn.Module, state: dict[str, Tensor], path: Path | str) -> dict[str, Tensor]:
+    """Adds the names of shared weights that a writer left out, as safetensors' `save_model` does."""
+    names: dict[int, list[str]] = {}
+    for name, held in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
+        names.setdefault(id(held), []).append(name)
+    for shared in names.values():
+        given = [name for name in shared if name in state]
+        alike = [name for name in given[1:] if state[name].shape == state[given[0]].shape]
+        other = next((name for name in alike if (state[name] != state[given[0]]).any()), None)
+        if other is not None:
+            text = f"{given[0]} and {other} are one weight in the configured model, and differ in the file"
+            raise CheckpointError(f"{path}: {text}; give the file of this model", path=path, mismatch=other)
+        state |= {name: state[given[0]] for name in shared if given}
+    return state
 
 
 def require_plain(state: Mapping[str, Tensor], path: Path | str) -> None:

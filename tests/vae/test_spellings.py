@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn.utils import weight_norm as old_weight_norm
 
@@ -119,6 +120,20 @@ def test_eight_bit_floats_and_shared_memory_load(tmp_path: Path) -> None:
     weights = list(module.parameters())
     assert len({weight.untyped_storage().data_ptr() for weight in weights}) == len(weights)
     assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights)
+
+
+def test_one_name_of_shared_weights_is_enough(tmp_path: Path) -> None:
+    module, twin = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+    module[1].weight, twin[1].weight = module[0].weight, twin[0].weight
+    save_model(module, str(tmp_path / "a.safetensors"))
+    state = read_state_dict(tmp_path / "a.safetensors")
+    assert len(state) == 3
+    load_weights(twin, state, "a.safetensors")
+    assert twin[1].weight is twin[0].weight
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), twin.state_dict().values(), strict=True))
+    other = {**module.state_dict(), "1.weight": torch.zeros(4, 4)}
+    with pytest.raises(CheckpointError, match=r"0\.weight and 1\.weight are one weight .* and differ in the file"):
+        load_weights(twin, other, "a.safetensors")
 
 
 def test_tied_and_unfit_weights_when_saving(tmp_path: Path) -> None:
