@@ -8,6 +8,7 @@ Usage:
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from contextlib import ExitStack
@@ -78,6 +79,7 @@ def decode(
     from owl_wms.vae.landscape import other_latent_size
 
     latents, console = at_home(latents), Console(stderr=True)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
     chosen = sinks.form_of(out, form)
@@ -95,17 +97,13 @@ def decode(
     if depth and chosen != "mp4":
         raise ConfigError(f"--depth goes with a clip, .mp4; --out {out} is {chosen}", key="depth")
     shared.check_family(family, vae_config)
-    decoder = None
-    model: Any
-    if vae_config is None:
-        decoder = get_decoder_only(family, None, checkpoint, device=where, dtype=precision)
-        model = decoder.config
-    else:
-        model = load_vae_model(vae_config)
+    load = partial(get_decoder_only, family, vae_config, checkpoint, device=where, dtype=precision)
+    decoder: Any = load() if vae_config is None else None
+    model: Any = decoder.config if vae_config is None else load_vae_model(vae_config)
     each_latent = getattr(model, "frames_per_latent", 1)  # the file's rate is that of latents, the clip's of frames
     told = {"vae_scale": scale, "fps": fps and fps / each_latent, "vae_sha256": digest}
     for difference in facts.otherwise(**told):
-        console.print(f"{latents}: {difference}", markup=False, highlight=False, soft_wrap=True)
+        say(f"{latents}: {difference}")
     scale = scale if scale is not None else facts.vae_scale or 1.0
     fps = fps if fps is not None else (facts.fps or 0) * each_latent or 60.0
     bounds.check_number("--scale", scale, bounds.SCALES)
@@ -120,24 +118,22 @@ def decode(
     if png is not None:
         shared.check_destination(png, ".png", ".jpg")
         shared.check_kept(png, overwrite=overwrite)
-    for path in (out, depth_out) if depth else (out,):
+    written = (out, depth_out) if depth else (out,)
+    for path in written:
         for name in sinks.outputs(path, clips, each):
             shared.check_output(name, chosen, overwrite=overwrite)
     remark = other_latent_size(model, source.shape[3], source.shape[4])
     if remark is not None:
-        console.print(f"{latents}: {remark}", markup=False, highlight=False, soft_wrap=True)
-    if decoder is None:
-        decoder = get_decoder_only(family, vae_config, checkpoint, device=where, dtype=precision)
-    decoder, spent = shared.quick_on(where, decoder), Spent()
+        say(f"{latents}: {remark}")
+    decoder, spent = shared.quick_on(where, load() if decoder is None else decoder), Spent()
     settings = TensorRTConfig.resolve(enabled=None if tensorrt else False)
     run = clip_decoder(decoder, batch_size=batch_size, settings=settings, check="error")
     pieces = decode_pieces(run, source, scale=scale, spent=spent)
-    length = frames_of(decoder, length)
-
-    sheet, count = shared.Sheet(clips * length), clips * length
-    make = partial(sinks.open_sink, shape=(clips, length), fps=fps, form=form, each=each)
-    make = partial(make, encoder=encoder, crf=crf, preset=preset, spent=spent)
-    made = [make(path) for path in ((out, depth_out) if depth else (out,))]
+    shape = clips, frames_of(decoder, length)
+    count = math.prod(shape)
+    sheet = shared.Sheet(count)
+    make = partial(sinks.open_sink, shape=shape, fps=fps, form=form, each=each, encoder=encoder, crf=crf)
+    made = [make(path, preset=preset, spent=spent) for path in written]
     with ExitStack() as stack:
         colour_sink, *depth_sinks = [stack.enter_context(sink) for sink in made]
         bar = stack.enter_context(shared.progress(console))
@@ -154,7 +150,7 @@ def decode(
     if png is not None:
         sheet.save(png)
     where_to = "standard output" if out == sinks.STDOUT else out
-    console.print(f"{where_to}: {count} frames, {count / seconds:.1f} frames/s", highlight=False, soft_wrap=True)
+    say(f"{where_to}: {count} frames, {count / seconds:.1f} frames/s")
     rows = [("time", shared.time_split(spent, seconds)), *shared.stats_rows(run.stats())]
     for label, text in rows:
-        console.print(f"  {label}: {text}", markup=False, highlight=False, soft_wrap=True)
+        say(f"  {label}: {text}")
