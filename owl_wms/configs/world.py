@@ -74,23 +74,26 @@ _OPT_KEYS = {
 
 
 class WorldModelConfig(StrictModel):
-    """Holds the `model` section. Windows and `n_frames` are in frames; `sample_size` is height and width of a
-    latent, or the side of a square one.
+    """Holds the `model` section. Windows and `n_frames` are in frames.
 
-    `video_head_norm` belongs to `game_rft_audio`: False for weights of upstream before 2025-07-28, whose picture head
-    has no layer norm before it. `rest_has_direction` False gives a mouse at rest no direction; upstream's weights were
-    trained with True.
-    `sink_frames`: so many frames at the beginning of a video are never forgotten. They are seen by the layers without a
-    window, at the positions just before the others. Samplers begin with the last so many frames of the context and the
-    whole context behind them; windows for training must begin with such frames too (examples/world/own_history.py).
-    `sink_noise`: noise level at which those frames are shown; None is the level of the history. They are true frames,
-    so they may be shown nearly clean.
-    `frame_limits`: the weights hold a range for each cosine coefficient of each channel, and samplers keep finished
-    frames in it (`owl_wms.nn.limits`); who trains such a model fits them to true frames.
-    `predicts` belongs to `game_rft`: with "remainder" the network predicts what the velocity leaves of the noisy frame,
-    which at level 1 is the clean frame, so that a narrow network need not carry the noise from its input to its output;
-    upstream's weights predict the velocity.
     `n_mouse_axes`, `patch_size` and `audio_tokens` are accepted because shipped files have them; no model reads them.
+
+    Attributes:
+        sample_size: height and width of a latent, or the side of a square one.
+        rest_has_direction: False gives a mouse at rest no direction; upstream's weights were trained with True.
+        predicts: of `game_rft`. With "remainder" the network predicts what the velocity leaves of the noisy frame,
+            which at level 1 is the clean frame, so that a narrow network need not carry the noise from its input to its
+            output. Upstream's weights predict the velocity.
+        video_head_norm: of `game_rft_audio`. False for weights of upstream before 2025-07-28, whose picture head has no
+            layer norm before it.
+        sink_frames: so many frames at the beginning of a video are never forgotten. They are seen by the layers without
+            a window, at the positions just before the others. Samplers begin with the last so many frames of the
+            context and the whole context behind them; windows for training must begin with such frames too
+            (examples/world/own_history.py).
+        sink_noise: noise level at which those frames are shown; None is the level of the history. They are true frames,
+            so they may be shown nearly clean.
+        frame_limits: the weights hold a range for each cosine coefficient of each channel, and samplers keep finished
+            frames in it (`owl_wms.nn.limits`). Whoever trains such a model fits the ranges to true frames.
     """
 
     model_id: WorldModelId
