@@ -17,11 +17,11 @@ def decoder_of(s: dict[str, Any]) -> Any:
     """Returns the decoder as the command line makes it."""
     import torch
 
-    from owl_wms.cli._shared import quick_on
     from owl_wms.utils.owl_vae_bridge import get_decoder_only
+    from owl_wms.vae.on_cpu import channels_last_on_cpu
 
     decoder = get_decoder_only(None, s["config"], s["checkpoint"], device=s["device"], dtype=dtype_of(s))
-    return quick_on(torch.device(s["device"]), decoder)
+    return channels_last_on_cpu(decoder, torch.device(s["device"]))
 
 
 def entries() -> list[Any]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from owl_wms.configs import load_vae_model, pictures_of
 from owl_wms.data.s3 import tar_members
@@ -38,6 +38,7 @@ from owl_wms.settings import TensorRTConfig
 from owl_wms.timing import Spent
 from owl_wms.utils.owl_vae_bridge import get_decoder_only
 from owl_wms.vae import fold_weight_norm, load_encoder
+from owl_wms.vae.on_cpu import channels_last_on_cpu
 
 Batch = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class DecodeClips:
         """
         where, precision = _place(device, dtype)
         decoder = get_decoder_only(family, vae_config, checkpoint, device=where, dtype=precision)
-        self._decoder, self._scale, self._checkpoint = _laid_out(decoder, where), scale, checkpoint
+        self._decoder, self._scale, self._checkpoint = channels_last_on_cpu(decoder, where), scale, checkpoint
         self._told: set[str] = set()  # contradictions, of which a dataset may have one in each file
         model: Any = decoder.config if vae_config is None else load_vae_model(vae_config)
         self._channels: int = model.latent_channels
@@ -258,7 +259,7 @@ class EncodeClips:
         self._where, self._precision = _place(device, dtype)
         self._channels, self._size = pictures_of(vae_config)
         encoder = fold_weight_norm(load_encoder(None, vae_config, checkpoint))
-        self._encoder = _laid_out(encoder.to(self._where, self._precision).eval(), self._where)
+        self._encoder = channels_last_on_cpu(encoder.to(self._where, self._precision).eval(), self._where)
         self._batch_size, self._scale, self._resize = batch_size, scale, resize
         self._checkpoint = checkpoint
 
@@ -335,8 +336,3 @@ def _place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.d
         where = torch.device("cuda", torch.cuda.current_device() if where.index is None else where.index)
         torch.cuda.set_device(where)
     return where, known[dtype] if dtype else (torch.float32 if where.type == "cpu" else torch.bfloat16)
-
-
-def _laid_out(module: nn.Module, device: torch.device) -> nn.Module:
-    # On a CPU these convolutions run faster channels last, as `owl-wms decode` has them.
-    return module if device.type != "cpu" else module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 
 from owl_wms import env
 from owl_wms.cli._bounds import DTYPES, check_dtype, device_number
@@ -248,14 +248,6 @@ def peak_memory(device: torch.device) -> str:
     if resource is None:
         return "unknown on this system"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB of process memory"
-
-
-def quick_on(device: torch.device, module: nn.Module) -> nn.Module:
-    """Lays a module out for the device: channels last on a CPU, where these convolutions then run faster."""
-    if device.type != "cpu":
-        return module
-    laid_out: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return laid_out
 
 
 def stats_rows(stats: DecodeStats) -> list[tuple[str, str]]:

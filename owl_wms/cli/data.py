@@ -135,13 +135,15 @@ def _frame_encoder(config: Path, checkpoint: Path, where: Any, batch: int, resiz
     from owl_wms.media.facts import Facts
     from owl_wms.media.read_facts import weights_digest
     from owl_wms.vae import fold_weight_norm, load_encoder
+    from owl_wms.vae.on_cpu import channels_last_on_cpu
 
     channels, size = pictures_of(config)
     precision = shared.choose_dtype(None, where)
 
     @functools.cache
     def module() -> Any:  # loaded for the first frames: a source that cannot be used is refused at once
-        return shared.quick_on(where, fold_weight_norm(load_encoder(None, config, checkpoint)).to(where, precision))
+        encoder = fold_weight_norm(load_encoder(None, config, checkpoint))
+        return channels_last_on_cpu(encoder.to(where, precision), where)
 
     return FrameEncoder(
         encode=lambda frames: module()(frames.to(where, precision)),

@@ -77,6 +77,7 @@ def decode(
     from owl_wms.timing import Spent
     from owl_wms.utils.owl_vae_bridge import get_decoder_only
     from owl_wms.vae.landscape import other_latent_size
+    from owl_wms.vae.on_cpu import channels_last_on_cpu
 
     latents, console = at_home(latents), Console(stderr=True)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
@@ -125,7 +126,7 @@ def decode(
     remark = other_latent_size(model, source.shape[3], source.shape[4])
     if remark is not None:
         say(f"{latents}: {remark}")
-    decoder, spent = shared.quick_on(where, load() if decoder is None else decoder), Spent()
+    decoder, spent = channels_last_on_cpu(load() if decoder is None else decoder, where), Spent()
     settings = TensorRTConfig.resolve(enabled=None if tensorrt else False)
     run = clip_decoder(decoder, batch_size=batch_size, settings=settings, check="error")
     pieces = decode_pieces(run, source, scale=scale, spent=spent)

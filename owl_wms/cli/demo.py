@@ -49,6 +49,7 @@ def demo(
     from owl_wms.runtime import decode_stream
     from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
     from owl_wms.vae import fold_weight_norm, load_encoder
+    from owl_wms.vae.on_cpu import channels_last_on_cpu
 
     config, checkpoint = _EXAMPLE / "demo_vae.yml", _EXAMPLE / "demo_vae.safetensors"
     if not checkpoint.is_file():
@@ -62,11 +63,9 @@ def demo(
     # On a CPU small batches are faster: the activations of eight frames leave the caches many times over.
     batch_size = batch_size or (2 if where.type == "cpu" else 8)
     encoder = fold_weight_norm(load_encoder(None, config, checkpoint))
-    encoder = shared.quick_on(where, encoder.to(where, dtype))
-    decoder = get_decoder_only(None, config, checkpoint, device=where, dtype=dtype)
-    run = make_batched_decode_fn(
-        shared.quick_on(where, decoder), batch_size, use_tensorrt=tensorrt, timing=True, check="error"
-    )
+    encoder = channels_last_on_cpu(encoder.to(where, dtype), where)
+    decoder = channels_last_on_cpu(get_decoder_only(None, config, checkpoint, device=where, dtype=dtype), where)
+    run = make_batched_decode_fn(decoder, batch_size, use_tensorrt=tensorrt, timing=True, check="error")
 
     with torch.inference_mode(), shared.progress(console) as bar:
         task = bar.add_task("rendering", total=frames)

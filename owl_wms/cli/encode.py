@@ -48,6 +48,7 @@ def encode(
     from owl_wms.runtime.ahead import ahead
     from owl_wms.timing import Spent
     from owl_wms.vae import fold_weight_norm, load_encoder
+    from owl_wms.vae.on_cpu import channels_last_on_cpu
 
     console = Console(stderr=True)
     where = shared.choose_device(device)
@@ -62,7 +63,7 @@ def encode(
     with spent.on("read"):
         first = next(batches, None)
     encoder = fold_weight_norm(load_encoder(None, vae_config, checkpoint))
-    encoder = shared.quick_on(where, encoder.to(where, precision))
+    encoder = channels_last_on_cpu(encoder.to(where, precision), where)
 
     def read() -> Iterator[Tensor]:
         batch = first

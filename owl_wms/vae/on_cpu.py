@@ -27,15 +27,19 @@ _REACH = 2
 
 
 def quick_on_cpu(module: nn.Module) -> nn.Module:
-    """Lays a decoder or encoder on the CPU out so that it runs faster there; returns it.
-
-    On a CPU its convolutions run two to three times faster channels last.
-    """
+    """Lays a decoder or encoder on the CPU out so that it runs faster there; returns it."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             stand_in = _stand_in(child)
             if stand_in is not None:
                 setattr(parent, name, stand_in.train(child.training))
+    return channels_last_on_cpu(module, torch.device("cpu"))
+
+
+def channels_last_on_cpu(module: nn.Module, device: torch.device) -> nn.Module:
+    """Lays a module out for a CPU, where convolutions run two to three times faster channels last; returns it."""
+    if device.type != "cpu":
+        return module
     laid_out: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return laid_out
 
