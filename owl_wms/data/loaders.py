@@ -32,11 +32,11 @@ from owl_wms.data.loading import (
     BATCH_KEY,
     WORKERS,
     Batch,
-    CarriedCollate,
-    CarriedStream,
+    ErrorsAsBatches,
+    ErrorsAsStreamItems,
     ResumableLoader,
     collate,
-    raised,
+    raise_errors,
     stack,
 )
 from owl_wms.data.packing import PackedDataset
@@ -86,16 +86,16 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         loader = DataLoader(
-            CarriedStream(self._make(self._seen)),
+            ErrorsAsStreamItems(self._make(self._seen)),
             batch_size=self._batch_size,
             num_workers=self._workers,
             worker_init_fn=keep_reading,
             prefetch_factor=2 if self._workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self._seen),
-            collate_fn=CarriedCollate(_stack),
+            collate_fn=ErrorsAsBatches(_stack),
         )
-        for batch in raised(loader):
+        for batch in raise_errors(loader):
             self._seen += 1
             yield batch
 

@@ -47,8 +47,8 @@ def positive(value: Any, name: str) -> int:
     return value
 
 
-class Carried(Dataset[Any]):
-    """Returns our errors as samples instead of raising them."""
+class ErrorsAsItems(Dataset[Any]):
+    """Returns the errors of a data set (`OwlError`) as samples; `raise_errors` raises them outside of the worker."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -60,8 +60,8 @@ class Carried(Dataset[Any]):
             return error
 
 
-class CarriedStream(IterableDataset[Any]):
-    """Does the same for a stream, which ends with its error."""
+class ErrorsAsStreamItems(IterableDataset[Any]):
+    """Does the same for a stream, whose last sample is then its error."""
 
     def __init__(self, dataset: IterableDataset[Any]) -> None:
         self.dataset = dataset
@@ -73,8 +73,8 @@ class CarriedStream(IterableDataset[Any]):
             yield error
 
 
-class CarriedCollate:
-    """Collates samples, or hands on the first error among them or of the collation."""
+class ErrorsAsBatches:
+    """Collates samples; the first error among them, or of collating, takes the place of the batch."""
 
     def __init__(self, collate_fn: Callable[[list[Any]], Batch]) -> None:
         self.collate_fn = collate_fn
@@ -89,8 +89,8 @@ class CarriedCollate:
             return error
 
 
-def raised(loader: DataLoader[Any]) -> Iterator[Batch]:
-    """Its batches, until one is an error, which is raised with its path and index."""
+def raise_errors(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """Yields the batches of a loader; raises the first that is an error, with its path and index."""
     with torch.device("cpu"):  # it draws its workers' seed on the default device, from a generator of the CPU
         batches: Iterable[Batch | OwlError] = iter(loader)
     for batch in batches:
@@ -193,9 +193,9 @@ class ResumableLoader:
             text = f"{count} windows do not fill one batch of {batch_size}{where}: lower {batch_key}, or add data"
             raise DataError(text)
         self._loader = DataLoader(
-            Carried(dataset),
+            ErrorsAsItems(dataset),
             batch_sampler=self._order,
-            collate_fn=CarriedCollate(collate_fn),
+            collate_fn=ErrorsAsBatches(collate_fn),
             num_workers=num_workers,
             worker_init_fn=keep_reading,
             persistent_workers=num_workers > 0,
@@ -214,7 +214,7 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._order.epoch, self._order.skip = self._epoch, self._samples
-        for batch in raised(self._loader):
+        for batch in raise_errors(self._loader):
             self._samples += self._order.batch_size * self._order.world_size
             yield batch
         self._epoch, self._samples = self._epoch + 1, 0
