@@ -36,8 +36,8 @@ AVERAGES = ("ema", "ema_model", "ema_state_dict", "state_dict_ema", "model_ema",
 _AVERAGE_WORDS = {"ema", "swa", "avg", "average", "averaged", "shadow"}
 # ema-pytorch's copy of the trained weights, beside the averaged ones.
 ONLINE = "online_model"
-# Scalars that ema-pytorch and torch's AveragedModel keep beside the weights.
-AVERAGE_STATE = ("initted", "step", "n_averaged")
+# Scalars that ema-pytorch, torch's AveragedModel and latent-diffusion's LitEma keep beside the weights.
+AVERAGE_STATE = ("initted", "step", "n_averaged", "decay", "num_updates")
 # Where training programs keep the trained weights.
 TRAINED = ("model", "state_dict", "model_state_dict", "module", "generator", "params", "weights", "net", "network")
 # Names of parts (a world model's core, the halves of an autoencoder), which stay until somebody asks for the part.
@@ -100,7 +100,7 @@ def flat_weights(content: Any, path: Path | str, *, prefer_ema: bool = True) -> 
     if not pairs:
         keys = ", ".join(sorted(map(str, content))[:5]) or "none"
         raise CheckpointError(f"{path}: holds no weights; its keys are: {keys}", path=path)
-    pairs = _one_set([(without_wrappers(key), value) for key, value in pairs], path, prefer_ema)
+    pairs = _one_set(_with_dots([(without_wrappers(key), value) for key, value in pairs]), path, prefer_ema)
     flat: dict[str, Tensor] = {}
     for key, value in pairs:
         if key in flat:
@@ -217,6 +217,17 @@ def _without_side_networks(pairs: Pairs, path: Path | str) -> Pairs:
 # ---- averages
 
 
+def _with_dots(pairs: Pairs) -> Pairs:
+    """Returns averages under the names of what was averaged: LitEma of latent-diffusion takes the dots out of them."""
+    bare = {key for key, _ in pairs if key.count(".") == 1 and _is_average(key.partition(".")[0])}
+    dotted: dict[str, str] = {}
+    for pieces in [key.split(".") for key, _ in pairs if key not in bare] if bare else ():
+        for at in range(len(pieces) - 1):  # it may be of a part of the whole
+            dotted.setdefault("".join(pieces[at:]), ".".join(pieces[at:]))
+    named = ((key, *key.partition(".")[::2], value) for key, value in pairs)
+    return [(f"{name}.{dotted.get(rest, rest)}" if key in bare else key, value) for key, name, rest, value in named]
+
+
 def _one_set(pairs: Pairs, path: Path | str, prefer_ema: bool) -> Pairs:
     """Returns one set of weights of every part, averaged or trained, without the prefix that tells which it is.
 
@@ -236,7 +247,7 @@ def _one_set(pairs: Pairs, path: Path | str, prefer_ema: bool) -> Pairs:
         part = _part(lead)
         rest = _lead(key)[1]
         counter = rest.split(".")[-1] == "n_averaged" or (averaged and rest in AVERAGE_STATE)
-        if _is_scalar(value) and counter:
+        if counter and not value.is_nested and value.numel() == 1:
             continue
         if origin == chosen.get(part):
             kept.append((".".join((*filter(None, map(_named_part, lead)), rest)), value))

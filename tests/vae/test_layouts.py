@@ -85,6 +85,17 @@ def test_an_average_whose_name_has_a_word_for_it(trained: str, average: str) -> 
         decoder_of({f"{average}_a": AVERAGED, f"{average}_b": AVERAGED})
 
 
+@pytest.mark.parametrize("averaged", ["", "decoder."])
+def test_an_average_without_the_dots_of_its_names(averaged: str) -> None:
+    """As latent-diffusion keeps it in the state of its module, of all of it or of a part."""
+    state = {f"model.{key}": value for key, value in (FULL if averaged else DECODER).items()}
+    ema = {f"{averaged}{key}".replace(".", ""): value for key, value in AVERAGED.items()}
+    state |= {f"model_ema.{key}": value for key, value in ema.items()}
+    state |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}
+    assert same(decoder_of({"state_dict": state}), AVERAGED)
+    assert same(decoder_of({"state_dict": state}, prefer_ema=False))
+
+
 @pytest.mark.parametrize("nested", [True, False])
 def test_an_average_of_one_half_beside_both(nested: bool) -> None:
     content: dict[str, Any] = {"decoder": DECODER, "encoder": MODEL.encoder.state_dict(), "ema_decoder": AVERAGED}
