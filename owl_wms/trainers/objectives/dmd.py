@@ -106,7 +106,7 @@ class DMDTrainer(BaseTrainer):
     ema_beta = 0.99
     stops_by_epochs = False
     _predictions: dict[str, Tensor] | None = None
-    _shared: tuple[int, int, list[Rollout]] = (-1, 0, [])
+    _shared: tuple[int, list[Rollout]] = (0, [])  # clips of the critic in this step: asked for, and made
 
     def build_model(self) -> nn.Module:
         cfg = self.train_cfg
@@ -125,6 +125,10 @@ class DMDTrainer(BaseTrainer):
             "critic", self.critic, self.critic_loss, "AdamW", cfg.d_opt_kwargs, repeats=cfg.update_ratio
         )
         return [critic, self.phase("model", self.model, self.loss, cfg.opt, cfg.opt_kwargs)]
+
+    def train_step(self) -> dict[str, float]:
+        self._shared = (0, [])  # also those of a step that failed, whose clips may be why
+        return super().train_step()
 
     @abstractmethod
     def rollout(self, batch: Batch) -> Rollout:
@@ -147,12 +151,10 @@ class DMDTrainer(BaseTrainer):
         """
         if not self.train_cfg.shared_rollouts:
             return self.rollout(batch)
-        step, calls, clips = self._shared
-        if step != self.step:
-            calls, clips = 0, []
+        calls, clips = self._shared
         if calls < self.phases[0].accumulation:
             clips = [*clips, self.rollout(batch)]
-        self._shared = (self.step, calls + 1, clips)
+        self._shared = (calls + 1, clips)
         return clips[calls % self.phases[0].accumulation]
 
     def _judged_levels(self, x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Run: python -m pytest tests/trainers/objectives/test_distillation.py
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from owl_wms.errors import ConfigError
+from owl_wms.errors import ConfigError, TrainingError
 from owl_wms.sampling import Guidance, get_sampler_cls
 from owl_wms.trainers import BaseTrainer
 from tests.trainers.helpers import FRAMES
@@ -121,6 +123,23 @@ def test_critic_updates_share_rollouts_when_told(tmp_path: Path, shared: bool) -
     step(trainer)
     # Per step: the critic's 2 x 2 micro-batches, or 2 when shared, and the student's 2.
     assert made == [0] * (4 if shared else 6) + [1] * (4 if shared else 6)
+
+
+def test_a_step_that_is_tried_again_makes_its_clips_anew(tmp_path: Path) -> None:
+    """Those of the attempt that failed may be why it did."""
+    trainer = build(tmp_path, "sforce_vid", shared_rollouts=True)
+    rollout = trainer.rollout
+
+    def broken(batch: Any) -> Any:
+        made = rollout(batch)
+        return dataclasses.replace(made, x=made.x * math.nan)
+
+    trainer.rollout = broken  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="the gradient of the critic"):
+        step(trainer)
+    trainer.rollout = rollout  # type: ignore[method-assign]
+    step(trainer)
+    assert trainer.step == 1
 
 
 def test_a_clip_may_be_judged_at_one_level(tmp_path: Path) -> None:
