@@ -168,7 +168,7 @@ def show(
     from owl_wms.data.npy_table import NpyTable
     from owl_wms.data.starter import button_names
     from owl_wms.data.statistics import describe_table
-    from owl_wms.errors import ConfigError
+    from owl_wms.errors import ConfigError, printable
 
     if (vae_config is None) != (vae_checkpoint is None):
         raise ConfigError("--vae-config and --vae-checkpoint belong together: give both or none", key="vae_config")
@@ -176,7 +176,8 @@ def show(
         shared.check_destination(sheet, ".png", ".jpg", ".webp")
     table = NpyTable(path)
     lengths = [row.length for row in table.rows]
-    typer.echo(f"{path}: {len(lengths)} clips, {sum(lengths)} frames, columns {', '.join(table.columns)}")
+    held = f"{len(lengths)} clips, {sum(lengths)} frames, columns {', '.join(table.columns)}"
+    typer.echo(printable(f"{path}: {held}"))
     if not lengths:
         return
     typer.echo(f"frames in a clip: {min(lengths)} to {max(lengths)}")

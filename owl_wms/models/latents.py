@@ -30,6 +30,7 @@ from owl_wms.configs.world import TrainingConfig
 from owl_wms.errors import CheckpointError, ConfigError
 from owl_wms.files import read_regular
 from owl_wms.models.flow import counted_mse
+from owl_wms.whole import written_whole
 
 FLOOR = 0.02
 """Added to variances, which are those of latents divided by `vae_scale`: keeps directions of noise from growing."""
@@ -80,9 +81,16 @@ class Whitener:
         return Whitener(mean=mean.float(), forward=forward.float(), inverse=inverse.float())
 
     def save(self, path: Path | str) -> None:
-        """Write a safetensors file, about 100 kB for 128 channels."""
+        """Write a safetensors file, about 100 kB for 128 channels; an older one stays until it is whole.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         tensors = {"mean": self.mean, "forward": self.forward, "inverse": self.inverse}
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
+        # A copy each: an inverse may be the very matrix that it inverts, transposed or not.
+        own = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+        with written_whole(Path(path)) as draft:
+            save_file(own, draft)
 
     @staticmethod
     def load(path: Path | str) -> Whitener:

@@ -37,6 +37,15 @@ def test_a_transform_is_undone_by_its_inverse(power: float) -> None:
     torch.testing.assert_close(space.difference_to_stored(there), moved, atol=1e-4, rtol=1e-4)
 
 
+def test_a_transform_whose_parts_share_memory_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    same = torch.eye(4)
+    Whitener(mean=same[0], forward=same, inverse=same).save("~/w.safetensors")
+    found = Whitener.load(tmp_path / "w.safetensors")
+    assert torch.equal(found.forward, same)
+    assert torch.equal(found.mean, same[0])
+
+
 def test_directions_left_out_cost_their_own_variance_alone() -> None:
     latents = coloured(4000)
     whitener = Whitener.fit(latents, power=0.5, channels=12)
