@@ -50,6 +50,15 @@ def keep_draft(draft: Path, path: Path) -> None:
     os.replace(draft, os.path.realpath(path))
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it; of a link, the folder that it leads to.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yields the name to write to. If the body ends, that file replaces `path`; if it raises, it is deleted.

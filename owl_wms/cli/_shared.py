@@ -165,7 +165,7 @@ def check_folder(path: Path, *, key: str = "") -> None:
     _require_meant(said, path, key)
     if os.path.exists(path) and not os.path.isdir(path):
         raise ConfigError(f"{said}: is a file, a folder is wanted", path=path, key=key)
-    _try_to_write_below(said, path)
+    _try_to_write_below(said, Path(os.path.realpath(path)))
 
 
 def _require_meant(said: str, path: Path, key: str) -> None:

@@ -26,6 +26,7 @@ from owl_wms.errors import ConfigError, DataError
 from owl_wms.files import at_home
 from owl_wms.media.facts import Facts
 from owl_wms.media.frames import frame_batches
+from owl_wms.whole import make_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def import_clips(
     """
     folder, done = at_home(table), Imported()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with filelock.FileLock(folder / ".import.lock", timeout=0):
             _import(source, folder, fps, encoder, no_mouse, skip_bad, progress, done)
     except filelock.Timeout as error:

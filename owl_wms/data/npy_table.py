@@ -29,7 +29,7 @@ import numpy as np
 from owl_wms.errors import DataError, OwlError
 from owl_wms.files import at_home, one_line, read_regular, unusable_name
 from owl_wms.media.npy import NpyFile
-from owl_wms.whole import written_whole
+from owl_wms.whole import make_folder, written_whole
 
 LATENT_COLUMN = "depth_latent"  # upstream's name for latents, of colour and depth or not
 MAX_JSON_BYTES = 1 << 28
@@ -204,7 +204,7 @@ class NpyTableWriter:
                     f"{self.path}: no file can be named after column {column!r}: it {problem}", path=self.path
                 )
         with _writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         schema = {"columns": [*array_columns, *columns, *_OWN_COLUMNS], "array_columns": list(array_columns)}
         self._rows: list[dict[str, Any]] = []
         self._schema: dict[str, Any] | None = None

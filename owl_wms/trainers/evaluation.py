@@ -37,6 +37,7 @@ from owl_wms.sampling import get_sampler_cls
 from owl_wms.trainers.distributed import any_rank, gather_to_first
 from owl_wms.trainers.output import write_clip
 from owl_wms.trainers.run import Sampled
+from owl_wms.whole import make_folder
 
 if TYPE_CHECKING:
     from owl_wms.runtime import ClipDecode
@@ -147,7 +148,7 @@ class Evaluator:
         try:
             for name, place in (("samples", samples), ("latents", latents and Path(latents))):
                 if place and (staging / name).is_dir():
-                    place.mkdir(parents=True, exist_ok=True)
+                    make_folder(place)
                     for path in sorted((staging / name).iterdir()):
                         moved.append(Path(shutil.move(path, place / path.name)))
         except OSError as error:
@@ -238,7 +239,7 @@ class Evaluator:
         if trainer.train_cfg.eval_sample_dir is None:
             return
         folder = Path(trainer.train_cfg.eval_sample_dir) if self._staging is None else self._staging / "latents"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         rank = "" if trainer.rank == 0 else f".rank{trainer.rank}"
         for name, value in (("vid", latents), ("aud", sound)):
             if value is not None:

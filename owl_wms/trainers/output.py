@@ -16,7 +16,7 @@ from torch import Tensor
 
 from owl_wms.media.arrays import save_array
 from owl_wms.media.video import VideoWriter
-from owl_wms.whole import written_whole
+from owl_wms.whole import make_folder, written_whole
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def write_clip(stem: Path, pieces: Iterable[Tensor], audio: Tensor | None, *, fp
     Returns:
         The video file: `.mp4`, or `.pt` (uint8 [n, H, W, 3]).
     """
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(stem.parent)
     if audio is not None:
         save_array(stem.with_name(f"{stem.name}_audio.pt"), audio.float())
     if importlib.util.find_spec("av") is None:

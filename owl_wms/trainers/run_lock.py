@@ -38,6 +38,7 @@ from pathlib import Path
 
 from owl_wms.errors import ConfigError, TrainingError
 from owl_wms.process import Process
+from owl_wms.whole import make_folder
 
 with contextlib.suppress(ImportError):  # Windows, where two runs that begin in one moment may not see each other
     import fcntl
@@ -123,7 +124,7 @@ class RunLock:
         name, since = Process.current().unique_name(), time.strftime("%Y-%m-%d %H:%M:%S %z")
         mine = _Record(name=name, host=platform.node()[:64], since=since, beat=0, at=time.time())
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             while not self._replaced(self._ended(), mine):
                 pass  # another one came in between, or went
         except OSError as error:

@@ -20,6 +20,7 @@ from typing import Any
 from owl_wms.errors import ConfigError
 from owl_wms.trainers.checkpoints import LOG
 from owl_wms.trainers.reporters import Values, WandbSection, start_reporters
+from owl_wms.whole import make_folder
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class RunLog:
             ConfigError: the folder cannot be made, or the file not be opened.
         """
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._file = (folder / LOG).open("a", encoding="utf-8")
         except OSError as error:
             key = "train.checkpoint_dir"

@@ -381,6 +381,17 @@ def test_damaged_and_dangerous_files_say_so_without_torchs_advice(tmp_path: Path
         assert "weights_only=False" not in str(caught.value)
 
 
+def test_folders_that_links_lead_to_are_made(tmp_path: Path) -> None:
+    """A run's folder is often a link to a larger disk, on which nothing is yet."""
+    for name in ("run", "latents"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    trainer = build(tmp_path, "rft", max_steps=1, eval_sample_dir=str(tmp_path / "latents"))
+    trainer.train()
+    assert {path.name for path in (tmp_path / "disk" / "run").iterdir()} >= {"log.jsonl", "step_1.pt"}
+    assert not any("evaluation_error" in line for line in strict_lines(tmp_path / "run"))
+    assert list((tmp_path / "disk" / "latents").iterdir())
+
+
 def test_a_checkpoint_may_hold_numbers_of_numpy(tmp_path: Path) -> None:
     torch.save({"steps": 3, "best_loss": np.float64(0.25), "curve": np.zeros(3)}, tmp_path / "step_3.pt")
     assert load_checkpoint(tmp_path / "step_3.pt")["best_loss"] == 0.25
