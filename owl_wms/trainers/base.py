@@ -50,11 +50,11 @@ from owl_wms.trainers.guards import REMEDY, broken_weight, raise_if_rank_lost, r
 from owl_wms.trainers.metrics import Metrics
 from owl_wms.trainers.optim.optimisers import build_optimiser, build_schedule
 from owl_wms.trainers.phases import Loss, Phase
-from owl_wms.trainers.progress import Progress, Starting
+from owl_wms.trainers.progress import Progress, StartLog
 from owl_wms.trainers.restore import restore
 from owl_wms.trainers.run_lock import RunLock
 from owl_wms.trainers.run_log import RunLog
-from owl_wms.trainers.signals import Asked, listening
+from owl_wms.trainers.signals import StopRequest, stop_signals
 from owl_wms.trainers.undo import Undo
 
 _log = logging.getLogger(__name__)
@@ -116,18 +116,18 @@ class BaseTrainer(ABC):
         self.step = self.saved_step = 0
         self.losses: list[dict[str, float]] = []
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
-        self._asked = Asked()  # by a signal, on this rank, at any moment
+        self._signal = StopRequest()  # on this rank, at any moment
         self._stop = False  # agreed by all ranks, between two steps
         self._opened = False  # whether this run has its folder
         self.run_log: RunLog | None = None  # on rank 0, once it has
-        self._starting = Starting(enabled=global_rank == 0)
-        self._starting.says("building model and optimisers")
+        self._start_log = StartLog(enabled=global_rank == 0)
+        self._start_log.log("building model and optimisers")
         self.space = LatentSpace.of(train_cfg).to(self.device)
         torch.manual_seed(train_cfg.seed)
         self.model = self.build_model().to(self.device).train()
         self.ema = EMA(self.model, self.ema_beta)
         self.phases = self.build_phases()
-        self._starting.says("opening the training data")
+        self._start_log.log("opening the training data")
         self.loader = loader or self.make_loader(train_cfg.data_id, train_cfg.data_kwargs, train_cfg.batch_size)
         self._batches = self.endless(self.loader, "data_kwargs")
         self.position = self.loader.state_dict()
@@ -180,7 +180,7 @@ class BaseTrainer(ABC):
             model,
             loss,
             optimiser,
-            accumulation=batches_per_update(cfg, self.world_size, tells=(name, self.rank) == ("model", 0)),
+            accumulation=batches_per_update(cfg, self.world_size, logs=(name, self.rank) == ("model", 0)),
             repeats=repeats,
             clip=None if opt == "Muon" else self.clip,
             schedule=build_schedule(cfg.scheduler, cfg.scheduler_kwargs, optimiser, last_step=cfg.max_steps),
@@ -199,19 +199,19 @@ class BaseTrainer(ABC):
         if not self.losses:  # a notebook may call `train` again, which goes on from where this run is
             self.resume()
             self.saved_step = self.step
-        self._starting.says("loading evaluation data and decoder")
+        self._start_log.log("loading evaluation data and decoder")
         self.evaluator.prepare()
         self._stop, failed = False, True
         try:
             progress = Progress(total=self.train_cfg.max_steps, done=self.step, enabled=self.rank == 0)
-            with listening(tells=self.rank == 0) as self._asked, progress:
+            with stop_signals(logs=self.rank == 0) as self._signal, progress:
                 while not self._finished():
                     values = self._evaluate_and_step()
                     progress.show(self.step, values)
                     if self.run_log is not None:
                         self.run_log.log(self.step, values)
                     require_finite(self.step, values)
-                    if self.displaced:
+                    if self.lost_folder:
                         self._lock.check(self.step)
                     if self.step % self.train_cfg.save_interval == 0:
                         self.save()
@@ -219,8 +219,8 @@ class BaseTrainer(ABC):
                     self.save()
                 if not self._stop:
                     self.evaluate()
-                elif self._asked:
-                    _log.warning("%s: the run ends after step %d; --resume continues it", self._asked.by, self.step)
+                elif self._signal:
+                    _log.warning("%s: the run ends after step %d; --resume continues it", self._signal.by, self.step)
             failed = False
         except BaseException as error:  # KeyboardInterrupt too: a second Ctrl-C ends the step, not what is saved
             rescue(self, error)
@@ -252,7 +252,7 @@ class BaseTrainer(ABC):
             self.ema.update(self.model)
             self.step, self.position = self.step + 1, self.loader.state_dict()
         late = self._deadline is not None and time.monotonic() > self._deadline
-        values, self._stop = self.metrics.pop(stop=bool(self._asked) or late)
+        values, self._stop = self.metrics.pop(stop=bool(self._signal) or late)
         self.losses.append(values)
         rate = float(self.phases[-1].optimiser.param_groups[0]["lr"])
         return {**values, "lr": rate, "time": time.perf_counter() - started}
@@ -299,7 +299,7 @@ class BaseTrainer(ABC):
             save_output(Path(self.train_cfg.output_path), averaged_weights(self.ema.state_dict()))
 
     @property
-    def displaced(self) -> bool:
+    def lost_folder(self) -> bool:
         """True if another run has the folder, so that this one writes nothing there."""
         return self._lock.lost
 
@@ -315,7 +315,7 @@ class BaseTrainer(ABC):
         wanted = self.train_cfg.resume_ckpt
         path = latest_checkpoint(self.folder) if wanted == LATEST else wanted
         if path is not None:
-            self._starting.says(f"restoring {path}")
+            self._start_log.log(f"restoring {path}")
             restore(self, path)
         elif self.train_cfg.init_ckpt is not None:
             load_core_weights(core_of(self.model), self.train_cfg.init_ckpt)
@@ -339,11 +339,11 @@ class BaseTrainer(ABC):
         with temporary_folder("clips") as place:
             found = None
             if self._evaluation_due():
-                self._starting.says("making the first clips")
+                self._start_log.log("making the first clips")
                 found = self.evaluator.run(place)
-            self._starting.says("making the first step")
+            self._start_log.log("making the first step")
             values = self.train_step()
-            self._starting.says("the run is under way")
+            self._start_log.log("the run is under way")
             self._open()
             if found is not None:
                 self.evaluator.settle(found, place)

@@ -31,17 +31,17 @@ _SPREAD = 2.5
 _log = logging.getLogger(__name__)
 
 
-def batches_per_update(cfg: TrainingConfig, world_size: int, *, tells: bool = False) -> int:
+def batches_per_update(cfg: TrainingConfig, world_size: int, *, logs: bool = False) -> int:
     """Returns how many batches each rank gathers for an update: as many as fit into `target_batch_size`, at least one.
 
     Args:
         cfg: its `batch_size` is windows per batch and rank, `target_batch_size` windows per update of all ranks.
         world_size: ranks.
-        tells: log a warning where the ranks make another number of windows than that.
+        logs: warn where the ranks make another number of windows than that.
     """
     count = max(1, cfg.target_batch_size // cfg.batch_size // world_size)
     made = count * cfg.batch_size * world_size
-    if tells and made != cfg.target_batch_size:
+    if logs and made != cfg.target_batch_size:
         text = "a step takes %d windows, not the %d of train.target_batch_size: %d of a batch, %d batches, %d ranks"
         _log.warning(text, made, cfg.target_batch_size, cfg.batch_size, count, world_size)
     return count

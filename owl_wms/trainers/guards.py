@@ -64,7 +64,7 @@ def rescue(trainer: Saved, error: BaseException) -> None:
     By rank 0 without waiting for anyone, as other ranks may be gone. Never raises: the failure that led here is the one
     to report.
     """
-    if trainer.rank != 0 or trainer.step == trainer.saved_step or trainer.displaced:
+    if trainer.rank != 0 or trainer.step == trainer.saved_step or trainer.lost_folder:
         return
     ended = "the run was stopped" if isinstance(error, KeyboardInterrupt) else "the run failed"
     try:

@@ -1,8 +1,8 @@
 """Tells people how far a run is: its start in log lines, its steps in a line on a terminal. By rank 0 alone.
 
 Usage:
-    starting = Starting()
-    starting.says("opening the training data")        # logs "start, 1.3 s: opening the training data"
+    start = StartLog()
+    start.log("opening the training data")        # logs "start, 1.3 s: opening the training data"
     with Progress(total=1000, done=trainer.step) as progress:
         progress.show(step, {"diffusion_loss": 0.9, "time": 0.2})
 """
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 _SMOOTHING = 0.1  # share of a new step in the shown steps per second
 
 
-class Starting:
+class StartLog:
     """Logs the parts of a start as each of them begins, which may take minutes (loading, compiling)."""
 
     def __init__(self, *, enabled: bool = True) -> None:
@@ -28,7 +28,7 @@ class Starting:
         self._enabled = enabled
         self._begun = time.monotonic()
 
-    def says(self, what: str) -> None:
+    def log(self, what: str) -> None:
         """Log, at info level, what begins now and the seconds since the start."""
         if self._enabled:
             _log.info("start, %.1f s: %s", time.monotonic() - self._begun, what)

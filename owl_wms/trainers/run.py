@@ -26,7 +26,7 @@ class Saved(Protocol):
     folder: Path
 
     @property
-    def displaced(self) -> bool:
+    def lost_folder(self) -> bool:
         """True if another run has the folder."""
 
     def checkpoint(self) -> dict[str, Any]:

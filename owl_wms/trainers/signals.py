@@ -5,8 +5,8 @@ Grid Engine's SIGXCPU). A signal that was ignored when the run began stays ignor
 background jobs intend.
 
 Usage:
-    with listening() as asked:
-        while not asked: ...        # asked.by == "SIGTERM"
+    with stop_signals() as stop:
+        while not stop: ...        # stop.by == "SIGTERM"
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _log = logging.getLogger(__name__)
 _SECOND_AFTER_SECONDS = {signal.SIGINT: 1.0, signal.SIGTERM: 5.0}
 
 
-class Asked:
+class StopRequest:
     """Remembers whether a signal has asked for the end; true once one has.
 
     Attributes:
         by: name of the first signal, or None.
     """
 
-    def __init__(self, *, tells: bool = False) -> None:
-        """`tells`: log what happens now, and how to stop at once."""
-        self._tells = tells
+    def __init__(self, *, logs: bool = False) -> None:
+        """`logs`: log at the first signal what happens next, and how to stop at once."""
+        self._logs = logs
         self.by: str | None = None
         self._since = 0.0
 
@@ -47,7 +47,7 @@ class Asked:
         """Handle a signal. A SIGINT or SIGTERM some seconds after the first signal raises KeyboardInterrupt."""
         if self.by is None:
             self.by, self._since = signal.Signals(number).name, time.monotonic()
-            if self._tells:
+            if self._logs:
                 text = "%s: the run ends and saves after this step; at once by a second Ctrl-C, or SIGTERM after %g s"
                 _log.warning(text, self.by, _SECOND_AFTER_SECONDS[signal.SIGTERM])
         elif time.monotonic() - self._since > _SECOND_AFTER_SECONDS.get(signal.Signals(number), math.inf):
@@ -55,19 +55,19 @@ class Asked:
 
 
 @contextmanager
-def listening(*, tells: bool = False) -> Iterator[Asked]:
-    """Turn the signals into a question while the body runs; handlers exist in the main thread only. See `Asked`."""
-    asked = Asked(tells=tells)
+def stop_signals(*, logs: bool = False) -> Iterator[StopRequest]:
+    """Has the signals set a `StopRequest` while the body runs; in another thread than the main one nothing sets it."""
+    stop = StopRequest(logs=logs)
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield stop
         return
     found = {number: signal.getsignal(number) for number in STOPPING}
     # None is a handler that Python did not set and cannot put back.
     previous = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
     for number in previous:
-        signal.signal(number, asked.take)
+        signal.signal(number, stop.take)
     try:
-        yield asked
+        yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -166,6 +166,6 @@ def test_a_step_of_another_size_than_configured_is_told(
     cfg = TrainingConfig(target_batch_size=target, batch_size=batch)
     assert batches_per_update(cfg, ranks) == count
     assert not caplog.records
-    batches_per_update(cfg, ranks, tells=True)
+    batches_per_update(cfg, ranks, logs=True)
     told = f"a step takes {made} windows, not the {target} of train.target_batch_size"
     assert [record.getMessage().startswith(told) for record in caplog.records] == [True] * (made is not None)

@@ -23,7 +23,7 @@ from owl_wms.data.workers import STOPPING
 from owl_wms.errors import CheckpointError, DataError
 from owl_wms.trainers import BaseTrainer
 from owl_wms.trainers.checkpoints import latest_checkpoint, load_checkpoint, save_output
-from owl_wms.trainers.signals import listening
+from owl_wms.trainers.signals import stop_signals
 from owl_wms.trainers.undo import Undo
 from tests.trainers.helpers import config, train_section, write_table
 from tests.trainers.test_signals import TRAIN, runs, start, wait_until
@@ -148,7 +148,7 @@ def test_which_signals_ask_for_the_end() -> None:
     names = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
     assert {number.name for number in STOPPING} == names
     before = {name: signal.getsignal(getattr(signal, name)) for name in names}
-    with listening() as asked:
+    with stop_signals() as asked:
         os.kill(os.getpid(), signal.SIGXCPU)
         os.kill(os.getpid(), signal.SIGUSR2)
         assert asked
