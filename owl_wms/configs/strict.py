@@ -60,6 +60,8 @@ def _freeze(value: Any) -> Any:
         return FrozenDict({str(k): _freeze(v) for k, v in value.items()})
     if isinstance(value, (list, tuple)):
         return tuple(_freeze(v) for v in value)
+    if getattr(value, "ndim", None) == 0:  # a number of numpy's, which a checkpoint could not hold
+        return value.item()
     return str(value) if isinstance(value, str) else value  # a plain str: checkpoints hold configurations
 
 

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -75,6 +76,14 @@ def test_values_and_tensorrt_defaults() -> None:
     assert (train.use_tensorrt, train.tensorrt_fallback) == (True, True)
     assert (train.tensorrt_precision, train.tensorrt_cache_dir) == (None, None)
     assert cfg.wandb.project is None
+
+
+def test_numbers_of_numpy_are_plain_numbers() -> None:
+    """A sweep in a notebook draws them, and a checkpoint holds the configuration as JSON has it."""
+    given = {"opt_kwargs": {"lr": np.float32(0.5), "betas": [np.float64(0.5), 0.75]}, "data_kwargs": {"n": np.int64(3)}}
+    train = TrainingConfig(**given).model_dump(mode="json")
+    assert train["opt_kwargs"] == {"lr": 0.5, "betas": [0.5, 0.75]}
+    assert train["data_kwargs"] == {"n": 3}
 
 
 def test_an_empty_section_of_wandb_is_one_without_keys(tmp_path: Path) -> None:
