@@ -138,9 +138,13 @@ def check_values(module: nn.Module, path: Path | str) -> None:
 
     Weights that were finite in their file are so no longer if they were cast to a dtype that does not reach so far.
     """
-    wrong = next((key for key, value in module.state_dict().items() if not _is_finite(value)), None)
+    _require_finite(module.state_dict(), path)
+
+
+def _require_finite(state: Mapping[str, Tensor], path: Path | str) -> None:
+    wrong = next((key for key, value in state.items() if not _is_finite(value)), None)
     if wrong is not None:
-        dtype = module.state_dict()[wrong].dtype
+        dtype = state[wrong].dtype
         text = f"{wrong} has values that are not finite (NaN or infinite) in {str(dtype).removeprefix('torch.')}"
         remedy = "; use bf16 or fp32" if dtype == torch.float16 else ""
         raise CheckpointError(f"{path}: {text}{remedy}", path=path, mismatch=wrong)
@@ -197,8 +201,8 @@ def save_weights(
         metadata: strings stored in the file's header.
 
     Raises:
-        CheckpointError: the suffix is not `.safetensors`, a weight is sparse, quantised, complex or on the meta device,
-            or the file cannot be written.
+        CheckpointError: the suffix is not `.safetensors`, a weight is sparse, quantised, complex, on the meta device or
+            not finite in `dtype`, or the file cannot be written.
     """
     path = at_home(path)
     if path.suffix != ".safetensors":
@@ -211,6 +215,7 @@ def save_weights(
             for key, value in weights.items()
         }
     )
+    _require_finite(state, path)
     try:
         with written_whole(path) as draft:
             save_file(state, draft, metadata=dict(metadata or {}))

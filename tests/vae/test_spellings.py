@@ -145,6 +145,9 @@ def test_tied_and_unfit_weights_when_saving(tmp_path: Path) -> None:
     load_weights(twin, read_state_dict(path), path)
     assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), twin.state_dict().values(), strict=True))
     before = path.read_bytes()
+    module.register_buffer("scale", torch.tensor([70000.0]))
+    with pytest.raises(CheckpointError, match=r"scale has values that are not finite .* in float16; use bf16 or fp32"):
+        save_weights(module, path, dtype=torch.float16)
     module.register_buffer("table", torch.eye(2).to_sparse())
     with pytest.raises(CheckpointError, match=r"table is torch\.sparse_coo"):
         save_weights(module, path)
