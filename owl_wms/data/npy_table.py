@@ -237,7 +237,7 @@ class NpyTableWriter:
             The row's index.
 
         Raises:
-            DataError: columns or lengths that do not fit, or a full disk; the table is then as it was.
+            DataError: columns or lengths that do not fit, NaN or infinity, or a full disk; the table is as it was.
         """
         index = len(self._rows)
         if set(arrays) != set(self.array_columns) or set(fields) != set(self._plain):
@@ -304,8 +304,9 @@ class NpyTableWriter:
         except (TypeError, ValueError, RuntimeError) as error:  # a ragged list, or a tensor that numpy cannot have
             text = f"{self.path}: {column!r} of row {index} is no array: {one_line(error)}"
             raise DataError(text, path=self.path, index=index) from error
-        if values.dtype.kind not in "biuf" or values.dtype.itemsize > 8 or values.ndim == 0:
-            text = f"must be numbers [n, ...], got {values.dtype} {list(values.shape)}"
+        odd = values.dtype.kind not in "biuf" or values.dtype.itemsize > 8 or values.ndim == 0
+        if odd or not np.isfinite(values).all():  # no reader would take it
+            text = f"must be {'' if odd else 'finite '}numbers [n, ...], got {values.dtype} {list(values.shape)}"
             raise DataError(f"{self.path}: {column!r} of row {index} {text}", path=self.path, index=index)
         return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
 

@@ -197,6 +197,14 @@ def test_arrays_that_are_no_numbers(tmp_path: Path, array: Any) -> None:
     assert not list(tmp_path.glob("*.npy"))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_no_reader_takes_is_not_written(tmp_path: Path, value: float) -> None:
+    writer = NpyTableWriter(tmp_path, ("mouse",))
+    with pytest.raises(DataError, match=r"'mouse' of row 0 must be finite numbers \[n, ...\], got float64 \[2\]"):
+        writer.append({"mouse": np.array([1.0, value])})
+    assert not len(writer)
+
+
 def test_what_is_written_is_native_and_whole(tmp_path: Path) -> None:
     values = np.arange(12, dtype=">f4").reshape(4, 3)[:, ::-1]
     NpyTableWriter(tmp_path, ("z",)).append({"z": values})
