@@ -87,7 +87,9 @@ def sample(
         tensors = {"latents": stored, "mouse": result.mouse, "buttons": result.buttons}
         facts = Facts(fps=world.train.fps, vae_scale=1.0, layout="b n c h w")  # they are what the decoder takes
         save_array(latents, {name: tensor.float() for name, tensor in tensors.items()}, facts=facts)
-    console.print(f"{out}: {begin.latents.shape[1]} frames of context and {frames} sampled", highlight=False)
+    console.print(
+        f"{out}: {begin.latents.shape[1]} frames of context and {frames} sampled", markup=False, highlight=False
+    )
 
 
 def _make_sampler(train: Any, sampler: str | None, frames: int, steps: int | None, cfg_scale: float | None) -> Any:

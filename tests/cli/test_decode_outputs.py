@@ -46,15 +46,20 @@ def command(place: Path, *more: str) -> list[str]:  # noqa: F811
     ]
 
 
-def test_an_array_holds_the_bytes_of_the_decode_function(place: Path) -> None:  # noqa: F811
+def test_an_array_holds_the_bytes_of_the_decode_function(
+    place: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert call(place, "decode", "latents.pt", "--out", str(place / "a.npy")) == 0
     assert np.array_equal(np.load(place / "a.npy"), bytes_of(place))
     assert call(place, "decode", "latents.pt", "--out", str(place / "a.npy"), "--each") == 0
     for clip in range(2):
         assert np.array_equal(np.load(place / f"a_{clip}.npy"), bytes_of(place)[clip])
     torch.save(torch.randn(11, 16, 8, 8), place / "one.pt")
-    assert call(place, "decode", "one.pt", "--out", str(place / "one.npy"), "--batch-size", "3") == 0
-    assert np.load(place / "one.npy").shape == (11, 36, 64, 4)
+    capsys.readouterr()
+    assert call(place, "decode", "one.pt", "--out", str(place / "one[red].npy"), "--batch-size", "3") == 0
+    assert np.load(place / "one[red].npy").shape == (11, 36, 64, 4)
+    assert "one[red].npy: 11 frames" in capsys.readouterr().err, "the name is no markup"
     assert [p.name for p in place.iterdir() if p.name.startswith(".")] == []
 
 
