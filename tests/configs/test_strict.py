@@ -29,6 +29,8 @@ FILES = {
     "nul": (b"\x00", "not valid YAML"),
     "deep": (b"- " * 5000, "nested too deeply"),
     "brackets": (b"[" * 5000, "brackets"),
+    "entries": (b"a: [" + b"1," * 7900 + b"]", "more than 2000 commas, colons, dashes and brackets"),
+    "rows": (b"a:\n" + b"- b: 1\n" * 2200, "more than 2000 commas"),
     "open": (b"[" * 900, "nested too deeply|not valid YAML"),
     "loop": (b"model: &a [*a]\n", "recursive"),
     "bomb": (BOMB.encode(), "values or"),
