@@ -9,7 +9,7 @@ Usage:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,8 @@ def import_clips(
         progress: called after every clip with the counts so far and its name.
 
     Raises:
-        DataError: a source or clip that cannot be used, no clip at all, a table of other columns or frames, or another
-            import that is writing to it.
+        DataError: a source or clip that cannot be used, no clip at all, a table of other columns or frames, a row that
+            is another clip of the same name, or another import that is writing to it.
         ConfigError: no frame rate, or a video without an encoder.
     """
     folder, done = at_home(table), Imported()
@@ -109,21 +109,26 @@ def _import(
     done: Imported,
 ) -> None:
     writer: NpyTableWriter | None = None
-    held: set[str] = set()
+    present: NpyTable | None = None
+    rows: dict[str, int] = {}  # of earlier imports, by the names of their clips
     shapes: dict[str, tuple[int, ...]] = {}
     told: Facts | None = None
     if (folder / "schema.json").exists():
         present = NpyTable(folder)
-        held = {str(row.fields.get("source")) for row in present.rows}
+        rows = {str(row.fields.get("source")): place for place, row in enumerate(present.rows)}
         shapes = (
             {column: present.slice(0, column, 0, 1).shape[1:] for column in present.columns} if present.rows else {}
         )
         told = Facts(fps=stated_rate(present, present.rows[0])) if present.rows else None
+    held = set(rows)
     for clip in clips_of(source):
-        if clip.name in held:
-            done.present += 1
-            continue
         try:
+            if clip.name in held:
+                if present is not None and clip.name in rows:
+                    arrays = _checked(clip, encoder, no_mouse, shapes, source) if clip.video is None else clip.arrays
+                    _require_same(present, rows[clip.name], arrays, f"{source}: clip {clip.name}")
+                done.present += 1
+                continue
             rate = _rate(clip, fps, told)
             arrays = _checked(clip, encoder, no_mouse, shapes, source)
         except DataError as error:
@@ -148,6 +153,18 @@ def _import(
     if not done.added and not done.present:
         why = f"; {done.skipped} cannot be used" if done.skipped else ""
         raise DataError(f"{source}: no clip was imported{why}", path=source)
+
+
+def _require_same(table: NpyTable, place: int, arrays: Mapping[str, np.ndarray], said: str) -> None:
+    """Raise DataError unless the arrays are those of a row: their length, and their first and last frames."""
+    row = table.rows[place]
+    for column in arrays.keys() & set(table.columns):
+        array, ends = arrays[column], (0, row.length - 1)
+        if len(array) != row.length or not all(
+            np.allclose(array[end], table.slice(place, column, end, end + 1)[0], rtol=1e-3, atol=1e-6) for end in ends
+        ):
+            text = f"row {row.index} of the table is another clip of this name: rename one of them, or choose another"
+            raise DataError(f"{said}: {text} folder", path=table.path, index=row.index)
 
 
 def _facts_of(clip: Clip, encoder: FrameEncoder | None) -> Facts:

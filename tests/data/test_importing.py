@@ -371,6 +371,18 @@ def test_tensors_that_numpy_cannot_have_are_named(tmp_path: Path, dtype: torch.d
         list(clips_of(str(tmp_path)))
 
 
+def test_clips_of_one_name_in_two_folders_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    for day in range(2):
+        (tmp_path / str(day)).mkdir()
+        torch.save(clip(day), tmp_path / str(day) / "a.pt")
+    import_clips(str(tmp_path / "0"), tmp_path / "table", fps=20)
+    assert import_clips(str(tmp_path / "0"), tmp_path / "table", fps=20) == Imported(present=1)
+    with pytest.raises(DataError, match=r"1: clip a: row 0 of the table is another clip of this name: rename one"):
+        import_clips(str(tmp_path / "1"), tmp_path / "table", fps=20)
+    (tmp_path / "1" / "a.pt").rename(tmp_path / "1" / "b.pt")
+    assert import_clips(str(tmp_path / "1"), tmp_path / "table", fps=20).added == 1
+
+
 def test_a_link_to_a_folder_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
