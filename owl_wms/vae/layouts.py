@@ -46,6 +46,7 @@ PARTS = ("decoder", "encoder")
 # The first layer of every half of an autoencoder, and of every world model: what stands before it is the root.
 HALF_ANCHOR = "conv_in"
 CORE_ANCHOR = "proj_in"
+_ANCHORS = (HALF_ANCHOR, CORE_ANCHOR)
 # Networks that only a training program uses.
 SIDE_NETWORKS = ("loss", "loss_fn", "criterion", "discriminator", "disc", "lpips", "perceptual", "perceptual_loss")
 _TRAINING_STATE = ("opt", "optim", "optimizer", "scheduler", "lr_scheduler", "scaler", "grad_scaler", "rng", "callback")
@@ -173,7 +174,8 @@ class _Opener:
         """Returns the containers of the whole network by name, the likeliest first."""
         known = [name for name in self._order if name in nested]
         other = [name for name in nested if _is_average(name) and name not in AVERAGES]
-        other = [name for name in other if _has_anchor(self.open(nested[name], depth + 1))]
+        networks = (*_ANCHORS, *PARTS)  # averages of metrics have no such names
+        other = [name for name in other if _has_anchor(self.open(nested[name], depth + 1), networks)]
         if not self._prefer_ema or not other:
             return known
         if any(_named_part(name) for name in other):  # the other parts are elsewhere: see `_one_set`
@@ -182,8 +184,8 @@ class _Opener:
         return [*known[:first], *(other if len(other) == 1 else ()), *known[first:]]
 
 
-def _has_anchor(pairs: Pairs) -> bool:
-    return any(anchor in key.split(".") for key, _ in pairs for anchor in (HALF_ANCHOR, CORE_ANCHOR))
+def _has_anchor(pairs: Pairs, anchors: tuple[str, ...] = _ANCHORS) -> bool:
+    return any(anchor in key.split(".") for key, _ in pairs for anchor in anchors)
 
 
 def tensor_of(value: Any) -> Tensor | None:

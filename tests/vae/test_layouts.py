@@ -85,6 +85,14 @@ def test_an_average_whose_name_has_a_word_for_it(trained: str, average: str) -> 
         decoder_of({f"{average}_a": AVERAGED, f"{average}_b": AVERAGED})
 
 
+def test_an_average_of_a_network_without_a_first_layer_by_name() -> None:
+    trained, average = (
+        {f"{half}.1.weight": torch.full((2,), v) for half in ("encoder", "decoder")} for v in (1.0, 2.0)
+    )
+    state = flat_weights({"model": trained, "ema_weights": average}, "x.pt")
+    assert same(select_part(state, "decoder"), {"1.weight": torch.full((2,), 2.0)})
+
+
 @pytest.mark.parametrize("averaged", ["", "decoder."])
 def test_an_average_without_the_dots_of_its_names(averaged: str) -> None:
     """As latent-diffusion keeps it in the state of its module, of all of it or of a part."""
