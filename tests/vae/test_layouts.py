@@ -139,6 +139,14 @@ def test_torchs_own_average_has_a_counter() -> None:
         assert same(decoder_of({"state_dict": {f"{name}.{k}": v for k, v in averaged.state_dict().items()}}))
 
 
+def test_a_smaller_network_beside_it_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    critic = {"conv_in.weight": torch.ones(3, 3), "head.bias": torch.ones(3)}
+    assert same(decoder_of({"netG": DECODER, "netD": critic}))
+    assert "netD.conv_in.weight, netD.head.bias belong to another network and are not used" in caplog.text
+    with pytest.raises(CheckpointError, match=r"conv_in\.head \[3\] is in the file"):  # what is below its root
+        decoder_of({"netG": {**DECODER, "conv_in.head": torch.ones(3)}, "netD": critic})
+
+
 def test_training_networks_are_set_aside_and_strangers_told(caplog: pytest.LogCaptureFixture) -> None:
     state = {f"model.{key}": value for key, value in FULL.items()}
     state |= {"loss.discriminator.conv_in.weight": torch.ones(3), "lpips.net.0.weight": torch.ones(3)}
