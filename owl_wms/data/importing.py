@@ -26,6 +26,7 @@ from owl_wms.errors import ConfigError, DataError
 from owl_wms.files import at_home
 from owl_wms.media.facts import Facts
 from owl_wms.media.frames import frame_batches
+from owl_wms.media.read_facts import read_facts
 from owl_wms.whole import make_folder
 
 
@@ -82,8 +83,8 @@ def import_clips(
         progress: called after every clip with the counts so far and its name.
 
     Raises:
-        DataError: a source or clip that cannot be used, no clip at all, a table of other columns or frames, a row that
-            is another clip of the same name, or another import that is writing to it.
+        DataError: a source or clip that cannot be used, no clip at all, a table of other columns, frames or another
+            encoder, a row that is another clip of the same name, or another import that is writing to it.
         ConfigError: no frame rate, or a video without an encoder.
     """
     folder, done = at_home(table), Imported()
@@ -113,6 +114,7 @@ def _import(
     rows: dict[str, int] = {}  # of earlier imports, by the names of their clips
     shapes: dict[str, tuple[int, ...]] = {}
     told: Facts | None = None
+    known = Facts()  # of the rows' encoder
     if (folder / "schema.json").exists():
         present = NpyTable(folder)
         rows = {str(row.fields.get("source")): place for place, row in enumerate(present.rows)}
@@ -120,6 +122,7 @@ def _import(
             {column: present.slice(0, column, 0, 1).shape[1:] for column in present.columns} if present.rows else {}
         )
         told = Facts(fps=stated_rate(present, present.rows[0])) if present.rows else None
+        known = read_facts(folder)
     held = set(rows)
     for clip in clips_of(source):
         try:
@@ -129,6 +132,12 @@ def _import(
                     _require_same(present, rows[clip.name], arrays, f"{source}: clip {clip.name}")
                 done.present += 1
                 continue
+            facts = _facts_of(clip, encoder)
+            if None not in (facts.vae_sha256, known.vae_sha256) and facts.vae_sha256 != known.vae_sha256:
+                names = (
+                    f"was encoded with {facts.vae or 'another file'}, the table's rows with {known.vae or 'another'}"
+                )
+                raise DataError(f"{source}: clip {clip.name}: {names}; choose another folder", path=source)
             rate = _rate(clip, fps, told)
             arrays = _checked(clip, encoder, no_mouse, shapes, source)
         except DataError as error:
@@ -141,7 +150,8 @@ def _import(
             writer = NpyTableWriter(folder, tuple(arrays), columns=("source", "fps"), begin=False)
             if not len(writer):
                 names = {"buttons": list(clip.buttons)} if clip.buttons else {}
-                writer.set_source({**_facts_of(clip, encoder).to_dict(), "imported": source, **names})
+                writer.set_source({**facts.to_dict(), "imported": source, **names})
+                known = facts
         writer.append(arrays, source=clip.name, fps=rate)
         shapes = shapes or {column: array.shape[1:] for column, array in arrays.items()}
         told = told or Facts(fps=rate)

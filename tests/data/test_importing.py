@@ -383,6 +383,17 @@ def test_clips_of_one_name_in_two_folders_are_not_taken_for_each_other(tmp_path:
     assert import_clips(str(tmp_path / "1"), tmp_path / "table", fps=20).added == 1
 
 
+def test_latents_of_two_encoders_do_not_share_a_table(tmp_path: Path) -> None:
+    for name, digest in (("a", "0"), ("b", "1"), ("c", "0")):
+        save_array(tmp_path / f"{name}.pt", clip(1), facts=Facts(vae=f"vae{digest}.pt", vae_sha256=digest * 64))
+    import_clips(str(tmp_path / "a.pt"), tmp_path / "table", fps=20)
+    with pytest.raises(
+        DataError, match=r"clip b\.pt: was encoded with vae1\.pt, the table's rows with vae0\.pt; choose"
+    ):
+        import_clips(str(tmp_path / "b.pt"), tmp_path / "table", fps=20)
+    assert import_clips(str(tmp_path / "c.pt"), tmp_path / "table", fps=20).added == 1
+
+
 def test_a_link_to_a_folder_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
