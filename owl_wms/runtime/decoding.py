@@ -18,7 +18,7 @@ from owl_wms.errors import DecodeMemoryError, FastPathError
 from owl_wms.interrupts import raise_interrupt
 from owl_wms.memory import is_out_of_memory
 from owl_wms.runtime.eager import EagerDecoder, decode_in_memory, release_memory
-from owl_wms.runtime.output import Output, Sink
+from owl_wms.runtime.output import Output
 from owl_wms.runtime.slot import Slot, all_finite
 from owl_wms.runtime.stats import Ledger
 
@@ -79,7 +79,7 @@ class Decoding:
     Args:
         eager: PyTorch's decoder.
         slot: the program's state.
-        out: receives the frames; an `Output` where values are looked at.
+        out: receives the frames.
         ledger: counts batches and failures.
         strict: a failed run of the program raises, and PyTorch does not decode instead.
         looked: look for values that are not finite.
@@ -90,7 +90,7 @@ class Decoding:
         self,
         eager: EagerDecoder,
         slot: Slot,
-        out: Sink,
+        out: Output,
         *,
         ledger: Ledger,
         strict: bool,
@@ -106,7 +106,7 @@ class Decoding:
         """Decodes latents `[k, c, h, w]`, the frames from number `start` on."""
         done = False
         if by_program and self._slot.state == "ready":
-            done = self.run(batch, start)
+            done = self._run(batch, start)
             self._ledger.add("fallbacks", int(not done))
         if not done:
             self._fall_back(batch, start)
@@ -127,7 +127,7 @@ class Decoding:
             if not good and not (by_program and self._compare(batch_at(start), start)):
                 yield start
 
-    def run(self, batch: Tensor, start: int) -> bool:
+    def _run(self, batch: Tensor, start: int) -> bool:
         """Returns whether the program could decode latents `[k, c, h, w]`; a failed run is counted."""
         try:
             floating = batch if batch.is_floating_point() else batch.float()
@@ -164,7 +164,6 @@ class Decoding:
             Whether PyTorch's values are finite everywhere.
         """
         out, slot = self._out, self._slot
-        assert isinstance(out, Output)
         truth = Output("bf16", len(batch), out.tensor.device, tuple(batch.shape[1:]))
         slot.eager_step = decode_in_memory(self._eager, batch, truth.write, slot.eager_step)
         worse = truth.tensor.isfinite()

@@ -10,8 +10,6 @@ Usage:
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -20,13 +18,6 @@ from owl_wms.memory import is_out_of_memory
 from owl_wms.ops.frame_bytes import frame_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "uint8": torch.uint8}
-
-
-class Sink(Protocol):
-    """The place that a program's frames go to before its buffers are used again."""
-
-    def write(self, start: int, frames: Tensor) -> None:
-        """Stores frames `[k, C, H, W]` from place `start` on."""
 
 
 class Output:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from owl_wms import env
+from owl_wms.configs.vae import WandbConfig
 from owl_wms.files import one_line
 from owl_wms.interrupts import raise_interrupt
 
@@ -31,17 +32,6 @@ SECONDS = 30.0
 """Longest call of a service. What it still has to send, it sends meanwhile, or when the process ends."""
 
 Values = Mapping[str, float | str | None]
-
-
-class WandbSection(Protocol):
-    """Names the keys of the `wandb` section that are read; all may be None."""
-
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def project(self) -> str | None: ...
-    @property
-    def run_name(self) -> str | None: ...
 
 
 class _Service(Protocol):
@@ -110,7 +100,7 @@ def _within(seconds: float, call: Callable[[_Service], None], service: _Service)
 
 
 def start_reporters(
-    folder: Path, wandb_cfg: WandbSection | None, config: Mapping[str, Any], *, tensorboard: bool
+    folder: Path, wandb_cfg: WandbConfig | None, config: Mapping[str, Any], *, tensorboard: bool
 ) -> list[Reporter]:
     """Start the services that the configuration names; one that cannot be started costs a warning."""
     found = []
@@ -176,7 +166,7 @@ def _settings_of_files() -> Mapping[str, str]:
 class _Wandb:
     """A run of Weights & Biases."""
 
-    def __init__(self, cfg: WandbSection, config: Mapping[str, Any]) -> None:
+    def __init__(self, cfg: WandbConfig, config: Mapping[str, Any]) -> None:
         import wandb
 
         self._run: Any = wandb.init(entity=cfg.name, project=cfg.project, name=cfg.run_name, config=dict(config))

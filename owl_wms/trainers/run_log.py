@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from owl_wms.configs.vae import WandbConfig
 from owl_wms.errors import ConfigError
 from owl_wms.trainers.checkpoints import LOG
-from owl_wms.trainers.reporters import Values, WandbSection, start_reporters
+from owl_wms.trainers.reporters import Values, start_reporters
 from owl_wms.whole import make_folder
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class RunLog:
     """Reports of one run, written by rank 0."""
 
     def __init__(
-        self, folder: Path, wandb_cfg: WandbSection | None, config: Mapping[str, Any], *, tensorboard: bool = False
+        self, folder: Path, wandb_cfg: WandbConfig | None, config: Mapping[str, Any], *, tensorboard: bool = False
     ) -> None:
         """Open `{folder}/log.jsonl` for appending, and start the services.
 
