@@ -134,10 +134,8 @@ def _import(
                 continue
             facts = _facts_of(clip, encoder)
             if None not in (facts.vae_sha256, known.vae_sha256) and facts.vae_sha256 != known.vae_sha256:
-                names = (
-                    f"was encoded with {facts.vae or 'another file'}, the table's rows with {known.vae or 'another'}"
-                )
-                raise DataError(f"{source}: clip {clip.name}: {names}; choose another folder", path=source)
+                text = f"was encoded with {facts.vae}, the rows of the table with {known.vae}; choose another folder"
+                raise DataError(f"{source}: clip {clip.name}: {text}", path=source)
             rate = _rate(clip, fps, told)
             arrays = _checked(clip, encoder, no_mouse, shapes, source)
         except DataError as error:
