@@ -22,6 +22,7 @@ from owl_wms.media.arrays import ARRAY_SUFFIXES, load_array
 from owl_wms.media.stills import picture_files, read_picture
 from owl_wms.media.watch import VIDEO_SUFFIXES, read_video
 
+_MOST_CHANNELS = 4
 _FAR_OUT = 8.0  # a decoder's frames pass 1 a little; numbers like these are bytes, or no frames
 
 
@@ -38,7 +39,7 @@ def frame_batches(
 
     Args:
         source: a clip, a folder of pictures in the order of the numbers in their names, or an array file of frames
-            [n, C, H, W] (float in [-1, 1], or uint8).
+            [n, C, H, W] (float in [-1, 1], or uint8), or uint8 [n, H, W, C] as a decode writes it.
         channels: what the encoder takes; 4 is colour and depth.
         size: (H, W) the encoder takes.
         batch_size: frames per batch; the last may have fewer.
@@ -78,6 +79,8 @@ def _frames(source: Path) -> Iterator[Tensor]:
             text = f"has no frames, its shape is {list(array.shape)}; store at least one, with pixels"
             raise DataError(f"{source}: {text}", path=source)
         if array.dtype == torch.uint8:
+            if array.shape[1] > _MOST_CHANNELS >= array.shape[3]:
+                array = array.permute(0, 3, 1, 2)
             yield from (frame.float() / 127.5 - 1 for frame in array)
         elif array.is_floating_point():
             for index, frame in enumerate(array):

@@ -12,6 +12,7 @@ import torch
 from owl_wms.errors import DataError
 from owl_wms.media.arrays import save_array
 from owl_wms.media.frames import frame_batches
+from owl_wms.media.sinks import open_sink
 from owl_wms.media.video import MOST_FPS, VideoWriter, read_video
 
 
@@ -93,12 +94,15 @@ def test_batches_from_clips_pictures_and_arrays(tmp_path: Path) -> None:
     for i, frame in enumerate(frames):
         Image.fromarray(frame.numpy()).save(tmp_path / "pictures" / f"{i:03}.png")
     torch.save(frames.permute(0, 3, 1, 2).contiguous(), tmp_path / "a.pt")
+    with open_sink(tmp_path / "decoded.npy", shape=(1, 5), fps=1) as sink:
+        sink.write(frames)
     results = {}
-    for name in ("a.mp4", "pictures", "a.pt"):
+    for name in ("a.mp4", "pictures", "a.pt", "decoded.npy"):
         batches = list(frame_batches(tmp_path / name, channels=3, size=(36, 64), batch_size=2))
         assert [len(b) for b in batches] == [2, 2, 1]
         results[name] = torch.cat(batches)
     assert torch.allclose(results["pictures"], results["a.pt"])
+    assert torch.equal(results["decoded.npy"], results["a.pt"])
     assert (results["a.mp4"] - results["a.pt"]).abs().mean() < 0.03
     both = torch.cat(
         list(frame_batches(tmp_path / "a.mp4", channels=4, size=(36, 64), batch_size=8, depth=tmp_path / "pictures"))
