@@ -29,7 +29,7 @@ from owl_wms.media.arrays import as_clips, check_encoded, check_finite, load_ten
 from owl_wms.media.facts import Facts
 from owl_wms.media.frames import frame_batches
 from owl_wms.media.latents import LatentFile
-from owl_wms.media.read_facts import read_facts, weights_digest
+from owl_wms.media.read_facts import facts_of_bytes, read_facts, weights_digest
 from owl_wms.media.watch import VIDEO_SUFFIXES, rate_of
 from owl_wms.runtime import UNATTENDED, Latents, clip_decoder, decode_pieces
 from owl_wms.runtime.ahead import ahead
@@ -145,27 +145,29 @@ class DecodeClips:
         Raises:
             DataError: the file cannot be read or has no latents, or its facts cannot be read.
         """
-        given = 1.0 if self._scale is None else self._scale
         if path.suffix.lower() != ".tar":
-            file, facts = LatentFile(path, self._channels), read_facts(path)
-            own = self._digest if facts.vae_sha256 is not None else None
-            for difference in set(facts.otherwise(vae_scale=self._scale, vae_sha256=own)) - self._told:
-                self._told.add(difference)
-                _log.warning("%s: %s", path, difference)
-            scale = given if self._scale is not None or facts.vae_scale is None else facts.vae_scale
-            fps = None if facts.fps is None else facts.fps * frames_per_latent(self._decoder)
-            return [LatentClip("", file, self._shape(file.shape), scale, fps)]
+            file = LatentFile(path, self._channels)
+            return [LatentClip("", file, self._shape(file.shape), *self._scale_and_rate(read_facts(path), path))]
         with open_regular(path) as tar:
             data = bytes(read_exactly(tar, size_of(tar)))
         found = []
         for name, member in tar_members(data, source=str(path)):
             if name.endswith(_LATENT_MEMBER):
                 latents = _member(member, name, path, self._channels)
-                shape = self._shape(latents.shape)
-                found.append(LatentClip(name.removesuffix(_LATENT_MEMBER), latents, shape, given))
+                told = self._scale_and_rate(facts_of_bytes(member, path / name), path)
+                found.append(LatentClip(name.removesuffix(_LATENT_MEMBER), latents, self._shape(latents.shape), *told))
         if not found:
             raise DataError(f"{path}: has no member *{_LATENT_MEMBER}", path=path)
         return found
+
+    def _scale_and_rate(self, facts: Facts, path: Path) -> tuple[float, float | None]:
+        own = self._digest if facts.vae_sha256 is not None else None
+        for difference in set(facts.otherwise(vae_scale=self._scale, vae_sha256=own)) - self._told:
+            self._told.add(difference)
+            _log.warning("%s: %s", path, difference)
+        scale = facts.vae_scale if self._scale is None else self._scale
+        fps = None if facts.fps is None else facts.fps * frames_per_latent(self._decoder)
+        return 1.0 if scale is None else scale, fps
 
     def _shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return shape[0], frames_of(self._decoder, shape[1])

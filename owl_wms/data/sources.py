@@ -36,7 +36,7 @@ from owl_wms.files import at_home, is_foreign, one_line, read_regular
 from owl_wms.media.arrays import ARRAY_SUFFIXES, load_tensor_bytes, read_arrays
 from owl_wms.media.facts import Facts
 from owl_wms.media.npy import NpyFile
-from owl_wms.media.read_facts import read_facts
+from owl_wms.media.read_facts import facts_of_bytes, read_facts
 from owl_wms.media.stills import natural_order
 from owl_wms.media.watch import VIDEO_SUFFIXES
 
@@ -196,6 +196,7 @@ def _of_arrays(members: Mapping[str, Path], name: str, where: Path, table: Path)
 
 def _of_tar(data: bytes, source: str) -> Iterator[Clip]:
     clips: dict[str, dict[str, np.ndarray]] = {}
+    facts: dict[str, Facts] = {}
     for name, content in tar_members(data, source=source):
         stem, suffix = Path(name).with_suffix("").as_posix(), Path(name).suffix.lower()
         base, member = _member(stem)
@@ -206,8 +207,10 @@ def _of_tar(data: bytes, source: str) -> Iterator[Clip]:
         except (OSError, ValueError) as error:
             raise DataError(f"{source}: member {name}: {one_line(error)}", path=source) from error
         clips.setdefault(base, {})[_column(member)] = _numpy(value, f"{source}: member {name}")
+        if member in LATENT_NAMES:
+            facts[base] = facts_of_bytes(content, Path(source, name))
     for base, arrays in clips.items():
-        yield Clip(name=f"{source}/{base}", arrays=arrays)
+        yield Clip(name=f"{source}/{base}", arrays=arrays, facts=facts.get(base, Facts()))
 
 
 def _tensor_of(content: bytes, suffix: str) -> Any:

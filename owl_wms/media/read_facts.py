@@ -8,12 +8,15 @@ Usage:
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from owl_wms.errors import DataError
-from owl_wms.files import at_home, one_line, open_regular, read_exactly, read_regular, size_of
+from owl_wms.files import at_home, one_line, open_regular, read_regular
 from owl_wms.interrupts import raise_interrupt
 from owl_wms.media.facts import MEMBER, METADATA_KEY, Facts, facts_of_text
 from owl_wms.media.watch import comment_of
@@ -30,8 +33,21 @@ def read_facts(path: Path | str) -> Facts:
         DataError: no such file, one that cannot be read, or facts that cannot be.
     """
     path = at_home(path)
+    return _read(path, lambda: _text_of(path))
+
+
+def facts_of_bytes(data: bytes, path: Path) -> Facts:
+    """Return what the bytes of a file of arrays say about themselves; `path` is its name, whose ending counts.
+
+    Raises:
+        DataError: facts that cannot be read.
+    """
+    return _read(path, lambda: _text_in(io.BytesIO(data), path.suffix.lower()))
+
+
+def _read(path: Path, text_of: Callable[[], str | bytes | None]) -> Facts:
     try:
-        return facts_of_text(_text_of(path), path)
+        return facts_of_text(text_of(), path)
     except DataError:
         raise
     except Exception as error:  # damaged archives and headers raise what their parsers raise
@@ -46,22 +62,30 @@ def _text_of(path: Path) -> str | bytes | None:
         source = path / "source.json"
         return read_regular(source, _MAX_BYTES, inside=path) if source.exists() else None
     with open_regular(path) as file:
-        size = size_of(file)
-        if suffix == ".safetensors":
-            length = int.from_bytes(read_exactly(file, 8), "little")
-            if length > min(size - 8, _HEADER_BYTES):
-                raise ValueError("its header is truncated")
-            metadata = json.loads(read_exactly(file, length, 8)).get("__metadata__") or {}
-            return str(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
-        if suffix == ".pt" and read_exactly(file, min(4, size)) == b"PK\x03\x04":
-            file.seek(0)
-            with zipfile.ZipFile(file) as archive:
-                for info in archive.infolist():
-                    if info.filename.rpartition("/")[2] == MEMBER and info.file_size <= _MAX_BYTES:
-                        return archive.read(info)
+        text = _text_in(file, suffix)
     if suffix == ".mp4":
         text = comment_of(path)
         return text if text is not None and text.startswith("{") else None
+    return text
+
+
+def _text_in(file: BinaryIO, suffix: str) -> str | bytes | None:
+    """Returns the text of the facts in an open file of arrays."""
+    head = file.read(8)
+    if suffix == ".safetensors":
+        length, header = int.from_bytes(head, "little"), b""
+        if length <= _HEADER_BYTES:
+            header = file.read(length)
+        if len(head) < 8 or len(header) < length:
+            raise ValueError("its header is truncated")
+        metadata = json.loads(header).get("__metadata__") or {}
+        return str(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+    if suffix == ".pt" and head.startswith(b"PK\x03\x04"):
+        file.seek(0)
+        with zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                if info.filename.rpartition("/")[2] == MEMBER and info.file_size <= _MAX_BYTES:
+                    return archive.read(info)
     return None
 
 

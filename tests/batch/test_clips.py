@@ -113,6 +113,10 @@ def test_a_file_s_own_scale_and_rate_hold_as_for_one_file(
     decode = DecodeClips(*files, device="cpu", tensorrt=False, scale=given)
     (own,), (other,), (plain,) = (decode.sources(tmp_path / name) for name in ("a.pt", "b.pt", "plain.npy"))
     assert (own.scale, own.fps, other.scale) == (scale, 15, scale)
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        tar.add(tmp_path / "a.pt", "a.latent.pt")
+    (packed,) = decode.sources(tmp_path / "d.tar")
+    assert (packed.scale, packed.fps) == (scale, 15)
     assert (plain.scale, plain.fps) == (1.0 if given is None else given, None)
     if given is None:
         got, wanted = (torch.cat([p.clone() for p in decode.stream(source, Spent())]) for source in (own, plain))

@@ -224,6 +224,17 @@ def test_facts_of_a_file_are_taken(tmp_path: Path) -> None:
     assert read_facts(tmp_path / "table").vae_scale == 1.0
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_facts_of_a_member_of_a_tar_are_taken(tmp_path: Path, suffix: str) -> None:
+    save_array(tmp_path / f"x.latent{suffix}", CLIPS["b.c"]["latent"], facts=Facts(fps=15, vae_scale=0.5))
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(tmp_path / f"x.latent{suffix}", f"x.latent{suffix}")
+    import_clips(str(tmp_path / "x.tar"), tmp_path / "table")
+    table = NpyTable(tmp_path / "table")
+    assert table.rows[0].fields["fps"] == 15
+    assert np.array_equal(table.slice(0, "depth_latent", 0, 2), np.asarray(CLIPS["b.c"]["latent"])[:2] * 0.5)
+
+
 def test_videos_are_encoded_with_their_controls(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
