@@ -24,6 +24,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
 EXAMPLES = SHIPPED / "examples"
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
+# Forms of other programs, which would become names: `${NAME:-x}`, `$$NAME`, `%NAME%`, systemd's `%h/`, templates.
+_LEFT = re.compile(r"\$[{(]|`|%[A-Za-z_]\w*%|^%[A-Za-z]/|\{\{")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: a Path has made one of two
 
 
@@ -55,7 +57,7 @@ def expanded(text: str | Path) -> Path:
 
     replaced = _VARIABLE.sub(value, given)
     rest = _VARIABLE.sub("", given)
-    if "${" in rest or "$(" in rest or "`" in rest:
+    if _LEFT.search(rest) or "$$" in given:
         raise ValueError("of which only `~`, $NAME and ${NAME} can be replaced: write the rest in full")
     try:
         path = Path(replaced).expanduser()
