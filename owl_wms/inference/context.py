@@ -21,6 +21,7 @@ from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.render import render
 from owl_wms.game.world import FRAME_SIZE, GameWorld
 from owl_wms.media.arrays import read_arrays
+from owl_wms.media.read_facts import read_facts
 
 NAMES = ("latents", "mouse", "buttons")
 CONTEXT_FRAMES = 12
@@ -80,7 +81,7 @@ def load_contexts(
             and `buttons` with the same leading dimensions. Or `TABLE#12`: the first `CONTEXT_FRAMES` frames of row 12
             of a table, counted from 0, which also brings the controls that were recorded after them.
         channels, grid, n_buttons: what the model takes; `grid` is height and width of its latents.
-        scale: the latents are divided by it.
+        scale: the latents are divided by it, after they were multiplied by the `vae_scale` that the file states.
 
     Returns:
         k beginnings (1 for a row, and for a file without the first dimension).
@@ -91,7 +92,7 @@ def load_contexts(
     path, later = at_home(path), None
     row = _row_of(path)
     if row is None:
-        tensors = _read(path)
+        tensors, scale = _read(path), scale / (read_facts(path).vae_scale or 1.0)
     else:
         tensors = _read_row(*row)
         tensors, later = _split(tensors, CONTEXT_FRAMES)

@@ -16,6 +16,8 @@ from owl_wms.errors import FastPathError
 from owl_wms.fused import dcae8
 from owl_wms.fused.dcae import FusedStage
 from owl_wms.fused.dcae8 import FusedStage8, fuse8, reaches, supports8
+from owl_wms.media.arrays import save_array
+from owl_wms.media.facts import Facts
 from owl_wms.ops.codes import FORMATS
 from owl_wms.request import Request
 from owl_wms.trt import key_material
@@ -176,6 +178,18 @@ def test_a_bad_calibration_file_is_one_clear_error(content: object, why: str, tm
         calibration_latents(spec, "cpu")
     assert "safetensors" in caught.value.remedy
     assert spec.calibration_digest
+
+
+def test_calibration_is_on_what_the_decoder_takes(tmp_path: Path) -> None:
+    """`owl-wms encode --scale 4` divides latents by 4 and says so."""
+    z = torch.randn(3, *SHAPE[1:])
+    save_array(tmp_path / "plain.safetensors", z)
+    save_array(tmp_path / "scaled.safetensors", z / 4, facts=Facts(vae_scale=4.0))
+    plain, scaled = (
+        calibration_latents(Request(input_shape=SHAPE, precision="int8", calibration=str(tmp_path / name)), "cpu")
+        for name in ("plain.safetensors", "scaled.safetensors")
+    )
+    assert torch.equal(plain, scaled)
 
 
 def test_a_file_replaced_after_the_key_was_made_is_refused(tmp_path: Path) -> None:

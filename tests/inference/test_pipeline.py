@@ -24,6 +24,8 @@ from owl_wms.inference.context import Context, load_contexts, render_context
 from owl_wms.inference.pipeline import InteractivePipeline
 from owl_wms.inference.pixels import to_uint8
 from owl_wms.inference.source import WORLDS_APART, GameSource
+from owl_wms.media.arrays import save_array
+from owl_wms.media.facts import Facts
 from owl_wms.runtime import StreamDecode
 from owl_wms.sampling import AVCachingSampler
 from owl_wms.vae import build_decoder, taehv
@@ -181,6 +183,8 @@ def test_beginnings_from_files(tmp_path: Path) -> None:
     assert (len(many), len(one)) == (3, 1)
     assert torch.equal(many[2].latents, x[2:] / SCALE)
     assert torch.equal(one[0].mouse, mouse[:1])
+    save_array(tmp_path / "c.pt", {**tensors, "latents": x / 4}, facts=Facts(vae_scale=4.0))
+    assert torch.allclose(load_contexts(tmp_path / "c.pt", **options)[2].latents, many[2].latents)
     bad = {"missing.pt": None, "text.pt": b"text", "list.pt": [x], "part.pt": {"latents": x}}
     bad |= {"wide.pt": tensors | {"latents": x[:, :, :3]}, "nan.pt": tensors | {"mouse": mouse / 0}}
     for name, value in bad.items():

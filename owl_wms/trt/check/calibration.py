@@ -11,6 +11,7 @@ Usage:
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -26,10 +27,11 @@ MOST = 64
 # Parity and timing use the seeds from `request.seed` on; steps must not be judged by the latents they were made from.
 SEED_OFFSET = 1000
 KEY = "latents"
+FACTS = "owl_wms"  # key of a file's metadata, see docs/formats.md
 
 
 def calibration_latents(request: Request, device: torch.device | str) -> Tensor:
-    """`[N, c, h, w]` fp32 latents on `device`, c, h, w those of the request.
+    """`[N, c, h, w]` fp32 latents on `device`, c, h, w those of the request, times the `vae_scale` that a file states.
 
     Raises:
         FastPathError: stage "build" for a file that is missing, not `.safetensors`, without a tensor called `latents`,
@@ -51,13 +53,14 @@ def calibration_latents(request: Request, device: torch.device | str) -> Tensor:
                 "start the build again; leave the file alone while it runs",
             )
         found = load(data)  # from the bytes that were hashed: the file is not opened again
+        scale = _stated_scale(data)
     except FastPathError:
         raise
     except Exception as error:  # a missing or damaged file raises OSError or the reader's own SafetensorError
         raise FastPathError("build", f"calibration file {path}: {type(error).__name__}: {error}", remedy) from error
     if KEY not in found:
         raise FastPathError("build", f"calibration file {path} holds {', '.join(found) or 'nothing'}", remedy)
-    z = found[KEY].float()
+    z = found[KEY].float() * scale
     if z.dim() < 4 or tuple(z.shape[-3:]) != one or not z.numel():
         raise FastPathError("build", f"calibration file {path} holds latents {list(z.shape)}", remedy)
     if not z.isfinite().all():
@@ -68,3 +71,10 @@ def calibration_latents(request: Request, device: torch.device | str) -> Tensor:
     if not taken.any():  # they reach nowhere: any other latent would reach infinitely further
         raise FastPathError("build", f"calibration file {path} holds nothing but zeros", remedy)
     return taken.contiguous().to(device)
+
+
+def _stated_scale(data: bytes) -> float:
+    """Returns the factor that makes a decoder's input of the latents in a `.safetensors` file: 1 if it states none."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    facts = json.loads((header.get("__metadata__") or {}).get(FACTS, "{}"))
+    return float(facts.get("vae_scale") or 1.0)
