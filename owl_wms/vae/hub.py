@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from owl_wms.configs.paths import expanded
 from owl_wms.errors import CheckpointError, ConfigError
 from owl_wms.interrupts import raise_interrupt
 from owl_wms.vae.checkpoint import check_values
@@ -29,8 +30,8 @@ def load_hub_decoder(source: Path | str | None = None) -> nn.Module:
     """diffusers' decoder, float32 on the CPU in eval mode: `z [B, 128, s, s] -> x [B, 3, 64 s, 64 s]`.
 
     Args:
-        source: a folder that diffusers can read (`~` is expanded), one of a whole pipeline (its `vae` is taken), a hub
-            id, or None for `HUB_ID`.
+        source: a folder that diffusers can read (`~` and variables are expanded), one of a whole pipeline (its `vae` is
+            taken), a hub id, or None for `HUB_ID`.
 
     Raises:
         ConfigError: diffusers is not installed.
@@ -85,17 +86,20 @@ def _place(source: Path | str | None) -> str:
     """Returns the folder that a path means, or the hub id.
 
     Raises:
-        CheckpointError: a path at which there is no folder.
+        CheckpointError: a path at which there is no folder, or a text that is no path (see `expanded`).
     """
     if source is None:
         return HUB_ID
-    path = Path(source).expanduser()
+    try:
+        path = expanded(source)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: is a name {error}", path=str(source)) from None
     if path.is_dir():
         inner = path / "vae"  # of a whole pipeline, as diffusers saves it
         return str(inner if not (path / CONFIG).exists() and (inner / CONFIG).exists() else path)
     if path.is_file():
         text = f"{path}: is a file; a folder is wanted, with config.json and the weights, as diffusers saves it"
         raise CheckpointError(text, path=path)
-    if path.is_absolute() or str(source).startswith((".", "~")):
+    if path.is_absolute() or str(source).startswith("."):
         raise CheckpointError(f"{path}: no such folder", path=path)
     return str(source)

@@ -61,7 +61,7 @@ def test_refusals(tmp_path: Path, config: Path) -> None:
 
 
 @torch.no_grad()
-def test_diffusers_decoder_from_a_local_folder(tmp_path: Path) -> None:
+def test_diffusers_decoder_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     blocks = {"block_out_channels": (8, 16), "layers_per_block": (1, 1)}
@@ -89,5 +89,9 @@ def test_diffusers_decoder_from_a_local_folder(tmp_path: Path) -> None:
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
     (tmp_path / "hub").rename(tmp_path / "pipe" / "vae")
     assert torch.equal(load_decoder("dcae", None, tmp_path / "pipe")(z), decoder(z))
+    monkeypatch.setenv("OWL_MODELS", str(tmp_path))
+    assert torch.equal(load_decoder("dcae", None, "$OWL_MODELS/pipe")(z), decoder(z))
+    with pytest.raises(CheckpointError, match="is a name whose variable OWL_NOWHERE is not set"):
+        load_decoder("dcae", None, "$OWL_NOWHERE/pipe")
     with pytest.raises(CheckpointError, match="no such folder"):
         load_decoder("dcae", None, tmp_path / "absent")
