@@ -224,7 +224,7 @@ def user_table() -> str:
     }
     rows = [
         (
-            "`owl-wms decode` to `.npy`, distilled decoder",
+            "`owl-wms decode` to `.npy`, `dist`",
             f"{road['npy dist']['frames_per_second']:,.0f} frames/s",
             f"the decode function alone: {road['rate dist']['frames_per_second']['function, bf16']:,.0f}",
         ),
