@@ -217,8 +217,9 @@ def _write_sheet(table: Any, config: Path, checkpoint: Path, sheet: Path, where:
     from owl_wms.cli import _shared as shared
     from owl_wms.data.npy_table import LATENT_COLUMN
     from owl_wms.errors import DataError
-    from owl_wms.media.arrays import check_finite
-    from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture, to_bytes
+    from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture
+    from owl_wms.runtime import clip_decoder, decode_pieces
+    from owl_wms.settings import TensorRTConfig
     from owl_wms.vae import load_decoder
 
     if LATENT_COLUMN not in table.columns:
@@ -228,10 +229,9 @@ def _write_sheet(table: Any, config: Path, checkpoint: Path, sheet: Path, where:
     latents = torch.cat([torch.from_numpy(table.slice(r, LATENT_COLUMN, at, at + 1)) for r, at in places])
     precision = shared.choose_dtype(None, where)
     decoder = load_decoder(None, config, checkpoint).to(where, precision)
-    with torch.inference_mode():
-        frames = decoder(latents.to(where, precision)).float().cpu()
-    check_finite(frames, checkpoint)
-    rows = {"decoded": to_bytes(frames[:, :3])}
-    if frames.shape[1] > 3:
-        rows["depth"] = depth_bytes(frames[:, 3])
+    run = clip_decoder(decoder, settings=TensorRTConfig.resolve(enabled=False), check="error")
+    frames = torch.cat([piece.clone() for piece in decode_pieces(run, latents[:, None])])
+    rows = {"decoded": frames[..., :3]}
+    if frames.shape[3] > 3:
+        rows["depth"] = depth_bytes(frames[..., 3] / 127.5 - 1)
     save_picture(sheet, contact_sheet(rows, [f"clip {row}, frame {at}" for row, at in places]))

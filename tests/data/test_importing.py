@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
+from owl_wms.configs import TAEHVConfig
 from owl_wms.data.importing import FrameEncoder, Imported, import_clips
 from owl_wms.data.npy_table import NpyTable, NpyTableWriter
 from owl_wms.data.sources import clips_of
@@ -28,6 +29,7 @@ from owl_wms.media.arrays import save_array
 from owl_wms.media.facts import Facts
 from owl_wms.media.read_facts import read_facts
 from owl_wms.media.video import VideoWriter
+from owl_wms.vae import build_decoder
 from tests.cli.runner import run
 from tests.media.test_video import gradient
 
@@ -328,6 +330,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for words in ("3 clips, 15 frames", "depth_latent: float32 [6, 3, 5]", "frames per second: 12", "channel 5: mean",
                   "vae_scale: 2", "buttons held, share of the frames: B0 "):  # fmt: skip
         assert words in shown
+
+
+def test_a_table_of_a_streaming_decoder_is_shown(tmp_path: Path) -> None:
+    model = TAEHVConfig(model_id="taehv", latent_channels=6)
+    save_file(build_decoder(model).state_dict(), tmp_path / "v.safetensors")
+    (tmp_path / "v.yml").write_text(json.dumps({"model": {"model_id": "taehv", "latent_channels": 6}}))
+    import_clips(make_source(".npy", tmp_path / "source"), tmp_path / "table", fps=12)
+    files = ["--vae-config", str(tmp_path / "v.yml"), "--vae-checkpoint", str(tmp_path / "v.safetensors")]
+    sheet = tmp_path / "s.png"
+    assert run("data", "show", str(tmp_path / "table"), *files, "--sheet", str(sheet), "--device", "cpu") == 0
+    assert sheet.stat().st_size > 1000
 
 
 SCRIPT = """
