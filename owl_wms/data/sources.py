@@ -157,6 +157,15 @@ def _column(name: str) -> str:
     return LATENT_COLUMN if name in (*LATENT_NAMES, "") else name
 
 
+def _put(arrays: dict[str, np.ndarray], name: str, array: np.ndarray, where: Path) -> None:
+    """Takes an array under its column's name; raises DataError if there is one already, as of frames beside latents."""
+    column = _column(name)
+    if column in arrays:
+        names = ", ".join(LATENT_NAMES)
+        raise DataError(f"{where}: has latents twice, {name!r} too; keep one array of the names {names}", path=where)
+    arrays[column] = array
+
+
 def _numpy(value: Any, where: Path | str) -> np.ndarray:
     if not isinstance(value, Tensor):
         return np.asarray(value)
@@ -180,7 +189,7 @@ def _of_arrays(members: Mapping[str, Path], name: str, where: Path, table: Path)
         for key, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 raise DataError(f"{path}: needs tensors, it holds a {type(tensor).__name__}", path=path)
-            arrays[_column(str(key))] = _numpy(tensor, path)
+            _put(arrays, str(key), _numpy(tensor, path), path)
         if member == "" or member in LATENT_NAMES:
             facts = read_facts(path)
     latents = arrays.get(LATENT_COLUMN)
@@ -243,11 +252,10 @@ def _of_rows(path: Path, name: str) -> Iterator[Clip]:
             batches = pyarrow.ipc.open_stream(io.BytesIO(read_regular(path, _MAX_TAR)))
         for batch in batches:
             for row in batch.to_pylist():
-                arrays = {
-                    _column(key): np.asarray(value, dtype=np.float32)
-                    for key, value in row.items()
-                    if key in (*LATENT_NAMES, *_OTHER_NAMES) and value is not None
-                }
+                arrays: dict[str, np.ndarray] = {}
+                for key, value in row.items():
+                    if key in (*LATENT_NAMES, *_OTHER_NAMES) and value is not None:
+                        _put(arrays, key, np.asarray(value, dtype=np.float32), path)
                 yield Clip(name=f"{name}#{index}", arrays=arrays)
                 index += 1
     except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:

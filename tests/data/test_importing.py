@@ -416,6 +416,13 @@ def test_latents_of_two_encoders_do_not_share_a_table(tmp_path: Path) -> None:
     assert import_clips(str(tmp_path / "c.pt"), tmp_path / "table", fps=20).added == 1
 
 
+def test_frames_beside_latents_are_not_taken_for_them(tmp_path: Path) -> None:
+    """`video` means latents in upstream's tars, and pixels elsewhere."""
+    torch.save({**clip(0), "video": torch.zeros(5, 3, 16, 16)}, tmp_path / "a.pt")
+    with pytest.raises(DataError, match=r"a\.pt: has latents twice, 'video' too; keep one"):
+        list(clips_of(str(tmp_path / "a.pt")))
+
+
 def test_a_link_to_a_folder_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
