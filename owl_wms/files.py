@@ -64,7 +64,8 @@ def open_regular(path: Path | str, *, inside: Path | str | None = None) -> Buffe
         if inside is not None:
             real, top = os.path.realpath(path), os.path.realpath(at_home(inside))
             if os.path.commonpath([real, top]) != top:
-                raise OSError(errno.EINVAL, "is a link out of its folder, which is not followed", str(path))
+                reason = "is a link out of its folder, which is not followed; copy the folder with cp -rL"
+                raise OSError(errno.EINVAL, reason, str(path))
         number = os.open(path, _WITHOUT_WAITING)
     except ValueError as error:  # a NUL or a lone surrogate in the name
         raise OSError(errno.EINVAL, f"is no name of a file: {error}", str(path)) from error

@@ -210,8 +210,10 @@ def _single(source: str, name: str | None) -> Item:
         why = "there is nothing" if absent else error.strerror or one_line(error)
         raise DataError(f"{source}: cannot be read: {why}", path=source) from error
     if is_local(fs):
-        stat = os.stat(path)
-        return Item(os.path.realpath(path), name or Path(path).name, stat.st_size, str(stat.st_mtime_ns))
+        stat, real = os.stat(path), Path(os.path.realpath(path))
+        if real.suffix != Path(path).suffix:  # a link of Hugging Face's cache: the file's own name says no form
+            real = Path(os.path.realpath(Path(path).parent), Path(path).name)
+        return Item(str(real), name or Path(path).name, stat.st_size, str(stat.st_mtime_ns))
     return Item(fs.unstrip_protocol(path), name or PurePosixPath(path).name, int(info["size"]), _tag(info))
 
 

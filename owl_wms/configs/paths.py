@@ -95,5 +95,6 @@ def find_beside(path: Path | str | None, cfg_path: Path | str) -> Path | None:
     """
     if path is None or os.path.exists(path):
         return None if path is None else Path(path)
-    above = (parent / path for parent in at_home(cfg_path).resolve().parents)
+    given = Path(os.path.abspath(at_home(cfg_path)))
+    above = (parent / path for parent in (*given.parents, *given.resolve().parents))  # it may be a link
     return next((found for found in above if os.path.exists(found)), Path(path))

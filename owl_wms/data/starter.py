@@ -8,6 +8,7 @@ Usage:
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from owl_wms.configs.world import with_files_found
 from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable
 from owl_wms.data.statistics import describe_table
 from owl_wms.errors import ConfigError, DataError
+from owl_wms.files import at_home
 from owl_wms.media.read_facts import read_facts, weights_digest
 from owl_wms.models.latents import LatentSpace
 from owl_wms.vae.build import build_decoder, build_encoder
@@ -164,7 +166,7 @@ class Start:
         tokens = height * width
         place, seconds = folder.resolve(), f"{self.window / self.fps:.1f}"
         values = {
-            "table": _text(self.table.resolve()),
+            "table": _text(_absolute(self.table)),
             "size": height if height == width else [height, width],
             "tokens": tokens,
             "channels": self.channels,
@@ -185,15 +187,15 @@ class Start:
 
     def readme(self) -> str:
         """Returns the README of the run's folder: what stands in it, and the commands to run there."""
-        made = "" if self.buttons is not None else f"    owl-wms data make {self.table.resolve()} --fps {self.fps}\n"
-        begin = f" --context {self.table.resolve()}#0" if self.buttons is not None else ""
-        return _README.format(table=self.table.resolve(), made=made, begin=begin)
+        made = "" if self.buttons is not None else f"    owl-wms data make {_absolute(self.table)} --fps {self.fps}\n"
+        begin = f" --context {_absolute(self.table)}#0" if self.buttons is not None else ""
+        return _README.format(table=_absolute(self.table), made=made, begin=begin)
 
     def _vae(self) -> str:
         if self.vae_config is None or self.vae_checkpoint is None:
             said = "the autoencoder that decodes clips; without it there are none"
             return f"  # vae_cfg_path: vae.yml  # {said}\n  # vae_ckpt_path: vae.pt"
-        config, weights = self.vae_config.resolve(), self.vae_checkpoint.resolve()
+        config, weights = _absolute(self.vae_config), _absolute(self.vae_checkpoint)
         return f"  vae_cfg_path: {_text(config)}\n  vae_ckpt_path: {_text(weights)}"
 
     def _controls(self) -> str:
@@ -274,6 +276,11 @@ def button_names(path: Path, count: int) -> tuple[str, ...]:
     names = [re.sub(r"[^\w-]", "_", str(name))[:32] for name in held] if isinstance(held, list) else []
     good = len(names) == count == len(set(names)) and all(names)
     return tuple(names) if good else tuple(f"B{number}" for number in range(count))
+
+
+def _absolute(path: Path) -> Path:
+    """Returns the whole path under its own name: that of the file behind a link may say neither form nor part."""
+    return Path(os.path.abspath(at_home(path)))
 
 
 def _text(value: object) -> str:

@@ -106,6 +106,19 @@ def test_folders_that_systems_and_file_servers_make_hold_no_inputs(tmp_path: Pat
     assert names(str(tmp_path)) == ["a/x.pt"]
 
 
+def test_a_link_to_a_file_without_an_ending_keeps_its_own(tmp_path: Path) -> None:
+    """As in Hugging Face's cache, whose files are named by their digests."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0a1b").write_bytes(b"x")
+    (tmp_path / "snapshot").mkdir()
+    link = tmp_path / "snapshot" / "a.pt"
+    link.symlink_to("../blobs/0a1b")
+    (tmp_path / "list.txt").write_text("snapshot/a.pt\n")
+    for source in (link, tmp_path / "snapshot", tmp_path / "list.txt"):
+        (item,) = list_items(str(source), LATENT_SUFFIXES)
+        assert item.url == str(link)
+
+
 def test_no_input_is_not_the_folder_that_one_is_in() -> None:
     """As of a variable that a shell does not have."""
     with pytest.raises(DataError, match=r"^INPUT: cannot be listed: its name is empty; check the path"):

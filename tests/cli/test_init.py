@@ -92,14 +92,18 @@ def test_what_does_not_fit_is_one_line_and_writes_nothing(tmp_path: Path, capsys
     assert run("init", tmp_path / "w", "--from", table, "--overwrite") == 0
 
 
-def test_weights_in_a_folder_are_named_and_not_digested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_in_a_folder_are_named_and_not_digested(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = write_table(tmp_path / "t")
     (table / "source.json").write_text(json.dumps({"vae": "vae.pt", "vae_sha256": "0" * 64}))
     (tmp_path / "vae.yml").write_text(
         yaml.safe_dump({"model": {**VAE, "latent_channels": 6, "sample_size": [96, 160]}})
     )
-    (tmp_path / "weights").mkdir()
-    vae = ["--vae", tmp_path / "vae.yml", "--vae-checkpoint", tmp_path / "weights"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "weights").symlink_to("elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    vae = ["--vae", tmp_path / "vae.yml", "--vae-checkpoint", "~/weights"]
     assert run("init", tmp_path / "w", "--from", table, *vae) == 0
     assert "weights is not the file that encoded the data (vae.pt)" in " ".join(capsys.readouterr().out.split())
     assert load_world_config(tmp_path / "w" / "world.yml").train.vae_ckpt_path == str(tmp_path / "weights")
