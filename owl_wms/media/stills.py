@@ -30,6 +30,7 @@ from owl_wms.files import one_line, open_regular, read_exactly, size_of
 from owl_wms.interrupts import raise_interrupt
 
 _log = logging.getLogger(__name__)
+_DECIMAL = re.compile(r"\d+(?:\.\d+)?")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _OTHER_SUFFIXES = (".tif", ".tiff", ".heic", ".heif", ".avif", ".gif", ".exr", ".ppm", ".pgm", ".tga", ".jp2", ".jfif")
 MAX_PIXELS = 1 << 27
@@ -79,6 +80,11 @@ def picture_files(folder: Path) -> list[Path]:
     patterns = list(dict.fromkeys(re.sub(r"\d+", "#", path.stem.casefold()) for path in files))
     if 1 < len(patterns) < len(files):
         _log.warning("%s: holds pictures named %s, read in this order", folder, " and ".join(patterns[:3]))
+    by_size = sorted(files, key=lambda path: list(map(float, _DECIMAL.findall(path.stem))))
+    if len(patterns) == 1 and files != by_size:
+        first, other = next(pair for pair in zip(files, by_size, strict=True) if pair[0] != pair[1])
+        text = "%s: %s is read before %s; if the numbers are decimals, give the frames whole ones"
+        _log.warning(text, folder, first.name, other.name)
     return files
 
 

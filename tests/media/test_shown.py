@@ -115,6 +115,20 @@ def test_pictures_of_several_patterns_and_of_other_forms_are_told(
     assert "holds pictures named left_# and right_#, read in this order" in caplog.text
 
 
+def test_decimals_in_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("t_0.25.png", "t_0.5.png", "t_1.0.png"):
+        (tmp_path / name).touch()
+    with caplog.at_level(logging.WARNING):
+        assert [path.name for path in picture_files(tmp_path)] == ["t_0.5.png", "t_0.25.png", "t_1.0.png"]
+    assert "t_0.5.png is read before t_0.25.png; if the numbers are decimals" in caplog.text
+    caplog.clear()
+    (tmp_path / "words").mkdir()
+    for name in ("a_2.png", "b_1.png", "c.png"):
+        (tmp_path / "words" / name).touch()
+    assert len(picture_files(tmp_path / "words")) == 3
+    assert not caplog.records
+
+
 def test_the_order_of_numbers_and_what_is_passed_over(tmp_path: Path) -> None:
     names = ["f_2.png", "f_10.PNG", "f_1.jpg", "f_3b10.png", "f_3b9.png", "F_4.png", "f_0011.png", "g.png"]
     for name in names:
