@@ -23,13 +23,13 @@ _PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
 def draft_beside(path: Path) -> Path:
-    """Returns a hidden name in the folder of `path`, or of the file that it links to, with the same ending.
+    """Returns a hidden name in the folder of `path`, or of the file that it links to, with the ending of `path`.
 
     It is unique: threads, and containers in which processes have the same numbers, may write one file at once.
     If the file system's limit leaves no room for the whole name, its beginning and a checksum are used.
     """
     target = Path(os.path.realpath(path))
-    end = f".{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp{target.suffix}"
+    end = f".{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp{path.suffix}"
     stem, room = target.stem, NAME_BYTES - len(os.fsencode(end)) - 1
     if len(os.fsencode(stem)) > room:
         stem = f"{os.fsencode(stem)[: room // 2].decode(errors='ignore')}.{zlib.crc32(os.fsencode(stem)):08x}"

@@ -32,7 +32,7 @@ from owl_wms.data.loaders import Loader
 from owl_wms.data.loading import Batch
 from owl_wms.errors import ConfigError, FastPathError, TrainingError
 from owl_wms.interrupts import raise_interrupt
-from owl_wms.media.arrays import save_array
+from owl_wms.media.arrays import check_finite, save_array
 from owl_wms.sampling import get_sampler_cls
 from owl_wms.trainers.distributed import any_rank, gather_to_first
 from owl_wms.trainers.output import write_clip
@@ -183,6 +183,7 @@ class Evaluator:
             with torch.autocast(trainer.device.type, torch.bfloat16):
                 result = trainer.sample(self.sampler, core, batch)
         latents = trainer.space.to_stored(result.latents.float()).cpu()
+        check_finite(latents.flatten(0, 1), "what the averaged model sampled")
         sound = None
         if result.latents_audio is not None and cfg.audio_vae_scale is not None:
             sound = (result.latents_audio.float() * cfg.audio_vae_scale).cpu()

@@ -258,6 +258,9 @@ def test_clips_that_are_not_finite_are_reported_and_not_written(tmp_path: Path) 
     assert "not finite" in str(found.error)
     assert not found.paths
     assert list((trainer.folder / "samples").iterdir()) == []
+    next(trainer.ema.model.parameters()).data.fill_(math.nan)
+    found = trainer.evaluator.run()
+    assert "what the averaged model sampled: frame " in str(found.error)
 
 
 def test_first_clips_that_cannot_be_put_in_place_cost_no_run(tmp_path: Path) -> None:
