@@ -1,9 +1,7 @@
 """Recognises that memory ran out: torch's allocator on a CPU raises a RuntimeError, and so does TensorRT.
 
 Usage:
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
+    is_out_of_memory(error)         # of an exception that was caught; True for a MemoryError too
 """
 
 from __future__ import annotations
