@@ -56,6 +56,7 @@ NOT_HASHED = {
     "owl_wms.whole": "writes files whole, checkpoints among them; a program is compiled from weights in memory",
     "owl_wms.process": "names processes, and asks if one still lives",
     "owl_wms.temporary": "folders that are gone afterwards",
+    "owl_wms.memory": "tells from an error that memory ran out",
 }
 
 
