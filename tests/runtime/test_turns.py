@@ -31,12 +31,14 @@ class Slow(ExportToolchain):
     Attributes:
         go: builds wait for it.
         building: set while one waits.
+        keyed: counts the keys whose weights have been read.
         overlaps: what ran beside what it must not run beside.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.go, self.building = threading.Event(), threading.Event()
+        self.keyed = threading.Semaphore(0)
         self.overlaps: list[str] = []
         self.running: dict[str, int] = {"trace": 0, "build": 0}
 
@@ -55,7 +57,9 @@ class Slow(ExportToolchain):
     def key_material(self, decoder: nn.Module, request: Request) -> dict[str, Any]:
         with self.alone("trace"):
             time.sleep(0.002)
-            return super().key_material(decoder, request)
+            material = super().key_material(decoder, request)
+        self.keyed.release()
+        return material
 
     def build(self, *arguments: Any) -> dict[str, Any]:
         with self.alone("build"):
@@ -154,8 +158,9 @@ def test_a_decoder_that_changed_while_it_waited_is_not_filed_under_its_old_key(
     decode = decoding(tmp_path, toolchain, decoder)
     first = begin(lambda: decode.prepare((4, 3, 3)))
     assert toolchain.building.wait(SECONDS)
+    assert toolchain.keyed.acquire(timeout=SECONDS)
     second = begin(lambda: decode.prepare((4, 5, 5)))
-    time.sleep(0.3)  # its key is computed and it waits
+    assert toolchain.keyed.acquire(timeout=SECONDS), "its key is computed, and it waits for the first one's build"
     with torch.no_grad():
         decoder.conv_out.bias.data.add_(1.0)  # type: ignore[union-attr, operator]  # shows in no version counter
     toolchain.go.set()
