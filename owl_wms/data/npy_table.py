@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from owl_wms.data.one_writer import OneWriter
 from owl_wms.errors import DataError, OwlError
 from owl_wms.files import at_home, one_line, read_regular, unusable_name
 from owl_wms.media.npy import NpyFile
@@ -222,6 +223,7 @@ class NpyTableWriter:
                 if begin:
                     self._make_table()
         self._plain = tuple(columns)
+        self._one = OneWriter(self.path / "manifest.json")
         held = (row.get(column) for row in self._rows if isinstance(row, dict) for column in self.array_columns)
         self._used = {name for name in held if isinstance(name, str)}  # names of files
 
@@ -237,7 +239,8 @@ class NpyTableWriter:
             The row's index.
 
         Raises:
-            DataError: columns or lengths that do not fit, NaN or infinity, or a full disk; the table is as it was.
+            DataError: columns or lengths that do not fit, NaN or infinity, a full disk, or rows of another program
+                since; the table is as it was.
         """
         index = len(self._rows)
         if set(arrays) != set(self.array_columns) or set(fields) != set(self._plain):
@@ -262,26 +265,23 @@ class NpyTableWriter:
             "seq_len": next(iter(lengths.values())),
         }
         row |= self._unused_names(index)
-        try:
-            with _writing(self.path, index):
+        with _writing(self.path, index), self._one.turn():
+            try:
                 for column, array in stored.items():
                     (self.path / row[column]).unlink(missing_ok=True)  # what it links to belongs to others
                     np.save(self.path / row[column], array, allow_pickle=False)
                 _replace_json(self.path / "manifest.json", [*self._rows, row])
                 self._make_table()
-        except BaseException:
-            for column in arrays:  # no row names them, and the space may be what is missing
-                (self.path / row[column]).unlink(missing_ok=True)
-            raise
+            except BaseException:
+                for column in arrays:  # no row names them, and the space may be what is missing
+                    (self.path / row[column]).unlink(missing_ok=True)
+                raise
         self._rows.append(row)
         self._used.update(row[column] for column in arrays)
         return index
 
     def _unused_names(self, index: int) -> dict[str, str]:
-        """Return a file's name for each column: the row's number, or the next one of which no row has a file.
-
-        The files of later rows have it if a row was taken out of the manifest.
-        """
+        """Return names of files by the row's number, or by the next one that no row has (if one was taken out)."""
         while True:
             names = {column: f"{column}_{index}.npy" for column in self.array_columns}
             if self._used.isdisjoint(names.values()):

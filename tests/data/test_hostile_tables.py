@@ -222,6 +222,18 @@ def test_a_row_that_was_taken_out_of_the_manifest_costs_no_other_row(tmp_path: P
     assert [float(found.slice(row, "z", 0, 1)[0, 0]) for row in range(4)] == [0, 2, 7, 8]
 
 
+def test_two_writers_of_one_table_take_nothing_from_each_other(tmp_path: Path) -> None:
+    first, second = (NpyTableWriter(tmp_path, ("z",), ("seed",)) for _ in range(2))
+    first.append({"z": np.zeros((4, 2), "f4")}, seed=0)
+    with pytest.raises(DataError, match="another program has added rows since this one opened the table; run this one"):
+        second.append({"z": np.ones((4, 2), "f4")}, seed=1)
+    first.append({"z": np.zeros((4, 2), "f4")}, seed=2)
+    NpyTableWriter(tmp_path, ("z",), ("seed",)).append({"z": np.ones((4, 2), "f4")}, seed=1)
+    found = NpyTable(tmp_path)
+    assert [row.fields["seed"] for row in found.rows] == [0, 2, 1]
+    assert [float(found.slice(row, "z", 0, 1).max()) for row in range(3)] == [0, 0, 1]
+
+
 def test_an_append_writes_through_no_link(tmp_path: Path) -> None:
     """A copy of a table may consist of links to the files of the original."""
     table(tmp_path / "copy", rows=1)
