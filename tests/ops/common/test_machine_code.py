@@ -80,22 +80,31 @@ def test_a_failure_reaches_everyone_who_waits_and_is_not_remembered() -> None:
 
 
 def test_ahead_swallows_failures_and_the_asker_waits_for_it() -> None:
+    running, failed = threading.Event(), threading.Event()
+
     def slow() -> bytes:
+        running.set()
         time.sleep(0.2)
         return b"ahead"
 
     def broken() -> bytes:
         raise KernelError("no")
 
-    running = threading.Event()
+    def failing() -> None:
+        try:
+            machine_code.once(Text("g"), "sm_90", broken)
+        finally:
+            failed.set()
+
     machine_code.ahead(
         [
-            lambda: (running.set(), machine_code.once(Text(), "sm_90", slow)),
-            lambda: machine_code.once(Text("g"), "sm_90", broken),
+            lambda: machine_code.once(Text(), "sm_90", slow),
+            failing,
         ]
     )
     assert running.wait(10)
     assert machine_code.once(Text(), "sm_90", lambda: pytest.fail("made twice")) == b"ahead"
+    assert failed.wait(10)  # who asks meanwhile is told of the failure
     assert machine_code.once(Text("g"), "sm_90", lambda: b"made when needed") == b"made when needed"
 
 
