@@ -265,7 +265,7 @@ class NpyTableWriter:
             "seq_len": next(iter(lengths.values())),
         }
         row |= self._unused_names(index)
-        with _writing(self.path, index), self._one.turn():
+        with _writing(self.path, index), self._one.turn(self._rows):
             try:
                 for column, array in stored.items():
                     (self.path / row[column]).unlink(missing_ok=True)  # what it links to belongs to others

@@ -5,16 +5,18 @@ folder would take each other's rows out of it, and write over each other's array
 
 Usage:
     writer = OneWriter(folder / "manifest.json")
-    with writer.turn():
+    with writer.turn(rows):
         ...                 # write arrays, replace the manifest
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from owl_wms.errors import DataError
 
@@ -32,8 +34,12 @@ class OneWriter:
         self._known = self._version()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, rows: list[dict[str, Any]]) -> Iterator[None]:
         """Keeps other writers waiting while its body replaces the manifest; some network drives cannot.
+
+        Args:
+            rows: that the manifest should hold. It is read only if it looks changed: some drives give a file new
+                numbers and times by themselves.
 
         Raises:
             DataError: another program has replaced it since this one did.
@@ -43,7 +49,9 @@ class OneWriter:
             if folder is not None:
                 with suppress(OSError):
                     fcntl.flock(folder, fcntl.LOCK_EX)
-            if self._version() != self._known:
+            if self._version() != self._known and json.loads(self._manifest.read_bytes()) != json.loads(
+                json.dumps(rows)
+            ):
                 text = "another program has added rows since this one opened the table; run this one again afterwards"
                 raise DataError(f"{self._manifest.parent}: {text}", path=self._manifest.parent)
             yield
