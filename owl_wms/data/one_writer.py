@@ -49,9 +49,7 @@ class OneWriter:
             if folder is not None:
                 with suppress(OSError):
                     fcntl.flock(folder, fcntl.LOCK_EX)
-            if self._version() != self._known and json.loads(self._manifest.read_bytes()) != json.loads(
-                json.dumps(rows)
-            ):
+            if self._version() != self._known and not self._holds(rows):
                 text = "another program has added rows since this one opened the table; run this one again afterwards"
                 raise DataError(f"{self._manifest.parent}: {text}", path=self._manifest.parent)
             yield
@@ -59,6 +57,12 @@ class OneWriter:
         finally:
             if folder is not None:
                 os.close(folder)
+
+    def _holds(self, rows: list[dict[str, Any]]) -> bool:
+        try:
+            return bool(json.loads(self._manifest.read_bytes()) == json.loads(json.dumps(rows)))
+        except (ValueError, RecursionError):
+            return False
 
     def _version(self) -> tuple[int, int, int]:
         found = os.stat(self._manifest)
