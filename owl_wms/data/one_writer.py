@@ -56,6 +56,8 @@ class OneWriter:
             self._known = self._version()
         finally:
             if folder is not None:
+                with suppress(OSError):
+                    fcntl.flock(folder, fcntl.LOCK_UN)  # a process that was forked meanwhile has the folder open too
                 os.close(folder)
 
     def _holds(self, rows: list[dict[str, Any]]) -> bool:
