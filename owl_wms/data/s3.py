@@ -169,13 +169,14 @@ def list_tars(bucket: TarBucket, prefix: str) -> list[str]:
         raise_interrupt(error)
         text = f"s3://{bucket.bucket_name}: cannot be listed: {one_line(error)}; check bucket and AWS's credentials"
         raise BucketError(text, path=bucket.bucket_name) from error
-    folder = f"{prefix.removesuffix('/')}/" if prefix else ""
-    keys = [key for key in keys if key.startswith(folder)] or keys
-    below = {key: key.removeprefix(prefix).split("/") for key in keys}  # the prefix itself may be hidden: it was named
+    # The prefix itself may be hidden: it was named. A name that it begins is not hidden by a dot that follows there.
+    begun = "-" if prefix and not prefix.endswith("/") else ""
+    below = {key: (begun + key.removeprefix(prefix)).split("/") for key in keys}
     tars = sorted(key for key in keys if key.endswith(".tar") and not is_foreign(below[key]))
     if not tars:
         raise DataError(f"s3://{bucket.bucket_name}/{prefix}: no .tar below this prefix", path=prefix)
-    return tars
+    folder = f"{prefix.removesuffix('/')}/" if prefix else ""
+    return [key for key in tars if key.startswith(folder)] or tars
 
 
 def _codes(error: Exception) -> set[str]:

@@ -242,6 +242,8 @@ def test_tars_are_listed_below_a_prefix_that_is_hidden_itself() -> None:
     listed = TarBucket("b", client_factory=lambda: client)
     assert list_tars(listed, ".feats/") == list_tars(listed, ".feats") == [".feats/a.tar"]
     assert list_tars(listed, ".fea") == [".feats/a.tar", ".feats_old/a.tar"]
+    keys[:] = ["feats/2024.01.tar", "feats/2024/._x.tar"]
+    assert list_tars(listed, "feats/2024") == [keys[0]], "the dot behind the prefix begins no name"
 
 
 def test_a_client_that_cannot_be_made_says_so_when_tars_are_listed() -> None:
