@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from gc import get_referents
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, itemgetter, ne
 from typing import Any
 
 import torch
@@ -196,10 +196,12 @@ class WeightsStamp:
         if list(map(Tensor.data_ptr, tensors)) != self._addresses:
             return False
         # An allocator gives the address of a freed weight to the next one of its size, so equal addresses mean the
-        # same weights only where none of the old ones was freed by the time the addresses were read.
-        if any(map(torch.UntypedStorage._expired, self._pointers)):
+        # same weights only where none of the old ones was freed by the time the addresses were read. Freed memory must
+        # not be read either: this is one call of C, in which no other thread of Python's runs.
+        gone = map(torch.UntypedStorage._expired, self._pointers)
+        if any(chain(gone, map(ne, map(_value, self._cells), self._read))):
             return False
-        return list(map(_value, self._cells)) == self._read and self._unstepped() and self._unhooked()
+        return self._unstepped() and self._unhooked()
 
     def _values(self) -> list[Any]:
         """Returns every parameter and buffer, or None for an absent one, and what else stands among them."""
@@ -244,7 +246,8 @@ class WeightsStamp:
 def _cells(tensor: Tensor) -> list[Any]:
     """Returns the first, a middle and the last value of a tensor on the CPU, as places in memory to be read again."""
     kind = _CELLS.get(tensor.itemsize)
-    if tensor.device.type != "cpu" or not tensor.numel() or kind is None:
+    # Whoever shards or offloads weights may have given the memory of some back (`untyped_storage().resize_(0)`).
+    if tensor.device.type != "cpu" or not tensor.numel() or kind is None or not tensor.untyped_storage().nbytes():
         return []
     begin, ends = tensor.data_ptr(), [size - 1 for size in tensor.shape]
     places = {

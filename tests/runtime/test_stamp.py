@@ -295,6 +295,18 @@ def test_steps_written_by_hand_show_on_a_cpu(dtype: torch.dtype) -> None:
         assert not stamp.matches(part)
 
 
+def test_a_weight_whose_memory_was_given_back_is_not_read() -> None:
+    """As by what shards or offloads weights; the process would end."""
+    part = nn.Conv2d(2, 2, 3)
+    stamp = WeightsStamp(part)
+    part.weight.untyped_storage().resize_(0)
+    assert not stamp.matches(part)
+    stamp = WeightsStamp(part)
+    assert stamp.matches(part)
+    part.weight.untyped_storage().resize_(part.weight.nbytes)
+    assert not stamp.matches(part)
+
+
 def test_frames_follow_a_step_written_by_hand() -> None:
     decoder = TinyDecoder().eval()
     decode, anew = (VideoDecode(decoder, batch_size=2, settings=TensorRTConfig(enabled=False)) for _ in range(2))
