@@ -49,6 +49,7 @@ CORE_ANCHOR = "proj_in"
 _ANCHORS = (HALF_ANCHOR, CORE_ANCHOR)
 # Networks that only a training program uses.
 SIDE_NETWORKS = ("loss", "loss_fn", "criterion", "discriminator", "disc", "lpips", "perceptual", "perceptual_loss")
+_SIDE_WORDS = {*SIDE_NETWORKS, "d", "critic"}  # in names of averages: `d_ema` stands beside `g_ema`
 _TRAINING_STATE = ("opt", "optim", "optimizer", "scheduler", "lr_scheduler", "scaler", "grad_scaler", "rng", "callback")
 _LEADING = {ONLINE, *TRAINED, CORE, *PARTS}
 # Of mappings in mappings, and of tensors in all.
@@ -71,7 +72,7 @@ def is_training_state(key: str) -> bool:
 def _is_average(name: str) -> bool:
     """Returns whether a name stands for averaged weights, of anything but a network that only training uses."""
     words = set(re.split("[_-]", name.lower()))
-    return name in AVERAGES or (bool(words & _AVERAGE_WORDS) and not words.intersection(SIDE_NETWORKS))
+    return name in AVERAGES or (bool(words & _AVERAGE_WORDS) and not words & _SIDE_WORDS)
 
 
 def _named_part(name: str) -> str | None:
