@@ -98,7 +98,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
 def _with_tied(module: nn.Module, state: dict[str, Tensor], path: Path | str) -> dict[str, Tensor]:
     """Adds the names of shared weights that a writer left out, as safetensors' `save_model` does."""
     names: dict[int, list[str]] = {}
-    for name, held in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
+    for name, held in module.state_dict(keep_vars=True).items():
         names.setdefault(id(held), []).append(name)
     for shared in names.values():
         given = [name for name in shared if name in state]

@@ -134,6 +134,9 @@ def test_one_name_of_shared_weights_is_enough(tmp_path: Path) -> None:
     other = {**module.state_dict(), "1.weight": torch.zeros(4, 4)}
     with pytest.raises(CheckpointError, match=r"0\.weight and 1\.weight are one weight .* and differ in the file"):
         load_weights(twin, other, "a.safetensors")
+    twin.register_buffer("table", torch.ones(2))
+    twin[0].register_buffer("table", twin.table, persistent=False)  # no file has it
+    load_weights(twin, twin.state_dict(), "a.safetensors")
 
 
 def test_tied_and_unfit_weights_when_saving(tmp_path: Path) -> None:
