@@ -24,8 +24,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
 EXAMPLES = SHIPPED / "examples"
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
-# Forms of other programs, which would become names: `${NAME:-x}`, `$$NAME`, `%NAME%`, systemd's `%h/`, templates.
-_LEFT = re.compile(r"\$[{(]|`|%[A-Za-z_]\w*%|^%[A-Za-z]/|\{\{")
+# Forms of other programs, which would become names: `${NAME:-x}`, `$$NAME`, `%NAME%`, systemd's `%h/`, templates. Two
+# hexadecimal digits are none of them, but a byte of a name that was encoded as in addresses: `caf%C3%A9`.
+_LEFT = re.compile(r"\$[{(]|`|%(?![0-9A-Fa-f]{2}%)[A-Za-z_]\w*%|^%[A-Za-z]/|\{\{")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: a Path has made one of two
 
 
@@ -96,5 +97,6 @@ def find_beside(path: Path | str | None, cfg_path: Path | str) -> Path | None:
     if path is None or os.path.exists(path):
         return None if path is None else Path(path)
     given = Path(os.path.abspath(at_home(cfg_path)))
-    above = (parent / path for parent in (*given.parents, *given.resolve().parents))  # it may be a link
+    # A link leads to a file whose author meant what lies beside that; then what lies beside the link.
+    above = (parent / path for parent in (*given.resolve().parents, *given.parents))
     return next((found for found in above if os.path.exists(found)), Path(path))

@@ -249,11 +249,11 @@ def test_paths_of_a_configuration_are_found_from_anywhere(tmp_path: Path, monkey
     assert find_beside("weights.pt", tmp_path / "a" / "b" / "cfg.yml") == tmp_path / "weights.pt"
     assert find_beside("absent.pt", tmp_path / "cfg.yml") == Path("absent.pt")
     (tmp_path / "runs").mkdir()
-    for name in ("runs/own.pt", "a/far.pt"):
+    for name in ("runs/own.pt", "a/far.pt", "runs/both.pt", "a/both.pt"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "runs" / "cfg.yml").symlink_to(tmp_path / "a" / "b" / "cfg.yml")
-    found = [find_beside(name, tmp_path / "runs" / "cfg.yml") for name in ("own.pt", "far.pt")]
-    assert found == [tmp_path / "runs" / "own.pt", tmp_path / "a" / "far.pt"]
+    found = [find_beside(name, tmp_path / "runs" / "cfg.yml") for name in ("own.pt", "far.pt", "both.pt")]
+    assert found == [tmp_path / "runs" / "own.pt", tmp_path / "a" / "far.pt", tmp_path / "a" / "both.pt"]
     assert find_beside(None, tmp_path / "cfg.yml") is None
 
 
