@@ -142,7 +142,7 @@ def test_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, path in {
         "~": "/home/me", "~/a b": "/home/me/a b", "$OWL_ROOT/x": "/runs/x", "${OWL_ROOT}": "/runs", "a~b": "a~b",
         "/x/~": "/x/~", "cost$5": "cost$5", "x" * 255: "x" * 255, "größe/ü": "größe/ü", "10:30.mp4": "10:30.mp4",
-        "100%/x": "100%/x", "a%20b%20c": "a%20b%20c", "5%h/x": "5%h/x",
+        "100%/x": "100%/x", "a%20b%20c": "a%20b%20c", "caf%C3%A9": "caf%C3%A9", "5%h/x": "5%h/x",
     }.items():  # fmt: skip
         assert expanded(text) == Path(path)
         assert expanded(Path(text)) == Path(path)
