@@ -43,7 +43,7 @@ from owl_wms.trainers.checkpoints import (
     save_output,
     set_aside,
 )
-from owl_wms.trainers.distributed import barrier, choose_device
+from owl_wms.trainers.distributed import any_rank, barrier, choose_device
 from owl_wms.trainers.ema import EMA
 from owl_wms.trainers.evaluation import Evaluation, Evaluator, core_of
 from owl_wms.trainers.guards import REMEDY, broken_weight, raise_if_rank_lost, require_finite, rescue
@@ -118,6 +118,7 @@ class BaseTrainer(ABC):
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._signal = StopRequest()  # on this rank, at any moment
         self._stop = False  # agreed by all ranks, between two steps
+        self._begun = False  # whether `train` has restored what this run continues
         self._opened = False  # whether this run has its folder
         self.run_log: RunLog | None = None  # on rank 0, once it has
         self._start_log = StartLog(enabled=global_rank == 0)
@@ -196,9 +197,9 @@ class BaseTrainer(ABC):
                 ended, and rank 0 saved the last whole step.
             DataError: a row that cannot be used; the steps before it are saved.
         """
-        if not self.losses:  # a notebook may call `train` again, which goes on from where this run is
+        if not self._begun:  # a notebook may call `train` again, which goes on from where this run is
             self.resume()
-            self.saved_step = self.step
+            self.saved_step, self._begun = self.step, True
         self._start_log.log("loading evaluation data and decoder")
         self.evaluator.prepare()
         self._stop, failed = False, True
@@ -215,7 +216,7 @@ class BaseTrainer(ABC):
                         self._lock.check(self.step)
                     if self.step % self.train_cfg.save_interval == 0:
                         self.save()
-                if self.step != self.saved_step:
+                if any_rank(self.step != self.saved_step, self.device):  # rank 0 alone knows of a step that was rescued
                     self.save()
                 if not self._stop:
                     self.evaluate()

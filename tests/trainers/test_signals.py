@@ -141,6 +141,10 @@ def test_a_run_that_failed_goes_on_from_the_step_that_was_rescued(tmp_path: Path
     trainer.train()
     assert trainer.step == 3
     assert {path.name for path in (tmp_path / "run").glob("*[!l]")} == {"step_1.pt", "step_3.pt"}
+    rest = build(tmp_path, "rft", max_steps=4, resume_ckpt="latest")
+    rest.train_step()  # by hand, to see whether it runs
+    rest.train()
+    assert {path.name for path in (tmp_path / "run").glob("*[!l]")} == {"step_1.pt", "step_3.pt", "step_4.pt"}
 
 
 def test_a_signal_between_steps_waits_for_the_other_ranks(tmp_path: Path) -> None:
