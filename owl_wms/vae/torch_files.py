@@ -10,6 +10,7 @@ Usage:
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import pickle
 import re
@@ -24,6 +25,7 @@ import torch
 
 FORBIDDEN = re.compile(r"[Uu]nsupported (global|GLOBAL|class)|unrecognized function|Can only build|not allowed")
 """Begins torch's refusal to run code, as opposed to bytes that it cannot parse."""
+_LARGE = 1 << 26
 _turn = threading.Lock()  # torch has one list of what is allowed, for all threads
 
 
@@ -38,17 +40,38 @@ def load_torch(file: Path | str | BinaryIO, *, device: str = "cpu") -> Any:
         pickle.UnpicklingError: damaged bytes, or objects that would run code (`FORBIDDEN` is in the text).
         Exception: whatever else damaged bytes lead `torch.load` to raise.
     """
-    try:
-        return _load(file, device)
-    except pickle.UnpicklingError as error:
-        if not FORBIDDEN.search(str(error)):
-            raise
-    if not isinstance(file, (Path, str)):
-        file.seek(0)
+    if not _is_refused_when_large(file):
+        try:
+            return _load(file, device)
+        except pickle.UnpicklingError as error:
+            if not FORBIDDEN.search(str(error)):
+                raise
+        if not isinstance(file, (Path, str)):
+            file.seek(0)
     with _turn:
         taken = {*torch.serialization.get_safe_globals()}  # the caller's own are allowed before and afterwards
         with torch.serialization.safe_globals([entry for entry in _harmless() if entry not in taken]):
             return _load(file, device)
+
+
+def _is_refused_when_large(file: Path | str | BinaryIO) -> bool:
+    """Returns whether a large file names classes that torch alone refuses, perhaps behind gigabytes of tensors.
+
+    A look at the names takes some milliseconds, which small files are not worth.
+    """
+    if isinstance(file, (Path, str)):
+        with open(file, "rb") as opened:
+            return _is_refused_when_large(opened)
+    if file.seek(0, os.SEEK_END) < _LARGE:
+        file.seek(0)
+        return False
+    file.seek(0)
+    try:
+        return bool(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception:  # damaged, or the older form: whoever reads it says so
+        return False
+    finally:
+        file.seek(0)
 
 
 def _load(file: Path | str | BinaryIO, device: str) -> Any:

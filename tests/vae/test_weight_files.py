@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -20,7 +21,15 @@ from owl_wms.errors import CheckpointError
 from owl_wms.files import false_claims
 from owl_wms.media.read_facts import file_digest, weights_digest
 from owl_wms.trainers.checkpoints import load_checkpoint
-from owl_wms.vae import build_autoencoder, build_decoder, load_weights, read_state_dict, select_part, weight_files
+from owl_wms.vae import (
+    build_autoencoder,
+    build_decoder,
+    load_weights,
+    read_state_dict,
+    select_part,
+    torch_files,
+    weight_files,
+)
 from tests.vae.helpers import randomize, small_dcae
 
 MODEL = randomize(build_autoencoder(small_dcae()))
@@ -85,6 +94,22 @@ def test_shards_of_a_variant(tmp_path: Path, name: str) -> None:
     index.write_text(json.dumps({"weight_map": places}))
     assert reads(index)
     assert reads(tmp_path)
+
+
+def test_the_tensors_of_a_large_file_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"state_dict": DECODER, "args": argparse.Namespace(lr=0.5)}, tmp_path / "run.pt")
+    load, reads = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *given, **options: reads.append(given) or load(*given, **options))
+    assert read_state_dict(tmp_path / "run.pt").keys() == DECODER.keys()
+    assert len(reads) == 2, "nobody looks at the names in a small file first"
+    monkeypatch.setattr(torch_files, "_LARGE", 1)
+    assert read_state_dict(tmp_path / "run.pt").keys() == DECODER.keys()
+    assert len(reads) == 3
+    with (tmp_path / "run.pt").open("rb") as file:
+        assert torch_files.load_torch(file)["args"].lr == 0.5
+    torch.save(DECODER, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert read_state_dict(tmp_path / "old.pt").keys() == DECODER.keys()
+    assert len(reads) == 5
 
 
 def test_what_a_caller_allowed_stays_allowed(tmp_path: Path) -> None:
