@@ -197,7 +197,10 @@ class BaseTrainer(ABC):
                 ended, and rank 0 saved the last whole step.
             DataError: a row that cannot be used; the steps before it are saved.
         """
-        if not self._begun:  # a notebook may call `train` again, which goes on from where this run is
+        if self._begun:  # a notebook may call `train` again, which goes on from where this run is
+            self.loader.load_state_dict(self.position)
+            self._batches = self.endless(self.loader, "data_kwargs")  # whatever raised in the old ones has ended them
+        else:
             self.resume()
             self.saved_step, self._begun = self.step, True
         self._start_log.log("loading evaluation data and decoder")

@@ -5,12 +5,15 @@ torchrun and Slurm signal the whole group, loader's workers included.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +126,25 @@ def test_a_run_that_was_stopped_goes_on_when_it_is_called_again(tmp_path: Path) 
     trainer.train()
     assert taken == [True]
     assert {path.name for path in (tmp_path / "run").glob("*[!l]")} == {"step_2.pt", "step_3.pt"}
+
+
+def test_a_run_that_was_interrupted_while_it_read_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What raises in a generator ends it: there would be no further batch, and no word about it."""
+    trainer = build(tmp_path, "rft", max_steps=3)
+    loader = type(trainer.loader)
+    read = loader.__iter__
+
+    def interrupted(self: Any) -> Iterator[Any]:
+        yield from itertools.islice(read(self), 1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loader, "__iter__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert trainer.step == 1
+    trainer.train()
+    assert trainer.step == 3
 
 
 def test_a_run_that_failed_goes_on_from_the_step_that_was_rescued(tmp_path: Path) -> None:
