@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,11 +253,8 @@ class NpyTableWriter:
         stored = {column: self._numbers(column, array, index) for column, array in arrays.items()}
         lengths = {column: len(array) for column, array in stored.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise DataError(
-                f"{self.path}: arrays of row {index} must share one length above 0: {lengths}",
-                path=self.path,
-                index=index,
-            )
+            text = f"{self.path}: arrays of row {index} must share one length above 0: {lengths}"
+            raise DataError(text, path=self.path, index=index)
         row: dict[str, Any] = {
             **{name: self._plain_value(name, value, index) for name, value in fields.items()},
             "missing": False,
@@ -273,8 +270,10 @@ class NpyTableWriter:
                 _replace_json(self.path / "manifest.json", [*self._rows, row])
                 self._make_table()
             except BaseException:
-                for column in arrays:  # no row names them, and the space may be what is missing
+                for column in arrays:  # the space may be what is missing
                     (self.path / row[column]).unlink(missing_ok=True)
+                with suppress(OSError):  # the row may be in it already, as after Ctrl-C
+                    _replace_json(self.path / "manifest.json", self._rows)
                 raise
         self._rows.append(row)
         self._used.update(row[column] for column in arrays)

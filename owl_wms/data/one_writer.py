@@ -52,8 +52,10 @@ class OneWriter:
             if self._version() != self._known and not self._holds(rows):
                 text = "another program has added rows since this one opened the table; run this one again afterwards"
                 raise DataError(f"{self._manifest.parent}: {text}", path=self._manifest.parent)
-            yield
-            self._known = self._version()
+            try:
+                yield
+            finally:
+                self._known = self._version()
         finally:
             if folder is not None:
                 with suppress(OSError):

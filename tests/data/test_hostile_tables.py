@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -16,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from owl_wms.data import npy_table
 from owl_wms.data.npy_table import NpyTable, NpyTableWriter
 from owl_wms.data.s3 import BucketError, TarBucket, make_client, read_clips
 from owl_wms.data.windows import WindowDataset
@@ -233,6 +235,32 @@ def test_two_writers_of_one_table_take_nothing_from_each_other(tmp_path: Path) -
     found = NpyTable(tmp_path)
     assert [row.fields["seed"] for row in found.rows] == [0, 2, 1]
     assert [float(found.slice(row, "z", 0, 1).max()) for row in range(3)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "schema.json"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_writer_goes_on_after_an_append_that_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, late: bool
+) -> None:
+    """By a full disk, or by Ctrl-C when the manifest has the row already: none names files that are not there."""
+    writer = NpyTableWriter(tmp_path, ("z",), ("seed",), begin=False)
+    replace = npy_table._replace_json
+    ended = []
+
+    def replaced(path: Path, value: Any) -> None:
+        if late or path.name != name:
+            replace(path, value)
+        if path.name == name and not ended:
+            ended.append(name)
+            raise KeyboardInterrupt if late else OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(npy_table, "_replace_json", replaced)
+    with pytest.raises(KeyboardInterrupt if late else DataError):
+        writer.append({"z": np.zeros((4, 2), "f4")}, seed=0)
+    assert json.loads((tmp_path / "manifest.json").read_text()) == []
+    monkeypatch.undo()
+    writer.append({"z": np.ones((4, 2), "f4")}, seed=1)
+    assert NpyTable(tmp_path).slice(0, "z", 0, 4).all()
 
 
 def test_an_append_writes_through_no_link(tmp_path: Path) -> None:
