@@ -59,6 +59,7 @@ from owl_wms.trainers.undo import Undo
 
 _log = logging.getLogger(__name__)
 LATEST = "latest"
+_ASIDE = "%s held checkpoints of another run, with steps after %d: they are in %s now; --resume continues a run"
 
 
 class BaseTrainer(ABC):
@@ -283,9 +284,8 @@ class BaseTrainer(ABC):
             TrainingError: weights that are not finite, on all ranks alike; the files stay as they are.
         """
         if (broken := broken_weight(self.checkpoint())) is not None:
-            raise TrainingError(
-                f"step {self.step}: weight {broken!r} is NaN or infinite and nothing is saved; {REMEDY}", step=self.step
-            )
+            text = f"step {self.step}: weight {broken!r} is NaN or infinite and nothing is saved; {REMEDY}"
+            raise TrainingError(text, step=self.step)
         if self.rank == 0:
             self.write_checkpoint()
         barrier()
@@ -363,10 +363,7 @@ class BaseTrainer(ABC):
             return
         self._lock.take()
         if (aside := set_aside(self.folder, self.saved_step)) is not None:
-            _log.warning(
-                "%s held checkpoints of another run, with steps after %d: they are in %s now; --resume continues a run",
-                *(self.folder, self.saved_step, aside.name),
-            )
+            _log.warning(_ASIDE, self.folder, self.saved_step, aside.name)
         self.run_log = RunLog(self.folder, self.wandb_cfg, self.configuration(), tensorboard=self.train_cfg.tensorboard)
 
     def configuration(self) -> dict[str, Any]:
