@@ -344,7 +344,8 @@ def _below_root(state: Mapping[str, Tensor], anchor: str, part: str, path: Path 
         half = tuple("encoder" if name == "decoder" else "decoder" if name == "encoder" else name for name in root)
         _tell(path, [key for key in left if not _below(key, half)], "are in neither half and are not used")
         return picked
-    others = [key for key in left if own[key] is not None and not _below(key, root)]
+    # Beside it: a key further up, without its prefix, may be one of its weights given twice.
+    others = [key for key in left if (at := own[key]) is not None and not _below(key, root) and at != root[: len(at)]]
     _tell(path, others, "belong to another network and are not used")
     left = {key: value for key, value in left.items() if key not in others}
     # Loading reports what is left over. Where a short name is taken twice, the long one is left over.
