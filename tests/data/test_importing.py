@@ -407,6 +407,16 @@ def test_clips_of_one_name_in_two_folders_are_not_taken_for_each_other(tmp_path:
     assert import_clips(str(tmp_path / "1"), tmp_path / "table", fps=20).added == 1
 
 
+def test_clips_that_are_present_may_lack_what_an_earlier_import_added(tmp_path: Path) -> None:
+    save_array(tmp_path / "a.pt", clip(0)["latent"], facts=Facts(fps=20, vae_scale=0.5))
+    import_clips(str(tmp_path / "a.pt"), tmp_path / "table", no_mouse=True)
+    for no_mouse in (False, True):
+        assert import_clips(str(tmp_path / "a.pt"), tmp_path / "table", no_mouse=no_mouse) == Imported(present=1)
+    save_array(tmp_path / "a.pt", clip(0)["latent"][:, :, :1, :1], facts=Facts(fps=20, vae_scale=0.5))
+    with pytest.raises(DataError, match=r"clip a\.pt: row 0 of the table is another clip of this name"):
+        import_clips(str(tmp_path / "a.pt"), tmp_path / "table", no_mouse=True)
+
+
 def test_latents_of_two_encoders_do_not_share_a_table(tmp_path: Path) -> None:
     for name, digest in (("a", "0"), ("b", "1"), ("c", "0")):
         save_array(tmp_path / f"{name}.pt", clip(1), facts=Facts(vae=f"vae{digest}.pt", vae_sha256=digest * 64))
