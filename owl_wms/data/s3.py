@@ -176,7 +176,12 @@ def list_tars(bucket: TarBucket, prefix: str) -> list[str]:
     if not tars:
         raise DataError(f"s3://{bucket.bucket_name}/{prefix}: no .tar below this prefix", path=prefix)
     folder = f"{prefix.removesuffix('/')}/" if prefix else ""
-    return [key for key in tars if key.startswith(folder)] or tars
+    own = [key for key in tars if key.startswith(folder)] or tars
+    if len(own) < len(tars):
+        other = next(key for key in tars if not key.startswith(folder))
+        text = "s3://%s/%s: is a folder; tars whose names only begin so are passed over (%d, such as %s)"
+        _log.warning(text, bucket.bucket_name, prefix, len(tars) - len(own), other)
+    return own
 
 
 def _codes(error: Exception) -> set[str]:

@@ -235,12 +235,15 @@ def test_an_absent_tar_is_not_an_absent_bucket() -> None:
     assert len(client.keys) > 3
 
 
-def test_tars_are_listed_below_a_prefix_that_is_hidden_itself() -> None:
+def test_tars_are_listed_below_a_prefix_that_is_hidden_itself(caplog: pytest.LogCaptureFixture) -> None:
     keys = [".feats/a.tar", ".feats/._a.tar", ".feats/.old/b.tar", ".feats/a.txt", ".feats_old/a.tar"]
     pages = SimpleNamespace(paginate=lambda **_: [{"Contents": [{"Key": key} for key in keys]}, {}])
     client = SimpleNamespace(get_paginator=lambda _: pages)
     listed = TarBucket("b", client_factory=lambda: client)
     assert list_tars(listed, ".feats/") == list_tars(listed, ".feats") == [".feats/a.tar"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "s3://b/.feats: is a folder; tars whose names only begin so are passed over (1, such as .feats_old/a.tar)"
+    ]
     assert list_tars(listed, ".fea") == [".feats/a.tar", ".feats_old/a.tar"]
     keys[:] = ["feats/2024.01.tar", "feats/2024/._x.tar"]
     assert list_tars(listed, "feats/2024") == [keys[0]], "the dot behind the prefix begins no name"
