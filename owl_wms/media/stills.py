@@ -80,8 +80,9 @@ def picture_files(folder: Path) -> list[Path]:
     patterns = list(dict.fromkeys(re.sub(r"\d+", "#", path.stem.casefold()) for path in files))
     if 1 < len(patterns) < len(files):
         _log.warning("%s: holds pictures named %s, read in this order", folder, " and ".join(patterns[:3]))
-    by_size = sorted(files, key=lambda path: list(map(float, _DECIMAL.findall(path.stem))))
-    if len(patterns) == 1 and files != by_size:
+    decimal = len(patterns) == 1 and "#.#" in patterns[0]
+    by_size = sorted(files, key=lambda path: list(map(float, _DECIMAL.findall(path.stem)))) if decimal else files
+    if files != by_size:
         first, other = next(pair for pair in zip(files, by_size, strict=True) if pair[0] != pair[1])
         text = "%s: %s is read before %s; if the numbers are decimals, give the frames whole ones"
         _log.warning(text, folder, first.name, other.name)
