@@ -133,7 +133,8 @@ def _import(
                 continue
             facts = _facts_of(clip, encoder)
             if None not in (facts.vae_sha256, known.vae_sha256) and facts.vae_sha256 != known.vae_sha256:
-                text = f"was encoded with {facts.vae}, the rows of the table with {known.vae}; choose another folder"
+                text = f"was encoded with {_named(facts)}, the rows of the table with {_named(known)}"
+                text += "; choose another folder"
                 raise DataError(f"{source}: clip {clip.name}: {text}", path=source)
             rate = _rate(clip, fps, told)
             arrays = _checked(clip, encoder, no_mouse, shapes, source)
@@ -184,6 +185,10 @@ def _facts_of(clip: Clip, encoder: FrameEncoder | None) -> Facts:
     own = clip.facts if clip.video is None or encoder is None else encoder.facts
     scale = None if own.vae_scale is None else 1.0  # `_checked` multiplies by it
     return Facts(vae=own.vae, vae_sha256=own.vae_sha256, vae_scale=scale, layout="n c h w")
+
+
+def _named(facts: Facts) -> str:
+    return f"{facts.vae or 'an autoencoder'} (SHA-256 {str(facts.vae_sha256)[:8]})"
 
 
 def _rate(clip: Clip, fps: float | None, told: Facts | None) -> float:

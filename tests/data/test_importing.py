@@ -421,7 +421,8 @@ def test_latents_of_two_encoders_do_not_share_a_table(tmp_path: Path) -> None:
     for name, digest in (("a", "0"), ("b", "1"), ("c", "0")):
         save_array(tmp_path / f"{name}.pt", clip(1), facts=Facts(vae=f"vae{digest}.pt", vae_sha256=digest * 64))
     import_clips(str(tmp_path / "a.pt"), tmp_path / "table", fps=20)
-    with pytest.raises(DataError, match=r"clip b\.pt: was encoded with vae1\.pt, the rows of the table with vae0"):
+    text = r"clip b\.pt: was encoded with vae1\.pt \(SHA-256 11111111\), the rows of the table with vae0"
+    with pytest.raises(DataError, match=text):
         import_clips(str(tmp_path / "b.pt"), tmp_path / "table", fps=20)
     assert import_clips(str(tmp_path / "c.pt"), tmp_path / "table", fps=20).added == 1
 
