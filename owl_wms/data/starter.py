@@ -280,7 +280,8 @@ def button_names(path: Path, count: int) -> tuple[str, ...]:
 
 def _absolute(path: Path) -> Path:
     """Returns the whole path under its own name: that of the file behind a link may say neither form nor part."""
-    return Path(os.path.abspath(at_home(path)))
+    path = at_home(path)
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 def _text(value: object) -> str:

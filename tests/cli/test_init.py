@@ -103,8 +103,13 @@ def test_weights_in_a_folder_are_named_and_not_digested(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "weights").symlink_to("elsewhere")
     monkeypatch.setenv("HOME", str(tmp_path))
-    vae = ["--vae", tmp_path / "vae.yml", "--vae-checkpoint", "~/weights"]
+    (tmp_path / "elsewhere" / "inner").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere/inner")  # a step up from it is not the folder of the link
+    (tmp_path / "elsewhere" / "vae.yml").symlink_to("../vae.yml")
+    vae = ["--vae", tmp_path / "link" / ".." / "vae.yml", "--vae-checkpoint", "~/weights"]
     assert run("init", tmp_path / "w", "--from", table, *vae) == 0
+    found = load_world_config(tmp_path / "w" / "world.yml").train.vae_cfg_path
+    assert found == str(tmp_path / "elsewhere" / "vae.yml")
     assert "weights is not the file that encoded the data (vae.pt)" in " ".join(capsys.readouterr().out.split())
     assert load_world_config(tmp_path / "w" / "world.yml").train.vae_ckpt_path == str(tmp_path / "weights")
 
