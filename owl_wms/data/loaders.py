@@ -55,7 +55,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "dataset_path": (str, Path),
     "batch_columns": (Sequence,),
     "unlabelled_frac": (int, float),
-    "include_truncated": (bool,),
+    "include_truncated": (int,),  # a flag, or 0 and 1
     "num_workers": (int,),
     "seed": (int,),
 }

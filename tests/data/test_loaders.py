@@ -225,6 +225,12 @@ def test_arguments_of_other_types_are_one_error(tmp_path: Path, data_id: str, na
         get_loader(data_id, 1, **{**given, name: value})
 
 
+def test_a_flag_may_be_a_number(tmp_path: Path) -> None:
+    write(tmp_path)
+    for flag in (1, True):
+        assert next(iter(get_loader("cod", 1, **kwargs(tmp_path, include_truncated=flag))))
+
+
 @pytest.mark.parametrize("value", [None, 3, ["a"]])
 def test_names_in_a_bucket_are_texts(value: Any) -> None:
     with pytest.raises(ConfigError, match="prefix cannot be"):
