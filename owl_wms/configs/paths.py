@@ -24,9 +24,10 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
 EXAMPLES = SHIPPED / "examples"
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
-# Forms of other programs, which would become names: `${NAME:-x}`, `$$NAME`, `%NAME%`, systemd's `%h/`, templates. Two
-# hexadecimal digits are none of them, but a byte of a name that was encoded as in addresses: `caf%C3%A9`.
-_LEFT = re.compile(r"\$[{(]|`|%(?![0-9A-Fa-f]{2}%)[A-Za-z_]\w*%|^%[A-Za-z]/|\{\{")
+# Forms of other programs, which would become names: `${NAME:-x}`, `$$NAME`, `%NAME%`, systemd's `%h/`, templates.
+# `%NAME%` begins a part of the path; further in it is a name (`50%old_50%new`), as are bytes that were encoded as in
+# addresses (`%C3%A9t%C3%A9`).
+_LEFT = re.compile(r"\$[{(]|`|(?:^|/)%(?![0-9A-Fa-f]{2}%)[A-Za-z_]\w*%|^%[A-Za-z]/|\{\{")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: a Path has made one of two
 
 

@@ -143,6 +143,7 @@ def test_paths(monkeypatch: pytest.MonkeyPatch) -> None:
         "~": "/home/me", "~/a b": "/home/me/a b", "$OWL_ROOT/x": "/runs/x", "${OWL_ROOT}": "/runs", "a~b": "a~b",
         "/x/~": "/x/~", "cost$5": "cost$5", "x" * 255: "x" * 255, "größe/ü": "größe/ü", "10:30.mp4": "10:30.mp4",
         "100%/x": "100%/x", "a%20b%20c": "a%20b%20c", "caf%C3%A9": "caf%C3%A9", "5%h/x": "5%h/x",
+        "a/%C3%A9t%C3%A9": "a/%C3%A9t%C3%A9", "d%C3%A9j%C3%A0": "d%C3%A9j%C3%A0", "50%old_50%new": "50%old_50%new",
     }.items():  # fmt: skip
         assert expanded(text) == Path(path)
         assert expanded(Path(text)) == Path(path)
@@ -153,7 +154,8 @@ def test_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     ["", " ", "a\0b", "a\nb", "a\r", "$OWL_UNSET/x", "${OWL_UNSET}", "${oc.env:X}", "${a.b}/x", "$(date)",
      "`date`", "/runs/`hostname`", "a`b", "'/a'", '"/a b"',
      "s3://bucket/x", "file:///x", "hf://a/b", "~nobody-of-that-name/x", "x" * 256,
-     "/a/" + "ü" * 128, os.fsdecode(b"\xff"), "$$HOME/x", "$${HOME}/x", "%HOME%/x", "%h/.cache", "{{ home }}/x"],
+     "/a/" + "ü" * 128, os.fsdecode(b"\xff"), "$$HOME/x", "$${HOME}/x", "%HOME%/x", "/a/%USER%", "%h/.cache",
+     "{{ home }}/x"],
 )  # fmt: skip
 def test_odd_paths_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^(which|whose|of which)"):
