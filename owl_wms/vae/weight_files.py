@@ -30,6 +30,7 @@ from owl_wms.vae.pieces import read_pieces, safetensors_places
 from owl_wms.vae.torch_files import FORBIDDEN, load_torch
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+INDEX = ".index.json"
 DISTRIBUTED = ".metadata"
 MAX_INDEX_BYTES = 1 << 26
 # Names that diffusers, transformers and accelerate give to the weights in a folder of theirs.
@@ -163,7 +164,7 @@ def files_of(path: Path | str) -> list[Path]:
 
 
 def _index_of(path: Path, shard: re.Match[str]) -> Path:
-    return path.with_name(f"{shard['stem']}{shard['suffix']}.index.json")
+    return path.with_name(f"{shard['stem']}{shard['suffix']}{INDEX}")
 
 
 def _numbered(shard: re.Match[str]) -> list[str]:
@@ -234,11 +235,12 @@ def _read_folder(path: Path) -> Any:
     names = sorted(entry.name for entry in os.scandir(path) if entry.name[0] != "." or entry.name == DISTRIBUTED)
     if DISTRIBUTED in names:
         return _read_distributed(path)
-    indices = [name for name in names if _INDEX.fullmatch(name)]
+    indices = [name for name in names if name.endswith(INDEX)]
+    variants = [name for name in names if _INDEX.fullmatch(name)]  # `fp16` beside the weights in full is not meant
     files = [name for name in names if name.endswith(SUFFIXES) and not _SHARD.fullmatch(name)]
     files = [name for name in files if not is_training_state(Path(name).stem)] or files
     usual = [name for name in USUAL_NAMES if name in files]
-    chosen = indices or usual[:1] or files
+    chosen = indices or usual[:1] or files or variants
     if not chosen:
         shards = [name for name in names if _SHARD.fullmatch(name)]
         chosen = shards[:1]

@@ -96,6 +96,21 @@ def test_shards_of_a_variant(tmp_path: Path, name: str) -> None:
     assert reads(tmp_path)
 
 
+def test_weights_in_full_come_before_a_variant_beside_them(tmp_path: Path) -> None:
+    """As in a download of a whole repository."""
+    half = tmp_path / "w-00001-of-00001.fp16.safetensors"
+    save_file({key: value + 1 for key, value in DECODER.items()}, half)
+    places = dict.fromkeys(DECODER, half.name)
+    (tmp_path / "w.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": places}))
+    (tmp_path / "found.index.faiss.json").write_text("{}")
+    save_file(DECODER, tmp_path / "w.safetensors")
+    assert reads(tmp_path)
+    (tmp_path / "w.safetensors").rename(tmp_path / "w-00001-of-00001.safetensors")
+    places = dict.fromkeys(DECODER, "w-00001-of-00001.safetensors")
+    (tmp_path / "w.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert reads(tmp_path)
+
+
 def test_the_tensors_of_a_large_file_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"state_dict": DECODER, "args": argparse.Namespace(lr=0.5)}, tmp_path / "run.pt")
     load, reads = torch.load, []
