@@ -103,12 +103,17 @@ def _with_tied(module: nn.Module, state: dict[str, Tensor], path: Path | str) ->
     for shared in names.values():
         given = [name for name in shared if name in state]
         alike = [name for name in given[1:] if state[name].shape == state[given[0]].shape]
-        other = next((name for name in alike if (state[name] != state[given[0]]).any()), None)
+        other = next((name for name in alike if _differ(state[name], state[given[0]])), None)
         if other is not None:
             text = f"{given[0]} and {other} are one weight in the configured model, and differ in the file"
             raise CheckpointError(f"{path}: {text}; give the file of this model", path=path, mismatch=other)
-        state |= {name: state[given[0]] for name in shared if given}
+        state |= {name: state[given[0]] for name in shared if given and name not in state}
     return state
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Returns whether two tensors of one shape have different values; two that are NaN at a place do not differ."""
+    return bool(((one != other) & ((one == one) | (other == other))).any())
 
 
 def require_plain(state: Mapping[str, Tensor], path: Path | str) -> None:

@@ -134,6 +134,12 @@ def test_one_name_of_shared_weights_is_enough(tmp_path: Path) -> None:
     other = {**module.state_dict(), "1.weight": torch.zeros(4, 4)}
     with pytest.raises(CheckpointError, match=r"0\.weight and 1\.weight are one weight .* and differ in the file"):
         load_weights(twin, other, "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"1\.weight is \[2, 2\] in the file and \[4, 4\]"):
+        load_weights(twin, {**state, "0.weight": torch.ones(4, 4), "1.weight": torch.ones(2, 2)}, "a.safetensors")
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_weights(
+            twin, {**module.state_dict(), **dict.fromkeys(("0.weight", "1.weight"), Z.new_full((4, 4), torch.nan))}, "x"
+        )
     twin.register_buffer("table", torch.ones(2))
     twin[0].register_buffer("table", twin.table, persistent=False)  # no file has it
     load_weights(twin, twin.state_dict(), "a.safetensors")
