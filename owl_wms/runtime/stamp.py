@@ -193,13 +193,13 @@ class WeightsStamp:
         tensors = self._tensors_of(values)
         if list(map(_version, self._counted(tensors))) != self._versions:
             return False
-        if list(map(Tensor.data_ptr, tensors)) != self._addresses:
-            return False
+        moved = map(ne, map(Tensor.data_ptr, tensors), self._addresses)
         # An allocator gives the address of a freed weight to the next one of its size, so equal addresses mean the
-        # same weights only where none of the old ones was freed by the time the addresses were read. Freed memory must
-        # not be read either: this is one call of C, in which no other thread of Python's runs.
+        # same weights only where none of the old ones was freed by the time the addresses were read.
         gone = map(torch.UntypedStorage._expired, self._pointers)
-        if any(chain(gone, map(ne, map(_value, self._cells), self._read))):
+        # Freed memory must not be read, nor what a storage has given back, and then has another address: this is one
+        # call of C, in which no other thread of Python's runs.
+        if any(chain(moved, gone, map(ne, map(_value, self._cells), self._read))):
             return False
         return self._unstepped() and self._unhooked()
 
@@ -246,14 +246,17 @@ class WeightsStamp:
 def _cells(tensor: Tensor) -> list[Any]:
     """Returns the first, a middle and the last value of a tensor on the CPU, as places in memory to be read again."""
     kind = _CELLS.get(tensor.itemsize)
-    # Whoever shards or offloads weights may have given the memory of some back (`untyped_storage().resize_(0)`).
-    if tensor.device.type != "cpu" or not tensor.numel() or kind is None or not tensor.untyped_storage().nbytes():
+    begin = tensor.data_ptr() if tensor.device.type == "cpu" else 0  # also 0 for one that only a trace has
+    if not begin or tensor.is_nested or not tensor.numel() or kind is None:
         return []
-    begin, ends = tensor.data_ptr(), [size - 1 for size in tensor.shape]
+    ends = [size - 1 for size in tensor.shape]
     places = {
         sum(index * step for index, step in zip(each, tensor.stride(), strict=True))
         for each in ([0] * len(ends), [end // 2 for end in ends], ends)
     }
+    # Whoever shards or offloads weights may have given the memory of some back (`untyped_storage().resize_(0)`).
+    if tensor.untyped_storage().nbytes() < (tensor.storage_offset() + max(places) + 1) * tensor.itemsize:
+        return []
     return [kind.from_address(begin + place * tensor.itemsize) for place in sorted(places)]
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
 from owl_wms.runtime import VideoDecode
-from owl_wms.runtime.stamp import WeightsStamp, hindrance
+from owl_wms.runtime.stamp import WeightsStamp, _cells, hindrance
 from owl_wms.settings import TensorRTConfig
 from owl_wms.vae import fold_weight_norm
 from tests.runtime.toolchains import ExportToolchain, TinyDecoder, settings
@@ -305,6 +305,17 @@ def test_a_weight_whose_memory_was_given_back_is_not_read() -> None:
     assert stamp.matches(part)
     part.weight.untyped_storage().resize_(part.weight.nbytes)
     assert not stamp.matches(part)
+    part.weight.untyped_storage().resize_(part.weight.nbytes // 2)
+    assert len(WeightsStamp(part)._cells) == len(part.bias), "of a weight that has lost a part nothing is read"
+
+
+def test_a_buffer_without_a_shape_is_no_obstacle() -> None:
+    part = nn.Conv2d(2, 2, 3)
+    part.register_buffer("clips", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    assert WeightsStamp(part).matches(part)
+    # As in torch.func.functionalize, where a tensor has no memory of its own.
+    wrapped = torch._to_functional_tensor(torch.ones(3))
+    assert not _cells(wrapped)
 
 
 def test_frames_follow_a_step_written_by_hand() -> None:
