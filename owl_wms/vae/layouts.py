@@ -49,7 +49,9 @@ CORE_ANCHOR = "proj_in"
 _ANCHORS = (HALF_ANCHOR, CORE_ANCHOR)
 # Networks that only a training program uses.
 SIDE_NETWORKS = ("loss", "loss_fn", "criterion", "discriminator", "disc", "lpips", "perceptual", "perceptual_loss")
-_SIDE_WORDS = {*SIDE_NETWORKS, "d", "critic"}  # in names of averages: `d_ema` stands beside `g_ema`
+# Words in names of averages of something else: `d_ema` stands beside `g_ema`, and optimisers keep `exp_avg`.
+_SIDE_WORDS = {*SIDE_NETWORKS, "d", "critic", "exp", "sq", "grad", "grads", "gradient", "gradients", "momentum"}
+_SIDE_WORDS |= {"norm", "norms", "meter", "meters", "metric", "metrics"}
 _TRAINING_STATE = ("opt", "optim", "optimizer", "scheduler", "lr_scheduler", "scaler", "grad_scaler", "rng", "callback")
 _LEADING = {ONLINE, *TRAINED, CORE, *PARTS}
 # Of mappings in mappings, and of tensors in all.
@@ -70,7 +72,7 @@ def is_training_state(key: str) -> bool:
 
 @functools.lru_cache(1024)
 def _is_average(name: str) -> bool:
-    """Returns whether a name stands for averaged weights, of anything but a network that only training uses."""
+    """Returns whether a name stands for averaged weights, and of no network that only training uses."""
     words = set(re.split("[_-]", name.lower()))
     return name in AVERAGES or (bool(words & _AVERAGE_WORDS) and not words & _SIDE_WORDS)
 

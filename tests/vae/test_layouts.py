@@ -80,7 +80,7 @@ def test_an_average_beside_the_trained_weights(average: str, nested: bool) -> No
 def test_an_average_whose_name_has_a_word_for_it(trained: str, average: str) -> None:
     assert same(decoder_of({trained: DECODER, average: AVERAGED, "avg_meter": {"loss": torch.ones(3)}}), AVERAGED)
     assert same(decoder_of({"model": DECODER, average: AVERAGED}, prefer_ema=False))
-    for other in ("disc_ema", "d_ema", "net_d_ema", "critic_ema"):
+    for other in ("disc_ema", "d_ema", "net_d_ema", "critic_ema", "exp_avg", "grad_ema", "ema_grad_norms"):
         assert same(decoder_of({"model": DECODER, other: AVERAGED}))
     with pytest.raises(CheckpointError, match=r"several networks|holds weights twice"):
         decoder_of({f"{average}_a": AVERAGED, f"{average}_b": AVERAGED})
