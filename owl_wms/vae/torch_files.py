@@ -23,10 +23,21 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from owl_wms import env
+
 FORBIDDEN = re.compile(r"[Uu]nsupported (global|GLOBAL|class)|unrecognized function|Can only build|not allowed")
 """Begins torch's refusal to run code, as opposed to bytes that it cannot parse."""
 _LARGE = 1 << 26
-_turn = threading.Lock()  # torch has one list of what is allowed, for all threads
+_turn = threading.RLock()  # torch has one list of what is allowed, for all threads
+
+
+def _renew() -> None:
+    """For a forked child, a loader's worker for example: another thread of the parent may have had the turn."""
+    global _turn
+    _turn = threading.RLock()
+
+
+env.after_fork(_renew)
 
 
 def load_torch(file: Path | str | BinaryIO, *, device: str = "cpu") -> Any:

@@ -136,6 +136,13 @@ def test_what_a_caller_allowed_stays_allowed(tmp_path: Path) -> None:
     assert set(torch.serialization.get_safe_globals()) == before
 
 
+def test_a_forked_child_does_not_wait_for_a_thread_of_its_parent() -> None:
+    with torch_files._turn, torch_files._turn:  # nor a signal handler for what it interrupted
+        held = torch_files._turn
+        torch_files._renew()
+        assert torch_files._turn is not held
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
