@@ -77,7 +77,11 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
     """
     own = module.state_dict()
     require_plain(state, path)
-    state = _with_tied(module, respelled(state, own), path)
+    state = respelled(state, own)
+    shared = _shared_names(module)
+    for names in shared:  # of which a writer may keep one, as safetensors' `save_model` does
+        given = next((name for name in names if name in state), None)
+        state |= {name: state[given] for name in names if given is not None and name not in state}
     problem = first_mismatch(own, state)
     if problem is not None:
         count = len(own.keys() ^ state.keys()) + sum(
@@ -90,30 +94,22 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
     problem = next((text for key, value in state.items() if (text := _unlike(key, value, own[key]))), None)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}", path=path, mismatch=problem)
+    for first, *others in shared:
+        other = next((name for name in others if (state[name] != state[first]).any()), None)
+        if other is not None:
+            text = f"{first} and {other} are one weight in the configured model, and differ in the file"
+            raise CheckpointError(f"{path}: {text}; give the file of this model", path=path, mismatch=other)
     if assign:
         state = separate({key: value.to(own[key].dtype) for key, value in state.items()})
     module.load_state_dict(state, strict=True, assign=assign)
 
 
-def _with_tied(module: nn.Module, state: dict[str, Tensor], path: Path | str) -> dict[str, Tensor]:
-    """Adds the names of shared weights that a writer left out, as safetensors' `save_model` does."""
+def _shared_names(module: nn.Module) -> list[list[str]]:
+    """Returns the names of each weight that several layers share."""
     names: dict[int, list[str]] = {}
     for name, held in module.state_dict(keep_vars=True).items():
         names.setdefault(id(held), []).append(name)
-    for shared in names.values():
-        given = [name for name in shared if name in state]
-        alike = [name for name in given[1:] if state[name].shape == state[given[0]].shape]
-        other = next((name for name in alike if _differ(state[name], state[given[0]])), None)
-        if other is not None:
-            text = f"{given[0]} and {other} are one weight in the configured model, and differ in the file"
-            raise CheckpointError(f"{path}: {text}; give the file of this model", path=path, mismatch=other)
-        state |= {name: state[given[0]] for name in shared if given and name not in state}
-    return state
-
-
-def _differ(one: Tensor, other: Tensor) -> bool:
-    """Returns whether two tensors of one shape have different values; two that are NaN at a place do not differ."""
-    return bool(((one != other) & ((one == one) | (other == other))).any())
+    return [shared for shared in names.values() if len(shared) > 1]
 
 
 def require_plain(state: Mapping[str, Tensor], path: Path | str) -> None:
