@@ -211,7 +211,7 @@ def read_yaml(
         raise ConfigError(f"{path}: cannot read this configuration: {reason}", path=path) from err
     crowd = _crowd_in(text)
     if crowd is not None:
-        raise ConfigError(f"{path}: more than {crowd}, which no configuration has", path=path)
+        raise ConfigError(f"{path}: more than {crowd}, which no configuration has; shorten it", path=path)
     try:
         data = parse_yaml(text)
     except YamlError as err:

@@ -157,12 +157,13 @@ def _column(name: str) -> str:
     return LATENT_COLUMN if name in (*LATENT_NAMES, "") else name
 
 
-def _put(arrays: dict[str, np.ndarray], name: str, array: np.ndarray, where: Path) -> None:
+def _put(arrays: dict[str, np.ndarray], name: str, array: np.ndarray, where: Path | str) -> None:
     """Takes an array under its column's name; raises DataError if there is one already, as of frames beside latents."""
     column = _column(name)
     if column in arrays:
-        names = ", ".join(LATENT_NAMES)
-        raise DataError(f"{where}: has latents twice, {name!r} too; keep one array of the names {names}", path=where)
+        what, names = ("latents", LATENT_NAMES) if column == LATENT_COLUMN else (column, (column,))
+        text = f"has {what} twice, {name!r} too; keep one array of the names {', '.join(names)}"
+        raise DataError(f"{where}: {text}", path=where)
     arrays[column] = array
 
 
@@ -215,7 +216,8 @@ def _of_tar(data: bytes, source: str) -> Iterator[Clip]:
             value = _tensor_of(content, suffix)
         except (OSError, ValueError) as error:
             raise DataError(f"{source}: member {name}: {one_line(error)}", path=source) from error
-        clips.setdefault(base, {})[_column(member)] = _numpy(value, f"{source}: member {name}")
+        where = f"{source}: member {name}"
+        _put(clips.setdefault(base, {}), member, _numpy(value, where), where)
         if member in LATENT_NAMES:
             facts[base] = facts_of_bytes(content, Path(source, name))
     for base, arrays in clips.items():

@@ -71,22 +71,24 @@ def picture_files(folder: Path) -> list[Path]:
             raise DataError(f"{folder}: {text}", path=folder)
     others = [path.name for path in found if path.suffix.lower() in _OTHER_SUFFIXES and path.name[0] != "."]
     if others:
-        _log.warning(
-            "%s: pictures of other forms are passed over (%d, such as %s); convert them",
-            folder,
-            len(others),
-            min(others),
-        )
+        text = "%s: pictures of other forms are passed over (%d, such as %s); convert them"
+        _log.warning(text, folder, len(others), min(others))
+    _tell_order(folder, files)
+    return files
+
+
+def _tell_order(folder: Path, files: list[Path]) -> None:
+    """Warn where an order by the whole numbers in names may not be the one that is meant."""
     patterns = list(dict.fromkeys(re.sub(r"\d+", "#", path.stem.casefold()) for path in files))
     if 1 < len(patterns) < len(files):
         _log.warning("%s: holds pictures named %s, read in this order", folder, " and ".join(patterns[:3]))
-    decimal = len(patterns) == 1 and "#.#" in patterns[0]
-    by_size = sorted(files, key=lambda path: list(map(float, _DECIMAL.findall(path.stem)))) if decimal else files
-    if files != by_size:
-        first, other = next(pair for pair in zip(files, by_size, strict=True) if pair[0] != pair[1])
+    if len(patterns) > 1 or "#.#" not in patterns[0]:
+        return
+    by_size = sorted(files, key=lambda path: list(map(float, _DECIMAL.findall(path.stem))))
+    other_order = next((pair for pair in zip(files, by_size, strict=True) if pair[0] != pair[1]), None)
+    if other_order is not None:
         text = "%s: %s is read before %s; if the numbers are decimals, give the frames whole ones"
-        _log.warning(text, folder, first.name, other.name)
-    return files
+        _log.warning(text, folder, *(path.name for path in other_order))
 
 
 def natural_order(path: Path) -> tuple[list[tuple[int, int, str]], str]:

@@ -434,6 +434,15 @@ def test_frames_beside_latents_are_not_taken_for_them(tmp_path: Path) -> None:
         list(clips_of(str(tmp_path / "a.pt")))
 
 
+def test_frames_beside_latents_in_a_tar_are_not_taken_for_them(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, value in (("x.latent.pt", clip(0)["latent"]), ("x.video.pt", torch.zeros(5, 3, 16, 16))):
+            torch.save(value, tmp_path / name)
+            archive.add(tmp_path / name, name)
+    with pytest.raises(DataError, match=r"a\.tar: member x\.video\.pt: has latents twice, 'video' too; keep one"):
+        list(clips_of(str(tmp_path / "a.tar")))
+
+
 def test_a_link_to_a_folder_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
