@@ -72,6 +72,7 @@ class EagerDecoder:
             return frames
 
 
+@torch.inference_mode(False)  # autograd could not save weights that were folded in a caller's inference mode
 def _runnable(inner: nn.Module) -> nn.Module:
     """Returns `inner` in eval mode without weight norm: itself where it is that already, else a copy."""
     try:

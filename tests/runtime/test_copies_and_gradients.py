@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from owl_wms import errors
 from owl_wms.errors import ConfigError, DataError, NonFiniteError
@@ -128,6 +129,17 @@ def test_gradients_through_a_decoder_in_train_mode_and_through_audio() -> None:
     samples.float().sum().backward()
     assert samples.shape == (2, 5, 2)
     assert clips.grad is not None
+
+
+def test_gradients_after_a_decode_in_inference_mode() -> None:
+    decode = make_batched_decode_fn(TinyDecoder().train(), 2)
+    sound = AudioDecode(nn.Sequential(weight_norm(nn.Conv1d(4, 2, 1))).train(), batch_size=1)
+    for run, shape in ((decode, LATENTS.shape), (sound, (2, 5, 4))):
+        with torch.inference_mode():
+            run(torch.randn(shape))
+        latents = torch.randn(shape, requires_grad=True)
+        run(latents).float().sum().backward()
+        assert latents.grad is not None
 
 
 # ---- values that are not finite
