@@ -9,6 +9,7 @@ Usage:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,8 +84,8 @@ def import_clips(
         progress: called after every clip with the counts so far and its name.
 
     Raises:
-        DataError: a source or clip that cannot be used, no clip at all, a table of other columns, frames or another
-            encoder, a row that is another clip of the same name, or another import that is writing to it.
+        DataError: a source or clip that cannot be used, no clip at all, a table of other columns, frames, buttons or
+            another encoder, a row that is another clip of the same name, or another import that is writing to it.
         ConfigError: no frame rate, or a video without an encoder.
     """
     folder, done = at_home(table), Imported()
@@ -115,6 +116,7 @@ def _import(
     shapes: dict[str, tuple[int, ...]] = {}
     told: Facts | None = None
     known = Facts()  # of the rows' encoder
+    buttons: tuple[str, ...] = ()  # names of those of the rows, as far as a clip has told them
     if (folder / "schema.json").exists():
         present = NpyTable(folder)
         rows = {str(row.fields.get("source")): place for place, row in enumerate(present.rows)}
@@ -123,9 +125,15 @@ def _import(
         )
         told = Facts(fps=stated_rate(present, present.rows[0])) if present.rows else None
         known = read_facts(folder)
+        buttons = _buttons_of(folder)
     held = set(rows)
     for clip in clips_of(source):
         try:
+            if clip.buttons and buttons and clip.buttons != buttons:  # their columns would be mixed in silence
+                text = f"its buttons are {', '.join(clip.buttons)}, those of the table {', '.join(buttons)}"
+                raise DataError(
+                    f"{source}: clip {clip.name}: {text}; give all clips the same in one order", path=source
+                )
             if clip.name in held:
                 if present is not None and clip.name in rows:
                     _require_same(present, rows[clip.name], clip, f"{source}: clip {clip.name}")
@@ -153,6 +161,7 @@ def _import(
         writer.append(arrays, source=clip.name, fps=rate)
         shapes = shapes or {column: array.shape[1:] for column, array in arrays.items()}
         told = told or Facts(fps=rate)
+        buttons = buttons or clip.buttons
         held.add(clip.name)
         done.added += 1
         done.frames += len(arrays[LATENT_COLUMN])
@@ -161,6 +170,13 @@ def _import(
     if not done.added and not done.present:
         why = f"; {done.skipped} cannot be used" if done.skipped else ""
         raise DataError(f"{source}: no clip was imported{why}", path=source)
+
+
+def _buttons_of(folder: Path) -> tuple[str, ...]:
+    """Return the names of a table's buttons in the order of their column; none where no import has stored them."""
+    file = folder / "source.json"
+    held = json.loads(file.read_text(encoding="utf-8")).get("buttons") if file.exists() else None
+    return tuple(map(str, held)) if isinstance(held, list) else ()
 
 
 def _require_same(table: NpyTable, place: int, clip: Clip, said: str) -> None:

@@ -108,7 +108,9 @@ def _of_folder(folder: Path) -> Iterator[Clip]:
     for path in files:
         if path.suffix.lower() in ARRAY_SUFFIXES:
             base, member = _member(path.stem)
-            groups.setdefault(path.with_name(base), {})[member] = path
+            first = groups.setdefault(path.with_name(base), {}).setdefault(member, path)
+            if first is not path:
+                raise DataError(f"{folder}: {_two_of_one_name(first, path)}", path=folder)
     empty = True
     for path in files:
         suffix, name = path.suffix.lower(), str(path.relative_to(folder))
@@ -151,6 +153,10 @@ def _member(stem: str) -> tuple[str, str]:
     """Split `a.mouse` into base and name; a stem without a known name is a base whose file has all arrays."""
     base, _, name = stem.rpartition(".")
     return (base, name) if base and name in (*LATENT_NAMES, *_OTHER_NAMES) else (stem, "")
+
+
+def _two_of_one_name(first: Path, second: Path) -> str:
+    return f"{first.name} and {second.name} are two files of one name; keep the one that is meant"
 
 
 def _column(name: str) -> str:
@@ -271,10 +277,13 @@ def _controls_beside(video: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...
     """Read the controls of a video, and its buttons' names: array files of its base name, or a table."""
     found: dict[str, np.ndarray] = {}
     for name in _OTHER_NAMES:
-        for suffix in ARRAY_SUFFIXES:
-            path = video.with_name(f"{video.stem}.{name}{suffix}")
-            if path.exists():
-                found[name] = _numpy(read_arrays(path), path)
+        there = [
+            path for suffix in ARRAY_SUFFIXES if (path := video.with_name(f"{video.stem}.{name}{suffix}")).exists()
+        ]
+        if len(there) > 1:
+            raise DataError(f"{video}: {_two_of_one_name(*there[:2])}", path=video)
+        if there:
+            found[name] = _numpy(read_arrays(there[0]), there[0])
     controls, buttons = _controls_of(video.with_suffix(".csv"))
     return {**found, **controls}, buttons
 

@@ -461,3 +461,35 @@ def test_folders_that_systems_and_file_servers_make_hold_no_clips(tmp_path: Path
     for name in ("", "#recycle", "@eaDir", "__MACOSX", "$RECYCLE.BIN", ".hidden"):
         save_array(tmp_path / name / "a.latent.npy", torch.zeros(5, 4, 2, 2))
     assert [found.name for found in clips_of(str(tmp_path))] == ["a"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_buttons_in_another_order_are_not_mixed(tmp_path: Path, again: bool) -> None:
+    source, table = tmp_path / "source", tmp_path / "table"
+    for name, head in (("a", "UP,DOWN"), ("b", "DOWN,UP")):
+        save_array(source / f"{name}.pt", torch.randn(4, 6, 3, 5))
+        (source / f"{name}.csv").write_text(f"mouse_x,mouse_y,{head}\n" + "0,0,1,0\n" * 4)
+        if again and name == "a":
+            import_clips(str(source), table, fps=12)
+    with pytest.raises(DataError, match=r"clip b: its buttons are DOWN, UP, those of the table UP, DOWN; give all"):
+        import_clips(str(source), table, fps=12)
+    assert len(NpyTable(table).rows) == 1
+    (source / "b.csv").write_text("mouse_x,mouse_y,UP,DOWN\n" + "0,0,0,1\n" * 4)
+    assert import_clips(str(source), table, fps=12).added == 1
+
+
+@pytest.mark.parametrize(("first", "second"), [("a.npy", "a.pt"), ("a.latent.pt", "a.latent.safetensors")])
+def test_two_files_of_one_name(tmp_path: Path, first: str, second: str) -> None:
+    for name in (first, second):
+        save_array(tmp_path / "source" / name, torch.randn(4, 6, 3, 5))
+    with pytest.raises(DataError, match=f"{first} and {second} are two files of one name; keep"):
+        import_clips(str(tmp_path / "source"), tmp_path / "table", fps=12)
+
+
+def test_controls_of_a_video_in_two_files(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 12) as video:
+        video.write(gradient(6))
+    for suffix in (".pt", ".npy"):
+        save_array(tmp_path / f"a.mouse{suffix}", torch.randn(6, 2))
+    with pytest.raises(DataError, match=r"a\.mouse\.pt and a\.mouse\.npy are two files of one name; keep"):
+        import_clips(str(tmp_path / "a.mp4"), tmp_path / "table")
