@@ -30,6 +30,8 @@ from owl_wms.media.arrays import ARRAY_SUFFIXES
 from owl_wms.media.watch import VIDEO_SUFFIXES
 
 _log = logging.getLogger(__name__)
+_TAGS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "modificationTime", "modify", "blob_id", "sha")
+"""Keys under which stores tell one state of a file from another, the surest first; the last two are of content."""
 LATENT_SUFFIXES = (".tar", *ARRAY_SUFFIXES)
 FRAME_SUFFIXES = (*VIDEO_SUFFIXES, *ARRAY_SUFFIXES)
 MANIFEST_SUFFIXES = (".jsonl", ".txt")
@@ -44,7 +46,7 @@ class Item(NamedTuple):
         url: a local path or a URL that fsspec opens.
         name: its path below the dataset's folder; outputs are named after it.
         size: bytes.
-        tag: the store's ETag, or for a local file its modification time in nanoseconds.
+        tag: the store's ETag or what it has of that kind, or for a local file its modification time in nanoseconds.
     """
 
     url: str
@@ -196,7 +198,7 @@ def _walk(fs: Any, root: str, passed: _Passed) -> Iterator[tuple[str, int, str]]
 
 
 def _tag(info: dict[str, Any]) -> str:
-    return str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or "").strip('"')
+    return str(next((info[name] for name in _TAGS if info.get(name)), "")).strip('"')
 
 
 def _single(source: str, name: str | None) -> Item:

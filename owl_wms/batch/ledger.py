@@ -169,7 +169,7 @@ class Index:
         self._base.execute(
             "CREATE TABLE state (key BLOB PRIMARY KEY, event TEXT, line TEXT, frames INTEGER) WITHOUT ROWID"
         )
-        self._base.execute("CREATE TABLE made (name BLOB PRIMARY KEY, url BLOB) WITHOUT ROWID")
+        self._base.execute("CREATE TABLE made (name BLOB PRIMARY KEY, url BLOB, key BLOB) WITHOUT ROWID")
 
     @property
     def frames(self) -> int:
@@ -177,14 +177,20 @@ class Index:
         return int(self._base.execute("SELECT total(frames) FROM state WHERE event = 'done'").fetchone()[0])
 
     def take(self, lines: Iterable[Line]) -> None:
-        """Takes lines in the order in which they were written; a `done` holds until it is `lost`."""
+        """Takes lines in the order in which they were written.
+
+        A `done` holds until it is `lost`, or until outputs of another state of the input have taken its names.
+        """
         for line in lines:
             key, event = line["key"].encode(), str(line.get("event"))
             if event != "lost" and self.is_done(line["key"]):
                 continue
             if event == "done" and isinstance(line.get("name"), str):
-                pair = (os.fsencode(line["name"]), os.fsencode(line["item"]))
-                self._base.execute("INSERT OR REPLACE INTO made VALUES (?, ?)", pair)
+                name = os.fsencode(line["name"])
+                self._base.execute("DELETE FROM state WHERE key = (SELECT key FROM made WHERE name = ?)", (name,))
+                self._base.execute(
+                    "INSERT OR REPLACE INTO made VALUES (?, ?, ?)", (name, os.fsencode(line["item"]), key)
+                )
             kept = json.dumps(line) if event in self._kept else ""
             row = key, event, kept, line["frames"] if event == "done" else 0
             self._base.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?, ?)", row)

@@ -24,6 +24,21 @@ def names(source: str, out: str = "") -> list[str]:
     return [item.name for item in list_items(source, LATENT_SUFFIXES, out)]
 
 
+@pytest.mark.parametrize("name", ["ETag", "mtime", "last_modified", "blob_id"])
+def test_a_file_that_changed_and_kept_its_size(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Latents of one shape have one size, and not every store has ETags."""
+    memory, state = fsspec.filesystem("memory"), {name: "one"}
+    listed = type(memory).ls
+    monkeypatch.setattr(type(memory), "ls", lambda *given, **options: [x | state for x in listed(*given, **options)])
+    memory.pipe_file("/states/a.pt", b"1")
+    (before,) = list_items("memory://states", LATENT_SUFFIXES)
+    assert [before] == list(list_items("memory://states", LATENT_SUFFIXES))
+    state[name] = "two"
+    (after,) = list_items("memory://states", LATENT_SUFFIXES)
+    assert before.key("") != after.key("")
+    memory.rm("/states", recursive=True)
+
+
 @pytest.mark.parametrize("inside", [".", "frames", "a"])
 def test_an_output_inside_of_the_input_is_no_input(tmp_path: Path, inside: str) -> None:
     folder = make_inputs(tmp_path, {"a/one.pt": "one", "b.pt": "b"})

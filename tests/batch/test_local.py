@@ -116,6 +116,21 @@ def test_outputs_of_spawned_workers_are_right_and_a_second_run_has_nothing_to_do
     assert np.array_equal(np.load(Path(job.out) / "0/0.pt.npy"), frames_of("changed").numpy())
 
 
+def test_an_input_that_is_again_what_it_was_is_decoded_again(tmp_path: Path) -> None:
+    """Its outputs were replaced by those of the state between."""
+    folder, job = make_inputs(tmp_path / "in", {"0.pt": "first"}), fake_job(tmp_path / "out")
+    place = folder / "0.pt"
+    first = place.stat().st_mtime_ns
+    for text, at in (("first", first), ("other", first + 10**9), ("first", first)):
+        place.write_text(text, encoding="utf-8")
+        os.utime(place, ns=(at, at))
+        assert [o.state for o in go(job, folder)] == ["done"]
+        assert np.array_equal(np.load(Path(job.out) / "0.pt.npy"), frames_of(text).numpy())
+        assert go(job, folder) == []
+        assert list(verify(job)) == []
+        assert status(job, str(folder), LATENT_SUFFIXES)[:4] == (1, 0, 0, 2)
+
+
 def test_a_bad_item_a_hanging_one_and_a_deadly_one_fail_alone(tmp_path: Path) -> None:
     texts = {f"{n}.pt": f"item {n}" for n in range(12)}
     texts |= {"03.pt": "bad", "05.pt": "hang", "07.pt": "die", "09.pt": f"die-once:{tmp_path / 'died'}"}
