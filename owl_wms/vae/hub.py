@@ -15,6 +15,7 @@ import importlib
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from owl_wms.configs.paths import expanded
@@ -58,8 +59,11 @@ def _load(source: Path | str | None, part: str) -> nn.Module:
         ) from err
     name = _place(source)
     try:
-        # Not mapped: weights over a mapped file change when the file is written again.
-        model, report = cls.from_pretrained(name, output_loading_info=True, disable_mmap=True)
+        # Not mapped: weights over a mapped file change when the file is written again. Without a dtype they would be
+        # rounded to the process's default one.
+        model, report = cls.from_pretrained(
+            name, output_loading_info=True, disable_mmap=True, torch_dtype=torch.float32
+        )
     except Exception as err:  # network, cache, config and weight problems all arrive here, as many classes
         raise_interrupt(err)
         reason = next(iter(str(err).strip().splitlines()), type(err).__name__)

@@ -107,8 +107,9 @@ def _with_weights(part: str, cfg: VAEModelConfig, state: dict[str, Tensor], ckpt
     variant = detect_variant(state, skip_residuals=cfg.skip_residuals) if isinstance(cfg, DCAEConfig) else None
     # On meta nothing is initialised only to be overwritten; the file's tensors then become the parameters.
     with torch.device("meta"), WeightNormShapes():
-        module = (build_decoder if part == "decoder" else build_encoder)(cfg, variant)
+        # It has the process's default dtype, in which the file's numbers would be rounded.
+        module = (build_decoder if part == "decoder" else build_encoder)(cfg, variant).float()
     if isinstance(module, TAEHVDecoder):
         state = fit_grow_layers(module, state)
     load_weights(module, state, ckpt_path, assign=True)
-    return module.float().eval()
+    return module.eval()

@@ -38,6 +38,19 @@ def test_variant_follows_the_file(tmp_path: Path, config: Path, variant: str, mo
     assert relative_error(load_encoder(None, config, tmp_path / "full.pt")(x), model.encoder(x)) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_rounds_no_weights(tmp_path: Path, config: Path, dtype: torch.dtype) -> None:
+    torch.save(randomize(build_autoencoder(small_dcae())).state_dict(), tmp_path / "full.pt")
+    wanted = [load(None, config, tmp_path / "full.pt").state_dict() for load in (load_decoder, load_encoder)]
+    torch.set_default_dtype(dtype)
+    try:
+        found = [load(None, config, tmp_path / "full.pt").state_dict() for load in (load_decoder, load_encoder)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for had, has in zip(wanted, found, strict=True):
+        assert all(has[key].dtype == value.dtype and torch.equal(has[key], value) for key, value in had.items())
+
+
 def test_refusals(tmp_path: Path, config: Path) -> None:
     decoder = build_decoder(small_dcae())
     torch.save(decoder.state_dict(), tmp_path / "bare.pt")
@@ -79,7 +92,11 @@ def test_diffusers_decoder_from_a_local_folder(tmp_path: Path, monkeypatch: pyte
         decoder_qkv_multiscales=((), ()),
     ).eval()
     model.save_pretrained(tmp_path / "hub")
-    decoder = load_decoder("dcae", None, tmp_path / "hub")
+    torch.set_default_dtype(torch.bfloat16)  # which must not round its weights
+    try:
+        decoder = load_decoder("dcae", None, tmp_path / "hub")
+    finally:
+        torch.set_default_dtype(torch.float32)
     z = torch.randn(1, 4, 4, 4)
     assert torch.equal(decoder(z), model.decode(z).sample)
     assert (decoder.latent_channels, decoder.out_channels) == (4, 3)
