@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from owl_wms.configs.paths import EXAMPLES
+from owl_wms.configs.paths import DEMO_VAE
 from owl_wms.game.buttons import BUTTONS
 from owl_wms.game.controls import ScriptedPlayer
 from owl_wms.game.world import FRAMES_PER_SECOND
@@ -37,7 +37,6 @@ from tests.inference.chromium import Page, click_to_play, open_page
 from tests.inference.serving import TOKEN, serve
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "pictures"
-DEMO = EXAMPLES / "demo" / "demo_vae.yml", EXAMPLES / "demo" / "demo_vae.safetensors"
 REPEAT = 4  # game frames per picture: 15 pictures per second
 PICTURES = 67  # after them it stands before a wall
 SEED = 45  # among the first 64 one of the worlds whose play shows most, see owl_wms/game/views.py
@@ -48,8 +47,8 @@ class OneByOne(GameSource):
     """The game through the demo's autoencoder, a frame when it is told to, and a script that knows its next move."""
 
     def __init__(self) -> None:
-        encoder = fold_weight_norm(load_encoder(None, *DEMO)).requires_grad_(False)
-        decoder = get_decoder_only(None, *DEMO, dtype=torch.float32)
+        encoder = fold_weight_norm(load_encoder(None, *DEMO_VAE)).requires_grad_(False)
+        decoder = get_decoder_only(None, *DEMO_VAE, dtype=torch.float32)
         encoder, decoder = (net.to(memory_format=torch.channels_last) for net in (encoder, decoder))
         super().__init__(SEED, repeat=REPEAT, encode=encoder, decode=make_batched_decode_fn(decoder, 1))
         self._script, self._may = ScriptedPlayer(self._world), threading.Semaphore(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from owl_wms.errors import ConfigError
 
@@ -28,8 +29,21 @@ def check_number(option: str, value: float | None, bounds: tuple[float, float]) 
     """
     low, high = bounds
     if value is not None and not low <= value <= high:  # NaN compares false
-        key = option.removeprefix("--").replace("-", "_")
-        raise ConfigError(f"{option} must be a number from {low} to {high}, got {value}", key=key)
+        raise ConfigError(f"{option} must be a number from {low} to {high}, got {value}", key=_key(option))
+
+
+def check_together(option: str, value: Path | None, other: str, value_of_other: Path | None) -> None:
+    """Refuse one of two options without the other; None is an option left out.
+
+    Raises:
+        ConfigError: only one of them is given.
+    """
+    if (value is None) != (value_of_other is None):
+        raise ConfigError(f"{option} and {other} belong together: give both or none", key=_key(option))
+
+
+def _key(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
 
 
 def device_number(name: str) -> int | None:

@@ -18,12 +18,12 @@ import typer
 
 from owl_wms import __version__, env
 from owl_wms.cli._bounds import MOST_FRAMES
-from owl_wms.configs.paths import EXAMPLES
+from owl_wms.cli._options import Device
+from owl_wms.configs.paths import DEMO_VAE
 
 if TYPE_CHECKING:
     import torch
 
-_EXAMPLE = EXAMPLES / "demo"
 SCHEMA = 1
 _COMPILED = "torch.compile"
 
@@ -33,7 +33,7 @@ def bench(
     precision: str | None = typer.Option(None, help="auto, fp16, bf16, fp32, fp8 or int8."),
     iterations: int = typer.Option(20, min=1, help="Timed runs of each way; the median is printed."),
     compiled: bool = typer.Option(True, help="Also time torch.compile."),
-    device: str | None = typer.Option(None, help="cpu, cuda or cuda:N. Default: the GPU, if there is one."),
+    device: Device = None,
 ) -> None:
     """Time the shipped demo decoder on this machine and print one JSON object for an issue."""
     from owl_wms.cli import _shared as shared
@@ -45,7 +45,7 @@ def bench(
 
     where = shared.choose_device(device)
     settings = TensorRTConfig.resolve(precision=precision)
-    files = (None, _EXAMPLE / "demo_vae.yml", _EXAMPLE / "demo_vae.safetensors")
+    files = (None, *DEMO_VAE)
     decoder = get_decoder_only(*files, device=where, dtype=shared.choose_dtype(None, where))
     decode = VideoDecode(decoder, batch_size=batch_size, settings=settings)
     shape = (128, 8, 8)

@@ -16,10 +16,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from owl_wms.cli._bounds import MOST_FRAMES
-from owl_wms.configs.paths import EXAMPLES
+from owl_wms.cli import _bounds as bounds
+from owl_wms.cli._options import Device
+from owl_wms.configs.paths import DEMO_VAE
 
-_DEMO_VAE = EXAMPLES / "demo"
 MOST_CHANNELS = 16
 """More would fill the screen: their range is shown."""
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -38,16 +38,14 @@ def make(
     fps: int = typer.Option(20, min=1, help="Stored frames per second; must divide 60."),
     seed: int = typer.Option(10_000_000, help="Seed of the first world."),
     batch: int = typer.Option(8, min=1, help="Players at once."),
-    vae_config: Annotated[Path, typer.Option(help="YAML of the autoencoder.", show_default="the demo's")] = _DEMO_VAE
-    / "demo_vae.yml",
-    vae_checkpoint: Annotated[Path, typer.Option(help="Weights of the autoencoder.", show_default="the demo's")] = (
-        _DEMO_VAE / "demo_vae.safetensors"
-    ),
+    vae_config: Annotated[Path, typer.Option(help="YAML of the autoencoder.", show_default="the demo's")] = DEMO_VAE[0],
+    vae_checkpoint: Annotated[
+        Path, typer.Option(help="Weights of the autoencoder.", show_default="the demo's")
+    ] = DEMO_VAE[1],
     resume: Annotated[bool, typer.Option("--resume", help="Make only the worlds that the table lacks.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Render the game, encode it, and store latents, mouse and buttons as an .npy table."""
-    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.data.latent_dataset import make_game_latents
     from owl_wms.media.read_facts import weights_digest
@@ -89,21 +87,19 @@ def import_(
     vae_checkpoint: Annotated[Path | None, typer.Option(help="Weights of that autoencoder.")] = None,
     resize: Annotated[bool, typer.Option(help="Scale frames of another size instead of refusing them.")] = False,
     no_mouse: Annotated[bool, typer.Option("--no-mouse", help="There is no mouse: store one at rest.")] = False,
-    batch: int = typer.Option(8, min=1, max=MOST_FRAMES, help="Frames encoded at once."),
+    batch: int = typer.Option(8, min=1, max=bounds.MOST_FRAMES, help="Frames encoded at once."),
     skip_bad: Annotated[bool, typer.Option(help="Leave out clips that cannot be used, each with one line.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Bring clips of latents, or videos with controls, into an .npy table; run it again to go on."""
-    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.data.importing import FrameEncoder, import_clips
-    from owl_wms.errors import ConfigError, DataError
+    from owl_wms.errors import DataError
 
     bounds.check_number("--fps", fps, bounds.FPS)
     shared.check_folder(out)
     where = shared.choose_device(device)
-    if (vae_config is None) != (vae_checkpoint is None):
-        raise ConfigError("--vae-config and --vae-checkpoint belong together: give both or none", key="vae_config")
+    bounds.check_together("--vae-config", vae_config, "--vae-checkpoint", vae_checkpoint)
     encoder: FrameEncoder | None = None
     if vae_config is not None and vae_checkpoint is not None:
         encoder = _frame_encoder(vae_config, vae_checkpoint, where, batch, resize)
@@ -161,17 +157,16 @@ def show(
     vae_config: Annotated[Path | None, typer.Option(help="YAML of the autoencoder, to see frames.")] = None,
     vae_checkpoint: Annotated[Path | None, typer.Option(help="Weights of that autoencoder.")] = None,
     sheet: Annotated[Path, typer.Option(help="Picture with five decoded frames.")] = Path("frames.png"),
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Check every array of a table, print what it holds, and decode five of its frames."""
     from owl_wms.cli import _shared as shared
     from owl_wms.data.npy_table import NpyTable
     from owl_wms.data.starter import button_names
     from owl_wms.data.statistics import describe_table
-    from owl_wms.errors import ConfigError, printable
+    from owl_wms.errors import printable
 
-    if (vae_config is None) != (vae_checkpoint is None):
-        raise ConfigError("--vae-config and --vae-checkpoint belong together: give both or none", key="vae_config")
+    bounds.check_together("--vae-config", vae_config, "--vae-checkpoint", vae_checkpoint)
     if vae_config is not None:
         shared.check_destination(sheet, ".png", ".jpg", ".webp")
     table = NpyTable(path)

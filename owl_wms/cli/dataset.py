@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from owl_wms.cli._bounds import MOST_FRAMES
+from owl_wms.cli import _bounds as bounds
+from owl_wms.cli._options import Dtype, TensorRT
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -35,8 +36,7 @@ Engine = Annotated[
 ]
 Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs, a worker on each; by default every visible one.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Workers without a GPU; one by default.")]
-BatchSize = Annotated[int, typer.Option(min=1, max=MOST_FRAMES, help="Frames per batch.")]
-Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: bf16 on a GPU, else fp32.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=bounds.MOST_FRAMES, help="Frames per batch.")]
 Limit = Annotated[float, typer.Option(min=0.1, help="Seconds that one item may take.")]
 Metrics = Annotated[
     int | None, typer.Option(min=0, max=65_535, help="Port for Prometheus; 0 takes a free one. Ranks add theirs.")
@@ -60,7 +60,7 @@ def decode_dataset(
     ] = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = None,
-    tensorrt: Annotated[bool, typer.Option(help="Decode by a compiled program if possible, else by PyTorch.")] = True,
+    tensorrt: TensorRT = True,
     engine: Engine = None,
     gpus: Gpus = None,
     workers: Workers = None,
@@ -73,7 +73,6 @@ def decode_dataset(
     from owl_wms.batch import DecodeClips
     from owl_wms.batch.items import LATENT_SUFFIXES
     from owl_wms.batch.outputs import FRAME_FORMS
-    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
 
     bounds.check_number("--scale", scale, bounds.SCALES)
@@ -111,7 +110,6 @@ def encode_dataset(
     from owl_wms.batch import EncodeClips
     from owl_wms.batch.items import FRAME_SUFFIXES
     from owl_wms.batch.outputs import LATENT_FORMS
-    from owl_wms.cli import _bounds as bounds
 
     bounds.check_number("--scale", scale, bounds.SCALES)
     bounds.check_number("--time-limit", time_limit, (0.1, 10**6))

@@ -19,7 +19,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from owl_wms.cli._bounds import MOST_FRAMES
+from owl_wms.cli import _bounds as bounds
+from owl_wms.cli._options import Device, Dtype, TensorRT
 
 
 def decode(
@@ -51,17 +52,16 @@ def decode(
     preset: Annotated[
         str | None, typer.Option(help="Encoder preset. Default: veryfast (libx264), p4 (h264_nvenc).")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=MOST_FRAMES, help="Frames decoded at once.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: bf16 on a GPU, else fp32.")] = None,
-    tensorrt: Annotated[bool, typer.Option(help="Decode by a compiled program if possible, else by PyTorch.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, max=bounds.MOST_FRAMES, help="Frames decoded at once.")] = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    tensorrt: TensorRT = True,
 ) -> None:
     """Decode latents to a video clip, an array of bytes, pictures, or a pipe.
 
     Latents are read piece by piece, so a file larger than memory decodes. A .npy array is uint8 \\[n,H,W,C] with every
     channel of the decoder (\\[b,n,H,W,C] for several clips); clips and pictures show the first three.
     """
-    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.configs import load_vae_model
     from owl_wms.errors import ConfigError

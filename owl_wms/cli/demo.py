@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from owl_wms.cli._bounds import MOST_FRAMES
-from owl_wms.configs.paths import EXAMPLES
+from owl_wms.cli._options import Device, TensorRT
+from owl_wms.configs.paths import DEMO_VAE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_EXAMPLE = EXAMPLES / "demo"
 _HELD_OUT = 1_000_000  # training used seeds from here on
 
 
@@ -36,8 +36,8 @@ def demo(
     batch_size: Annotated[
         int | None, typer.Option(min=1, max=MOST_FRAMES, help="Frames per batch. Default: 8 on a GPU, 2 on a CPU.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
-    tensorrt: Annotated[bool, typer.Option(help="Decode by a compiled program if possible, else by PyTorch.")] = True,
+    device: Device = None,
+    tensorrt: TensorRT = True,
     overwrite: Annotated[bool, typer.Option(help="Replace the clip and the sheet of an earlier run.")] = False,
 ) -> None:
     """Render a game clip, encode it, decode it through the bridge, show both."""
@@ -51,7 +51,7 @@ def demo(
     from owl_wms.vae import fold_weight_norm, load_encoder
     from owl_wms.vae.on_cpu import channels_last_on_cpu
 
-    config, checkpoint = _EXAMPLE / "demo_vae.yml", _EXAMPLE / "demo_vae.safetensors"
+    config, checkpoint = DEMO_VAE
     if not checkpoint.is_file():
         raise DataError(f"{checkpoint}: the demo's weights are missing; run it from a source checkout", path=checkpoint)
     for name in ("clip.mp4", "sheet.png"):

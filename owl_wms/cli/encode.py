@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from owl_wms.cli._bounds import MOST_FRAMES
+from owl_wms.cli import _bounds as bounds
+from owl_wms.cli._options import Device, Dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,15 +30,14 @@ def encode(
     depth: Annotated[Path | None, typer.Option(help="Grey clip or folder with the depth channel.")] = None,
     resize: Annotated[bool, typer.Option(help="Scale frames of another size instead of refusing them.")] = False,
     scale: Annotated[float, typer.Option(help="Divide latents by this (upstream's vae_scale).")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, max=MOST_FRAMES, help="Frames encoded at once.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: bf16 on a GPU, else fp32.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=bounds.MOST_FRAMES, help="Frames encoded at once.")] = 8,
+    device: Device = None,
+    dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option(help="Replace existing latents.")] = False,
 ) -> None:
     """Encode a clip or frames to latents \\[n, c, h, w], float32."""
     import torch
 
-    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.configs import pictures_of
     from owl_wms.media.arrays import ARRAY_SUFFIXES, check_encoded, save_array

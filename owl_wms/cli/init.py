@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from owl_wms.cli import _bounds as bounds
 from owl_wms.files import at_home, one_line
 
 
@@ -28,7 +29,6 @@ def init(
     ] = False,
 ) -> None:
     """Write a first configuration that fits the data."""
-    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.configs.strict import read_yaml
     from owl_wms.configs.world import parse_world
@@ -42,8 +42,7 @@ def init(
     for file in files:
         shared.check_kept(file, overwrite=overwrite)
     bounds.check_number("--fps", fps, bounds.FPS)
-    if (vae is None) != (vae_checkpoint is None):
-        raise ConfigError("--vae and --vae-checkpoint belong together: give both or none", key="vae")
+    bounds.check_together("--vae", vae, "--vae-checkpoint", vae_checkpoint)
     if vae_checkpoint is not None and not at_home(vae_checkpoint).exists():
         raise ConfigError(f"{vae_checkpoint}: no such file or folder", path=vae_checkpoint, key="vae_checkpoint")
     if table is None and vae is not None:

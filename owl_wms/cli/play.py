@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from owl_wms.configs.paths import EXAMPLES
+from owl_wms.cli import _bounds as bounds
+from owl_wms.cli._options import CfgScale, Context, Device, TensorRT
+from owl_wms.configs.paths import DEMO_VAE, EXAMPLES
 
 if TYPE_CHECKING:
     import asyncio
@@ -37,7 +39,6 @@ AGAIN_AFTER_SECONDS = 1.0
 # A page that waits asks more often than this how far the loading is.
 WATCHED_SECONDS = 1.5
 SHIPPED = EXAMPLES / "world" / "game_rft.yml", EXAMPLES / "world" / "game_rft.safetensors"
-DEMO_VAE = EXAMPLES / "demo" / "demo_vae.yml", EXAMPLES / "demo" / "demo_vae.safetensors"
 
 
 def play(
@@ -47,11 +48,9 @@ def play(
     vae: Annotated[
         bool, typer.Option(help="With --game: through the demo autoencoder, so that decoding is seen.")
     ] = False,
-    context: Annotated[
-        Path | None, typer.Option(help="Where to begin: a file of latents, mouse and buttons, or row 12 of TABLE#12.")
-    ] = None,
+    context: Context = None,
     steps: Annotated[int | None, typer.Option(min=1, max=20, help="Sampling steps per frame.")] = None,
-    cfg_scale: Annotated[float | None, typer.Option(help="Guidance; other than 1 doubles the work.")] = None,
+    cfg_scale: CfgScale = None,
     max_window: Annotated[int | None, typer.Option(min=1, help="Frames of history that are seen.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the noise and of rendered worlds.")] = 0,
     fps: Annotated[float | None, typer.Option(help="Most frames per second. Default: the model's own rate.")] = None,
@@ -71,13 +70,12 @@ def play(
         ),
     ] = None,
     max_clients: Annotated[int, typer.Option(min=1, max=64, help="Players at once; they share the model.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
+    device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 where the device multiplies it.")] = None,
-    tensorrt: Annotated[bool, typer.Option(help="Decode by a compiled program if possible, else by PyTorch.")] = True,
+    tensorrt: TensorRT = True,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
 ) -> None:
     """Play a world model in the browser."""
-    from owl_wms.cli import _bounds as bounds
     from owl_wms.errors import ConfigError
     from owl_wms.inference.configured import frames_per_second, load_video_config, played_sampler
     from owl_wms.inference.controls import GAME_CONTROLS, controls_for

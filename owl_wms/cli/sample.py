@@ -12,29 +12,29 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from owl_wms.cli import _bounds as bounds
+from owl_wms.cli._options import CfgScale, Context, Device, Dtype, TensorRT
+
 
 def sample(
     config: Annotated[Path, typer.Argument(help="YAML of the world model.")],
     checkpoint: Annotated[Path, typer.Argument(help="Weights of the world model.")],
     out: Annotated[Path, typer.Option(help="The clip to write, .mp4.")] = Path("sample.mp4"),
     frames: Annotated[int, typer.Option(min=1, max=1_000_000, help="Frames to generate.")] = 60,
-    context: Annotated[
-        Path | None, typer.Option(help="Where to begin: a file of latents, mouse and buttons, or row 12 of TABLE#12.")
-    ] = None,
+    context: Context = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler id; the configuration's if left out.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps per frame.")] = None,
-    cfg_scale: Annotated[float | None, typer.Option(help="Guidance; other than 1 doubles the work.")] = None,
+    cfg_scale: CfgScale = None,
     seed: Annotated[int, typer.Option(help="Random seed of noise, beginning and controls.")] = 0,
     latents: Annotated[Path | None, typer.Option(help="Also write latents, mouse and buttons, .safetensors.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU, if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: bf16 on a GPU, else fp32.")] = None,
-    tensorrt: Annotated[bool, typer.Option(help="Decode by a compiled program if possible, else by PyTorch.")] = True,
+    device: Device = None,
+    dtype: Dtype = None,
+    tensorrt: TensorRT = True,
     overwrite: Annotated[bool, typer.Option(help="Replace existing outputs.")] = False,
 ) -> None:
     """Sample a clip from a world model, its context included, under recorded controls or the scripted player's."""
     import torch
 
-    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
     from owl_wms.game.controls import scripted_controls
     from owl_wms.inference.build import latent_space, load_core, make_contexts, make_decode

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from owl_wms.cli import _bounds as bounds
 from owl_wms.cli._disk import described, disk_failure
 
 
@@ -26,7 +27,6 @@ def train(
     nccl_timeout: float = typer.Option(1800.0, min=1, help="Seconds that ranks wait for each other."),
 ) -> None:
     """Train a world model; a killed run continues with --resume and repeats the losses it would have had."""
-    from owl_wms.cli import _bounds as bounds
     from owl_wms.cli import _shared as shared
 
     bounds.check_number("--nccl-timeout", nccl_timeout, bounds.TIMEOUT_SECONDS)

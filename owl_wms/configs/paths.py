@@ -23,6 +23,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # Configurations and shipped weights: beside the package in a checkout, inside it in an installed wheel (setup.py).
 SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
 EXAMPLES = SHIPPED / "examples"
+DEMO_VAE = EXAMPLES / "demo" / "demo_vae.yml", EXAMPLES / "demo" / "demo_vae.safetensors"
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 # Forms of other programs, which would become names: `${NAME:-x}`, `$$NAME`, `%NAME%`, systemd's `%h/`, templates.
 # `%NAME%` begins a part of the path; further in it is a name (`50%old_50%new`), as are bytes that were encoded as in

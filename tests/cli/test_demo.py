@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from owl_wms.cli import main
-from owl_wms.cli.demo import _EXAMPLE, render_clip
+from owl_wms.cli.demo import render_clip
+from owl_wms.configs.paths import DEMO_VAE
 from owl_wms.media.metrics import psnr
 from owl_wms.media.video import read_video
 from owl_wms.vae import fold_weight_norm, load_decoder, load_encoder
@@ -33,7 +34,7 @@ def test_demo_leaves_clip_and_sheet(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_shipped_weights_are_as_good_as_said() -> None:
-    config, weights = _EXAMPLE / "demo_vae.yml", _EXAMPLE / "demo_vae.safetensors"
+    config, weights = DEMO_VAE
     assert weights.stat().st_size < 6 * 2**20
     source, _ = render_clip(5, 2, 60, "cpu", lambda: None)
     encoder, decoder = (fold_weight_norm(load(None, config, weights)) for load in (load_encoder, load_decoder))
@@ -42,18 +43,18 @@ def test_shipped_weights_are_as_good_as_said() -> None:
         decoded = decoder(latents).clamp(-1, 1)
     assert latents.shape == (2, 128, 8, 8)
     assert psnr(decoded[:, :3], source[:, :3]).min() > 30  # the worst of 256 held-out frames was 32.7
-    stats = json.loads((_EXAMPLE / "latent_stats.json").read_text())
+    stats = json.loads(config.with_name("latent_stats.json").read_text())
     assert 0.5 * stats["vae_scale"] < latents.std() < 2 * stats["vae_scale"]
 
 
 def test_training_twin_equals_the_stock_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(_EXAMPLE))
+    monkeypatch.syspath_prepend(str(DEMO_VAE[0].parent))
     import fast_net
 
     from owl_wms.configs import load_vae_config
     from owl_wms.vae import build_autoencoder
 
-    config = load_vae_config(_EXAMPLE / "demo_vae.yml").model.model_copy(update={"sample_size": (90, 160)})
+    config = load_vae_config(DEMO_VAE[0]).model.model_copy(update={"sample_size": (90, 160)})
     folded = fold_weight_norm(build_autoencoder(config, "tiled"))
     fast = fast_net.FastAutoencoder(folded)
     frames = torch.rand(1, 4, 90, 160) * 2 - 1
