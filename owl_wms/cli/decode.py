@@ -67,9 +67,7 @@ def decode(
     from owl_wms.errors import ConfigError
     from owl_wms.files import at_home
     from owl_wms.media import sinks
-    from owl_wms.media.facts import Facts
     from owl_wms.media.latents import LatentFile
-    from owl_wms.media.read_facts import read_facts, weights_digest
     from owl_wms.media.video import choose_encoder
     from owl_wms.runtime import clip_decoder, decode_pieces
     from owl_wms.runtime.steps import frames_of
@@ -79,57 +77,47 @@ def decode(
     from owl_wms.vae.landscape import other_latent_size
     from owl_wms.vae.on_cpu import channels_last_on_cpu
 
+    # What can be refused is refused before weights are loaded; only --family has its sizes from them.
     latents, console = at_home(latents), Console(stderr=True)
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
     chosen = sinks.form_of(out, form)
     if os.path.isdir(latents):
         remedy = "give one of its files, or decode all of them with owl-wms decode-dataset"
         raise ConfigError(f"{latents}: is a folder, one file of latents is wanted: {remedy}", path=latents)
-    facts = read_facts(latents) if latents.is_file() else Facts()  # what is missing is told by its reader
-    digest = weights_digest(checkpoint) if facts.vae_sha256 else None
     bounds.check_number("--scale", scale, bounds.SCALES)
     bounds.check_number("--fps", fps, bounds.FPS)
     bounds.check_number("--crf", crf, (0, 51))
     if chosen == "mp4":
         encoder, preset = choose_encoder(encoder, preset)
-    depth_out = out.with_stem(out.stem + "_depth")
     if depth and chosen != "mp4":
         raise ConfigError(f"--depth goes with a clip, .mp4; --out {out} is {chosen}", key="depth")
     shared.check_family(family, vae_config)
     load = partial(get_decoder_only, family, vae_config, checkpoint, device=where, dtype=precision)
     decoder: Any = load() if vae_config is None else None
     model: Any = decoder.config if vae_config is None else load_vae_model(vae_config)
-    each_latent = getattr(model, "frames_per_latent", 1)  # the file's rate is that of latents, the clip's of frames
-    told = {"vae_scale": scale, "fps": fps and fps / each_latent, "vae_sha256": digest}
-    for difference in facts.otherwise(**told):
-        say(f"{latents}: {difference}")
-    scale = scale if scale is not None else facts.vae_scale or 1.0
-    fps = fps if fps is not None else (facts.fps or 0) * each_latent or 60.0
-    bounds.check_number("--scale", scale, bounds.SCALES)
-    bounds.check_number("--fps", fps, bounds.FPS)
+    scale, fps = _scale_and_rate(latents, checkpoint, scale, fps, getattr(model, "frames_per_latent", 1), console)
     channels = getattr(model, "channels", 3)
     if depth and channels < 4:
         raise ConfigError(
             f"--depth: {vae_config or checkpoint} decodes {channels} channels, depth is the fourth", key="depth"
         )
     source = LatentFile(latents, channels=model.latent_channels)
-    clips, length, *one = source.shape
+    clips, length, latent_channels, height, width = source.shape
     if png is not None:
         shared.check_destination(png, ".png", ".jpg")
         shared.check_kept(png, overwrite=overwrite)
-    written = (out, depth_out) if depth else (out,)
+    written = (out, out.with_stem(out.stem + "_depth")) if depth else (out,)
     for path in written:
         for name in sinks.outputs(path, clips, each):
             shared.check_output(name, chosen, overwrite=overwrite)
-    remark = other_latent_size(model, source.shape[3], source.shape[4])
+    remark = other_latent_size(model, height, width)
     if remark is not None:
-        say(f"{latents}: {remark}")
+        shared.say(console, f"{latents}: {remark}")
+
     decoder, spent = channels_last_on_cpu(load() if decoder is None else decoder, where), Spent()
     settings = TensorRTConfig.resolve(enabled=None if tensorrt else False)
     run = clip_decoder(decoder, batch_size=batch_size, settings=settings, check="error")
-    pieces = decode_pieces(run, source, scale=scale, spent=spent)
     shape = clips, frames_of(decoder, length)
     count = math.prod(shape)
     sheet = shared.Sheet(count)
@@ -139,9 +127,9 @@ def decode(
         colour_sink, *depth_sinks = [stack.enter_context(sink) for sink in made]
         bar = stack.enter_context(shared.progress(console))
         task = bar.add_task("decoding", total=count)
-        run.prepare((one[0], one[1], one[2]))  # a build is not part of the rate
+        run.prepare((latent_channels, height, width))  # a build is not part of the rate
         begun = time.perf_counter()
-        for frames in pieces:
+        for frames in decode_pieces(run, source, scale=scale, spent=spent):
             colour_sink.write(frames)
             for sink in depth_sinks:
                 sink.write(frames[..., 3:4].expand(-1, -1, -1, 3))
@@ -151,7 +139,29 @@ def decode(
     if png is not None:
         sheet.save(png)
     where_to = "standard output" if out == sinks.STDOUT else out
-    say(f"{where_to}: {count} frames, {count / seconds:.1f} frames/s")
-    rows = [("time", shared.time_split(spent, seconds)), *shared.stats_rows(run.stats())]
-    for label, text in rows:
-        say(f"  {label}: {text}")
+    shared.say(console, f"{where_to}: {count} frames, {count / seconds:.1f} frames/s")
+    for label, text in [("time", shared.time_split(spent, seconds)), *shared.stats_rows(run.stats())]:
+        shared.say(console, f"  {label}: {text}")
+
+
+def _scale_and_rate(
+    latents: Path, checkpoint: Path, scale: float | None, fps: float | None, each_latent: int, console: Console
+) -> tuple[float, float]:
+    """Returns the factor on the latents and the clip's frames per second: as given, else as the file states them.
+
+    Says where the file contradicts what is given, the checkpoint included. A file's rate is that of latents, of which
+    each becomes `each_latent` frames.
+    """
+    from owl_wms.cli import _shared as shared
+    from owl_wms.media.facts import Facts
+    from owl_wms.media.read_facts import read_facts, weights_digest
+
+    facts = read_facts(latents) if latents.is_file() else Facts()  # what is missing is told by its reader
+    digest = weights_digest(checkpoint) if facts.vae_sha256 else None
+    for difference in facts.otherwise(vae_scale=scale, fps=fps and fps / each_latent, vae_sha256=digest):
+        shared.say(console, f"{latents}: {difference}")
+    scale = scale if scale is not None else facts.vae_scale or 1.0
+    fps = fps if fps is not None else (facts.fps or 0) * each_latent or 60.0
+    bounds.check_number("--scale", scale, bounds.SCALES)
+    bounds.check_number("--fps", fps, bounds.FPS)
+    return scale, fps

@@ -83,7 +83,8 @@ def outputs(out: Path, clips: int, each: bool) -> list[Path]:
     if not each or clips == 1 or out == STDOUT:
         return [out]
     digits = len(str(clips - 1))
-    return [out.with_name(f"{out.stem}_{index:0{digits}}{out.suffix}") for index in range(clips)]
+    # No `with_name`, which refuses `.`: its pictures go to folders inside it.
+    return [out.parent / f"{out.stem}_{index:0{digits}}{out.suffix}" for index in range(clips)]
 
 
 def open_sink(

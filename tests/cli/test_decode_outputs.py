@@ -80,6 +80,18 @@ def test_pictures(place: Path, form: str, limit: float) -> None:  # noqa: F811
     assert (out / "thesis.txt").read_text() == "kept"
 
 
+def test_the_folder_one_is_in_takes_pictures(
+    place: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (place / "here").mkdir()
+    monkeypatch.chdir(place / "here")
+    assert call(place, "decode", "latents.pt", "--out", ".") == 0
+    assert len(list(Path().iterdir())) == 10
+    assert call(place, "decode", "latents.pt", "--out", ".", "--each") == 0
+    assert [len(list(Path(name).iterdir())) for name in ("_0", "_1")] == [5, 5]
+
+
 def test_existing_outputs_are_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     for name in ("o.mp4", "o_depth.mp4", "o_1.mp4", "s.png", "z.npy"):
         (place / name).write_text("kept")
