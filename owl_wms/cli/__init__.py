@@ -121,6 +121,11 @@ def _who_forbids_pytorch(error: OwlError, requested: str | None) -> str:
     return f"; {variable}=error forbids PyTorch: unset it, or set it to pytorch"
 
 
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print a line as it is: shapes in brackets are no markup, and a narrow terminal does not break it."""
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
 def _end(message: str) -> NoReturn:
     # Text, not markup: messages hold shapes such as [b, n, c, h, w], which markup would swallow.
     Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -187,11 +186,6 @@ def _try_to_write_below(said: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{said}: cannot be written: {nearest}: {error.strerror}", path=folder) from error
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is: no markup, no emoji and no colours, and whole where the terminal is narrow."""
-    console.print(Text(text), soft_wrap=True)
 
 
 class _RateColumn(ProgressColumn):

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from owl_wms import env
 from owl_wms.cache import CacheStore
+from owl_wms.cli import say
 from owl_wms.cli._bounds import MOST_FRAMES
 from owl_wms.errors import ConfigError
 from owl_wms.settings import TensorRTConfig
@@ -75,11 +76,10 @@ def build(
         )
         state = decode.prepare(shape)
     (program,) = state.programs
-    console.print(Text(state.reason, style="bold"), soft_wrap=True)
+    say(console, state.reason, "bold")
     console.print(f"build {state.build_seconds:.1f} s, load {state.load_seconds:.1f} s, {mib(state.cache_bytes)}")
     if program["not_kept"]:
-        text = f"not stored, so every process will build it again: {program['not_kept']}"
-        console.print(Text(text, style="yellow"), soft_wrap=True)
+        say(console, f"not stored, so every process will build it again: {program['not_kept']}", "yellow")
     else:
         _print_report(console, open_store(settings), program["entry"])
 
@@ -124,7 +124,7 @@ def bench(
         table.add_row(row["way"], f"{row['ms']:.3f}", f"{row['frames_per_second']:.1f}", f"{row['relative_error']:.2e}")
     console = Console()
     console.print(table)
-    console.print(Text(decode.stats().reason), soft_wrap=True)
+    say(console, decode.stats().reason)
 
 
 def _settings(
@@ -177,7 +177,7 @@ def stage_text(event: dict[str, Any]) -> str:
 def _teller(bar: Progress, task: TaskID) -> Callable[[dict[str, Any]], None]:
     def tell(event: dict[str, Any]) -> None:
         if event.get("reason"):  # a failed attempt stays on the screen; the next stage would wipe it off the bar
-            bar.console.print(Text(stage_text(event)), soft_wrap=True)
+            say(bar.console, stage_text(event))
         else:
             bar.update(task, description=stage_text(event))
 
@@ -207,7 +207,7 @@ def _print_report(console: Console, store: CacheStore, name: str) -> None:
     info = next((info for info in store.entries() if info.name == name), None)
     if info is None or info.manifest is None:
         reason = "it is not in the cache any more" if info is None else info.reason
-        console.print(Text(f"{name} has no report to show: {reason}"), soft_wrap=True)
+        say(console, f"{name} has no report to show: {reason}")
         return
     table = Table(title=name, show_header=False)
     for key, value in info.manifest.report.items():

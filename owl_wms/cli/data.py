@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from owl_wms.cli import _bounds as bounds
+from owl_wms.cli import say
 from owl_wms.cli._options import Device
 from owl_wms.configs.paths import DEMO_VAE
 
@@ -106,7 +107,7 @@ def import_(
     console = Console(stderr=True)
 
     def left_out(error: DataError) -> None:
-        console.print(f"left out: {error}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"left out: {error}")
 
     with console.status("importing") as status:
         done = import_clips(

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from owl_wms.cli import _bounds as bounds
+from owl_wms.cli import say
 from owl_wms.cli._options import Dtype, TensorRT
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _job(
     text = f"outputs go to {job.out}"
     if others:
         text += f"; {out} also has {', '.join(others)}, made by another checkpoint or other settings"
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    say(Console(stderr=True), text)
     return job
 
 
@@ -200,9 +201,9 @@ def _go(
             raise DataError(f"{source}: holds no file that ends in {', '.join(suffixes)}", path=source)
         elsewhere = f", {state.left} are in work elsewhere" if state.left else ""
         text = f"{who}nothing is left to do: {state.done} files were done before{elsewhere}"
-    console.print(text, highlight=False, soft_wrap=True)
+    say(console, text)
     if mine.failed:
-        console.print(f"reasons: {job.out}/_ledger/failed.jsonl", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"reasons: {job.out}/_ledger/failed.jsonl")
         raise typer.Exit(1)
 
 
@@ -287,4 +288,4 @@ def _serve(port: int, console: Console) -> None:
     except OSError as error:
         text = f"--metrics-port {taken}: {error.strerror}; name another port, or 0 for a free one"
         raise ConfigError(text, key="metrics_port") from error
-    console.print(f"metrics: http://localhost:{server.server_port}/metrics", highlight=False, soft_wrap=True)
+    say(console, f"metrics: http://localhost:{server.server_port}/metrics")

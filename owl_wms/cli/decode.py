@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from owl_wms.cli import _bounds as bounds
+from owl_wms.cli import say
 from owl_wms.cli._options import Device, Dtype, TensorRT
 
 
@@ -113,7 +114,7 @@ def decode(
             shared.check_output(name, chosen, overwrite=overwrite)
     remark = other_latent_size(model, height, width)
     if remark is not None:
-        shared.say(console, f"{latents}: {remark}")
+        say(console, f"{latents}: {remark}")
 
     decoder, spent = channels_last_on_cpu(load() if decoder is None else decoder, where), Spent()
     settings = TensorRTConfig.resolve(enabled=None if tensorrt else False)
@@ -139,9 +140,9 @@ def decode(
     if png is not None:
         sheet.save(png)
     where_to = "standard output" if out == sinks.STDOUT else out
-    shared.say(console, f"{where_to}: {count} frames, {count / seconds:.1f} frames/s")
+    say(console, f"{where_to}: {count} frames, {count / seconds:.1f} frames/s")
     for label, text in [("time", shared.time_split(spent, seconds)), *shared.stats_rows(run.stats())]:
-        shared.say(console, f"  {label}: {text}")
+        say(console, f"  {label}: {text}")
 
 
 def _scale_and_rate(
@@ -152,14 +153,13 @@ def _scale_and_rate(
     Says where the file contradicts what is given, the checkpoint included. A file's rate is that of latents, of which
     each becomes `each_latent` frames.
     """
-    from owl_wms.cli import _shared as shared
     from owl_wms.media.facts import Facts
     from owl_wms.media.read_facts import read_facts, weights_digest
 
     facts = read_facts(latents) if latents.is_file() else Facts()  # what is missing is told by its reader
     digest = weights_digest(checkpoint) if facts.vae_sha256 else None
     for difference in facts.otherwise(vae_scale=scale, fps=fps and fps / each_latent, vae_sha256=digest):
-        shared.say(console, f"{latents}: {difference}")
+        say(console, f"{latents}: {difference}")
     scale = scale if scale is not None else facts.vae_scale or 1.0
     fps = fps if fps is not None else (facts.fps or 0) * each_latent or 60.0
     bounds.check_number("--scale", scale, bounds.SCALES)

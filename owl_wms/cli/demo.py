@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from owl_wms.cli import say
 from owl_wms.cli._bounds import MOST_FRAMES
 from owl_wms.cli._options import Device, TensorRT
 from owl_wms.configs.paths import DEMO_VAE
@@ -84,11 +85,7 @@ def demo(
     result = torch.cat(decoded).to(source.device)
     _write(out, source, result, best_of_each(scores, min(4, frames)), every)
     Console().print(_table(source, result, seconds, run.stats(), where))
-    console.print(
-        f"wrote {out / 'clip.mp4'} (source left, decoded right) and {out / 'sheet.png'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f"wrote {out / 'clip.mp4'} (source left, decoded right) and {out / 'sheet.png'}")
 
 
 def render_clip(seed: int, frames: int, every: int, device: Any, tick: Any) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from owl_wms.cli import _bounds as bounds
+from owl_wms.cli import say
 from owl_wms.cli._options import Device, Dtype
 
 if TYPE_CHECKING:
@@ -87,9 +88,5 @@ def encode(
         digest = weights_digest(checkpoint)
         facts = Facts(fps=fps, vae_scale=scale, vae=checkpoint.name, vae_sha256=digest, layout="n c h w")
         save_array(out, latents, facts=facts)
-    console.print(
-        f"{out}: {list(latents.shape)}, mean {latents.mean():.3f}, standard deviation {latents.std():.3f}",
-        markup=False,
-        soft_wrap=True,
-    )
-    console.print(f"  time: {shared.time_split(spent, time.perf_counter() - begun)}", highlight=False, soft_wrap=True)
+    say(console, f"{out}: {list(latents.shape)}, mean {latents.mean():.3f}, standard deviation {latents.std():.3f}")
+    say(console, f"  time: {shared.time_split(spent, time.perf_counter() - begun)}")

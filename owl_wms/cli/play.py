@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from owl_wms.cli import _bounds as bounds
+from owl_wms.cli import say
 from owl_wms.cli._options import CfgScale, Context, Device, TensorRT
 from owl_wms.configs.paths import DEMO_VAE, EXAMPLES
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from owl_wms.inference.controls import Button
     from owl_wms.inference.loading import Loading, Progress
     from owl_wms.inference.server import ServerSettings
     from owl_wms.inference.source import Source
@@ -77,8 +79,7 @@ def play(
 ) -> None:
     """Play a world model in the browser."""
     from owl_wms.errors import ConfigError
-    from owl_wms.inference.configured import frames_per_second, load_video_config, played_sampler
-    from owl_wms.inference.controls import GAME_CONTROLS, controls_for
+    from owl_wms.inference.controls import GAME_CONTROLS
     from owl_wms.inference.loading import Loading
 
     try:
@@ -100,22 +101,11 @@ def play(
         bounds.device_number(device)
     if dtype is not None:
         bounds.check_dtype(dtype)
-    if config is None and not game:
-        if all(path.is_file() for path in SHIPPED):
-            config, checkpoint = SHIPPED
-        else:
-            console.print("there is no shipped model here: playing the game itself", highlight=False)
-            game = True
-    rate, controls = 60.0, GAME_CONTROLS
-    if config is not None and not game:
-        world = load_video_config(config)
-        controls = controls_for(world, config)
-        played_sampler(world, config)
-        rate = frames_per_second(world, config)
-    rate = rate if fps is None else fps
-    if rate > bounds.FPS[1]:
-        text = f"{config}: {rate:g} frames a second, and the page shows at most {bounds.FPS[1]}: give a rate with --fps"
-        raise ConfigError(text, path=config, key="train.fps")
+    if config is None and not game and not all(path.is_file() for path in SHIPPED):
+        say(console, "there is no shipped model here: playing the game itself")
+        game = True
+    model = None if game else (config or SHIPPED[0], checkpoint or SHIPPED[1])
+    rate, controls = (fps or 60.0, GAME_CONTROLS) if model is None else _rate_and_controls(model[0], fps)
     settings = ServerSettings(
         host=host,
         port=port,
@@ -124,13 +114,6 @@ def play(
         origins=tuple(origin or ()),
         pace=Pace(fps=rate, kind="webp" if webp else "jpeg", quality=quality),
     )
-    common: dict[str, Any] = {"tensorrt": tensorrt, "seed": seed}
-    if game:
-        vae_config, vae_checkpoint = DEMO_VAE if vae else (None, None)
-        common |= {"vae_config": vae_config, "vae_checkpoint": vae_checkpoint, "fps": rate}
-    else:
-        common |= {"cfg_path": config, "ckpt_path": checkpoint, "context": context, "steps": steps}
-        common |= {"cfg_scale": cfg_scale, "max_window": max_window}
 
     def load(progress: Progress) -> Source:
         progress("PyTorch", 0, 0)
@@ -141,11 +124,38 @@ def play(
         from owl_wms.inference.build import build_game, build_pipeline, quick_dtype
 
         precision = shared.choose_dtype(dtype, where)
-        chosen = {**common, "device": where, "dtype": quick_dtype(where, precision) if dtype is None else precision}
-        return build_game(**chosen) if game else build_pipeline(**chosen, progress=progress)
+        precision = quick_dtype(where, precision) if dtype is None else precision
+        common: dict[str, Any] = {"device": where, "dtype": precision, "tensorrt": tensorrt, "seed": seed}
+        if model is None:
+            files = DEMO_VAE if vae else (None, None)
+            return build_game(vae_config=files[0], vae_checkpoint=files[1], fps=rate, **common)
+        common |= {"steps": steps, "cfg_scale": cfg_scale, "max_window": max_window, "context": context}
+        return build_pipeline(cfg_path=model[0], ckpt_path=model[1], progress=progress, **common)
 
     terminal = Terminal(console)
     serve(Loading(load, max_clients, terminal, controls), settings, console, open_page=open_page, terminal=terminal)
+
+
+def _rate_and_controls(config: Path, fps: float | None) -> tuple[float, tuple[Button, ...]]:
+    """Returns frames per second and buttons of a world model, whose configuration is refused before it is loaded.
+
+    Args:
+        config: its YAML.
+        fps: the rate that was asked for; None takes the model's own.
+    """
+    from owl_wms.errors import ConfigError
+    from owl_wms.inference.configured import frames_per_second, load_video_config, played_sampler
+    from owl_wms.inference.controls import controls_for
+
+    world = load_video_config(config)
+    controls = controls_for(world, config)
+    played_sampler(world, config)
+    own = frames_per_second(world, config)
+    rate = own if fps is None else fps
+    if rate > bounds.FPS[1]:
+        text = f"{config}: {rate:g} frames a second, and the page shows at most {bounds.FPS[1]}: give a rate with --fps"
+        raise ConfigError(text, path=config, key="train.fps")
+    return rate, controls
 
 
 def _wake(device: torch.device) -> None:
@@ -174,7 +184,7 @@ class Terminal:
         if self._console.is_terminal:
             self.status.update(f"loading: {what}" + (f", {done} of {total}" if total else ""))
         elif what != self._last:  # a log has one line for each
-            self._console.print(f"loading: {what}", highlight=False)
+            say(self._console, f"loading: {what}")
         self._last = what
 
 
@@ -197,7 +207,7 @@ def serve(
             asyncio.run(_until_interrupted(loading, settings, sockets, console, open_page, status.stop))
     finally:
         listen.close(sockets)
-    console.print("stopped", highlight=False)
+    say(console, "stopped")
 
 
 def stop_on_signals(console: Console) -> asyncio.Event:
@@ -218,7 +228,7 @@ def stop_on_signals(console: Console) -> asyncio.Event:
 
     def asked() -> None:
         if not stop.is_set():
-            console.print("stopping: the players are told; Ctrl-C again stops at once", highlight=False)
+            say(console, "stopping: the players are told; Ctrl-C again stops at once")
             loop.call_later(AGAIN_AFTER_SECONDS, end_at_once)
         stop.set()
 
@@ -258,12 +268,12 @@ async def _until_interrupted(
         except OSError as error:
             raise listen.cannot_listen(settings.host, settings.port, error) from error
         address = page_address(settings, runner.addresses[0][1])
-        console.print(f"play at {address}", highlight=False, soft_wrap=True, markup=False, emoji=False)
-        console.print("Ctrl-C stops.", highlight=False)
+        say(console, f"play at {address}")
+        say(console, "Ctrl-C stops.")
         if not settings.host.startswith("127.") and settings.host not in ("::1", "localhost"):
-            console.print("Others can reach this server: the address is the only key, and nothing is encrypted.")
+            say(console, "Others can reach this server: the address is the only key, and nothing is encrypted.")
         if open_page and not webbrowser.open(address):
-            console.print("No browser can be opened here: open the address yourself.")
+            say(console, "No browser can be opened here: open the address yourself.")
         loading.begin()
         stopping = asyncio.create_task(stop.wait())
         done = asyncio.wrap_future(loading.done)
@@ -274,7 +284,7 @@ async def _until_interrupted(
             if done.exception() is not None and loading.watched(WATCHED_SECONDS):
                 await asyncio.sleep(WATCHED_SECONDS)  # the pages that wait hear why
             done.result()
-            console.print("ready", highlight=False)
+            say(console, "ready")
         await stopping
     finally:
         await runner.cleanup()

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from owl_wms.cli import _bounds as bounds
+from owl_wms.cli import say
 from owl_wms.cli._options import CfgScale, Context, Device, Dtype, TensorRT
 
 
@@ -87,9 +88,7 @@ def sample(
         tensors = {"latents": stored, "mouse": result.mouse, "buttons": result.buttons}
         facts = Facts(fps=world.train.fps, vae_scale=1.0, layout="b n c h w")  # they are what the decoder takes
         save_array(latents, {name: tensor.float() for name, tensor in tensors.items()}, facts=facts)
-    console.print(
-        f"{out}: {begin.latents.shape[1]} frames of context and {frames} sampled", markup=False, highlight=False
-    )
+    say(console, f"{out}: {begin.latents.shape[1]} frames of context and {frames} sampled")
 
 
 def _make_sampler(train: Any, sampler: str | None, frames: int, steps: int | None, cfg_scale: float | None) -> Any:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from owl_wms import env
 from owl_wms.cache import CacheStore, EntryInfo
+from owl_wms.cli import say
 from owl_wms.cli._trt_build import CACHE, bench, build, mib, open_store
 from owl_wms.errors import CacheError, ConfigError
 from owl_wms.settings import TensorRTConfig
@@ -95,7 +96,7 @@ def verify(
         raise CacheError(f"no entry begins with {name!r}; see owl-wms trt list", path=store.directory)
     console = Console()
     for info in chosen:
-        console.print(Text(f"{info.status:10} {info.name} {info.reason}"), soft_wrap=True)
+        say(console, f"{info.status:10} {info.name} {info.reason}")
     bad = [info for info in chosen if info.status in ("corrupt", "unreadable")]
     console.print(f"{len(chosen)} checked, {len(bad)} bad")
     if bad:
@@ -127,7 +128,7 @@ def _store_to_look_at(cache_dir: str | None) -> CacheStore:
     """The cache, and a word where there is none yet: a misspelt path would otherwise look like an empty cache."""
     store = open_store(TensorRTConfig.resolve(cache_dir=cache_dir))
     if not os.path.lexists(store.directory):
-        Console(stderr=True).print(Text(f"{store.directory}: there is no such directory yet"), soft_wrap=True)
+        say(Console(stderr=True), f"{store.directory}: there is no such directory yet")
     return store
 
 
