@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.text import Text
 from owl_wms import env
 from owl_wms.errors import ConfigError
 from owl_wms.settings import TensorRTConfig
+
+if TYPE_CHECKING:
+    from owl_wms.trt import TensorRTStatus
 
 _FALLBACK = env.TENSORRT_VARIABLES["fallback_on_error"]
 
@@ -85,49 +88,15 @@ def diagnose() -> dict[str, Any]:
     import torch
 
     from owl_wms import trt
-    from owl_wms.cache import CacheStore
     from owl_wms.cli._support import capability_of, our_kernels, support
 
     status = trt.status()
     machine = env.describe_machine()
     settings, refused = _from_environment()
-    used = ", ".join(key for key in env.tensorrt_overrides() if key not in refused) or "-"
-    values = {
-        "enabled": settings.enabled,
-        "precision": settings.precision,
-        "fallback": "pytorch" if settings.fallback_on_error else "error",
-    }
-    # A value that is not used is not told as if it were: neither the bad one nor the default.
-    shown = {"fallback_on_error": "fallback"}
-    values |= {shown.get(key, key): f"refused: {text}" for key, text in refused.items() if key != "cache_dir"}
-    directory = settings.cache_directory()
-    cache = CacheStore(directory, settings.cache_max_bytes, env.cache_hmac_key()).stats()
-    if "cache_dir" in refused:
-        cache = {"entries": "-", "cache_bytes": "-", "refused": refused["cache_dir"]}
     cuda = torch.cuda.is_available()
     capability = capability_of(machine["compute_capability"]) if cuda else None
-    usable = cuda and (status.available or our_kernels(capability)) and settings.enabled and not refused
-    last = "PyTorch" if settings.fallback_on_error else f"an error ({_FALLBACK}=error)"
-    if refused:
-        verdict = f"Nothing would decode: {'; '.join(refused.values())}"
-    elif not settings.enabled:
-        verdict = "PyTorch would decode: TENSORRT_ENABLED switches the compiled path off."
-    elif not cuda:
-        verdict = _without_tensorrt(
-            settings, "this machine has no CUDA device", "run on a machine with an NVIDIA GPU and driver"
-        )
-    elif not status.available and our_kernels(capability):
-        verdict = (
-            f"Our kernels would decode without TensorRT, where the decoder has a fused form, else {last}: "
-            f"{status.reason}. Remedy: {status.remedy}."
-        )
-    elif not status.available:
-        verdict = _without_tensorrt(settings, status.reason, status.remedy)
-    else:
-        programs = "a program from the cache, else one that is built once and stored"
-        if cache["refused"]:
-            programs = f"a program that every process builds anew, since the cache is refused ({cache['refused']})"
-        verdict = f"TensorRT would decode: {programs}, else {last}."
+    cache = _cache(settings, refused.get("cache_dir"))
+    usable, verdict = _verdict(settings, refused, status, cuda, our_kernels(capability), cache["refused"])
     return {
         "tensorrt": {
             "available": status.available,
@@ -138,19 +107,64 @@ def diagnose() -> dict[str, Any]:
         },
         "gpu": support(capability, status.available, settings.precision),
         "machine": machine,
-        "cache": {
-            "directory": "-" if "cache_dir" in refused else str(directory),
-            "entries": cache["entries"],
-            "cache_bytes": cache["cache_bytes"],
-            "max_bytes": settings.cache_max_bytes,
-            "free_bytes": "-" if "cache_dir" in refused else _free_bytes(directory),
-            "refused": cache["refused"] or "-",
-            "signed": env.cache_hmac_key() is not None,
-        },
-        "settings": {**values, "from_environment": used},
+        "cache": cache,
+        "settings": _shown(settings, refused),
         "usable": usable,
         "verdict": verdict,
     }
+
+
+def _cache(settings: TensorRTConfig, refused: str | None) -> dict[str, Any]:
+    """The state of the cache, without that of the default one if `refused` says that the variable's cannot be used."""
+    from owl_wms.cache import CacheStore
+
+    directory = settings.cache_directory()
+    state = CacheStore(directory, settings.cache_max_bytes, env.cache_hmac_key()).stats()
+    if refused is not None:
+        state = {"entries": "-", "cache_bytes": "-", "refused": refused}
+    return {
+        "directory": str(directory) if refused is None else "-",
+        "entries": state["entries"],
+        "cache_bytes": state["cache_bytes"],
+        "max_bytes": settings.cache_max_bytes,
+        "free_bytes": _free_bytes(directory) if refused is None else "-",
+        "refused": state["refused"] or "-",
+        "signed": env.cache_hmac_key() is not None,
+    }
+
+
+def _shown(settings: TensorRTConfig, refused: dict[str, str]) -> dict[str, Any]:
+    """The settings by their shown names; of a refused one, why, since neither it nor the default is used."""
+    fallback = "pytorch" if settings.fallback_on_error else "error"
+    values = {"enabled": settings.enabled, "precision": settings.precision, "fallback": fallback}
+    for key, text in refused.items():
+        if key != "cache_dir":
+            values["fallback" if key == "fallback_on_error" else key] = f"refused: {text}"
+    used = ", ".join(key for key in env.tensorrt_overrides() if key not in refused) or "-"
+    return {**values, "from_environment": used}
+
+
+def _verdict(
+    settings: TensorRTConfig, refused: dict[str, str], status: TensorRTStatus, cuda: bool, ours: bool, no_cache: str
+) -> tuple[bool, str]:
+    """Returns whether a compiled program would decode; and in a sentence what would, why, and what to do about it."""
+    last = "PyTorch" if settings.fallback_on_error else f"an error ({_FALLBACK}=error)"
+    if refused:
+        return False, f"Nothing would decode: {'; '.join(refused.values())}"
+    if not settings.enabled:
+        return False, "PyTorch would decode: TENSORRT_ENABLED switches the compiled path off."
+    if not cuda:
+        remedy = "run on a machine with an NVIDIA GPU and driver"
+        return False, _without_tensorrt(settings, "this machine has no CUDA device", remedy)
+    if status.available:
+        programs = "a program from the cache, else one that is built once and stored"
+        if no_cache != "-":
+            programs = f"a program that every process builds anew, since the cache is refused ({no_cache})"
+        return True, f"TensorRT would decode: {programs}, else {last}."
+    if ours:
+        where = f"where the decoder has a fused form, else {last}"
+        return True, f"Our kernels would decode without TensorRT, {where}: {status.reason}. Remedy: {status.remedy}."
+    return False, _without_tensorrt(settings, status.reason, status.remedy)
 
 
 def _from_environment() -> tuple[TensorRTConfig, dict[str, str]]:
