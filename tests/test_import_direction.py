@@ -1,4 +1,4 @@
-"""The package has one direction: a stage imports only itself and stages to its left, by absolute imports, and no file
+"""The package has one direction: a place imports only itself and places to its left, by absolute imports, and no file
 imports itself by way of others.
 
 Run: python -m pytest tests/test_import_direction.py
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "owl_wms"
-STAGES = [
+PLACES = [
     *(
         "errors",
         "interrupts",
@@ -41,21 +41,21 @@ STAGES = [
     *("cache", "runtime", "utils"),
     *("nn", "models", "sampling", "media", "data", "batch", "trainers", "inference", "cli"),
 ]
-# `__init__` and `__main__` stand for the whole package, not for a stage of it.
+# `__init__` and `__main__` stand for the whole package, not for a place in it.
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name not in ("__init__.py", "__main__.py"))
 # What makes latents must not know how they are decoded; it reaches decoding through the bridge alone.
 FORBIDDEN = {
     "ops": {"vae", "game"},
     "fused": {"game"},
     "cache": {"vae", "ops", "trt", "configs", "settings"},
-    **{stage: {"trt", "cache", "runtime"} for stage in ("nn", "models", "sampling", "data")},
-    **{stage: {"trt", "cache"} for stage in ("trainers", "inference")},
+    **{place: {"trt", "cache", "runtime"} for place in ("nn", "models", "sampling", "data")},
+    **{place: {"trt", "cache"} for place in ("trainers", "inference")},
 }
 # Folders of `trt/`, in the order in which they may be imported; its single files stand between them.
 TRT = ["library", "spec", "graph", "rewrites", "check", "plans", "key", "run", "build", "jit", "__init__"]
 
 
-def stage_of(path: Path) -> str:
+def place_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -72,18 +72,18 @@ def imported_modules(path: Path) -> list[str]:
 
 
 def test_every_stage_is_known() -> None:
-    assert {stage_of(path) for path in FILES} <= set(STAGES)
+    assert {place_of(path) for path in FILES} <= set(PLACES)
     assert len(FILES) > 40, "the walk found too few files to mean anything"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_left(path: Path) -> None:
-    own = stage_of(path)
+    own = place_of(path)
     for name in imported_modules(path):
         parts = name.split(".")
-        if parts[0] != "owl_wms" or len(parts) < 2 or parts[1] not in STAGES:
+        if parts[0] != "owl_wms" or len(parts) < 2 or parts[1] not in PLACES:
             continue
-        assert STAGES.index(parts[1]) <= STAGES.index(own), f"{own} must not import {name}"
+        assert PLACES.index(parts[1]) <= PLACES.index(own), f"{own} must not import {name}"
         assert parts[1] not in FORBIDDEN.get(own, set()), f"{own} must not know {name}"
 
 
@@ -92,13 +92,13 @@ def test_tensorrt_and_environment_have_one_reader(path: Path) -> None:
     names = imported_modules(path)
     if path.relative_to(PACKAGE).parts[:2] != ("trt", "library"):
         assert not any(name.split(".")[0] in ("torch_tensorrt", "tensorrt", "tensorrt_rtx") for name in names)
-    if stage_of(path) != "env":
+    if place_of(path) != "env":
         text = path.read_text(encoding="utf-8")
         assert "os.environ" not in text, "read the environment in owl_wms/env.py"
         assert "getenv" not in text, "read the environment in owl_wms/env.py"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if stage_of(path) == "trt"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in FILES if place_of(path) == "trt"], ids=lambda path: path.stem)
 def test_the_rooms_of_trt_have_an_order(path: Path) -> None:
     own = path.relative_to(PACKAGE / "trt").parts[0].removesuffix(".py")
     for name in imported_modules(path):

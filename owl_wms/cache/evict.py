@@ -20,7 +20,7 @@ from collections.abc import Collection
 from owl_wms.cache import fs
 from owl_wms.cache.key import is_entry_name
 from owl_wms.cache.manifest import FILE_NAME
-from owl_wms.cache.staging import FOLDER as STAGES
+from owl_wms.cache.staging import FOLDER as STAGING
 from owl_wms.cache.staging import open_folder
 from owl_wms.process import Process
 
@@ -85,9 +85,8 @@ def _marks(folder_fd: int) -> dict[str, int]:
     return marks
 
 
-def shrink(cache_fd: int, max_bytes: int, mode: int, keep: Collection[str] = ()) -> Shrunk:
-    """Remove least recently used entries until the rest fit in `max_bytes`; entries in `keep` (protected) or in use
-    stay.
+def shrink(cache_fd: int, max_bytes: int, mode: int, protected: Collection[str] = ()) -> Shrunk:
+    """Remove least recently used entries until the rest fit in `max_bytes`; `protected` ones and those in use stay.
 
     Raises:
         OSError: the cache directory cannot be listed.
@@ -101,7 +100,7 @@ def shrink(cache_fd: int, max_bytes: int, mode: int, keep: Collection[str] = ())
     for name in sorted(names, key=lambda name: (marks.get(name, 0), name)):
         if total <= max_bytes:
             break
-        if name in keep or not _remove_unused(name, marks.get(name), cache_fd, mode):
+        if name in protected or not _remove_unused(name, marks.get(name), cache_fd, mode):
             in_use.append(name)
             continue
         total -= sizes[name]
@@ -143,15 +142,15 @@ def _remove_unused(name: str, mark: int | None, cache_fd: int, mode: int) -> boo
 
 
 def _discard(name: str, cache_fd: int, mode: int) -> None:
-    stages_fd = open_folder(STAGES, cache_fd, mode)
+    staging_fd = open_folder(STAGING, cache_fd, mode)
     try:
-        # Named like a stage, so that it is swept should this process die between the rename and the end of the removal.
+        # Named like a writer's folder, so that it is swept should this process die between rename and removal.
         away = Process.current().unique_name()
         with contextlib.suppress(FileNotFoundError):
-            fs.rename(name, away, cache_fd, stages_fd)
-            fs.remove_tree(away, stages_fd)
+            fs.rename(name, away, cache_fd, staging_fd)
+            fs.remove_tree(away, staging_fd)
     finally:
-        fs.close(stages_fd)
+        fs.close(staging_fd)
     for folder, file in ((FOLDER, name), (LOCKS, f"{name}.holder")):
         with contextlib.suppress(OSError):
             folder_fd = fs.open_directory(folder, cache_fd)

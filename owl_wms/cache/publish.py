@@ -1,11 +1,11 @@
-"""From files in a stage to an entry that others can see: verify, make durable, rename once.
+"""From files in a staging folder to an entry that others can see: verify, make durable, rename once.
 
 Why the order: after a power cut a file system may keep a rename and lose what was renamed. So every file is fsynced,
 read back and hashed, then its directory is fsynced, then one rename makes it visible, then the parent is fsynced.
 
 Usage:
-    data = take_program(stage.path)
-    lock_fd = publish(stage, name, manifest, cache_fd, hmac_key=None, modes=PRIVATE)
+    data = take_program(staged.path)
+    lock_fd = publish(staged, name, manifest, cache_fd, hmac_key=None, modes=PRIVATE)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from owl_wms.cache import evict, fs
 from owl_wms.cache.entry import Expected
 from owl_wms.cache.key import MAX_DEPTH, normalise
 from owl_wms.cache.manifest import FILE_NAME, MAX_BYTES, PROGRAM, Manifest, parse
-from owl_wms.cache.staging import ENTRY, Stage
+from owl_wms.cache.staging import ENTRY, StagingFolder
 from owl_wms.errors import CacheCorruptError, CacheError, ConfigError
 
 
@@ -87,8 +87,10 @@ def _expressible(value: Any, depth: int = 0) -> Any:
         return f"<{type(value).__name__}>"
 
 
-def publish(stage: Stage, name: str, manifest: Manifest, cache_fd: int, *, hmac_key: bytes | None, modes: Modes) -> int:
-    """Make the stage's entry visible under `name`.
+def publish(
+    staged: StagingFolder, name: str, manifest: Manifest, cache_fd: int, *, hmac_key: bytes | None, modes: Modes
+) -> int:
+    """Make the staged entry visible under `name`.
 
     Returns:
         A descriptor with a shared lock on the manifest: the entry is in use until it is closed.
@@ -99,7 +101,7 @@ def publish(stage: Stage, name: str, manifest: Manifest, cache_fd: int, *, hmac_
         CacheCorruptError: what was read back is not what was written, or the manifest cannot be expressed.
     """
     text = manifest.to_bytes(hmac_key)
-    entry_fd = fs.open_directory(ENTRY, stage.folder_fd)
+    entry_fd = fs.open_directory(ENTRY, staged.folder_fd)
     lock_fd = -1
     try:
         for other in fs.listdir(entry_fd):
@@ -114,7 +116,7 @@ def publish(stage: Stage, name: str, manifest: Manifest, cache_fd: int, *, hmac_
         fs.flock(lock_fd, exclusive=False)
         with contextlib.suppress(OSError):
             evict.mark_used(name, cache_fd, modes.directory)
-        fs.rename(ENTRY, name, stage.folder_fd, cache_fd)
+        fs.rename(ENTRY, name, staged.folder_fd, cache_fd)
         fs.fsync(cache_fd)
     except BaseException:
         if lock_fd >= 0:

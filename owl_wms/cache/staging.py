@@ -10,9 +10,9 @@ system's own times. No age is looked at otherwise, because clocks are wrong.
 Layout: `<cache>/.tmp/<host>-<boot>-<pid namespace>-<pid>-<start>-<random>/entry/`; `entry` is what will be renamed.
 
 Usage:
-    stage = Stage.open(cache_fd, cache_path, mode=0o700)
-    (stage.path / "program.pt2").write_bytes(...)
-    stage.close()
+    staged = StagingFolder.open(cache_fd, cache_path, mode=0o700)
+    (staged.path / "program.pt2").write_bytes(...)
+    staged.close()
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FOLDER = ".tmp"
 ENTRY = "entry"
 
 
-class Stage:
+class StagingFolder:
     """The private directory of one writer, on the cache's file system.
 
     Attributes:
@@ -42,8 +42,8 @@ class Stage:
         self._parent_fd = parent_fd
 
     @classmethod
-    def open(cls, cache_fd: int, cache_path: Path, mode: int) -> Stage:
-        """Make a stage; OSError when the file system will not."""
+    def open(cls, cache_fd: int, cache_path: Path, mode: int) -> StagingFolder:
+        """Make one; OSError when the file system will not."""
         parent_fd = open_folder(FOLDER, cache_fd, mode)
         name = Process.current().unique_name()
         folder_fd = -1
@@ -61,7 +61,7 @@ class Stage:
         return cls(cache_path / FOLDER / name / ENTRY, name, parent_fd, folder_fd)
 
     def close(self) -> None:
-        """Remove what is left of the stage; what cannot be removed now is swept later."""
+        """Remove what is left of it; what cannot be removed now is swept later."""
         with contextlib.suppress(OSError):
             fs.remove_tree(self._name, self._parent_fd)
         for descriptor in (self.folder_fd, self._parent_fd):
@@ -93,7 +93,7 @@ def open_folder(name: str, cache_fd: int, mode: int) -> int:
 
 
 def sweep(cache_fd: int) -> int:
-    """Remove the stages of dead writers; the number removed. Whatever cannot be judged or removed stays."""
+    """Remove the folders of dead writers; the number removed. Whatever cannot be judged or removed stays."""
     try:
         parent_fd = fs.open_directory(FOLDER, cache_fd)
     except OSError:

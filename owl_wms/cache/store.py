@@ -268,27 +268,27 @@ class CacheStore:
 
     def _build_staged(self, cache_fd: int, expected: Expected, build: Build) -> Entry:
         try:
-            stage = staging.Stage.open(cache_fd, self.directory, self._modes.directory)
+            staged = staging.StagingFolder.open(cache_fd, self.directory, self._modes.directory)
         except OSError as error:
             return self._build_aside(expected, build, f"{self.directory} takes no new entry: {error}")
         try:
             try:
-                report = build(stage.path)
-                data = take_program(stage.path)
+                report = build(staged.path)
+                data = take_program(staged.path)
             except Exception as error:
                 # The build is the caller's and may word "disk full" in its own way; so the disk is asked as well.
                 if not fs.is_storage_trouble(error, str(self.directory)):
                     raise
                 reason = f"{self.directory} could not hold the build: {error}"
-                stage.close()
+                staged.close()
                 return self._build_aside(expected, build, reason)
             self._tally.count("builds")
-            return self._keep(stage, cache_fd, expected, data, report)
+            return self._store(staged, cache_fd, expected, data, report)
         finally:
-            stage.close()
+            staged.close()
 
-    def _keep(
-        self, stage: staging.Stage, cache_fd: int, expected: Expected, data: bytes, report: Mapping[str, Any]
+    def _store(
+        self, staged: staging.StagingFolder, cache_fd: int, expected: Expected, data: bytes, report: Mapping[str, Any]
     ) -> Entry:
         manifest = describe(expected, data, report)
         name = expected.entry
@@ -297,7 +297,7 @@ class CacheStore:
             return self._not_stored(in_memory(manifest, data, reason))
         for attempt in (1, 2):
             try:
-                lock_fd = publish(stage, name, manifest, cache_fd, hmac_key=self._hmac_key, modes=self._modes)
+                lock_fd = publish(staged, name, manifest, cache_fd, hmac_key=self._hmac_key, modes=self._modes)
             except OSError as error:
                 if error.errno not in _OCCUPIED or attempt == 2:
                     reason = f"{self.directory} would not take it: {error}"
@@ -312,7 +312,7 @@ class CacheStore:
                 break
         self._tally.count("published")
         with contextlib.suppress(OSError):
-            shrunk = evict.shrink(cache_fd, self.max_bytes, self._modes.directory, keep=(name,))
+            shrunk = evict.shrink(cache_fd, self.max_bytes, self._modes.directory, protected=(name,))
             self._tally.count("evicted", len(shrunk.removed))
         return Entry(name, manifest, data, path=self.directory / name, lock_fd=lock_fd, built=True)
 

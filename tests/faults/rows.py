@@ -110,8 +110,8 @@ ROWS: dict[str, Row] = {
     "clock": Row(
         "use markers and entries dated 1970, ten years ago, ten years ahead", "the order of use is kept", TENTH
     ),
-    "live-stage": Row(
-        "sweeping while writers write, clocks ten years off either way", "no live writer's stage is removed", TENTH
+    "live-writer": Row(
+        "sweeping while writers write, clocks ten years off either way", "no live writer's folder is removed", TENTH
     ),
     "flat": Row("open, verify, close, over and over", "descriptors and memory flat", TENTH),
     "fuzz-manifest": Row(

@@ -280,8 +280,8 @@ def test_full_file_system(fault: Fault, folder: Path) -> None:
             assert read(store, Builder(data)) == data
             kept += entry_path(directory).exists()
             assert_nothing_partial(directory)
-            stages = directory / ".tmp"
-            assert not stages.exists() or list(stages.iterdir()) == []
+            staging = directory / ".tmp"
+            assert not staging.exists() or list(staging.iterdir()) == []
             if not entry_path(directory).exists():
                 with contextlib.suppress(OSError):
                     assert shutil.disk_usage(directory).used <= 4096 * 8, "leftovers"
@@ -289,6 +289,5 @@ def test_full_file_system(fault: Fault, folder: Path) -> None:
     assert 0 < kept < len(chosen)
     fault.record(
         "full",
-        f"{len(chosen)} sizes from {sizes[0]} to {sizes[-1]} bytes: all answered, {kept} kept, "
-        "0 partial, 0 stages left",
+        f"{len(chosen)} sizes from {sizes[0]} to {sizes[-1]} bytes: all answered, {kept} kept, 0 partial, nothing left",
     )

@@ -121,7 +121,7 @@ def test_order_of_use_survives_clocks(fault: Fault, folder: Path, monkeypatch: p
     )
 
 
-def test_live_stages_outlast_sweeps(fault: Fault, folder: Path) -> None:
+def test_live_writers_outlast_sweeps(fault: Fault, folder: Path) -> None:
     directory = folder / "cache"
     read(CacheStore(directory), Builder(b"x"))
     turns = fault.count(200)
@@ -129,12 +129,12 @@ def test_live_stages_outlast_sweeps(fault: Fault, folder: Path) -> None:
 
     def writer() -> None:
         fd = os.open(directory, os.O_RDONLY)
-        stage = staging.Stage.open(fd, directory, 0o700)
-        (stage.path / "program.pt2").write_bytes(b"half")
+        staged = staging.StagingFolder.open(fd, directory, 0o700)
+        (staged.path / "program.pt2").write_bytes(b"half")
         go.release()
         assert stop.wait(120)
-        assert (stage.path / "program.pt2").read_bytes() == b"half"
-        stage.close()
+        assert (staged.path / "program.pt2").read_bytes() == b"half"
+        staged.close()
 
     writers = [FORK.Process(target=writer) for _ in range(4)]
     for process in writers:
@@ -142,7 +142,7 @@ def test_live_stages_outlast_sweeps(fault: Fault, folder: Path) -> None:
     for _ in writers:
         assert go.acquire(timeout=30)
     dead = FORK.Process(
-        target=lambda: (staging.Stage.open(os.open(directory, os.O_RDONLY), directory, 0o700), os._exit(0))
+        target=lambda: (staging.StagingFolder.open(os.open(directory, os.O_RDONLY), directory, 0o700), os._exit(0))
     )
     dead.start()
     dead.join()
@@ -156,22 +156,22 @@ def test_live_stages_outlast_sweeps(fault: Fault, folder: Path) -> None:
         os.close(fd)
     stop.set()
     wait_ok(writers)
-    assert swept == 1, "the dead writer's stage, and only that"
-    fault.record("live-stage", f"{turns} sweeps under 3 clocks: 4 live stages kept, 1 dead one removed")
+    assert swept == 1, "the dead writer's folder, and only that"
+    fault.record("live-writer", f"{turns} sweeps under 3 clocks: 4 of live writers left, 1 of a dead one removed")
 
 
 def test_no_flock_does_not_sweep_the_living(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where locks say yes to everybody, the process in the stage's name decides."""
+    """Where locks say yes to everybody, the process in the folder's name decides."""
     import fcntl
 
     directory = folder / "cache"
     directory.mkdir(mode=0o700)
     monkeypatch.setattr(fcntl, "flock", lambda descriptor, operation: None)
     fd = os.open(directory, os.O_RDONLY)
-    stage = staging.Stage.open(fd, directory, 0o700)
+    staged = staging.StagingFolder.open(fd, directory, 0o700)
     assert staging.sweep(fd) == 0
-    assert stage.path.is_dir()
-    stage.close()
+    assert staged.path.is_dir()
+    staged.close()
     os.close(fd)
 
 

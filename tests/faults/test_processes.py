@@ -147,8 +147,8 @@ def _after_a_kill(directory: Path) -> float:
     assert read(store, Builder(DATA)) == DATA
     assert read(store, Builder(DATA), {**MATERIAL, "new": started}) == DATA
     seconds = time.monotonic() - started
-    stages = directory / ".tmp"
-    assert not stages.exists() or list(stages.iterdir()) == []
+    staging = directory / ".tmp"
+    assert not staging.exists() or list(staging.iterdir()) == []
     store.prune(0)
     return seconds
 
@@ -168,7 +168,8 @@ def test_kill_at_random_moments(fault: Fault, folder: Path) -> None:
         slowest = max(slowest, _after_a_kill(folder / "cache"))
     assert slowest < 1.0
     fault.record(
-        "kill", f"{kills} kills: 0 bad entries, 0 exceptions, slowest next call {slowest * 1e3:.0f} ms, 0 stages left"
+        "kill",
+        f"{kills} kills: 0 bad entries, 0 exceptions, slowest next call {slowest * 1e3:.0f} ms, nothing left",
     )
 
 
@@ -216,7 +217,7 @@ def test_waiter_passes_a_stopped_builder(fault: Fault, folder: Path, caplog: pyt
         assert 0.5 <= waited < 30
         assert f"process {holder.pid}" in caplog.text
         assert store.stats()["lock_timeouts"] == 1
-        # The stopped builder lives: its stage must outlast any sweep.
+        # The stopped builder lives: its folder must outlast any sweep.
         store.prune()
         assert len(list((folder / "cache" / ".tmp").iterdir())) == 1
     finally:
@@ -225,7 +226,7 @@ def test_waiter_passes_a_stopped_builder(fault: Fault, folder: Path, caplog: pyt
     assert entry_path(folder / "cache").is_dir()
     fault.record(
         "stopped",
-        f"answered after {waited:.1f} s (timeout 0.5 s), the message named the process, its stage was left alone",
+        f"answered after {waited:.1f} s (timeout 0.5 s), the message named the process, its folder was left alone",
     )
 
 
