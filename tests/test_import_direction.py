@@ -71,7 +71,7 @@ def imported_modules(path: Path) -> list[str]:
     return names
 
 
-def test_every_stage_is_known() -> None:
+def test_every_place_is_known() -> None:
     assert {place_of(path) for path in FILES} <= set(PLACES)
     assert len(FILES) > 40, "the walk found too few files to mean anything"
 

@@ -117,7 +117,7 @@ def check_family(family: str | None, vae_config: Path | str | None) -> None:
         )
 
 
-def check_kept(path: Path, *, overwrite: bool) -> None:
+def check_absent(path: Path, *, overwrite: bool) -> None:
     """Refuse to replace a file, or a folder with something in it, that is there already.
 
     Raises:
@@ -136,7 +136,7 @@ def check_output(path: Path, form: str, *, overwrite: bool) -> None:
         overwrite: whether what is there may be replaced.
 
     Raises:
-        ConfigError: as `check_destination`, `check_folder`, `check_kept` and `sinks.check_replaceable`, or standard
+        ConfigError: as `check_destination`, `check_folder`, `check_absent` and `sinks.check_replaceable`, or standard
             output is a terminal.
     """
     if path == sinks.STDOUT:
@@ -148,7 +148,7 @@ def check_output(path: Path, form: str, *, overwrite: bool) -> None:
         sinks.check_replaceable(path)
     else:
         check_destination(path)
-    check_kept(path, overwrite=overwrite)
+    check_absent(path, overwrite=overwrite)
 
 
 def check_folder(path: Path, *, key: str = "") -> None:

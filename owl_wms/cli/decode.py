@@ -107,7 +107,7 @@ def decode(
     clips, length, latent_channels, height, width = source.shape
     if png is not None:
         shared.check_destination(png, ".png", ".jpg")
-        shared.check_kept(png, overwrite=overwrite)
+        shared.check_absent(png, overwrite=overwrite)
     written = (out, out.with_stem(out.stem + "_depth")) if depth else (out,)
     for path in written:
         for name in sinks.outputs(path, clips, each):

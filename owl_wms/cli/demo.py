@@ -57,7 +57,7 @@ def demo(
         raise DataError(f"{checkpoint}: the demo's weights are missing; run it from a source checkout", path=checkpoint)
     for name in ("clip.mp4", "sheet.png"):
         shared.check_destination(out / name, ".mp4", ".png")
-        shared.check_kept(out / name, overwrite=overwrite)
+        shared.check_absent(out / name, overwrite=overwrite)
     console = Console(stderr=True)
     where = shared.choose_device(device)
     dtype = shared.choose_dtype(None, where)

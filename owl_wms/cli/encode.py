@@ -55,7 +55,7 @@ def encode(
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
     shared.check_destination(out, *ARRAY_SUFFIXES)
-    shared.check_kept(out, overwrite=overwrite)
+    shared.check_absent(out, overwrite=overwrite)
     bounds.check_number("--scale", scale, bounds.SCALES)
     channels, size = pictures_of(vae_config)
     pieces, spent, begun = [], Spent(), time.perf_counter()

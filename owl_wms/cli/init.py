@@ -40,7 +40,7 @@ def init(
     files = folder / "world.yml", folder / "README.md"
     shared.check_folder(folder)
     for file in files:
-        shared.check_kept(file, overwrite=overwrite)
+        shared.check_absent(file, overwrite=overwrite)
     bounds.check_number("--fps", fps, bounds.FPS)
     bounds.check_together("--vae", vae, "--vae-checkpoint", vae_checkpoint)
     if vae_checkpoint is not None and not at_home(vae_checkpoint).exists():

@@ -29,7 +29,7 @@ def report(
     shared.check_destination(target, ".html")
     # Reports are made again and again while a run goes on, so an older one is no loss.
     if not (target.is_file() and GENERATOR in target.read_text(encoding="utf-8", errors="replace")[:4096]):
-        shared.check_kept(target, overwrite=overwrite)
+        shared.check_absent(target, overwrite=overwrite)
     try:
         with written_whole(target) as draft:
             draft.write_text(text, encoding="utf-8")

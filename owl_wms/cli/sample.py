@@ -49,10 +49,10 @@ def sample(
 
     console = Console(stderr=True)
     shared.check_destination(out, ".mp4")
-    shared.check_kept(out, overwrite=overwrite)
+    shared.check_absent(out, overwrite=overwrite)
     if latents is not None:
         shared.check_destination(latents, ".safetensors")
-        shared.check_kept(latents, overwrite=overwrite)
+        shared.check_absent(latents, overwrite=overwrite)
     bounds.check_number("--cfg-scale", cfg_scale, bounds.GUIDANCE)
     bounds.check_number("--seed", seed, bounds.SEEDS)
     where = shared.choose_device(device)

@@ -83,15 +83,15 @@ def load_optimiser(optimiser: Optimiser, state: Mapping[str, Any]) -> None:
         stored = "Muon's" if "muon" in state else "a torch.optim class's"
         raise ValueError(f"the state of the optimiser is {stored}, and train.opt names another")
     states = [state["muon"], state["adamw"]] if isinstance(optimiser, MuonWithAdamW) else [state]
-    for part, kept in zip(parts_of(optimiser), states, strict=True):
+    for part, saved in zip(parts_of(optimiser), states, strict=True):
         own = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
-        for mine, theirs in zip(own, kept["param_groups"], strict=False):
+        for mine, theirs in zip(own, saved["param_groups"], strict=False):
             if any((mark in mine) != (mark in theirs) for mark in _MARKS):
                 raise ValueError("the state of the optimiser belongs to another class than train.opt")
             added = next((name for name in _KEPT if mine.get(name) and not theirs.get(name)), None)
             if added is not None and not isinstance(part, torch.optim.SGD):
                 raise ValueError(f"the state of the optimiser is of a run without {added}, which train.opt_kwargs adds")
-        part.load_state_dict(dict(kept))
+        part.load_state_dict(dict(saved))
         for group, mine in zip(part.param_groups, own, strict=True):
             parameters = group["params"]
             group.clear()
