@@ -46,6 +46,9 @@ STARTS_BEFORE = {
     "dist built": (0.45, 0.20, 4.39, 18.94),
     "base built": (0.53, 0.16, 4.91, 30.10),
 }
+# At least so many times as fast as torch.compile in trainers; at most so many seconds to the first frames of a new
+# process whose program is stored, and of one that builds it.
+WANTED = {"dist": (3.6, 2.0, 15.0), "base": (2.0, 3.5, 30.0)}
 
 
 class Road:
@@ -181,97 +184,101 @@ def _ratio(a: Any, b: Any) -> float | None:
     return a / b if isinstance(a, float) and isinstance(b, float) and b else None
 
 
-def table(parts: dict[str, Any], names: list[str]) -> list[tuple[str, str, str, str]]:
-    """Rows (what, found, wanted, met); what was not measured says so."""
+class Table:
+    """Rows (what, found, wanted, met) about the parts of a run; what was not measured says so."""
 
-    def get(part: str, *keys: str) -> Any:
-        found = parts.get(part, {})
+    def __init__(self, parts: dict[str, Any]) -> None:
+        self.parts = parts
+        self.rows: list[tuple[str, str, str, str]] = []
+
+    def get(self, part: str, *keys: str) -> Any:
+        """Returns a figure of a part; None if it was not measured."""
+        found = self.parts.get(part, {})
         for key in keys:
             found = found.get(key) if isinstance(found, dict) else None
         return found
 
-    rows: list[tuple[str, str, str, str]] = []
-
-    def add(what: str, value: float | None, form: str, wanted: str, met: Callable[[float], bool], part: str) -> None:
+    def add(
+        self, what: str, value: float | None, form: str, wanted: str, met: Callable[[float], bool], part: str
+    ) -> None:
+        """Adds the row of one value, shown as `form` says; without a value, why its part has none."""
         if value is None:
-            said = get(part, "failed") or get(part, "skipped") or "not measured"
-            rows.append((what, str(said)[:90], wanted, "-"))
+            said = self.get(part, "failed") or self.get(part, "skipped") or "not measured"
+            self.rows.append((what, str(said)[:90], wanted, "-"))
         else:
-            rows.append((what, form.format(value), wanted, "yes" if met(value) else "NO"))
+            self.rows.append((what, form.format(value), wanted, "yes" if met(value) else "NO"))
 
-    for name in [name for name in names if name != "base"]:
-        own = get(f"rate {name}", "frames_per_second", "function, bf16")
-        for what, got in (
-            ("decode function to bytes", get(f"rate {name}", "frames_per_second", "function, bytes")),
-            ("decode_stream", get(f"rate {name}", "frames_per_second", "stream")),
-            ("decode_stream to .npy", get(f"rate {name}", "frames_per_second", "stream to .npy")),
-            ("owl-wms decode to .npy", get(f"npy {name}", "frames_per_second")),
-        ):
-            if name == "small" and what.startswith("owl"):
-                continue  # by the clock on the wall, while the others are by the processor's: the row below
-            text = f"{{:.0%}} of the decode function ({got or 0:.1f} of {own or 0:.1f} frames/s)"
-            part = f"npy {name}" if what.startswith("owl") else f"rate {name}"
-            least = 0.95 if name == "small" else 0.8
-            add(f"{name}: {what}", _ratio(got, own), text, f">= {least:.0%}", _least(least), part)
-        for clock in ("processor", "clock"):
-            if f"command {name}" in parts:
-                load = get(f"command {name}", "load") or 0
-                text = f"{{:.0%}} of the decode function by the {clock} (median of {get(f'command {name}', 'rounds')}; "
-                ratio = get(f"command {name}", "ratio", clock)
-                text += f"load of the machine {load:.0f})"
-                add(f"{name}: owl-wms decode to .npy", ratio, text, ">= 95%", _least(0.95), f"command {name}")
-        if name != "small":  # there decoder and encoder share two cores
-            got, fed = get(f"mp4 {name}", "frames_per_second"), get(f"x264 {name}", "frames_per_second")
-            limit = min(fed, own) if fed and own else None
-            text = (
-                f"{{:.0%}} of {'x264' if limit == fed else 'the decode function'} ({got or 0:.1f} of {limit or 0:.1f}"
-            )
-            text += f" frames/s; x264 fed from memory {fed or 0:.0f})"
-            add(f"{name}: owl-wms decode to .mp4", _ratio(got, limit), text, ">= 90 %", _least(0.9), f"mp4 {name}")
-        add(
-            f"{name}: memory from 10 % to 100 % of the clip",
-            (get(f"memory {name}", "end_mib") or 0) - get(f"memory {name}", "early_mib")
-            if get(f"memory {name}", "early_mib")
-            else None,
-            f"{{:+.0f}} MiB over {get(f'memory {name}', 'frames')} frames",
-            "flat",
-            lambda mib: mib < 64,
-            f"memory {name}",
-        )
-    wanted = {"dist": (3.6, 2.0, 15.0), "base": (2.0, 3.5, 30.0)}
-    for name in [name for name in names if name in wanted]:
-        times, cached, built = wanted[name]
-        ms, error = get(f"training {name}", "ms") or {}, get(f"training {name}", "relative_error") or {}
-        ours = ms.get("compile_for_training")
-        text = f"{{:.2f}}x torch.compile, {ours or 0:.2f} ms, error {error.get('compile_for_training', 0):.1e}"
-        text += f" (eager {ms.get('eager', 0):.2f} ms, {error.get('eager', 0):.1e})"
-        over = _ratio(ms.get("torch.compile"), ours)
-        add(f"{name}: compile_for_training", over, text, f">= {times}x", _least(times), f"training {name}")
-        for what, limit in (("cached", cached), ("built", built)):
-            starts = [get(f"first {name} {what}{number}", "after_torch") for number in ("", " 2", " 3")]
-            after = median(known) if (known := [seconds for seconds in starts if seconds is not None]) else None
-            add(
-                f"{name}: first decode, {what}, after import torch",
-                after,
-                "{:.2f} s",
-                f"<= {limit} s",
-                lambda seconds, limit=limit: seconds <= limit,
-                f"first {name} {what}",
-            )
-        swapped = get(f"background {name}", "swapped_after_torch")
-        add(
-            f"{name}: first decode, built in the background, after import torch",
-            get(f"background {name}", "after_torch"),
-            f"{{:.2f}} s, by PyTorch; the program takes over after {swapped or 0:.1f} s",
-            f"<= {built} s",
-            lambda seconds, limit=built: seconds <= limit,
-            f"background {name}",
-        )
-    return rows
+
+def table(parts: dict[str, Any], names: list[str]) -> list[tuple[str, str, str, str]]:
+    """Returns the rows of a `Table` about these decoders."""
+    made = Table(parts)
+    for name in names:
+        if name != "base":
+            _add_clips(made, name)
+    for name in names:
+        if name in WANTED:
+            _add_trainers_and_starts(made, name)
+    return made.rows
+
+
+def _add_clips(made: Table, name: str) -> None:
+    get, rate, npy, mp4, memory = made.get, f"rate {name}", f"npy {name}", f"mp4 {name}", f"memory {name}"
+    own = get(rate, "frames_per_second", "function, bf16")
+    least = 0.95 if name == "small" else 0.8
+    rows = [
+        ("decode function to bytes", get(rate, "frames_per_second", "function, bytes"), rate),
+        ("decode_stream", get(rate, "frames_per_second", "stream"), rate),
+        ("decode_stream to .npy", get(rate, "frames_per_second", "stream to .npy"), rate),
+    ]
+    if name != "small":  # by the clock on the wall, while the others are by the processor's: the rows below
+        rows.append(("owl-wms decode to .npy", get(npy, "frames_per_second"), npy))
+    for what, got, part in rows:
+        text = f"{{:.0%}} of the decode function ({got or 0:.1f} of {own or 0:.1f} frames/s)"
+        made.add(f"{name}: {what}", _ratio(got, own), text, f">= {least:.0%}", _least(least), part)
+    command = f"command {name}"
+    for clock in ("processor", "clock") if command in made.parts else ():
+        text = f"{{:.0%}} of the decode function by the {clock} (median of {get(command, 'rounds')}; "
+        text += f"load of the machine {get(command, 'load') or 0:.0f})"
+        made.add(f"{name}: owl-wms decode to .npy", get(command, "ratio", clock), text, ">= 95%", _least(0.95), command)
+    if name != "small":  # there decoder and encoder share two cores
+        got, fed = get(mp4, "frames_per_second"), get(f"x264 {name}", "frames_per_second")
+        limit = min(fed, own) if fed and own else None
+        text = f"{{:.0%}} of {'x264' if limit == fed else 'the decode function'} ({got or 0:.1f} of {limit or 0:.1f}"
+        text += f" frames/s; x264 fed from memory {fed or 0:.0f})"
+        made.add(f"{name}: owl-wms decode to .mp4", _ratio(got, limit), text, ">= 90 %", _least(0.9), mp4)
+    early = get(memory, "early_mib")
+    grown = (get(memory, "end_mib") or 0) - early if early else None
+    text = f"{{:+.0f}} MiB over {get(memory, 'frames')} frames"
+    made.add(f"{name}: memory from 10 % to 100 % of the clip", grown, text, "flat", lambda mib: mib < 64, memory)
+
+
+def _add_trainers_and_starts(made: Table, name: str) -> None:
+    times, *limits = WANTED[name]
+    get, training, background = made.get, f"training {name}", f"background {name}"
+    ms, error = get(training, "ms") or {}, get(training, "relative_error") or {}
+    ours = ms.get("compile_for_training")
+    text = f"{{:.2f}}x torch.compile, {ours or 0:.2f} ms, error {error.get('compile_for_training', 0):.1e}"
+    text += f" (eager {ms.get('eager', 0):.2f} ms, {error.get('eager', 0):.1e})"
+    over = _ratio(ms.get("torch.compile"), ours)
+    made.add(f"{name}: compile_for_training", over, text, f">= {times}x", _least(times), training)
+    first = f"{name}: first decode"
+    for what, limit in zip(("cached", "built"), limits, strict=True):
+        part = f"first {name} {what}"
+        starts = [get(f"{part}{number}", "after_torch") for number in ("", " 2", " 3")]
+        after = median(known) if (known := [seconds for seconds in starts if seconds is not None]) else None
+        made.add(f"{first}, {what}, after import torch", after, "{:.2f} s", f"<= {limit} s", _most(limit), part)
+    text = "{:.2f} s, by PyTorch; the program takes over after "
+    text += f"{get(background, 'swapped_after_torch') or 0:.1f} s"
+    what = f"{first}, built in the background, after import torch"
+    made.add(what, get(background, "after_torch"), text, f"<= {limits[1]} s", _most(limits[1]), background)
 
 
 def _least(limit: float) -> Callable[[float], bool]:
     return lambda value: value >= limit
+
+
+def _most(limit: float) -> Callable[[float], bool]:
+    return lambda value: value <= limit
 
 
 def wrong(parts: dict[str, Any]) -> list[str]:

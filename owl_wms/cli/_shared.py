@@ -217,18 +217,18 @@ class Sheet:
     def __init__(self, count: int) -> None:
         shown = min(8, count)
         self._places = sorted({round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)})
-        self._kept: list[Tensor] = []
+        self._pictures: list[Tensor] = []
         self._seen = 0
 
     def take(self, frames: Tensor) -> None:
         """Looks at the next uint8 [k, H, W, C] frames."""
         inside = [place - self._seen for place in self._places if 0 <= place - self._seen < len(frames)]
-        self._kept += [frames[place].clone() for place in inside]
+        self._pictures += [frames[place].clone() for place in inside]
         self._seen += len(frames)
 
     def save(self, path: Path) -> None:
         """Writes colour and, if there is a fourth channel, depth."""
-        pictures = torch.stack(self._kept)
+        pictures = torch.stack(self._pictures)
         rows = {"decoded": pictures[..., :3].contiguous()}
         if pictures.shape[3] > 3:
             rows["depth"] = depth_bytes(pictures[..., 3].float() / 127.5 - 1)
