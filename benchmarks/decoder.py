@@ -115,14 +115,8 @@ def measure(prepared: Prepared, batch: int, args: argparse.Namespace, ceilings: 
             **extra,
         }
         limit = MAX_ERROR_OVER_EAGER * rows["eager bf16"].figures["relative_l2"] if "eager bf16" in rows else None
-        psnr_gate = extra.get("psnr_gate_db")
-        if not row.figures["finite"]:
-            row.refused = "output is not finite"
-        elif psnr_gate is not None and row.figures["psnr_db"] < psnr_gate:
-            row.refused = f"PSNR {row.figures['psnr_db']:.1f} dB is under its gate of {psnr_gate} dB"
-        elif psnr_gate is None and limit is not None and row.figures["relative_l2"] > limit:
-            row.refused = f"relative error {row.figures['relative_l2']:.2e} exceeds {limit:.2e} (2x eager bf16)"
-        else:
+        row.refused = why_refused(row.figures, extra.get("psnr_gate_db"), limit)
+        if not row.refused:
             candidates[candidate] = run
         harness.console.print(f"  {candidate}: ready in {row.figures['ready_seconds']:.1f} s {row.refused}")
 
@@ -147,6 +141,17 @@ def measure(prepared: Prepared, batch: int, args: argparse.Namespace, ceilings: 
             executed = work_gflop - saved - (eight_bits / 2 if row.candidate.split()[1] in FORMATS else 0)
             row.figures["percent_of_executed"] = 100 * executed / ceilings.matmul_tflops / row.figures["median_ms"]
     return list(rows.values())
+
+
+def why_refused(figures: dict[str, Any], least_psnr: float | None, most_error: float | None) -> str:
+    """Returns why a candidate is not timed, by its PSNR in dB if it has a gate, else by its error; empty if it is."""
+    if not figures["finite"]:
+        return "output is not finite"
+    if least_psnr is not None:
+        low = figures["psnr_db"] < least_psnr
+        return f"PSNR {figures['psnr_db']:.1f} dB is under its gate of {least_psnr} dB" if low else ""
+    high = most_error is not None and figures["relative_l2"] > most_error
+    return f"relative error {figures['relative_l2']:.2e} exceeds {most_error:.2e} (2x eager bf16)" if high else ""
 
 
 def built(args: argparse.Namespace) -> list[tuple[str, str, tuple[str, ...]]]:
