@@ -74,22 +74,18 @@ class NpyTable:
         manifest = _read_json(self.path / "manifest.json", list)
         known = schema.get("array_columns")
         if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
-            file = self.path / "schema.json"
-            raise DataError(
-                f"{file}: `array_columns` must be a list of names, got {one_line(repr(known), 80)}", path=file
-            )
+            text = f"`array_columns` must be a list of names, got {one_line(repr(known), 80)}"
+            raise _wrong(self.path / "schema.json", text)
         self.columns = tuple(known) if columns is None else tuple(columns)
         for column in self.columns:
             if column not in known:
-                raise DataError(f"{self.path}: no array column {column!r}; it has {', '.join(known)}", path=self.path)
+                raise _wrong(self.path, f"no array column {column!r}; it has {', '.join(known)}")
         self.rows: list[Row] = []
         # Column -> shape of a frame, and the row that says so.
         self._frames: dict[str, tuple[tuple[int, ...], int]] = {}
         for index, fields in enumerate(manifest):
             if not isinstance(fields, dict):
-                raise DataError(
-                    f"{self.path}: row {index} of the manifest must be an object", path=self.path, index=index
-                )
+                raise _wrong(self.path, f"row {index} of the manifest must be an object", index)
             flags = {name: _flag(fields.get(name), name, index, self.path) for name in ("missing", "truncated")}
             if flags["missing"] or (flags["truncated"] and not keep_truncated):
                 continue
@@ -103,28 +99,20 @@ class NpyTable:
         """
         entry = self.rows[row]
         if not 0 <= start < stop <= entry.length:
-            raise DataError(
-                f"{self.path}: frames {start} to {stop} of row {entry.index} lie outside its {entry.length} frames",
-                path=self.path,
-                index=entry.index,
-            )
+            text = f"frames {start} to {stop} of row {entry.index} lie outside its {entry.length} frames"
+            raise _wrong(self.path, text, entry.index)
         with self._open(entry.index, entry.fields, column) as file:
             values = file.read(start, stop)
         shape = self._frames[column][0] if column in self._frames else values.shape[1:]
         if values.shape != (stop - start, *shape):  # another process put a new file there
-            changed = self.path / entry.fields[column]
             text = f"frames {start} to {stop} of {column!r} in row {entry.index} are {list(values.shape)} now"
-            raise DataError(f"{changed}: {text}; open the table anew", path=changed, index=entry.index)
+            raise _wrong(self.path / entry.fields[column], f"{text}; open the table anew", entry.index)
         # One such value in a batch makes every weight NaN, and nothing on the way there complains.
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-            bad_file = self.path / entry.fields[column]
-            raise DataError(
-                f"{bad_file}: frame {start + int(bad.argmax())} of {column!r} in row {entry.index} holds NaN or "
-                "infinity; store the clip anew, or mark its row as missing in manifest.json",
-                path=bad_file,
-                index=entry.index,
-            )
+            text = f"frame {start + int(bad.argmax())} of {column!r} in row {entry.index} holds NaN or infinity"
+            remedy = "store the clip anew, or mark its row as missing in manifest.json"
+            raise _wrong(self.path / entry.fields[column], f"{text}; {remedy}", entry.index)
         return values
 
     def _length(self, index: int, fields: Mapping[str, Any]) -> int:
@@ -134,21 +122,14 @@ class NpyTable:
                 lengths[column], shape = array.shape[0], array.shape[1:]
             held, first = self._frames.setdefault(column, (shape, index))
             if shape != held:
-                file = self.path / fields[column]
-                raise DataError(
-                    f"{file}: frames of {column!r} in row {index} are {list(shape)}, "
-                    f"those of row {first} are {list(held)}; a column has one shape",
-                    path=file,
-                    index=index,
-                )
+                text = f"frames of {column!r} in row {index} are {list(shape)}, those of row {first} are {list(held)}"
+                raise _wrong(self.path / fields[column], f"{text}; a column has one shape", index)
         said = fields.get("seq_len")
         if said is not None and self.columns:
             lengths["seq_len"] = said
         found = list(lengths.values())
         if any(length != found[0] for length in found):  # what the manifest says may be no number
-            raise DataError(
-                f"{self.path}: arrays of row {index} differ in length: {lengths}", path=self.path, index=index
-            )
+            raise _wrong(self.path, f"arrays of row {index} differ in length: {lengths}", index)
         return next(iter(lengths.values()), 0)
 
     @contextmanager
@@ -156,11 +137,7 @@ class NpyTable:
         name = fields.get(column)
         # A manifest may come from elsewhere: it names files of this folder, never a way out of it.
         if not isinstance(name, str) or Path(name).name != name:
-            raise DataError(
-                f"{self.path}: row {index} names no file of this folder for {column!r}: {name!r}",
-                path=self.path,
-                index=index,
-            )
+            raise _wrong(self.path, f"row {index} names no file of this folder for {column!r}: {name!r}", index)
         file = self.path / name
         try:
             with NpyFile(file, inside=self.path) as array:
@@ -174,7 +151,7 @@ class NpyTable:
             text = f"array {column!r} of row {index} {reason}"
             if not reason.startswith("must"):
                 text = f"cannot read array {column!r} of row {index}: {reason}"
-            raise DataError(f"{file}: {text}", path=file, index=index) from error
+            raise _wrong(file, text, index) from error
 
 
 class NpyTableWriter:
@@ -201,9 +178,7 @@ class NpyTableWriter:
         for column in self.array_columns:
             problem = unusable_name(f"{column}_0.npy")
             if problem is not None:
-                raise DataError(
-                    f"{self.path}: no file can be named after column {column!r}: it {problem}", path=self.path
-                )
+                raise _wrong(self.path, f"no file can be named after column {column!r}: it {problem}")
         with _writing(self.path):
             make_folder(self.path)
         schema = {"columns": [*array_columns, *columns, *_OWN_COLUMNS], "array_columns": list(array_columns)}
@@ -212,9 +187,7 @@ class NpyTableWriter:
         if (self.path / "schema.json").exists():
             present = _read_json(self.path / "schema.json", dict)
             if present != schema:
-                raise DataError(
-                    f"{self.path}: holds a table of other columns: {present}; choose another folder", path=self.path
-                )
+                raise _wrong(self.path, f"holds a table of other columns: {present}; choose another folder")
             self._rows = _read_json(self.path / "manifest.json", list)
         else:
             self._schema = schema
@@ -244,17 +217,12 @@ class NpyTableWriter:
         """
         index = len(self._rows)
         if set(arrays) != set(self.array_columns) or set(fields) != set(self._plain):
-            raise DataError(
-                f"{self.path}: row {index} must bring arrays {self.array_columns} and fields {self._plain}, "
-                f"got {tuple(arrays)} and {tuple(fields)}",
-                path=self.path,
-                index=index,
-            )
+            text = f"row {index} must bring arrays {self.array_columns} and fields {self._plain}"
+            raise _wrong(self.path, f"{text}, got {tuple(arrays)} and {tuple(fields)}", index)
         stored = {column: self._numbers(column, array, index) for column, array in arrays.items()}
         lengths = {column: len(array) for column, array in stored.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            text = f"{self.path}: arrays of row {index} must share one length above 0: {lengths}"
-            raise DataError(text, path=self.path, index=index)
+            raise _wrong(self.path, f"arrays of row {index} must share one length above 0: {lengths}", index)
         row: dict[str, Any] = {
             **{name: self._plain_value(name, value, index) for name, value in fields.items()},
             "missing": False,
@@ -296,17 +264,16 @@ class NpyTableWriter:
     def _numbers(self, column: str, array: Any, index: int) -> np.ndarray:
         """Return an array as it is stored: numbers of at most 64 bits with a frame axis, in native byte order."""
         if np.ma.is_masked(array):
-            text = f"{self.path}: {column!r} of row {index} has masked values; fill them first"
-            raise DataError(text, path=self.path, index=index)
+            raise _wrong(self.path, f"{column!r} of row {index} has masked values; fill them first", index)
         try:
             values = np.asarray(array)
         except (TypeError, ValueError, RuntimeError) as error:  # a ragged list, or a tensor that numpy cannot have
-            text = f"{self.path}: {column!r} of row {index} is no array: {one_line(error)}"
-            raise DataError(text, path=self.path, index=index) from error
+            text = f"{column!r} of row {index} is no array: {one_line(error)}"
+            raise _wrong(self.path, text, index) from error
         odd = values.dtype.kind not in "biuf" or values.dtype.itemsize > 8 or values.ndim == 0
         if odd or not np.isfinite(values).all():  # no reader would take it
             text = f"must be {'' if odd else 'finite '}numbers [n, ...], got {values.dtype} {list(values.shape)}"
-            raise DataError(f"{self.path}: {column!r} of row {index} {text}", path=self.path, index=index)
+            raise _wrong(self.path, f"{column!r} of row {index} {text}", index)
         return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
 
     def _plain_value(self, name: str, value: Any, index: int) -> Any:
@@ -316,7 +283,7 @@ class NpyTableWriter:
             json.dumps(plain, allow_nan=False).encode("utf-8")
         except (TypeError, ValueError, RecursionError) as error:
             text = f"cannot be written as JSON: {one_line(repr(value), 80)}"
-            raise DataError(f"{self.path}: {name!r} of row {index} {text}", path=self.path, index=index) from error
+            raise _wrong(self.path, f"{name!r} of row {index} {text}", index) from error
         return plain
 
     @property
@@ -347,13 +314,16 @@ class NpyTableWriter:
         return len(self._rows)
 
 
+def _wrong(path: Path, text: str, index: int | None = None) -> DataError:
+    return DataError(f"{path}: {text}", path=path, index=index)
+
+
 def _flag(value: Any, name: str, index: int, path: Path) -> bool:
     """Return a flag of the manifest: true, false, 1 or 0; absent and null are false. Text would count as true."""
     if value is None or isinstance(value, bool) or (type(value) is int and value in (0, 1)):
         return bool(value)
-    file = path / "manifest.json"
     text = f"{name!r} of row {index} must be true or false, got {one_line(repr(value), 80)}"
-    raise DataError(f"{file}: {text}", path=file, index=index)
+    raise _wrong(path / "manifest.json", text, index)
 
 
 def _read_json(path: Path, kind: type) -> Any:
@@ -362,14 +332,14 @@ def _read_json(path: Path, kind: type) -> Any:
         value = json.loads(text, object_pairs_hook=_without_doubles)
     except (FileNotFoundError, NotADirectoryError) as error:
         made = "`owl-wms data make` makes a table of the rendered game, `owl-wms data import` one of your files"
-        raise DataError(f"{path}: no such file, so this is no table; {made}", path=path) from error
+        raise _wrong(path, f"no such file, so this is no table; {made}") from error
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or (
             "nested too deeply" if isinstance(error, RecursionError) else error
         )
-        raise DataError(f"{path}: cannot read this part of a table: {one_line(reason)}", path=path) from error
+        raise _wrong(path, f"cannot read this part of a table: {one_line(reason)}") from error
     if not isinstance(value, kind):
-        raise DataError(f"{path}: must hold a JSON {kind.__name__}, found {type(value).__name__}", path=path)
+        raise _wrong(path, f"must hold a JSON {kind.__name__}, found {type(value).__name__}")
     return value
 
 
@@ -393,6 +363,4 @@ def _writing(path: Path, index: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:  # numpy's own, for an array that does not fit, has no strerror
         what = "" if index is None else f"row {index} "
-        raise DataError(
-            f"{path}: {what}cannot be written: {error.strerror or error}", path=path, index=index
-        ) from error
+        raise _wrong(path, f"{what}cannot be written: {error.strerror or error}", index) from error
