@@ -265,11 +265,11 @@ def command(s: Settings) -> Settings:
     pairs = list(zip(found["function"], found["command"], strict=True))
     return {
         "ratio": {
-            what: median(function[i] / whole[i] for function, whole in pairs)
+            what: median(alone[i] / with_files[i] for alone, with_files in pairs)
             for i, what in enumerate(("clock", "processor"))
         },
         "ms_per_frame": {
-            name: {what: 1e3 * median(cost[i] for cost in costs) for i, what in enumerate(("clock", "processor"))}
+            name: {what: 1e3 * median(turn[i] for turn in costs) for i, what in enumerate(("clock", "processor"))}
             for name, costs in found.items()
         },
         "rounds": s["rounds"],

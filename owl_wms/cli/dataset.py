@@ -159,7 +159,7 @@ def _go(
     from owl_wms.batch import ranks
     from owl_wms.batch import run as engines
     from owl_wms.batch.progress import Tally
-    from owl_wms.errors import ConfigError, DataError
+    from owl_wms.errors import ConfigError
 
     if show:
         _print_status(engines.status(job, source, suffixes))
@@ -192,19 +192,25 @@ def _go(
         view.update()
     seconds = time.perf_counter() - begun
     mine = Tally(workers=tally.workers).sum()
-    who = "" if rank is None else f"rank {rank[0]}: "
-    text = f"{who}{mine.done} done, {mine.failed} failed, {mine.frames} frames, {mine.frames / seconds:.1f} frames/s"
-    text += f"; {tally.earlier} files were done before" if tally.earlier else ""
-    if not mine.done + mine.failed:
-        state = engines.status(job, source, suffixes)
-        if not state.done + state.left:
-            raise DataError(f"{source}: holds no file that ends in {', '.join(suffixes)}", path=source)
-        elsewhere = f", {state.left} are in work elsewhere" if state.left else ""
-        text = f"{who}nothing is left to do: {state.done} files were done before{elsewhere}"
-    say(console, text)
+    if mine.done + mine.failed:
+        text = f"{mine.done} done, {mine.failed} failed, {mine.frames} frames, {mine.frames / seconds:.1f} frames/s"
+        text += f"; {tally.earlier} files were done before" if tally.earlier else ""
+    else:
+        text = _why_nothing(engines.status(job, source, suffixes), source, suffixes)
+    say(console, text if rank is None else f"rank {rank[0]}: {text}")
     if mine.failed:
         say(console, f"reasons: {job.out}/_ledger/failed.jsonl")
         raise typer.Exit(1)
+
+
+def _why_nothing(state: Status, source: str, suffixes: tuple[str, ...]) -> str:
+    """Says why a run did nothing; raises DataError if its source has nothing to do."""
+    from owl_wms.errors import DataError
+
+    if not state.done + state.left:
+        raise DataError(f"{source}: holds no file that ends in {', '.join(suffixes)}", path=source)
+    elsewhere = f", {state.left} are in work elsewhere" if state.left else ""
+    return f"nothing is left to do: {state.done} files were done before{elsewhere}"
 
 
 def _print_status(state: Status) -> None:
