@@ -20,6 +20,7 @@ import csv
 import io
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ from owl_wms.media.watch import VIDEO_SUFFIXES
 LATENT_NAMES = ("latent", "latents", LATENT_COLUMN, "video")
 _OTHER_NAMES = ("mouse", "buttons", "audiolatent", "audio")
 _TABLES = (".arrow", ".parquet")
+_OF_MAPS = re.compile(r"cache-[0-9a-f]{16}(_\d{5}_of_\d{5})?\.arrow")  # what `datasets` writes for `map` and `shuffle`
 _log = logging.getLogger(__name__)
 _MAX_TAR = 8 << 30
 _MAX_CSV = 1 << 28
@@ -102,7 +104,10 @@ def _of_folder(folder: Path) -> Iterator[Clip]:
     files.sort(key=lambda path: ([natural_order(Path(part)) for part in path.relative_to(folder).parts]))
     if (folder / "manifest.json").exists() and (folder / "schema.json").exists():
         raise DataError(f"{folder}: is a table already; train and show it as it is", path=folder)
-    tables = [path for path in files if path.suffix.lower() in _TABLES]
+    caches = [path for path in files if _OF_MAPS.fullmatch(path.name)]
+    if caches:
+        _log.warning("%s: caches of `datasets` are passed over (%d, such as %s)", folder, len(caches), caches[0].name)
+    tables = [path for path in files if path.suffix.lower() in _TABLES and path not in caches]
     videos = {path.with_suffix("") for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
     groups: dict[Path, dict[str, Path]] = {}
     for path in files:

@@ -493,3 +493,14 @@ def test_controls_of_a_video_in_two_files(tmp_path: Path) -> None:
         save_array(tmp_path / f"a.mouse{suffix}", torch.randn(6, 2))
     with pytest.raises(DataError, match=r"a\.mouse\.pt and a\.mouse\.npy are two files of one name; keep"):
         import_clips(str(tmp_path / "a.mp4"), tmp_path / "table")
+
+
+def test_caches_of_maps_beside_a_data_set_are_no_clips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    names = ("data-00000-of-00001.arrow", "cache-d19493523d95e2dc.arrow", "cache-5b86abacd4b42434_00001_of_00002.arrow")
+    for number, name in enumerate(names):
+        rows = pyarrow.Table.from_pylist([{key: value.tolist() for key, value in clip(number).items()}])
+        with pyarrow.OSFile(str(tmp_path / name), "wb") as file, pyarrow.ipc.new_stream(file, rows.schema) as writer:
+            writer.write_table(rows)
+    assert [found.name for found in clips_of(str(tmp_path))] == ["data-00000-of-00001.arrow#0"]
+    assert "caches of `datasets` are passed over (2, such as cache-" in caplog.text
