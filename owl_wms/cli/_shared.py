@@ -127,6 +127,17 @@ def check_absent(path: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{path}: exists; --overwrite replaces it", path=path, key="overwrite")
 
 
+def check_not_read(path: Path, *inputs: Path | None) -> None:
+    """Refuse an output that is one of the files that the command reads: to overwrite means an earlier output.
+
+    Raises:
+        ConfigError: it is one of them, also by another path or a link.
+    """
+    for file in inputs:
+        if file is not None and os.path.realpath(path) == os.path.realpath(file):
+            raise ConfigError(f"{path}: is a file that this command reads; name another output", path=path)
+
+
 def check_output(path: Path, form: str, *, overwrite: bool) -> None:
     """Refuse what `media.sinks` cannot write to before the work is done.
 
@@ -140,6 +151,8 @@ def check_output(path: Path, form: str, *, overwrite: bool) -> None:
             output is a terminal.
     """
     if path == sinks.STDOUT:
+        if sys.stdout is None:  # the shell closed it: `>&-`
+            raise ConfigError("--out -: standard output is closed", key="out")
         if sys.stdout.isatty():
             raise ConfigError("--out -: standard output is a terminal; put `| ffmpeg -i - ...` or `> FILE` behind it")
         return

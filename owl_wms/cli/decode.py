@@ -111,6 +111,7 @@ def decode(
     written = (out, out.with_stem(out.stem + "_depth")) if depth else (out,)
     for path in written:
         for name in sinks.outputs(path, clips, each):
+            shared.check_not_read(name, latents)
             shared.check_output(name, chosen, overwrite=overwrite)
     remark = other_latent_size(model, height, width)
     if remark is not None:

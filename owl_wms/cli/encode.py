@@ -55,6 +55,7 @@ def encode(
     where = shared.choose_device(device)
     precision = shared.choose_dtype(dtype, where)
     shared.check_destination(out, *ARRAY_SUFFIXES)
+    shared.check_not_read(out, frames, depth, checkpoint)
     shared.check_absent(out, overwrite=overwrite)
     bounds.check_number("--scale", scale, bounds.SCALES)
     channels, size = pictures_of(vae_config)

@@ -52,6 +52,7 @@ def sample(
     shared.check_absent(out, overwrite=overwrite)
     if latents is not None:
         shared.check_destination(latents, ".safetensors")
+        shared.check_not_read(latents, context, checkpoint)
         shared.check_absent(latents, overwrite=overwrite)
     bounds.check_number("--cfg-scale", cfg_scale, bounds.GUIDANCE)
     bounds.check_number("--seed", seed, bounds.SEEDS)

@@ -110,10 +110,29 @@ def test_existing_outputs_are_kept(place: Path, capsys: pytest.CaptureFixture[st
     assert len(list(read_video(place / "o_depth.mp4"))) == 10
 
 
+def test_a_file_that_is_read_is_not_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    np.save(place / "z.npy", np.zeros((2, 16, 8, 8), np.float32))
+    (place / "link.npy").symlink_to("z.npy")
+    weights = place / "vae.safetensors"
+    before = {path: path.read_bytes() for path in (place / "z.npy", weights)}
+    for arguments in (
+        ("decode", "z.npy", "--out", str(place / "z.npy")),
+        ("decode", "z.npy", "--out", str(place / "new" / ".." / "link.npy")),
+        ("encode", "z.npy", "--out", str(place / "z.npy")),
+        ("encode", "clip.mp4", "--depth", str(place / "depth.mp4"), "--out", str(weights)),
+    ):
+        capsys.readouterr()
+        assert call(place, *arguments, "--overwrite") == 2, arguments
+        assert "is a file that this command reads" in capsys.readouterr().err.replace("\n", " "), arguments
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_names_and_forms_that_do_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     for arguments, message in (
         (("--out", "x.gif"), "must end in .mp4"),
         (("--out", "x.png"), "pictures go to a folder"),
+        (("--out", str(place)), "is no picture of an earlier decode"),
+        (("--out", "."), "is no picture of an earlier decode"),
         (("--out", "x.mp4", "--format", "png"), "does not fit"),
         (("--out", "x", "--format", "bmp"), "--format must be one of"),
         (("--out", "x.npy", "--depth"), "--depth goes with a clip"),
@@ -214,6 +233,13 @@ def test_a_pipe_that_closes_is_one_line(place: Path) -> None:  # noqa: F811
         assert "standard output: cannot be written: Broken pipe" in error.replace("\n", " ")
         assert "Traceback" not in error
         assert "Exception" not in error
+
+
+def test_a_closed_standard_output_is_one_line(place: Path) -> None:  # noqa: F811
+    ran = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command(place, "--out", "-")], stderr=subprocess.PIPE, check=False
+    )
+    assert (ran.returncode, ran.stderr) == (2, b"error: --out -: standard output is closed\n")
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg here")
