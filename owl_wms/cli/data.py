@@ -48,13 +48,18 @@ def make(
 ) -> None:
     """Render the game, encode it, and store latents, mouse and buttons as an .npy table."""
     from owl_wms.cli import _shared as shared
+    from owl_wms.configs import pictures_of
     from owl_wms.data.latent_dataset import make_game_latents
+    from owl_wms.errors import ConfigError
     from owl_wms.media.read_facts import weights_digest
     from owl_wms.vae import load_encoder
 
     bounds.check_number("--seed", seed, bounds.SEEDS)
     where = shared.choose_device(device)
     shared.check_folder(path)
+    channels, size = pictures_of(vae_config)
+    if channels > 4:
+        raise ConfigError(f"{vae_config}: encodes {channels} channels, the game has 4", path=vae_config)
     encoder = load_encoder(None, vae_config, vae_checkpoint).to(where, shared.choose_dtype(None, where))
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("frames", total=episodes * frames)
@@ -66,6 +71,8 @@ def make(
             fps=fps,
             first_seed=seed,
             batch=batch,
+            size=size,
+            channels=channels,
             encoder_name=vae_checkpoint.name,
             vae_sha256=weights_digest(vae_checkpoint),
             resume=resume,

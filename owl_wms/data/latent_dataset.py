@@ -39,6 +39,7 @@ def make_game_latents(
     first_seed: int = 10_000_000,
     batch: int = 8,
     size: tuple[int, int] = FRAME_SIZE,
+    channels: int = 4,
     encoder_name: str = "",
     vae_sha256: str | None = None,
     resume: bool = False,
@@ -51,13 +52,14 @@ def make_game_latents(
 
     Args:
         path: the table's folder; created when absent.
-        encoder: frames [b, 4, H, W] in [-1, 1] -> latents [b, c, h, w]; its parameters say device and precision.
+        encoder: frames [b, channels, H, W] in [-1, 1] -> latents [b, c, h, w]; its parameters say device and precision.
         episodes: rows to write.
         frames: stored frames in each.
         fps: stored frames per second, a divisor of 60.
         first_seed: seed of the first world; episode i plays in world first_seed + i.
         batch: players at once.
         size: height and width of rendered frames.
+        channels: how many of red, green, blue and depth the encoder takes.
         encoder_name: for messages, beside the digest of its weights.
         vae_sha256: of the autoencoder's file of weights, stored with the table's facts.
         resume: make only those of the worlds that the table lacks, after a run that was stopped.
@@ -91,7 +93,8 @@ def make_game_latents(
             if progress is not None:
                 progress(done + frame * players, episodes * frames)
 
-        latents, mouse, buttons = _play(encoder, first_seed + start, players, frames, fps, size, report)
+        shape = channels, *size
+        latents, mouse, buttons = _play(encoder, first_seed + start, players, frames, fps, shape, report)
         for player in range(players):
             arrays = {LATENT_COLUMN: latents[player], "mouse": mouse[player], "buttons": buttons[player]}
             writer.append(arrays, seed=first_seed + start + player, fps=fps)
@@ -156,7 +159,7 @@ def _play(
     players: int,
     frames: int,
     fps: int,
-    size: tuple[int, int],
+    shape: tuple[int, int, int],
     report: Callable[[int], None],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """float32 latents [players, frames, c, h, w], mouse [players, frames, 2], uint8 buttons [players, frames, 11]."""
@@ -173,8 +176,8 @@ def _play(
         mouse, buttons = player.controls()
         for _ in range(FRAMES_PER_SECOND // fps):
             world.step(mouse, buttons)
-        picture = render(world, height=size[0], width=size[1]).to(weight.dtype)
-        latents.append(encoder(picture).float().cpu())
+        picture = render(world, height=shape[1], width=shape[2]).to(weight.dtype)
+        latents.append(encoder(picture[:, : shape[0]]).float().cpu())
         mice.append(mouse.float().cpu())
         held.append(buttons.to(torch.uint8).cpu())
         report(frame + 1)

@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from owl_wms.cli import main
 from owl_wms.cli.train import load_changed
+from owl_wms.configs import load_vae_config
 from owl_wms.data.latent_dataset import make_game_latents
 from owl_wms.data.npy_table import NpyTable
 from owl_wms.errors import ConfigError, DataError
+from owl_wms.vae import build_autoencoder
+from tests.cli.test_decode import CONFIG
 from tests.trainers.helpers import config, write_table
 
 
@@ -104,6 +108,21 @@ def test_the_game_becomes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "3 clips, 12 frames" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="divide 60"):
         make_game_latents(tmp_path / "no", Mean(), **{**settings, "fps": 25})
+
+
+def test_an_autoencoder_of_another_size_without_depth_makes_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "vae.yml"
+    file.write_text(CONFIG.replace("  channels: 4", "  channels: 3"))
+    save_file(build_autoencoder(load_vae_config(file).model, "tiled").state_dict(), tmp_path / "vae.safetensors")
+    vae = ("--vae-config", str(file), "--vae-checkpoint", str(tmp_path / "vae.safetensors"))
+    command = ("data", "make", str(tmp_path / "table"), "--episodes", "1", "--frames", "2", "--device", "cpu", *vae)
+    assert run(*command) == 0, capsys.readouterr().err
+    assert NpyTable(tmp_path / "table").slice(0, "depth_latent", 0, 2).shape == (2, 16, 8, 8)
+    file.write_text(CONFIG.replace("  channels: 4", "  channels: 5"))
+    assert run(*command) == 2
+    assert "encodes 5 channels, the game has 4" in capsys.readouterr().err
 
 
 SMALL: dict[str, Any] = {"episodes": 2, "frames": 2, "fps": 20, "size": (36, 64)}
