@@ -10,6 +10,7 @@ Usage:
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 import zlib
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from owl_wms.files import NAME_BYTES, WINDOWS, at_home
 
+_SHORT = re.compile(r"\d+ requested and \d+ written|unexpected pos \d+ vs \d+")
 _PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -80,5 +82,9 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def why_unwritten(error: Exception) -> str:
-    """Returns the system's message without the draft's name, which the user never gave."""
-    return str(getattr(error, "strerror", None) or error)
+    """Returns the system's message without the draft's name, which the user never gave.
+
+    numpy and torch's C++ writer tell only how many bytes they could not write: then the usual reason stands before it.
+    """
+    told = str(getattr(error, "strerror", None) or error)
+    return f"the disk is full, or a limit is reached ({told})" if _SHORT.search(told) else told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +113,19 @@ def test_arrays_and_pictures_too(
     with pytest.raises(DataError, match=f"{name}: cannot be written: No space left on device$"):
         write(tmp_path / name)
     only(tmp_path, name, b"old")
+
+
+@pytest.mark.parametrize("name", ["z.pt", "z.npy", "z.safetensors"])
+def test_a_writer_that_hides_the_reason_is_told_in_words(tmp_path: Path, name: str) -> None:
+    """A limit on the sizes of files ends a write in its middle, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"File too large|the disk is full, or a limit is reached"):
+            save_array(tmp_path / name, torch.zeros(4000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_endings_in_capitals_are_kept(tmp_path: Path) -> None:

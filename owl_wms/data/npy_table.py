@@ -30,7 +30,7 @@ from owl_wms.data.one_writer import OneWriter
 from owl_wms.errors import DataError, OwlError
 from owl_wms.files import at_home, one_line, read_regular, unusable_name
 from owl_wms.media.npy import NpyFile
-from owl_wms.whole import make_folder, written_whole
+from owl_wms.whole import make_folder, why_unwritten, written_whole
 
 LATENT_COLUMN = "depth_latent"  # upstream's name for latents, of colour and depth or not
 MAX_JSON_BYTES = 1 << 28
@@ -361,6 +361,6 @@ def _replace_json(path: Path, value: Any) -> None:
 def _writing(path: Path, index: int | None = None) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # numpy's own, for an array that does not fit, has no strerror
+    except OSError as error:
         what = "" if index is None else f"row {index} "
-        raise _wrong(path, f"{what}cannot be written: {error.strerror or error}", index) from error
+        raise _wrong(path, f"{what}cannot be written: {why_unwritten(error)}", index) from error
