@@ -120,3 +120,27 @@ def test_a_narrow_window_shows_everything() -> None:
         assert await page.value(heights) == 1, "no label is broken into lines"
 
     on_page(test)
+
+
+@pytest.mark.parametrize("width", [320, 360])
+def test_on_a_narrow_phone_no_button_lies_on_the_stick(width: int) -> None:
+    async def test(page: Page, made: list[Any]) -> None:
+        await page.ask("Emulation.setDeviceMetricsOverride", width=width, height=568, deviceScaleFactor=2, mobile=True)
+        await page.value("document.body.classList.add('touch')")
+        await page.until(f"innerWidth === {width} && document.getElementById('stick').offsetWidth > 0")
+        edges = "[...document.querySelectorAll('#taps button')].map((b) => b.getBoundingClientRect().left)"
+        assert await page.value(
+            f"Math.min(...{edges}) >= document.getElementById('stick').getBoundingClientRect().right"
+        )
+
+    on_page(test)
+
+
+def test_a_lost_page_whose_token_is_no_more_says_what_to_open() -> None:
+    async def test(page: Page, made: list[Any]) -> None:
+        gone = json.dumps("gone, and another is in its place")
+        await page.value(f"fetch = async () => ({{ ok: false, status: 403 }}); closed({{ reason: {gone} }})")
+        await page.until("document.body.dataset.state === 'closed'")
+        assert "new address" in await page.value("document.getElementById('title').textContent")
+
+    on_page(test)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import os
 import re
 import signal
@@ -32,6 +31,7 @@ pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here; instal
 
 FRAMES = "Number(document.body.dataset.frames)"
 STATE = "document.body?.dataset.state"
+WORLD = "document.getElementById('world').textContent"
 TITLE = "document.getElementById('title').textContent"
 
 
@@ -141,7 +141,7 @@ def test_a_new_world_has_a_link_and_the_link_leads_there() -> None:
         await page.key("KeyN", "n", True)
         await page.until("location.hash !== '' && location.hash !== '#world=77'")
         assert await page.value("location.hash") == f"#world={made[0].seed}"
-        assert await page.value("document.getElementById('world').textContent") == f"world {made[0].seed}"
+        assert await page.value(WORLD) == f"world {made[0].seed}"
         await page.value("location.hash = '#world=5'")
         await until(lambda: made[0].seed == 5)
 
@@ -316,6 +316,8 @@ def test_the_page_comes_back_after_the_server_was_killed_and_started_again(tmp_p
         async with open_page(address) as page:
             await click_to_play(page)
             await page.until(f"{FRAMES} > 3", 30)
+            await page.value("location.hash = '#world=77'")
+            await page.until(f"{WORLD} === 'world 77'", 30)
             running[0].send_signal(signal.SIGKILL)
             running[0].wait()
             await page.until(f"{STATE} === 'lost'")
@@ -327,6 +329,8 @@ def test_the_page_comes_back_after_the_server_was_killed_and_started_again(tmp_p
             shown = await page.value(FRAMES)
             await click_to_play(page)
             await page.until(f"{FRAMES} > {shown} + 3", 30)
+            await page.until(f"{WORLD} === 'world 77'", 30)
+            assert await page.value("location.hash") == "#world=77"
 
     try:
         asyncio.run(asyncio.wait_for(test(), 150))
@@ -387,15 +391,3 @@ def test_the_page_shows_how_far_the_loading_is(fails: bool) -> None:
     finally:
         goes_on.set()
         ends.set()
-
-
-def test_a_lost_page_whose_token_is_no_more_says_what_to_open() -> None:
-    async def test(page: Page, made: Any, address: str) -> None:
-        await click_to_play(page)
-        await page.until(f"{FRAMES} > 3")
-        gone = json.dumps("gone, and another is in its place")
-        await page.value(f"fetch = async () => ({{ ok: false, status: 403 }}); closed({{ reason: {gone} }})")
-        await page.until(f"{STATE} === 'closed'")
-        assert "new address" in await page.value(TITLE)
-
-    on_page(test)

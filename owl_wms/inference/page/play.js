@@ -279,6 +279,7 @@ function opened() {
   heard = 0;
   changed = true;
   met = false;
+  if (everMet) wanted = worldInAddress(); // the server begins in another: the address keeps this one for `begin`
 }
 
 // At the first status of a connection: before it, the page does not know which keys there are.
