@@ -82,7 +82,7 @@ def _show_version(value: bool) -> None:
 
 def _global_options(
     verbose: int = typer.Option(0, "-v", "--verbose", count=True, help="More log lines; twice for debug."),
-    quiet: bool = typer.Option(False, "-q", "--quiet", help="Errors only."),
+    quiet: bool = typer.Option(False, "-q", "--quiet", help="Log errors only."),
     version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
 ) -> None:
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]

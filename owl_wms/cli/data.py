@@ -90,7 +90,7 @@ def import_(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the table; clips that it lacks are added.")],
-    fps: Annotated[float | None, typer.Option(help="Frames per second of files that do not state it.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second. Default: what the files state.")] = None,
     vae_config: Annotated[Path | None, typer.Option(help="YAML of the autoencoder that encodes videos.")] = None,
     vae_checkpoint: Annotated[Path | None, typer.Option(help="Weights of that autoencoder.")] = None,
     resize: Annotated[bool, typer.Option(help="Scale frames of another size instead of refusing them.")] = False,
@@ -164,7 +164,7 @@ def show(
     path: Annotated[Path, typer.Argument(help="Folder of a table.")],
     vae_config: Annotated[Path | None, typer.Option(help="YAML of the autoencoder, to see frames.")] = None,
     vae_checkpoint: Annotated[Path | None, typer.Option(help="Weights of that autoencoder.")] = None,
-    sheet: Annotated[Path, typer.Option(help="Picture with five decoded frames.")] = Path("frames.png"),
+    sheet: Annotated[Path | None, typer.Option(help="Picture with five decoded frames. Default: frames.png.")] = None,
     device: Device = None,
 ) -> None:
     """Check every array of a table, print what it holds, and decode five of its frames."""
@@ -172,9 +172,12 @@ def show(
     from owl_wms.data.npy_table import NpyTable
     from owl_wms.data.starter import button_names
     from owl_wms.data.statistics import describe_table
-    from owl_wms.errors import printable
+    from owl_wms.errors import ConfigError, printable
 
     bounds.check_together("--vae-config", vae_config, "--vae-checkpoint", vae_checkpoint)
+    if vae_config is None and sheet is not None:
+        raise ConfigError("--sheet needs the autoencoder: give --vae-config and --vae-checkpoint", key="sheet")
+    sheet = Path("frames.png") if sheet is None else sheet
     if vae_config is not None:
         shared.check_destination(sheet, ".png", ".jpg", ".webp")
     table = NpyTable(path)

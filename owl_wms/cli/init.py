@@ -23,7 +23,7 @@ def init(
     ] = None,
     vae: Annotated[Path | None, typer.Option("--vae", "--vae-config", help="YAML of the data's autoencoder.")] = None,
     vae_checkpoint: Annotated[Path | None, typer.Option(help="Weights of that autoencoder.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second of a table that does not state it.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second. Default: what the table states.")] = None,
     overwrite: Annotated[
         bool, typer.Option(help="Replace the configuration and the README of an earlier run.")
     ] = False,

@@ -10,6 +10,7 @@ Usage:
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,9 @@ from owl_wms.media.facts import Facts
 from owl_wms.media.frames import frame_batches
 from owl_wms.media.read_facts import read_facts
 from owl_wms.whole import make_folder
+
+_log = logging.getLogger(__name__)
+_SAME_RATE = 0.01  # 29.97 and 30 frames per second are one rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ def import_clips(
     Args:
         source: see `owl_wms.data.sources`.
         table: the folder; created when absent.
-        fps: frames per second of the clips, for files that do not say.
+        fps: frames per second of the clips; it outranks what they say, with a warning if the first contradicts it.
         encoder: for videos.
         no_mouse: store a mouse at rest with clips that have none, which training needs.
         skip_bad: called with the error of a clip that cannot be used, which is then left out; None raises it.
@@ -208,9 +212,14 @@ def _named(facts: Facts) -> str:
 
 
 def _rate(clip: Clip, fps: float | None, told: Facts | None) -> float:
-    rate = fps if fps is not None else clip.facts.fps
-    if rate is None and clip.video is not None:
-        rate = _rate_of_video(clip.video)
+    stated = None
+    if fps is None or told is None:  # of a new table the first clip alone is compared
+        stated = clip.facts.fps
+        if stated is None and clip.video is not None:
+            stated = _rate_of_video(clip.video)
+    if fps is not None and stated is not None and abs(fps - stated) > _SAME_RATE * stated:
+        _log.warning("%s: states %g frames per second, and --fps says %g, which is stored", clip.name, stated, fps)
+    rate = fps if fps is not None else stated
     if rate is None:
         raise ConfigError(f"{clip.name}: does not say its frames per second; say them with --fps", key="fps")
     if told is not None and told.fps is not None and told.fps != rate:

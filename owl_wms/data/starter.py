@@ -89,7 +89,7 @@ class Start:
         Args:
             table: has latents, mouse and buttons.
             vae_config, vae_checkpoint: the autoencoder of the latents; both or none.
-            fps: frames per second, for a table that does not say.
+            fps: frames per second; it outranks what the table says.
 
         Raises:
             DataError: a table without clips, without one of the columns, of another layout, or of latents that are all
@@ -109,12 +109,13 @@ class Start:
         found, facts = describe_table(table), read_facts(path)
         if found.vae_scale is None:
             raise DataError(f"{path}: all latents are equal: there is nothing to learn", path=path)
-        rate = fps or next(iter(found.rates), None) or facts.fps
+        stated = next(iter(found.rates), None) or facts.fps
+        rate = fps or stated
         if rate is None:
             raise ConfigError(f"{path}: does not say its frames per second; say them with --fps", key="fps")
         remarks: list[str] = []
-        if round(rate) != rate:
-            remarks.append(f"the data have {rate:g} frames per second, the configuration says {round(rate)}")
+        if round(rate) != (stated or rate):
+            remarks.append(f"the data have {stated or rate:g} frames per second, the configuration says {round(rate)}")
         if vae_config is not None and vae_checkpoint is not None:
             require_vae_of(vae_config, (channels, height, width), str(path))
             if facts.vae_sha256 is not None and facts.vae_sha256 != weights_digest(vae_checkpoint):

@@ -53,7 +53,9 @@ def _read(path: Path, text_of: Callable[[], str | bytes | None]) -> Facts:
     except Exception as error:  # damaged archives and headers raise what their parsers raise
         raise_interrupt(error)
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: its facts cannot be read: {one_line(reason)}", path=path) from error
+        if isinstance(error, zipfile.BadZipFile):
+            reason = "its archive is damaged or cut short"
+        raise DataError(f"{path}: cannot be read: {one_line(reason)}", path=path) from error
 
 
 def _text_of(path: Path) -> str | bytes | None:

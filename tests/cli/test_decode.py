@@ -105,6 +105,7 @@ def test_bad_input_is_one_line_and_exit_code_2(place: Path, capsys: pytest.Captu
     torch.save(torch.randn(2, 8, 8, 8), place / "narrow.pt")
     torch.save(torch.full((2, 16, 8, 8), torch.inf), place / "inf.pt")
     (place / "junk.pt").write_bytes(b"\x80junk")
+    (place / "cut.pt").write_bytes((place / "latents.pt").read_bytes()[:-300])
     (place / "odd.yml").write_text(CONFIG.replace("ch_0", "ch_zero"))
     save_file({"x": torch.zeros(1)}, place / "other.safetensors")
     huge = {key: value * 1e3 for key, value in load_file(place / "vae.safetensors").items()}
@@ -113,6 +114,7 @@ def test_bad_input_is_one_line_and_exit_code_2(place: Path, capsys: pytest.Captu
     cases = [
         (("decode", "none.pt"), {}, "no such file"),
         (("decode", "junk.pt"), {}, "junk.pt"),
+        (("decode", "cut.pt"), {}, "cut.pt: cannot be read: its archive is damaged or cut short"),
         (("decode", "narrow.pt"), {}, "takes 16 latent channels, got 8"),
         (("decode", "inf.pt"), {}, "not finite"),
         (("decode", "latents.pt", "--out", "x.gif"), {}, "must end in .mp4"),

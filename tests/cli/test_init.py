@@ -92,6 +92,15 @@ def test_what_does_not_fit_is_one_line_and_writes_nothing(tmp_path: Path, capsys
     assert run("init", tmp_path / "w", "--from", table, "--overwrite") == 0
 
 
+def test_another_rate_than_the_tables_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(tmp_path / "t")
+    for rate, told in ((12, False), (30, True)):
+        assert run("init", tmp_path / "w", "--from", table, "--fps", rate, "--overwrite") == 0
+        assert load_world_config(tmp_path / "w" / "world.yml").train.fps == rate
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("the data have 12 frames per second, the configuration says 30" in said) == told
+
+
 def test_weights_in_a_folder_are_named_and_not_digested(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

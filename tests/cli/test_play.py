@@ -134,6 +134,8 @@ def test_a_second_signal_ends_at_once(windows: bool, monkeypatch: pytest.MonkeyP
     [
         (["world.yml"], "both a config and a checkpoint"),
         (["--vae"], "goes with --game"),
+        (["--game", "world.yml", "world.pt"], "--game plays without a model: a config would do nothing"),
+        (["--game", "--steps", "3", "--context", "x.pt"], "a model: --context, --steps would do nothing"),
         (["--game", "--token", "short"], "at least 16"),
         (["--game", "--fps", "0"], "fps must be"),
         (["absent.yml", "absent.pt"], "absent.yml"),

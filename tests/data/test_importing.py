@@ -214,7 +214,7 @@ def test_refusals(tmp_path: Path) -> None:
         import_clips(source, tmp_path / "table", fps=12)
 
 
-def test_facts_of_a_file_are_taken(tmp_path: Path) -> None:
+def test_facts_of_a_file_are_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     facts = Facts(fps=15, vae="v.safetensors", vae_sha256="b" * 64, vae_scale=0.5, layout="n c h w")
     save_array(tmp_path / "x.safetensors", CLIPS["b.c"]["latent"], facts=facts)
     import_clips(str(tmp_path / "x.safetensors"), tmp_path / "table")
@@ -224,6 +224,10 @@ def test_facts_of_a_file_are_taken(tmp_path: Path) -> None:
     stored = NpyTable(tmp_path / "table").slice(0, "depth_latent", 0, 2)
     assert np.array_equal(stored, np.asarray(CLIPS["b.c"]["latent"])[:2] * 0.5)
     assert read_facts(tmp_path / "table").vae_scale == 1.0
+    assert not caplog.messages
+    import_clips(str(tmp_path / "x.safetensors"), tmp_path / "faster", fps=30)
+    assert NpyTable(tmp_path / "faster").rows[0].fields["fps"] == 30
+    assert caplog.messages == ["x.safetensors: states 15 frames per second, and --fps says 30, which is stored"]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -325,6 +329,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     source = make_source("tar", tmp_path / "source")
     assert run("data", "import", source, "--out", str(tmp_path / "table"), "--fps", "12") == 0
     assert "3 clips, 15 frames added" in capsys.readouterr().out
+    assert run("data", "show", str(tmp_path / "table"), "--sheet", str(tmp_path / "s.png")) == 2
+    assert "--sheet needs the autoencoder" in capsys.readouterr().err
     assert run("data", "show", str(tmp_path / "table")) == 0
     shown = capsys.readouterr().out
     for words in ("3 clips, 15 frames", "depth_latent: float32 [6, 3, 5]", "frames per second: 12", "channel 5: mean",
