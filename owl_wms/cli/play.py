@@ -96,9 +96,9 @@ def play(
     bounds.check_number("--seed", seed, bounds.SEEDS)
     bounds.check_number("--fps", fps, bounds.FPS)
     if game:
-        model = {"a config": config, "--context": context, "--steps": steps}
-        model |= {"--cfg-scale": cfg_scale, "--max-window": max_window}
-        if given := [name for name, value in model.items() if value is not None]:
+        options = {"a config": config, "--context": context, "--steps": steps, "--cfg-scale": cfg_scale}
+        options["--max-window"] = max_window
+        if given := [name for name, value in options.items() if value is not None]:
             raise ConfigError(f"--game plays without a model: {', '.join(given)} would do nothing", key="game")
     if vae and not game:
         raise ConfigError("--vae goes with --game: a model always decodes", key="vae")
