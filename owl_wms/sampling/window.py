@@ -15,6 +15,7 @@ from torch import Tensor
 from owl_wms.dynamo import uncompiled
 from owl_wms.errors import ConfigError
 from owl_wms.nn.limits import within_limits
+from owl_wms.nn.setting import setting
 from owl_wms.sampling.captured import Captured, may_capture
 from owl_wms.sampling.controls import batch_permute_to_length, check_controls
 from owl_wms.sampling.guidance import Guidance, Parts
@@ -98,11 +99,15 @@ class AVWindowSampler:
             SampleResult; frame k of every member belongs together.
 
         Raises:
+            ConfigError: the window would move on, and the model takes the first frames of any for its `sink_frames`.
             ValueError: mouse and btn are missing, empty, or of different length or batch.
         """
         check_controls(mouse, btn, dummy_batch.shape[0])
         context = dummy_batch.shape[1]
         total = context + self.num_frames
+        if setting(getattr(model, "config", None), "sink_frames", 0) and total > self.window_length:
+            text = f"the window of {self.window_length} frames would leave the first of {total}, which a model with"
+            raise ConfigError(f"{text} sink_frames never forgets; sample it with av_caching", key="train.sampler_id")
         mouse, btn = batch_permute_to_length(mouse, btn, total, generator)
         parts: Parts = (dummy_batch,) if audio is None else (dummy_batch, audio)
         whole = tuple(torch.cat([p, p.new_zeros(p.shape[0], self.num_frames, *p.shape[2:])], dim=1) for p in parts)

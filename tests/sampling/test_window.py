@@ -128,6 +128,15 @@ def test_what_cannot_run_is_refused() -> None:
     assert AVWindowSampler(1, 1.0, 3, 1)(tiny_core(causal=False), x, None, mouse, btn).latents.shape[1] == 5
 
 
+@pytest.mark.parametrize("kind", [AVWindowSampler, CausalAVWindowSampler, CausalAVWindowSamplerNoCFG])
+def test_a_window_that_moves_on_is_none_of_a_model_with_sinks(kind: type[AVWindowSampler]) -> None:
+    """It would take whatever frames the window begins with for those that it never forgets."""
+    core, (x, _, mouse, btn) = tiny_core(sink_frames=2), inputs(1, 4)
+    with pytest.raises(ConfigError, match=r"window of 5 frames would leave the first of 6, .* with av_caching"):
+        kind(1, 1.0, 5, 2)(core, x, None, mouse, btn)
+    assert kind(1, 1.0, 6, 2)(core, x, None, mouse, btn).latents.shape[1] == 6
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_guidance_that_is_not_finite_is_refused(scale: float) -> None:
     with pytest.raises(ConfigError, match="cfg_scale must be finite"):
