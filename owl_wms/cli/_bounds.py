@@ -66,3 +66,10 @@ def check_dtype(name: str) -> None:
     """
     if name not in DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}", key="dtype")
+
+
+def unstated_scale(form: str, scale: float) -> str | None:
+    """Returns what whoever divides latents by `scale` has to know of files that have no place for it, or None."""
+    if form != "npy" or scale == 1:
+        return None
+    return f".npy cannot state that these latents are divided by {scale:g}: decode with --scale {scale:g}, or write .pt"

@@ -114,6 +114,8 @@ def encode_dataset(
 
     bounds.check_number("--scale", scale, bounds.SCALES)
     bounds.check_number("--time-limit", time_limit, (0.1, 10**6))
+    if (remark := bounds.unstated_scale(form, scale)) is not None:
+        say(Console(stderr=True), remark)
     settings = {"scale": scale, "batch_size": batch_size, "dtype": dtype, "resize": resize}
     make = partial(EncodeClips, vae_config, checkpoint, dtype=dtype, batch_size=batch_size, scale=scale, resize=resize)
     job = _job(make, out, form, LATENT_FORMS, settings, vae_config, checkpoint, encodes=True, time_limit=time_limit)

@@ -90,4 +90,6 @@ def encode(
         facts = Facts(fps=fps, vae_scale=scale, vae=checkpoint.name, vae_sha256=digest, layout="n c h w")
         save_array(out, latents, facts=facts)
     say(console, f"{out}: {list(latents.shape)}, mean {latents.mean():.3f}, standard deviation {latents.std():.3f}")
+    if (remark := bounds.unstated_scale(out.suffix.lower().removeprefix("."), scale)) is not None:
+        say(console, f"{out}: {remark}")
     say(console, f"  time: {shared.time_split(spent, time.perf_counter() - begun)}")

@@ -87,7 +87,7 @@ def test_latents_of_another_size_are_said(place: Path, capsys: pytest.CaptureFix
         assert error.count("latents are 8x12, the autoencoder's own are 8x8: frames will be stretched to 36x64") == said
 
 
-def test_encode_inverts_shapes_and_scales(place: Path) -> None:
+def test_encode_inverts_shapes_and_scales(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("encode", "clip.mp4", "--depth", str(place / "depth.mp4"), "--batch-size", "2")
     assert call(place, *arguments, "--out", str(place / "z.npy")) == 0
     assert call(place, *arguments, "--out", str(place / "half.safetensors"), "--scale", "2") == 0
@@ -99,6 +99,11 @@ def test_encode_inverts_shapes_and_scales(place: Path) -> None:
     assert facts.vae_sha256 == file_digest(place / "vae.safetensors")
     assert facts.fps == rate_of(place / "clip.mp4")
     assert call(place, "decode", "z.npy", "--out", str(place / "back.mp4")) == 0
+    assert "cannot state" not in capsys.readouterr().err
+    assert call(place, *arguments, "--out", str(place / "half.npy"), "--scale", "2") == 0
+    assert "half.npy: .npy cannot state that these latents are divided by 2: decode with --scale 2" in (
+        capsys.readouterr().err
+    )
 
 
 def test_bad_input_is_one_line_and_exit_code_2(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
