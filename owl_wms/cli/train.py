@@ -33,12 +33,15 @@ def train(
     cfg = load_changed(config, changes or [])
     from owl_wms.errors import ConfigError, OwlError, TrainingError
     from owl_wms.trainers import cleanup, get_trainer_cls, setup
+    from owl_wms.trainers.checkpoints import latest_checkpoint
     from owl_wms.trainers.distributed import barrier
 
     if cfg.train.trainer_id is None:
         raise ConfigError(f"{config}: train.trainer_id is missing", path=config, key="train.trainer_id")
-    section = cfg.train.model_copy(update={"resume_ckpt": "latest"}) if resume else cfg.train
-    folder = Path(section.checkpoint_dir)
+    folder, section = Path(cfg.train.checkpoint_dir), cfg.train
+    # A run that branches off another one's checkpoint begins there, until it has one of its own.
+    if resume and (section.resume_ckpt is None or latest_checkpoint(folder) is not None):
+        section = section.model_copy(update={"resume_ckpt": "latest"})
     shared.check_folder(folder, key="train.checkpoint_dir")
     if section.output_path is not None:
         shared.check_destination(Path(section.output_path), key="train.output_path")

@@ -50,6 +50,22 @@ def test_train_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"step_2.pt", "step_3.pt", "log.jsonl"}
 
 
+def test_resume_begins_where_the_configuration_says_while_there_is_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that is started again by itself always has --resume, also one that goes on from another run's step."""
+    write_table(tmp_path)
+    config(tmp_path, "rft")
+    file, branch = str(tmp_path / "rft.yml"), f"train.checkpoint_dir={tmp_path / 'branch'}"
+    assert run("--quiet", "train", file, "--set", "train.max_steps=2") == 0
+    onwards = ("--set", f"train.resume_ckpt={tmp_path / 'run' / 'step_2.pt'}", "--set", branch, "--resume")
+    for steps, restored in ((3, "run/step_2.pt"), (4, "branch/step_3.pt")):
+        assert run("train", file, "--set", f"train.max_steps={steps}", *onwards) == 0
+        said = capsys.readouterr()
+        assert f"step {steps}, diffusion_loss" in said.out
+        assert f"restoring{tmp_path / restored}" in "".join(said.err.split())
+
+
 def test_changes_are_validated(tmp_path: Path) -> None:
     config(tmp_path, "rft")
     file = tmp_path / "rft.yml"
