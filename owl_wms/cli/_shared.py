@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from torch import Tensor
+from torch import Tensor, nn
 
 from owl_wms import env
 from owl_wms.cli._bounds import DTYPES, check_dtype, device_number
@@ -35,6 +35,8 @@ from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture
 from owl_wms.media.watch import VIDEO_SUFFIXES, pyav
 from owl_wms.runtime.stats import DecodeStats
 from owl_wms.timing import Spent
+from owl_wms.vae import fold_weight_norm, load_encoder
+from owl_wms.vae.on_cpu import channels_last_on_cpu
 
 try:
     import resource
@@ -240,12 +242,22 @@ class Sheet:
         self._seen += len(frames)
 
     def save(self, path: Path) -> None:
-        """Writes colour and, if there is a fourth channel, depth."""
-        pictures = torch.stack(self._pictures)
-        rows = {"decoded": pictures[..., :3].contiguous()}
-        if pictures.shape[3] > 3:
-            rows["depth"] = depth_bytes(pictures[..., 3].float() / 127.5 - 1)
-        save_picture(path, contact_sheet(rows, times=[f"frame {place}" for place in self._places]))
+        """Writes them, each under its number."""
+        save_sheet(path, torch.stack(self._pictures), [f"frame {place}" for place in self._places])
+
+
+def save_sheet(path: Path, frames: Tensor, labels: list[str]) -> None:
+    """Writes uint8 frames [k, H, W, C] side by side: colour and, if there is a fourth channel, depth below it."""
+    rows = {"decoded": frames[..., :3].contiguous()}
+    if frames.shape[3] > 3:
+        rows["depth"] = depth_bytes(frames[..., 3].float() / 127.5 - 1)
+    save_picture(path, contact_sheet(rows, times=labels))
+
+
+def encoder_of(config: Path, checkpoint: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Returns an autoencoder's encoder in the form in which it is fast: weight norm folded, channels_last on a CPU."""
+    encoder = fold_weight_norm(load_encoder(None, config, checkpoint))
+    return channels_last_on_cpu(encoder.to(device, dtype), device)
 
 
 def time_split(spent: Spent, seconds: float) -> str:

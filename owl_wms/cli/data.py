@@ -138,16 +138,13 @@ def _frame_encoder(config: Path, checkpoint: Path, where: Any, batch: int, resiz
     from owl_wms.data.importing import FrameEncoder
     from owl_wms.media.facts import Facts
     from owl_wms.media.read_facts import weights_digest
-    from owl_wms.vae import fold_weight_norm, load_encoder
-    from owl_wms.vae.on_cpu import channels_last_on_cpu
 
     channels, size = pictures_of(config)
     precision = shared.choose_dtype(None, where)
 
     @functools.cache
     def module() -> Any:  # loaded for the first frames: a source that cannot be used is refused at once
-        encoder = fold_weight_norm(load_encoder(None, config, checkpoint))
-        return channels_last_on_cpu(encoder.to(where, precision), where)
+        return shared.encoder_of(config, checkpoint, where, precision)
 
     return FrameEncoder(
         encode=lambda frames: module()(frames.to(where, precision)),
@@ -223,7 +220,6 @@ def _write_sheet(table: Any, config: Path, checkpoint: Path, sheet: Path, where:
     from owl_wms.cli import _shared as shared
     from owl_wms.data.npy_table import LATENT_COLUMN
     from owl_wms.errors import DataError
-    from owl_wms.media.pictures import contact_sheet, depth_bytes, save_picture
     from owl_wms.runtime import clip_decoder, decode_pieces
     from owl_wms.settings import TensorRTConfig
     from owl_wms.vae import load_decoder
@@ -237,7 +233,4 @@ def _write_sheet(table: Any, config: Path, checkpoint: Path, sheet: Path, where:
     decoder = load_decoder(None, config, checkpoint).to(where, precision)
     run = clip_decoder(decoder, settings=TensorRTConfig.resolve(enabled=False), check="error")
     frames = torch.cat([piece.clone() for piece in decode_pieces(run, latents[:, None])])
-    rows = {"decoded": frames[..., :3]}
-    if frames.shape[3] > 3:
-        rows["depth"] = depth_bytes(frames[..., 3] / 127.5 - 1)
-    save_picture(sheet, contact_sheet(rows, [f"clip {row}, frame {at}" for row, at in places]))
+    shared.save_sheet(sheet, frames, [f"clip {row}, frame {at}" for row, at in places])

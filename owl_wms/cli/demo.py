@@ -49,7 +49,6 @@ def demo(
     from owl_wms.game.views import best_of_each
     from owl_wms.runtime import decode_stream
     from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
-    from owl_wms.vae import fold_weight_norm, load_encoder
     from owl_wms.vae.on_cpu import channels_last_on_cpu
 
     config, checkpoint = DEMO_VAE
@@ -63,8 +62,7 @@ def demo(
     dtype = shared.choose_dtype(None, where)
     # On a CPU small batches are faster: the activations of eight frames leave the caches many times over.
     batch_size = batch_size or (2 if where.type == "cpu" else 8)
-    encoder = fold_weight_norm(load_encoder(None, config, checkpoint))
-    encoder = channels_last_on_cpu(encoder.to(where, dtype), where)
+    encoder = shared.encoder_of(config, checkpoint, where, dtype)
     decoder = channels_last_on_cpu(get_decoder_only(None, config, checkpoint, device=where, dtype=dtype), where)
     run = make_batched_decode_fn(decoder, batch_size, use_tensorrt=tensorrt, timing=True, check="error")
 

@@ -48,8 +48,6 @@ def encode(
     from owl_wms.media.watch import VIDEO_SUFFIXES, rate_of
     from owl_wms.runtime.ahead import ahead
     from owl_wms.timing import Spent
-    from owl_wms.vae import fold_weight_norm, load_encoder
-    from owl_wms.vae.on_cpu import channels_last_on_cpu
 
     console = Console(stderr=True)
     where = shared.choose_device(device)
@@ -64,8 +62,7 @@ def encode(
     batches = frame_batches(frames, channels=channels, size=size, batch_size=batch_size, depth=depth, resize=resize)
     with spent.on("read"):
         first = next(batches, None)
-    encoder = fold_weight_norm(load_encoder(None, vae_config, checkpoint))
-    encoder = channels_last_on_cpu(encoder.to(where, precision), where)
+    encoder = shared.encoder_of(vae_config, checkpoint, where, precision)
 
     def read() -> Iterator[Tensor]:
         batch = first
