@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from benchmarks.decoders import VAE_CONFIGS, subject
 from benchmarks.harness import document, origin, require_gpu, write
 from benchmarks.load import Load
+from benchmarks.report import table_lines
 from owl_wms.batch.ledger import parsed
 from owl_wms.media.arrays import save_array
 
@@ -253,14 +254,14 @@ def table(rows: list[dict[str, Any]], base: float) -> str:
 
 def stage_table(rows: list[dict[str, Any]]) -> list[str]:
     """Returns how long each worker's stages were busy, as Markdown lines; none of results that do not have it."""
-    lines = []
+    cells = []
     for row in rows:
         for number, one in enumerate(row.get("each", ())):
             shares = [f"{one['busy'][stage]:.0%}" if stage in one["busy"] else "" for stage in STAGES]
             facts = (f"{one['first_s']:.1f} to {one['last_s']:.1f} s", one["items"], f"{one['idle']:.1%}")
-            lines.append(f"| {' | '.join(map(str, (row['run'], number, *facts, *shares)))} |")
-    heads = f"| run | worker | first and last item | items | idle | {' | '.join(STAGES)} |"
-    return ["", SHARES, "", heads, "|---" * (5 + len(STAGES)) + "|", *lines] if lines else []
+            cells.append((row["run"], number, *facts, *shares))
+    heads = ("run", "worker", "first and last item", "items", "idle", *STAGES)
+    return ["", SHARES, "", *table_lines(heads, cells)] if cells else []
 
 
 SHARES = "Share of the steady part in which each worker's stages were at work (they overlap; `hash` has four threads):"

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import table_lines
 from owl_wms.env import describe_machine
 from owl_wms.timing import Marks
 
@@ -133,8 +134,7 @@ def show(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    lines = [f"| {' | '.join(line)} |" for line in (titles, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]]) + "\n"
+    return "\n".join(table_lines(titles, rows)) + "\n"
 
 
 def commit() -> str:

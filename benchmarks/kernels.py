@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import decoders, harness
-from benchmarks.report import write_markdown
+from benchmarks.report import table_lines, write_markdown
 from owl_wms.fused.dcae import fuse
 from owl_wms.fused.dcae8 import fuse8
 from owl_wms.ops.codes import FORMATS, LARGEST
@@ -201,14 +201,8 @@ def render(result: dict[str, Any]) -> str:
         *LEGEND,
     ]
     for found in result["rows"]:
-        lines += [
-            "",
-            f"## {title_of(found, result['batch'])}",
-            "",
-            f"| {' | '.join(TITLES)} |",
-            "|---|---|" + "---:|" * 5,
-        ]
-        lines += [f"| {' | '.join(cells(row, found['whole_ms']))} |" for row in found["kernels"]]
+        lines += ["", f"## {title_of(found, result['batch'])}", ""]
+        lines += table_lines(TITLES, [cells(row, found["whole_ms"]) for row in found["kernels"]], numbers=5)
     return "\n".join(lines) + "\n"
 
 

@@ -34,7 +34,7 @@ from benchmarks.harness import (
 )
 from benchmarks.ops8 import code_cases
 from benchmarks.ops_sana import sana_cases
-from benchmarks.report import write_markdown
+from benchmarks.report import table_lines, write_markdown
 from owl_wms.env import describe_machine
 from owl_wms.ops import conv_out, grouped_conv, resize, stage_tail, up_residual
 
@@ -173,9 +173,7 @@ def render(result: dict[str, Any]) -> str:
         "A floor is the bytes of arguments and result over that rate. `PyTorch` is the plain reference, which shows",
         "what an op replaces and is no rival; the error is against it in fp32.",
         "",
-        f"| {' | '.join(TITLES)} |",
-        "|---|" + "---:|" * (len(TITLES) - 1),
-        *(f"| {' | '.join(cells(row))} |" for row in result["rows"]),
+        *table_lines(TITLES, map(cells, result["rows"]), numbers=len(TITLES) - 1),
     ]
     return "\n".join(lines) + "\n"
 

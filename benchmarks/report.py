@@ -12,7 +12,7 @@ import argparse
 import json
 import operator
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,13 @@ def cell(figures: dict[str, Any], key: str | None, form: str) -> str:
     return "–" if value is None or value != value else form.format(value)  # power that cannot be read is NaN
 
 
+def table_lines(titles: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int = 0) -> list[str]:
+    """Returns a table as lines of Markdown; its last `numbers` columns are aligned to the right."""
+    head = "|".join(f" {title} " if title else " " for title in titles)
+    rule = "|---" * (len(titles) - numbers) + "|---:" * numbers
+    return [f"|{head}|", f"{rule}|", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
+
+
 def report(result: dict[str, Any]) -> str:
     """Returns the document as Markdown: machine, ceilings, a table per decoder and batch, refused rows with reasons."""
     machine = " · ".join(f"{key} {value}" for key, value in sorted(result["machine"].items()))
@@ -117,8 +124,7 @@ def report(result: dict[str, Any]) -> str:
         beside = "" if floor is None else f" (floor of bf16 products {floor:.2f} ms)"
         beside += f", commit {of[f'{decoder} at batch {batch}']}" if several else ""
         lines += ["", f"## {decoder}, batch {batch}{beside}", ""]
-        lines.append("| candidate | " + " | ".join(title for title, _, _ in COLUMNS) + " |")
-        lines.append("|---|" + "---|" * len(COLUMNS))
+        lines += table_lines(["candidate", *(title for title, _, _ in COLUMNS)], [])
         for row in own:
             if row["refused"]:
                 lines.append(f"| {row['candidate']} | refused: {row['refused']} |" + " |" * (len(COLUMNS) - 1))
@@ -127,10 +133,8 @@ def report(result: dict[str, Any]) -> str:
             lines.append(f"| {row['candidate']} | " + " | ".join(cells) + " |")
         for row in own:
             for other, same in row["figures"].get("same_bits_as", {}).items():
-                lines += [
-                    "",
-                    f"*{row['candidate']}* gives {'the bits' if same else 'other bits than those'} of *{other}*.",
-                ]
+                gives = "the bits" if same else "other bits than those"
+                lines += ["", f"*{row['candidate']}* gives {gives} of *{other}*."]
     return "\n".join(lines) + "\n"
 
 
@@ -184,24 +188,20 @@ def batch_8(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def readme_table(result: dict[str, Any]) -> str:
     """README's table of decoders: batch 8 beside eager and the faster compiled PyTorch."""
-    lines = [
-        "| decoder | eager PyTorch | `torch.compile` | owl_wms | speedup over eager | speedup over `torch.compile` | "
-        "relative error: eager, owl_wms |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for group in batch_8(result["rows"]):
-        eager, best, ours = group["eager"], group["compiled"], group["ours"]
-        cells = (
+    titles = ("decoder", "eager PyTorch", "`torch.compile`", "owl_wms", "speedup over eager")
+    rows = [
+        (
             group["name"],
-            cell(eager, "median_ms", "{:.1f} ms"),
-            cell(best, "median_ms", "{:.1f} ms"),
-            cell(ours, "median_ms", "**{:.2f} ms**"),
-            cell(ours, "over_eager", "{:.2f}x"),
-            cell(ours, "over_compiled", "{:.2f}x"),
-            f"{cell(eager, 'relative_l2', '{:.1e}')}, {cell(ours, 'relative_l2', '{:.1e}')}",
+            cell(group["eager"], "median_ms", "{:.1f} ms"),
+            cell(group["compiled"], "median_ms", "{:.1f} ms"),
+            cell(group["ours"], "median_ms", "**{:.2f} ms**"),
+            cell(group["ours"], "over_eager", "{:.2f}x"),
+            cell(group["ours"], "over_compiled", "{:.2f}x"),
+            ", ".join(cell(group[way], "relative_l2", "{:.1e}") for way in ("eager", "ours")),
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for group in batch_8(result["rows"])
+    ]
+    return "\n".join(table_lines((*titles, "speedup over `torch.compile`", "relative error: eager, owl_wms"), rows))
 
 
 AUTHORS = "author's arrangement"
@@ -236,22 +236,13 @@ def user_table() -> str:
     ]
     for name in ("dist", "base"):
         ms = road[f"training {name}"]["ms"]
-        rows.append(
-            (
-                f'in trainers, `torch.compile(backend="tensorrt")`, {name}',
-                f"{ms['compile_for_training']:.2f} ms",
-                f"`torch.compile`: {ms['torch.compile']:.1f} ms, eager: {ms['eager']:.1f} ms",
-            )
-        )
+        beside = f"`torch.compile`: {ms['torch.compile']:.1f} ms, eager: {ms['eager']:.1f} ms"
+        what = f'in trainers, `torch.compile(backend="tensorrt")`, {name}'
+        rows.append((what, f"{ms['compile_for_training']:.2f} ms", beside))
     for text, size in (("one picture of 1024x1024", "1 x 1024x1024"), ("8 pictures of 512x512", "8 x 512x512")):
         compiled, eager_ms = sana[size, "torch.compile channels_last"], sana[size, "eager"]
-        rows.append(
-            (
-                f"diffusers' Sana decoder (f32c32), {text}",
-                f"{sana[size, 'ours']:.1f} ms",
-                f"`torch.compile`: {compiled:.1f} ms, eager: {eager_ms:.1f} ms",
-            )
-        )
+        beside = f"`torch.compile`: {compiled:.1f} ms, eager: {eager_ms:.1f} ms"
+        rows.append((f"diffusers' Sana decoder (f32c32), {text}", f"{sana[size, 'ours']:.1f} ms", beside))
     form = "hunyuan1.5 720p"
     rows += [
         (
@@ -272,8 +263,8 @@ def user_table() -> str:
             f"PyTorch without CUDA graphs: {eager['page_fps']:.0f} frames/s, {eager['key_ms_p50']:.0f} ms",
         ),
     ]
-    lines = ["| what you run | with owl_wms | for comparison |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {what} | **{found}** | {beside} |" for what, found, beside in rows)])
+    shown = [(what, f"**{found}**", beside) for what, found, beside in rows]
+    return "\n".join(table_lines(("what you run", "with owl_wms", "for comparison"), shown))
 
 
 def with_table(readme: str, table: str, markers: tuple[str, str] = (BEGIN, END)) -> str:

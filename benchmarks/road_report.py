@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.report import read_result
+from benchmarks.report import read_result, table_lines
 from benchmarks.road import BEFORE, STAGES, START_STAGES, STARTS_BEFORE, table
 
 COLOURS = ("#8da0cb", "#1b9e77", "#66c2a5", "#d95f02", "#e6ab02")
@@ -21,41 +21,44 @@ def page(result: dict[str, Any], names: list[str]) -> str:
     parts = result["parts"]
     lines = ["# From latents to files, in trainers, from a cold start", ""]
     lines += [f"{harness.origin(result)} · {result['cores']} cores", ""]
-    lines += ["| what | found | wanted | met |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in table(parts, names)]
+    lines += table_lines(("what", "found", "wanted", "met"), table(parts, names))
     starts = {
         name: part["seconds"] for name, part in parts.items() if name.startswith("first") and "after_torch" in part
     }
     if starts:
         columns = list(next(iter(starts.values())))
         lines += ["", "Seconds from the start of a process to its first decoded batch:", ""]
-        lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        lines += [f"| {name} | {' | '.join(f'{spent[c]:.2f}' for c in columns)} |" for name, spent in starts.items()]
+        rows = [[name, *(f"{spent[column]:.2f}" for column in columns)] for name, spent in starts.items()]
+        lines += table_lines(["", *columns], rows)
     steps = {name.split()[1]: part["steps"] for name, part in parts.items() if part.get("steps")}
     if steps:
         lines += ["", "Seconds of the steps of a cached start; a step may be a part of another one:", ""]
-        lines += [f"| | {' | '.join(steps)} |", "|---" * (len(steps) + 1) + "|"]
-        for step in dict.fromkeys(step for spent in steps.values() for step in spent):
-            lines.append(f"| {step} | {' | '.join(f'{spent.get(step, 0.0):.2f}' for spent in steps.values())} |")
+        lines += _side_by_side(steps, "0.00")
     builds = {
         name: part["build_stages"]
         for name, part in parts.items()
         if name.endswith("built") and part.get("build_stages")
     }
     if builds:
-        stages = list(dict.fromkeys(stage for spent in builds.values() for stage in spent))
-        lines += ["", "Seconds of the first builds, by stage and plan:", ""]
-        lines += [f"| | {' | '.join(builds)} |", "|---" * (len(builds) + 1) + "|"]
-        for stage in stages:
-            cells = [f"{spent[stage]:.2f}" if stage in spent else "" for spent in builds.values()]
-            lines.append(f"| {stage} | {' | '.join(cells)} |")
+        lines += ["", "Seconds of the first builds, by stage and plan:", "", *_side_by_side(builds, "")]
     lines += ["", "`owl-wms decode`, seconds that each stage was busy; stages work at the same time:", ""]
-    lines += [f"| | whole | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 2) + "|"]
-    for name, part in parts.items():
-        if name.split()[0] in ("npy", "mp4") and part.get("spent"):
-            cells = [f"{part['spent'][stage]:.2f}" if stage in part["spent"] else "" for stage in STAGES]
-            lines.append(f"| {name}, {part['frames']} frames | {part['seconds']:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    rows = []
+    for name, part in _runs(parts).items():
+        cells = [f"{part['spent'][stage]:.2f}" if stage in part["spent"] else "" for stage in STAGES]
+        rows.append([f"{name}, {part['frames']} frames", f"{part['seconds']:.2f}", *cells])
+    return "\n".join([*lines, *table_lines(["", "whole", *STAGES], rows)]) + "\n"
+
+
+def _side_by_side(spent: dict[str, dict[str, float]], absent: str) -> list[str]:
+    """A table with a column for each of `spent` and a row for each step in it; `absent` stands where one has none."""
+    steps = dict.fromkeys(step for seconds in spent.values() for step in seconds)
+    cells = [[f"{seconds[step]:.2f}" if step in seconds else absent for seconds in spent.values()] for step in steps]
+    return table_lines(["", *spent], [[step, *row] for step, row in zip(steps, cells, strict=True)])
+
+
+def _runs(parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts that ran `owl-wms decode` and said where the time went."""
+    return {name: part for name, part in parts.items() if name.split()[0] in ("npy", "mp4") and part.get("spent")}
 
 
 def picture(result: dict[str, Any], out: Path) -> None:
@@ -73,7 +76,7 @@ def picture(result: dict[str, Any], out: Path) -> None:
         if tries:  # the one in the middle
             spent = tries[(len(tries) - 1) // 2]["seconds"]
             starts[name] = tuple(spent[stage] for stage in START_STAGES)
-    runs = {name: part for name, part in parts.items() if name.split()[0] in ("npy", "mp4") and part.get("spent")}
+    runs = _runs(parts)
     kinds = [[name for name in starts if name.endswith(kind)] for kind in ("cached", "built")]
     heights = [0.5 + 0.5 * len(names) for names in kinds if names] + [1.5] * len(runs)
     if not heights:
