@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from owl_wms.configs.strict import FloatPair, PositiveInt, StrictModel, rule
+from owl_wms.configs.strict import FloatPair, PositiveInt, StrictModel
 
 
 class LevelsConfig(StrictModel):
@@ -47,11 +47,10 @@ class LevelsConfig(StrictModel):
     @model_validator(mode="after")
     def _fits(self) -> LevelsConfig:
         for name in ("uniform", "ones", "prefix", "context_low", "context_low_share", "prefix_ones"):
-            value = getattr(self, name)
-            rule(0.0 <= value <= 1.0, name, f"must be within 0..1, received {value}")
-        rule(self.uniform + self.ones <= 1.0, "ones", f"uniform + ones must be at most 1, received {self.ones}")
-        rule(self.std > 0, "std", f"must be above 0, received {self.std}")
-        rule(self.shift > 0, "shift", f"must be above 0, received {self.shift}")
+            self._require(0.0 <= getattr(self, name) <= 1.0, name, "must be within 0..1")
+        self._require(self.uniform + self.ones <= 1.0, "ones", "uniform + ones must be at most 1")
+        self._require(self.std > 0, "std", "must be above 0")
+        self._require(self.shift > 0, "shift", "must be above 0")
         low, high = self.context
-        rule(0.0 <= low <= high <= 1.0, "context", f"must rise within 0..1, received {list(self.context)}")
+        self._require(0.0 <= low <= high <= 1.0, "context", "must rise within 0..1")
         return self

@@ -132,6 +132,11 @@ class StrictModel(BaseModel):
                     )
         return data
 
+    def _require(self, holds: bool, key: str, text: str) -> None:
+        """Fail validation of `key` with a rule and the value received, unless the rule holds."""
+        value = getattr(self, key)
+        rule(holds, key, f"{text}, received {list(value) if isinstance(value, tuple) else value}")
+
 
 def rule(holds: bool, key: str, text: str) -> None:
     """Fail validation of a section's `key` (dotted below the section) with `text`, rule and value, unless `holds`."""

@@ -134,42 +134,21 @@ class WorldModelConfig(StrictModel):
 
     @model_validator(mode="after")
     def _fits(self) -> WorldModelConfig:
-        rule(
-            self.d_model % self.n_heads == 0,
-            "d_model",
-            f"must be a multiple of n_heads ({self.n_heads}), received {self.d_model}",
-        )
+        self._require(self.d_model % self.n_heads == 0, "d_model", f"must be a multiple of n_heads ({self.n_heads})")
         size = self.sample_size
         product = "sample_size**2" if isinstance(size, int) else f"{size[0]} * {size[1]}"
         tokens = (size**2 if isinstance(size, int) else size[0] * size[1]) + int(self.has_audio)
-        rule(
-            self.tokens_per_frame == tokens,
-            "tokens_per_frame",
-            f"must be {product} {'+ 1 for audio ' if self.has_audio else ''}= {tokens}, "
-            f"received {self.tokens_per_frame}",
-        )
-        rule(self.rope_base >= 1.0, "rope_base", f"must be at least 1, received {self.rope_base}")
-        rule(0.0 <= self.cfg_prob <= 1.0, "cfg_prob", f"must be within 0..1, received {self.cfg_prob}")
-        rule(
-            self.sink_frames == 0 or (self.causal and self.global_window is None),
-            "sink_frames",
-            f"needs causal true and global_window null, received {self.sink_frames}",
-        )
-        rule(
-            self.sink_frames < self.n_frames,
-            "sink_frames",
-            f"must be below n_frames ({self.n_frames}), received {self.sink_frames}",
-        )
-        rule(
-            self.sink_noise is None or (self.sink_frames > 0 and 0.0 <= self.sink_noise <= 1.0),
-            "sink_noise",
-            f"needs sink_frames and must be within 0..1, received {self.sink_noise}",
-        )
-        rule(
-            self.predicts == "velocity" or not self.has_audio,
-            "predicts",
-            f"must be velocity for a model with audio, received {self.predicts}",
-        )
+        wanted = f"must be {product} {'+ 1 for audio ' if self.has_audio else ''}= {tokens}"
+        self._require(self.tokens_per_frame == tokens, "tokens_per_frame", wanted)
+        self._require(self.rope_base >= 1.0, "rope_base", "must be at least 1")
+        self._require(0.0 <= self.cfg_prob <= 1.0, "cfg_prob", "must be within 0..1")
+        remembers = self.causal and self.global_window is None
+        self._require(self.sink_frames == 0 or remembers, "sink_frames", "needs causal true and global_window null")
+        self._require(self.sink_frames < self.n_frames, "sink_frames", f"must be below n_frames ({self.n_frames})")
+        noisy = self.sink_noise is None or (self.sink_frames > 0 and 0.0 <= self.sink_noise <= 1.0)
+        self._require(noisy, "sink_noise", "needs sink_frames and must be within 0..1")
+        silent = self.predicts == "velocity" or not self.has_audio
+        self._require(silent, "predicts", "must be velocity for a model with audio")
         return self
 
 
@@ -276,17 +255,16 @@ class TrainingConfig(StrictModel):
                 rule(key in known, f"{name}.{key}", f"unknown key for {optimiser}; {suggestion(key, known)}")
         for name in ("vae_scale", "audio_vae_scale"):
             value = getattr(self, name)
-            rule(value is None or value > 0, name, f"latents are divided by it: must be above 0, received {value}")
+            self._require(value is None or value > 0, name, "latents are divided by it: must be above 0")
         for name in ("subsample", "gen_p", "context_noise"):
             value = getattr(self, name)
-            rule(value is None or 0.0 <= value <= 1.0, name, f"must be within 0..1, received {value}")
-        weight, most = self.regression_weight, self.teacher_max_level
-        rule(self.fps <= 240, "fps", f"must be at most 240, received {self.fps}")
-        rule(weight is None or weight >= 0.0, "regression_weight", f"must be at least 0, received {weight}")
-        rule(0.0 < most <= 1.0, "teacher_max_level", f"must be above 0 and at most 1, received {most}")
-        steps = self.student_levels
+            self._require(value is None or 0.0 <= value <= 1.0, name, "must be within 0..1")
+        self._require(self.fps <= 240, "fps", "must be at most 240")
+        weight, steps = self.regression_weight, self.student_levels
+        self._require(weight is None or weight >= 0.0, "regression_weight", "must be at least 0")
+        self._require(0.0 < self.teacher_max_level <= 1.0, "teacher_max_level", "must be above 0 and at most 1")
         falls = steps is None or (len(steps) > 0 and steps[0] == 1.0 and all(a > b for a, b in pairwise((*steps, 0.0))))
-        rule(falls, "student_levels", f"must fall from 1.0 and end above 0, received {steps and list(steps)}")
+        self._require(falls, "student_levels", "must fall from 1.0 and end above 0")
         return self
 
 
