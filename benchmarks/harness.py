@@ -128,9 +128,9 @@ def measure_ceilings(dtype: torch.dtype = torch.bfloat16, device: str = "cuda") 
     )
 
 
-def show(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def show(titles: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> str:
     """Print rows of cells as a table; returns the table as Markdown."""
-    table = Table(*titles)
+    table = Table(*titles, title=title)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import decoders, harness
@@ -235,10 +234,8 @@ def main() -> None:
             z = torch.randn(args.batch, *subject.latent_shape, device="cuda").to(dtype)
             found = profile(fused, z, ceilings)
             rows.append({"decoder": name, "precision": precision, **found})
-            table = Table(*TITLES, title=title_of(rows[-1], args.batch))
-            for row in found["kernels"]:
-                table.add_row(*cells(row, found["whole_ms"]))
-            harness.console.print(table)
+            shown = [cells(row, found["whole_ms"]) for row in found["kernels"]]
+            harness.show(TITLES, shown, title_of(rows[-1], args.batch))
     harness.finish(harness.document("kernels", ceilings, rows, batch=args.batch), args.out)
 
 

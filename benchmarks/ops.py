@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.accuracy import relative_l2
@@ -31,6 +30,7 @@ from benchmarks.harness import (
     measure_ceilings,
     measure_interleaved,
     require_gpu,
+    show,
 )
 from benchmarks.ops8 import code_cases
 from benchmarks.ops_sana import sana_cases
@@ -192,7 +192,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = False
     ceilings = measure_ceilings(dtype)
     console.print(machine_line(describe_machine(), ceilings))
-    table = Table(*TITLES, title="ops, bf16 and codes")
     rows = []
     batch = options.batch
     for case in itertools.chain(cases(batch, dtype), code_cases(batch, "cuda"), sana_cases(batch, "cuda", dtype)):
@@ -216,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "error": error,
         }
         rows.append(row)
-        table.add_row(*cells(row))
-    console.print(table)
+    show(TITLES, [cells(row) for row in rows], "ops, bf16 and codes")
     finish(document("ops", ceilings, rows, batch=options.batch), options.out)
 
 

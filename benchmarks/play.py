@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from benchmarks import harness
 from benchmarks.play_page import page
@@ -225,10 +224,7 @@ def main() -> None:
             result["failures"] += measure(args, keep)
     if args.out is not None:
         write(result, args.out)
-    table = Table(*[title for title, _ in COLUMNS])
-    for row in result["rows"]:
-        table.add_row(*[cell(row) for _, cell in COLUMNS])
-    harness.console.print(table)
+    harness.show([title for title, _ in COLUMNS], [[cell(row) for _, cell in COLUMNS] for row in result["rows"]])
     harness.finish(result, None)
     for failure in result["failures"]:
         print(f"wrong: {failure}", file=sys.stderr)

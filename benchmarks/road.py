@@ -184,7 +184,7 @@ def _ratio(a: Any, b: Any) -> float | None:
     return a / b if isinstance(a, float) and isinstance(b, float) and b else None
 
 
-class Table:
+class Goals:
     """Rows (what, found, wanted, met) about the parts of a run; what was not measured says so."""
 
     def __init__(self, parts: dict[str, Any]) -> None:
@@ -210,19 +210,19 @@ class Table:
 
 
 def table(parts: dict[str, Any], names: list[str]) -> list[tuple[str, str, str, str]]:
-    """Returns the rows of a `Table` about these decoders."""
-    made = Table(parts)
+    """Returns the rows of the `Goals` of these decoders."""
+    goals = Goals(parts)
     for name in names:
         if name != "base":
-            _add_clips(made, name)
+            _add_clips(goals, name)
     for name in names:
         if name in WANTED:
-            _add_trainers_and_starts(made, name)
-    return made.rows
+            _add_trainers_and_starts(goals, name)
+    return goals.rows
 
 
-def _add_clips(made: Table, name: str) -> None:
-    get, rate, npy, mp4, memory = made.get, f"rate {name}", f"npy {name}", f"mp4 {name}", f"memory {name}"
+def _add_clips(goals: Goals, name: str) -> None:
+    get, rate, npy, mp4, memory = goals.get, f"rate {name}", f"npy {name}", f"mp4 {name}", f"memory {name}"
     own = get(rate, "frames_per_second", "function, bf16")
     least = 0.95 if name == "small" else 0.8
     rows = [
@@ -234,43 +234,45 @@ def _add_clips(made: Table, name: str) -> None:
         rows.append(("owl-wms decode to .npy", get(npy, "frames_per_second"), npy))
     for what, got, part in rows:
         text = f"{{:.0%}} of the decode function ({got or 0:.1f} of {own or 0:.1f} frames/s)"
-        made.add(f"{name}: {what}", _ratio(got, own), text, f">= {least:.0%}", _least(least), part)
+        goals.add(f"{name}: {what}", _ratio(got, own), text, f">= {least:.0%}", _least(least), part)
     command = f"command {name}"
-    for clock in ("processor", "clock") if command in made.parts else ():
+    for clock in ("processor", "clock") if command in goals.parts else ():
         text = f"{{:.0%}} of the decode function by the {clock} (median of {get(command, 'rounds')}; "
         text += f"load of the machine {get(command, 'load') or 0:.0f})"
-        made.add(f"{name}: owl-wms decode to .npy", get(command, "ratio", clock), text, ">= 95%", _least(0.95), command)
+        goals.add(
+            f"{name}: owl-wms decode to .npy", get(command, "ratio", clock), text, ">= 95%", _least(0.95), command
+        )
     if name != "small":  # there decoder and encoder share two cores
         got, fed = get(mp4, "frames_per_second"), get(f"x264 {name}", "frames_per_second")
         limit = min(fed, own) if fed and own else None
         text = f"{{:.0%}} of {'x264' if limit == fed else 'the decode function'} ({got or 0:.1f} of {limit or 0:.1f}"
         text += f" frames/s; x264 fed from memory {fed or 0:.0f})"
-        made.add(f"{name}: owl-wms decode to .mp4", _ratio(got, limit), text, ">= 90 %", _least(0.9), mp4)
+        goals.add(f"{name}: owl-wms decode to .mp4", _ratio(got, limit), text, ">= 90 %", _least(0.9), mp4)
     early = get(memory, "early_mib")
     grown = (get(memory, "end_mib") or 0) - early if early else None
     text = f"{{:+.0f}} MiB over {get(memory, 'frames')} frames"
-    made.add(f"{name}: memory from 10 % to 100 % of the clip", grown, text, "flat", lambda mib: mib < 64, memory)
+    goals.add(f"{name}: memory from 10 % to 100 % of the clip", grown, text, "flat", lambda mib: mib < 64, memory)
 
 
-def _add_trainers_and_starts(made: Table, name: str) -> None:
+def _add_trainers_and_starts(goals: Goals, name: str) -> None:
     times, *limits = WANTED[name]
-    get, training, background = made.get, f"training {name}", f"background {name}"
+    get, training, background = goals.get, f"training {name}", f"background {name}"
     ms, error = get(training, "ms") or {}, get(training, "relative_error") or {}
     ours = ms.get("compile_for_training")
     text = f"{{:.2f}}x torch.compile, {ours or 0:.2f} ms, error {error.get('compile_for_training', 0):.1e}"
     text += f" (eager {ms.get('eager', 0):.2f} ms, {error.get('eager', 0):.1e})"
     over = _ratio(ms.get("torch.compile"), ours)
-    made.add(f"{name}: compile_for_training", over, text, f">= {times}x", _least(times), training)
+    goals.add(f"{name}: compile_for_training", over, text, f">= {times}x", _least(times), training)
     first = f"{name}: first decode"
     for what, limit in zip(("cached", "built"), limits, strict=True):
         part = f"first {name} {what}"
         starts = [get(f"{part}{number}", "after_torch") for number in ("", " 2", " 3")]
         after = median(known) if (known := [seconds for seconds in starts if seconds is not None]) else None
-        made.add(f"{first}, {what}, after import torch", after, "{:.2f} s", f"<= {limit} s", _most(limit), part)
+        goals.add(f"{first}, {what}, after import torch", after, "{:.2f} s", f"<= {limit} s", _most(limit), part)
     text = "{:.2f} s, by PyTorch; the program takes over after "
     text += f"{get(background, 'swapped_after_torch') or 0:.1f} s"
     what = f"{first}, built in the background, after import torch"
-    made.add(what, get(background, "after_torch"), text, f"<= {limits[1]} s", _most(limits[1]), background)
+    goals.add(what, get(background, "after_torch"), text, f"<= {limits[1]} s", _most(limits[1]), background)
 
 
 def _least(limit: float) -> Callable[[float], bool]:
