@@ -9,7 +9,7 @@ Usage:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -54,16 +54,13 @@ def frame_batches(
         frames = _with_depth(frames, _frames(depth), source, depth)
     index = 0
     while batch := [
-        _fitted(frame, source, index + i, channels, size, resize) for i, frame in _take(frames, batch_size)
+        _fitted(frame, source, number, channels, size, resize)
+        for number, frame in enumerate(islice(frames, batch_size), index)
     ]:
         index += len(batch)
         yield torch.stack(batch)
     if index == 0:
         raise DataError(f"{source}: has no frames: it is empty or breaks off; write or copy it again", path=source)
-
-
-def _take(frames: Iterator[Tensor], count: int) -> Iterator[tuple[int, Tensor]]:
-    return enumerate(islice(frames, count))
 
 
 def _frames(source: Path) -> Iterator[Tensor]:
@@ -103,11 +100,7 @@ def _unit(frame: Tensor) -> Tensor:
 
 
 def _with_depth(colour: Iterator[Tensor], depth: Iterator[Tensor], source: Path, other: Path) -> Iterator[Tensor]:
-    index = 0
-    while True:
-        first, second = next(colour, None), next(depth, None)
-        if first is None and second is None:
-            return
+    for index, (first, second) in enumerate(zip_longest(colour, depth)):
         if first is None or second is None:
             short = source if first is None else other
             raise DataError(f"{short}: ends at frame {index}, before its partner", path=short, index=index)
@@ -115,25 +108,18 @@ def _with_depth(colour: Iterator[Tensor], depth: Iterator[Tensor], source: Path,
             sizes = f"{list(second.shape[1:])} beside {list(first.shape[1:])}"
             raise DataError(f"{other}: depth and colour must have one size, got {sizes}", path=other, index=index)
         yield torch.cat([first[:3], second.mean(dim=0, keepdim=True)])
-        index += 1
 
 
 def _fitted(frame: Tensor, source: Path, index: int, channels: int, size: tuple[int, int], resize: bool) -> Tensor:
     if frame.shape[0] != channels:
         depth = "; give the depth clip with --depth (encode), or as NAME.depth.mp4 beside NAME.mp4 (data import)"
         hint = depth if (frame.shape[0], channels) == (3, 4) else ""
-        raise DataError(
-            f"{source}: the encoder takes {channels} channels, frame {index} has {frame.shape[0]}{hint}",
-            path=source,
-            index=index,
-        )
+        text = f"the encoder takes {channels} channels, frame {index} has {frame.shape[0]}{hint}"
+        raise DataError(f"{source}: {text}", path=source, index=index)
     if tuple(frame.shape[1:]) != size:
         if not resize:
             got = f"{frame.shape[1]}x{frame.shape[2]}"
-            raise DataError(
-                f"{source}: the encoder takes {size[0]}x{size[1]}, frame {index} is {got}; --resize scales it",
-                path=source,
-                index=index,
-            )
+            text = f"the encoder takes {size[0]}x{size[1]}, frame {index} is {got}; --resize scales it"
+            raise DataError(f"{source}: {text}", path=source, index=index)
         frame = F.interpolate(frame[None], size=size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
     return frame
