@@ -258,7 +258,7 @@ def user_table() -> str:
             f"{road['first base built']['after_torch']:.0f} s",
         ),
         (
-            f"`owl-wms play` with the model of that run ({captured['source']}, {captured['steps']} steps), in the page",
+            f"`owl-wms play` ({captured['source']}, {captured['steps']} steps), in the page",
             f"{captured['page_fps']:.0f} frames/s, {captured['key_ms_p50']:.0f} ms from key to picture",
             f"PyTorch without CUDA graphs: {eager['page_fps']:.0f} frames/s, {eager['key_ms_p50']:.0f} ms",
         ),

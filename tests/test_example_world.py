@@ -9,6 +9,7 @@ import importlib.util
 import shutil
 import sys
 import weakref
+from argparse import Namespace
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -666,6 +667,14 @@ def test_a_form_that_fails_later_gives_way_to_the_plain_one(quick: ModuleType) -
         assert torch.equal(one(torch.zeros(size)), torch.ones(size))
     assert calls == [2, 2], "never with another size, and no more once it failed"
     assert said[1:] == ["values: as before from here on, as RuntimeError: out of memory"]
+
+
+def test_a_renderer_that_shares_a_gpu_leaves_the_held_out_worlds_to_the_measures(script: ModuleType) -> None:
+    module, told = importlib.import_module("by_clock"), {"small": False, "worlds": 12, "round_players": None}
+    for where, share, worlds in (("cuda:0", module.SHARED, 0), ("cuda:1", 1.0, 12), ("cpu", 1.0, 12)):
+        args = Namespace(data_device=where, config=WORLD / "game_rft.yml", init=None, run=None, **told)
+        order = module.order_of(args, torch.device("cuda:0"))
+        assert (order.share, order.truth_worlds) == (share, worlds)
 
 
 def test_first_rounds_end_with_the_places_or_the_time(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

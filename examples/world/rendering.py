@@ -2,7 +2,7 @@
 
 The process writes rounds of episodes as files. `Renderer`, called between the steps of the training, moves finished
 rounds into the training's episodes, in place. Whatever becomes of the process, the training goes on: with what it has,
-and one line that says why. After some rounds the process also plays the held-out worlds of the measures (`Truth`).
+and one line that says why. With a device of its own it also plays the held-out worlds of the measures (`Truth`).
 
 Usage:
     renderer = Renderer(order, say)     # starts the process
