@@ -192,7 +192,8 @@ def write(result: dict[str, Any], out: Path) -> None:
     """Writes the JSON and, beside it, the table; each at once, so that a kill leaves a whole file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     document = json.dumps(result, indent=1, sort_keys=True) + "\n"
-    for path, text in ((out, document), (out.with_suffix(".md"), markdown(result))):
+    # The table is of what the file says, whose names are sorted: whoever renders it again gets the same text.
+    for path, text in ((out, document), (out.with_suffix(".md"), markdown(json.loads(document)))):
         draft = path.with_name(path.name + ".part")
         draft.write_text(text, encoding="utf-8")
         draft.replace(path)

@@ -258,6 +258,14 @@ def test_no_figure_of_a_report_was_typed(path: Path) -> None:
     assert render(document) == path.read_text(encoding="utf-8")
 
 
+def test_the_table_of_play_is_that_of_its_file(tmp_path: Path) -> None:
+    row = {"way": "captured", "model": "shipped", "parts": [{"second": 20, "page_fps": 9.5, "key_ms_p50": 1.0}]}
+    play.write(
+        {"theme": "play", "machine": {"torch": "2", "gpu": "X"}, "commit": "c", "rows": [row]}, tmp_path / "p.json"
+    )
+    assert (tmp_path / "p.md").read_text() == play.markdown(json.loads((tmp_path / "p.json").read_text()))
+
+
 BENCH: dict[str, Any] = {
     "schema": 1, "owl_wms": "0.1.0", "date": "2026-11-30", "device": "cuda", "batch_size": 8,
     "machine": {"gpu": "NVIDIA X", "driver": "580.1", "torch": "torch 2.11.0", "os": "Linux"},
