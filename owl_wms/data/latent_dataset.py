@@ -11,7 +11,7 @@ Usage:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -79,26 +79,38 @@ def make_game_latents(
     if FRAMES_PER_SECOND % fps:
         raise ConfigError(f"fps must divide {FRAMES_PER_SECOND}, got {fps}", key="fps")
     writer = NpyTableWriter(path, (LATENT_COLUMN, "mouse", "buttons"), columns=("seed", "fps"), begin=False)
-    if resume:  # rows are appended in the order of their seeds, so what is there is the beginning
-        wanted = range(first_seed, first_seed + episodes)
-        done_before = sum(row.get("seed") in wanted for row in writer.rows if not row.get("missing"))
-        first_seed, episodes = first_seed + done_before, episodes - done_before
-    _require_new_worlds(writer, first_seed, episodes, fps)
+    wanted = list(range(first_seed, first_seed + episodes))
+    if resume:
+        held = {row.get("seed") for row in writer.rows if not row.get("missing")}
+        wanted = [seed for seed in wanted if seed not in held]
+    _require_new_worlds(writer, first_seed, 0 if resume else episodes, fps)
     _require_one_encoder(writer, encoder, encoder_name, fps, vae_sha256)
-    for start in range(0, episodes, batch):
-        players = min(batch, episodes - start)
-        done = start * frames
+    done = 0
+    for seeds in _in_a_row(wanted, batch):
 
-        def report(frame: int, done: int = done, players: int = players) -> None:
+        def report(frame: int, done: int = done, players: int = len(seeds)) -> None:
             if progress is not None:
-                progress(done + frame * players, episodes * frames)
+                progress(done * frames + frame * players, len(wanted) * frames)
 
         shape = channels, *size
-        latents, mouse, buttons = _play(encoder, first_seed + start, players, frames, fps, shape, report)
-        for player in range(players):
+        latents, mouse, buttons = _play(encoder, seeds[0], len(seeds), frames, fps, shape, report)
+        for player, seed in enumerate(seeds):
             arrays = {LATENT_COLUMN: latents[player], "mouse": mouse[player], "buttons": buttons[player]}
-            writer.append(arrays, seed=first_seed + start + player, fps=fps)
-    return episodes
+            writer.append(arrays, seed=seed, fps=fps)
+        done += len(seeds)
+    return len(wanted)
+
+
+def _in_a_row(seeds: list[int], most: int) -> Iterator[list[int]]:
+    """Yields seeds one behind the other, at most so many at once: those of worlds that are played together."""
+    found: list[int] = []
+    for seed in seeds:
+        if found and (len(found) == most or seed != found[-1] + 1):
+            yield found
+            found = []
+        found.append(seed)
+    if found:
+        yield found
 
 
 def _require_new_worlds(writer: NpyTableWriter, first_seed: int, episodes: int, fps: int) -> None:

@@ -176,6 +176,22 @@ def test_new_worlds_are_appended_in_either_precision(tmp_path: Path) -> None:
     assert [row.fields["seed"] for row in NpyTable(tmp_path).rows] == [7, 8, 9, 10]
 
 
+def test_resume_makes_the_worlds_that_the_table_lacks_wherever_they_stand(tmp_path: Path) -> None:
+    make_game_latents(tmp_path / "whole", Mean(), first_seed=7, **{**SMALL, "episodes": 6})
+    make_game_latents(tmp_path / "table", Mean(), first_seed=7, **{**SMALL, "episodes": 5})
+    manifest = json.loads((tmp_path / "table" / "manifest.json").read_text())
+    manifest[1]["missing"] = True  # as a reader advises whose values are not finite
+    (tmp_path / "table" / "manifest.json").write_text(json.dumps([*manifest[:3], manifest[4]]))
+    for made in (3, 0):
+        again = {**SMALL, "episodes": 6, "resume": True}
+        assert make_game_latents(tmp_path / "table", Mean(), first_seed=7, **again) == made
+    whole, table = NpyTable(tmp_path / "whole"), NpyTable(tmp_path / "table")
+    assert [row.fields["seed"] for row in table.rows] == [7, 9, 11, 8, 10, 12]
+    for place, row in enumerate(table.rows):
+        wanted = whole.slice(row.fields["seed"] - 7, "depth_latent", 0, 2)
+        assert (table.slice(place, "depth_latent", 0, 2) == wanted).all()
+
+
 def test_a_row_marked_missing_may_be_made_anew_and_old_tables_appended_to(tmp_path: Path) -> None:
     make_game_latents(tmp_path, Mean(), first_seed=7, **SMALL)
     (tmp_path / "source.json").unlink()  # as before there was one
