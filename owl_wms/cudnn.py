@@ -30,8 +30,36 @@ BY_SHAPE: dict[str, Any] = {"enabled": True, "benchmark": False, "deterministic"
 @contextlib.contextmanager
 def flags(**wanted: Any) -> Iterator[None]:
     """`torch.backends.cudnn.flags(**wanted)`, while no other thread of this package changes them."""
-    with _lock, torch.backends.cudnn.flags(**wanted):
+    with _lock, torch.backends.cudnn.flags(**wanted) if _has_older_settings() else _newer_flags(**wanted):
         yield
+
+
+def _has_older_settings() -> bool:
+    """Returns whether `allow_tf32` is what holds; where newer settings say otherwise, torch refuses to read it."""
+    backends: Any = torch.backends
+    if "tf32" in (backends.fp32_precision, backends.cudnn.fp32_precision):  # which would hold once it is False
+        return False
+    try:
+        return isinstance(backends.cudnn.allow_tf32, bool)
+    except RuntimeError:
+        return False
+
+
+@contextlib.contextmanager
+def _newer_flags(*, allow_tf32: bool, **wanted: bool) -> Iterator[None]:
+    """Does the same without `allow_tf32`, by the settings that torch has had since 2.9."""
+    backend: Any = torch.backends.cudnn
+    wanted = {"enabled": False, "benchmark": False, "deterministic": False, **wanted}
+    held, precision = {name: getattr(backend, name) for name in wanted}, backend.conv.fp32_precision
+    try:
+        for name, value in wanted.items():
+            setattr(backend, name, value)
+        backend.conv.fp32_precision = "tf32" if allow_tf32 else "ieee"
+        yield
+    finally:
+        for name, value in held.items():
+            setattr(backend, name, value)
+        backend.conv.fp32_precision = precision
 
 
 def convolution(image: Tensor, taps: Tensor) -> Tensor:

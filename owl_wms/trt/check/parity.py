@@ -71,13 +71,21 @@ def reference_arithmetic() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     # Setting the old flag sets the new one too, which `torch.compile` has in the keys of its cache: if it stayed at
     # "ieee", a model that has not changed would be compiled anew.
-    allowed, precision = matmul.allow_tf32, matmul.fp32_precision
-    matmul.allow_tf32 = False
+    precision = matmul.fp32_precision
+    try:
+        allowed = matmul.allow_tf32
+    except RuntimeError:  # the process has set the new one alone, and torch then refuses to read the old one
+        allowed = None
+    if allowed is None:
+        matmul.fp32_precision = "ieee"
+    else:
+        matmul.allow_tf32 = False
     try:
         with cudnn.flags(enabled=False, allow_tf32=False):
             yield
     finally:
-        matmul.allow_tf32 = allowed
+        if allowed is not None:
+            matmul.allow_tf32 = allowed
         matmul.fp32_precision = precision
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -37,6 +39,28 @@ def test_fp32_leaves_no_setting_behind(allowed: bool, precision: str) -> None:
         assert (matmul.allow_tf32, matmul.fp32_precision) == (allowed, precision)
     finally:
         matmul.allow_tf32, matmul.fp32_precision = found
+
+
+@pytest.mark.parametrize(
+    ("place", "precision"),
+    [("cuda.matmul", "tf32"), ("cudnn.conv", "ieee"), ("cudnn.conv", "tf32"), ("cudnn", "tf32"), ("", "tf32")],
+)
+def test_fp32_beside_the_newer_settings_of_tf32(place: str, precision: str) -> None:
+    """torch refuses to read the older ones then. In a process of its own: they cannot all be put back."""
+    code = f"""
+import torch
+from owl_wms.trt.check.parity import reference_arithmetic
+backends = torch.backends
+places = [backends, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
+backends.{place}{"." if place else ""}fp32_precision = "{precision}"
+before = [place.fp32_precision for place in places], backends.cudnn.enabled
+with reference_arithmetic():
+    assert backends.cuda.matmul.fp32_precision == "ieee" and not backends.cudnn.enabled
+    assert backends.cudnn.conv.fp32_precision != "tf32"
+assert ([place.fp32_precision for place in places], backends.cudnn.enabled) == before
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
