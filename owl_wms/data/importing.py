@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,8 @@ def import_clips(
         ConfigError: no frame rate, or a video without an encoder.
     """
     folder, done = at_home(table), Imported()
+    if os.path.realpath(folder) == os.path.realpath(at_home(source)):
+        raise DataError(f"{folder}: holds the clips; a table wants a folder of its own", path=folder)
     try:
         make_folder(folder)
         with filelock.FileLock(folder / ".import.lock", timeout=0):

@@ -91,12 +91,20 @@ def clips_of(source: str) -> Iterator[Clip]:
         yield from _of_file(path, path.name)
 
 
+def _paths_below(folder: Path) -> Iterator[Path]:
+    """Yields what lies in a folder, at any depth. `Path.rglob` would not tell of a folder that may not be read."""
+
+    def unread(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise DataError(f"{folder}: cannot be read: {error.strerror}", path=folder) from error
+        _log.warning("%s: cannot be read and is passed over: %s", error.filename, error.strerror)
+
+    for top, folders, files in os.walk(folder, onerror=unread):
+        yield from (Path(top, name) for name in (*folders, *files))
+
+
 def _of_folder(folder: Path) -> Iterator[Clip]:
-    try:
-        found = list(folder.rglob("*"))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror}", path=folder) from error
-    found = [path for path in found if not is_foreign(path.relative_to(folder).parts)]
+    found = [path for path in _paths_below(folder) if not is_foreign(path.relative_to(folder).parts)]
     for path in found:
         if path.is_symlink() and path.is_dir():
             _log.warning("%s: is a link to a folder and is passed over; import that folder too", path)

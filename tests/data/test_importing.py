@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -461,6 +462,33 @@ def test_a_link_to_a_folder_is_told_of(
     assert "part: is a link to a folder and is passed over; import that folder too" in caplog.text
     import_clips("~/clips", "~/table", fps=20)
     assert (tmp_path / "table" / "manifest.json").is_file()
+
+
+def test_a_folder_that_may_not_be_read_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("", "closed"):
+        save_array(tmp_path / name / "a.latent.npy", torch.zeros(5, 4, 2, 2))
+    looked, closed = os.scandir, [tmp_path / "closed"]
+
+    def refuse(folder: Any) -> Any:
+        if Path(folder) in closed:  # root may read everything
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return looked(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [found.name for found in clips_of(str(tmp_path))] == ["a"]
+    assert caplog.messages == [f"{tmp_path / 'closed'}: cannot be read and is passed over: Permission denied"]
+    closed.append(tmp_path)
+    with pytest.raises(DataError, match=rf"^{tmp_path}: cannot be read: Permission denied"):
+        import_clips(str(tmp_path), tmp_path / "table", fps=12)
+
+
+def test_a_table_is_not_made_among_its_clips(tmp_path: Path) -> None:
+    source = make_source(".pt", tmp_path / "source")
+    with pytest.raises(DataError, match="source: holds the clips; a table wants a folder of its own"):
+        import_clips(source, tmp_path / "x" / ".." / "source", fps=12)
+    assert not (tmp_path / "source" / ".import.lock").exists()
 
 
 def test_folders_that_systems_and_file_servers_make_hold_no_clips(tmp_path: Path) -> None:
