@@ -120,6 +120,8 @@ def decode(
     decoder, spent = channels_last_on_cpu(load() if decoder is None else decoder, where), Spent()
     settings = TensorRTConfig.resolve(enabled=None if tensorrt else False)
     run = clip_decoder(decoder, batch_size=batch_size, settings=settings, check="error")
+    # Held by a name, so that an interrupt removes half files before it waits for a decode that has begun.
+    pieces = decode_pieces(run, source, scale=scale, spent=spent)
     shape = clips, frames_of(decoder, length)
     count = math.prod(shape)
     sheet = shared.Sheet(count)
@@ -131,7 +133,7 @@ def decode(
         task = bar.add_task("decoding", total=count)
         run.prepare((latent_channels, height, width))  # a build is not part of the rate
         begun = time.perf_counter()
-        for frames in decode_pieces(run, source, scale=scale, spent=spent):
+        for frames in pieces:
             colour_sink.write(frames)
             for sink in depth_sinks:
                 sink.write(frames[..., 3:4].expand(-1, -1, -1, 3))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from owl_wms import runtime
 from owl_wms.errors import DataError
 from owl_wms.media import sinks, video
 from owl_wms.media.latents import LatentFile
@@ -275,6 +277,31 @@ def test_an_interrupted_decode_leaves_no_half_file(place: Path, name: str, how: 
 
 def limited(limit: int) -> Any:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_an_interrupt_removes_half_files_before_it_waits_for_the_decode(
+    place: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+
+    def pieces(*_: Any, **__: Any) -> Iterator[torch.Tensor]:
+        try:
+            yield torch.zeros(1, 36, 64, 4, dtype=torch.uint8)
+        finally:
+            order.append("decode")
+
+    class Interrupted(sinks.Sink):
+        def write(self, frames: torch.Tensor) -> None:
+            raise KeyboardInterrupt
+
+        def __exit__(self, *_: object) -> None:
+            order.append("file")
+
+    monkeypatch.setattr(runtime, "decode_pieces", pieces)
+    monkeypatch.setattr(sinks, "open_sink", lambda *_, **__: Interrupted())
+    assert call(place, "decode", "latents.pt", "--out", str(place / "a.npy")) == 130
+    assert order[0] == "file"
 
 
 @pytest.mark.parametrize("name", ["o.npy", "o.y4m", "o.raw"])
