@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 # CI has two cores. Of two workers with two threads each, every parallel loop would wait for threads that do not run.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -43,3 +45,13 @@ def _every_kernel_runs(request: pytest.FixtureRequest) -> Iterator[None]:
     register = sys.modules.get("owl_wms.ops.common.register")
     if "gpu" in request.keywords and register is not None:
         assert register.refused() == {}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    """A configuration and a checkpoint of the golden decoder."""
+    golden = torch.load("tests/data/dcae_pin_square.pt", weights_only=True)
+    config, checkpoint = tmp_path / "tiny.yml", tmp_path / "tiny.pt"
+    config.write_text(json.dumps({"model": golden["cfg"]}), encoding="utf-8")
+    torch.save(golden["decoder"], checkpoint)
+    return str(config), str(checkpoint)

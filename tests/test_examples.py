@@ -28,7 +28,6 @@ from owl_wms.media.metrics import psnr
 from owl_wms.media.pictures import to_bytes
 from owl_wms.utils.owl_vae_bridge import get_decoder_only
 from tests import notebook
-from tests.cli.conftest import files  # noqa: F401
 from tests.runtime.toolchains import ExportToolchain
 
 ROOT = Path(__file__).parents[1]
@@ -152,9 +151,7 @@ def test_a_missing_package_is_one_line(example: Callable[..., Ran], monkeypatch:
 
 
 def test_one_machine_builds_the_cache_and_others_find_it(
-    example: Callable[..., Ran],
-    files: tuple[str, str],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    example: Callable[..., Ran], files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("owl_wms.runtime.decode.TensorRT", ExportToolchain)
     _, status, built = example("cluster_cache.py", "shared", *files)
@@ -182,7 +179,7 @@ def test_why_there_is_no_cache_is_one_line(
     assert not (tmp_path / "shared").exists()
 
 
-def test_slurm_script_with_two_ranks(tmp_path: Path, files: tuple[str, str]) -> None:  # noqa: F811
+def test_slurm_script_with_two_ranks(tmp_path: Path, files: tuple[str, str]) -> None:
     """`srun` is a stand-in that starts two processes with the variables that SLURM sets."""
     decoder = get_decoder_only(None, *files, dtype=torch.float32)
     latents = torch.randn(3, 2, decoder.latent_channels, 4, 4)

@@ -30,9 +30,8 @@ from owl_wms.media.read_facts import file_digest, read_facts
 from owl_wms.media.video import VideoWriter
 from owl_wms.timing import Spent
 from owl_wms.vae import build_autoencoder
-from tests.cli.conftest import files  # noqa: F401
+from tests.cli.conftest import CONFIG
 from tests.cli.runner import run
-from tests.cli.test_decode import CONFIG
 from tests.media.test_video import gradient
 
 
@@ -52,7 +51,7 @@ def counters() -> list[float]:
 
 
 @pytest.fixture
-def one_by_one(tmp_path: Path, files: tuple[str, str]) -> np.ndarray:  # noqa: F811
+def one_by_one(tmp_path: Path, files: tuple[str, str]) -> np.ndarray:
     """What `owl-wms decode` makes of `latents(5)`."""
     save_array(tmp_path / "one.npy", latents(5))
     out = tmp_path / "one_frames.npy"
@@ -73,14 +72,14 @@ def test_a_gpu_has_a_number(given: str | None, found: int, monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
-def test_a_gpu_decodes_without_being_named(files: tuple[str, str]) -> None:  # noqa: F811
+def test_a_gpu_decodes_without_being_named(files: tuple[str, str]) -> None:
     """As in a Ray actor."""
     decode, named = (DecodeClips(*files, device=device, tensorrt=False) for device in (None, "cuda:0"))
     batch = {"latents": latents(5)[None].numpy()}
     assert np.array_equal(decode(batch)["frames"], named(batch)["frames"])
 
 
-def test_a_batch_in_memory(files: tuple[str, str], one_by_one: np.ndarray) -> None:  # noqa: F811
+def test_a_batch_in_memory(files: tuple[str, str], one_by_one: np.ndarray) -> None:
     decode = DecodeClips(*files, device="cpu", tensorrt=False)
     got = decode({"latents": torch.stack([latents(5), latents(5)]).numpy(), "name": np.array(["a", "b"])})
     assert list(got) == ["name", "frames"]
@@ -100,11 +99,7 @@ def test_a_batch_in_memory(files: tuple[str, str], one_by_one: np.ndarray) -> No
 
 @pytest.mark.parametrize(("given", "scale"), [(None, 4.0), (1.0, 1.0), (4.0, 4.0)])
 def test_a_file_s_own_scale_and_rate_hold_as_for_one_file(
-    tmp_path: Path,
-    files: tuple[str, str],  # noqa: F811
-    given: float | None,
-    scale: float,
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, files: tuple[str, str], given: float | None, scale: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`owl-wms encode --scale 4` writes such latents, and `owl-wms decode` multiplies them by 4."""
     for name in ("a.pt", "b.pt"):
@@ -127,10 +122,7 @@ def test_a_file_s_own_scale_and_rate_hold_as_for_one_file(
 
 
 def test_the_command_decodes_every_kind_of_input(
-    tmp_path: Path,
-    files: tuple[str, str],  # noqa: F811
-    one_by_one: np.ndarray,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, files: tuple[str, str], one_by_one: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "in"
     for name in ("a.pt", "deep/b.npy", "c.safetensors"):
@@ -193,7 +185,7 @@ def test_the_command_decodes_every_kind_of_input(
 )
 def test_gpus_that_cannot_be_had(
     tmp_path: Path,
-    files: tuple[str, str],  # noqa: F811
+    files: tuple[str, str],
     options: tuple[str, ...],
     said: str,
     monkeypatch: pytest.MonkeyPatch,

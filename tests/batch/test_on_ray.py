@@ -36,7 +36,6 @@ from owl_wms.media.pictures import to_bytes
 from owl_wms.utils.owl_vae_bridge import get_decoder_only
 from tests.batch.fake import fake_job, frames_of, make_inputs, outputs_of
 from tests.batch.test_clips import latents
-from tests.cli.conftest import files  # noqa: F401
 
 ray = pytest.importorskip("ray", reason="Ray comes with the extra ray")
 ROOT = Path(__file__).parents[2]
@@ -122,7 +121,7 @@ def test_an_actor_of_a_run_that_is_over_does_nothing(tmp_path: Path) -> None:
             list(run(job, str(folder), LATENT_SUFFIXES, engine="local"))
 
 
-def test_map_batches_as_the_page_has_it(tmp_path: Path, files: tuple[str, str]) -> None:  # noqa: F811
+def test_map_batches_as_the_page_has_it(tmp_path: Path, files: tuple[str, str]) -> None:
     page = (ROOT / "docs/dataset.md").read_text(encoding="utf-8")
     (block,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.S) if "map_batches" in text)
     decode = DecodeClips(*files, device="cpu", tensorrt=False)
@@ -142,9 +141,7 @@ def test_map_batches_as_the_page_has_it(tmp_path: Path, files: tuple[str, str]) 
 
 
 def test_the_example_decodes_what_it_can(
-    tmp_path: Path,
-    files: tuple[str, str],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files of one and of two clips are decoded whole, and a bad one costs no other."""
     decoder = get_decoder_only(None, *files, device="cpu", dtype=torch.float32)

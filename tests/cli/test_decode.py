@@ -10,59 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from owl_wms.cli import main
-from owl_wms.configs import TAEHVConfig, load_vae_config
+from owl_wms.configs import TAEHVConfig
 from owl_wms.errors import ConfigError
 from owl_wms.media.arrays import load_array, save_array
 from owl_wms.media.facts import Facts
 from owl_wms.media.read_facts import file_digest, read_facts
-from owl_wms.media.video import VideoWriter, read_video
+from owl_wms.media.video import read_video
 from owl_wms.media.watch import rate_of
 from owl_wms.utils.owl_vae_bridge import make_batched_decode_fn
-from owl_wms.vae import build_autoencoder, build_decoder
-from tests.media.test_video import gradient
-
-CONFIG = """
-model:
-  model_id: dcae
-  sample_size: [36, 64]
-  channels: 4
-  latent_channels: 16
-  ch_0: 16
-  ch_max: 32
-  encoder_blocks_per_stage: [1, 1, 1]
-  decoder_blocks_per_stage: [1, 1, 1]
-  use_middle_block: false
-  skip_logvar: true
-"""
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder with a small autoencoder, latents, and a clip with its depth."""
-    (tmp_path / "vae.yml").write_text(CONFIG)
-    autoencoder = build_autoencoder(load_vae_config(tmp_path / "vae.yml").model, "tiled")
-    save_file(autoencoder.state_dict(), tmp_path / "vae.safetensors")
-    torch.save(torch.randn(2, 5, 16, 8, 8), tmp_path / "latents.pt")
-    for name in ("clip", "depth"):
-        with VideoWriter(tmp_path / f"{name}.mp4") as clip:
-            clip.write(gradient(3))
-    return tmp_path
-
-
-def call(
-    place: Path, command: str, source: str, *more: str, config: str = "vae.yml", weights: str = "vae.safetensors"
-) -> int:
-    arguments = [
-        command,
-        str(place / source),
-        "--vae-config",
-        str(place / config),
-        "--checkpoint",
-        str(place / weights),
-    ]
-    with pytest.raises(SystemExit) as caught:
-        main([*arguments, "--device", "cpu", *more])
-    return int(caught.value.code or 0)
+from owl_wms.vae import build_decoder
+from tests.cli.conftest import CONFIG
+from tests.cli.runner import call
 
 
 def test_decode_writes_clip_sheet_and_depth(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

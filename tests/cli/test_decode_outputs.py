@@ -29,10 +29,10 @@ from owl_wms.media.latents import LatentFile
 from owl_wms.media.video import read_video
 from owl_wms.timing import Spent
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
-from tests.cli.test_decode import call, place  # noqa: F401 (a fixture)
+from tests.cli.runner import call
 
 
-def bytes_of(place: Path, latents: str = "latents.pt") -> np.ndarray:  # noqa: F811
+def bytes_of(place: Path, latents: str = "latents.pt") -> np.ndarray:
     """What the decode function gives: uint8 [b, n, H, W, C]."""
     source = LatentFile(place / latents)
     decoder = get_decoder_only(None, place / "vae.yml", place / "vae.safetensors", device="cpu", dtype=torch.float32)
@@ -40,7 +40,7 @@ def bytes_of(place: Path, latents: str = "latents.pt") -> np.ndarray:  # noqa: F
     return decode(source.read(0, source.shape[0] * source.shape[1])[None]).reshape(*source.shape[:2], 36, 64, 4).numpy()
 
 
-def command(place: Path, *more: str) -> list[str]:  # noqa: F811
+def command(place: Path, *more: str) -> list[str]:
     arguments = [str(place / "latents.pt"), "--vae-config", str(place / "vae.yml"), "--device", "cpu"]
     return [
         *(sys.executable, "-m", "owl_wms", "decode", *arguments),
@@ -48,10 +48,7 @@ def command(place: Path, *more: str) -> list[str]:  # noqa: F811
     ]
 
 
-def test_an_array_holds_the_bytes_of_the_decode_function(
-    place: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_an_array_holds_the_bytes_of_the_decode_function(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(place, "decode", "latents.pt", "--out", str(place / "a.npy")) == 0
     assert np.array_equal(np.load(place / "a.npy"), bytes_of(place))
     assert call(place, "decode", "latents.pt", "--out", str(place / "a.npy"), "--each") == 0
@@ -66,7 +63,7 @@ def test_an_array_holds_the_bytes_of_the_decode_function(
 
 
 @pytest.mark.parametrize(("form", "limit"), [("png", 0), ("jpg", 12)])
-def test_pictures(place: Path, form: str, limit: float) -> None:  # noqa: F811
+def test_pictures(place: Path, form: str, limit: float) -> None:
     out = place / "pictures"
     assert call(place, "decode", "latents.pt", "--out", str(out), "--format", form) == 0
     assert [p.name for p in sorted(out.iterdir())] == [f"{i:06}.{form}" for i in range(10)]
@@ -82,10 +79,7 @@ def test_pictures(place: Path, form: str, limit: float) -> None:  # noqa: F811
     assert (out / "thesis.txt").read_text() == "kept"
 
 
-def test_the_folder_one_is_in_takes_pictures(
-    place: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_folder_one_is_in_takes_pictures(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "here").mkdir()
     monkeypatch.chdir(place / "here")
     assert call(place, "decode", "latents.pt", "--out", ".") == 0
@@ -94,7 +88,7 @@ def test_the_folder_one_is_in_takes_pictures(
     assert [len(list(Path(name).iterdir())) for name in ("_0", "_1")] == [5, 5]
 
 
-def test_existing_outputs_are_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_existing_outputs_are_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("o.mp4", "o_depth.mp4", "o_1.mp4", "s.png", "z.npy"):
         (place / name).write_text("kept")
     for arguments in (
@@ -112,7 +106,7 @@ def test_existing_outputs_are_kept(place: Path, capsys: pytest.CaptureFixture[st
     assert len(list(read_video(place / "o_depth.mp4"))) == 10
 
 
-def test_a_file_that_is_read_is_not_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_a_file_that_is_read_is_not_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(place / "z.npy", np.zeros((2, 16, 8, 8), np.float32))
     (place / "link.npy").symlink_to("z.npy")
     weights = place / "vae.safetensors"
@@ -129,7 +123,7 @@ def test_a_file_that_is_read_is_not_overwritten(place: Path, capsys: pytest.Capt
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_names_and_forms_that_do_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_names_and_forms_that_do_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (("--out", "x.gif"), "must end in .mp4"),
         (("--out", "x.png"), "pictures go to a folder"),
@@ -148,7 +142,7 @@ def test_names_and_forms_that_do_not_fit(place: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("encoder", ["libx264", "auto"])
-def test_quality_and_preset_reach_the_encoder(place: Path, encoder: str) -> None:  # noqa: F811
+def test_quality_and_preset_reach_the_encoder(place: Path, encoder: str) -> None:
     sizes = []
     for crf, preset in (("0", "ultrafast"), ("45", "slow")):
         out = place / f"{crf}.mp4"
@@ -178,10 +172,7 @@ def raising(failure: Exception) -> Any:
 
 @pytest.mark.parametrize("kind", [av.error.ExternalError, av.error.PermissionError, av.error.NotImplementedError])
 def test_a_gpu_without_an_encoder_is_said_in_one_line(
-    place: Path,  # noqa: F811
-    kind: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    place: Path, kind: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(video, "pyav", lambda _: WithoutChip(kind(1, "no capable devices found")))
     more = ("--out", str(place / "x.mp4"), "--encoder", "h264_nvenc")
@@ -193,7 +184,7 @@ def test_a_gpu_without_an_encoder_is_said_in_one_line(
     assert video.choose_encoder("auto") == ("libx264", "veryfast")
 
 
-def test_y4m_on_standard_output_is_read_back(place: Path) -> None:  # noqa: F811
+def test_y4m_on_standard_output_is_read_back(place: Path) -> None:
     ran = subprocess.run(command(place, "--out", "-", "--fps", "24"), capture_output=True, check=True)
     with av.open(io.BytesIO(ran.stdout)) as container:
         stream = container.streams.video[0]
@@ -218,12 +209,12 @@ def test_y4m_has_the_colours_that_readers_of_its_size_suppose(tmp_path: Path, he
     assert abs(frame.to_ndarray()[height // 2, 8].astype(int) - colour.numpy()).max() <= 3
 
 
-def test_raw_on_standard_output_is_the_bytes(place: Path) -> None:  # noqa: F811
+def test_raw_on_standard_output_is_the_bytes(place: Path) -> None:
     ran = subprocess.run(command(place, "--out", "-", "--format", "raw"), capture_output=True, check=True)
     assert ran.stdout == bytes_of(place).tobytes()
 
 
-def test_a_pipe_that_closes_is_one_line(place: Path) -> None:  # noqa: F811
+def test_a_pipe_that_closes_is_one_line(place: Path) -> None:
     for form in ("y4m", "raw"):
         child = subprocess.Popen(
             command(place, "--out", "-", "--format", form), stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -237,7 +228,7 @@ def test_a_pipe_that_closes_is_one_line(place: Path) -> None:  # noqa: F811
         assert "Exception" not in error
 
 
-def test_a_closed_standard_output_is_one_line(place: Path) -> None:  # noqa: F811
+def test_a_closed_standard_output_is_one_line(place: Path) -> None:
     ran = subprocess.run(
         ["sh", "-c", 'exec "$@" >&-', "sh", *command(place, "--out", "-")], stderr=subprocess.PIPE, check=False
     )
@@ -245,7 +236,7 @@ def test_a_closed_standard_output_is_one_line(place: Path) -> None:  # noqa: F81
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg here")
-def test_the_pipe_of_the_documentation(place: Path) -> None:  # noqa: F811
+def test_the_pipe_of_the_documentation(place: Path) -> None:
     out = place / "out.mkv"
     decoding = subprocess.Popen(command(place, "--out", "-"), stdout=subprocess.PIPE)
     subprocess.run(["ffmpeg", "-v", "error", "-i", "-", str(out)], stdin=decoding.stdout, check=True)
@@ -255,7 +246,7 @@ def test_the_pipe_of_the_documentation(place: Path) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("name", ["o.mp4", "o.npy", "o.y4m", "folder"])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_decode_leaves_no_half_file(place: Path, name: str, how: signal.Signals) -> None:  # noqa: F811
+def test_an_interrupted_decode_leaves_no_half_file(place: Path, name: str, how: signal.Signals) -> None:
     torch.save(torch.randn(1, 20_000, 16, 8, 8), place / "latents.pt")
     child = subprocess.Popen(
         command(place, "--out", str(place / name)),
@@ -280,8 +271,7 @@ def limited(limit: int) -> Any:
 
 
 def test_an_interrupt_removes_half_files_before_it_waits_for_the_decode(
-    place: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
 
@@ -305,7 +295,7 @@ def test_an_interrupt_removes_half_files_before_it_waits_for_the_decode(
 
 
 @pytest.mark.parametrize("name", ["o.npy", "o.y4m", "o.raw"])
-def test_a_disk_that_fills_up(place: Path, name: str) -> None:  # noqa: F811
+def test_a_disk_that_fills_up(place: Path, name: str) -> None:
     """A limit on file sizes says EFBIG where a full disk says ENOSPC; both come in the middle of a write."""
     ran = subprocess.run(
         command(place, "--out", str(place / name)), capture_output=True, text=True, preexec_fn=limited(20_000)

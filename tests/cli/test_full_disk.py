@@ -20,7 +20,7 @@ from owl_wms.data.npy_table import NpyTable, NpyTableWriter
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.media.video import read_video
 from owl_wms.trainers.run_log import RunLog
-from tests.cli.test_decode import call, place  # noqa: F401 (a fixture)
+from tests.cli.runner import call
 from tests.cli.test_refusals import refuse
 from tests.cli.test_train import Mean
 from tests.trainers.helpers import config, write_table
@@ -45,7 +45,7 @@ def full_in_torch(*_: Any, **__: Any) -> Any:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 896 vs 790") from error
 
 
-def test_decode(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_decode(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     out = place / "o.mp4"
     assert call(place, "decode", "latents.pt", "--out", str(out)) == 0
     before = sorted(place.iterdir())

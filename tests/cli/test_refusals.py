@@ -15,8 +15,7 @@ from owl_wms.configs.paths import EXAMPLES
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.game.world import GameWorld
 from owl_wms.media.arrays import load_array, save_array
-from tests.cli.test_decode import call, place  # noqa: F401 (a fixture)
-from tests.cli.test_sample import files  # noqa: F401 (a fixture)
+from tests.cli.runner import call
 from tests.trainers.helpers import config
 
 NOWHERE = Path("/proc/x")  # not even root makes files there
@@ -60,10 +59,7 @@ def nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("nothing_begins")
 def test_destinations_are_tried_first(
-    place: Path,  # noqa: F811
-    arguments: tuple[str, ...],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    place: Path, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
     assert call(place, *arguments) == 2
@@ -74,21 +70,18 @@ def test_destinations_are_tried_first(
 
 @pytest.mark.usefixtures("nothing_begins")
 def test_a_clip_without_its_library_is_refused_first(
-    place: Path,  # noqa: F811
-    files: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    place: Path, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     said = "needs PyAV; pip install av"
     assert call(place, "decode", "latents.pt", "--out", str(place / "c.mp4")) == 2
     assert said in capsys.readouterr().err.replace("\n", " ")
-    refuse(said, capsys, "sample", str(files / "world.yml"), str(files / "world.pt"), "--out", str(place / "c.mp4"))
+    refuse(said, capsys, "sample", str(world / "world.yml"), str(world / "world.pt"), "--out", str(place / "c.mp4"))
     refuse(said, capsys, "demo", "--out", str(place / "demo"))
     assert not (place / "demo").exists()
 
 
-def test_depth_clip_is_tried_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_depth_clip_is_tried_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "o_depth.mp4").mkdir()
     assert call(place, "decode", "latents.pt", "--depth", "--out", str(place / "o.mp4")) == 2
     assert "o_depth.mp4: is a folder" in capsys.readouterr().err.replace("\n", " ")
@@ -96,7 +89,7 @@ def test_depth_clip_is_tried_too(place: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("nothing_begins")
-def test_a_folder_of_latents_is_sent_to_the_command_for_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_a_folder_of_latents_is_sent_to_the_command_for_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(place, "decode", ".", "--out", str(place / "o.mp4")) == 2
     error = capsys.readouterr().err.replace("\n", " ")
     assert ": is a folder, one file of latents is wanted: give one of its files, or decode all of them with" in error
@@ -104,12 +97,8 @@ def test_a_folder_of_latents_is_sent_to_the_command_for_it(place: Path, capsys: 
 
 
 @pytest.mark.usefixtures("nothing_begins")
-def test_sample_and_demo_try_theirs(
-    files: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    call = ["sample", str(files / "world.yml"), str(files / "world.pt"), "--out", str(tmp_path / "c.mp4")]
+def test_sample_and_demo_try_theirs(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["sample", str(world / "world.yml"), str(world / "world.pt"), "--out", str(tmp_path / "c.mp4")]
     refuse("/proc/x.safetensors: cannot be written", capsys, *call, "--latents", f"{NOWHERE}.safetensors")
     (tmp_path / "file").write_text("")
     refuse("cannot be written", capsys, "demo", "--out", str(tmp_path / "file"))
@@ -137,10 +126,7 @@ def test_a_file_that_is_a_mount_is_refused_before_the_work(tmp_path: Path, monke
 
 
 @pytest.mark.usefixtures("nothing_begins")
-def test_frames_are_looked_at_before_weights_are_read(
-    place: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_frames_are_looked_at_before_weights_are_read(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vae = ("--vae-config", str(place / "vae.yml"))
     weights = str(place / "vae.safetensors")
     out = str(place / "z.pt")
@@ -212,7 +198,7 @@ def test_a_change_that_is_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture
 )
 @pytest.mark.usefixtures("nothing_begins")
 def test_numbers_out_of_range(
-    place: Path,  # noqa: F811
+    place: Path,
     arguments: tuple[str, ...],
     option: str,
     capsys: pytest.CaptureFixture[str],
@@ -228,19 +214,15 @@ def test_numbers_out_of_range(
 
 
 @pytest.mark.usefixtures("nothing_begins")
-def test_numbers_out_of_range_for_world_models(
-    files: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model = (str(files / "world.yml"), str(files / "world.pt"))
+def test_numbers_out_of_range_for_world_models(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = (str(world / "world.yml"), str(world / "world.pt"))
     huge = "9" * 23
     for text in ("nan", "inf", "1e9"):
         refuse("--cfg-scale must be a number from -100 to 100", capsys, "sample", *model, "--cfg-scale", text)
         refuse("--cfg-scale must be a number from -100 to 100", capsys, "play", *model, "--cfg-scale", text)
     for text in ("nan", "inf", "0.1", "241"):
         refuse("--fps must be a number from 1 to 240", capsys, "play", *model, "--fps", text)
-    data = (str(files), "--out", str(tmp_path / "o"), "--checkpoint", model[1], "--vae-config", model[0])
+    data = (str(world), "--out", str(tmp_path / "o"), "--checkpoint", model[1], "--vae-config", model[0])
     for text in ("inf", "1e308"):
         refuse("--time-limit must be a number from 0.1 to", capsys, "decode-dataset", *data, "--time-limit", text)
     refuse("--nccl-timeout must be a number from 1 to", capsys, "train", model[0], "--nccl-timeout", "inf")

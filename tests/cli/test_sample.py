@@ -12,40 +12,19 @@ from safetensors.torch import load_file, save_file
 
 from owl_wms.cli import main
 from owl_wms.configs import TAEHVConfig
+from owl_wms.configs.paths import DEMO_VAE
 from owl_wms.inference.context import load_contexts
 from owl_wms.media.video import read_video
 from owl_wms.media.watch import rate_of
 from owl_wms.vae import build_decoder
 from tests.world import inputs, tiny_config, tiny_core
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo"
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    changes = {"sample_size": 8, "tokens_per_frame": 64, "channels": 128, "n_layers": 1, "n_frames": 16}
-    train = {
-        "vae_cfg_path": str(DEMO / "demo_vae.yml"),
-        "vae_ckpt_path": str(DEMO / "demo_vae.safetensors"),
-        "vae_scale": 0.8,
-        "fps": 20,
-        "sampler_id": "av_caching",
-        "sampler_kwargs": {"n_steps": 1, "cfg_scale": 1.0, "num_frames": 900, "max_window": 6},
-    }
-    document = {"model": vars(tiny_config(**changes)), "train": train, "wandb": {}}
-    (folder / "world.yml").write_text(yaml.safe_dump(document))
-    torch.save(tiny_core(**changes).state_dict(), folder / "world.pt")
-    x, _, mouse, btn = inputs(1, 2, channels=128, side=8)
-    save_file({"latents": x, "mouse": mouse, "buttons": btn}, folder / "context.safetensors")
-    return folder
-
 
 @pytest.mark.parametrize("sampler", [None, "av_causal_no_cfg"])
-def test_a_clip_is_written(files: Path, tmp_path: Path, sampler: str | None) -> None:
+def test_a_clip_is_written(world: Path, tmp_path: Path, sampler: str | None) -> None:
     pytest.importorskip("av")
-    call = ["sample", str(files / "world.yml"), str(files / "world.pt"), "--out", str(tmp_path / "clip.mp4")]
-    call += ["--context", str(files / "context.safetensors"), "--frames", "3", "--device", "cpu"]
+    call = ["sample", str(world / "world.yml"), str(world / "world.pt"), "--out", str(tmp_path / "clip.mp4")]
+    call += ["--context", str(world / "context.safetensors"), "--frames", "3", "--device", "cpu"]
     call += ["--latents", str(tmp_path / "clip.safetensors")]
     call += [] if sampler is None else ["--sampler", sampler, "--steps", "1"]
     with pytest.raises(SystemExit) as ended:
@@ -54,7 +33,7 @@ def test_a_clip_is_written(files: Path, tmp_path: Path, sampler: str | None) -> 
     frames = list(read_video(tmp_path / "clip.mp4"))
     assert len(frames) == 5
     assert frames[0].shape == (360, 640, 3)
-    written, given = load_file(tmp_path / "clip.safetensors"), load_file(files / "context.safetensors")
+    written, given = load_file(tmp_path / "clip.safetensors"), load_file(world / "context.safetensors")
     assert torch.allclose(written["latents"][:, :2], given["latents"], atol=1e-5), "the context comes back unscaled"
     again = load_contexts(tmp_path / "clip.safetensors", channels=128, grid=(8, 8), n_buttons=11, scale=0.8)
     assert again[0].latents.shape == (1, 5, 128, 8, 8)
@@ -85,8 +64,8 @@ def test_a_clip_of_a_streaming_decoder_has_its_rate(tmp_path: Path) -> None:
     assert np.abs(np.stack(clips[0]).astype(float) - np.stack(clips[1])).max() <= 2
 
 
-def test_bad_calls_end_in_one_line(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    call = ["sample", str(files / "world.yml"), str(files / "world.pt")]
+def test_bad_calls_end_in_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["sample", str(world / "world.yml"), str(world / "world.pt")]
     for extra, message in ((["--out", "clip.gif"], "must end in .mp4"), (["--sampler", "av_cache"], "av_caching")):
         with pytest.raises(SystemExit) as ended:
             main([*call, *extra])
@@ -95,14 +74,14 @@ def test_bad_calls_end_in_one_line(files: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_an_autoencoder_that_a_copied_configuration_lacks_is_named_with_its_key(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    document = yaml.safe_load((files / "world.yml").read_text())
+    document = yaml.safe_load((world / "world.yml").read_text())
     document["train"]["vae_cfg_path"] = "gone/vae.yml"
     (tmp_path / "copy.yml").write_text(yaml.safe_dump(document))
     with pytest.raises(SystemExit) as ended:
-        main(["sample", "copy.yml", str(files / "world.pt"), "--device", "cpu"])
+        main(["sample", "copy.yml", str(world / "world.pt"), "--device", "cpu"])
     assert ended.value.code == 2
     assert "copy.yml: train.vae_cfg_path: gone/vae.yml: no such file" in capsys.readouterr().err.replace("\n", " ")
 
@@ -111,15 +90,15 @@ def test_an_autoencoder_that_a_copied_configuration_lacks_is_named_with_its_key(
     ("left", "words"),
     [
         ({}, "train.vae_cfg_path and train.vae_ckpt_path are missing"),
-        ({"vae_cfg_path": str(DEMO / "demo_vae.yml")}, "world.yml: train.vae_ckpt_path is missing"),
+        ({"vae_cfg_path": str(DEMO_VAE[0])}, "world.yml: train.vae_ckpt_path is missing"),
         ({"vae_id": "taehv"}, "world.yml: train.vae_ckpt_path is missing"),
     ],
 )
 @pytest.mark.parametrize("command", ["sample", "play"])
 def test_without_an_autoencoder_the_missing_keys_are_named_at_once(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, left: dict[str, str], words: str
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, left: dict[str, str], words: str
 ) -> None:
-    document = yaml.safe_load((files / "world.yml").read_text())
+    document = yaml.safe_load((world / "world.yml").read_text())
     document["train"] = {"vae_scale": 0.8, "fps": 20, **left}
     (tmp_path / "world.yml").write_text(yaml.safe_dump(document))
     options = ["--device", "cpu"] + (["--port", "0"] if command == "play" else [])

@@ -23,7 +23,7 @@ from owl_wms.data.latent_dataset import make_game_latents
 from owl_wms.data.npy_table import NpyTable
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.vae import build_autoencoder
-from tests.cli.test_decode import CONFIG
+from tests.cli.conftest import CONFIG
 from tests.trainers.helpers import config, write_table
 
 
