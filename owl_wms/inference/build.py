@@ -126,9 +126,9 @@ def make_contexts(
     space = latent_space(config, cfg_path)
     channels = space.stored_channels(model.channels)
     if path is not None:
-        found = load_contexts(
-            path, channels=channels, grid=latent_grid(model), n_buttons=model.n_buttons, scale=train.vae_scale
-        )
+        names = None if config.controls is None else [button.name for button in config.controls]
+        grid, buttons, scale = latent_grid(model), model.n_buttons, train.vae_scale
+        found = load_contexts(path, channels=channels, grid=grid, n_buttons=buttons, scale=scale, names=names)
         return [_whitened(context, space) for context in found]
     return [make_renderer(config, cfg_path, device, dtype)(seed)]
 

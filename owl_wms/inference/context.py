@@ -6,7 +6,7 @@ rendered: the scripted player walks through the game and an encoder turns what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable
+from owl_wms.data.starter import button_names
 from owl_wms.errors import DataError
 from owl_wms.files import at_home
 from owl_wms.game.buttons import BUTTONS
@@ -72,7 +73,13 @@ def fit_buttons(held: Tensor, n_buttons: int) -> Tensor:
 
 
 def load_contexts(
-    path: Path | str, *, channels: int, grid: tuple[int, int], n_buttons: int, scale: float
+    path: Path | str,
+    *,
+    channels: int,
+    grid: tuple[int, int],
+    n_buttons: int,
+    scale: float,
+    names: Sequence[str] | None = None,
 ) -> list[Context]:
     """Returns the beginnings in a file, or the one of a table's row.
 
@@ -82,6 +89,7 @@ def load_contexts(
             of a table, counted from 0, which also brings the controls that were recorded after them.
         channels, grid, n_buttons: what the model takes; `grid` is height and width of its latents.
         scale: the latents are divided by it, after they were multiplied by the `vae_scale` that the file states.
+        names: the model's buttons; a table that has the same ones in another order is refused.
 
     Returns:
         k beginnings (1 for a row, and for a file without the first dimension).
@@ -95,6 +103,10 @@ def load_contexts(
         tensors, scale = _read(path), scale / (read_facts(path).vae_scale or 1.0)
     else:
         tensors = _read_row(*row)
+        stored = button_names(row[0], n_buttons)
+        if names is not None and stored != tuple(names) and set(stored) == set(names):
+            text = f"its buttons are {', '.join(stored)}, those of the model {', '.join(names)}"
+            raise DataError(f"{path}: {text}; each column would press another button", path=path)
         tensors, later = _split(tensors, CONTEXT_FRAMES)
     for name in NAMES:
         if not isinstance(tensors.get(name), Tensor):

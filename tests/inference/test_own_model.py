@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tokenize
 from pathlib import Path
@@ -16,7 +17,8 @@ from safetensors.torch import save_file
 import owl_wms
 from owl_wms.cli import main
 from owl_wms.configs import load_vae_model, load_world_config
-from owl_wms.errors import ConfigError
+from owl_wms.data.npy_table import NpyTableWriter
+from owl_wms.errors import ConfigError, DataError
 from owl_wms.inference.build import build_pipeline, frame_size, make_contexts
 from owl_wms.inference.context import fit_buttons
 from owl_wms.inference.controls import GAME_CONTROLS, controls_for
@@ -70,6 +72,22 @@ def test_own_sizes_and_buttons_are_played(tmp_path: Path) -> None:
     save_file({"latents": x, "mouse": mouse, "buttons": btn[..., :7].contiguous()}, tmp_path / "c.safetensors")
     begun = build_pipeline(config, weights, context=tmp_path / "c.safetensors")
     assert begun(torch.zeros(2), torch.zeros(7)).image.shape == (90, 160, 3)
+
+
+def test_a_table_with_the_buttons_in_another_order_is_refused(tmp_path: Path) -> None:
+    config, _ = write_model(tmp_path)
+    world, table, names = load_world_config(config), tmp_path / "t", [f"B{n}" for n in range(7)]
+    x, _, mouse, btn = inputs(1, 15, channels=8, side=4)
+    arrays = {"depth_latent": x[0].numpy(), "mouse": mouse[0].numpy(), "buttons": btn[0, :, :7].numpy()}
+    NpyTableWriter(table, tuple(arrays)).append(arrays)
+    for stored in (None, names, ["UP", *names[1:]]):  # names that say nothing of the order
+        if stored is not None:
+            (table / "source.json").write_text(json.dumps({"buttons": stored}))
+        (begun,) = make_contexts(world, config, "cpu", torch.float32, path=f"{table}#0")
+        assert torch.equal(begun.buttons, btn[:, :12, :7])
+    (table / "source.json").write_text(json.dumps({"buttons": [*names[1:], names[0]]}))
+    with pytest.raises(DataError, match="t#0: its buttons are B1, B2, "):
+        make_contexts(world, config, "cpu", torch.float32, path=f"{table}#0")
 
 
 def test_a_clip_is_sampled_at_the_size_of_its_autoencoder(tmp_path: Path) -> None:
