@@ -249,7 +249,7 @@ class Ledger:
             if mine and are_placed(self.store, line):
                 found.append(line)
         if found:
-            part = Part(self.store, f"{run}-adopted-{rank}")
+            part = Part(self.store, f"{run}--adopted-{rank}")  # is read before the run's blocks, as it is written
             for line in found:
                 part.add_done(line)
             part.close()

@@ -121,8 +121,9 @@ def _of_folder(folder: Path) -> Iterator[Clip]:
     for path in files:
         if path.suffix.lower() in ARRAY_SUFFIXES:
             base, member = _member(path.stem)
-            first = groups.setdefault(path.with_name(base), {}).setdefault(member, path)
-            if first is not path:
+            group = path.with_name(base)
+            first = groups.setdefault(group, {}).setdefault(member, path)
+            if first is not path and group not in videos:  # beside a video only its controls are read
                 raise DataError(f"{folder}: {_two_of_one_name(first, path)}", path=folder)
     empty = True
     for path in files:

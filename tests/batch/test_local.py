@@ -131,6 +131,18 @@ def test_an_input_that_is_again_what_it_was_is_decoded_again(tmp_path: Path) -> 
         assert status(job, str(folder), LATENT_SUFFIXES)[:4] == (1, 0, 0, 2)
 
 
+def test_outputs_that_were_only_placed_count_as_older_than_those_of_a_changed_input(tmp_path: Path) -> None:
+    folder, job = make_inputs(tmp_path / "in", {"0.pt": "first"}), fake_job(tmp_path / "out")
+    go(job, folder)
+    (part,) = (Path(job.out) / "_ledger/parts").iterdir()
+    lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
+    part.write_text("".join(line for line in lines if json.loads(line)["event"] != "done"), encoding="utf-8")  # killed
+    (folder / "0.pt").write_text("other state", encoding="utf-8")
+    assert [o.state for o in go(job, folder)] == ["done"]
+    assert go(job, folder) == []
+    assert list(verify(job)) == []
+
+
 def test_a_bad_item_a_hanging_one_and_a_deadly_one_fail_alone(tmp_path: Path) -> None:
     texts = {f"{n}.pt": f"item {n}" for n in range(12)}
     texts |= {"03.pt": "bad", "05.pt": "hang", "07.pt": "die", "09.pt": f"die-once:{tmp_path / 'died'}"}

@@ -520,6 +520,14 @@ def test_two_files_of_one_name(tmp_path: Path, first: str, second: str) -> None:
         import_clips(str(tmp_path / "source"), tmp_path / "table", fps=12)
 
 
+def test_two_files_beside_a_video_that_are_no_controls_of_it(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 12) as video:
+        video.write(gradient(6))
+    for name in ("a.pt", "a.npy", "a.latent.pt", "a.latent.npy"):
+        save_array(tmp_path / name, torch.randn(6, 6, 3, 5))
+    assert [found.name for found in clips_of(str(tmp_path))] == ["a.mp4"]
+
+
 def test_controls_of_a_video_in_two_files(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "a.mp4", 12) as video:
         video.write(gradient(6))
