@@ -16,12 +16,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from owl_wms.cli import main
 from owl_wms.configs import load_vae_model, load_world_config
 from owl_wms.data.npy_table import NpyTable
 from owl_wms.inference.build import build_pipeline
 from owl_wms.media.video import VideoWriter, read_video
 from owl_wms.vae.dcae import DCAEDecoder, DCAEEncoder
+from tests.cli.runner import run
 from tests.inference.chromium import BINARY, click_to_play, open_page
 from tests.inference.serving import TOKEN, serve
 from tests.test_docs import ROOT, blocks, lines_of
@@ -100,9 +100,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
             words = [SHORTER.get(word, word) for word in words]
             if words[0] == "train":
                 words += [word for change in SMALLER for word in ("--set", change)]
-            with pytest.raises(SystemExit) as ended:
-                main(words)
-            assert ended.value.code == 0, words
+            assert run(*words) == 0, words
             if words[0] == "init":
                 file = folder / "my_world" / "world.yml"
                 file.write_text(file.read_text().replace("n_layers: 5", "n_layers: 2"))

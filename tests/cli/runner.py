@@ -7,10 +7,10 @@ from pathlib import Path
 from owl_wms.cli import main
 
 
-def run(*arguments: str) -> int:
+def run(*arguments: object) -> int:
     """Exit code of `owl-wms <arguments>`."""
     try:
-        main(list(arguments))
+        main([str(argument) for argument in arguments])
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from owl_wms.cli import main
 from owl_wms.configs import TAEHVConfig
 from owl_wms.errors import ConfigError
 from owl_wms.media.arrays import load_array, save_array
@@ -20,7 +19,7 @@ from owl_wms.media.watch import rate_of
 from owl_wms.utils.owl_vae_bridge import make_batched_decode_fn
 from owl_wms.vae import build_decoder
 from tests.cli.conftest import CONFIG
-from tests.cli.runner import call
+from tests.cli.runner import call, run
 
 
 def test_decode_writes_clip_sheet_and_depth(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,9 +138,7 @@ def test_a_family_needs_no_configuration(tmp_path: Path, capsys: pytest.CaptureF
     latents = torch.randn(2, 3, 4, 2, 3)
     torch.save(latents, tmp_path / "latents.pt")
     base = ["decode", str(tmp_path / "latents.pt"), "--checkpoint", str(tmp_path / "tae.pth"), "--device", "cpu"]
-    with pytest.raises(SystemExit) as caught:
-        main([*base, "--family", "taehv", "--out", str(tmp_path / "out.npy")])
-    assert not caught.value.code, capsys.readouterr().err
+    assert run(*base, "--family", "taehv", "--out", str(tmp_path / "out.npy")) == 0, capsys.readouterr().err
     frames = np.load(tmp_path / "out.npy")
     with torch.no_grad():
         wanted = decoder(latents).mul(255).round().permute(0, 1, 3, 4, 2)
@@ -149,9 +146,7 @@ def test_a_family_needs_no_configuration(tmp_path: Path, capsys: pytest.CaptureF
     assert np.abs(frames.astype(float) - wanted.numpy()).max() <= 1
     other = ["--family", "taehv", "--vae-config", str(Path(__file__).parents[2] / "examples/demo/demo_vae.yml")]
     for wrong in ([], ["--family", "taesd"], other):
-        with pytest.raises(SystemExit) as caught:
-            main([*base, *wrong, "--out", str(tmp_path / "other.npy")])
-        assert caught.value.code == 2
+        assert run(*base, *wrong, "--out", str(tmp_path / "other.npy")) == 2
         assert "--family taehv" in capsys.readouterr().err
 
 

@@ -9,18 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from owl_wms.cli import main
 from owl_wms.cli.demo import render_clip
 from owl_wms.configs.paths import DEMO_VAE
 from owl_wms.media.metrics import psnr
 from owl_wms.media.video import read_video
 from owl_wms.vae import fold_weight_norm, load_decoder, load_encoder
+from tests.cli.runner import run
 
 
 def test_demo_leaves_clip_and_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["demo", "--out", str(tmp_path / "d"), "--frames", "3", "--device", "cpu"])
-    assert not caught.value.code
+    assert run("demo", "--out", str(tmp_path / "d"), "--frames", "3", "--device", "cpu") == 0
     frames = list(read_video(tmp_path / "d" / "clip.mp4"))
     assert [tuple(f.shape) for f in frames] == [(360, 1280, 3)] * 3
     assert (frames[1][:, :640].int() - frames[1][:, 640:].int()).abs().float().mean() < 6  # decoded beside source

@@ -20,7 +20,7 @@ from owl_wms.data.npy_table import NpyTable, NpyTableWriter
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.media.video import read_video
 from owl_wms.trainers.run_log import RunLog
-from tests.cli.runner import call
+from tests.cli.runner import call, run
 from tests.cli.test_refusals import refuse
 from tests.cli.test_train import Mean
 from tests.trainers.helpers import config, write_table
@@ -66,9 +66,7 @@ def test_training_names_folder_and_step(
     write_table(tmp_path)
     config(tmp_path, "rft")
     file = str(tmp_path / "rft.yml")
-    with pytest.raises(SystemExit) as ended:
-        main(["train", file, "--set", "train.max_steps=1"])
-    assert ended.value.code == 0
+    assert run("train", file, "--set", "train.max_steps=1") == 0
     monkeypatch.setattr(torch, "save", how)
     message = f"run: step 3 cannot be saved: {FULL}; checkpoints of earlier steps are whole"
     refuse(message, capsys, "train", file, "--resume", "--set", "train.max_steps=3")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import typer
 
-from owl_wms.cli import COMMANDS, build_app, main
+from owl_wms.cli import COMMANDS, build_app
+from tests.cli.runner import run
 
 
 def every_command(command: Any, *words: str) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -19,9 +20,7 @@ def every_command(command: Any, *words: str) -> Iterator[tuple[tuple[str, ...], 
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main([*words, "--help"])
-    assert ended.value.code == 0
+    assert run(*words, "--help") == 0
     return capsys.readouterr().out
 
 

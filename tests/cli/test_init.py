@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
-from owl_wms.cli import main
 from owl_wms.configs import load_world_config
 from owl_wms.data.npy_table import NpyTableWriter
 from owl_wms.data.starter import keys_of
+from tests.cli.runner import run
 from tests.test_guide import VAE
-
-
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return int(ended.value.code or 0)
 
 
 def write_table(folder: Path, *, lengths: tuple[int, ...] = (30, 40), fps: float | None = 12, **columns: int) -> Path:

@@ -30,6 +30,7 @@ from owl_wms.errors import ConfigError
 from owl_wms.inference import listen
 from owl_wms.inference.loading import Loading, Progress
 from owl_wms.inference.server import ServerSettings
+from tests.cli.runner import run
 
 COMMAND = [sys.executable, "-c", "from owl_wms.cli import main; main()", "play"]
 
@@ -147,9 +148,7 @@ def test_a_second_signal_ends_at_once(windows: bool, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_bad_calls_end_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["play", *arguments])
-    assert caught.value.code == 2
+    assert run("play", *arguments) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -177,9 +176,7 @@ def test_what_is_wrong_in_a_configuration_is_said_before_anything_is_served(
     text = text.replace(written, instead, 1).replace(" examples/", f" {play.EXAMPLES}/")
     config = tmp_path / "world.yml"
     config.write_text(text, encoding="utf-8")
-    with pytest.raises(SystemExit) as caught:
-        main(["play", str(config), str(play.SHIPPED[1]), "--device", "cpu", "--port", "0"])
-    assert caught.value.code == 2
+    assert run("play", str(config), str(play.SHIPPED[1]), "--device", "cpu", "--port", "0") == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1

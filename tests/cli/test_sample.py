@@ -10,13 +10,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from owl_wms.cli import main
 from owl_wms.configs import TAEHVConfig
 from owl_wms.configs.paths import DEMO_VAE
 from owl_wms.inference.context import load_contexts
 from owl_wms.media.video import read_video
 from owl_wms.media.watch import rate_of
 from owl_wms.vae import build_decoder
+from tests.cli.runner import run
 from tests.world import inputs, tiny_config, tiny_core
 
 
@@ -27,9 +27,7 @@ def test_a_clip_is_written(world: Path, tmp_path: Path, sampler: str | None) -> 
     call += ["--context", str(world / "context.safetensors"), "--frames", "3", "--device", "cpu"]
     call += ["--latents", str(tmp_path / "clip.safetensors")]
     call += [] if sampler is None else ["--sampler", sampler, "--steps", "1"]
-    with pytest.raises(SystemExit) as ended:
-        main(call)
-    assert ended.value.code == 0
+    assert run(*call) == 0
     frames = list(read_video(tmp_path / "clip.mp4"))
     assert len(frames) == 5
     assert frames[0].shape == (360, 640, 3)
@@ -54,9 +52,7 @@ def test_a_clip_of_a_streaming_decoder_has_its_rate(tmp_path: Path) -> None:
     call += ["--context", str(tmp_path / "context.safetensors"), "--frames", "2", "--device", "cpu"]
     again = ["decode", str(tmp_path / "made.safetensors"), "--family", "taehv", "--checkpoint", train["vae_ckpt_path"]]
     for arguments in ([*call, "--latents", again[1]], [*again, "--out", str(tmp_path / "again.mp4")]):
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert ended.value.code == 0
+        assert run(*arguments) == 0
     clips = [list(read_video(tmp_path / f"{name}.mp4")) for name in ("clip", "again")]
     assert [len(frames) for frames in clips] == [13, 13]
     for name in ("clip", "again"):
@@ -67,9 +63,7 @@ def test_a_clip_of_a_streaming_decoder_has_its_rate(tmp_path: Path) -> None:
 def test_bad_calls_end_in_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ["sample", str(world / "world.yml"), str(world / "world.pt")]
     for extra, message in ((["--out", "clip.gif"], "must end in .mp4"), (["--sampler", "av_cache"], "av_caching")):
-        with pytest.raises(SystemExit) as ended:
-            main([*call, *extra])
-        assert ended.value.code == 2
+        assert run(*call, *extra) == 2
         assert message in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -80,9 +74,7 @@ def test_an_autoencoder_that_a_copied_configuration_lacks_is_named_with_its_key(
     document = yaml.safe_load((world / "world.yml").read_text())
     document["train"]["vae_cfg_path"] = "gone/vae.yml"
     (tmp_path / "copy.yml").write_text(yaml.safe_dump(document))
-    with pytest.raises(SystemExit) as ended:
-        main(["sample", "copy.yml", str(world / "world.pt"), "--device", "cpu"])
-    assert ended.value.code == 2
+    assert run("sample", "copy.yml", str(world / "world.pt"), "--device", "cpu") == 2
     assert "copy.yml: train.vae_cfg_path: gone/vae.yml: no such file" in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -102,9 +94,7 @@ def test_without_an_autoencoder_the_missing_keys_are_named_at_once(
     document["train"] = {"vae_scale": 0.8, "fps": 20, **left}
     (tmp_path / "world.yml").write_text(yaml.safe_dump(document))
     options = ["--device", "cpu"] + (["--port", "0"] if command == "play" else [])
-    with pytest.raises(SystemExit) as ended:
-        main([command, str(tmp_path / "world.yml"), str(tmp_path / "no_weights.pt"), *options])
-    assert ended.value.code == 2
+    assert run(command, str(tmp_path / "world.yml"), str(tmp_path / "no_weights.pt"), *options) == 2
     error = capsys.readouterr().err.replace("\n", " ")
     assert words in error
     assert "write the paths of its YAML file and its weights there" in error

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from owl_wms.cli import main
 from owl_wms.cli.train import load_changed
 from owl_wms.configs import load_vae_config
 from owl_wms.data.latent_dataset import make_game_latents
@@ -24,13 +23,8 @@ from owl_wms.data.npy_table import NpyTable
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.vae import build_autoencoder
 from tests.cli.conftest import CONFIG
+from tests.cli.runner import run
 from tests.trainers.helpers import config, write_table
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    return int(end.value.code or 0)
 
 
 def test_train_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from owl_wms.cli import main
 from owl_wms.errors import CheckpointError, DataError
 from owl_wms.trainers.checkpoints import LOG, load_checkpoint
 from owl_wms.trainers.report import CLIP_BYTES, chart, read_run, report, thinned
+from tests.cli.runner import run
 from tests.trainers.test_failures import decoder_files
 from tests.trainers.test_trainers import build
 
@@ -47,12 +47,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    return int(end.value.code or 0)
 
 
 def test_a_run_becomes_one_page_that_needs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
