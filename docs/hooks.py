@@ -1,4 +1,6 @@
-"""What the site adds to its pages: some stand elsewhere in the checkout, where people look for them."""
+"""What the site adds to its pages: some stand elsewhere in the checkout, where people look for them. Options in a
+sentence are not broken at a line's end.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_path not in ELSEWHERE:
         return markdown
     return (ROOT / ELSEWHERE[page.file.src_path]).read_text(encoding="utf-8").replace("](docs/", "](")
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep options whole: a browser may end a line after any hyphen, and `--each` is read as `-` and `-each` then."""
+    option = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
+    return re.sub("<code>[^<]*</code>", lambda code: option.sub(r'<span class="whole">\g<0></span>', code[0]), html)
 
 
 def _scripts() -> list[Path]:

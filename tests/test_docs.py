@@ -115,3 +115,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert ran.returncode == 0, ran.stderr
     assert "make_batched_decode_fn" in (tmp_path / "site/reference/bridge/index.html").read_text(encoding="utf-8")
+    decode = (tmp_path / "site/decode/index.html").read_text(encoding="utf-8")
+    assert '<code><span class="whole">--each</span></code>' in decode
+    assert '<span class="gp">$ </span>owl-wms' in decode, "site.css leaves this out of what is copied"
