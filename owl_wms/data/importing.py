@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,59 +118,22 @@ def _import(
     progress: Callable[[Imported, str], None] | None,
     done: Imported,
 ) -> None:
-    writer: NpyTableWriter | None = None
-    present: NpyTable | None = None
-    rows: dict[str, int] = {}  # of earlier imports, by the names of their clips
-    shapes: dict[str, tuple[int, ...]] = {}
-    told: Facts | None = None
-    known = Facts()  # of the rows' encoder
-    buttons: tuple[str, ...] = ()  # names of those of the rows, as far as a clip has told them
-    if (folder / "schema.json").exists():
-        present = NpyTable(folder)
-        rows = {str(row.fields.get("source")): place for place, row in enumerate(present.rows)}
-        shapes = (
-            {column: present.slice(0, column, 0, 1).shape[1:] for column in present.columns} if present.rows else {}
-        )
-        told = Facts(fps=stated_rate(present, present.rows[0])) if present.rows else None
-        known = read_facts(folder)
-        buttons = _buttons_of(folder)
-    held = set(rows)
+    target = _Target(folder, source)
     for clip in clips_of(source):
         try:
-            if clip.buttons and buttons and clip.buttons != buttons:  # their columns would be mixed in silence
-                text = f"its buttons are {', '.join(clip.buttons)}, those of the table {', '.join(buttons)}"
-                raise DataError(
-                    f"{source}: clip {clip.name}: {text}; give all clips the same in one order", path=source
-                )
-            if clip.name in held:
-                if present is not None and clip.name in rows:
-                    _require_same(present, rows[clip.name], clip, f"{source}: clip {clip.name}")
+            if target.has(clip):
                 done.present += 1
                 continue
-            facts = _facts_of(clip, encoder)
-            if None not in (facts.vae_sha256, known.vae_sha256) and facts.vae_sha256 != known.vae_sha256:
-                text = f"was encoded with {_named(facts)}, the rows of the table with {_named(known)}"
-                text += "; choose another folder"
-                raise DataError(f"{source}: clip {clip.name}: {text}", path=source)
-            rate = _rate(clip, fps, told)
-            arrays = _checked(clip, encoder, no_mouse, shapes, source)
+            facts = target.facts_of(clip, encoder)
+            rate = _rate(clip, fps, target.told)
+            arrays = _checked(clip, encoder, no_mouse, target.shapes, source)
         except DataError as error:
             if skip_bad is None:
                 raise
             skip_bad(error)
             done.skipped += 1
             continue
-        if writer is None:
-            writer = NpyTableWriter(folder, tuple(arrays), columns=("source", "fps"), begin=False)
-            if not len(writer):
-                names = {"buttons": list(clip.buttons)} if clip.buttons else {}
-                writer.set_source({**facts.to_dict(), "imported": source, **names})
-                known = facts
-        writer.append(arrays, source=clip.name, fps=rate)
-        shapes = shapes or {column: array.shape[1:] for column, array in arrays.items()}
-        told = told or Facts(fps=rate)
-        buttons = buttons or clip.buttons
-        held.add(clip.name)
+        target.append(clip, arrays, facts, rate)
         done.added += 1
         done.frames += len(arrays[LATENT_COLUMN])
         if progress is not None:
@@ -177,6 +141,68 @@ def _import(
     if not done.added and not done.present:
         why = f"; {done.skipped} cannot be used" if done.skipped else ""
         raise DataError(f"{source}: no clip was imported{why}", path=source)
+
+
+class _Target:
+    """The table that clips go into, and what its rows fix for all that follow.
+
+    Attributes:
+        shapes: of a frame in each column; empty before the first row.
+        told: the rate of the first row, which may state none; None before it.
+    """
+
+    def __init__(self, folder: Path, source: str) -> None:
+        self._folder, self._source = folder, source
+        self._writer: NpyTableWriter | None = None
+        self._present: NpyTable | None = None
+        self._rows: dict[str, int] = {}  # of earlier imports, by the names of their clips
+        self._encoder = Facts()
+        self._buttons: tuple[str, ...] = ()  # their names, as far as a clip has told them
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.told: Facts | None = None
+        if (folder / "schema.json").exists():
+            self._present = table = NpyTable(folder)
+            self._rows = {str(row.fields.get("source")): place for place, row in enumerate(table.rows)}
+            if table.rows:
+                self.shapes = {column: table.slice(0, column, 0, 1).shape[1:] for column in table.columns}
+                self.told = Facts(fps=stated_rate(table, table.rows[0]))
+            self._encoder, self._buttons = read_facts(folder), _buttons_of(folder)
+        self._held = set(self._rows)
+
+    def has(self, clip: Clip) -> bool:
+        """Return whether the clip is a row; raises DataError if another clip of its name is, or for other buttons."""
+        if clip.buttons and self._buttons and clip.buttons != self._buttons:  # their columns would be mixed in silence
+            text = f"its buttons are {', '.join(clip.buttons)}, those of the table {', '.join(self._buttons)}"
+            raise _refused(self._source, clip, f"{text}; give all clips the same in one order")
+        if self._present is not None and clip.name in self._rows:
+            _require_same(self._present, self._rows[clip.name], clip, f"{self._source}: clip {clip.name}")
+        return clip.name in self._held
+
+    def facts_of(self, clip: Clip, encoder: FrameEncoder | None) -> Facts:
+        """Return the facts of a clip's latents; raises DataError if another encoder made those of the rows."""
+        facts, known = _facts_of(clip, encoder), self._encoder
+        if None not in (facts.vae_sha256, known.vae_sha256) and facts.vae_sha256 != known.vae_sha256:
+            text = f"was encoded with {_named(facts)}, the rows of the table with {_named(known)}"
+            raise _refused(self._source, clip, f"{text}; choose another folder")
+        return facts
+
+    def append(self, clip: Clip, arrays: dict[str, np.ndarray], facts: Facts, rate: float) -> None:
+        """Store a clip that was found right."""
+        if self._writer is None:
+            self._writer = NpyTableWriter(self._folder, tuple(arrays), columns=("source", "fps"), begin=False)
+            if not len(self._writer):
+                names = {"buttons": list(clip.buttons)} if clip.buttons else {}
+                self._writer.set_source({**facts.to_dict(), "imported": self._source, **names})
+                self._encoder = facts
+        self._writer.append(arrays, source=clip.name, fps=rate)
+        self.shapes = self.shapes or {column: array.shape[1:] for column, array in arrays.items()}
+        self.told = self.told or Facts(fps=rate)
+        self._buttons = self._buttons or clip.buttons
+        self._held.add(clip.name)
+
+
+def _refused(source: str, clip: Clip, text: str) -> DataError:
+    return DataError(f"{source}: clip {clip.name}: {text}", path=source)
 
 
 def _buttons_of(folder: Path) -> tuple[str, ...]:
@@ -240,15 +266,12 @@ def _rate_of_video(path: Path) -> float | None:
 def _checked(
     clip: Clip, encoder: FrameEncoder | None, no_mouse: bool, shapes: dict[str, tuple[int, ...]], source: str
 ) -> dict[str, np.ndarray]:
-    arrays = dict(clip.arrays)
+    arrays, fail = dict(clip.arrays), partial(_refused, source, clip)
     if clip.video is not None:
         if encoder is None:
             text = "is a video; give the autoencoder that encodes it with --vae-config and --vae-checkpoint"
             raise ConfigError(f"{clip.name}: {text}", key="vae_config")
         arrays[LATENT_COLUMN] = _encoded(clip.video, encoder)
-
-    def fail(text: str) -> DataError:
-        return DataError(f"{source}: clip {clip.name}: {text}", path=source)
 
     latents = arrays.get(LATENT_COLUMN)
     if latents is None:
