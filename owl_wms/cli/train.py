@@ -45,6 +45,8 @@ def train(
     shared.check_folder(folder, key="train.checkpoint_dir")
     if section.output_path is not None:
         shared.check_destination(Path(section.output_path), key="train.output_path")
+        read = (section.vae_ckpt_path, section.audio_vae_ckpt_path, section.teacher_ckpt)
+        shared.check_not_read(Path(section.output_path), *(Path(file) for file in read if file is not None))
     if section.eval_sample_dir is not None:
         shared.check_folder(Path(section.eval_sample_dir), key="train.eval_sample_dir")
     rank, local_rank, world_size = setup(nccl_timeout)

@@ -191,6 +191,10 @@ class _Target:
         if self._writer is None:
             self._writer = NpyTableWriter(self._folder, tuple(arrays), columns=("source", "fps"), begin=False)
             if not len(self._writer):
+                if "buttons" not in arrays:
+                    _log.warning(
+                        "%s: has no controls, which training needs; for NAME.mp4, NAME.csv holds them", clip.name
+                    )
                 names = {"buttons": list(clip.buttons)} if clip.buttons else {}
                 self._writer.set_source({**facts.to_dict(), "imported": self._source, **names})
                 self._encoder = facts

@@ -311,14 +311,26 @@ def _controls_of(table: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         return {}, ()
     try:
         rows = list(csv.reader(io.StringIO(read_regular(table, _MAX_CSV).decode("utf-8-sig"))))
-        head, values = [name.strip() for name in rows[0]], np.array(rows[1:], dtype=np.float32)
+        while rows and not rows[-1]:
+            rows.pop()
+        if not rows:
+            raise ValueError("it is empty")
+        head = [name.strip() for name in rows[0]]
+        if len(head) == 1 and re.search("[;\t]", head[0]):
+            raise ValueError("its columns must be separated by commas")
+        for number, row in enumerate(rows[1:], 2):
+            if len(row) != len(head):
+                raise ValueError(f"row {number} has {len(row)} values, the header {len(head)}")
+        values = np.array(rows[1:], dtype=np.float32).reshape(-1, len(head))
         if not any(name.startswith("mouse") or _is_number(name) for name in head):
             return {"buttons": values}, tuple(head)
         if head[:2] != ["mouse_x", "mouse_y"]:
             raise ValueError(f"its columns must begin with mouse_x and mouse_y, got {', '.join(head[:4])}")
         return {"mouse": values[:, :2], "buttons": values[:, 2:]}, tuple(head[2:])
-    except (OSError, ValueError, LookupError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         reason = one_line(getattr(error, "strerror", None) or error)
+        if isinstance(error, UnicodeDecodeError):
+            reason = "it is no text in UTF-8"
         raise DataError(f"{table}: cannot be read as controls: {reason}", path=table) from error
 
 

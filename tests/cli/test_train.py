@@ -83,6 +83,15 @@ def test_files_named_beside_the_configuration_are_found(tmp_path: Path, monkeypa
     assert (train.teacher_ckpt, train.vae_cfg_path) == ("absent.pt", None)
 
 
+def test_the_autoencoder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config(tmp_path, "rft")
+    weights = tmp_path / "vae.safetensors"
+    weights.write_bytes(b"weights")
+    changes = [f"train.{key}={weights}" for key in ("vae_ckpt_path", "output_path")]
+    assert run("train", str(tmp_path / "rft.yml"), "--set", changes[0], "--set", changes[1]) == 2
+    assert "vae.safetensors: is a file that this command reads" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_demo_autoencoder_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr("owl_wms.data.latent_dataset.make_game_latents", lambda path, *a, **k: made.append(path) or 16)

@@ -225,10 +225,10 @@ def test_facts_of_a_file_are_taken(tmp_path: Path, caplog: pytest.LogCaptureFixt
     stored = NpyTable(tmp_path / "table").slice(0, "depth_latent", 0, 2)
     assert np.array_equal(stored, np.asarray(CLIPS["b.c"]["latent"])[:2] * 0.5)
     assert read_facts(tmp_path / "table").vae_scale == 1.0
-    assert not caplog.messages
+    caplog.clear()
     import_clips(str(tmp_path / "x.safetensors"), tmp_path / "faster", fps=30)
     assert NpyTable(tmp_path / "faster").rows[0].fields["fps"] == 30
-    assert caplog.messages == ["x.safetensors: states 15 frames per second, and --fps says 30, which is stored"]
+    assert caplog.messages[0] == "x.safetensors: states 15 frames per second, and --fps says 30, which is stored"
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -242,7 +242,7 @@ def test_facts_of_a_member_of_a_tar_are_taken(tmp_path: Path, suffix: str) -> No
     assert np.array_equal(table.slice(0, "depth_latent", 0, 2), np.asarray(CLIPS["b.c"]["latent"])[:2] * 0.5)
 
 
-def test_videos_are_encoded_with_their_controls(tmp_path: Path) -> None:
+def test_videos_are_encoded_with_their_controls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tmp_path / "source"
     source.mkdir()
     frames = gradient(6)
@@ -274,6 +274,32 @@ def test_videos_are_encoded_with_their_controls(tmp_path: Path) -> None:
     (source / "a.csv").write_text("mouse_x,mouse_y,W\n0,0,no\n")
     with pytest.raises(DataError, match=r"a\.csv: cannot be read as controls"):
         import_clips(str(source), tmp_path / "other", encoder=encoder)
+    assert not caplog.messages
+    (source / "a.csv").unlink()
+    import_clips(str(source), tmp_path / "uncontrolled", encoder=encoder)
+    assert caplog.messages == ["a.mp4: has no controls, which training needs; for NAME.mp4, NAME.csv holds them"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"mouse_x;mouse_y;UP\n0;0;1\n", "its columns must be separated by commas"),
+        (b"mouse_x,mouse_y,UP\n0,0,1\n0,0\n", "row 3 has 2 values, the header 3"),
+        (b"\xff\xfem\0", "it is no text in UTF-8"),
+    ],
+)
+def test_a_table_of_controls_that_cannot_be_used_says_why(tmp_path: Path, text: bytes, reason: str) -> None:
+    save_array(tmp_path / "a.pt", torch.randn(2, 6, 3, 5))
+    (tmp_path / "a.csv").write_bytes(text)
+    with pytest.raises(DataError, match=rf"a\.csv: cannot be read as controls: {reason}$"):
+        list(clips_of(str(tmp_path)))
+
+
+def test_empty_lines_at_the_end_of_a_table_of_controls_are_none(tmp_path: Path) -> None:
+    save_array(tmp_path / "a.pt", torch.randn(2, 6, 3, 5))
+    (tmp_path / "a.csv").write_text("mouse_x,mouse_y,UP\n0,0,1\n0,0,0\n\n\n")
+    assert [found.arrays["buttons"].tolist() for found in clips_of(str(tmp_path))] == [[[1], [0]]]
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.latents.npy"])
