@@ -103,6 +103,10 @@ def decode(
         raise ConfigError(
             f"--depth: {vae_config or checkpoint} decodes {channels} channels, depth is the fourth", key="depth"
         )
+    if channels < 3 and (png is not None or chosen not in ("npy", "raw")):
+        shown = "channels" if channels > 1 else "channel"
+        text = f"decodes {channels} {shown}, a picture has red, green and blue; --out FILE.npy takes any number"
+        raise ConfigError(f"{vae_config or checkpoint}: {text}", path=vae_config or checkpoint)
     source = LatentFile(latents, channels=model.latent_channels)
     clips, length, latent_channels, height, width = source.shape
     if png is not None:

@@ -21,14 +21,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from owl_wms import runtime
+from owl_wms.configs import load_vae_config
 from owl_wms.errors import DataError
 from owl_wms.media import sinks, video
 from owl_wms.media.latents import LatentFile
 from owl_wms.media.video import read_video
 from owl_wms.timing import Spent
 from owl_wms.utils.owl_vae_bridge import get_decoder_only, make_batched_decode_fn
+from owl_wms.vae import build_autoencoder
 from tests.cli.runner import call
 
 
@@ -139,6 +142,19 @@ def test_names_and_forms_that_do_not_fit(place: Path, capsys: pytest.CaptureFixt
         capsys.readouterr()
         assert call(place, "decode", "latents.pt", *arguments) == 2, arguments
         assert message in capsys.readouterr().err.replace("\n", " "), arguments
+
+
+def test_pictures_take_three_channels_and_arrays_any_number(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "gray.yml").write_text((place / "vae.yml").read_text().replace("channels: 4\n", "channels: 1\n", 1))
+    autoencoder = build_autoencoder(load_vae_config(place / "gray.yml").model, "tiled")
+    save_file(autoencoder.state_dict(), place / "gray.safetensors")
+    gray = {"config": "gray.yml", "weights": "gray.safetensors"}
+    for more in (("x",), ("x.mp4",), ("x.y4m",), ("x.npy", "--png", str(place / "s.png"))):
+        assert call(place, "decode", "latents.pt", "--out", str(place / more[0]), *more[1:], **gray) == 2
+        assert "gray.yml: decodes 1 channel, a picture has red" in capsys.readouterr().err.replace("\n", " ")
+        assert not (place / more[0]).exists()
+    assert call(place, "decode", "latents.pt", "--out", str(place / "x.npy"), **gray) == 0
+    assert np.load(place / "x.npy").shape == (2, 5, 36, 64, 1)
 
 
 @pytest.mark.parametrize("encoder", ["libx264", "auto"])
