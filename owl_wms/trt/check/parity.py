@@ -71,7 +71,7 @@ def reference_arithmetic() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     # Setting the old flag sets the new one too, which `torch.compile` has in the keys of its cache: if it stayed at
     # "ieee", a model that has not changed would be compiled anew.
-    precision = matmul.fp32_precision
+    precision, medium = matmul.fp32_precision, _is_medium()
     try:
         allowed = matmul.allow_tf32
     except RuntimeError:  # the process has set the new one alone, and torch then refuses to read the old one
@@ -86,7 +86,16 @@ def reference_arithmetic() -> Iterator[None]:
     finally:
         if allowed is not None:
             matmul.allow_tf32 = allowed
+        if medium:  # which is more than the old flag can say: torch would refuse to read its precision from here on
+            torch.set_float32_matmul_precision("medium")
         matmul.fp32_precision = precision
+
+
+def _is_medium() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "medium"
+    except RuntimeError:  # as above
+        return False
 
 
 def latents(

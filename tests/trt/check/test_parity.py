@@ -41,6 +41,18 @@ def test_fp32_leaves_no_setting_behind(allowed: bool, precision: str) -> None:
         matmul.allow_tf32, matmul.fp32_precision = found
 
 
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_fp32_leaves_the_precision_of_products(precision: str) -> None:
+    """`torch.compile` with max-autotune asks for it."""
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with reference_arithmetic():
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(
     ("place", "precision"),
     [("cuda.matmul", "tf32"), ("cudnn.conv", "ieee"), ("cudnn.conv", "tf32"), ("cudnn", "tf32"), ("", "tf32")],
