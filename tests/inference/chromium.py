@@ -7,7 +7,7 @@ import base64
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ FLAGS = (
 )
 
 
+class Navigated(AssertionError):
+    """The page was left before a command was done, as after `location.reload()`."""
+
+
 class Page:
     """One page; requests are numbered and answered in any order."""
 
@@ -36,13 +40,19 @@ class Page:
         self._socket, self._number = socket, 0
 
     async def ask(self, method: str, **params: Any) -> dict[str, Any]:
-        """A command of the protocol and its result."""
+        """A command of the protocol and its result.
+
+        Raises:
+            Navigated: the page was left meanwhile.
+        """
         self._number += 1
         number = self._number
         await self._socket.send_json({"id": number, "method": method, "params": params})
         while True:
             answer = await self._socket.receive_json(timeout=15)
             if answer.get("id") == number:
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise Navigated(answer)
                 assert "error" not in answer, answer
                 return answer["result"]
 
@@ -53,12 +63,14 @@ class Page:
         return result["result"].get("value")
 
     async def until(self, expression: str, seconds: float = 15) -> Any:
-        """Wait until an expression is true."""
+        """Wait until an expression is true; a page that is just being left has none."""
         end = asyncio.get_running_loop().time() + seconds
-        while not (found := await self.value(expression)):
+        while True:
+            with suppress(Navigated):
+                if found := await self.value(expression):
+                    return found
             assert asyncio.get_running_loop().time() < end, f"still false after {seconds} s: {expression}"
             await asyncio.sleep(0.05)
-        return found
 
     async def key(self, code: str, key: str, down: bool) -> None:
         """Press or release."""
