@@ -6,6 +6,7 @@ Usage:
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,8 +94,8 @@ def sample(
 
 
 def _make_sampler(train: Any, sampler: str | None, frames: int, steps: int | None, cfg_scale: float | None) -> Any:
-    """The sampler with its call brought to one form: (core, latents, mouse, buttons, **options)."""
-    from owl_wms.sampling import AVCachingSampler, get_sampler_cls
+    """Returns the sampler as (core, latents, mouse, buttons, **options) -> SampleResult."""
+    from owl_wms.sampling import continue_video, get_sampler_cls
 
     chosen = sampler or train.sampler_id or "av_caching"
     kind = get_sampler_cls(chosen)
@@ -105,7 +106,4 @@ def _make_sampler(train: Any, sampler: str | None, frames: int, steps: int | Non
         options |= {"n_steps": steps, **({"custom_schedule": None} if "custom_schedule" in options else {})}
     if cfg_scale is not None:
         options["cfg_scale"] = cfg_scale
-    made = kind(**options)
-    if isinstance(made, AVCachingSampler):
-        return made
-    return lambda core, x, mouse, btn, **rest: made(core, x, None, mouse, btn, **rest)
+    return partial(continue_video, kind(**options))

@@ -15,6 +15,10 @@ Usage:
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from owl_wms.configs.strict import choose
 from owl_wms.sampling.caching import AVCachingOneStepSampler, AVCachingSampler
 from owl_wms.sampling.causal import CausalAVWindowSampler, CausalAVWindowSamplerNoCFG
@@ -43,6 +47,7 @@ __all__ = [
     "SampleResult",
     "batch_permute",
     "batch_permute_to_length",
+    "continue_video",
     "custom_deltas",
     "get_sampler_cls",
     "get_sd3_euler",
@@ -57,3 +62,18 @@ def get_sampler_cls(sampler_id: str) -> type[AVWindowSampler] | type[AVCachingSa
         ConfigError: no such id; the message lists the ids.
     """
     return choose(SAMPLERS, sampler_id, "train.sampler_id")
+
+
+def continue_video(sampler: Any, model: Any, x: Tensor, mouse: Tensor, btn: Tensor, **options: Any) -> SampleResult:
+    """Continues a context without sound by any sampler: those of windows take sound before the controls.
+
+    Args:
+        sampler: made by a class of SAMPLERS.
+        model: a core without audio.
+        x: [b, n, c, h, w] context latents in the model's scale.
+        mouse, btn: [b, m, 2] and [b, m, n_buttons].
+        options: what else the sampler takes, such as `generator`.
+    """
+    sound = (None,) if isinstance(sampler, AVWindowSampler) else ()
+    result: SampleResult = sampler(model, x, *sound, mouse, btn, **options)
+    return result

@@ -31,7 +31,7 @@ from owl_wms.data.loaders import Loader, get_loader
 from owl_wms.data.loading import BATCH_KEY, Batch
 from owl_wms.errors import TrainingError
 from owl_wms.models.latents import LatentSpace
-from owl_wms.sampling import SampleResult, batch_permute_to_length
+from owl_wms.sampling import SampleResult, batch_permute_to_length, continue_video
 from owl_wms.temporary import temporary_folder
 from owl_wms.trainers.batches import BatchRule, batches_per_update, endless
 from owl_wms.trainers.checkpoints import (
@@ -155,8 +155,7 @@ class BaseTrainer(ABC):
         """Continue a batch with the averaged core; here for video, with controls of other items once its own end."""
         video, mouse, btn = batch[:3]
         mouse, btn = batch_permute_to_length(mouse, btn, video.shape[1] + sampler.num_frames)
-        result: SampleResult = sampler(core, self.to_latents(video), mouse, btn)
-        return result
+        return continue_video(sampler, core, self.to_latents(video), mouse, btn)
 
     def predictions(self) -> dict[str, Tensor]:
         """Further clips [b, n, c, h, w] in the model's scale that an evaluation shows, by name; most have none."""

@@ -205,6 +205,13 @@ def test_evaluation_keeps_latents_and_leaves_training_alone(tmp_path: Path, trai
     assert plain.losses == watched.losses
 
 
+def test_evaluation_takes_every_sampler_of_a_model_without_sound(tmp_path: Path) -> None:
+    sampler = {"n_steps": 2, "cfg_scale": 1.0, "window_length": 4, "num_frames": 2}
+    changes = {"sampler_id": "av_window", "sampler_kwargs": sampler, "eval_sample_dir": str(tmp_path / "eval")}
+    build(tmp_path, "rft", max_steps=1, sample_interval=1, **changes).train()
+    assert torch.load(tmp_path / "eval" / "vid.1.pt", weights_only=True).isfinite().all()
+
+
 def test_evaluation_writes_decoded_clips(tmp_path: Path) -> None:
     from owl_wms.configs import load_vae_config
     from owl_wms.vae import build_decoder
