@@ -180,7 +180,7 @@ def order_of(args: argparse.Namespace, device: torch.device) -> Order | None:
         first_seed=first_seed(args) + WORLDS_PER_CALL // 2,
         height=height,
         width=width,
-        # In a quarter of a GPU this takes longer than the training lasts; meanwhile no new worlds came (run 5).
+        # In a quarter of a GPU run 5 had not played them after 330 s, and meanwhile no new worlds came.
         truth_worlds=args.worlds if alone else 0,
         truth_frames=MEASURED[args.small],
     )
