@@ -9,7 +9,6 @@ Usage:
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable, NpyTableWriter
+from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable, NpyTableWriter, read_source
 from owl_wms.data.sources import Clip, clips_of
 from owl_wms.data.statistics import stated_rate
 from owl_wms.errors import ConfigError, DataError
@@ -211,8 +210,7 @@ def _refused(source: str, clip: Clip, text: str) -> DataError:
 
 def _buttons_of(folder: Path) -> tuple[str, ...]:
     """Return the names of a table's buttons in the order of their column; none where no import has stored them."""
-    file = folder / "source.json"
-    held = json.loads(file.read_text(encoding="utf-8")).get("buttons") if file.exists() else None
+    held = (read_source(folder) or {}).get("buttons")
     return tuple(map(str, held)) if isinstance(held, list) else ()
 
 

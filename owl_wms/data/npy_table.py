@@ -298,8 +298,7 @@ class NpyTableWriter:
         Raises:
             DataError: the file is not a JSON object.
         """
-        file = self.path / "source.json"
-        return _read_json(file, dict) if file.exists() else None
+        return read_source(self.path)
 
     def set_source(self, source: Mapping[str, Any]) -> None:
         """Keep what makes the rows, JSON-ready, for whoever appends to them.
@@ -312,6 +311,16 @@ class NpyTableWriter:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+def read_source(folder: Path) -> dict[str, Any] | None:
+    """Return what `NpyTableWriter.set_source` wrote to a table's folder, or None.
+
+    Raises:
+        DataError: the file is not a JSON object.
+    """
+    file = folder / "source.json"
+    return _read_json(file, dict) if file.exists() else None
 
 
 def _wrong(path: Path, text: str, index: int | None = None) -> DataError:

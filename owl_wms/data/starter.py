@@ -20,7 +20,7 @@ import torch
 from owl_wms.configs import load_vae_model, load_world_config
 from owl_wms.configs.paths import EXAMPLES, find_beside
 from owl_wms.configs.world import with_files_found
-from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable
+from owl_wms.data.npy_table import LATENT_COLUMN, NpyTable, read_source
 from owl_wms.data.statistics import describe_table
 from owl_wms.errors import ConfigError, DataError
 from owl_wms.files import at_home
@@ -269,10 +269,9 @@ def _window(lengths: Sequence[int]) -> int:
 
 def button_names(path: Path, count: int) -> tuple[str, ...]:
     """Returns the names that an import stored, else B0, B1, ..."""
-    file = path / "source.json"
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))["buttons"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # none was imported, or it was damaged since
+        held = (read_source(path) or {}).get("buttons")
+    except (OSError, DataError):  # it was damaged since
         held = None
     names = [re.sub(r"[^\w-]", "_", str(name))[:32] for name in held] if isinstance(held, list) else []
     good = len(names) == count == len(set(names)) and all(names)
