@@ -59,7 +59,9 @@ def make(
     shared.check_folder(path)
     channels, size = pictures_of(vae_config)
     if channels > 4:
-        raise ConfigError(f"{vae_config}: encodes {channels} channels, the game has 4", path=vae_config)
+        raise ConfigError(
+            f"{vae_config}: encodes {channels} channels, the game has 4; name another autoencoder", path=vae_config
+        )
     encoder = load_encoder(None, vae_config, vae_checkpoint).to(where, shared.choose_dtype(None, where))
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("frames", total=episodes * frames)

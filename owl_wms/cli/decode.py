@@ -105,7 +105,7 @@ def decode(
         )
     if channels < 3 and (png is not None or chosen not in ("npy", "raw")):
         shown = "channels" if channels > 1 else "channel"
-        text = f"decodes {channels} {shown}, a picture has red, green and blue; --out FILE.npy takes any number"
+        text = f"decodes {channels} {shown}, a picture has red, green and blue; --out FILE.npy without --png takes any"
         raise ConfigError(f"{vae_config or checkpoint}: {text}", path=vae_config or checkpoint)
     source = LatentFile(latents, channels=model.latent_channels)
     clips, length, latent_channels, height, width = source.shape

@@ -99,7 +99,8 @@ def play(
         options = {"a config": config, "--context": context, "--steps": steps, "--cfg-scale": cfg_scale}
         options["--max-window"] = max_window
         if given := [name for name, value in options.items() if value is not None]:
-            raise ConfigError(f"--game plays without a model: {', '.join(given)} would do nothing", key="game")
+            text = f"{', '.join(given)} would do nothing; leave out either"
+            raise ConfigError(f"--game plays without a model: {text}", key="game")
     if vae and not game:
         raise ConfigError("--vae goes with --game: a model always decodes", key="vae")
     if device is not None:

@@ -106,7 +106,8 @@ def load_contexts(
         stored = button_names(row[0], n_buttons)
         if names is not None and stored != tuple(names) and set(stored) == set(names):
             text = f"its buttons are {', '.join(stored)}, those of the model {', '.join(names)}"
-            raise DataError(f"{path}: {text}; each column would press another button", path=path)
+            remedy = "each column would press another button: give a table in the model's order"
+            raise DataError(f"{path}: {text}; {remedy}", path=path)
         tensors, later = _split(tensors, CONTEXT_FRAMES)
     for name in NAMES:
         if not isinstance(tensors.get(name), Tensor):
