@@ -31,6 +31,7 @@ import torch
 from benchmarks import harness
 from benchmarks.play_page import page
 from benchmarks.play_upstream import measure_upstream
+from benchmarks.report import table_lines
 from owl_wms.configs import load_world_config
 from owl_wms.inference.build import build_pipeline, quick_dtype
 from owl_wms.inference.pipeline import InteractivePipeline
@@ -175,17 +176,13 @@ COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
 def markdown(result: dict[str, Any]) -> str:
     """Returns the document as Markdown."""
     shown = [(title, cell) for title, cell in COLUMNS if any(cell(row) for row in result["rows"])]
-    tables = [_table([title for title, _ in shown], [[cell(row) for _, cell in shown] for row in result["rows"]])]
+    lines = table_lines([title for title, _ in shown], [[cell(row) for _, cell in shown] for row in result["rows"]])
     for row in result["rows"]:
         if row.get("parts"):
             names = [name for name in row["parts"][0] if name != "second"]
             cells = [[f"{part['second']:.0f}", *(f"{part[name]:.1f}" for name in names)] for part in row["parts"]]
-            tables.append(f"{row['model']}, {row['way']}, by time:\n\n" + _table(["until second", *names], cells))
-    return f"# Play\n\n{harness.origin(result)}\n\n" + "\n".join(tables)
-
-
-def _table(titles: list[str], cells: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in (titles, ["---"] * len(titles), *cells))
+            lines += ["", f"{row['model']}, {row['way']}, by time:", "", *table_lines(["until second", *names], cells)]
+    return "\n".join(["# Play", "", harness.origin(result), "", *lines]) + "\n"
 
 
 def write(result: dict[str, Any], out: Path) -> None:
